@@ -1,0 +1,129 @@
+# Sourced by the launch scripts and by slurm/train.sbatch; running it does nothing.
+# Its one rule: whoever starts a run through here gets the run's own exit code, and every stop signal reaches the run.
+# shellcheck shell=bash
+
+project_dir=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+
+die() { # die CODE MESSAGE
+  printf '%s: %s\n' "$(basename -- "$0")" "$2" >&2
+  exit "$1"
+}
+
+# check_number NAME VALUE MIN REMEDY
+check_number() {
+  [[ $2 =~ ^[0-9]{1,9}$ ]] && ((10#$2 >= $3)) && return
+  die 64 "$1 (${2:-not set}) must be a whole number of at least $3; $4"
+}
+
+# The Python that runs the project: $PYTHON, else the one setup.sh made, else python3.
+choose_python() {
+  python=${PYTHON:-}
+  if [[ -z $python && -x $project_dir/.venv/bin/python ]]; then python=$project_dir/.venv/bin/python; fi
+  python=${python:-python3}
+  "$python" -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") and u.find_spec("alexnet_ddp")))' \
+    2>/dev/null || die 64 "Python ($python) must have torch and alexnet_ddp installed; run launch/setup.sh, or set PYTHON"
+}
+
+# num_gpus [overrides]: the CUDA devices that a process started from here would see. Asks no torch: that takes seconds.
+num_gpus() {
+  local all=0 visible=() listed=0 id
+  if [[ " $* " != *" device=cpu "* ]] && command -v nvidia-smi >/dev/null; then
+    all=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
+    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+      IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
+      for id in ${visible[@]+"${visible[@]}"}; do
+        # CUDA stops at the first entry it does not know (-1), and so does this; Slurm writes NoDevFiles for "none".
+        [[ $id =~ ^([0-9]+|GPU-.+|MIG-.+)$ ]] || break
+        listed=$((listed + 1))
+      done
+      ((listed >= all)) || all=$listed
+    fi
+  fi
+  echo "$all"
+}
+
+# supervise COMMAND...: runs it and returns its exit code; TERM, INT, USR1 and HUP are passed on to it.
+# In the background, because bash runs a trap only after a foreground child has ended. `set -m`, because it
+#  - puts the command into a process group of its own, so that Ctrl-C reaches it once, through us, and not twice
+#    (a second signal means "exit at once"), and
+#  - leaves SIGINT as it is: a background command of a script otherwise starts with SIGINT ignored.
+# stdin is closed: a background group that reads from the terminal would be stopped, and nothing here asks questions.
+# forward_as=NAME passes every signal on as NAME.
+supervise() {
+  local code='' status
+  child='' signalled='' stopping=''
+  trap 'pass_on TERM' TERM HUP # the terminal is gone: a run that survives that should be saved as for TERM
+  trap 'pass_on INT' INT
+  trap 'pass_on USR1' USR1
+  set -m
+  "$@" </dev/null &
+  child=$!
+  set +m
+  [[ -z $signalled ]] || pass_on "$signalled" # it came before there was a child
+  while :; do
+    signalled='' status=0
+    wait "$child" || status=$?
+    # 127 in a second round: the child was reaped in the round before, whose status stands.
+    [[ $status == 127 && -n $code ]] || code=$status
+    [[ -n $signalled ]] || break # else: wait was cut short by a trap, the child still runs
+  done
+  trap '' TERM HUP INT USR1 # what is left is short, and must not be cut
+  return "$code"
+}
+
+pass_on() { # pass_on SIGNAL
+  signalled=$1 stopping=1
+  [[ -z $child ]] || kill -s "${forward_as:-$1}" "$child" 2>/dev/null || true
+}
+
+# processes_of_run: ids of what was started with this run's exit code file in its environment (nothing without /proc).
+processes_of_run() (
+  file=$ALEXNET_DDP_EXIT_CODE_FILE
+  unset ALEXNET_DDP_EXIT_CODE_FILE # else grep and cut find themselves
+  grep -lsF "$file" /proc/[0-9]*/environ | cut -d/ -f3 || true
+)
+
+# end_leftovers: torchrun may die before its workers: killed, or by a third signal, and under Slurm each signal reaches
+# it twice (from Slurm, and from here). The workers, in sessions of their own, then get their time to save all the same.
+end_leftovers() {
+  local pids deadline=$((SECONDS + TORCH_ELASTIC_SHUTDOWN_TIMEOUT))
+  pids=$(processes_of_run)
+  # shellcheck disable=SC2086 # one word a process
+  [[ -z $pids || -n $stopping ]] || kill -TERM $pids 2>/dev/null || true
+  while [[ -n $pids ]] && ((SECONDS < deadline)); do
+    sleep 0.2
+    pids=$(processes_of_run)
+  done
+  # shellcheck disable=SC2086
+  [[ -z $pids ]] || kill -KILL $pids 2>/dev/null || true
+}
+
+# run_torchrun NUM_PROCESSES OPTIONS...: torchrun, with the exit code of the run instead of torchrun's 1.
+# torchrun answers 1 whatever a worker's code was, so local rank 0 writes its own into ALEXNET_DDP_EXIT_CODE_FILE.
+run_torchrun() {
+  local nproc=$1 code=0 written
+  shift
+  choose_python
+
+  # Gradients of 244 MB are above glibc's mmap threshold: each step would map them anew, page-fault them in, and hand
+  # them back. Kept in the heap they cost nothing (measured on 2 cores: 18.8 -> 24.7 images/s).
+  export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296}
+  # What torchrun would set anyway, without its warning. alexnet_ddp sets torch's own threads to cores / processes.
+  if ((nproc > 1)); then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
+  # Seconds between a stop signal and SIGKILL: enough to finish a step and to save, and less than slurm/train.sbatch
+  # leaves. A torch that does not know this variable waits 30 s.
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-150}
+
+  ALEXNET_DDP_EXIT_CODE_FILE=$(mktemp "${TMPDIR:-/tmp}/alexnet_ddp.exit_code.XXXXXX")
+  export ALEXNET_DDP_EXIT_CODE_FILE
+  trap 'rm -f "$ALEXNET_DDP_EXIT_CODE_FILE"' EXIT
+  # By default torchrun neither handles SIGUSR1 nor survives it.
+  supervise "$python" "$project_dir/launch/torchrun.py" --nproc_per_node="$nproc" \
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "$@" || code=$?
+  ((code == 0)) || end_leftovers
+
+  written=$(<"$ALEXNET_DDP_EXIT_CODE_FILE")
+  # A 0 of local rank 0 does not hide that another process failed.
+  if [[ $written =~ ^[0-9]{1,3}$ ]] && ((10#$written > 0)); then code=$((10#$written)); fi
+  return "$code"
+}

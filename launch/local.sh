@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Trains on all devices of this machine:   launch/local.sh [overrides]
+#   NPROC=2    processes; default: one a CUDA device that is visible (CUDA_VISIBLE_DEVICES counts), else one
+#   PYTHON     default: .venv/bin/python, else python3
+# Exit code: the run's (0 complete, 64 configuration, 65 data, ..., 75 stopped and saved).
+set -euo pipefail
+. "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+
+# On a CPU one process uses all cores; more would only add copies of the model and exchange gradients between them.
+gpus=$(num_gpus "$@")
+NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
+check_number NPROC "$NPROC" 1 "leave it unset for all devices"
+
+run_torchrun "$NPROC" --standalone --local-addr=127.0.0.1 -m alexnet_ddp.train "$@"

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# One node of a run on many. Start it on every node, with the same values:   launch/node.sh [overrides]
+#   NNODES=2                     nodes, or MIN:MAX
+#   RDZV_ENDPOINT=node1:29500    where the nodes meet: a host of the run and a free port there. Neither authenticated nor
+#                                encrypted: a private network, please
+#   RDZV_ID=run42                a name that only this run uses
+#   NODE_RANK=0                  optional; 0 on the host of RDZV_ENDPOINT, which then is told so rather than guesses by its
+#                                host name. Under srun: SLURM_NODEID
+#   NPROC_PER_NODE=8             optional; default: one process a visible CUDA device, else one
+#   MAX_RESTARTS=0               optional; how often torchrun starts the workers again after a failure
+#   PYTHON                       default: .venv/bin/python, else python3
+# Where a node has several networks, export GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (eth0, ib0, ...).
+set -euo pipefail
+. "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+
+NNODES=${NNODES:-} RDZV_ENDPOINT=${RDZV_ENDPOINT:-} RDZV_ID=${RDZV_ID:-} MAX_RESTARTS=${MAX_RESTARTS:-0}
+NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}}
+gpus=$(num_gpus "$@")
+NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+
+check_nnodes() {
+  if [[ $NNODES =~ ^([1-9][0-9]{0,5})(:([1-9][0-9]{0,5}))?$ ]]; then
+    max_nodes=${BASH_REMATCH[3]:-$NNODES}
+    ((BASH_REMATCH[1] <= max_nodes)) && return
+  fi
+  die 64 "NNODES (${NNODES:-not set}) must be a whole number of at least 1, or MIN:MAX; for two machines: NNODES=2"
+}
+
+check_endpoint() {
+  if [[ $RDZV_ENDPOINT =~ ^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})$ ]]; then
+    ((10#${BASH_REMATCH[2]} >= 1 && 10#${BASH_REMATCH[2]} <= 65535)) && return
+  fi
+  die 64 "RDZV_ENDPOINT (${RDZV_ENDPOINT:-not set}) must be HOST:PORT with a port from 1 to 65535; the same on every node, for example node1:29500"
+}
+
+check_nnodes
+check_endpoint
+[[ $RDZV_ID =~ ^[A-Za-z0-9._-]+$ ]] ||
+  die 64 "RDZV_ID (${RDZV_ID:-not set}) must be a name of letters, digits, '.', '_' and '-'; the same on every node, and no other run's"
+check_number NPROC_PER_NODE "$NPROC_PER_NODE" 1 "leave it unset for all devices of the node"
+check_number MAX_RESTARTS "$MAX_RESTARTS" 0 "leave it unset for none"
+
+host=()
+if [[ -n $NODE_RANK ]]; then
+  check_number NODE_RANK "$NODE_RANK" 0 "0 on the host of RDZV_ENDPOINT, 1, 2, ... on the others"
+  ((10#$NODE_RANK < max_nodes)) || die 64 "NODE_RANK ($NODE_RANK) must be less than NNODES ($NNODES); 0 on the host of RDZV_ENDPOINT"
+  host=(--rdzv-conf="is_host=$((10#$NODE_RANK == 0))")
+fi
+
+run_torchrun "$NPROC_PER_NODE" --nnodes="$NNODES" --rdzv-backend=c10d --rdzv-endpoint="$RDZV_ENDPOINT" --rdzv-id="$RDZV_ID" \
+  ${host[@]+"${host[@]}"} --max-restarts="$MAX_RESTARTS" -m alexnet_ddp.train "$@"

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Set-up, then the tests:   launch/test.sh [pytest arguments]
+set -euo pipefail
+. "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+
+"$project_dir/launch/setup.sh"
+cd "$project_dir"
+exec .venv/bin/python -m pytest "$@"

@@ -1,0 +1,340 @@
+"""The launch scripts, through real bash, with stand-ins for python, pip, nvidia-smi, scontrol and srun.
+
+A stand-in leaves what it was given in the folder RECORD; FAKE_* variables say how it behaves.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+
+WAITS = """
+if [[ -n ${FAKE_WAITS:-} ]]; then
+  stopped=
+  for name in TERM INT USR1; do trap "echo $name >>'$RECORD/signals'; stopped=1" "$name"; done
+  touch "$RECORD/ready"
+  for ((i = 0; i < 200; i++)); do [[ -n $stopped ]] && break; sleep 0.05; done
+  sleep 0.2 # saves
+fi
+"""
+STAND_INS = {
+    "torchrun_python": f"""
+[[ $1 != -c ]] || exit "${{FAKE_IMPORT:-0}}"
+printf '%s\\0' "$@" >"$RECORD/argv"; env -0 >"$RECORD/env"
+{WAITS}
+printf %s "${{FAKE_CODE:-}}" >"$ALEXNET_DDP_EXIT_CODE_FILE"
+if [[ -n ${{FAKE_WORKER:-}} ]]; then # in a session of its own, as torchrun's are; torchrun dies and leaves it behind
+  setsid bash -c 'trap "printf 75 >\"$ALEXNET_DDP_EXIT_CODE_FILE\"; exit" TERM; touch "$RECORD/ready"
+    while sleep 0.05; do :; done' >/dev/null 2>&1 &
+  until [[ -e $RECORD/ready ]]; do sleep 0.02; done
+fi
+exit "${{FAKE_EXIT:-0}}"
+""",
+    "setup_python": f"""
+case "$1 $2 ${{3:-}}" in
+  "-m venv "*) mkdir -p "${{@: -1}}/bin"; cp "$0" "${{@: -1}}/bin/python"; echo venv >>"$RECORD/calls" ;;
+  "-m pip --version") ;;
+  "-m pip install")
+    echo pip >>"$RECORD/calls"
+    [[ -z ${{FAKE_KILL:-}} ]] || kill -9 "$(<"$RECORD/pid")"
+    exit "${{FAKE_PIP:-0}}" ;;
+  *) exec '{sys.executable}' "$@" ;;
+esac
+""",
+    "old_python": 'exec "$REAL" -c "import sys; sys.exit(1)"',
+    "nvidia-smi": """for i in 0 1 2 3; do echo "GPU $i: a card (UUID: GPU-$i)"; done""",
+    "scontrol": """
+case "$1 $2" in
+  "show hostnames") printf 'node7\\nnode8\\n' ;;
+  "show job") echo "   JobState=${FAKE_STATE:-RUNNING} Reason=None" ;;
+  *) echo "$*" >>"$RECORD/scontrol" ;;
+esac
+""",
+    "srun": f"""printf '%s\\0' "$@" >"$RECORD/argv"; env -0 >"$RECORD/env"; {WAITS} exit "${{FAKE_EXIT:-0}}" """,
+}
+
+
+class Launcher:
+    """A copy of the scripts in a folder with a space in its name, and a PATH that begins with chosen stand-ins."""
+
+    def __init__(self, folder: Path):
+        self.project, self.record, self.path = folder / "my project", folder / "record", folder / "path"
+        for made in (self.project, self.record, self.path):
+            made.mkdir()
+        for name in ("launch", "slurm"):
+            shutil.copytree(PROJECT / name, self.project / name)
+        (self.project / "pyproject.toml").write_text("version = 1\n")
+        keep = ("HOME", "TMPDIR", "LANG")
+        self.env = {name: os.environ[name] for name in keep if name in os.environ}
+        self.env |= {"PATH": f"{self.path}:{os.environ['PATH']}", "RECORD": str(self.record), "REAL": sys.executable}
+        self.put("torchrun_python", "scontrol", "srun")
+        self.put("nvidia-smi", text="exit 9")  # as where there is no driver
+        self.env["PYTHON"] = "torchrun_python"
+
+    def put(self, *names: str, text: str | None = None) -> None:
+        for name in names:
+            file = self.path / name
+            file.write_text("#!/usr/bin/env bash\nset -u\n" + (text or STAND_INS[name]))
+            file.chmod(0o755)
+
+    def start(self, script: str, *arguments: str, **env: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", str(self.project / script), *arguments],
+            env=self.env | env,
+            cwd=self.record,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # bash cannot trap a signal that was ignored when it started, as SIGINT is in background jobs
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+    def run(self, script: str, *arguments: str, **env: str) -> tuple[int, str]:
+        process = self.start(script, *arguments, **env)
+        (self.record / "pid").write_text(str(process.pid))
+        _, errors = process.communicate(timeout=30)
+        return process.returncode, errors
+
+    def signalled(self, script: str, number: signal.Signals, **env: str) -> tuple[int, list[str]]:
+        process = self.start(script, FAKE_WAITS="1", **env)
+        deadline = time.monotonic() + 20
+        while not (self.record / "ready").exists():
+            assert time.monotonic() < deadline, process.poll()
+            time.sleep(0.01)
+        process.send_signal(number)
+        process.communicate(timeout=30)
+        return process.returncode, self.lines("signals")
+
+    def lines(self, name: str) -> list[str]:
+        file = self.record / name
+        return file.read_text().splitlines() if file.exists() else []
+
+    @property
+    def argv(self) -> list[str]:
+        return (self.record / "argv").read_text().split("\0")[:-1]
+
+    @property
+    def child_env(self) -> dict[str, str]:
+        return dict(entry.split("=", 1) for entry in (self.record / "env").read_text().split("\0")[:-1])
+
+
+@pytest.fixture
+def launcher(tmp_path):
+    return Launcher(tmp_path)
+
+
+NODE = {"NNODES": "2", "RDZV_ENDPOINT": "node1:29500", "RDZV_ID": "run42"}
+JOB = {"SLURM_JOB_ID": "31007", "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "6"}
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+
+
+# --- local.sh and node.sh
+
+
+def test_local_hands_arguments_on_unchanged_also_with_spaces(launcher):
+    overrides = ["run.name=a b", "x=[1,2]", "", "y='*'"]
+    assert launcher.run("launch/local.sh", *overrides) == (0, "")
+    assert Path(launcher.argv[0]).name == "torchrun.py"
+    assert launcher.argv[-6:] == ["-m", "alexnet_ddp.train", *overrides]
+    assert "--standalone" in launcher.argv
+    assert "--nproc_per_node=1" in launcher.argv
+
+
+@pytest.mark.parametrize(
+    ("visible", "override", "processes"),
+    [(None, "", 4), ("0,2", "", 2), ("", "", 0), ("NoDevFiles", "", 0), ("1,-1", "", 1), (None, "device=cpu", 0)],
+)
+def test_local_starts_one_process_a_visible_gpu_and_one_on_a_cpu(launcher, visible, override, processes):
+    launcher.put("nvidia-smi")
+    launcher.run("launch/local.sh", override, **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))
+    assert f"--nproc_per_node={processes or 1}" in launcher.argv
+
+
+def test_local_keeps_the_users_settings(launcher):
+    mine = {"MALLOC_TRIM_THRESHOLD_": "1", "OMP_NUM_THREADS": "3", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "9", "NPROC": "2"}
+    launcher.run("launch/local.sh", **mine)
+    assert {name: launcher.child_env.get(name) for name in mine} == mine
+    assert "--nproc_per_node=2" in launcher.argv
+
+
+def test_the_python_of_the_project_is_used_when_none_is_named(launcher):
+    python = launcher.project / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    shutil.copy(launcher.path / "torchrun_python", python)
+    assert launcher.run("launch/local.sh", PYTHON="", FAKE_CODE="70", FAKE_EXIT="1")[0] == 70
+
+
+def test_a_python_without_the_project_is_refused_with_the_remedy(launcher):
+    rule = "Python (torchrun_python) must have torch and alexnet_ddp installed"
+    remedy = "run launch/setup.sh, or set PYTHON"
+    assert launcher.run("launch/local.sh", FAKE_IMPORT="1") == (64, f"local.sh: {rule}; {remedy}\n")
+
+
+@pytest.mark.parametrize(
+    ("written", "torchrun", "expected"),
+    [("0", 0, 0), ("75", 1, 75), ("93", 1, 93), ("", 1, 1), ("", 137, 137), ("0", 1, 1), ("oops", 1, 1)],
+)
+def test_exit_code_is_the_one_the_run_wrote_else_torchruns(launcher, written, torchrun, expected):
+    code, _ = launcher.run("launch/node.sh", **NODE, FAKE_CODE=written, FAKE_EXIT=str(torchrun))
+    assert code == expected
+    assert not Path(launcher.child_env["ALEXNET_DDP_EXIT_CODE_FILE"]).exists()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_stop_signal_reaches_torchrun_once_and_the_script_waits_for_the_save(launcher, number):
+    received = launcher.signalled("launch/local.sh", number, FAKE_CODE="75", FAKE_EXIT="1")
+    assert received == (75, [number.name.removeprefix("SIG")])
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds left processes through /proc")
+def test_workers_that_outlive_torchrun_are_stopped_and_waited_for(launcher):
+    assert launcher.run("launch/local.sh", FAKE_WORKER="1", FAKE_EXIT="137")[0] == 75
+
+
+def test_a_lost_terminal_stops_the_run_as_sigterm_does(launcher):
+    assert launcher.signalled("launch/local.sh", signal.SIGHUP, FAKE_CODE="75") == (75, ["TERM"])
+
+
+def test_node_gives_torchrun_the_rendezvous(launcher):
+    assert launcher.run("launch/node.sh", "a b", **NODE, NODE_RANK="0", NPROC_PER_NODE="8", MAX_RESTARTS="3") == (0, "")
+    wanted = "--nproc_per_node=8 --nnodes=2 --max-restarts=3 --rdzv-backend=c10d --rdzv-endpoint=node1:29500"
+    assert {*wanted.split(), "--rdzv-id=run42", "--rdzv-conf=is_host=1"} <= set(launcher.argv)
+    assert launcher.argv[-3:] == ["-m", "alexnet_ddp.train", "a b"]
+
+
+def test_node_takes_its_rank_from_slurm_and_needs_none(launcher):
+    launcher.run("launch/node.sh", **NODE, SLURM_NODEID="1")
+    assert "--rdzv-conf=is_host=0" in launcher.argv
+    launcher.run("launch/node.sh", **NODE | {"NNODES": "2:4"})
+    assert not [argument for argument in launcher.argv if "rdzv-conf" in argument]
+
+
+A_COUNT = "a whole number of at least 1, or MIN:MAX; for two machines: NNODES=2"
+AN_ENDPOINT = "HOST:PORT with a port from 1 to 65535; the same on every node, for example node1:29500"
+A_NAME = "a name of letters, digits, '.', '_' and '-'; the same on every node, and no other run's"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule_and_remedy"),
+    [
+        ("NNODES", "", A_COUNT),
+        ("NNODES", "4:2", A_COUNT),
+        ("RDZV_ENDPOINT", "node1", AN_ENDPOINT),
+        ("RDZV_ENDPOINT", "node1:70000", AN_ENDPOINT),
+        ("RDZV_ID", "a b", A_NAME),
+        ("NPROC_PER_NODE", "0", "a whole number of at least 1; leave it unset for all devices of the node"),
+        ("MAX_RESTARTS", "-1", "a whole number of at least 0; leave it unset for none"),
+        ("NODE_RANK", "x", "a whole number of at least 0; 0 on the host of RDZV_ENDPOINT, 1, 2, ... on the others"),
+        ("NODE_RANK", "2", "less than NNODES (2); 0 on the host of RDZV_ENDPOINT"),
+    ],
+)
+def test_node_refuses_a_wrong_value_by_name_with_rule_and_remedy(launcher, name, value, rule_and_remedy):
+    message = f"node.sh: {name} ({value or 'not set'}) must be {rule_and_remedy}\n"
+    assert launcher.run("launch/node.sh", **NODE | {name: value}) == (64, message)
+
+
+# --- setup.sh
+
+
+@pytest.fixture
+def setup(launcher):
+    launcher.put("setup_python")
+    return lambda **env: launcher.run("launch/setup.sh", **{"PYTHON": "setup_python"} | env)
+
+
+def test_setup_installs_once_and_again_only_when_pyproject_changes(launcher, setup):
+    assert setup() == (0, "")
+    assert setup() == (0, "")
+    assert launcher.lines("calls") == ["venv", "pip"]
+    (launcher.project / "pyproject.toml").write_text("version = 2\n")
+    setup()
+    assert launcher.lines("calls") == ["venv", "pip", "pip"]
+
+
+def test_setup_makes_an_interrupted_environment_anew(launcher, setup):
+    assert setup(FAKE_KILL="1")[0] == -signal.SIGKILL
+    assert setup()[0] == 0
+    assert launcher.lines("calls") == ["venv", "pip", "venv", "pip"]
+
+
+def test_setup_keeps_the_environment_when_pip_fails(launcher, setup):
+    reason = "pip could not install the project (its reason is above)"
+    assert setup(FAKE_PIP="2") == (1, f"setup.sh: {reason}; once that is mended, run launch/setup.sh again\n")
+    assert setup()[0] == 0
+    assert launcher.lines("calls") == ["venv", "pip", "pip"]
+
+
+def test_setup_follows_a_moved_project_with_a_new_environment(launcher, setup):
+    setup()
+    launcher.project = launcher.project.rename(launcher.project.with_name("elsewhere"))
+    setup()
+    assert launcher.lines("calls") == ["venv", "pip", "venv", "pip"]
+
+
+def test_setup_passes_over_pythons_that_are_too_old_or_only_shims(launcher, setup):
+    launcher.put("python3.13", text=STAND_INS["old_python"])
+    launcher.put("python3.12", text=STAND_INS["setup_python"])
+    assert setup(PYTHON="") == (0, "")
+    assert launcher.lines("calls") == ["venv", "pip"]
+
+
+def test_setup_without_a_new_enough_python_says_how_to_get_on(launcher, setup):
+    launcher.put("python3.9", text=STAND_INS["old_python"])
+    remedy = "install one, or name it: PYTHON=/path/to/python3.12 launch/setup.sh"
+    assert setup(PYTHON="python3.9") == (64, f"setup.sh: no Python of at least 3.11 (tried: python3.9); {remedy}\n")
+
+
+# --- slurm/train.sbatch
+
+
+@pytest.fixture
+def sbatch(launcher):
+    launcher.env |= JOB | {"SLURM_SUBMIT_DIR": str(launcher.project)}
+    return lambda *arguments, **env: launcher.run("slurm/train.sbatch", *arguments, **env)
+
+
+def test_the_job_starts_one_task_a_node_and_meets_on_the_head_node(launcher, sbatch):
+    assert sbatch("run.name=a b", "x=1", SLURM_RESTART_COUNT="2") == (0, "")
+    assert launcher.argv[-3:] == ["launch/node.sh", "run.name=a b", "x=1"]
+    assert {"--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=6"} <= set(launcher.argv)
+    host, port = launcher.child_env["RDZV_ENDPOINT"].split(":")
+    assert host == "node7"
+    assert 15000 <= int(port) < 30000
+    assert (launcher.child_env["NNODES"], launcher.child_env["RDZV_ID"]) == ("2", "31007.2")
+
+
+@pytest.mark.parametrize("code", [75, 76])
+def test_the_job_is_requeued_once_when_it_was_stopped_or_lost_a_peer(launcher, sbatch, code):
+    assert sbatch(FAKE_EXIT=str(code))[0] == code
+    assert launcher.lines("scontrol") == ["requeue 31007"]
+
+
+@pytest.mark.parametrize("code", [0, 1, 64, 65, 66, 70, 74, 93, 137, 143])
+def test_the_job_is_not_requeued_on_any_other_code(launcher, sbatch, code):
+    assert sbatch(FAKE_EXIT=str(code))[0] == code
+    assert launcher.lines("scontrol") == []
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "TIMEOUT", "COMPLETING", "PENDING"])
+def test_the_job_is_not_requeued_when_slurm_has_decided_already(launcher, sbatch, state):
+    assert sbatch(FAKE_EXIT="75", FAKE_STATE=state)[0] == 75
+    assert launcher.lines("scontrol") == []
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_to_the_batch_shell_reaches_the_tasks_as_usr1_and_requeues(launcher, sbatch, number):
+    assert launcher.signalled("slurm/train.sbatch", number, FAKE_EXIT="75") == (75, ["USR1"])
+    assert launcher.lines("scontrol") == ["requeue 31007"]
+
+
+def test_the_job_refuses_a_folder_that_is_not_the_project(launcher, sbatch):
+    rule = "PROJECT_DIR (/nowhere) must be the project's folder, with launch/node.sh in it"
+    remedy = "call sbatch there, or PROJECT_DIR=/path/to/project sbatch ..."
+    assert sbatch(PROJECT_DIR="/nowhere") == (64, f"train.sbatch: {rule}; {remedy}\n")
