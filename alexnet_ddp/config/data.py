@@ -1,0 +1,95 @@
+"""Knobs of the data and of its augmentation."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from omegaconf import MISSING
+
+from alexnet_ddp.config.checks import positive, require, within
+
+OnBadImage = StrEnum("OnBadImage", {name: name for name in ("raise", "skip")})  # `raise` is a Python keyword
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where images come from, and what size the network sees."""
+
+    image_size: int = 224  # pixels, height = width
+    eval_resize: int | None = None  # pixels of the shorter side before the centre crop; null: image_size * 256 / 224
+    num_threads: int | None = None  # that decode, a rank; null: this rank's share of the cores
+    on_bad_image: OnBadImage = OnBadImage["raise"]  # raise: exit 65 with its path; skip: a smaller batch and a warning
+    limit_train: int | None = None  # use only so many images, the same ones in each run
+    limit_val: int | None = None
+
+    def __post_init__(self) -> None:
+        positive("data", self, "image_size", "num_threads", "limit_train", "limit_val")
+        if self.eval_resize is None:
+            self.eval_resize = round(self.image_size * 256 / 224)
+        rule = f"must be at least data.image_size ({self.image_size})"
+        require(self.eval_resize >= self.image_size, f"data.eval_resize ({self.eval_resize}) {rule}")
+
+
+@dataclass(kw_only=True)
+class FolderConfig(DataConfig):
+    root: str = MISSING  # holds train/CLASS/* and val/CLASS/*
+
+
+@dataclass(kw_only=True)
+class ImageNetConfig(DataConfig):
+    root: str = MISSING  # holds the ILSVRC2012 archives as distributed, or the extracted train/ and val/
+
+
+@dataclass(kw_only=True)
+class DemoConfig(DataConfig):
+    root: str = MISSING  # the built-in data is written here, once
+
+
+@dataclass(kw_only=True)
+class SyntheticConfig(DataConfig):
+    """Random tensors without files: for benchmarks and dry runs."""
+
+    num_train: int = 2_048
+    num_val: int = 256
+    num_classes: int = 1_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("data", self, "num_train", "num_val", "num_classes")
+
+
+@dataclass(kw_only=True)
+class AugmentConfig:
+    """What happens to a training image, as a function of (seed, epoch, index)."""
+
+
+@dataclass(kw_only=True)
+class NoAugmentConfig(AugmentConfig):
+    """The evaluation's resize and centre crop."""
+
+
+@dataclass(kw_only=True)
+class BasicAugmentConfig(AugmentConfig):
+    """RandomResizedCrop and horizontal flip, with torchvision's distributions."""
+
+    min_scale: float = 0.08  # share of the image's area that a crop covers, at least
+    max_scale: float = 1.0
+    max_ratio: float = 4 / 3  # width / height, log-uniform in [1 / max_ratio, max_ratio]
+    flip: float = 0.5  # probability
+
+    def __post_init__(self) -> None:
+        within("augment", self, 0, 1, "min_scale", "max_scale", "flip")
+        rule = f"must be at most augment.max_scale ({self.max_scale})"
+        require(self.min_scale <= self.max_scale, f"augment.min_scale ({self.min_scale}) {rule}")
+        require(self.max_ratio >= 1, f"augment.max_ratio ({self.max_ratio}) must be at least 1")
+
+
+@dataclass(kw_only=True)
+class AlexNet2012AugmentConfig(AugmentConfig):
+    """Krizhevsky 2012, section 4.1: a random crop of the central square, flip, colour noise along the RGB axes."""
+
+    flip: float = 0.5
+    colour_sigma: float = 0.1  # of the normal noise that multiplies each eigenvalue
+
+    def __post_init__(self) -> None:
+        within("augment", self, 0, 1, "flip")
+        within("augment", self, 0, 10, "colour_sigma")

@@ -1,0 +1,97 @@
+"""Knobs of a run: its name, its length, its batches, its checkpoints, its loggers."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from omegaconf import MISSING
+
+from alexnet_ddp.config.checks import positive, require
+
+
+class Device(StrEnum):
+    auto = "auto"  # cuda where there is one
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Precision(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Wandb(StrEnum):
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """A run is its name: the same name is the same directory, and goes on where it was."""
+
+    name: str
+    root: str = "runs"  # the run's directory is root/name
+
+    def __post_init__(self) -> None:
+        bad = not self.name or self.name in (".", "..") or "/" in self.name
+        require(not bad, f"run.name ({self.name!r}) must name one directory below run.root ({self.root})")
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How replicas stay equal."""
+
+
+@dataclass(kw_only=True)
+class DDPConfig(ParallelConfig):
+    """Gradients are summed over the ranks while the backward pass runs."""
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    epochs: int = MISSING
+    max_steps: int | None = None  # end after so many optimizer steps, however many epochs are asked for
+    global_batch_size: int = MISSING  # images per optimizer step, over all ranks
+    micro_batch_size: int | None = None  # images per forward pass, on one rank; null: its whole slice at once
+    eval_batch_size: int = 64  # images per forward pass of an evaluation, the same for every world size
+    drop_last: bool = False  # true: leave out the incomplete last batch of an epoch, as the references do
+    precision: Precision = Precision.fp32  # bf16 and fp16: autocast, on GPUs
+    tf32: bool = True  # on GPUs, fp32 products by TF32
+    compile: bool = False  # torch.compile
+    label_smoothing: float = 0.0
+    clip_grad_norm: float | None = None
+    log_every_steps: int = 10
+    eval_every_epochs: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = ("global_batch_size", "micro_batch_size", "eval_batch_size", "clip_grad_norm")
+        positive("trainer", self, "epochs", "max_steps", "log_every_steps", "eval_every_epochs", *sizes)
+        require(0 <= self.label_smoothing < 1, f"trainer.label_smoothing ({self.label_smoothing}) must lie in [0, 1)")
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Beside these: at the end of each epoch, at the end of the run, and on a stop signal."""
+
+    save_every_steps: int | None = None
+    save_every_minutes: float | None = 5.0
+    keep_last: int = 2  # the best one is kept as well
+
+    def __post_init__(self) -> None:
+        positive("checkpoint", self, "save_every_steps", "save_every_minutes", "keep_last")
+
+
+@dataclass(kw_only=True)
+class ResumeConfig:
+    allow_changes: bool = False  # go on although the model, the data or the batch is not what the checkpoint had
+
+
+@dataclass(kw_only=True)
+class LoggerConfig:
+    """metrics.jsonl and plain lines are always written; these come on top."""
+
+    wandb: Wandb = Wandb.disabled
+    wandb_project: str = "alexnet_ddp"
+    tensorboard: bool = True
+    progress: bool = True  # a progress bar where the output is a terminal

@@ -1,0 +1,71 @@
+"""How a run can end, as exceptions: each carries its exit code, and its message is one line for the user.
+
+A message says the value, the rule and the remedy. Anything else that is raised is a bug and keeps its trace.
+"""
+
+import os
+from pathlib import Path
+
+
+def leave_code(code: int) -> None:
+    """Tell the launch script how this process ends: torchrun turns every code but 0 into 1.
+
+    Local rank 0 speaks for its node; another rank only where it fails and nobody has spoken.
+    """
+    path = os.environ.get("ALEXNET_DDP_EXIT_CODE_FILE")
+    if not path:
+        return
+    file, is_first = Path(path), os.environ.get("LOCAL_RANK", "0") == "0"
+    if is_first or (code and not (file.exists() and file.read_text())):
+        file.write_text(f"{code}\n")
+
+
+class RunError(Exception):
+    """Base of the ends that a run can foresee. `exit_code` is what the process and status.json report."""
+
+    exit_code = 1
+    only_here = False  # raised on this rank alone, so this rank has to print it
+
+
+class ConfigError(RunError, ValueError):
+    """The configuration is wrong, or asks for what this machine cannot do."""
+
+    exit_code = 64
+
+
+class DataError(RunError, ValueError):
+    """The data set is missing, inconsistent or unreadable."""
+
+    exit_code = 65
+
+
+class NoCheckpoint(RunError):
+    """Checkpoints exist, but none is usable: a run never silently starts afresh."""
+
+    exit_code = 66
+
+
+class Diverged(RunError):
+    """The loss is not finite."""
+
+    exit_code = 70
+
+
+class CheckpointIOError(RunError):
+    """Checkpoints could not be written three times in a row."""
+
+    exit_code = 74
+
+
+class Preempted(RunError):
+    """A stop signal arrived and the run was saved: start it again to go on."""
+
+    exit_code = 75
+
+
+class PeerFailed(RunError):
+    """Another rank failed and says why; this one only leaves with it."""
+
+    def __init__(self, exit_code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code

@@ -1,0 +1,318 @@
+"""Every knob is typed and checked, every mistake is one line and code 64, and Hydra leaves nothing behind."""
+
+import multiprocessing
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.errors import HydraException
+
+from alexnet_ddp.cli import CONF_DIR, compose
+from alexnet_ddp.config import Config, ConfigError
+from tests.ranks import run_ranks  # noqa: F401 (its forkserver has torch loaded: a process is up in a blink)
+
+GROUPS = ("data", "augment", "model", "optimizer", "scheduler", "parallel", "experiment")
+EXPERIMENTS = sorted(path.stem for path in (CONF_DIR / "experiment").glob("*.yaml"))
+
+
+def choices(group: str) -> set[str]:
+    return {path.stem for path in (CONF_DIR / group).glob("*.yaml")}
+
+
+def header(path: Path) -> str:
+    """The comment lines that a file begins with."""
+    lines = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line)
+    return "\n".join(lines)
+
+
+# --- knobs ------------------------------------------------------------------------------------------------------
+
+WRONG_VALUES = {
+    "run.name=": "run.name ('') must name one directory below run.root (runs)",
+    "run.name=..": "run.name ('..') must name one directory below run.root (runs)",
+    "run.name=a/b run.root=x": "run.name ('a/b') must name one directory below run.root (x)",
+    "data.image_size=0": "data.image_size (0) must be greater than 0 and finite",
+    "data.image_size=64 data.eval_resize=63": "data.eval_resize (63) must be at least data.image_size (64)",
+    "data.num_threads=0": "data.num_threads (0) must be greater than 0 and finite",
+    "data.limit_train=0": "data.limit_train (0) must be greater than 0 and finite",
+    "data.limit_val=-1": "data.limit_val (-1) must be greater than 0 and finite",
+    "data=synthetic data.num_train=0": "data.num_train (0) must be greater than 0 and finite",
+    "data=synthetic data.num_val=0": "data.num_val (0) must be greater than 0 and finite",
+    "data=synthetic data.num_classes=0": "data.num_classes (0) must be greater than 0 and finite",
+    "augment.min_scale=-1": "augment.min_scale (-1.0) must lie in [0, 1]",
+    "augment.max_scale=2": "augment.max_scale (2.0) must lie in [0, 1]",
+    "augment.min_scale=0.9 augment.max_scale=0.5": "augment.min_scale (0.9) must be at most augment.max_scale (0.5)",
+    "augment.max_ratio=0.5": "augment.max_ratio (0.5) must be at least 1",
+    "augment.flip=2": "augment.flip (2.0) must lie in [0, 1]",
+    "augment=alexnet_2012 augment.flip=-1": "augment.flip (-1.0) must lie in [0, 1]",
+    "augment=alexnet_2012 augment.colour_sigma=-1": "augment.colour_sigma (-1.0) must lie in [0, 10]",
+    "model.dropout=1": "model.dropout (1.0) must lie in [0, 1)",
+    "model=torchvision model.name=resnet18 model.dropout=-0.1": "model.dropout (-0.1) must lie in [0, 1)",
+    "optimizer.lr=0": "optimizer.lr (0.0) must be greater than 0 and finite",
+    "optimizer.lr=nan": "optimizer.lr (nan) must be greater than 0 and finite",
+    "optimizer.bias_lr_factor=0": "optimizer.bias_lr_factor (0.0) must be greater than 0 and finite",
+    "optimizer.weight_decay=-1": "optimizer.weight_decay (-1.0) must be at least 0",
+    "optimizer=adamw optimizer.beta1=1": "optimizer.beta1 (1.0) must lie in [0, 1)",
+    "optimizer=adamw optimizer.beta2=-1": "optimizer.beta2 (-1.0) must lie in [0, 1)",
+    "optimizer=adamw optimizer.eps=0": "optimizer.eps (0.0) must be greater than 0 and finite",
+    "optimizer=sgd optimizer.momentum=2": "optimizer.momentum (2.0) must lie in [0, 1]",
+    "optimizer=sgd optimizer.momentum=0 optimizer.nesterov=true": (
+        "optimizer.nesterov needs optimizer.momentum greater than 0"
+    ),
+    "scheduler.warmup_epochs=-1": "scheduler.warmup_epochs (-1.0) must be at least 0",
+    "scheduler=cosine scheduler.min_lr_ratio=2": "scheduler.min_lr_ratio (2.0) must lie in [0, 1]",
+    "scheduler=step scheduler.milestones_epochs=[3,2]": "scheduler.milestones_epochs ([3.0, 2.0]) must rise",
+    "scheduler=step scheduler.gamma=0": "scheduler.gamma (0.0) must be greater than 0 and finite",
+    "scheduler=poly scheduler.power=0": "scheduler.power (0.0) must be greater than 0 and finite",
+    "trainer.epochs=0": "trainer.epochs (0) must be greater than 0 and finite",
+    "trainer.max_steps=0": "trainer.max_steps (0) must be greater than 0 and finite",
+    "trainer.global_batch_size=0": "trainer.global_batch_size (0) must be greater than 0 and finite",
+    "trainer.micro_batch_size=0": "trainer.micro_batch_size (0) must be greater than 0 and finite",
+    "trainer.eval_batch_size=-1": "trainer.eval_batch_size (-1) must be greater than 0 and finite",
+    "trainer.label_smoothing=1": "trainer.label_smoothing (1.0) must lie in [0, 1)",
+    "trainer.clip_grad_norm=0": "trainer.clip_grad_norm (0.0) must be greater than 0 and finite",
+    "trainer.log_every_steps=0": "trainer.log_every_steps (0) must be greater than 0 and finite",
+    "trainer.eval_every_epochs=0": "trainer.eval_every_epochs (0) must be greater than 0 and finite",
+    "checkpoint.save_every_steps=0": "checkpoint.save_every_steps (0) must be greater than 0 and finite",
+    "checkpoint.save_every_minutes=0": "checkpoint.save_every_minutes (0.0) must be greater than 0 and finite",
+    "checkpoint.keep_last=0": "checkpoint.keep_last (0) must be greater than 0 and finite",
+    "device=cpu trainer.precision=bf16": (
+        "trainer.precision=bf16 needs a CUDA device, but device=cpu; use trainer.precision=fp32"
+    ),
+    "device=cpu trainer.precision=fp16": (
+        "trainer.precision=fp16 needs a CUDA device, but device=cpu; use trainer.precision=fp32"
+    ),
+    "data=folder": "data.root is required and has no value; give it on the command line: data.root=...",
+    "data=imagenet": "data.root is required and has no value; give it on the command line: data.root=...",
+    "model=torchvision": "model.name is required and has no value; give it on the command line: model.name=...",
+    "++data.x.y=1": (
+        "data.x is not a key; known here: "
+        "eval_resize, image_size, limit_train, limit_val, num_threads, on_bad_image, root"
+    ),
+    "+data._target_=os.system": (
+        "data._target_ is not a key; known here: "
+        "eval_resize, image_size, limit_train, limit_val, num_threads, on_bad_image, root"
+    ),
+}
+
+# What Hydra itself refuses; the text is in its exception or in the cause of it.
+REFUSED_BY_HYDRA = {
+    "trainer.nope=1": "Key 'nope' not in 'TrainerConfig'",
+    "model.name=resnet18": "Key 'name' not in 'AlexNetSmallConfig'",  # a knob of another choice would be ignored
+    "scheduler=cosine scheduler.power=2": "Key 'power' not in 'CosineConfig'",
+    "data.num_classes=3": "Key 'num_classes' not in 'DemoConfig'",
+    "optimizer=sgd optimizer.beta1=0.9": "Key 'beta1' not in 'SGDConfig'",
+    "data._target_=os.system": "Key '_target_' not in 'DemoConfig'",
+    "trainer.epochs=1.5": "Value '1.5' of type 'float' could not be converted to Integer",
+    "trainer.epochs=null": "field 'trainer.epochs' is not Optional",
+    "optimizer.lr=fast": "Value 'fast' of type 'str' could not be converted to Float",
+    "trainer.compile=maybe": "Value 'maybe' is not a valid bool",
+    "device=tpu": "Invalid value 'tpu', expected one of [auto, cpu, cuda]",
+    "trainer.precision=int8": "Invalid value 'int8', expected one of [fp32, bf16, fp16]",
+    "logger.wandb=true": "Invalid value 'True', expected one of [disabled, offline, online]",
+    "data.on_bad_image=ignore": "Invalid value 'ignore', expected one of [raise, skip]",
+    "scheduler=step scheduler.milestones_epochs=3": "int is not a ListConfig",
+    "optimizer=nope": "Could not find 'optimizer/nope'",
+}
+
+
+@pytest.mark.parametrize("overrides", WRONG_VALUES)
+def test_a_wrong_value_is_refused_with_value_rule_and_remedy(overrides):
+    with pytest.raises(ConfigError) as e:
+        compose(overrides.split())
+    assert str(e.value) == WRONG_VALUES[overrides]
+
+
+@pytest.mark.parametrize("overrides", REFUSED_BY_HYDRA)
+def test_what_the_schema_does_not_know_is_refused(overrides):
+    with pytest.raises(HydraException) as e:
+        compose(overrides.split())
+    assert REFUSED_BY_HYDRA[overrides] in f"{e.value} {e.value.__cause__}"
+
+
+def test_without_overrides_the_demo_is_composed_into_plain_dataclasses():
+    cfg = compose([])
+    assert isinstance(cfg, Config)
+    assert (cfg.run.name, cfg.run_dir) == ("demo", Path("runs/demo"))
+    assert (type(cfg.data).__name__, type(cfg.model).__name__) == ("DemoConfig", "AlexNetSmallConfig")
+    assert isinstance(cfg.trainer.log_every_steps, int)
+
+
+def test_of_two_values_for_one_key_the_last_counts():
+    assert compose(["seed=1", "seed=2"]).seed == 2
+    assert type(compose(["model=alexnet", "model=alexnet_bn"]).model).__name__ == "AlexNetBNConfig"
+
+
+def test_eval_resize_follows_the_image_size_by_torchvisions_ratio():
+    assert compose(["data=synthetic"]).data.eval_resize == 256
+    assert compose(["data.image_size=112"]).data.eval_resize == 128
+    assert compose(["data.image_size=112", "data.eval_resize=112"]).data.eval_resize == 112
+
+
+@pytest.mark.parametrize("group", [g for g in GROUPS if g != "experiment"])
+def test_every_choice_of_a_group_composes_and_is_the_only_thing_that_changes(group):
+    required = {"folder": ["data.root=x"], "imagenet": ["data.root=x"], "torchvision": ["model.name=resnet18"]}
+    kinds = set()
+    for choice in choices(group):
+        kinds.add(type(getattr(compose([f"{group}={choice}", *required.get(choice, [])]), group)))
+    assert len(kinds) == len(choices(group))
+
+
+# --- experiments and help ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_composes_under_its_own_name(name):
+    root = [] if name in ("demo", "smoke") else ["data.root=somewhere"]
+    assert compose([f"experiment={name}", *root]).run.name == name
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_header_of_an_experiment_says_its_command_and_what_to_expect(name):
+    text = header(CONF_DIR / "experiment" / f"{name}.yaml")
+    assert re.search(rf"alexnet_ddp\.train experiment={name}\b", text)
+    assert "Expected" in text
+
+
+def test_the_demo_experiment_is_the_default():
+    assert compose(["experiment=demo"]) == compose([])
+
+
+@pytest.mark.parametrize(("root", "groups"), [("train", GROUPS), ("evaluate", ("data", "model"))])
+def test_the_help_lists_exactly_the_choices_that_exist(root, groups):
+    template = yaml.safe_load((CONF_DIR / f"{root}.yaml").read_text())["hydra"]["help"]["template"]
+    table = template.split("== Groups: choose with group=choice ==")[1].split("==")[0]
+    listed = {line.split()[0]: set(line.split(maxsplit=1)[1].split(" | ")) for line in table.strip().splitlines()}
+    assert listed == {group: choices(group) for group in groups}
+
+
+def test_every_folder_of_conf_is_a_known_group():
+    assert {path.name for path in CONF_DIR.iterdir() if path.is_dir()} == set(GROUPS)
+
+
+# --- the door: real processes -----------------------------------------------------------------------------------
+
+
+def as_main(arguments: list[str], cwd: str) -> None:
+    """What `python -m alexnet_ddp.train ARGUMENTS` does, with its output in files."""
+    os.chdir(cwd)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"../{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.pop("HYDRA_FULL_ERROR", None)
+    sys.argv = ["train.py", *arguments]
+    sys.modules.pop("alexnet_ddp.train", None)
+    runpy.run_module("alexnet_ddp.train", run_name="__main__", alter_sys=True)
+
+
+@pytest.fixture
+def train(tmp_path):
+    """train(arguments) -> exit code, stdout, stderr, and what lies in the directory afterwards."""
+    cwd = tmp_path / "cwd"
+    cwd.mkdir()
+
+    def start(*arguments: str) -> tuple[int, str, str, list[str]]:
+        context = multiprocessing.get_context("forkserver")
+        process = context.Process(target=as_main, args=(list(arguments), str(cwd)))
+        process.start()
+        process.join(60)
+        out, err = ((tmp_path / name).read_text() for name in ("stdout", "stderr"))
+        return process.exitcode, out, err, sorted(os.listdir(cwd))
+
+    return start
+
+
+WRONG_NAME = "run.name ('0/x') must name one directory below run.root (runs)\n"
+KEYS = "augment, checkpoint, data, device, logger, model, optimizer, parallel, resume, run, scheduler, seed, trainer"
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("nope=1", "Could not override 'nope'; Key 'nope' not in 'Config'"),
+        (
+            "trainer.epochs=many",
+            "Error merging override trainer.epochs=many; Value 'many' of type 'str' could not be converted to Integer",
+        ),
+        (
+            "scheduler=nope",
+            "In 'train': Could not find 'scheduler/nope'; "
+            "Available options in 'scheduler': constant; cosine; poly; step",
+        ),
+        ("+x=1", f"x is not a key; known here: {KEYS}"),
+        ("data=folder", "data.root is required and has no value; give it on the command line: data.root=..."),
+        ("data._target_=os.system", "Could not override 'data._target_'; Key '_target_' not in 'DemoConfig'"),
+        ("optimizer=null", "Config group override must be a string or a list. Got NoneType"),
+        ("optimizer.lr=0", "optimizer.lr (0.0) must be greater than 0 and finite"),
+        ("run.name=${nope}", "Interpolation key 'nope' not found"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_code_64_and_leaves_no_file(train, argument, line):
+    assert train(argument) == (64, "", f"alexnet_ddp: {line}\n", [])
+
+
+def test_a_command_line_that_cannot_be_parsed_is_one_line_and_code_64(train):
+    code, out, err, left = train("trainer.epochs==3")
+    assert (code, out, left) == (64, "", [])
+    assert err.startswith("alexnet_ddp: Error parsing override 'trainer.epochs==3'")
+    assert err.count("\n") == 1
+
+
+def test_bf16_on_a_machine_without_a_gpu_is_one_line_and_code_64(train):
+    size = ("data=synthetic", "data.image_size=32", "data.num_train=8", "data.num_val=8", "data.num_classes=4")
+    code, out, err, _ = train("trainer.precision=bf16", *size)
+    line = "trainer.precision=bf16 needs a CUDA device, this run is on the CPU; use trainer.precision=fp32"
+    assert (code, out, err) == (64, "", f"alexnet_ddp: {line}\n")
+
+
+def test_cfg_job_prints_the_composed_run_and_leaves_no_file(train):
+    code, out, err, left = train("--cfg", "job", "optimizer.lr=0.123", "model.dropout=0.25")
+    printed = yaml.safe_load(out)
+    assert (code, err, left) == (0, "", [])
+    assert printed["optimizer"]["lr"] == 0.123
+    assert (printed["model"]["dropout"], printed["run"]["name"]) == (0.25, "demo")
+    assert "hydra" not in printed
+
+
+def test_help_shows_commands_groups_and_every_key_and_leaves_no_file(train):
+    code, out, err, left = train("--help")
+    assert (code, err, left) == (0, "", [])
+    for text in ("torchrun --nproc_per_node=8 -m alexnet_ddp.train", "optimizer  sgd | adamw", "  global_batch_size: "):
+        assert text in out
+
+
+def test_an_override_may_refer_to_another_key(train):
+    code, out, err, _ = train("--cfg", "job", "--resolve", "run.name=seed-${seed}", "seed=3")
+    assert (code, err) == (0, "")
+    assert yaml.safe_load(out)["run"]["name"] == "seed-3"
+    assert train("run.name=${seed}/x")[:3] == (64, "", "alexnet_ddp: " + WRONG_NAME)
+
+
+def test_multirun_is_refused(train):
+    code, _, err, _ = train("--multirun", "seed=1,2")
+    assert (code, err) == (64, "alexnet_ddp: --multirun is not supported: start one process group per run\n")
+
+
+def test_python_m_exits_64_with_one_line_in_an_empty_directory(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "HYDRA_FULL_ERROR": "0"}
+    command = [sys.executable, "-m", "alexnet_ddp.train", "nope=1"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 64
+    assert result.stderr == "alexnet_ddp: Could not override 'nope'; Key 'nope' not in 'Config'\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_configuration_imports_no_torch():
+    code = "import sys, alexnet_ddp.config, alexnet_ddp.schedule, alexnet_ddp.cli; print('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert result.stdout == "False\n", result.stderr
