@@ -1,0 +1,205 @@
+"""ImageNet as it is distributed: three archives, read in place, or the tree that people extract from them.
+
+The one rule: nothing is ever extracted. Members of a tar archive are uncompressed, so offset and size are an image.
+"""
+
+import gzip
+import io
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from alexnet_ddp.data import scan
+from alexnet_ddp.data.index import ArchiveStore, SampleIndex, check_same_classes, class_difference, index_folder
+from alexnet_ddp.errors import DataError
+
+TRAIN = "ILSVRC2012_img_train.tar"  # a tar of one tar for each class: n01440764.tar, ...
+VAL = "ILSVRC2012_img_val.tar"  # flat: ILSVRC2012_val_00000001.JPEG, ...
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+
+_GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
+_VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
+_THREADS = 8  # that wait for headers at once, on disks and networks with latency
+
+
+class Devkit(NamedTuple):
+    """What the development kit says about the classes and the validation images."""
+
+    wnids: dict[int, str]  # ILSVRC2012_ID -> WordNet id, of the leaves of the hierarchy: inner nodes are no classes
+    words: dict[str, str]  # WordNet id -> "tench, Tinca tinca"
+    truth: list[int]  # the ILSVRC2012_ID of ILSVRC2012_val_0000000i.JPEG at i - 1
+
+
+def open_imagenet(root: Path) -> tuple[SampleIndex, SampleIndex, list[str]]:
+    """(train, val, names of the classes for humans) of an ImageNet directory. Classes are sorted WordNet ids.
+
+    Either split comes from its archive if that is there, else from its folder: `root` may hold the three archives,
+    or train/CLASS/* and val/CLASS/*, or one of each; with both, the archive is read. The validation archive needs the
+    devkit. The names are the devkit's words, without a devkit the WordNet ids. DataError names what is missing, cut
+    short or contradictory.
+    """
+    root = Path(os.path.abspath(root))
+    _check_pieces(root)
+    devkit = read_devkit(root / DEVKIT) if (root / DEVKIT).is_file() else None
+    train = _train_archive(root / TRAIN) if (root / TRAIN).is_file() else index_folder(root, "train")
+    if devkit and (root / VAL).is_file():
+        val = _val_archive(root / VAL, devkit, train.classes)
+    else:
+        val = index_folder(root, "val")
+    check_same_classes(train, val)
+    words = devkit.words if devkit else {}
+    return train, val, [words.get(wnid, wnid) for wnid in train.classes]
+
+
+def _check_pieces(root: Path) -> None:
+    if not root.is_dir():
+        raise DataError(f"data.root ({root}) is not a folder; give the one that holds {TRAIN}, {VAL} and {DEVKIT}")
+    needed = {"train": [TRAIN], "val": [VAL, DEVKIT]}
+    missing = [
+        name for split, names in needed.items() if not (root / split).is_dir()
+        for name in names if not (root / name).is_file()
+    ]  # fmt: skip
+    if missing:
+        remedy = "put them there as distributed, or lay the images out as train/CLASS/* and val/CLASS/*"
+        raise DataError(f"data.root ({root}) lacks {', '.join(missing)}; {remedy}")
+
+
+def read_devkit(path: Path) -> Devkit:
+    """Read ILSVRC2012_devkit_t12.tar.gz in memory. DataError if it is damaged or lacks a file."""
+    try:
+        whole = gzip.decompress(path.read_bytes())  # verifies the CRC first: scipy crashes on damaged bytes
+        with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+            files = {}
+            for member in archive:
+                if member.isfile() and member.name.endswith(("data/meta.mat", _GROUND_TRUTH)):
+                    files["data/" + member.name.rsplit("/", 1)[1]] = archive.extractfile(member).read()
+        wnids, words = _synsets(files["data/meta.mat"])
+        return Devkit(wnids, words, [int(line) for line in files[_GROUND_TRUTH].split()])
+    except KeyError as error:
+        raise DataError(f"{path} lacks {error}; copy it again from its source") from error
+    except Exception as error:  # damaged bytes can raise nearly anything in gzip, tarfile and scipy
+        why = " ".join(str(error).split())
+        raise DataError(f"{path} cannot be read ({why}); copy it again from its source") from error
+
+
+def _synsets(meta_mat: bytes) -> tuple[dict[int, str], dict[str, str]]:
+    from scipy.io import loadmat  # slow to import, and only the devkit needs it
+
+    synsets = np.atleast_1d(loadmat(io.BytesIO(meta_mat), squeeze_me=True)["synsets"])
+    leaves = [s for s in synsets if int(s["num_children"]) == 0]
+    return (
+        {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in leaves},
+        {str(s["WNID"]): str(s["words"]) for s in leaves},
+    )
+
+
+@contextmanager
+def _opened(path: Path, stamps: scan.Stamps) -> Iterator[tuple[int, int]]:
+    """(file descriptor, size in bytes) of an archive to be scanned."""
+    try:
+        stamps[str(path)] = scan.stamp(path)
+        fd = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+    try:
+        yield fd, os.fstat(fd).st_size
+    finally:
+        os.close(fd)
+
+
+def _images(members: Iterable[scan.Member], ignored: scan.Ignored, where: str) -> list[scan.Member]:
+    """The visible images among `members`, with plain file names, sorted by them."""
+    plain = (scan.Member(m.name.rsplit("/", 1)[-1], m.offset, m.size) for m in members)
+    images = sorted(m for m in plain if ignored.accepts(m.name, where))
+    for one, other in pairwise(images):
+        if one.name == other.name:
+            raise DataError(f"{where} holds {one.name} twice; copy it again from its source")
+    return images
+
+
+def _places(images: list[scan.Member]) -> scan.Arrays:
+    return {
+        "offsets": np.array([m.offset for m in images], np.int64),
+        "sizes": np.array([m.size for m in images], np.int64),
+    }
+
+
+def _train_archive(path: Path) -> SampleIndex:
+    found = scan.cached("train", path, lambda stamps: _scan_train(path, stamps))
+    scan.report(found)
+    store = ArchiveStore(str(path), found["offsets"], found["sizes"])
+    return SampleIndex(scan.from_json(found["classes"]), found["labels"], store)
+
+
+def _scan_train(path: Path, stamps: scan.Stamps) -> scan.Arrays:
+    ignored, places, counts = scan.Ignored(), [], []
+    with _opened(path, stamps) as (fd, size), ThreadPoolExecutor(_THREADS) as pool:
+        files = {m: m.name.rsplit("/", 1)[-1] for m in scan.tar_members(fd, path, 0, size)}
+        tars = [m for m, name in files.items() if ignored.accepts(name, str(path), (".tar",))]
+        tars.sort(key=lambda m: Path(m.name).stem)
+        classes = [Path(m.name).stem for m in tars]
+        if not classes or len(set(classes)) < len(classes):
+            got = scan.listed(classes) or "none"
+            raise DataError(f"{path} must hold one .tar for each class, got {got}; copy it again from its source")
+
+        def look(tar: scan.Member) -> tuple[scan.Arrays, scan.Ignored]:
+            mine = scan.Ignored()
+            inside = scan.tar_members(fd, path, tar.offset, tar.offset + tar.size)
+            return _places(_images(inside, mine, f"{path}:{tar.name}")), mine
+
+        for place, left_out in scan.watched(pool.map(look, tars), len(tars), f"indexing {path.name}"):
+            places.append(place)
+            counts.append(len(place["sizes"]))
+            ignored.merge(left_out)
+    if 0 in counts:
+        raise DataError(f"{path} holds no images of {classes[counts.index(0)]}; copy it again from its source")
+    joined = {name: np.concatenate([place[name] for place in places]) for name in ("offsets", "sizes")}
+    labels = np.repeat(np.arange(len(tars), dtype=np.int32), counts)
+    return joined | {"labels": labels, "classes": scan.to_json(classes), "notes": scan.to_json(ignored.notes())}
+
+
+def _val_archive(path: Path, devkit: Devkit, classes: list[str]) -> SampleIndex:
+    found = scan.cached("val", path, lambda stamps: _scan_val(path, len(devkit.truth), stamps))
+    scan.report(found)
+    labels = _val_labels(path, found["numbers"], devkit, classes)
+    order = np.lexsort((found["numbers"], labels))  # numbers have eight digits: their order is the names'
+    store = ArchiveStore(str(path), found["offsets"], found["sizes"])
+    return SampleIndex(classes, labels[order], store.take(order))
+
+
+def _scan_val(path: Path, expected: int, stamps: scan.Stamps) -> scan.Arrays:
+    ignored = scan.Ignored()
+    with _opened(path, stamps) as (fd, size):
+        members = scan.tar_members(fd, path, 0, size)
+        images = _images(scan.watched(members, expected, f"indexing {path.name}"), ignored, str(path))
+    numbers = [_VAL_NAME.fullmatch(m.name) for m in images]
+    if None in numbers:
+        rule = "images must be named ILSVRC2012_val_00000001.JPEG and so on"
+        raise DataError(f"{path} holds {images[numbers.index(None)].name}; {rule}: copy it again from its source")
+    found = {"numbers": np.array([int(n[1]) for n in numbers], np.int32), "notes": scan.to_json(ignored.notes())}
+    return found | _places(images)
+
+
+def _val_labels(path: Path, numbers: np.ndarray, devkit: Devkit, classes: list[str]) -> np.ndarray:
+    """int32 [N]: the position in `classes` of each image, by its number."""
+    differ = class_difference(DEVKIT, list(devkit.words), "the training set", classes)
+    if differ:
+        raise DataError(f"the classes differ: {differ}; take all files of {path.parent} from one release")
+    unknown = sorted(set(devkit.truth) - set(devkit.wnids))
+    if unknown:
+        ids = scan.listed([str(i) for i in unknown])
+        raise DataError(f"{DEVKIT} labels images with ids it has no class for ({ids}); copy it again from its source")
+    if not np.array_equal(np.sort(numbers), np.arange(1, len(devkit.truth) + 1)):
+        rule = f"must be numbered 1 to {len(devkit.truth):,}, as many as {DEVKIT} has labels"
+        raise DataError(f"the {len(numbers):,} images of {path} {rule}; copy both again from one release")
+    label = {wnid: i for i, wnid in enumerate(classes)}
+    of_number = np.array([label[devkit.wnids[i]] for i in devkit.truth], np.int32)
+    return of_number[numbers - 1]

@@ -1,0 +1,96 @@
+"""The distributed sampler: which image comes when, and to whom, as a function of (seed, epoch). It has no state.
+
+Every image comes once an epoch. A global batch is cut into contiguous slices whose sizes differ by at most one; the
+last batch of an epoch is smaller. Nothing is padded, nothing has to divide anything.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from alexnet_ddp import rng
+from alexnet_ddp.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Work:
+    """One forward pass of one rank: which images. A rank with nothing to do in a step has one Work without images."""
+
+    step: int
+    epoch: int
+    indices: np.ndarray  # int64 [n], n <= micro_batch_size
+    is_last: bool  # of this rank in this step: its backward pass synchronises
+
+
+@dataclass(frozen=True)
+class GlobalBatchSampler:
+    """The batches of a run: order[kG : (k + 1)G] of the epoch's permutation, for every world size the same."""
+
+    num_images: int
+    global_batch_size: int
+    seed: int
+    drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps_per_epoch == 0:
+            raise ConfigError(
+                f"trainer.global_batch_size ({self.global_batch_size}) exceeds the {self.num_images} training images "
+                f"and trainer.drop_last drops the incomplete batch; use at most {self.num_images}"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        full, rest = divmod(self.num_images, self.global_batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+    def batch(self, step: int) -> np.ndarray:
+        """Indices of the images of `step` (0-based), over all ranks: int64 [n], n <= global_batch_size."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        return _order(self.num_images, self.seed, epoch)[k * self.global_batch_size : (k + 1) * self.global_batch_size]
+
+    def work(self, steps: range, rank: int, world_size: int, micro_batch_size: int | None) -> Iterator[Work]:
+        """What `rank` does in `steps`, one forward pass at a time."""
+        for step in steps:
+            batch = self.batch(step)
+            indices = batch[rank_slice(len(batch), rank, world_size)]
+            micro = micro_batch_size or max(1, len(indices))
+            starts = range(0, max(1, len(indices)), micro)
+            for start in starts:
+                chunk = indices[start : start + micro]
+                yield Work(step, step // self.steps_per_epoch, chunk, is_last=start == starts[-1])
+
+
+@lru_cache(maxsize=2)
+def _order(num_images: int, seed: int, epoch: int) -> np.ndarray:
+    return rng.permutation(rng.fold(seed, rng.ORDER, epoch), num_images)
+
+
+def rank_slice(n: int, rank: int, world_size: int) -> slice:
+    """The contiguous part of n items that `rank` has; sizes differ by at most one, lower ranks have the larger ones."""
+    size, rest = divmod(n, world_size)
+    start = rank * size + min(rank, rest)
+    return slice(start, start + size + (rank < rest))
+
+
+def largest_slice(n: int, world_size: int) -> int:
+    return -(-n // world_size)
+
+
+def evaluation_work(num_images: int, batch_size: int, rank: int, world_size: int) -> Iterator[Work]:
+    """Whole batches of a fixed grid, dealt to the ranks in turn: what is computed together never depends on the world.
+
+    Every rank gets the same number of Works, so that they can agree between two of them; some are empty at the end.
+    """
+    rounds = -(-num_images // (batch_size * world_size))
+    for k in range(rounds):
+        start = (k * world_size + rank) * batch_size
+        indices = np.arange(start, min(start + batch_size, num_images), dtype=np.int64)
+        yield Work(step=k, epoch=0, indices=indices, is_last=k == rounds - 1)
+
+
+def index_hash(indices: np.ndarray) -> str:
+    """16 hex digits that name the images of a batch, in order."""
+    return hashlib.sha256(np.ascontiguousarray(indices, dtype="<i8").tobytes()).hexdigest()[:16]

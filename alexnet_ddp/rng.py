@@ -1,0 +1,62 @@
+"""Randomness without state: hash32(seed, coordinates...), the same on numpy arrays and on torch tensors.
+
+Nothing in a run draws from a generator. The order of an epoch, a crop and a dropout mask are functions of where they
+are (seed, epoch, step, index of the image, unit), so threads, ranks, restarts and micro-batches cannot change them.
+
+The mixer is the 32-bit finaliser found by C. Wellons' search ("lowbias32", hash-prospector, 2018), written with
+signed arithmetic that wraps, because torch has no unsigned multiplication.
+"""
+
+from typing import Any
+
+import numpy as np
+
+# One number a use, so that two uses with equal coordinates stay independent.
+ORDER, CROP, FLIP, COLOUR, DROPOUT, SUBSET, SYNTHETIC = range(1, 8)
+
+_GOLDEN = 0x9E3779B9
+
+
+def _signed(x: int) -> int:
+    """`x` modulo 2**32 as a signed 32-bit number."""
+    return (x + 0x8000_0000) % 0x1_0000_0000 - 0x8000_0000
+
+
+def mix(x: Any) -> Any:
+    """A bijection of 32-bit words in which each input bit flips half of the output bits. int32 array or tensor."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def fold(key: int, *coordinates: int) -> int:
+    """A new key (signed 32-bit) from a key and plain integers."""
+    for c in coordinates:
+        state = np.array([_signed(key ^ _signed(c * _GOLDEN + 0x7F4A7C15))], dtype=np.int32)
+        key = int(mix(state)[0])
+    return _signed(key)
+
+
+def hash32(key: int, index: Any) -> Any:
+    """Uniform signed 32-bit words for an int32 array or tensor of coordinates. Another key, another sequence."""
+    return mix(mix(index * _signed(_GOLDEN) ^ _signed(key)) + _signed(key * 0x2545F491 + 1))
+
+
+def uniforms(key: int, index: np.ndarray, count: int) -> np.ndarray:
+    """float64 [n, count] in [0, 1): `count` independent numbers for each of n coordinates."""
+    rows = hash32(key, index.astype(np.int32))[:, None]
+    words = mix(rows + mix(np.arange(1, count + 1, dtype=np.int32)))
+    return words.view(np.uint32) * 2.0**-32
+
+
+def normals(key: int, index: np.ndarray, count: int) -> np.ndarray:
+    """float64 [n, count], standard normal, by Box and Muller (1958)."""
+    u = uniforms(key, index, 2 * count)
+    return np.sqrt(-2 * np.log1p(-u[:, :count])) * np.cos(2 * np.pi * u[:, count:])
+
+
+def permutation(key: int, n: int) -> np.ndarray:
+    """A permutation of range(n), int64: the order of 64-bit hashes of the indices. 1.28 M in about 0.2 s."""
+    index = np.arange(n, dtype=np.int32)
+    high, low = (hash32(fold(key, half), index).view(np.uint32).astype(np.uint64) for half in (0, 1))
+    return np.argsort(high << np.uint64(32) | low, kind="stable")

@@ -1,0 +1,35 @@
+"""Fixtures: small data sets of real files, made once a session."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def make_folder(root: Path, num_train: int, num_val: int, num_classes: int = 5, size: int = 72) -> Path:
+    """A coloured square on noise, the colour is the class. Sizes differ, nothing divides anything."""
+    rng = np.random.default_rng(3)
+    for split, count in (("train", num_train), ("val", num_val)):
+        for i in range(count):
+            label = i % num_classes
+            height, width = size + rng.integers(0, 20, 2)
+            pixels = rng.integers(0, 90, (height, width, 3), dtype=np.uint8)
+            y, x = rng.integers(0, height - 30), rng.integers(0, width - 30)
+            pixels[y : y + 30, x : x + 30, label % 3] += np.uint8(120 if label < 3 else 60)
+            directory = root / split / f"class{label}"
+            directory.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(directory / f"{i:05d}.jpg", quality=92)
+    return root
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """103 training and 61 validation images of 5 classes, JPEG, 72 to 92 pixels."""
+    return make_folder(tmp_path_factory.mktemp("data") / "folder", 103, 61)
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or leaves anything in the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))

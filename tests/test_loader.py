@@ -1,0 +1,469 @@
+"""Batches in order, filled ahead by a bounded number, in buffers that are used again; errors where they belong."""
+
+import logging
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from alexnet_ddp.config import BasicAugmentConfig, FolderConfig, OnBadImage, SyntheticConfig
+from alexnet_ddp.data import build_loader, open_data
+from alexnet_ddp.data.augment import build_augment
+from alexnet_ddp.data.decode import centre_into, crop_into, size_of
+from alexnet_ddp.data.index import index_folder
+from alexnet_ddp.data.loader import Loader
+from alexnet_ddp.data.sampler import GlobalBatchSampler, Work, evaluation_work
+from alexnet_ddp.errors import DataError
+from tests.conftest import make_folder
+
+CPU = torch.device("cpu")
+AHEAD = 3  # batches that may be filled while one is used
+SIZE = 4
+LABELS = (np.arange(1_000, dtype=np.int32) * 7) % 10
+
+
+def paint(slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[int]:
+    """A fill whose pixels say which image and epoch they are of."""
+    slots[...] = ((indices + epoch) % 251)[:, None, None, None]
+    return []
+
+
+@contextmanager
+def loading(fill, num_threads=2, colour=lambda epoch, indices: None, device=CPU):
+    loader = Loader(fill, LABELS, colour, SIZE, num_threads, device)
+    try:
+        yield loader
+    finally:
+        loader.close()
+
+
+def works(*sizes: int, epoch: int = 0) -> list[Work]:
+    """One Work a step with so many images, counted upwards."""
+    ends = np.cumsum(sizes)
+    return [Work(k, epoch, np.arange(end - n, end), True) for k, (end, n) in enumerate(zip(ends, sizes))]
+
+
+def assert_shows(batch, work: Work) -> None:
+    n = len(work.indices)
+    assert (batch.work.step, batch.work.epoch) == (work.step, work.epoch)
+    assert batch.images.shape == (n, SIZE, SIZE, 3)
+    assert (batch.images.dtype, batch.labels.dtype, batch.indices.dtype) == (torch.uint8, torch.int64, torch.int32)
+    assert batch.indices.tolist() == work.indices.tolist()
+    assert batch.labels.tolist() == LABELS[work.indices].tolist()
+    assert (batch.images.numpy() == ((work.indices + work.epoch) % 251)[:, None, None, None]).all()
+
+
+def becomes(expected: int, count) -> bool:
+    """Whether count() reaches `expected` and stays there."""
+    deadline = time.monotonic() + 5
+    while count() < expected and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.03)
+    return count() == expected
+
+
+# Order, contents, sizes
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 4])
+def test_batches_arrive_in_order_with_their_labels_indices_and_pixels(num_threads):
+    def slow(slots, indices, epoch):
+        time.sleep(0.002 * (indices[0] % 3))  # later batches are often ready first
+        return paint(slots, indices, epoch)
+
+    plan = list(GlobalBatchSampler(103, 20, seed=1).work(range(14), 0, 1, None))
+    with loading(slow, num_threads) as loader:
+        for batch, work in zip(loader.batches(plan), plan, strict=True):
+            assert_shows(batch, work)
+    assert {work.epoch for work in plan} == {0, 1, 2}
+
+
+def test_smaller_larger_and_empty_batches_are_shown_exactly():
+    plan = works(20, 20, 3, 0, 1, 0, 0, 33, 20, 33, 70, 2, 70, 0)
+    with loading(paint) as loader:
+        for batch, work in zip(loader.batches(plan), plan, strict=True):
+            assert_shows(batch, work)
+
+
+def test_a_plan_may_begin_with_an_empty_batch_or_have_none_at_all():
+    plan = works(0, 0, 9)
+    with loading(paint) as loader:
+        assert list(loader.batches([])) == []
+        for batch, work in zip(loader.batches(plan), plan, strict=True):
+            assert_shows(batch, work)
+
+
+def test_a_loader_goes_through_one_plan_after_another():
+    with loading(paint) as loader:
+        for epoch in range(3):
+            plan = works(20, 20, 5, epoch=epoch)
+            for batch, work in zip(loader.batches(plan), plan, strict=True):
+                assert_shows(batch, work)
+
+
+def test_colours_are_those_of_the_images_and_the_epoch_of_the_work():
+    def colour(epoch, indices):
+        return (indices[:, None] + [0, 0.25, epoch]).astype(np.float32)
+
+    with loading(paint, colour=colour) as loader:
+        for batch in loader.batches(works(10, 3, epoch=6)):
+            assert batch.colour.dtype == torch.float32
+            assert np.array_equal(batch.colour.numpy(), colour(6, batch.work.indices))
+    with loading(paint) as loader:
+        assert next(loader.batches(works(4))).colour is None
+
+
+# Ahead, buffers, time
+
+
+def test_nothing_is_filled_before_the_first_batch_is_asked_for_and_a_bounded_number_ahead():
+    filled = []
+
+    def fill(slots, indices, epoch):
+        filled.extend(indices.tolist())
+        return paint(slots, indices, epoch)
+
+    taken = []
+    plan = (taken.append(work) or work for work in works(*[5] * 30))
+    with loading(fill) as loader:
+        batches = loader.batches(plan)
+        assert becomes(0, lambda: len(filled))
+        for used in range(1, 4):
+            next(batches)
+            assert becomes(5 * (used + AHEAD), lambda: len(filled))
+            assert len(taken) == used + AHEAD
+        batches.close()
+
+
+def test_few_buffers_are_used_again_and_again():
+    with loading(paint) as loader:
+        places = Counter(batch.images.data_ptr() for batch in loader.batches(works(*[20] * 40, 3)))
+    assert len(places) <= AHEAD + 1
+    assert min(places.values()) > 1
+
+
+def test_a_batch_stays_as_it_is_until_the_next_is_asked_for():
+    filled = []
+
+    def fill(slots, indices, epoch):
+        filled.append(indices)
+        return paint(slots, indices, epoch)
+
+    with loading(fill, num_threads=4) as loader:
+        for batch in loader.batches(works(*[8] * 12)):
+            assert becomes(min(12, batch.work.step + 1 + AHEAD), lambda: len(filled))
+            assert_shows(batch, batch.work)
+
+
+def test_the_images_of_a_batch_are_shared_out_to_the_threads():
+    names = set()
+    together = threading.Barrier(3, timeout=5)
+
+    def fill(slots, indices, epoch):
+        names.add(threading.current_thread().name)
+        together.wait()  # three at once, or a BrokenBarrierError
+        return paint(slots, indices, epoch)
+
+    with loading(fill, num_threads=3) as loader:
+        (batch,) = loader.batches(works(24))
+        assert_shows(batch, batch.work)
+    assert len(names) == 3
+
+
+def test_waiting_for_images_is_counted_and_time_spent_elsewhere_is_not():
+    def slow(slots, indices, epoch):
+        time.sleep(0.03)
+        return paint(slots, indices, epoch)
+
+    with loading(slow, num_threads=1) as loader:
+        waited = []
+        for _ in loader.batches(works(1, 1)):
+            waited.append(loader.waited_s)
+            time.sleep(0.1)
+            assert loader.waited_s == waited[-1]
+    assert waited[0] > 0.02
+    assert waited[1] - waited[0] < 0.03  # the second was filled meanwhile
+
+
+# Errors and ends
+
+
+def test_an_error_in_a_thread_is_raised_where_its_batch_is_asked_for_and_not_earlier():
+    failed = threading.Event()
+
+    def fill(slots, indices, epoch):
+        if 23 in indices:
+            failed.set()
+            raise DataError("image 23 is broken")
+        return paint(slots, indices, epoch)
+
+    plan = works(10, 10, 10, 10)
+    with loading(fill) as loader:
+        batches = loader.batches(plan)
+        assert_shows(next(batches), plan[0])
+        assert failed.wait(5)
+        assert_shows(next(batches), plan[1])
+        with pytest.raises(DataError, match="image 23 is broken"):
+            next(batches)
+        assert list(batches) == []
+        assert_shows(next(loader.batches(plan)), plan[0])  # the loader itself is whole
+
+
+def test_closing_early_cancels_what_was_not_begun_and_leaves_no_threads():
+    filled, begun, go_on = [], threading.Event(), threading.Event()
+
+    def fill(slots, indices, epoch):
+        if indices[0] >= 5:
+            begun.set()
+            assert go_on.wait(5)
+        filled.append(int(indices[0]))
+        return paint(slots, indices, epoch)
+
+    before = set(threading.enumerate())
+    with loading(fill, num_threads=1) as loader:
+        batches = loader.batches(works(*[5] * 30))
+        next(batches)
+        assert begun.wait(5)
+        batches.close()
+        go_on.set()
+        assert_shows(next(loader.batches(works(3))), works(3)[0])  # queued behind whatever was not cancelled
+    assert filled == [0, 5, 0]
+    assert set(threading.enumerate()) <= before
+
+
+def test_closing_waits_for_threads_that_are_at_work_and_may_be_repeated():
+    before = set(threading.enumerate())
+    with loading(paint, num_threads=4) as loader:
+        next(loader.batches(works(*[40] * 5)))
+        loader.close()
+        assert set(threading.enumerate()) <= before
+
+
+# On a GPU, with CUDA's calls patched
+
+
+class FakeEvent:
+    made: list = []
+
+    def __init__(self):
+        self.done = []
+        FakeEvent.made.append(self)
+
+    def record(self):
+        self.done.append("record")
+
+    def synchronize(self):
+        self.done.append("synchronize")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What torch.empty was asked to pin, with copies to a GPU that stay in host memory."""
+    pinned, empty, to = [], torch.empty, torch.Tensor.to
+
+    def fake_empty(*shape, pin_memory=False, **how):
+        pinned.append(pin_memory)
+        return empty(*shape, **how)
+
+    def fake_to(tensor, device, **how):
+        assert how == {"non_blocking": True}
+        return tensor.clone() if device.type == "cuda" else to(tensor, device, **how)
+
+    FakeEvent.made = []
+    monkeypatch.setattr(torch, "empty", fake_empty)
+    monkeypatch.setattr(torch.Tensor, "to", fake_to)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    return pinned
+
+
+def test_memory_is_pinned_for_a_gpu_and_a_buffer_is_filled_again_only_after_its_copy(asked):
+    plan = works(*[6] * 12)
+    waited_at = []
+
+    def fill(slots, indices, epoch):
+        waited_at.append([event.done for event in FakeEvent.made].count(["record", "synchronize"]))
+        return paint(slots, indices, epoch)
+
+    with loading(fill, num_threads=1, device=torch.device("cuda", 0)) as loader:
+        for batch, work in zip(loader.batches(plan), plan, strict=True):
+            assert_shows(batch, work)
+    assert set(asked) == {True}
+    assert len(asked) <= AHEAD + 1
+    assert len(FakeEvent.made) == 12
+    assert all(event.done[0] == "record" for event in FakeEvent.made)
+    reused = 12 - len(asked)
+    assert [event.done for event in FakeEvent.made].count(["record", "synchronize"]) == reused
+    assert all(count >= k + 1 - len(asked) for k, count in enumerate(waited_at))
+
+
+def test_on_a_cpu_nothing_is_pinned_and_no_events_are_made(asked):
+    with loading(paint) as loader:
+        list(loader.batches(works(*[6] * 5)))
+    assert set(asked) == {False}
+    assert FakeEvent.made == []
+
+
+# With real files
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """40 training and 21 validation images of 5 classes."""
+    return make_folder(tmp_path_factory.mktemp("loader") / "folder", 40, 21)
+
+
+def real_loader(folder, num_threads=2, augment=True, seed=0, split="train", **knobs):
+    cfg = FolderConfig(root=str(folder), image_size=32, **knobs)
+    how = build_augment(BasicAugmentConfig(), seed, 32, cfg.eval_resize) if augment else None
+    index = index_folder(folder, split)
+    return build_loader(cfg, index, how, num_threads, CPU), index
+
+
+def seen(loader: Loader, plan) -> dict[int, bytes]:
+    """The pixels of each image."""
+    try:
+        return {int(i): image.numpy().tobytes() for b in loader.batches(plan) for i, image in zip(b.indices, b.images)}
+    finally:
+        loader.close()
+
+
+def test_training_images_are_the_same_pixels_whatever_threads_batches_and_ranks(folder):
+    loader, index = real_loader(folder, 1)
+    expected = {}
+    for i in range(40):
+        data, slot = index.read(i), np.empty((32, 32, 3), dtype=np.uint8)
+        width, height = size_of(data)
+        augment = build_augment(BasicAugmentConfig(), 0, 32, 37)
+        view = augment.views(0, np.array([i]), np.array([width]), np.array([height]))
+        crop_into(slot, data, (view.left[0], view.top[0], view.width[0], view.height[0]), view.flip[0])
+        expected[i] = slot.tobytes()
+    loader.close()
+    for num_threads, batch, world_size, micro in ((1, 40, 1, None), (2, 17, 1, 5), (4, 9, 3, 2), (2, 1, 1, 1)):
+        sampler, found = GlobalBatchSampler(40, batch, seed=0), {}
+        for rank in range(world_size):
+            plan = sampler.work(range(sampler.steps_per_epoch), rank, world_size, micro)
+            found |= seen(real_loader(folder, num_threads)[0], plan)
+        assert found == expected
+
+
+def test_another_epoch_or_seed_shows_the_images_differently(folder):
+    plan = {epoch: [Work(0, epoch, np.arange(40), True)] for epoch in (0, 1)}
+    here, later = (seen(real_loader(folder)[0], plan[epoch]) for epoch in (0, 1))
+    other = seen(real_loader(folder, seed=1)[0], plan[0])
+    assert all(len({here[i], later[i], other[i]}) == 3 for i in range(40))
+
+
+@pytest.mark.parametrize("num_threads", [1, 4])
+def test_evaluation_images_are_the_central_crops_with_their_labels(folder, num_threads):
+    loader, index = real_loader(folder, num_threads, augment=False, split="val")
+    shown = {}
+    for batch in loader.batches(evaluation_work(21, 6, 0, 1)):
+        assert batch.labels.tolist() == index.labels[batch.indices].tolist()
+        assert batch.colour is None
+        shown |= {int(i): image.numpy().copy() for i, image in zip(batch.indices, batch.images)}
+    loader.close()
+    assert sorted(shown) == list(range(21))
+    for i, image in shown.items():
+        slot = np.empty((32, 32, 3), dtype=np.uint8)
+        centre_into(slot, index.read(i), 37)
+        assert np.array_equal(image, slot)
+
+
+@pytest.fixture
+def damaged(tmp_path) -> Path:
+    """Of 40 images, 11 is text, 12 is cut off and 30 was there when the folder was read and is not any more."""
+    folder = make_folder(tmp_path / "folder", 40, 1)
+    names = [Path(index_folder(folder, "train").name(i)) for i in range(40)]
+    names[11].write_text("no image")
+    names[12].write_bytes(names[12].read_bytes()[:-600])
+    return folder
+
+
+def gone(index, i: int) -> Path:
+    path = Path(index.name(i))
+    path.unlink()
+    return path
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_a_bad_image_is_a_data_error_with_path_reason_and_remedy(damaged, augment):
+    loader, index = real_loader(damaged, augment=augment)
+    remedy = "remove or mend it, or leave it out with data.on_bad_image=skip"
+    vanished = gone(index, 30)
+    for i, message in {
+        11: f"{index.name(11)}: not an image (UnidentifiedImageError); {remedy}",
+        12: f"{index.name(12)}: damaged: image file is truncated",
+        30: f"{vanished} cannot be read (No such file or directory)",
+    }.items():
+        with pytest.raises(DataError) as error:
+            list(loader.batches([Work(0, 0, np.array([1, i, 2]), True)]))
+        assert str(error.value).startswith(message)
+        assert "\n" not in str(error.value)
+        assert error.value.exit_code == 65
+    loader.close()
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_skipping_leaves_out_exactly_the_bad_images_and_warns_of_each(damaged, augment, caplog):
+    clean = seen(real_loader(damaged, augment=augment)[0], [Work(0, 0, np.r_[0:11, 13:40], True)])
+    caplog.set_level(logging.WARNING)
+    loader, index = real_loader(damaged, augment=augment, on_bad_image=OnBadImage.skip)
+    gone(index, 30)
+    order = np.random.default_rng(0).permutation(40)
+    plan = [Work(k, 0, part, True) for k, part in enumerate((order[:37], order[37:], np.array([11, 12, 30]), order))]
+    good = [[i for i in work.indices.tolist() if i not in (11, 12, 30)] for work in plan]
+    for batch, expected in zip(loader.batches(plan), good, strict=True):
+        assert batch.indices.tolist() == expected
+        assert batch.labels.tolist() == index.labels[expected].tolist()
+        assert [image.numpy().tobytes() for image in batch.images] == [clean[i] for i in expected]
+    loader.close()
+    said = Counter(record.getMessage().partition(".jpg")[0] for record in caplog.records)
+    assert said == {f"skipped {index.name(i).removesuffix('.jpg')}": 3 for i in (11, 12, 30)}
+
+
+def test_the_colours_of_a_batch_with_bad_images_are_those_of_the_good_ones():
+    def fill(slots, indices, epoch):
+        paint(slots, indices, epoch)
+        return [k for k, i in enumerate(indices) if i in (3, 9, 17)]
+
+    with loading(fill, colour=lambda epoch, indices: indices[:, None].astype(np.float32)) as loader:
+        (batch,) = loader.batches(works(20))
+    assert batch.indices.tolist() == [i for i in range(20) if i not in (3, 9, 17)]
+    assert batch.colour[:, 0].tolist() == batch.indices.tolist()
+
+
+# Images that are nowhere
+
+
+def synthetic(**knobs):
+    return SyntheticConfig(image_size=16, num_train=50, num_val=20, num_classes=7, **knobs)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_synthetic_images_are_the_same_in_every_run_and_batch_and_differ_from_each_other(num_threads):
+    sets = [open_data(synthetic()) for _ in range(2)]
+    plans = [works(50), works(*[7] * 7, 1)]
+    augment = build_augment(BasicAugmentConfig(), 0, 16, 18)
+    first, second = (
+        seen(build_loader(synthetic(), data.train, augment, num_threads, CPU), plan) for data, plan in zip(sets, plans)
+    )
+    assert first == second
+    assert len(first) == 50
+    assert len(set(first.values())) > 45  # windows of one strip of noise: two may coincide
+    pixels = np.frombuffer(b"".join(first.values()), dtype=np.uint8)
+    assert abs(pixels.mean() - 127.5) < 3
+
+
+def test_synthetic_sets_have_the_numbers_asked_for_and_every_class():
+    data = open_data(synthetic(limit_train=30))
+    assert (len(data.train), len(data.val)) == (30, 20)
+    assert data.class_names == data.train.classes == [f"class{c}" for c in range(7)]
+    assert set(data.val.labels) == set(range(7))
+    assert [
+        batch.labels.tolist() for batch in build_loader(synthetic(), data.val, None, 1, CPU).batches(works(20))
+    ] == [data.val.labels.tolist()]

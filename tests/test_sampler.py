@@ -1,0 +1,161 @@
+"""Which image comes when, and to whom: every image once an epoch, the same global batches for every world."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from alexnet_ddp.config import ConfigError
+from alexnet_ddp.data.sampler import GlobalBatchSampler, evaluation_work, index_hash, largest_slice, rank_slice
+
+N = 1_003
+BATCHES = (7, 64)
+WORLDS = (1, 2, 3, 4, 5)
+
+
+def works(sampler, steps, rank=0, world_size=1, micro_batch_size=None):
+    """The Works as comparable tuples."""
+    found = sampler.work(steps, rank, world_size, micro_batch_size)
+    return [(work.step, work.epoch, work.indices.tolist(), work.is_last) for work in found]
+
+
+@pytest.mark.parametrize(("batch", "world_size", "micro"), [*product(BATCHES, WORLDS, (None, 3))])
+def test_every_image_comes_exactly_once_an_epoch(batch, world_size, micro):
+    sampler = GlobalBatchSampler(N, batch, seed=5)
+    for epoch in (0, 1):
+        steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
+        parts = [w for rank in range(world_size) for w in sampler.work(steps, rank, world_size, micro)]
+        assert np.array_equal(np.sort(np.concatenate([w.indices for w in parts])), np.arange(N))
+        assert {w.epoch for w in parts} == {epoch}
+        assert max(len(w.indices) for w in parts) <= (micro or batch)
+        assert all(w.indices.dtype == np.int64 for w in parts)
+
+
+@pytest.mark.parametrize(("batch", "world_size", "micro"), [*product(BATCHES, WORLDS, (None, 3))])
+def test_the_slices_of_the_ranks_are_contiguous_and_together_the_global_batch(batch, world_size, micro):
+    sampler = GlobalBatchSampler(N, batch, seed=5)
+    for step in (0, 1, sampler.steps_per_epoch - 1, sampler.steps_per_epoch):
+        slices = [
+            [i for _, _, indices, _ in works(sampler, range(step, step + 1), rank, world_size, micro) for i in indices]
+            for rank in range(world_size)
+        ]
+        assert [i for s in slices for i in s] == sampler.batch(step).tolist()
+        sizes = [len(s) for s in slices]
+        assert max(sizes) - min(sizes) <= 1
+        assert max(sizes) == largest_slice(len(sampler.batch(step)), world_size)
+
+
+def test_rank_slices_cover_any_number_of_items():
+    for n, world_size in product(range(20), range(1, 9)):
+        slices = [rank_slice(n, rank, world_size) for rank in range(world_size)]
+        assert [i for s in slices for i in range(n)[s]] == list(range(n))
+        sizes = [s.stop - s.start for s in slices]
+        assert sizes == sorted(sizes, reverse=True)
+        assert sizes[0] - sizes[-1] <= 1
+        assert sizes[0] == largest_slice(n, world_size)
+
+
+@pytest.mark.parametrize(
+    ("batch", "drop_last", "steps", "last"),
+    [
+        (7, False, 144, 2),
+        (7, True, 143, 7),
+        (64, False, 16, 43),
+        (64, True, 15, 64),
+        (59, False, 17, 59),
+        (N, True, 1, N),
+        (2_000, False, 1, N),
+    ],
+)
+def test_the_last_batch_of_an_epoch_is_smaller_or_dropped(batch, drop_last, steps, last):
+    sampler = GlobalBatchSampler(N, batch, seed=0, drop_last=drop_last)
+    assert sampler.steps_per_epoch == steps
+    assert [len(sampler.batch(step)) for step in range(steps)] == [min(batch, N)] * (steps - 1) + [last]
+    epoch = np.concatenate([sampler.batch(step) for step in range(steps, 2 * steps)])
+    assert len(np.unique(epoch)) == len(epoch) == (steps - 1) * batch + last
+    rest = GlobalBatchSampler(N, batch, seed=0)
+    whole = np.concatenate([rest.batch(step) for step in range(rest.steps_per_epoch)])
+    assert np.array_equal(whole[: len(epoch)], np.concatenate([sampler.batch(step) for step in range(steps)]))
+
+
+def test_a_batch_that_drop_last_would_leave_without_an_epoch_is_refused():
+    with pytest.raises(ConfigError) as error:
+        GlobalBatchSampler(N, N + 1, seed=0, drop_last=True)
+    assert str(error.value) == (
+        "trainer.global_batch_size (1004) exceeds the 1003 training images and trainer.drop_last drops the incomplete "
+        "batch; use at most 1003"
+    )
+
+
+@pytest.mark.parametrize(("batch", "micro"), [*product(BATCHES, (None, 3))])
+def test_starting_at_any_step_gives_the_same_works_as_skipping_to_it(batch, micro):
+    per_epoch = GlobalBatchSampler(N, batch, seed=3).steps_per_epoch
+    end = 2 * per_epoch + 5
+    whole = works(GlobalBatchSampler(N, batch, seed=3), range(end), 1, 3, micro)
+    for start in (1, per_epoch - 1, per_epoch, per_epoch + 7, end - 1, end):
+        resumed = works(GlobalBatchSampler(N, batch, seed=3), range(start, end), 1, 3, micro)
+        assert resumed == [work for work in whole if work[0] >= start]
+
+
+def test_the_global_batches_depend_on_seed_and_epoch_and_on_nothing_else():
+    sampler = GlobalBatchSampler(N, 64, seed=0)
+    assert np.array_equal(sampler.batch(3), GlobalBatchSampler(N, 64, seed=0).batch(3))
+    others = [sampler.batch(3 + sampler.steps_per_epoch), GlobalBatchSampler(N, 64, seed=1).batch(3), sampler.batch(4)]
+    for other in others:
+        assert len(np.intersect1d(sampler.batch(3), other)) < 20
+    small = np.concatenate([GlobalBatchSampler(N, 7, seed=0).batch(step) for step in range(144)])
+    assert np.array_equal(small[:64], sampler.batch(0))  # the order of an epoch does not depend on the batch size
+
+
+def test_a_rank_without_images_has_exactly_one_empty_work_a_step():
+    sampler = GlobalBatchSampler(N, 7, seed=0)  # the last batch has 2 images
+    for rank in (2, 3, 4):
+        assert works(sampler, range(143, 144), rank, 5, 3) == [(143, 0, [], True)]
+        assert works(sampler, range(143, 144), rank, 5) == [(143, 0, [], True)]
+    one = GlobalBatchSampler(N, 1, seed=0)
+    assert works(one, range(3), 1, 2) == [(step, 0, [], True) for step in range(3)]
+
+
+@pytest.mark.parametrize("micro", [None, 1, 2, 3, 64])
+def test_only_the_last_work_of_a_step_is_last(micro):
+    sampler = GlobalBatchSampler(N, 64, seed=0)
+    found = works(sampler, range(20), 1, 3, micro)
+    for work, following in zip(found, [*found[1:], (20,)]):
+        assert work[3] == (following[0] != work[0])
+    assert [work[0] for work in found if work[3]] == list(range(20))
+    sizes = [len(indices) for step, _, indices, _ in found if step == 0]
+    assert sizes == {None: [21], 1: [1] * 21, 2: [2] * 10 + [1], 3: [3] * 7, 64: [21]}[micro]
+
+
+@pytest.mark.parametrize(("batch", "world_size"), [*product((*BATCHES, 2_000), (*WORLDS, 40))])
+def test_evaluation_deals_whole_batches_of_a_fixed_grid_and_every_image_once(batch, world_size):
+    ranks = [list(evaluation_work(N, batch, rank, world_size)) for rank in range(world_size)]
+    assert len({len(found) for found in ranks}) == 1
+    for found in ranks:
+        assert [work.step for work in found] == list(range(len(found)))
+        assert [work.is_last for work in found] == [False] * (len(found) - 1) + [True]
+    in_turn = [work.indices for round_ in zip(*ranks) for work in round_]
+    full = [chunk for chunk in in_turn if len(chunk)]
+    assert np.array_equal(np.concatenate(in_turn), np.arange(N))
+    assert [(chunk[0], len(chunk)) for chunk in full] == [(k, min(batch, N - k)) for k in range(0, N, batch)]
+    assert len(in_turn) - len(full) < world_size  # no round is empty for all
+    assert all(chunk.dtype == np.int64 for chunk in in_turn)
+
+
+def test_the_hash_of_a_batch_names_its_images_in_order():
+    batch = GlobalBatchSampler(N, 64, seed=0).batch(0)
+    name = index_hash(batch)
+    assert len(name) == 16
+    assert int(name, 16) >= 0
+    assert (
+        name == index_hash(batch.copy()) == index_hash(batch.astype(np.int32)) == index_hash(np.repeat(batch, 2)[::2])
+    )
+    swapped = batch.copy()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    others = [batch[::-1], swapped, batch[:-1], np.sort(batch), GlobalBatchSampler(N, 64, seed=0).batch(1)]
+    assert len({name, *map(index_hash, others)}) == 6
+
+
+def test_the_first_batches_of_seed_zero_are_pinned():
+    assert GlobalBatchSampler(N, 5, seed=0).batch(0).tolist() == [984, 293, 114, 745, 757]
+    assert index_hash(GlobalBatchSampler(1_281_167, 256, seed=0).batch(0)) == "b8ea870c9bf16b79"

@@ -1,0 +1,128 @@
+"""Walks through tar archives, and the cache of what was found."""
+
+import io
+import logging
+import os
+import pickle
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from alexnet_ddp.data import scan
+from alexnet_ddp.data.index import index_folder
+from alexnet_ddp.errors import DataError
+from tests.archives import lay_out, names, small
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "alexnet_ddp" / "index"
+
+
+def test_the_second_start_reads_the_cache_and_any_change_of_a_folder_ends_it(tmp_path, monkeypatch):
+    lay_out(small(tmp_path), "train/cat/deep/x.jpg")
+    first = index_folder(tmp_path, "train")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", None)
+        second = index_folder(tmp_path, "train")
+        assert names(second) == names(first)
+        assert second.fingerprint() == first.fingerprint()
+    (tmp_path / "train/cat/deep/y.jpg").touch()
+    assert len(index_folder(tmp_path, "train")) == len(first) + 1
+    (tmp_path / "train/cat/deep/y.jpg").unlink()
+    (tmp_path / "train/emu").rename(tmp_path / "train/fox")
+    assert index_folder(tmp_path, "train").classes == ["cat", "dog", "fox"]
+
+
+def test_what_changed_just_now_is_not_cached(tmp_path, cache):
+    small(tmp_path)
+    os.utime(tmp_path / "train" / "dog")
+    index_folder(tmp_path, "train")
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "garbage", "pickle"])
+def test_a_damaged_cache_is_rebuilt_with_a_line_in_the_log(tmp_path, cache, caplog, damage):
+    first = index_folder(small(tmp_path), "train")
+    (file,) = cache.iterdir()
+    good = file.read_bytes()
+    middle = good.index(b"cat/cat_3")
+    bad = {
+        "empty": b"",
+        "cut": good[: len(good) // 2],
+        "flipped": good[:middle] + b"d" + good[middle + 1 :],
+        "garbage": b"x" * 100,
+        "pickle": pickle.dumps([1]),
+    }[damage]
+    file.write_bytes(bad)
+    assert names(index_folder(tmp_path, "train")) == names(first)
+    assert "is unreadable" in caplog.text
+    assert file.read_bytes() == good
+
+
+def test_a_cache_that_cannot_be_written_is_only_a_warning(tmp_path, caplog):
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    assert len(index_folder(small(tmp_path), "train")) == 33
+    assert "cannot be cached" in caplog.text
+    assert [r.levelno for r in caplog.records] == [logging.WARNING] * len(caplog.records)
+
+
+def test_many_may_build_the_cache_at_once(tmp_path, cache):
+    small(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: names(index_folder(tmp_path, "train")), range(16)))
+    assert all(f == found[0] for f in found)
+    assert [f.suffix for f in cache.iterdir()] == [".npz"]
+
+
+def members(data: bytes, tmp_path: Path) -> list[scan.Member]:
+    with io.FileIO(tmp_path / "x.tar", "w+") as file:
+        file.write(data)
+        return list(scan.tar_members(file.fileno(), Path(file.name), 0, len(data)))
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_headers_are_read_as_tarfile_reads_them(tmp_path, tar_format):
+    long = "x" * 90 + "/" + "y" * 90 + ".JPEG"
+    names = ["a.JPEG", long] + ([] if tar_format == tarfile.USTAR_FORMAT else [f"{long}/é/{long}", "Ω.JPEG", "z"])
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tar_format, pax_headers={"comment": "global"}) as archive:
+        for i, name in enumerate(names):
+            for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.REGTYPE):
+                member = tarfile.TarInfo(name)
+                member.type, member.linkname = kind, "a" * (99 if tar_format == tarfile.USTAR_FORMAT else 101)
+                member.size = 500 * i if kind == tarfile.REGTYPE else 0
+                archive.addfile(member, io.BytesIO(bytes(member.size)))
+    with tarfile.open(fileobj=io.BytesIO(stream.getvalue())) as archive:
+        expected = [(m.name, m.offset_data, m.size) for m in archive if m.isreg()]
+    assert members(stream.getvalue(), tmp_path) == expected
+    assert len(expected) == len(names)
+
+
+def test_large_sizes_in_gnu_and_pax_headers_are_understood(tmp_path):
+    for tar_format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        member = tarfile.TarInfo("big.tar")
+        member.size = 147_897_477_120
+        with pytest.raises(DataError, match=r"x.tar is cut short in the file that begins at byte "):
+            members(member.tobuf(tar_format) + bytes(1024), tmp_path)
+        path, end = tmp_path / "sparse.tar", 147_897_477_120 + len(member.tobuf(tar_format))
+        path.write_bytes(member.tobuf(tar_format))
+        os.truncate(path, end + 1024)
+        with open(path, "rb") as file:
+            (found,) = scan.tar_members(file.fileno(), path, 0, end + 1024)
+        assert (found.size, found.offset + found.size) == (member.size, end)
+
+
+def test_sparse_members_are_refused(tmp_path):
+    member = tarfile.TarInfo("a.JPEG")
+    member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+    with pytest.raises(DataError, match=r"x.tar holds a sparse file or an overlong header at byte"):
+        members(member.tobuf(tarfile.PAX_FORMAT) + bytes(1024), tmp_path)
+
+
+def test_the_progress_bar_passes_everything_on_and_stays_silent_off_a_terminal(capfd):
+    assert list(scan.watched(iter(range(5)), 5, "counting")) == [0, 1, 2, 3, 4]
+    assert capfd.readouterr() == ("", "")
