@@ -1,0 +1,209 @@
+"""One training step, and one exact evaluation, on sums over images. The place where the rooms meet below train.py."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from alexnet_ddp.config import ConfigError, Precision, TrainerConfig
+from alexnet_ddp.data import Batch
+from alexnet_ddp.distributed import World, any_rank, average, raise_together, sum_over_ranks
+from alexnet_ddp.errors import DataError, Diverged
+from alexnet_ddp.metrics import Meter, evaluation_row
+from alexnet_ddp.model import set_dropout_keys
+from alexnet_ddp.optim import set_lr
+from alexnet_ddp.parallel import nothing_to_learn, settle_buckets
+from alexnet_ddp.resilience import Health, StopSignal, Verdict, Wish
+
+# Of ImageNet's RGB values in [0, 1]: what torchvision's weights expect.
+_MEAN = (0.485, 0.456, 0.406)
+_STD = (0.229, 0.224, 0.225)
+_ROUNDS_BETWEEN_LOOKS = 8  # of an evaluation, between two looks at the stop signal
+
+
+@dataclass
+class TrainStep:
+    """One optimizer step over a global batch, cut into slices for the ranks and micro-batches in time.
+
+    The gradient is the mean over the images of the global batch, whatever the cuts. Nothing is applied before all ranks
+    know that all is well.
+    """
+
+    ddp_model: DistributedDataParallel
+    optimizer: torch.optim.Optimizer
+    cfg: TrainerConfig
+    seed: int
+    world: World
+    image_size: int
+
+    def __post_init__(self) -> None:
+        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.cfg.precision is Precision.fp16)
+        self.meter = Meter(self.world.device)
+        self.grad_norm: Tensor | None = None  # of the last step, before it was clipped
+        self._health = Health(self.world)
+        self._model = self.ddp_model.module
+        self._statistics = [b for b in self._model.buffers() if b.is_floating_point()]
+        self._blank = torch.zeros(1, 3, self.image_size, self.image_size, device=self.world.device)
+        settle_buckets(self.ddp_model, self._blank)
+
+    def __call__(self, batches: Iterator[Batch], step: int, lr: float, num_images: int, wish: Wish) -> Verdict:
+        """Collective. Step `step` (0-based) over this rank's `batches`, up to the one that says it is the last.
+
+        num_images: of the global batch. Raises, on all ranks and with the weights as they were: Diverged where a loss
+        is not finite, DataError where images could not be had, and the error of a rank's `wish`.
+        """
+        set_lr(self.optimizer, lr)
+        self.optimizer.zero_grad(set_to_none=True)
+        verdict, error = self._gradients(batches, step, num_images, wish)
+        if verdict.failed:
+            raise_together(error, self.world)
+        if verdict.diverged:
+            rule = "nothing of that step was applied; lower optimizer.lr, or set trainer.clip_grad_norm"
+            raise Diverged(f"the loss of step {step + 1} is not finite; {rule}")
+        if verdict.num_images == 0:
+            raise DataError(
+                f"none of the {num_images} images of step {step + 1} could be read; look at the lines above"
+            )
+        self._apply(num_images / verdict.num_images)
+        average(self._statistics, self.world)
+        return verdict
+
+    def load(self, sums: dict[str, float], scaler: dict[str, float]) -> None:
+        """Go on with the row and the loss scale of a checkpoint."""
+        if sums:
+            self.meter.load(sums)
+        if scaler:
+            self.scaler.load_state_dict(scaler)
+
+    def extras(self) -> dict[str, float]:
+        """What a row carries beside loss and accuracy. Waits for the device."""
+        return {} if self.grad_norm is None else {"train/grad_norm": self.grad_norm.item()}
+
+    def _gradients(
+        self, batches: Iterator[Batch], step: int, num_images: int, wish: Wish
+    ) -> tuple[Verdict, Exception | None]:
+        """Leave the mean gradient in .grad, assuming that all `num_images` could be read."""
+        scale = self.world.world_size / num_images  # DDP divides the sum over the ranks by world_size
+        losses, seen, is_last = torch.zeros((), device=self.world.device), 0, False
+        while not is_last:
+            try:
+                batch: Batch | None = next(batches)
+            except DataError as error:
+                batch, wish = None, replace(wish, error=error)
+            is_last = batch is None or batch.work.is_last
+            with nullcontext() if is_last else self.ddp_model.no_sync():
+                loss = self._loss_sum(batch, step)
+                losses += loss.detach()
+                seen += 0 if batch is None else len(batch.labels)
+                if is_last:
+                    self._health.begin(losses, seen, wish)
+                self.scaler.scale(loss * scale).backward()
+        return self._health.finish(), wish.error
+
+    def _loss_sum(self, batch: Batch | None, step: int) -> Tensor:
+        """The loss summed over the batch's images; a zero that DDP can differentiate where there are none."""
+        if batch is None or len(batch.labels) == 0:
+            return nothing_to_learn(self.ddp_model, self._blank)
+        set_dropout_keys(self._model, self.seed, step, batch.indices)
+        with autocast(self.cfg.precision, self.world):
+            logits = self.ddp_model(normalise(batch.images, batch.colour))
+        loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum", label_smoothing=self.cfg.label_smoothing)
+        self.meter.add(loss, logits, batch.labels)
+        return loss
+
+    def _apply(self, correction: float) -> None:
+        """Update the weights. `correction` is not 1 where bad images were skipped."""
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for p in self._model.parameters() if p.grad is not None]
+        if correction != 1:
+            torch._foreach_mul_([p.grad for p in parameters], correction)
+        if self.cfg.clip_grad_norm is not None:
+            self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.cfg.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over all validation images, the same on every rank."""
+
+    row: dict[str, float | int]
+    per_class: Tensor  # int64 [num_classes, 3] on the CPU: images, correct at 1, correct at 5
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], cfg: TrainerConfig, num_classes: int, world: World, stop: StopSignal
+) -> Evaluation | None:
+    """Collective. Every image once, in the same batches for every world size. None if a stop was asked for.
+
+    `batches` has the same length on all ranks; some may be empty. Raises DataError on all ranks.
+    """
+    model.eval()
+    meter, error = Meter(world.device), None
+    per_class = torch.zeros(num_classes, 3, dtype=torch.int64, device=world.device)
+    try:
+        for k, batch in enumerate(batches):
+            if k % _ROUNDS_BETWEEN_LOOKS == 0 and _must_leave(stop, None, world):
+                return None
+            if len(batch.labels):
+                with autocast(cfg.precision, world):
+                    logits = model(normalise(batch.images, batch.colour)).float()
+                meter.add(F.cross_entropy(logits, batch.labels, reduction="sum"), logits, batch.labels)
+                per_class.index_add_(0, batch.labels, _counts(logits, batch.labels))
+    except DataError as e:
+        error = e
+    if _must_leave(stop, error, world):
+        return None
+    model.train()
+    sums = meter.read()
+    if sums["images"] == 0:
+        raise DataError("none of the validation images could be read; look at the lines above")
+    return Evaluation(evaluation_row(sums), sum_over_ranks(per_class).cpu())
+
+
+def _must_leave(stop: StopSignal, error: DataError | None, world: World) -> bool:
+    """Collective. True where a rank was asked to stop; raises where a rank has an error."""
+    leave = any_rank(stop.received or error is not None, world)
+    if leave:
+        raise_together(error, world)
+    return leave
+
+
+def _counts(logits: Tensor, labels: Tensor) -> Tensor:
+    """int64 [n, 3]: 1, correct at 1, correct at 5."""
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return torch.stack([torch.ones_like(labels), hits[:, 0], hits.any(1)], dim=1)
+
+
+def normalise(images: Tensor, colour: Tensor | None) -> Tensor:
+    """uint8 [n, size, size, 3] -> float [n, 3, size, size], channels last in memory, normalised on the device."""
+    mean, std = _mean_and_std(images.device)
+    shift = -mean / std if colour is None else (colour - mean) / std
+    x = images.float().mul_(1 / (255 * std))
+    return x.add_(shift if colour is None else shift[:, None, None, :]).permute(0, 3, 1, 2)
+
+
+@lru_cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Copied to the device once: a copy in each step would wait for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(_MEAN, device=device), torch.tensor(_STD, device=device)
+
+
+def check_precision(precision: Precision, world: World) -> None:
+    """Raises ConfigError for half precision without a GPU: there it is slower by one or two orders of magnitude."""
+    if precision is not Precision.fp32 and world.device.type != "cuda":
+        rule = "needs a CUDA device, this run is on the CPU; use trainer.precision=fp32"
+        raise ConfigError(f"trainer.precision={precision.value} {rule}")
+
+
+def autocast(precision: Precision, world: World) -> torch.autocast:
+    """The context of a forward pass."""
+    dtype = torch.float16 if precision is Precision.fp16 else torch.bfloat16
+    return torch.autocast(world.device.type, dtype, enabled=precision is not Precision.fp32)

@@ -1,0 +1,98 @@
+"""Stop together, or not at all: stop signals, and the small all-reduce that every step carries.
+
+A signal or a fault reaches one rank; the decision what to do about it is made by all, at the same step, before anybody
+acts.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+
+from alexnet_ddp.distributed import World, start_sum
+from alexnet_ddp.errors import Preempted, RunError, leave_code
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_SAME_EVENT_S = 5.0  # a launcher and a scheduler both pass on one signal; later ones mean it
+
+
+class StopSignal:
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a stop at the next step. Another, seconds later, exits at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._first_at = 0.0
+        for number in _STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def ignore(self) -> None:
+        """The run is saved and about to leave: a launcher's next signal must not cut its last words short."""
+        for number in _STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received and now - self._first_at > _SAME_EVENT_S:
+            leave_code(Preempted.exit_code)
+            os._exit(Preempted.exit_code)  # checkpoints are committed by rename: nothing can be torn
+        if not self.received:
+            self.received, self._first_at = True, now
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What this rank would do at the end of a step, if it were alone."""
+
+    stop: bool = False
+    save: bool = False
+    error: RunError | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks know about a step before they apply it."""
+
+    stop: bool  # a rank was asked to stop
+    diverged: bool  # a rank's loss is not finite
+    failed: bool  # a rank has an error
+    save: bool  # the time for a checkpoint has come
+    num_images: int  # that the ranks have really seen
+
+
+class Health:
+    """Collects the verdict of a step while its backward pass runs."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._wait: Callable[[], None] = lambda: None
+        on_gpu = world.device.type == "cuda"
+        self._mine, self._host = (torch.zeros(5, dtype=torch.float64, pin_memory=on_gpu) for _ in range(2))
+        self._ready = torch.cuda.Event() if on_gpu else None
+
+    def begin(self, loss_sum: torch.Tensor, num_images: int, wish: Wish) -> None:
+        """Collective. Before the backward pass that synchronises; loss_sum: this rank's, a scalar on the device."""
+        mine = [wish.stop, 0, wish.error is not None, wish.save, num_images]
+        self._mine.copy_(torch.tensor(mine, dtype=torch.float64))
+        vector = torch.empty_like(self._mine, device=self._world.device)
+        vector.copy_(self._mine, non_blocking=True)  # from pinned memory: waits for nothing
+        vector[1] = ~torch.isfinite(loss_sum)
+        self._wait = start_sum(vector)
+        self._vector = vector
+        if self._ready is not None:
+            self._wait()  # on a GPU this orders streams, it does not block
+            self._host.copy_(vector, non_blocking=True)
+            self._ready.record()
+
+    def finish(self) -> Verdict:
+        """After the backward pass was queued. Waits for the sum, not for the backward pass."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        else:
+            self._wait()
+            self._host.copy_(self._vector)
+        stop, diverged, failed, save, num_images = self._host.tolist()
+        return Verdict(stop > 0, diverged > 0, failed > 0, save > 0, round(num_images))

@@ -1,0 +1,309 @@
+"""The training step and the evaluation: exact against a reference loop, and whatever the cuts."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from alexnet_ddp import distributed
+from alexnet_ddp.config import (
+    AlexNetConfig,
+    AlexNetSmallConfig,
+    BasicAugmentConfig,
+    ConfigError,
+    DDPConfig,
+    Device,
+    FolderConfig,
+    OnBadImage,
+    Precision,
+    SGDConfig,
+    SyntheticConfig,
+    TrainerConfig,
+)
+from alexnet_ddp.data import build_loader, open_data
+from alexnet_ddp.data.augment import build_augment
+from alexnet_ddp.data.sampler import GlobalBatchSampler, evaluation_work
+from alexnet_ddp.engine import TrainStep, autocast, check_precision, evaluate, normalise
+from alexnet_ddp.errors import DataError, Diverged, RunError
+from alexnet_ddp.model import build_model, set_dropout_keys
+from alexnet_ddp.optim import build_optimizer, state_by_name
+from alexnet_ddp.parallel import build_parallel
+from alexnet_ddp.resilience import StopSignal, Wish
+from tests.ranks import run_ranks
+
+SGD = SGDConfig(lr=0.01, momentum=0.9, weight_decay=5e-4)
+IMAGES = SyntheticConfig(image_size=64, num_train=103, num_val=61, num_classes=5)
+
+
+def steps(num_steps, world, model_cfg=None, trainer=None, data=IMAGES, spoil=None):
+    """Train `num_steps` steps in this process group: losses by step, grad norms, final parameters, the TrainStep."""
+    trainer = trainer or TrainerConfig(epochs=1, global_batch_size=17)
+    model = build_model(model_cfg or AlexNetSmallConfig(), 5, 64, seed=0)
+    step = TrainStep(
+        build_parallel(DDPConfig(), model, world), build_optimizer(SGD, model), trainer, 0, world, data.image_size
+    )
+    images = open_data(data).train
+    sampler = GlobalBatchSampler(len(images), trainer.global_batch_size, seed=0)
+    augment = None if isinstance(data, SyntheticConfig) else build_augment(BasicAugmentConfig(), 0, 64, 73)
+    loader = build_loader(data, images, augment, 1, world.device)
+    works = sampler.work(range(num_steps), world.rank, world.world_size, trainer.micro_batch_size)
+    batches, losses = loader.batches(works), []
+    for k in range(num_steps):
+        if spoil:
+            spoil(k, model, world)
+        step(batches, k, SGD.lr, len(sampler.batch(k)), Wish())
+        sums = step.meter.read()
+        losses.append(sums["loss"] / sums["images"])
+        step.meter.reset()
+    return losses, {name: p.detach().clone() for name, p in model.named_parameters()}, step
+
+
+def losses_on_a_rank(num_steps, model_cfg, trainer):
+    with distributed.session(Device.cpu) as world:
+        torch.set_num_threads(1)
+        losses, parameters, _ = steps(num_steps, world, model_cfg, trainer)
+    return losses, {name: p.numpy() for name, p in parameters.items()}
+
+
+@pytest.fixture
+def world():
+    """A world of one, in this process."""
+    with distributed.session(Device.cpu) as alone:
+        yield alone
+
+
+def test_twenty_steps_of_alexnet_equal_a_plain_torch_loop(world):
+    trainer = TrainerConfig(epochs=1, global_batch_size=7)
+    ours, parameters, _ = steps(20, world, AlexNetConfig(), trainer)
+
+    # The reference: the same images, masks and initial weights; everything else is torch's own.
+    model = build_model(AlexNetConfig(), 5, 64, seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    images = open_data(IMAGES).train
+    sampler, loader = GlobalBatchSampler(103, 7, seed=0), build_loader(IMAGES, images, None, 1, world.device)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    reference = []
+    for batch in loader.batches(sampler.work(range(20), 0, 1, None)):
+        x = ((batch.images / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+        set_dropout_keys(model, 0, batch.work.step, batch.indices)
+        loss = F.cross_entropy(model(x), batch.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        reference.append(loss.item())
+
+    assert ours == pytest.approx(reference, rel=1e-6)
+    for name, p in model.named_parameters():
+        assert torch.allclose(parameters[name], p, rtol=1e-4, atol=1e-6), name
+
+
+def test_one_two_three_ranks_and_three_micro_batches_train_the_same():
+    """Dropout on, 103 images, batches of 51 and a last one of 1: two of three ranks have nothing to do in that step."""
+    whole = TrainerConfig(epochs=1, global_batch_size=51)
+    micro = TrainerConfig(epochs=1, global_batch_size=51, micro_batch_size=17)
+    runs = [run_ranks(losses_on_a_rank, n, 4, AlexNetConfig(), whole) for n in (1, 2, 3)]
+    runs.append(run_ranks(losses_on_a_rank, 1, 4, AlexNetConfig(), micro))
+    (reference, parameters), *_ = runs[0]
+    for ranks in runs:
+        for losses, final in ranks:
+            assert losses == pytest.approx(reference, rel=1e-5)
+            for name in final:  # replicas are equal to the bit, and close to the single process
+                assert np.array_equal(final[name], ranks[0][1][name]), name
+                assert np.allclose(final[name], parameters[name], rtol=1e-3, atol=1e-5), name
+
+
+def statistics_on_a_rank():
+    with distributed.session(Device.cpu) as world:
+        model_cfg = AlexNetSmallConfig()
+        model = build_model(model_cfg, 5, 64, seed=0)
+        model.features.insert(1, nn.BatchNorm2d(64))
+        step = TrainStep(
+            build_parallel(DDPConfig(), model, world),
+            build_optimizer(SGD, model),
+            TrainerConfig(epochs=1, global_batch_size=17),
+            *(0, world, 64),
+        )
+        images = open_data(IMAGES).train
+        sampler = GlobalBatchSampler(103, 17, seed=0)
+        works = sampler.work(range(3), world.rank, 2, None)
+        batches = build_loader(IMAGES, images, None, 1, world.device).batches(works)
+        for k in range(3):
+            step(batches, k, SGD.lr, 17, Wish())
+        return model.features[1].running_mean.tolist()
+
+
+def test_running_statistics_are_averaged_over_the_ranks():
+    first, second = run_ranks(statistics_on_a_rank, 2)
+    assert first == second
+    assert any(first)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(world):
+    before = {}
+
+    def spoil(k, model, world):
+        if k == 1:
+            before.update({name: p.detach().clone() for name, p in model.named_parameters()})
+            model.classifier[-1].bias.data[0] = before["classifier.3.bias"][0] = float("nan")
+            spoil.model = model
+
+    with pytest.raises(Diverged, match=r"the loss of step 2 is not finite; nothing of that step was applied; lower"):
+        steps(3, world, spoil=spoil)
+    for name, p in spoil.model.named_parameters():
+        assert torch.equal(p.nan_to_num(7), before[name].nan_to_num(7)), name
+
+
+def poison_one_rank():
+    def spoil(k, model, world):
+        if k == 1 and world.rank == 1:
+            model.classifier[-1].bias.data[0] = float("inf")
+
+    with distributed.session(Device.cpu) as world:
+        try:
+            steps(3, world, spoil=spoil)
+        except RunError as error:
+            return type(error).__name__, error.exit_code
+    return "no error", 0
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all():
+    assert run_ranks(poison_one_rank, 2) == [("Diverged", 70)] * 2
+
+
+def broken_image_on_one_rank(root):
+    with distributed.session(Device.cpu) as world:
+        try:
+            steps(7, world, data=FolderConfig(root=root, image_size=64))
+        except RunError as error:
+            return type(error).__name__, error.exit_code, error.only_here, str(error)
+    return "no error", 0, False, ""
+
+
+def test_a_broken_image_ends_all_ranks_and_the_one_that_saw_it_names_it(image_folder, tmp_path):
+    root = damaged(image_folder, tmp_path, ["00004.jpg"])
+    ends = run_ranks(broken_image_on_one_rank, 2, str(root))
+    assert sorted(end[:3] for end in ends) == [("DataError", 65, True), ("PeerFailed", 65, False)]
+    assert all("class4/00004.jpg: damaged" in end[3] for end in ends)
+
+
+def test_a_skipped_image_is_a_smaller_batch_with_the_exact_mean(world, image_folder, tmp_path):
+    """The gradient without it equals the one of a batch that never had it, whatever the nominal size."""
+    root = damaged(image_folder, tmp_path, ["00004.jpg", "00010.jpg"])
+    data = FolderConfig(root=str(root), image_size=64, on_bad_image=OnBadImage.skip)
+    trainer = TrainerConfig(epochs=1, global_batch_size=103)
+    losses, parameters, _ = steps(1, world, trainer=trainer, data=data)
+
+    model = build_model(AlexNetSmallConfig(), 5, 64, seed=0)
+    optimizer = build_optimizer(SGD, model)
+    images = open_data(data).train
+    loader = build_loader(data, images, build_augment(BasicAugmentConfig(), 0, 64, 73), 1, world.device)
+    batch = next(loader.batches(GlobalBatchSampler(103, 103, seed=0).work(range(1), 0, 1, None)))
+    assert len(batch.labels) == 101
+    set_dropout_keys(model, 0, 0, batch.indices)
+    loss = F.cross_entropy(model(normalise(batch.images, None)), batch.labels)
+    loss.backward()
+    optimizer.step()
+    assert losses == [pytest.approx(loss.item(), rel=1e-6)]
+    for name, p in model.named_parameters():
+        assert torch.allclose(parameters[name], p, rtol=1e-4, atol=1e-7), name
+
+
+def damaged(folder, tmp_path, names):
+    """A copy of a data set with some files cut in half."""
+    import shutil
+
+    root = shutil.copytree(folder, tmp_path / "damaged")
+    for path in root.rglob("*.jpg"):
+        if path.name in names and "train" in path.parts:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return root
+
+
+def test_clipping_limits_the_norm_of_the_mean_gradient(world):
+    trainer = TrainerConfig(epochs=1, global_batch_size=17, clip_grad_norm=1e-3)
+    _, _, step = steps(1, world, trainer=trainer)
+    norms = torch.stack([s.norm() for s in state_by_name(step.optimizer, step.ddp_model.module).values()])
+    decay = SGD.weight_decay * sum(p.norm() for p in build_model(AlexNetSmallConfig(), 5, 64, seed=0).parameters())
+    assert norms.norm() <= 1e-3 + decay
+    assert step.extras()["train/grad_norm"] > 1e-3
+
+
+def test_label_smoothing_is_torchs(world):
+    trainer = TrainerConfig(epochs=1, global_batch_size=17, label_smoothing=0.2)
+    smoothed, _, _ = steps(1, world, trainer=trainer)
+    plain, _, _ = steps(1, world)
+    assert smoothed != plain
+
+
+def evaluate_on_a_rank():
+    data = SyntheticConfig(image_size=32, num_train=5, num_val=1003, num_classes=7)
+    with distributed.session(Device.cpu) as world:
+        torch.set_num_threads(1)
+        model = build_model(AlexNetSmallConfig(), 7, 32, seed=1)
+        images = open_data(data).val
+        works = evaluation_work(len(images), 64, world.rank, world.world_size)
+        batches = build_loader(data, images, None, 1, world.device).batches(works)
+        result = evaluate(model, batches, TrainerConfig(epochs=1, global_batch_size=1), 7, world, StopSignal())
+    return result.row, result.per_class.tolist()
+
+
+def test_evaluation_counts_every_image_once_for_any_number_of_ranks():
+    rows = [row for n in (1, 2, 3, 5) for row in run_ranks(evaluate_on_a_rank, n)]
+    reference, per_class = rows[0]
+    assert reference["val/num_images"] == 1003
+    assert 0 < reference["val/correct1"] < reference["val/correct5"] < 1003
+    for row, table in rows:
+        assert table == per_class
+        assert {k: v for k, v in row.items() if k != "val/loss"} == {
+            k: v for k, v in reference.items() if k != "val/loss"
+        }
+        assert row["val/loss"] == pytest.approx(reference["val/loss"], rel=1e-12)
+    assert [sum(column) for column in zip(*per_class)] == [1003, reference["val/correct1"], reference["val/correct5"]]
+
+
+def stop_in_an_evaluation():
+    data = SyntheticConfig(image_size=32, num_train=5, num_val=1003, num_classes=7)
+    with distributed.session(Device.cpu) as world:
+        model = build_model(AlexNetSmallConfig(), 7, 32, seed=1)
+        images, stop = open_data(data).val, StopSignal()
+        stop.received = world.rank == 1
+        batches = build_loader(data, images, None, 1, world.device).batches(
+            evaluation_work(1003, 8, world.rank, world.world_size)
+        )
+        return evaluate(model, batches, TrainerConfig(epochs=1, global_batch_size=1), 7, world, stop) is None
+
+
+def test_a_stop_signal_to_one_rank_leaves_the_evaluation_on_all():
+    assert run_ranks(stop_in_an_evaluation, 2) == [True, True]
+
+
+def test_a_broken_validation_image_names_itself(world, image_folder, tmp_path):
+    root = damaged(image_folder, tmp_path, [])
+    next(iter(sorted(root.glob("val/*/*.jpg")))).write_bytes(b"no image")
+    data = FolderConfig(root=str(root), image_size=64)
+    images = open_data(data).val
+    batches = build_loader(data, images, None, 1, world.device).batches(evaluation_work(61, 16, 0, 1))
+    model, trainer = build_model(AlexNetSmallConfig(), 5, 64, 0), TrainerConfig(epochs=1, global_batch_size=1)
+    with pytest.raises(DataError, match=r"val/class0/00000\.jpg: not an image"):
+        evaluate(model, batches, trainer, 5, world, StopSignal())
+
+
+def test_normalise_is_torchvisions():
+    from torchvision.transforms import functional as TF
+
+    images = torch.randint(0, 256, (3, 8, 8, 3), dtype=torch.uint8)
+    expected = TF.normalize(images.permute(0, 3, 1, 2) / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert torch.allclose(normalise(images, None), expected, atol=1e-6)
+    colour = torch.rand(3, 3)
+    shifted = images.permute(0, 3, 1, 2) / 255 + colour[:, :, None, None]
+    expected = TF.normalize(shifted, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert torch.allclose(normalise(images, colour), expected, atol=1e-6)
+    assert normalise(images, None).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_half_precision_on_a_cpu_is_refused(world):
+    with pytest.raises(ConfigError, match=r"trainer.precision=bf16 needs a CUDA device, this run is on the CPU; use"):
+        check_precision(Precision.bf16, world)
+    check_precision(Precision.fp32, world)
+    assert not autocast(Precision.fp32, world)._enabled
