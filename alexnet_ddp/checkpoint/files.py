@@ -1,0 +1,143 @@
+"""A checkpoint on disk: an immutable directory, checksummed, committed by rename. No pickle, no torch.save.
+
+    step-00000120/  model.safetensors  optimizer.safetensors  state.json  MANIFEST.json
+
+torch.load and safetensors both load a flipped bit without a word, so MANIFEST.json holds the SHA-256 of every file, and
+nothing is loaded, or deleted in favour of, what was not read back and compared.
+"""
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from alexnet_ddp.atomic import sync_directory, write_durably
+
+SCHEMA_VERSION = 1
+_NAME = re.compile(r"step-(\d+)")
+_MANIFEST = "MANIFEST.json"
+
+
+class Rejected(Exception):
+    """A checkpoint directory that must not be loaded; the message names file and reason."""
+
+
+def step_of(directory: Path) -> int:
+    return int(_NAME.search(directory.name).group(1))
+
+
+def listed(checkpoints: Path) -> list[Path]:
+    """The committed checkpoints, oldest first. They may be damaged."""
+    if not checkpoints.is_dir():
+        return []
+    return sorted((d for d in checkpoints.iterdir() if _NAME.fullmatch(d.name)), key=step_of)
+
+
+def write(checkpoints: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict) -> Path:
+    """Commit checkpoints/step-N and return it. Raises OSError, with nothing changed, when the disk refuses.
+
+    tensors: file stem -> tensors by name, on the CPU; state: JSON.
+    """
+    contents = {f"{stem}.safetensors": safetensors.torch.save(group) for stem, group in tensors.items()}
+    contents["state.json"] = json.dumps(state, indent=1).encode()
+    files = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
+    contents[_MANIFEST] = json.dumps(
+        {"schema_version": SCHEMA_VERSION, "step": step, "files": files}, indent=1
+    ).encode()
+
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    draft = checkpoints / f".tmp-step-{step}-{secrets.token_hex(4)}"
+    draft.mkdir()
+    try:
+        for name, data in contents.items():  # the manifest comes last
+            write_durably(draft / name, data)
+        verify(draft)
+        final = checkpoints / f"step-{step:08d}"
+        _commit(draft, final)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return final
+
+
+def verify(directory: Path) -> None:
+    """Raises Rejected unless every file of the manifest is there, byte for byte."""
+    try:
+        manifest = json.loads((directory / _MANIFEST).read_bytes())
+        version, step, files = manifest["schema_version"], manifest["step"], manifest["files"]
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Rejected(f"{_MANIFEST} is unreadable ({error})") from error
+    if version != SCHEMA_VERSION:
+        raise Rejected(f"{_MANIFEST} has schema version {version}, this program reads {SCHEMA_VERSION}")
+    if step != step_of(directory):
+        raise Rejected(f"{_MANIFEST} is of step {step}")
+    for name, (size, digest) in expected.items():
+        try:
+            with open(directory / name, "rb") as file:
+                found_size, found = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise Rejected(f"{name} is unreadable ({error.strerror})") from error
+        if found_size != size:
+            raise Rejected(f"{name} has {found_size} bytes instead of {size}")
+        if found != digest:
+            raise Rejected(f"{name} does not match its SHA-256 checksum")
+        if name.endswith(".safetensors"):
+            _check_format(directory / name)
+
+
+def _check_format(path: Path) -> None:
+    """A manifest can be forged; what is not safetensors is refused before anything else looks at it."""
+    try:
+        with safetensors.safe_open(path, "pt"):
+            return
+    except safetensors.SafetensorError as error:
+        raise Rejected(f"{path.name} is not a safetensors file ({error})") from error
+
+
+def read_state(directory: Path) -> dict:
+    """state.json of a verified checkpoint."""
+    return json.loads((directory / "state.json").read_bytes())
+
+
+def read_tensors(directory: Path, stem: str) -> dict[str, Tensor]:
+    """Tensors by name of a verified checkpoint, on the CPU."""
+    return safetensors.torch.load_file(directory / f"{stem}.safetensors")
+
+
+def clean_up(checkpoints: Path) -> None:
+    """After a crash: drop drafts; put back a checkpoint that was being replaced."""
+    for old in checkpoints.glob(".old-step-*"):
+        final = checkpoints / old.name.removeprefix(".old-")
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(final)
+    for draft in checkpoints.glob(".tmp-step-*"):
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def remove(directory: Path) -> None:
+    """Take a checkpoint out of sight at once, then delete it: a half-deleted one is never listed."""
+    doomed = directory.with_name(f".tmp-{directory.name}-{secrets.token_hex(4)}")
+    directory.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _commit(draft: Path, final: Path) -> None:
+    old = final.with_name(f".old-{final.name}")
+    replaces = final.exists()  # the same step again: after an interrupted evaluation, or in place of a damaged one
+    if replaces:
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    draft.rename(final)
+    sync_directory(final.parent)
+    if replaces:
+        shutil.rmtree(old, ignore_errors=True)

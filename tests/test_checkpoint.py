@@ -1,0 +1,593 @@
+"""A checkpoint is the whole run or nothing, the newest valid one wins, and a damaged one is never loaded."""
+
+import errno
+import json
+import logging
+import math
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from alexnet_ddp.checkpoint import Checkpoints, RunState, files, find_best, find_newest, identity, load_model
+from alexnet_ddp.cli import compose
+from alexnet_ddp.config import AlexNetSmallConfig, CheckpointConfig, ConfigError, Device, SGDConfig
+from alexnet_ddp.distributed import session
+from alexnet_ddp.errors import CheckpointIOError, NoCheckpoint
+from alexnet_ddp.model import build_model
+from alexnet_ddp.optim import build_optimizer, state_by_name
+from tests.ranks import run_ranks
+
+WHO = {"model": "AlexNet", "seed": 0, "optimizer.lr": 0.1}
+FILES = ["MANIFEST.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+
+
+@pytest.fixture(scope="module")
+def world():
+    threads = torch.get_num_threads()
+    with session(Device.cpu) as world:
+        yield world
+    torch.set_num_threads(threads)
+
+
+def tensors(value: float, size: int = 8) -> dict[str, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(size, size, generator=generator) + value
+    model = {"fc.weight": weight, "fc.bias": weight[0].clone(), "bn.num_batches_tracked": torch.tensor(int(value))}
+    return {"model": model, "optimizer": {"momentum_buffer/fc.weight": weight * 2}}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+@pytest.fixture
+def run(tmp_path, world):
+    """run(...) -> the Checkpoints of one run directory; run.at is where they lie."""
+
+    def make(keep_last: int = 2, who: dict[str, object] = WHO) -> Checkpoints:
+        return Checkpoints(tmp_path, CheckpointConfig(keep_last=keep_last), who, world)
+
+    make.at = tmp_path / "checkpoints"
+    return make
+
+
+def save(checkpoints: Checkpoints, *steps: int, **state) -> None:
+    for step in steps:
+        assert checkpoints.save(RunState(step=step, **state), tensors(step), is_last=False) is None
+
+
+def names(at: Path) -> list[str]:
+    return sorted(os.listdir(at))
+
+
+def flip(path: Path, offset: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def step_dir(at: Path, step: int) -> Path:
+    return at / f"step-{step:08d}"
+
+
+# --- what is written --------------------------------------------------------------------------------------------
+
+
+def test_a_commit_leaves_exactly_its_files_and_verifies(run):
+    save(run(), 7)
+    assert names(run.at) == ["step-00000007"]
+    assert names(step_dir(run.at, 7)) == FILES
+    files.verify(step_dir(run.at, 7))
+
+
+def test_the_manifest_says_size_and_checksum_of_every_other_file(run):
+    save(run(), 7)
+    manifest = json.loads((step_dir(run.at, 7) / "MANIFEST.json").read_bytes())
+    assert (manifest["schema_version"], manifest["step"]) == (1, 7)
+    assert sorted(manifest["files"]) == FILES[1:]
+    for name, entry in manifest["files"].items():
+        assert entry["size"] == (step_dir(run.at, 7) / name).stat().st_size
+        assert re.fullmatch("[0-9a-f]{64}", entry["sha256"])
+
+
+def test_state_json_names_run_numerics_and_world_beside_the_state(run):
+    save(run(), 7)
+    record = json.loads((step_dir(run.at, 7) / "state.json").read_bytes())
+    assert (record["identity"], record["world_size"]) == (WHO, 1)
+    assert record["numerics"]["torch"] == torch.__version__
+    assert record["numerics"]["threads"] == torch.get_num_threads()
+
+
+def test_a_run_comes_back_as_it_was_saved(run):
+    state = RunState(
+        step=7,
+        evaluated_at=6,
+        best={"step": 6, "val/top1": 100 / 3},
+        sums={"loss": 0.1 + 0.2, "correct1": 5.0, "correct5": 2.0**53 - 1, "images": 5e-324},
+        scaler={"scale": 65536.0, "growth_factor": math.nextafter(2, 3)},
+    )
+    assert run().save(state, tensors(7), is_last=True) is None
+    again, saved = run().resume("r", allow_changes=False)
+    assert again == state  # floats are exact through JSON
+    assert list(saved) == ["model", "optimizer"]
+    assert all(same(saved[stem], tensors(7)[stem]) for stem in saved)
+
+
+def test_saving_leaves_the_tensors_of_the_run_alone_whatever_their_strides(run):
+    weight = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    strides = weight.stride()
+    run().save(RunState(step=1), {"model": {"w": weight}, "optimizer": {}}, is_last=False)
+    _, saved = run().resume("r", allow_changes=False)
+    assert torch.equal(saved["model"]["w"], weight)
+    assert weight.stride() == strides
+    assert weight.requires_grad
+
+
+def test_names_in_the_files_are_torchvisions_and_load_into_a_fresh_model(run):
+    model = build_model(AlexNetSmallConfig(), 3, 64, seed=0)
+    optimizer = build_optimizer(SGDConfig(lr=0.1), model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    run().save(RunState(step=1), {"model": model.state_dict(), "optimizer": state_by_name(optimizer, model)}, False)
+    directory = step_dir(run.at, 1)
+    with safetensors.safe_open(directory / "model.safetensors", "pt") as file:
+        assert sorted(file.keys()) == sorted(model.state_dict())
+        assert "features.0.weight" in file.keys()  # noqa: SIM118 (no dict)
+    with safetensors.safe_open(directory / "optimizer.safetensors", "pt") as file:
+        assert "momentum_buffer/classifier.0.weight" in file.keys()  # noqa: SIM118
+    other = build_model(AlexNetSmallConfig(), 3, 64, seed=1)
+    assert load_model(other, directory)["step"] == 1
+    assert same(other.state_dict(), model.state_dict())
+
+
+# --- what is rejected -------------------------------------------------------------------------------------------
+
+
+def test_forty_flipped_bits_spread_over_all_files_are_all_rejected_by_name(run):
+    save(run(), 7)
+    directory = step_dir(run.at, 7)
+    for name in FILES:
+        size = (directory / name).stat().st_size
+        for k in range(10):
+            offset, bit = k * (size - 1) // 9, k % 8
+            flip(directory / name, offset, bit)
+            # What a damaged manifest no longer describes is another file, or the manifest itself.
+            with pytest.raises(files.Rejected, match=r"\w\.\w" if name == "MANIFEST.json" else re.escape(name)):
+                files.verify(directory)
+            flip(directory / name, offset, bit)
+    files.verify(directory)
+
+
+def test_every_single_flipped_bit_of_a_manifests_head_is_rejected(run):
+    save(run(), 7)
+    manifest = step_dir(run.at, 7) / "MANIFEST.json"
+    accepted = []
+    for offset in range(manifest.read_bytes().index(b"{", 1)):  # version, step and the beginning of the files
+        for bit in range(8):
+            flip(manifest, offset, bit)
+            try:
+                files.verify(manifest.parent)
+                accepted.append((offset, bit))
+            except files.Rejected:
+                pass
+            flip(manifest, offset, bit)
+    assert accepted == []
+
+
+@pytest.mark.parametrize("name", FILES[1:])
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_truncated_file_is_rejected_by_name_and_size(run, name, share):
+    save(run(), 7)
+    path = step_dir(run.at, 7) / name
+    size = path.stat().st_size
+    os.truncate(path, int(size * share))
+    with pytest.raises(files.Rejected, match=f"^{re.escape(name)} has {int(size * share)} bytes instead of {size}$"):
+        files.verify(path.parent)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_rejected_by_name(run, name):
+    save(run(), 7)
+    (step_dir(run.at, 7) / name).unlink()
+    with pytest.raises(files.Rejected, match=rf"^{re.escape(name)} is unreadable \(.*No such file or directory.*\)$"):
+        files.verify(step_dir(run.at, 7))
+
+
+def test_another_schema_version_is_rejected(run):
+    save(run(), 7)
+    path = step_dir(run.at, 7) / "MANIFEST.json"
+    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+    with pytest.raises(files.Rejected, match=r"^MANIFEST\.json has schema version 2, this program reads 1$"):
+        files.verify(path.parent)
+
+
+def test_a_checkpoint_under_another_steps_name_is_rejected(run):
+    save(run(), 7)
+    step_dir(run.at, 7).rename(step_dir(run.at, 9))
+    with pytest.raises(files.Rejected, match=r"^MANIFEST\.json is of step 7$"):
+        files.verify(step_dir(run.at, 9))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "{}", '{"schema_version": 1, "step": 7, "files": []}', "\xff"])
+def test_a_manifest_of_anything_else_is_rejected(run, content):
+    save(run(), 7)
+    path = step_dir(run.at, 7) / "MANIFEST.json"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(files.Rejected, match=r"^MANIFEST\.json is unreadable"):
+        files.verify(path.parent)
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickle_in_place_of_the_model_is_rejected_and_never_unpickled(run, tmp_path, caplog):
+    save(run(), 7)
+    path = step_dir(run.at, 7) / "model.safetensors"
+    path.write_bytes(pickle.dumps(Bomb(tmp_path / "it ran")))
+    with pytest.raises(NoCheckpoint):
+        run().resume("r", allow_changes=False)
+    assert "model.safetensors has " in caplog.text
+    with pytest.raises(safetensors.SafetensorError):  # also where the checksums were forged
+        files.read_tensors(path.parent, "model")
+    assert not (tmp_path / "it ran").exists()
+
+
+# --- what is found ----------------------------------------------------------------------------------------------
+
+
+def test_a_new_run_starts_fresh(run):
+    assert run().resume("r", allow_changes=False) == (RunState(), {})
+    run.at.mkdir()
+    assert run().resume("r", allow_changes=False) == (RunState(), {})
+
+
+def test_the_newest_is_the_one_of_the_highest_step(run):
+    save(run(keep_last=9), 9, 10, 20, 100)
+    assert find_newest(run.at) == step_dir(run.at, 100)
+
+
+def test_the_newest_valid_one_wins_and_the_rejected_are_named_with_the_reason(run, caplog):
+    save(run(keep_last=3), 10, 20, 30)
+    flip(step_dir(run.at, 30) / "optimizer.safetensors", 100)
+    os.truncate(step_dir(run.at, 20) / "state.json", 5)
+    with caplog.at_level(logging.WARNING):
+        state, saved = run().resume("r", allow_changes=False)
+    assert state.step == 10
+    assert same(saved["model"], tensors(10)["model"])
+    newest, second = caplog.messages
+    line = "checkpoint step-00000030 is rejected: optimizer.safetensors does not match its SHA-256 checksum"
+    assert newest == line
+    assert re.fullmatch(r"checkpoint step-00000020 is rejected: state\.json has 5 bytes instead of \d+", second)
+
+
+def test_where_all_are_damaged_the_run_does_not_start_afresh(run):
+    save(run(), 10, 20)
+    for step in (10, 20):
+        flip(step_dir(run.at, step) / "model.safetensors", 50)
+    remedy = "restore one, or choose another run.name to start afresh"
+    with pytest.raises(NoCheckpoint) as e:
+        run().resume("r", allow_changes=False)
+    assert str(e.value) == f"none of the 2 checkpoints in {run.at} is usable; {remedy}"
+    assert e.value.exit_code == 66
+    with pytest.raises(NoCheckpoint):
+        find_best(run.at)
+
+
+def test_the_best_is_found_and_the_newest_where_it_is_damaged_or_where_there_is_none(run, caplog):
+    checkpoints = run()
+    save(checkpoints, 10)
+    assert find_best(run.at) == step_dir(run.at, 10)
+    save(checkpoints, 20, 30, 40, best={"step": 20, "val/top1": 50.0})
+    assert find_best(run.at) == step_dir(run.at, 20)
+    flip(step_dir(run.at, 20) / "model.safetensors", 50)
+    assert find_best(run.at) == step_dir(run.at, 40)
+    assert "checkpoint step-00000020, the best one, is rejected: model.safetensors does not match" in caplog.text
+
+
+def test_without_any_checkpoint_there_is_no_best_one(run):
+    with pytest.raises(NoCheckpoint, match=r"^there is no checkpoint in .*; train the run first$"):
+        find_best(run.at)
+
+
+def test_the_best_evaluation_is_the_first_of_the_highest():
+    state = RunState()
+    for step, top1 in ((10, 40.0), (20, 60.0), (30, 60.0), (40, 50.0)):
+        state.step = step
+        state.note_evaluation(top1)
+    assert (state.best, state.evaluated_at) == ({"step": 20, "val/top1": 60.0}, 40)
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("keep_last", "kept"), [(1, [50]), (2, [40, 50]), (3, [30, 40, 50])])
+def test_the_last_k_are_kept(run, keep_last, kept):
+    save(run(keep_last), 10, 20, 30, 40, 50)
+    assert names(run.at) == [f"step-{step:08d}" for step in kept]
+
+
+def test_the_best_is_kept_beside_the_last_and_goes_when_there_is_a_better_one(run):
+    checkpoints = run(keep_last=1)
+    save(checkpoints, 10, 20, 30, best={"step": 10, "val/top1": 50.0})
+    assert names(run.at) == ["step-00000010", "step-00000030"]
+    save(checkpoints, 40, best={"step": 40, "val/top1": 60.0})
+    assert names(run.at) == ["step-00000040"]
+
+
+@pytest.mark.parametrize(("keep_last", "kept"), [(1, [25]), (2, [10, 25])])
+def test_rejected_checkpoints_of_later_steps_do_not_crowd_out_what_is_saved_after_falling_back(run, keep_last, kept):
+    save(run(keep_last=3), 10, 30, 40)
+    for step in (30, 40):
+        flip(step_dir(run.at, step) / "model.safetensors", 50)
+    checkpoints = run(keep_last)
+    assert checkpoints.resume("r", allow_changes=False)[0].step == 10
+    save(checkpoints, 25)
+    assert names(run.at) == [f"step-{step:08d}" for step in kept]
+    assert run().resume("r", allow_changes=False)[0].step == 25
+
+
+def test_the_same_step_saved_again_replaces_the_first(run):
+    save(run(), 10, 20)
+    assert run().save(RunState(step=20, evaluated_at=20), tensors(-5), is_last=False) is None
+    state, saved = run().resume("r", allow_changes=False)
+    assert (state.step, state.evaluated_at) == (20, 20)
+    assert same(saved["model"], tensors(-5)["model"])
+    assert names(run.at) == ["step-00000010", "step-00000020"]
+
+
+def test_drafts_of_a_crash_are_dropped_and_a_checkpoint_that_was_being_replaced_comes_back(run):
+    save(run(keep_last=3), 10, 20, 30)
+    (run.at / ".tmp-step-40-0a1b2c3d").mkdir()
+    (run.at / ".tmp-step-40-0a1b2c3d" / "model.safetensors").write_bytes(b"half")
+    step_dir(run.at, 30).rename(run.at / ".old-step-00000030")  # killed between the two renames
+    (run.at / ".old-step-00000020").mkdir()  # killed after both
+    state, _ = run().resume("r", allow_changes=False)
+    assert state.step == 30
+    assert names(run.at) == ["step-00000010", "step-00000020", "step-00000030"]
+
+
+def test_foreign_files_beside_the_checkpoints_are_left_alone(run):
+    run.at.mkdir()
+    (run.at / "notes.txt").write_text("mine")
+    (run.at / "step-best").mkdir()
+    save(run(), 10, 20, 30)
+    assert run().resume("r", allow_changes=False)[0].step == 30
+    assert names(run.at) == ["notes.txt", "step-00000020", "step-00000030", "step-best"]
+
+
+# --- a disk that refuses ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk_full(monkeypatch):
+    """disk_full(True) from here on, disk_full(False) no longer."""
+    real = os.fsync
+
+    def set_to(full: bool) -> None:
+        def fsync(descriptor: int) -> None:
+            if full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    return set_to
+
+
+def test_a_failed_write_warns_and_leaves_the_old_ones_untouched(run, disk_full, caplog):
+    checkpoints = run()
+    save(checkpoints, 10, 20)
+    disk_full(True)
+    save(checkpoints, 30)
+    (message,) = caplog.messages
+    assert re.fullmatch(
+        r"the checkpoint of step 30 could not be written \(\[Errno 28\] No space left on device\); it needs 0 MB, "
+        r"[\d,]+ MB are free; training goes on, and the checkpoints before it are untouched",
+        message,
+    )
+    assert names(run.at) == ["step-00000010", "step-00000020"]
+    assert run().resume("r", allow_changes=False)[0].step == 20
+
+
+def test_the_third_failure_in_a_row_is_the_end(run, disk_full):
+    checkpoints = run()
+    disk_full(True)
+    save(checkpoints, 10, 20)
+    error = checkpoints.save(RunState(step=30), tensors(1, size=1000), is_last=False)
+    assert isinstance(error, CheckpointIOError)
+    assert error.exit_code == 74
+    assert "could not be written ([Errno 28] No space left on device); it needs 8 MB, " in str(error)
+    assert str(error).endswith(f" MB are free; make room below {run.at}, then start the same command again")
+    assert names(run.at) == []
+
+
+def test_a_success_in_between_starts_the_count_anew(run, disk_full):
+    checkpoints = run()
+    for full, steps in ((True, (10, 20)), (False, (30,)), (True, (40, 50))):
+        disk_full(full)
+        save(checkpoints, *steps)  # None each time
+    assert names(run.at) == ["step-00000030"]
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_the_end_at_once(run, disk_full):
+    disk_full(True)
+    error = run().save(RunState(step=10), tensors(1), is_last=True)
+    assert isinstance(error, CheckpointIOError)
+
+
+def test_a_place_that_cannot_be_written_to_is_a_failed_write(run, caplog):
+    run.at.parent.mkdir(exist_ok=True)
+    run.at.write_text("a file where the directory should be")
+    save(run(), 10)
+    assert "the checkpoint of step 10 could not be written" in caplog.text
+
+
+def test_a_write_that_reads_back_differently_is_a_failed_write(run, monkeypatch, caplog):
+    checkpoints = run()
+    save(checkpoints, 10)
+    real = files.write_durably
+
+    def write_wrongly(path: Path, data: bytes) -> None:
+        real(path, data)
+        if path.name == "model.safetensors":
+            flip(path, 200)
+
+    monkeypatch.setattr(files, "write_durably", write_wrongly)
+    save(checkpoints, 20)
+    assert "(model.safetensors does not match its SHA-256 checksum)" in caplog.text
+    assert names(run.at) == ["step-00000010"]
+
+
+# --- SIGKILL ----------------------------------------------------------------------------------------------------
+
+
+def save_for_ever(run_dir: str, ready) -> None:
+    """Goes on from the newest, saves step after step, now and then one twice."""
+    os.environ.pop("RANK", None)
+    with session(Device.cpu) as world:
+        checkpoints = Checkpoints(Path(run_dir), CheckpointConfig(keep_last=2), WHO, world)
+        state, saved = checkpoints.resume("r", allow_changes=False)
+        assert state.step == 0 or same(saved["model"], tensors(state.step, 200)["model"])
+        ready.send(state.step)
+        while True:
+            state.step += 1
+            for _ in range(1 + state.step % 2):
+                checkpoints.save(state, tensors(state.step, 200), is_last=False)
+
+
+def test_a_process_killed_at_any_moment_of_a_save_leaves_a_loadable_newest(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    moments = random.Random(1)
+    before = -1
+    for _ in range(10):
+        parent, child = context.Pipe()
+        process = context.Process(target=save_for_ever, args=(str(tmp_path), child))
+        process.start()
+        assert parent.poll(60)
+        found = parent.recv()
+        assert found >= before  # nothing that was committed is lost
+        time.sleep(moments.uniform(0.02, 0.15))
+        process.kill()
+        process.join()
+        files.clean_up(tmp_path / "checkpoints")
+        newest = find_newest(tmp_path / "checkpoints")
+        before = 0 if newest is None else files.step_of(newest)
+        if newest is not None:
+            assert same(files.read_tensors(newest, "model"), tensors(before, 200)["model"])
+    assert before > 0
+
+
+# --- several ranks ----------------------------------------------------------------------------------------------
+
+
+def save_and_resume(run_dir: str) -> tuple[object, dict, list]:
+    """Each rank has its own values; what comes back is rank 0's. Rank 1 does not see the files."""
+    with session(Device.cpu) as world:
+        place = Path(run_dir) / ("seen" if world.is_main else "unseen")
+        checkpoints = Checkpoints(place, CheckpointConfig(), WHO, world)
+        outcome = checkpoints.save(RunState(step=7 + world.rank), tensors(7 + world.rank), is_last=True)
+        state, saved = checkpoints.resume("r", allow_changes=False)
+        fc = saved["model"]["fc.weight"]
+        return outcome, vars(state), [fc.tolist(), sorted(os.listdir(run_dir))]
+
+
+def test_rank_0_writes_and_reads_and_all_ranks_get_the_same(tmp_path):
+    first, second = run_ranks(save_and_resume, 2, str(tmp_path))
+    assert first[0] is second[0] is None
+    assert first[1] == second[1] == vars(RunState(step=7))
+    assert first[2] == second[2] == [tensors(7)["model"]["fc.weight"].tolist(), ["seen"]]
+
+
+# --- identity ---------------------------------------------------------------------------------------------------
+
+FREE = [
+    *("run.name=other", "run.root=elsewhere", "device=cpu", "data.root=elsewhere", "data.num_threads=3"),
+    *("data.on_bad_image=skip", "trainer.epochs=99", "trainer.max_steps=5", "trainer.micro_batch_size=4"),
+    *("trainer.eval_batch_size=7", "trainer.compile=true", "trainer.log_every_steps=1", "trainer.eval_every_epochs=3"),
+    *("checkpoint.keep_last=9", "checkpoint.save_every_steps=3", "resume.allow_changes=true", "logger.wandb=offline"),
+    *("logger.tensorboard=false", "logger.progress=false", "model.weights=some.file"),
+]
+FIXED = {
+    "seed=1": "seed=1 (was 0)",
+    "trainer.global_batch_size=65": "trainer.global_batch_size=65 (was 64)",
+    "trainer.drop_last=true": "trainer.drop_last=True (was False)",
+    "trainer.label_smoothing=0.2": "trainer.label_smoothing=0.2 (was 0.1)",
+    "trainer.clip_grad_norm=null": "trainer.clip_grad_norm=unset (was 1.0)",
+    "trainer.precision=bf16": "trainer.precision=bf16 (was fp32)",
+    "model=alexnet": "model=AlexNet (was AlexNetSmall)",
+    "optimizer.lr=0.5": "optimizer.lr=0.5 (was 0.1)",
+    "scheduler=constant": "scheduler=Constant (was Cosine)",
+    "scheduler.warmup_epochs=9": "scheduler.warmup_epochs=9.0 (was 1.0)",
+    "augment.flip=0": "augment.flip=0.0 (was 0.5)",
+    "data.image_size=72": "data.image_size=72 (was 64)",
+}
+
+
+BASE = [
+    *("seed=0", "data=demo", "data.image_size=64", "augment=basic", "augment.flip=0.5", "model=alexnet_small"),
+    *("optimizer=sgd", "optimizer.lr=0.1", "scheduler=cosine", "scheduler.warmup_epochs=1"),
+    *("trainer.global_batch_size=64", "trainer.label_smoothing=0.1", "trainer.clip_grad_norm=1"),
+]
+
+
+def who(*overrides: str) -> dict[str, object]:
+    return identity(compose([*BASE, *overrides]), "abc")
+
+
+@pytest.fixture(scope="module")
+def me() -> dict[str, object]:
+    return who()
+
+
+def test_what_moves_or_watches_the_work_is_not_in_the_identity(me):
+    assert who(*FREE) == me
+
+
+def test_the_identity_survives_json(me):
+    schedule = who("scheduler=step")
+    assert json.loads(json.dumps(me)) == me
+    assert json.loads(json.dumps(schedule)) == schedule
+
+
+@pytest.mark.parametrize("override", FIXED)
+def test_what_decides_an_update_is_in_the_identity_and_refused_with_the_difference(run, me, override):
+    save(run(who=me), 10)
+    changed = who(override)
+    with pytest.raises(ConfigError) as e:
+        run(who=changed).resume("mine", allow_changes=False)
+    text = str(e.value)
+    assert text.startswith("run.name=mine was started as another run: ")
+    assert FIXED[override] in text
+    assert text.endswith("; choose another run.name, or go on regardless with resume.allow_changes=true")
+    assert "\n" not in text
+    assert run(who=changed).resume("mine", allow_changes=True)[0].step == 10
+
+
+def test_other_images_are_another_run(run, me):
+    save(run(who=me), 10)
+    with pytest.raises(ConfigError, match=r"another run: data=xyz \(was abc\); choose another run\.name"):
+        run(who={**me, "data": "xyz"}).resume("mine", allow_changes=False)
+
+
+def test_resuming_with_other_numerics_says_that_bits_may_differ(run, caplog, monkeypatch):
+    save(run(), 10)
+    path = "alexnet_ddp.checkpoint.numerics"
+    monkeypatch.setattr(path, lambda: {"torch": "9.9", "threads": torch.get_num_threads()})
+    with caplog.at_level(logging.INFO):
+        run().resume("r", allow_changes=False)
+    difference = f"torch {torch.__version__} -> 9.9"
+    assert caplog.messages == [f"resuming with other numerics ({difference}): equal to rounding, not bit for bit"]
