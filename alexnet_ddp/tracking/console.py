@@ -1,0 +1,129 @@
+"""What the user sees: a progress bar on a terminal, plain lines elsewhere. Its one rule: it never stops the run."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from rich.console import Console as RichConsole
+from rich.console import Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class Console(Protocol):
+    def write(self, step: int, epoch: float, metrics: dict[str, Any]) -> None: ...
+    def advance(self, step: int) -> None: ...
+    def say(self, text: str) -> None: ...
+    def close(self, exit_code: int) -> None: ...
+
+
+def build_console(progress: bool, start_step: int, total_steps: int, steps_per_epoch: int) -> Console:
+    terminal = sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+    if progress and terminal:
+        return BarConsole(start_step, total_steps, steps_per_epoch)
+    return PlainConsole(total_steps)
+
+
+class PlainConsole:
+    """One flushed line a row, on stdout."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total_steps = total_steps
+
+    def write(self, step: int, epoch: float, metrics: dict[str, Any]) -> None:
+        train = train_text(metrics)
+        if train:
+            self.say(f"step {step}/{self._total_steps}  epoch {epoch:.2f}  {train}")
+        if eval_text(metrics):
+            self.say(f"epoch {_epoch(epoch)}  {eval_text(metrics)}")
+
+    def advance(self, step: int) -> None:
+        return
+
+    def say(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # the reader of a pipe has gone: the run goes on, unseen
+            print(text, flush=True)
+
+    def close(self, exit_code: int) -> None:
+        return
+
+
+class BarConsole:
+    """Two live lines: the bar, and the last train and evaluation rows. Evaluations and what is said stay above them."""
+
+    def __init__(self, start_step: int, total_steps: int, steps_per_epoch: int) -> None:
+        self._step = start_step
+        self._steps_per_epoch = max(1, steps_per_epoch)
+        self._train = self._eval = ""
+        self._gone = False
+        remaining = (TextColumn("ETA"), TimeRemainingColumn())
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
+        self._bar = Progress(*columns, TimeElapsedColumn(), *remaining, speed_estimate_period=60)
+        self._task = self._bar.add_task("", total=total_steps, completed=start_step)
+        self._console = RichConsole(highlight=False, markup=False, emoji=False)
+        self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
+
+    def _render(self) -> Group:
+        """Called by the refreshing thread: the step itself only leaves its number."""
+        description = f"epoch {self._step / self._steps_per_epoch:.2f}"
+        self._bar.update(self._task, completed=self._step, description=description)
+        rows = "  |  ".join(text for text in (self._train, self._eval) if text)
+        return Group(self._bar.get_renderable(), Text(rows, no_wrap=True, overflow="ellipsis"))
+
+    def write(self, step: int, epoch: float, metrics: dict[str, Any]) -> None:
+        self.advance(step)
+        self._train = train_text(metrics) or self._train
+        text = eval_text(metrics)
+        if text:
+            self._eval = f"val/top1 {metrics['val/top1']:.2f}" if "val/top1" in metrics else ""
+            self.say(f"epoch {_epoch(epoch)}  {text}")
+
+    def advance(self, step: int) -> None:
+        """The first step starts the bar."""
+        self._step = step
+        if not self._live.is_started and not self._gone:
+            self._show(self._live.start)
+            self._show(lambda: self._console.show_cursor(True))  # Live hides it; a killed process could not undo that
+
+    def say(self, text: str) -> None:
+        self._show(lambda: self._console.print(Text(text), soft_wrap=True))
+
+    def close(self, exit_code: int) -> None:
+        self._show(self._live.stop)
+        self._gone = True
+
+    def _show(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except OSError:  # the terminal has gone: the run goes on, unseen
+            self._gone = True
+
+
+def train_text(metrics: dict[str, Any]) -> str:
+    """`loss 1.2034  top1 57.2  lr 0.0200  1,234 img/s`, or nothing for a row that is not about training."""
+    formats = {"train/loss": "loss {:.4f}", "train/top1": "top1 {:.1f}", "train/grad_norm": "grad {:.3g}"}
+    parts = [text.format(metrics[name]) for name, text in formats.items() if name in metrics]
+    if "train/lr" in metrics:
+        lr = metrics["train/lr"]
+        parts.append(f"lr {lr:.4f}" if lr >= 1e-3 or lr == 0 else f"lr {lr:.2e}")
+    if "train/images_per_sec" in metrics:
+        parts.append(f"{metrics['train/images_per_sec']:,.0f} img/s")
+    if metrics.get("data/num_bad_images"):
+        parts.append(f"{metrics['data/num_bad_images']:,} bad images")
+    return "  ".join(parts)
+
+
+def eval_text(metrics: dict[str, Any]) -> str:
+    """`val/top1 88.10  val/top5 99.20  val/loss 0.40  (1,000 images)`, or nothing."""
+    names = [name for name in ("val/top1", "val/top5", "val/loss") if name in metrics]
+    parts = [f"{name} {metrics[name]:.2f}" for name in names]
+    if parts and "val/num_images" in metrics:
+        parts.append(f"({metrics['val/num_images']:,} images)")
+    return "  ".join(parts)
+
+
+def _epoch(epoch: float) -> str:
+    return f"{epoch:.2f}".rstrip("0").rstrip(".")

@@ -1,0 +1,124 @@
+"""wandb, in a process of its own that follows metrics.jsonl. Its one rule: the run never waits for it.
+
+Inside the run's process wandb would replace sys.exit and sys.excepthook, wait for an unreachable server at the start,
+and again in an exit hook (12 s more, measured with wandb 0.31 and a server that hangs). With a follower, a row costs
+the run its line in metrics.jsonl, and the end CLOSE_S at most. When the run is killed, the follower's standard input
+ends: it sends the last rows and finishes.
+"""
+
+import os
+import re
+import secrets
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from alexnet_ddp.atomic import write_bytes, write_json
+from alexnet_ddp.tracking.jsonl import Say
+from alexnet_ddp.tracking.record import redact
+
+CLOSE_S = 10.0
+NOT_ONLINE = 3  # the follower's exit code when it could not reach the server, or has no key
+FOLLOWER = Path(__file__).with_name("wandb_follower.py")
+
+
+def wandb_mode(wanted: str) -> str:
+    """WANDB_MODE narrows the configuration's mode (online > offline > disabled); it never widens it."""
+    modes = ("disabled", "offline", "online")
+    asked = os.environ.get("WANDB_MODE", wanted).lower().replace("dryrun", "offline")
+    return modes[min(modes.index(wanted), modes.index(asked) if asked in modes else 2)]
+
+
+def wandb_id(run_dir: Path) -> str:
+    """The id of the run in wandb: made once, kept in wandb_id.txt."""
+    path = run_dir / "wandb_id.txt"
+    found = path.read_text().strip() if path.exists() else ""
+    if not re.fullmatch(r"[\w\-]{1,64}", found):
+        found = secrets.token_hex(4)
+        write_bytes(path, f"{found}\n".encode())
+    return found
+
+
+class WandbSink:
+    """Starts the follower and passes on what it says. `spec`: the mode, and what wandb_follower.py asks for."""
+
+    name = "wandb"
+
+    def __init__(self, run_dir: Path, spec: dict[str, Any], say: Say) -> None:
+        directory = run_dir.resolve() / "wandb"
+        directory.mkdir(exist_ok=True)
+        self._say = say
+        self._directory = directory
+        self._mode = spec["mode"]
+        own = {"run_dir": str(directory.parent), "id": wandb_id(run_dir), "pid": os.getpid(), "not_online": NOT_ONLINE}
+        self._upload = f"upload with: wandb sync {directory}/offline-run-*"
+        write_json(directory / "follower.json", redact(spec) | own | {"upload": self._upload})
+        if self._mode == "offline":
+            say(f"wandb: offline; {self._upload}")
+        self._process = self._start()
+
+    def write(self, step: int, epoch: float, metrics: dict[str, Any]) -> None:
+        """The follower reads the row in metrics.jsonl; here it gets a chance to say something, or to be replaced."""
+        self._pass_on()
+        self._check(self._process.poll())
+
+    def close(self, exit_code: int) -> None:
+        """Give the follower CLOSE_S to send the rest; what it does not send stays on disk."""
+        deadline = time.monotonic() + CLOSE_S
+        try:
+            code = self._finish(exit_code, deadline)
+            if self._check(code):
+                self._check(self._finish(exit_code, deadline))
+        finally:
+            self._end()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with (self._directory / "follower.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-P", str(FOLLOWER), str(self._directory / "follower.json"), self._mode],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={"WANDB_ERROR_REPORTING": "false", **os.environ},
+                start_new_session=True,  # a Ctrl-C is for the run, and there is no terminal to prompt on
+            )
+        os.set_blocking(process.stdout.fileno(), False)
+        return process
+
+    def _check(self, code: int | None) -> bool:
+        """Whether a follower that could not go online was replaced by one that works offline."""
+        if code == NOT_ONLINE and self._mode == "online":
+            self._end()
+            self._mode = "offline"  # wandb cannot start a run twice in one process
+            self._process = self._start()
+            return True
+        if code:
+            raise RuntimeError(f"its process ended with code {code}, see {self._directory / 'follower.log'}")
+        return False
+
+    def _finish(self, exit_code: int, deadline: float) -> int:
+        try:
+            self._process.stdin.write(f"{exit_code}\n".encode())
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended already; its code says how
+        try:
+            return self._process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"it did not finish in {CLOSE_S:.0f} s") from None
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._pass_on()
+        self._process.stdout.close()
+        try:
+            self._process.stdin.close()
+        except BrokenPipeError:
+            return  # an exit code that nobody read
+
+    def _pass_on(self) -> None:
+        for line in (self._process.stdout.read() or b"").decode(errors="replace").splitlines():
+            self._say(line)
