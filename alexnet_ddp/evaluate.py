@@ -1,0 +1,100 @@
+"""Evaluate a run, or a file of weights, exactly: every validation image once, whatever the number of processes.
+
+python -m alexnet_ddp.evaluate run.name=X [data.root=DIR]
+python -m alexnet_ddp.evaluate model=alexnet model.weights=FILE data=imagenet data.root=DIR
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from alexnet_ddp import cli, distributed
+from alexnet_ddp.atomic import write_json
+from alexnet_ddp.checkpoint import find_best, load_model
+from alexnet_ddp.config import Config
+from alexnet_ddp.data import ImageSets, build_loader, open_data
+from alexnet_ddp.data.sampler import evaluation_work
+from alexnet_ddp.engine import Evaluation, check_precision, evaluate
+from alexnet_ddp.errors import DataError, Preempted
+from alexnet_ddp.model import build_model, load_weights
+from alexnet_ddp.resilience import StopSignal
+from alexnet_ddp.tracking import read_classes
+
+_MOST_CLASSES = 40  # in the table; all of them are in evaluation.json
+
+
+def main(cfg: Config, overrides: list[str]) -> None:
+    """Evaluate the best checkpoint of run.name, or model.weights where the command line names a file."""
+    of_run, stop = cfg.model.weights is None, StopSignal()
+    if of_run:
+        cfg = cli.config_of_run(cfg.run_dir, overrides)
+    with distributed.session(cfg.device, cfg.trainer.tf32) as world:
+        check_precision(cfg.trainer.precision, world)
+        data = distributed.first_on_node(lambda: open_data(cfg.data), world)
+        if of_run:
+            directory = distributed.from_main(lambda: find_best(cfg.run_dir / "checkpoints"), world)
+            model, origin = distributed.on_all(lambda: _trained(cfg, data, directory), world)
+        else:
+            model, origin = distributed.on_all(lambda: _from_file(cfg, data), world)
+        model.to(world.device, memory_format=torch.channels_last)
+        loader = build_loader(cfg.data, data.val, None, world.num_cores, world.device)
+        works = evaluation_work(len(data.val), cfg.trainer.eval_batch_size, world.rank, world.world_size)
+        batches, num_classes = loader.batches(works), len(data.val.classes)
+        result = evaluate(model, batches, cfg.trainer, num_classes, world, stop)
+        if result is None:
+            raise Preempted("stopped before the evaluation was complete; start it again")
+        if world.is_main:
+            _report(result, data.class_names, origin)
+            if of_run:
+                write_json(cfg.run_dir / "evaluation.json", _record(result, data.class_names, origin))
+
+
+def _trained(cfg: Config, data: ImageSets, directory: Path) -> tuple[nn.Module, dict]:
+    """A checkpoint's network; the data must have the classes that it was trained on."""
+    expected, found = read_classes(cfg.run_dir)["ids"], data.val.classes
+    if expected != found:
+        only = sorted(set(expected) ^ set(found))[:5]
+        raise DataError(f"data.root has other classes than run {cfg.run.name} was trained on, first of all {only}")
+    model = build_model(replace(cfg.model, weights=None), len(expected), cfg.data.image_size, cfg.seed)
+    state = load_model(model, directory)
+    return model, {"checkpoint": directory.name, "step": state["step"]}
+
+
+def _from_file(cfg: Config, data: ImageSets) -> tuple[nn.Module, dict]:
+    weights, bare = Path(cfg.model.weights), replace(cfg.model, weights=None)
+    model = build_model(bare, len(data.val.classes), cfg.data.image_size, cfg.seed)
+    load_weights(model, weights, new_head=False)
+    return model, {"weights": str(weights)}
+
+
+def _record(result: Evaluation, names: list[str], origin: dict) -> dict:
+    """The keys of metrics.jsonl's evaluation rows, where they come from, and each class."""
+    counts = result.per_class.tolist()
+    classes = {name: dict(zip(("num_images", "correct1", "correct5"), row)) for name, row in zip(names, counts)}
+    return {**origin, **result.row, "per_class": classes}
+
+
+def _report(result: Evaluation, names: list[str], origin: dict) -> None:
+    """The worst classes first: they are what one looks for."""
+    table = Table(title=", ".join(f"{key} {value}" for key, value in origin.items()))
+    for heading in ("class", "images", "top-1 %", "top-5 %"):
+        table.add_column(heading, justify="left" if heading == "class" else "right")
+    rows = [(name, n, 100 * c1 / n, 100 * c5 / n) for name, (n, c1, c5) in zip(names, result.per_class.tolist()) if n]
+    rows.sort(key=lambda row: row[2])
+    for name, n, top1, top5 in rows[:_MOST_CLASSES]:
+        table.add_row(name, f"{n:,}", f"{top1:.1f}", f"{top5:.1f}")
+    console = Console()
+    console.print(table)
+    if len(rows) > _MOST_CLASSES:
+        console.print(f"... and {len(rows) - _MOST_CLASSES} better classes")
+    row = result.row
+    console.print(f"top-1 {row['val/top1']:.2f} %  top-5 {row['val/top5']:.2f} %  loss {row['val/loss']:.4f}  ", end="")
+    console.print(f"({row['val/correct1']:,} and {row['val/correct5']:,} of {row['val/num_images']:,} images)")
+
+
+if __name__ == "__main__":
+    cli.run("evaluate", main)

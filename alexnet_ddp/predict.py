@@ -1,0 +1,95 @@
+"""Show images to a trained run: the most probable classes of each.
+
+python -m alexnet_ddp.predict run.name=X images=PATH_OR_GLOB_OR_DIR [output=FILE.jsonl]
+"""
+
+import glob
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from alexnet_ddp import cli
+from alexnet_ddp.checkpoint import find_best, load_model
+from alexnet_ddp.config import Config, ConfigError, DataConfig, PredictConfig
+from alexnet_ddp.data.decode import BadImage, centre_into
+from alexnet_ddp.data.scan import SUFFIXES
+from alexnet_ddp.distributed import choose_device
+from alexnet_ddp.engine import normalise
+from alexnet_ddp.errors import DataError
+from alexnet_ddp.model import build_model
+from alexnet_ddp.tracking import read_classes
+
+_BATCH = 64
+
+
+def main(ask: PredictConfig, overrides: list[str]) -> None:
+    """Print a table, write JSON lines where asked to. Images that cannot be read are named, and end it with code 65."""
+    run_dir = Path(ask.run.root) / ask.run.name
+    if ask.output and not Path(ask.output).absolute().parent.is_dir():
+        raise ConfigError(f"output ({ask.output}) must lie in a directory that exists; make it first")
+    paths = find_images(ask.images)
+    cfg = cli.config_of_run(run_dir, [])
+    names, device = read_classes(run_dir)["names"], choose_device(ask.device, 0)
+    model = _trained(cfg, run_dir, len(names)).to(device).eval()
+    bad: list[str] = []
+    table = Table("image", "classes and their probabilities")
+    lines: list[str] = []
+    for path, probabilities in _probabilities(model, paths, cfg.data, device, bad):
+        top = probabilities.topk(min(ask.top_k, len(names)))
+        found = [{"class": names[i], "probability": p} for p, i in zip(top.values.tolist(), top.indices.tolist())]
+        table.add_row(str(path), "  ".join(f"{entry['class']} {entry['probability']:.3f}" for entry in found))
+        lines.append(json.dumps({"image": str(path), "predictions": found}) + "\n")
+    if ask.output:
+        Path(ask.output).write_text("".join(lines))
+    if lines:
+        Console().print(table)
+    if bad:
+        raise DataError(f"{len(bad)} of {len(paths)} files are no images: {'; '.join(bad[:5])}")
+
+
+def find_images(pattern: str) -> list[Path]:
+    """The image files that a path, a directory (with what is below it) or a glob names, sorted. Raises DataError."""
+    path = Path(pattern)
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.lower().endswith(SUFFIXES))
+    else:
+        found = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(pattern, recursive=True))
+        found = [p for p in found if p.is_file()]
+    if not found:
+        raise DataError(f"images ({pattern}) names no image; give a file, a directory, or a glob in quotes")
+    return found
+
+
+def _trained(cfg: Config, run_dir: Path, num_classes: int) -> nn.Module:
+    model = build_model(replace(cfg.model, weights=None), num_classes, cfg.data.image_size, cfg.seed)
+    load_model(model, find_best(run_dir / "checkpoints"))
+    return model
+
+
+@torch.inference_mode()
+def _probabilities(
+    model: nn.Module, paths: list[Path], cfg: DataConfig, device: torch.device, bad: list[str]
+) -> Iterator[tuple[Path, Tensor]]:
+    """Each readable image with its softmax, float [num_classes] on the CPU; the others go to `bad` with the reason."""
+    for start in range(0, len(paths), _BATCH):
+        shown, slots = [], np.empty((_BATCH, cfg.image_size, cfg.image_size, 3), np.uint8)
+        for path in paths[start : start + _BATCH]:
+            try:
+                centre_into(slots[len(shown)], path.read_bytes(), cfg.eval_resize)
+                shown.append(path)
+            except (BadImage, OSError) as error:
+                bad.append(f"{path}: {error}")
+        if shown:
+            images = torch.from_numpy(slots[: len(shown)]).to(device)
+            yield from zip(shown, model(normalise(images, None)).float().softmax(1).cpu())
+
+
+if __name__ == "__main__":
+    cli.run("predict", main)

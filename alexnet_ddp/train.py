@@ -1,0 +1,197 @@
+"""Train an image classifier with DistributedDataParallel.
+
+    torchrun --nproc_per_node=8 -m alexnet_ddp.train experiment=alexnet data.root=/data/imagenet
+
+Read it top to bottom: config, world, data, budget, resume, model, parallel, optimizer, steps, evaluation.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from alexnet_ddp import cli, distributed
+from alexnet_ddp.checkpoint import Checkpoints, identity, load_weights
+from alexnet_ddp.config import Config, to_plain, to_yaml
+from alexnet_ddp.data import build_loader, open_data
+from alexnet_ddp.data.augment import build_augment
+from alexnet_ddp.data.sampler import GlobalBatchSampler, evaluation_work, index_hash, largest_slice
+from alexnet_ddp.distributed import World
+from alexnet_ddp.engine import TrainStep, check_precision, evaluate
+from alexnet_ddp.errors import Preempted, RunError
+from alexnet_ddp.metrics import Pace, train_row
+from alexnet_ddp.model import build_model
+from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name
+from alexnet_ddp.parallel import build_parallel
+from alexnet_ddp.resilience import StopSignal, Wish
+from alexnet_ddp.schedule import Budget, build_lr_schedule
+from alexnet_ddp.tracking import RunInfo, RunStatus, build_tracker, make_run_dir, run_status
+
+log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
+
+
+def train(cfg: Config, overrides: list[str]) -> None:
+    """Run, or go on with, the training that `cfg` describes."""
+    stop = StopSignal()
+    tf32 = cfg.trainer.tf32
+    with distributed.session(cfg.device, tf32) as world, run_status(cfg.run_dir, world.is_main) as status:
+        distributed.from_main(lambda: make_run_dir(cfg.run_dir), world)
+        run = Run(cfg, world, status, stop)
+        if run.is_complete:
+            log.info("run %s is complete after %d steps: %s", cfg.run.name, run.state.step, cfg.run_dir)
+        else:
+            run.prepare(overrides)
+            with run.tracker:
+                run.go()
+            run.train_loader.close()
+            run.val_loader.close()
+
+
+class Run:
+    """One rank's part of a training. `state.step` is the only clock: everything else derives from it."""
+
+    def __init__(self, cfg: Config, world: World, status: RunStatus, stop: StopSignal) -> None:
+        self.cfg, self.world, self.status, self.stop = cfg, world, status, stop
+        check_precision(cfg.trainer.precision, world)
+        self.data = distributed.first_on_node(lambda: open_data(cfg.data, may_make=True), world)
+        self.sampler = GlobalBatchSampler(
+            len(self.data.train), cfg.trainer.global_batch_size, cfg.seed, cfg.trainer.drop_last
+        )
+        self.budget = Budget.plan(cfg.trainer, self.sampler.steps_per_epoch, cfg.checkpoint.save_every_steps)
+        who = identity(cfg, self.data.train.fingerprint())
+        shape = {"evaluation": self.data.val.fingerprint(), "budget": str(self.budget)}
+        distributed.require_same(who | shape | {"eval_batch_size": cfg.trainer.eval_batch_size}, world)
+        self.checkpoints = Checkpoints(cfg.run_dir, cfg.checkpoint, who, world)
+        self.state, self.saved = self.checkpoints.resume(cfg.run.name, cfg.resume.allow_changes)
+        status.running(self.state.step)
+
+    @property
+    def is_complete(self) -> bool:
+        return self.budget.is_end(self.state.step) and self.state.evaluated_at == self.state.step
+
+    def prepare(self, overrides: list[str]) -> None:
+        """Build what a step needs, from the configuration or from the checkpoint."""
+        cfg, world, data, saved = self.cfg, self.world, self.data, self.saved
+        start = replace(cfg.model, weights=None) if saved else cfg.model  # a checkpoint has all the weights
+        num_classes, size = len(data.train.classes), cfg.data.image_size
+        self.model = distributed.on_all(lambda: build_model(start, num_classes, size, cfg.seed), world)
+        if saved:
+            load_weights(self.model, saved.pop("model"), f"the checkpoint of {cfg.run.name}")
+        self.model.to(world.device, memory_format=torch.channels_last)
+        if cfg.trainer.compile:
+            self.model.compile()
+        ddp_model = build_parallel(cfg.parallel, self.model, world)
+        self.optimizer = build_optimizer(cfg.optimizer, self.model)
+        load_state_by_name(self.optimizer, self.model, saved.pop("optimizer", {}))
+        self.lr = build_lr_schedule(cfg.scheduler, cfg.optimizer.lr, self.budget)
+        self.train_step = TrainStep(ddp_model, self.optimizer, cfg.trainer, cfg.seed, world, cfg.data.image_size)
+        self.train_step.load(self.state.sums, self.state.scaler)
+
+        augment = build_augment(cfg.augment, cfg.seed, cfg.data.image_size, cfg.data.eval_resize)
+        self.train_loader = build_loader(cfg.data, data.train, augment, world.num_cores, world.device)
+        self.val_loader = build_loader(cfg.data, data.val, None, world.num_cores, world.device)
+        steps = range(self.state.step, self.budget.total_steps)
+        works = self.sampler.work(steps, world.rank, world.world_size, cfg.trainer.micro_batch_size)
+        self.batches = self.train_loader.batches(works)
+
+        facts = {"world_size": world.world_size, "overrides": overrides, "start_step": self.state.step}
+        classes = {"ids": data.train.classes, "names": data.class_names}
+        budget, step = self.budget, self.state.step
+        info = RunInfo(cfg.run.name, world.is_main, step, budget.total_steps, budget.steps_per_epoch, to_plain(cfg))
+        self.tracker = build_tracker(cfg.logger, cfg.run_dir, info)
+        self.tracker.record(to_yaml(cfg), facts, classes)
+        self.tracker.say(self._headline())
+
+        self.pace, self.saved_at = Pace(), time.monotonic()
+        self.stopping = self.save_due = False
+        self.failure: RunError | None = None  # of rank 0's checkpoints, until all ranks know
+
+    def go(self) -> None:
+        """Steps, and what is due between two of them, until the last one or a stop."""
+        while True:
+            if self.budget.eval_due(self.state.step) and self.state.evaluated_at != self.state.step:
+                self._pausing(self.evaluate)
+            if self.save_due or self.stopping:
+                self._pausing(self.save)
+            if self.stopping:
+                self.stop.ignore()
+                done = f"stopped at step {self.state.step} of {self.budget.total_steps} and saved"
+                raise Preempted(f"{done}; start the same command again to go on")
+            if self.budget.is_end(self.state.step):
+                return
+            self.advance()
+
+    def advance(self) -> None:
+        """One optimizer step."""
+        step = self.state.step
+        num_images = len(self.sampler.batch(step))
+        minutes = self.cfg.checkpoint.save_every_minutes
+        wants_save = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
+        wish = Wish(self.stop.received, wants_save, self.failure)
+        verdict = self.train_step(self.batches, step, self.lr(step), num_images, wish)
+        self.state.step = step + 1
+        self.stopping = verdict.stop
+        self.save_due = verdict.save or self.budget.save_due(self.state.step)
+        self.pace.add(num_images, verdict.num_images)
+        self.tracker.advance(self.state.step)
+        if self.budget.log_due(self.state.step):
+            self.log_row()
+
+    def log_row(self) -> None:
+        """Collective. The one place that waits for the device."""
+        row = train_row(self.train_step.meter.read()) | {"train/lr": self.lr(self.state.step - 1)}
+        self.train_step.meter.reset()
+        row |= self.train_step.extras() | self.pace.row(self.train_loader.waited_s)
+        self._log(row)
+
+    def evaluate(self) -> None:
+        """Collective. Where a stop was asked for, the evaluation is left and made anew when the run goes on."""
+        cfg, world = self.cfg.trainer, self.world
+        works = evaluation_work(len(self.data.val), cfg.eval_batch_size, world.rank, world.world_size)
+        num_classes = len(self.data.train.classes)
+        result = evaluate(self.model, self.val_loader.batches(works), cfg, num_classes, world, self.stop)
+        if result is None:
+            self.stopping = True
+            return
+        self.state.note_evaluation(result.row["val/top1"])
+        self.save_due = True
+        self._log(result.row)
+
+    def save(self) -> None:
+        """Collective. A last checkpoint that fails ends the run; one on the way is a warning, at first."""
+        self.state.sums, self.state.scaler = self.train_step.meter.read(), self.train_step.scaler.state_dict()
+        tensors = {"model": self.model.state_dict(), "optimizer": state_by_name(self.optimizer, self.model)}
+        is_last = self.stopping or self.budget.is_end(self.state.step)
+        self.failure = self.checkpoints.save(self.state, tensors, is_last)
+        if is_last:
+            distributed.raise_together(self.failure, self.world)
+        self.save_due, self.saved_at = False, time.monotonic()
+        self.status.running(self.state.step)
+
+    def _log(self, row: dict[str, float | int | str]) -> None:
+        """Write a row, with a hash that names the images of the last step."""
+        images = {"data/index_hash": index_hash(self.sampler.batch(self.state.step - 1))}
+        self.tracker.log(self.state.step, self.budget.epoch(self.state.step), row | images)
+
+    def _pausing(self, action: Callable[[], None]) -> None:
+        """Keep what is no training out of images/s."""
+        began = time.monotonic()
+        action()
+        self.pace.pause(time.monotonic() - began)
+
+    def _headline(self) -> str:
+        cfg, n = self.cfg.trainer, sum(p.numel() for p in self.model.parameters())
+        part = largest_slice(cfg.global_batch_size, self.world.world_size)
+        micro = min(part, cfg.micro_batch_size or part)
+        return (
+            f"{self.cfg.run.name}: {n:,} parameters, {len(self.data.train):,} + {len(self.data.val):,} images of "
+            f"{len(self.data.class_names)} classes; global batch {cfg.global_batch_size} = {self.world.world_size} "
+            f"{self.world.device.type} rank(s) x {-(-part // micro)} x {micro}; step {self.state.step} of "
+            f"{self.budget.total_steps} ({self.budget.steps_per_epoch} an epoch); {self.cfg.run_dir}"
+        )
+
+
+if __name__ == "__main__":
+    cli.run("train", train)

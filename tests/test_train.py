@@ -1,0 +1,311 @@
+"""The main job through its command line: real processes, real files, real signals."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import make_folder
+
+ENV = {**os.environ, "WANDB_MODE": "disabled", "PYTHONPATH": str(Path(__file__).parents[1])}
+SMALL = ["data=folder", "data.image_size=64", "trainer.log_every_steps=1", "logger.tensorboard=false"]
+
+
+def command(root: str, *overrides: str, ranks: int = 0) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    return [sys.executable, *torchrun, "-m", f"alexnet_ddp.{root}", *overrides]
+
+
+def run(root: str, *overrides: str, ranks: int = 0, cwd: Path, env: dict | None = None) -> subprocess.CompletedProcess:
+    # HOME's cache is not touched: see conftest.private_cache
+    full = {**ENV, "XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"], **(env or {})}
+    return subprocess.run(
+        command(root, *overrides, ranks=ranks), cwd=cwd, env=full, timeout=180, check=False, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def rows(run_dir: Path, key: str) -> list[dict]:
+    path = run_dir / "metrics.jsonl"
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for row in found if key in row]
+
+
+def sha_of_newest(run_dir: Path) -> str:
+    newest = max((run_dir / "checkpoints").glob("step-*"))
+    return hashlib.sha256((newest / "model.safetensors").read_bytes()).hexdigest()
+
+
+def status(run_dir: Path) -> dict:
+    return json.loads((run_dir / "status.json").read_text())
+
+
+def start_and_hit(number: int, overrides: list[str], run_dir: Path, more_rows: int, ranks: int = 0) -> int:
+    """Start a run, send `number` to its launcher once it has written `more_rows`, return its exit code."""
+    full = {**ENV, "XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"]}
+    before = rows(run_dir, "train/loss")
+    start = before[-1]["step"] if before else 0
+    process = subprocess.Popen(command("train", *overrides, ranks=ranks), env=full, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        now = rows(run_dir, "train/loss")
+        if now and now[-1]["step"] >= start + more_rows:
+            break
+        time.sleep(0.05)
+    process.send_signal(number)
+    return process.wait(timeout=60)
+
+
+def test_a_run_trains_records_itself_and_is_complete_at_once_the_second_time(image_folder, tmp_path):
+    overrides = [
+        *SMALL,
+        f"data.root={image_folder}",
+        "run.name=a",
+        "trainer.max_steps=9",
+        "trainer.global_batch_size=17",
+    ]
+    done = run("train", *overrides, cwd=tmp_path, env={"ALEXNET_DDP_EXIT_CODE_FILE": str(tmp_path / "code")})
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "code").read_text() == "0\n"
+    run_dir = tmp_path / "runs" / "a"
+    assert status(run_dir) | {"state": "complete", "step": 9, "exit_code": 0} == status(run_dir)
+    assert [row["step"] for row in rows(run_dir, "train/loss")] == list(range(1, 10))
+    (first, last) = rows(run_dir, "val/top1")  # the end of the first epoch, and the end of the run
+    assert (first["step"], last["step"], last["val/num_images"]) == (7, 9, 61)
+    assert last["val/correct1"] <= last["val/correct5"] <= 61
+    assert json.loads((run_dir / "run.json").read_text())["overrides"] == overrides
+    assert json.loads((run_dir / "classes.json").read_text())["ids"] == [f"class{c}" for c in range(5)]
+    assert "global_batch_size: 17" in (run_dir / "config.yaml").read_text()
+    assert {p.name for p in tmp_path.iterdir()} == {"runs", "code"}  # Hydra writes nothing
+
+    began = time.monotonic()
+    again = run("train", *overrides, cwd=tmp_path)
+    assert again.returncode == 0
+    assert "run a is complete" in again.stdout
+    assert time.monotonic() - began < 60
+    assert len(rows(run_dir, "train/loss")) == 9
+
+    longer = run("train", *overrides[:-2], "trainer.max_steps=11", overrides[-1], cwd=tmp_path)
+    assert longer.returncode == 0
+    assert [row["step"] for row in rows(run_dir, "train/loss")] == list(range(1, 12))
+
+    other = run("train", *overrides[:-1], "trainer.global_batch_size=16", cwd=tmp_path)
+    assert other.returncode == 64
+    assert (
+        "run.name=a was started as another run: trainer.global_batch_size=16 (was 17); choose another run.name, or"
+        in (other.stdout)
+    )
+
+    exact = run("evaluate", "run.name=a", cwd=tmp_path)
+    assert exact.returncode == 0, exact.stdout
+    written = json.loads((run_dir / "evaluation.json").read_text())
+    assert any(all(written[k] == row[k] for k in row if k.startswith("val/c")) for row in rows(run_dir, "val/top1"))
+    assert sum(c["num_images"] for c in written["per_class"].values()) == 61
+
+    shown = run("predict", "run.name=a", f"images={image_folder}/val/class1", "output=p.jsonl", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stdout
+    predictions = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert len(predictions) == len(list((image_folder / "val/class1").iterdir()))
+    for row in predictions:
+        found = [entry["probability"] for entry in row["predictions"]]
+        assert found == sorted(found, reverse=True)
+        assert sum(found) == pytest.approx(1, abs=1e-3)  # five classes, five predictions
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[list[str], Path]:
+    """A run of 2 epochs, 26 steps each, and the overrides that made it."""
+    root = tmp_path_factory.mktemp("resume")
+    make_folder(root / "data", 205, 21)
+    overrides = [*SMALL, f"data.root={root}/data", f"run.root={root}/runs", "trainer.epochs=2"]
+    overrides += ["trainer.global_batch_size=8", "checkpoint.save_every_steps=5"]
+    os.environ["XDG_CACHE_HOME"] = str(root / "cache")
+    done = run("train", *overrides, "run.name=calm", ranks=2, cwd=root)
+    assert done.returncode == 0, done.stdout
+    return overrides, root / "runs"
+
+
+def test_stopped_and_killed_in_mid_epoch_it_ends_with_the_same_bits(undisturbed, tmp_path):
+    """SIGTERM, SIGKILL, SIGUSR1: three times in the first epoch, on two ranks."""
+    overrides, root = undisturbed
+    hit = [*overrides, "run.name=hit"]
+    run_dir = root / "hit"
+    codes = [start_and_hit(signal.SIGTERM, hit, run_dir, 6, ranks=2)]
+    assert status(run_dir)["exit_code"] == 75
+    codes += [start_and_hit(signal.SIGTERM, hit, run_dir, 4, ranks=2)]
+    assert status(run_dir)["state"] == "preempted"
+    assert 0 not in codes
+    done = run("train", *hit, ranks=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert sha_of_newest(run_dir) == sha_of_newest(root / "calm")
+    for key in ("train/loss", "val/top1"):
+        calm, disturbed = rows(root / "calm", key), rows(run_dir, key)
+        assert [row["step"] for row in calm] == [row["step"] for row in disturbed]
+        assert [row["data/index_hash"] for row in calm] == [row["data/index_hash"] for row in disturbed]
+    exact = [k for k in rows(root / "calm", "val/top1")[-1] if k.startswith("val/")]
+    for calm, disturbed in zip(rows(root / "calm", "val/top1"), rows(run_dir, "val/top1")):
+        assert [calm[k] for k in exact] == [disturbed[k] for k in exact]
+
+
+@pytest.mark.slow
+def test_killed_without_a_word_it_goes_on_from_the_last_checkpoint(undisturbed, tmp_path):
+    """And on another world size it sees the same images with the same losses."""
+    overrides, root = undisturbed
+    hit = [*overrides, "run.name=killed"]
+    run_dir = root / "killed"
+    start_and_hit(signal.SIGKILL, hit, run_dir, 8)  # one process, no torchrun
+    saved = max((run_dir / "checkpoints").glob("step-*")).name
+    assert saved == "step-00000005"
+    done = run("train", *hit, ranks=3, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "world size 1 -> 3" in done.stdout
+    calm, other = rows(root / "calm", "train/loss"), rows(run_dir, "train/loss")
+    assert [row["data/index_hash"] for row in calm] == [row["data/index_hash"] for row in other]
+    assert [row["train/loss"] for row in calm[:12]] == pytest.approx(
+        [row["train/loss"] for row in other[:12]], rel=1e-5
+    )
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(undisturbed, tmp_path):
+    overrides, root = undisturbed
+    run_dir = root / "damaged"
+    shutil.copytree(root / "calm", run_dir)
+    hit = [*overrides[:-3], *overrides[-2:], "run.name=damaged", "trainer.epochs=3"]
+    newest, before = sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)[:2]
+    flip(newest / "optimizer.safetensors")
+    done = run("train", *hit, "trainer.max_steps=53", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert (
+        f"checkpoint {newest.name} is rejected: optimizer.safetensors does not match its SHA-256 checksum"
+        in done.stdout
+    )
+    assert f"step {int(before.name[5:])} of 53" in done.stdout
+
+    for directory in (run_dir / "checkpoints").glob("step-*"):
+        flip(directory / "state.json")
+    lost = run("train", *hit, "trainer.max_steps=60", cwd=tmp_path)
+    assert lost.returncode == 66
+    assert "is usable; restore one, or choose another run.name to start afresh" in lost.stdout
+    assert status(run_dir)["exit_code"] == 66
+
+
+@pytest.mark.slow
+def test_a_change_that_is_allowed_goes_on_with_a_fresh_optimizer_and_another_network_is_refused(undisturbed, tmp_path):
+    overrides, root = undisturbed
+    shutil.copytree(root / "calm", root / "changed")
+    more = [*overrides, "run.name=changed", "trainer.epochs=3", "trainer.max_steps=53", "resume.allow_changes=true"]
+    done = run("train", *more, "optimizer=adamw", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "warning: another optimizer than the checkpoint's: its state starts afresh" in done.stdout
+    assert rows(root / "changed", "train/loss")[-1]["step"] == 53
+    other = run("train", *more, "trainer.max_steps=54", "model=torchvision", "model.name=resnet18", cwd=tmp_path)
+    assert other.returncode == 64
+    assert "the checkpoint of changed holds another network than the configuration: " in other.stdout
+
+
+def test_ranks_that_were_started_differently_are_refused(image_folder, tmp_path):
+    """Each node of a cluster is started by its own command line."""
+    shim = "import os, sys; sys.argv.append('optimizer.lr=0.0' + str(1 + int(os.environ['RANK'])))\n"
+    shim += "from alexnet_ddp import cli, train; cli.run('train', train.train)"
+    (tmp_path / "shim.py").write_text(shim)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, "shim.py", *SMALL, f"data.root={image_folder}", "run.name=a"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=120, check=False)
+    assert (
+        "rank 1 was started as another run than rank 0: optimizer.lr=0.02 (rank 0: 0.01); start all alike"
+        in done.stderr
+    )
+    assert status(tmp_path / "runs/a")["exit_code"] == 64
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.slow
+def test_eight_ranks_take_three_steps_on_two_cores(image_folder, tmp_path):
+    overrides = [*SMALL, f"data.root={image_folder}", "run.name=eight", "trainer.max_steps=3", "data.limit_val=5"]
+    done = run("train", *overrides, "trainer.global_batch_size=13", ranks=8, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert [row["step"] for row in rows(tmp_path / "runs/eight", "train/loss")] == [1, 2, 3]
+    assert rows(tmp_path / "runs/eight", "val/top1")[0]["val/num_images"] == 5
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: shutil.rmtree(root), "is not a folder; give one that holds train/CLASS/*"),
+        (lambda root: shutil.rmtree(root / "val/class1"), "only train has class1; add or remove these class folders"),
+        (lambda root: (root / "train/class2/00002.jpg").write_text("text"), "class2/00002.jpg: not an image"),
+    ],
+)
+def test_bad_data_is_one_line_and_code_65(image_folder, tmp_path, spoil, message):
+    root = shutil.copytree(image_folder, tmp_path / "data")
+    spoil(root)
+    overrides = [*SMALL, f"data.root={root}", "run.name=e", "trainer.max_steps=9", "trainer.global_batch_size=50"]
+    done = run("train", *overrides, cwd=tmp_path)
+    assert done.returncode == 65
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("alexnet_ddp: ")
+    assert message in last
+    assert "Traceback" not in done.stdout
+    assert status(tmp_path / "runs/e")["exit_code"] == 65
+
+
+def test_archives_and_the_folders_extracted_from_them_train_to_the_same_rows(tmp_path):
+    from tests.archives import extract, make_archives
+
+    archives = make_archives(tmp_path / "archives", classes=3, per_class=11, num_val=10)
+    extract(archives, tmp_path / "tree")
+    common = ["data.image_size=64", "trainer.max_steps=6", "trainer.global_batch_size=8", *SMALL[2:]]
+    first = run("train", "data=imagenet", f"data.root={archives}", "run.name=a", *common, cwd=tmp_path)
+    second = run("train", "data=folder", f"data.root={tmp_path}/tree", "run.name=b", *common, cwd=tmp_path)
+    assert first.returncode == second.returncode == 0, first.stdout + second.stdout
+    timings = ("time_s", "train/images_per_sec", "time/data_s")
+    a, b = (
+        [{k: v for k, v in row.items() if k not in timings} for row in rows(tmp_path / f"runs/{n}", "step")]
+        for n in "ab"
+    )
+    assert a == b
+    assert len(a) == 8
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_works_in_an_empty_directory(tmp_path):
+    root = Path(__file__).parents[1]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "-q", "--no-deps", "-w", tmp_path / "dist", root], check=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    subprocess.run([*pip, "install", "-q", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    env = {"PYTHONPATH": str(tmp_path / "site")}
+    overrides = ["experiment=smoke", "trainer.max_steps=2"]
+    done = run("train", *overrides, cwd=empty, env=env)
+    assert done.returncode == 0, done.stdout
+    where = subprocess.run(
+        [sys.executable, "-c", "import alexnet_ddp; print(alexnet_ddp.__file__)"],
+        cwd=empty, env={**ENV, **env}, text=True, capture_output=True, check=True,
+    ).stdout  # fmt: skip
+    assert str(tmp_path / "site") in where
+
+
+@pytest.mark.slow
+def test_compile_changes_speed_and_not_the_losses(image_folder, tmp_path):
+    overrides = [*SMALL, f"data.root={image_folder}", "trainer.max_steps=4", "trainer.global_batch_size=17"]
+    for name, compiled in (("eager", "false"), ("compiled", "true")):
+        done = run("train", *overrides, f"run.name={name}", f"trainer.compile={compiled}", cwd=tmp_path)
+        assert done.returncode == 0, done.stdout
+    eager, compiled = (
+        [r["train/loss"] for r in rows(tmp_path / f"runs/{n}", "train/loss")] for n in ("eager", "compiled")
+    )
+    assert eager == pytest.approx(compiled, rel=1e-4)
