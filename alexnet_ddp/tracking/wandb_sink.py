@@ -6,6 +6,7 @@ the run its line in metrics.jsonl, and the end CLOSE_S at most. When the run is 
 ends: it sends the last rows and finishes.
 """
 
+import contextlib
 import os
 import re
 import secrets
@@ -99,11 +100,9 @@ class WandbSink:
         return False
 
     def _finish(self, exit_code: int, deadline: float) -> int:
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has ended already; its code, below, says how
             self._process.stdin.write(f"{exit_code}\n".encode())
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended already; its code says how
         try:
             return self._process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
