@@ -21,6 +21,8 @@ from alexnet_ddp.config.data import (
     ImageNetConfig,
     NoAugmentConfig,
     OnBadImage,
+    Policy,
+    RandomAugmentConfig,
     SyntheticConfig,
 )
 from alexnet_ddp.config.recipe import (
@@ -81,9 +83,11 @@ __all__ = [
     "OnBadImage",
     "OptimizerConfig",
     "ParallelConfig",
+    "Policy",
     "PolyConfig",
     "Precision",
     "PredictConfig",
+    "RandomAugmentConfig",
     "ResumeConfig",
     "RunConfig",
     "SGDConfig",
