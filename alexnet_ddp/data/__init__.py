@@ -1,7 +1,8 @@
 """Bytes on disk -> a batch on the device.
 
 index.py, scan.py, imagenet.py and demo.py say what there is; sampler.py which image comes when and to whom; augment.py
-what happens to it; decode.py turns its bytes into pixels; loader.py does so ahead of the step. This file joins them.
+what happens to it; decode.py turns its bytes into pixels and policy.py changes them; loader.py does so ahead of the
+step; effects.py changes whole batches on the device. This file joins them.
 """
 
 import logging
@@ -20,6 +21,7 @@ from alexnet_ddp.data.demo import ensure_demo
 from alexnet_ddp.data.imagenet import open_imagenet
 from alexnet_ddp.data.index import SampleIndex, check_same_classes, index_folder
 from alexnet_ddp.data.loader import Batch, Fill, Loader
+from alexnet_ddp.data.policy import operate
 from alexnet_ddp.errors import DataError
 
 __all__ = ["Batch", "ImageSets", "Loader", "SyntheticStore", "build_loader", "open_data"]
@@ -83,8 +85,7 @@ def build_loader(
 ) -> Loader:
     """A loader of `index`; augment=None shows the images as the evaluation sees them."""
     fill: Fill = getattr(index.store, "fill", None) or ImageFill(index, augment, cfg)
-    colour = augment.colour if augment else _no_colour
-    return Loader(fill, index.labels, colour, cfg.image_size, cfg.num_threads or num_threads, device)
+    return Loader(fill, index.labels, augment, cfg.image_size, cfg.num_threads or num_threads, device)
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,11 @@ class ImageFill:
         sizes = np.array([(1, 1) if item is None else item[1] for item in data], dtype=np.int64)
         views = self.augment.views(epoch, indices, sizes[:, 0], sizes[:, 1])
         boxes = np.stack([views.left, views.top, views.width, views.height], axis=1).tolist()
+        operations = self.augment.operations(epoch, indices, slots.shape[1])
         for k, i in enumerate(indices):
             if data[k] is not None:
                 self._guard(bad, k, i, lambda k=k: crop_into(slots[k], data[k][0], boxes[k], views.flip[k]))
+                operate(slots[k], operations[k])
         return bad
 
     def _read(self, i: int) -> tuple[bytes, tuple[int, int]]:
@@ -141,7 +144,3 @@ def _synthetic(cfg: SyntheticConfig, n: int) -> SampleIndex:
     classes = [f"class{c:0{width}d}" for c in range(cfg.num_classes)]
     labels = np.sort(np.arange(n, dtype=np.int32) % cfg.num_classes)
     return SampleIndex(classes, labels, SyntheticStore(pixels))
-
-
-def _no_colour(epoch: int, indices: np.ndarray) -> None:
-    return None

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from alexnet_ddp.data.augment import Augment
+from alexnet_ddp.data.effects import Effects, Partners, partner_rows
 from alexnet_ddp.data.sampler import Work
 
 _AHEAD = 3  # batches being filled while one is used
@@ -27,10 +29,10 @@ class Batch:
     """What one forward pass of one rank sees."""
 
     work: Work
-    images: torch.Tensor  # uint8 [n, size, size, 3] on the device; valid until the next batch is asked for
-    labels: torch.Tensor  # int64 [n] on the device
-    indices: torch.Tensor  # int32 [n] on the device
-    colour: torch.Tensor | None  # float32 [n, 3] to add to RGB in [0, 1]
+    images: torch.Tensor  # uint8 [m, size, size, 3] on the device; valid until the next batch is asked for
+    labels: torch.Tensor  # int64 [n] on the device. m = n; but where images are mixed, m may be n + 1:
+    indices: torch.Tensor  # int32 [n] on the device. then the last image is only there for the first to be mixed with
+    effects: Effects
 
 
 class _Buffer:
@@ -55,14 +57,16 @@ class Loader:
         self,
         fill: Fill,
         labels: np.ndarray,
-        colour: Callable[[int, np.ndarray], np.ndarray | None],
+        augment: Augment | None,
         image_size: int,
         num_threads: int,
         device: torch.device,
     ) -> None:
-        self._fill, self._labels, self._colour = fill, labels, colour
+        self._fill, self._labels, self._augment = fill, labels, augment
         self._image_size, self._device = image_size, device
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        # One thread of torch's for each of ours. The setting is the thread's own; torch's data loader does the same.
+        one = {"initializer": torch.set_num_threads, "initargs": (1,)}
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode", **one)
         self.waited_s = 0.0
 
     def batches(self, works: Iterable[Work]) -> Iterator[Batch]:
@@ -86,7 +90,8 @@ class Loader:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _start(self, work: Work, free: list[_Buffer]) -> tuple[_Buffer, list[Future]]:
-        n = len(work.indices)
+        indices = self._to_decode(work)
+        n = len(indices)
         fitting = [b for b in free if len(b.array) >= n]
         if fitting:
             buffer = fitting[0]
@@ -97,28 +102,45 @@ class Loader:
             buffer = _Buffer((n, self._image_size, self._image_size, 3), self._device)
         parts = [slice(i, min(i + _PER_TASK, n)) for i in range(0, n, _PER_TASK)]
         submit = self._threads.submit
-        return buffer, [submit(self._fill, buffer.array[p], work.indices[p], work.epoch) for p in parts]
+        return buffer, [submit(self._fill, buffer.array[p], indices[p], work.epoch) for p in parts]
 
     def _finish(self, work: Work, buffer: _Buffer, tasks: list[Future]) -> Batch:
         began = time.monotonic()
         bad = [i * _PER_TASK + position for i, task in enumerate(tasks) for position in task.result()]
         self.waited_s += time.monotonic() - began
-        images, indices = buffer.tensor[: len(work.indices)], work.indices
+        indices = self._to_decode(work)
+        images, slots = buffer.tensor[: len(indices)], np.arange(len(indices))
         if bad:  # rare, so a copy may be made
-            good = np.setdiff1d(np.arange(len(indices)), bad)
-            images, indices = images[torch.from_numpy(good)], indices[good]
+            slots = np.setdiff1d(slots, bad)
+            images, indices = images[torch.from_numpy(slots)], indices[slots]
+        n = np.count_nonzero(slots < len(work.indices))
         batch = Batch(
             work,
             images.to(self._device, non_blocking=True),
-            torch.from_numpy(self._labels[indices].astype(np.int64)).to(self._device, non_blocking=True),
-            torch.from_numpy(indices.astype(np.int32)).to(self._device, non_blocking=True),
-            self._colour_of(work.epoch, indices),
+            self._copy(self._labels[indices[:n]].astype(np.int64)),
+            self._copy(indices[:n].astype(np.int32)),
+            self._effects(work, indices, slots),
         )
         if self._device.type == "cuda":
             buffer.copied = torch.cuda.Event()
             buffer.copied.record()
         return batch
 
-    def _colour_of(self, epoch: int, indices: np.ndarray) -> torch.Tensor | None:
-        shift = self._colour(epoch, indices)
-        return None if shift is None else torch.from_numpy(shift).to(self._device, non_blocking=True)
+    def _to_decode(self, work: Work) -> np.ndarray:
+        """The images of `work` and, where images are mixed, the one before them."""
+        more = self._augment and self._augment.mixes and len(work.indices)
+        return np.append(work.indices, work.previous) if more else work.indices
+
+    def _effects(self, work: Work, indices: np.ndarray, slots: np.ndarray) -> Effects:
+        """indices: of the images that could be decoded, and slots: where they are in the buffer."""
+        if self._augment is None:
+            return Effects()
+        partners = None
+        if self._augment.mixes:
+            rows = partner_rows(slots, len(work.indices))
+            partners = Partners(rows, self._labels[indices[rows]].astype(np.int64))
+        return self._augment.effects(work.epoch, indices, self._image_size, partners, self._copy)
+
+    def _copy(self, array: np.ndarray) -> torch.Tensor:
+        """To the device, without waiting for it."""
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
