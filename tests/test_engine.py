@@ -16,6 +16,7 @@ from alexnet_ddp.config import (
     Device,
     FolderConfig,
     OnBadImage,
+    Policy,
     Precision,
     SGDConfig,
     SyntheticConfig,
@@ -23,7 +24,7 @@ from alexnet_ddp.config import (
 )
 from alexnet_ddp.data import build_loader, open_data
 from alexnet_ddp.data.augment import build_augment
-from alexnet_ddp.data.effects import normalise
+from alexnet_ddp.data.effects import apply_effects, normalise
 from alexnet_ddp.data.sampler import GlobalBatchSampler, evaluation_work
 from alexnet_ddp.engine import TrainStep, autocast, check_precision, evaluate
 from alexnet_ddp.errors import DataError, Diverged, RunError
@@ -112,6 +113,70 @@ def test_one_two_three_ranks_and_three_micro_batches_train_the_same():
             for name in final:  # replicas are equal to the bit, and close to the single process
                 assert np.array_equal(final[name], ranks[0][1][name]), name
                 assert np.allclose(final[name], parameters[name], rtol=1e-3, atol=1e-5), name
+
+
+MIXED = BasicAugmentConfig(
+    mixup_alpha=0.2,
+    cutmix_alpha=1.0,
+    erase=0.25,
+    brightness=0.4,
+    contrast=0.4,
+    saturation=0.4,
+    hue=0.1,
+    policy=Policy.randaugment,
+)
+
+
+def mixed_on_a_rank(root, trainer, num_steps):
+    """Losses by step, as they are reported; and for each image what it was mixed with, how, and how it looks."""
+    with distributed.session(Device.cpu) as world:
+        torch.set_num_threads(1)
+        data = FolderConfig(root=root, image_size=64, on_bad_image=OnBadImage.skip)
+        model, images = build_model(AlexNetSmallConfig(), 5, 64, seed=0), open_data(data).train
+        step = TrainStep(
+            build_parallel(DDPConfig(), model, world), build_optimizer(SGD, model), trainer, 0, world, data.image_size
+        )
+        sampler = GlobalBatchSampler(len(images), trainer.global_batch_size, seed=0)
+        loader = build_loader(data, images, build_augment(MIXED, 0, 64, 73), 1, world.device)
+        pairs, losses = {}, []
+
+        def noted(batches):
+            for batch in batches:
+                m, shown = batch.effects.mixing, apply_effects(batch.images, batch.effects)
+                looks = (m.labels, m.share, m.boxes.sum(1), shown.mean((1, 2, 3)), shown[:, 0, 20, 30])
+                for i, *values in zip(batch.indices.tolist(), *(v.tolist() for v in looks)):
+                    pairs[batch.work.step, i] = values
+                yield batch
+
+        works = sampler.work(range(num_steps), world.rank, world.world_size, trainer.micro_batch_size)
+        batches = noted(loader.batches(works))
+        for k in range(num_steps):
+            step(batches, k, SGD.lr, len(sampler.batch(k)), Wish())
+            sums = step.meter.read()
+            losses.append(sums["loss"] / sums["images"])
+            step.meter.reset()
+        loader.close()
+    return losses, pairs
+
+
+@pytest.mark.parametrize("damage", [[], ["00004.jpg", "00010.jpg", "00023.jpg", "00077.jpg"]])
+def test_mixed_images_are_the_same_pairs_and_losses_for_any_ranks_and_micro_batches(image_folder, tmp_path, damage):
+    """103 images in batches of 51: the last batch of an epoch is one image. And where some images cannot be read."""
+    root = str(damaged(image_folder, tmp_path, damage))
+    cuts = [(1, None), (2, None), (3, None), (1, 20), (2, 7)]
+    found = []
+    for world_size, micro in cuts:
+        trainer = TrainerConfig(epochs=2, global_batch_size=51, micro_batch_size=micro, label_smoothing=0.1)
+        ranks = run_ranks(mixed_on_a_rank, world_size, root, trainer, 5)
+        found.append((ranks[0][0], {key: values for _, pairs in ranks for key, values in pairs.items()}))
+        assert sum(len(pairs) for _, pairs in ranks) == len(found[-1][1])
+    (reference, pairs), *others = found
+    assert len({i for step, i in pairs if step < 3}) == 103 - len(damage)
+    for losses, same_pairs in others:
+        assert losses == pytest.approx(reference, rel=1e-5)
+        assert same_pairs.keys() == pairs.keys()
+        for key, values in pairs.items():
+            assert same_pairs[key] == pytest.approx(values, rel=1e-5, abs=1e-5), key
 
 
 def statistics_on_a_rank():

@@ -87,6 +87,17 @@ def test_a_batch_that_drop_last_would_leave_without_an_epoch_is_refused():
     )
 
 
+@pytest.mark.parametrize(("batch", "world_size", "micro"), [*product((1, 2, *BATCHES), WORLDS, (None, 3))])
+def test_previous_is_the_image_before_in_the_global_batch_however_it_is_cut(batch, world_size, micro):
+    sampler = GlobalBatchSampler(N, batch, seed=5)
+    for step in (0, sampler.steps_per_epoch - 1):
+        whole = sampler.batch(step).tolist()
+        before = dict(zip(whole, [whole[-1], *whole[:-1]]))
+        for rank in range(world_size):
+            for work in sampler.work(range(step, step + 1), rank, world_size, micro):
+                assert work.previous == (before[work.indices[0]] if len(work.indices) else None)
+
+
 @pytest.mark.parametrize(("batch", "micro"), [*product(BATCHES, (None, 3))])
 def test_starting_at_any_step_gives_the_same_works_as_skipping_to_it(batch, micro):
     per_epoch = GlobalBatchSampler(N, batch, seed=3).steps_per_epoch
