@@ -445,6 +445,34 @@ def test_the_colours_of_a_batch_with_bad_images_are_those_of_the_good_ones():
     assert batch.effects.colour[:, 0].tolist() == batch.indices.tolist()
 
 
+def test_where_images_are_mixed_the_one_before_them_comes_last_and_partners_are_the_neighbours():
+    def fill(slots, indices, epoch):
+        paint(slots, indices, epoch)
+        return [k for k, i in enumerate(indices) if i in (3, 17)]
+
+    augment = build_augment(BasicAugmentConfig(mixup_alpha=1.0), 0, SIZE, SIZE)
+    plan = [
+        Work(0, 0, np.arange(5, 9), False, 4),
+        Work(0, 0, np.arange(0, 10), False, 17),
+        Work(0, 0, np.array([3]), False, 2),
+        Work(0, 0, np.arange(0), True, None),
+    ]
+    expected = [  # images, own indices, partners
+        ([5, 6, 7, 8, 4], [5, 6, 7, 8], [4, 5, 6, 7]),
+        ([0, 1, 2, 4, 5, 6, 7, 8, 9], [0, 1, 2, 4, 5, 6, 7, 8, 9], [0, 0, 1, 4, 4, 5, 6, 7, 8]),  # 0 and 4 alone
+        ([2], [], []),
+        ([], [], []),
+    ]
+    loader = Loader(fill, LABELS, augment, SIZE, 2, CPU)
+    for batch, (decoded, own, partners) in zip(loader.batches(plan), expected, strict=True):
+        assert batch.images[:, 0, 0, 0].tolist() == decoded
+        assert batch.indices.tolist() == own
+        assert batch.labels.tolist() == LABELS[own].tolist()
+        assert batch.images[batch.effects.mixing.rows, 0, 0, 0].tolist() == partners
+        assert batch.effects.mixing.labels.tolist() == LABELS[partners].tolist()
+    loader.close()
+
+
 # Images that are nowhere
 
 

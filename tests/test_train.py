@@ -154,6 +154,18 @@ def test_stopped_and_killed_in_mid_epoch_it_ends_with_the_same_bits(undisturbed,
         assert [calm[k] for k in exact] == [disturbed[k] for k in exact]
 
 
+def test_with_every_augmentation_on_a_run_goes_on_in_mid_epoch_with_the_same_bits(image_folder, tmp_path):
+    knobs = "mixup_alpha=0.2 cutmix_alpha=1 erase=0.25 brightness=0.4 contrast=0.4 saturation=0.4 hue=0.1"
+    overrides = [*SMALL, f"data.root={image_folder}", "trainer.global_batch_size=17", "scheduler=constant"]
+    overrides += [f"augment.{knob}" for knob in f"{knobs} policy=trivialaugment".split()]
+    for name, max_steps in (("calm", 6), ("hit", 3), ("hit", 6)):
+        done = run("train", *overrides, f"run.name={name}", f"trainer.max_steps={max_steps}", cwd=tmp_path)
+        assert done.returncode == 0, done.stdout
+    assert sha_of_newest(tmp_path / "runs/hit") == sha_of_newest(tmp_path / "runs/calm")
+    calm, hit = ([r["train/loss"] for r in rows(tmp_path / f"runs/{n}", "train/loss")] for n in ("calm", "hit"))
+    assert calm == hit
+
+
 @pytest.mark.slow
 def test_killed_without_a_word_it_goes_on_from_the_last_checkpoint(undisturbed, tmp_path):
     """And on another world size it sees the same images with the same losses."""
