@@ -4,7 +4,7 @@ Hydra composes conf/*.yaml on top of these classes, so a misspelt key or a wrong
 image is read. YAML gives values, these classes give them meaning; a knob that would be ignored is refused.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
@@ -21,7 +21,18 @@ from alexnet_ddp.config.data import (
     ImageNetConfig,
     NoAugmentConfig,
     OnBadImage,
+    ShardsConfig,
     SyntheticConfig,
+)
+from alexnet_ddp.config.prepare import (
+    Action,
+    AutoEngineConfig,
+    Encoding,
+    EngineConfig,
+    LocalEngineConfig,
+    PrepareConfig,
+    SparkEngineConfig,
+    Split,
 )
 from alexnet_ddp.config.recipe import (
     AdamWConfig,
@@ -55,6 +66,7 @@ from alexnet_ddp.config.run import (
 from alexnet_ddp.errors import ConfigError
 
 __all__ = [
+    "Action",
     "AdamWConfig",
     "AlexNet2012AugmentConfig",
     "AlexNet2012Config",
@@ -63,6 +75,7 @@ __all__ = [
     "AlexNetFamilyConfig",
     "AlexNetSmallConfig",
     "AugmentConfig",
+    "AutoEngineConfig",
     "BasicAugmentConfig",
     "CheckpointConfig",
     "Config",
@@ -73,8 +86,11 @@ __all__ = [
     "DataConfig",
     "DemoConfig",
     "Device",
+    "Encoding",
+    "EngineConfig",
     "FolderConfig",
     "ImageNetConfig",
+    "LocalEngineConfig",
     "LoggerConfig",
     "ModelConfig",
     "NoAugmentConfig",
@@ -84,10 +100,14 @@ __all__ = [
     "PolyConfig",
     "Precision",
     "PredictConfig",
+    "PrepareConfig",
     "ResumeConfig",
     "RunConfig",
     "SGDConfig",
     "SchedulerConfig",
+    "ShardsConfig",
+    "SparkEngineConfig",
+    "Split",
     "StepDecayConfig",
     "SyntheticConfig",
     "TorchvisionConfig",
@@ -143,8 +163,15 @@ class PredictConfig:
 _store = ConfigStore.instance().store
 _store(name="schema", node=Config)
 _store(name="schema_predict", node=PredictConfig)
+_store(name="schema_prepare", node=PrepareConfig)
 for _group, _choices in {
-    "data": {"demo": DemoConfig, "folder": FolderConfig, "imagenet": ImageNetConfig, "synthetic": SyntheticConfig},
+    "data": {
+        "demo": DemoConfig,
+        "folder": FolderConfig,
+        "imagenet": ImageNetConfig,
+        "shards": ShardsConfig,
+        "synthetic": SyntheticConfig,
+    },
     "augment": {"basic": BasicAugmentConfig, "alexnet_2012": AlexNet2012AugmentConfig, "none": NoAugmentConfig},
     "model": {
         "alexnet": AlexNetConfig,
@@ -161,12 +188,13 @@ for _group, _choices in {
         "poly": PolyConfig,
     },
     "parallel": {"ddp": DDPConfig},
+    "engine": {"local": LocalEngineConfig, "spark": SparkEngineConfig, "auto": AutoEngineConfig},
 }.items():
     for _name, _node in _choices.items():
         _store(group=f"{_group}/schema", name=_name, node=_node, package=_group)
 
 
-def to_config(cfg: DictConfig) -> Config | PredictConfig:
+def to_config(cfg: DictConfig) -> Config | PredictConfig | PrepareConfig:
     """The one door between Hydra and the rest: DictConfig in, plain checked dataclasses out. Raises ConfigError."""
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
@@ -180,7 +208,7 @@ def _refuse_unknown(cfg: DictConfig, prefix: str) -> None:
     known = {f.name for f in fields(OmegaConf.get_type(cfg))}
     for key in cfg:
         require(key in known, f"{prefix}{key} is not a key; known here: {', '.join(sorted(known))}")
-        if isinstance(cfg[key], DictConfig):
+        if isinstance(cfg[key], DictConfig) and is_dataclass(OmegaConf.get_type(cfg[key])):
             _refuse_unknown(cfg[key], f"{prefix}{key}.")
 
 

