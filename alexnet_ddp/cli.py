@@ -105,6 +105,6 @@ class _Say(logging.Handler):
     """What the package logs, as plain lines on stderr: everything from rank 0, skipped images from every rank."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if os.environ.get("RANK", "0") == "0" or record.name == "alexnet_ddp.data":
+        if os.environ.get("RANK", "0") == "0" or record.name == "alexnet_ddp.data.fill":
             prefix = "warning: " if record.levelno >= logging.WARNING else ""
             print(prefix + record.getMessage(), file=sys.stderr, flush=True)  # sys.stderr of now: a progress bar's

@@ -15,9 +15,10 @@ import torch
 from alexnet_ddp import cli, distributed
 from alexnet_ddp.checkpoint import Checkpoints, identity, load_weights
 from alexnet_ddp.config import Config, to_plain, to_yaml
-from alexnet_ddp.data import build_loader, open_data
 from alexnet_ddp.data.augment import build_augment
+from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler, evaluation_work, index_hash, largest_slice
+from alexnet_ddp.data.sets import open_data
 from alexnet_ddp.distributed import World
 from alexnet_ddp.engine import TrainStep, check_precision, evaluate
 from alexnet_ddp.errors import Preempted, RunError

@@ -28,9 +28,9 @@ from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 from alexnet_ddp.config import BasicAugmentConfig, FolderConfig
-from alexnet_ddp.data import build_loader
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.index import index_folder
+from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler
 from alexnet_ddp.engine import normalise
 

@@ -21,9 +21,10 @@ from alexnet_ddp.config import (
     SyntheticConfig,
     TrainerConfig,
 )
-from alexnet_ddp.data import build_loader, open_data
 from alexnet_ddp.data.augment import build_augment
+from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler, evaluation_work
+from alexnet_ddp.data.sets import open_data
 from alexnet_ddp.engine import TrainStep, autocast, check_precision, evaluate, normalise
 from alexnet_ddp.errors import DataError, Diverged, RunError
 from alexnet_ddp.model import build_model, set_dropout_keys

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from alexnet_ddp.config import BasicAugmentConfig, FolderConfig, OnBadImage, SyntheticConfig
-from alexnet_ddp.data import build_loader, open_data
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.decode import centre_into, crop_into, size_of
 from alexnet_ddp.data.index import index_folder
-from alexnet_ddp.data.loader import Loader
+from alexnet_ddp.data.loader import Loader, build_loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler, Work, evaluation_work
+from alexnet_ddp.data.sets import open_data
 from alexnet_ddp.errors import DataError
 from tests.conftest import make_folder
 
@@ -170,7 +170,7 @@ def test_the_images_of_a_batch_are_shared_out_to_the_threads():
         return paint(slots, indices, epoch)
 
     with loading(fill, num_threads=3) as loader:
-        (batch,) = loader.batches(works(24))
+        (batch,) = loader.batches(works(48))
         assert_shows(batch, batch.work)
     assert len(names) == 3
 

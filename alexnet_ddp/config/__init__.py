@@ -22,6 +22,7 @@ from alexnet_ddp.config.data import (
     NoAugmentConfig,
     OnBadImage,
     ShardsConfig,
+    Shuffle,
     SyntheticConfig,
 )
 from alexnet_ddp.config.prepare import (
@@ -106,6 +107,7 @@ __all__ = [
     "SGDConfig",
     "SchedulerConfig",
     "ShardsConfig",
+    "Shuffle",
     "SparkEngineConfig",
     "Split",
     "StepDecayConfig",

@@ -39,9 +39,22 @@ class ImageNetConfig(DataConfig):
     root: str = MISSING  # holds the ILSVRC2012 archives as distributed, or the extracted train/ and val/
 
 
+class Shuffle(StrEnum):
+    full = "full"  # a permutation of all images
+    window = "window"  # of the shards, and of the images of a few shards at a time
+
+
 @dataclass(kw_only=True)
 class ShardsConfig(DataConfig):
-    root: str = MISSING  # holds what `python -m alexnet_ddp.prepare` made
+    root: str = MISSING  # holds what `python -m alexnet_ddp.prepare` made: a directory or an fsspec URL
+    shuffle: Shuffle = Shuffle.full
+    window_shards: int = 16  # shuffle=window: how many shards are open at a time
+    cache_dir: str | None = None  # for a URL: a folder of the node, for whole shards
+    cache_gb: float | None = None  # 10^9 bytes; what was used least recently gives way; null: no limit
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("data", self, "window_shards", "cache_gb")
 
 
 @dataclass(kw_only=True)

@@ -38,7 +38,12 @@ def crop_into(slot: np.ndarray, data: bytes, box: tuple[int, int, int, int], fli
     size = slot.shape[0]
     image, scale = _decode_reduced(data, box, size)
     left, top, width, height = (round(value * scale) for value in box)
-    crop = image[top : top + max(1, height), left : left + max(1, width)]
+    resize_into(slot, image[top : top + max(1, height), left : left + max(1, width)], flip)
+
+
+def resize_into(slot: np.ndarray, crop: np.ndarray, flip: bool) -> None:
+    """Resize `crop`, uint8 [height, width, 3], to `slot`, perhaps flip."""
+    size = slot.shape[0]
     shrinks = min(crop.shape[:2]) >= 2 * size  # INTER_LINEAR would skip pixels; between 1 and 2 it does not
     cv2.resize(crop, (size, size), dst=slot, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     if flip:

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from alexnet_ddp.config import DataConfig
+from alexnet_ddp.data.augment import Augment
+from alexnet_ddp.data.fill import Fill, build_fill
+from alexnet_ddp.data.index import SampleIndex
 from alexnet_ddp.data.sampler import Work
 
 _AHEAD = 3  # batches being filled while one is used
-_PER_TASK = 8  # images a thread takes at once: enough to hide Python's share, few enough to spread a small batch
-
-# fill(slots uint8 [n, size, size, 3], indices int64 [n], epoch) -> positions of bad images, left as they were
-Fill = Callable[[np.ndarray, np.ndarray, int], list[int]]
+_PER_TASK = 16  # images a thread takes at once: enough to hide Python's share, few enough to spread a small batch
 
 
 @dataclass(frozen=True)
@@ -122,3 +123,16 @@ class Loader:
     def _colour_of(self, epoch: int, indices: np.ndarray) -> torch.Tensor | None:
         shift = self._colour(epoch, indices)
         return None if shift is None else torch.from_numpy(shift).to(self._device, non_blocking=True)
+
+
+def build_loader(
+    cfg: DataConfig, index: SampleIndex, augment: Augment | None, num_threads: int, device: torch.device
+) -> Loader:
+    """A loader of `index`; augment=None shows the images as the evaluation sees them."""
+    colour = augment.colour if augment else _no_colour
+    fill = build_fill(cfg, index, augment)
+    return Loader(fill, index.labels, colour, cfg.image_size, cfg.num_threads or num_threads, device)
+
+
+def _no_colour(epoch: int, indices: np.ndarray) -> None:
+    return None

@@ -126,12 +126,17 @@ class Storage:
 
     def sha256(self, name: str) -> str:
         """Of the file as it can be read now."""
-        fs, top = self._place
         digest = hashlib.sha256()
+        for chunk in self.chunks(name):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The file, a few MB at a time."""
+        fs, top = self._place
         with fs.open(f"{top}/{name}", "rb", block_size=_CHUNK) as file:
             while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-        return digest.hexdigest()
+                yield chunk
 
 
 def _read(file: Any, size: int) -> bytes:
