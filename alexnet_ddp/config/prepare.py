@@ -73,7 +73,7 @@ class PrepareConfig:
     # The recipe. encoding=raw has size alone, jpeg the three above it.
     shorter_side: int | None = 256  # pixels; larger images are resized to it; null: never
     quality: int = 90  # of the JPEGs that are encoded anew, 4:2:0
-    keep_original: bool = True  # an RGB JPEG that needs no change is copied, byte for byte
+    keep_original: bool = True  # an RGB or grey JPEG that needs no change is copied, byte for byte
     encoding: Encoding = Encoding.jpeg
     size: int = 256  # encoding=raw: pixels, height = width
     num_shards: int | None = None  # of a split; null: about 1,250 images each in train, 781 in val

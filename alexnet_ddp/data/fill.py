@@ -30,12 +30,18 @@ def build_fill(cfg: DataConfig, index: SampleIndex, augment: Augment | None) -> 
 
 
 @dataclass(frozen=True)
-class ImageFill:
-    """Encoded images. Bad ones raise DataError, or are skipped, as the user chose."""
-
+class _IndexFill:
     index: SampleIndex
     augment: Augment | None
     cfg: DataConfig
+
+    def will_need(self, indices: np.ndarray) -> None:
+        self.index.will_need(indices)
+
+
+@dataclass(frozen=True)
+class ImageFill(_IndexFill):
+    """Encoded images. Bad ones raise DataError, or are skipped, as the user chose."""
 
     def __call__(self, slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[int]:
         bad: list[int] = []
@@ -71,12 +77,8 @@ class ImageFill:
 
 
 @dataclass(frozen=True)
-class RawFill:
+class RawFill(_IndexFill):
     """Raw images of shards: of each, the rows of its crop are read, and resized into the slot."""
-
-    index: SampleIndex
-    augment: Augment | None
-    cfg: DataConfig
 
     def __call__(self, slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[int]:
         store = self.index.store

@@ -88,6 +88,8 @@ class Loader:
 
     def _start(self, work: Work, free: list[_Buffer]) -> tuple[_Buffer, list[Future]]:
         n = len(work.indices)
+        if hasattr(self._fill, "will_need"):
+            self._fill.will_need(work.indices)
         fitting = [b for b in free if len(b.array) >= n]
         if fitting:
             buffer = fitting[0]

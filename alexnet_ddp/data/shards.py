@@ -26,6 +26,7 @@ from alexnet_ddp.config import ConfigError, ShardsConfig, Shuffle
 from alexnet_ddp.data.cache import NodeCache
 from alexnet_ddp.data.index import SampleIndex
 from alexnet_ddp.data.storage import Storage, absolute
+from alexnet_ddp.data.tars import will_need
 from alexnet_ddp.errors import DataError
 
 SAMPLE = np.dtype(
@@ -106,14 +107,14 @@ class ShardStore:
             raise OSError(f"the shard ends at byte {at + count:,}, inside the image")
 
     def will_need(self, indices: np.ndarray) -> None:
-        """Ask for the bytes of these images ahead of time, without waiting."""
+        """Ask for these images ahead of time, without waiting. Raises OSError."""
         wanted = self.samples[indices]
         if self.files.cache is not None:
             for shard in np.unique(wanted["shard"]).tolist():
                 self.files.cache.will_need(self.files.names[shard], self.files.sha256[shard])
             return
         for shard, offset, size in zip(*(wanted[name].tolist() for name in ("shard", "offset", "size"))):
-            os.posix_fadvise(self._descriptor(shard), offset, size, os.POSIX_FADV_WILLNEED)
+            will_need(self._descriptor(shard), offset, size)
 
     def name(self, i: int) -> str:
         sample = self.samples[i]

@@ -106,6 +106,12 @@ def _damaged(path: Path, offset: int, what: str) -> DataError:
     return DataError(f"{path} {what} at byte {offset:,}; compare its size and MD5 with the source's, and copy it again")
 
 
+def will_need(descriptor: int, offset: int, size: int) -> None:
+    """Ask the kernel to read ahead, where it can: slow storage then works on many images at once."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+
+
 @dataclass(frozen=True, eq=False)
 class ArchiveStore:
     """Images that are members of one tar archive, or of tar archives inside it, read in place.
@@ -127,6 +133,12 @@ class ArchiveStore:
 
     def read(self, i: int) -> bytes:
         return self._pread(int(self.offsets[i]), int(self.sizes[i]))
+
+    def will_need(self, indices: np.ndarray) -> None:
+        """Ask the kernel for these images ahead of time, without waiting. Raises OSError."""
+        descriptor = self._descriptor()
+        for offset, size in zip(self.offsets[indices].tolist(), self.sizes[indices].tolist()):
+            will_need(descriptor, offset, size)
 
     def name(self, i: int) -> str:
         """archive:member, by the tar header before the image; where that is gone, archive:offset."""

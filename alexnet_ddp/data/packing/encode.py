@@ -57,13 +57,13 @@ def encode(data: bytes, recipe: Recipe) -> Encoded:
 
     An OSError with an errno is about the machine, not about the image, and is passed on.
     """
-    image, is_rgb_jpeg = _decoded(data)
+    image, is_plain = _decoded(data)
     if recipe.encoding is Encoding.raw:
         pixels = np.ascontiguousarray(square(image, recipe.size))
         return Encoded(_npy(pixels), pixels)
     small = _shrunk(image, recipe.shorter_side)
-    if recipe.keep_original and is_rgb_jpeg and small is image:
-        return Encoded(data, np.asarray(image))
+    if recipe.keep_original and is_plain and small is image:
+        return Encoded(data, np.asarray(image))  # grey in three channels here, in one there
     out = io.BytesIO()
     small.save(out, "JPEG", quality=recipe.quality, subsampling="4:2:0")
     return Encoded(out.getvalue(), np.asarray(Image.open(io.BytesIO(out.getvalue()))))
@@ -78,7 +78,7 @@ def square(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _decoded(data: bytes) -> tuple[Image.Image, bool]:
-    """The whole image in RGB, and whether the bytes are an RGB JPEG already."""
+    """The whole image in RGB, and whether the bytes are a JPEG that every decoder shows the same: RGB or grey."""
     if not data:
         raise Refused(EMPTY)
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # some other library of the process may want otherwise
@@ -88,9 +88,9 @@ def _decoded(data: bytes) -> tuple[Image.Image, bool]:
             warnings.simplefilter("ignore")  # about EXIF blocks and palettes: nothing that is kept
             image = Image.open(io.BytesIO(data))
             _check_size(*image.size)
-            is_rgb_jpeg = image.format == "JPEG" and image.mode == "RGB"
+            is_plain = image.format == "JPEG" and image.mode in ("RGB", "L")
             image.load()
-            return _to_rgb(image), is_rgb_jpeg
+            return _to_rgb(image), is_plain
     except UnidentifiedImageError:
         raise Refused(NOT_AN_IMAGE) from None
     except MemoryError:
