@@ -20,7 +20,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from alexnet_ddp.config import Config, to_config
+from alexnet_ddp.config import Config
+from alexnet_ddp.config.door import to_config
 from alexnet_ddp.errors import ConfigError, PeerFailed, RunError, leave_code
 
 _PACKAGE = Path(__file__).resolve().parent

@@ -14,7 +14,8 @@ import torch
 
 from alexnet_ddp import cli, distributed
 from alexnet_ddp.checkpoint import Checkpoints, identity, load_weights
-from alexnet_ddp.config import Config, to_plain, to_yaml
+from alexnet_ddp.config import Config
+from alexnet_ddp.config.door import to_plain, to_yaml
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler, evaluation_work, index_hash, largest_slice

@@ -1,16 +1,13 @@
-"""Every knob of a run: its type, its unit, its default, its check. The only schema; it imports no torch.
+"""Every knob of a run: its type, its unit, its default, its check. The only schema; it imports no torch, and no Hydra.
 
-Hydra composes conf/*.yaml on top of these classes, so a misspelt key or a wrong type stops a run before the first
-image is read. YAML gives values, these classes give them meaning; a knob that would be ignored is refused.
+Hydra composes conf/*.yaml on top of these classes (door.py), so a misspelt key or a wrong type stops a run before the
+first image is read. YAML gives values, these classes give them meaning; a knob that would be ignored is refused.
 """
 
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
-
-from alexnet_ddp.config.checks import positive, require
+from alexnet_ddp.config.checks import MISSING, positive, require
 from alexnet_ddp.config.data import (
     AlexNet2012AugmentConfig,
     AugmentConfig,
@@ -115,7 +112,6 @@ __all__ = [
     "TorchvisionConfig",
     "TrainerConfig",
     "Wandb",
-    "to_config",
 ]
 
 
@@ -160,65 +156,3 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         positive("predict", self, "top_k")
-
-
-_store = ConfigStore.instance().store
-_store(name="schema", node=Config)
-_store(name="schema_predict", node=PredictConfig)
-_store(name="schema_prepare", node=PrepareConfig)
-for _group, _choices in {
-    "data": {
-        "demo": DemoConfig,
-        "folder": FolderConfig,
-        "imagenet": ImageNetConfig,
-        "shards": ShardsConfig,
-        "synthetic": SyntheticConfig,
-    },
-    "augment": {"basic": BasicAugmentConfig, "alexnet_2012": AlexNet2012AugmentConfig, "none": NoAugmentConfig},
-    "model": {
-        "alexnet": AlexNetConfig,
-        "alexnet_2012": AlexNet2012Config,
-        "alexnet_bn": AlexNetBNConfig,
-        "alexnet_small": AlexNetSmallConfig,
-        "torchvision": TorchvisionConfig,
-    },
-    "optimizer": {"sgd": SGDConfig, "adamw": AdamWConfig},
-    "scheduler": {
-        "constant": ConstantConfig,
-        "step": StepDecayConfig,
-        "cosine": CosineConfig,
-        "poly": PolyConfig,
-    },
-    "parallel": {"ddp": DDPConfig},
-    "engine": {"local": LocalEngineConfig, "spark": SparkEngineConfig, "auto": AutoEngineConfig},
-}.items():
-    for _name, _node in _choices.items():
-        _store(group=f"{_group}/schema", name=_name, node=_node, package=_group)
-
-
-def to_config(cfg: DictConfig) -> Config | PredictConfig | PrepareConfig:
-    """The one door between Hydra and the rest: DictConfig in, plain checked dataclasses out. Raises ConfigError."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise ConfigError(f"{missing[0]} is required and has no value; give it on the command line: {missing[0]}=...")
-    _refuse_unknown(cfg, "")
-    return OmegaConf.to_object(cfg)
-
-
-def _refuse_unknown(cfg: DictConfig, prefix: str) -> None:
-    """`+key=value` adds a key that nothing would read."""
-    known = {f.name for f in fields(OmegaConf.get_type(cfg))}
-    for key in cfg:
-        require(key in known, f"{prefix}{key} is not a key; known here: {', '.join(sorted(known))}")
-        if isinstance(cfg[key], DictConfig) and is_dataclass(OmegaConf.get_type(cfg[key])):
-            _refuse_unknown(cfg[key], f"{prefix}{key}.")
-
-
-def to_yaml(cfg: Config) -> str:
-    """The whole configuration, resolved, for people and for the record."""
-    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
-
-
-def to_plain(cfg: Config) -> dict:
-    """The whole configuration as JSON's types."""
-    return OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)

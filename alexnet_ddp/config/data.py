@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from omegaconf import MISSING
-
-from alexnet_ddp.config.checks import positive, require, within
+from alexnet_ddp.config.checks import MISSING, positive, require, within
 
 OnBadImage = StrEnum("OnBadImage", {name: name for name in ("raise", "skip")})  # `raise` is a Python keyword
 

@@ -3,9 +3,7 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from omegaconf import MISSING
-
-from alexnet_ddp.config.checks import positive, require, within
+from alexnet_ddp.config.checks import MISSING, positive, require, within
 from alexnet_ddp.config.data import AugmentConfig
 
 

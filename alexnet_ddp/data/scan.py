@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 # torchvision's ImageFolder takes the same ones.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -77,6 +75,9 @@ def listed(names: list[str]) -> str:
 
 def watched(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """Pass `items` on. If that takes more than a second, and stderr is a terminal, a progress bar shows it."""
+    from rich.console import Console  # slow to import
+    from rich.progress import Progress
+
     bar = Progress(console=Console(stderr=True), transient=True)
     task, begin = bar.add_task(what, total=total), time.monotonic()
     try:

@@ -6,15 +6,14 @@ nature. Errors are OSErrors with an errno where the machine is at fault: nothing
 
 import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, BinaryIO
-
-import fsspec
-import fsspec.core
 
 _CHUNK = 1 << 22  # bytes read at once
 
@@ -30,27 +29,34 @@ class Storage:
 
     root: str
 
-    @cached_property
-    def _place(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        fs, path = fsspec.core.url_to_fs(self.root)
-        return fs, path.rstrip("/")
-
     @property
     def is_local(self) -> bool:
         return "://" not in self.root
 
+    @cached_property
+    def _far(self) -> tuple[Any, str]:
+        """(fsspec file system, path of root in it), where root is a URL."""
+        from fsspec.core import url_to_fs  # slow to import, and few need it
+
+        fs, path = url_to_fs(self.root)
+        return fs, path.rstrip("/")
+
     def path(self, name: str) -> str:
         """For messages, and for local files."""
-        return f"{self.root.rstrip('/')}/{name}"
+        return f"{self.root.rstrip('/')}/{name}".rstrip("/")
 
     def exists(self, name: str = "") -> bool:
-        fs, top = self._place
+        if self.is_local:
+            return os.path.exists(self.path(name))
+        fs, top = self._far
         return fs.exists(f"{top}/{name}".rstrip("/"))
 
     def size(self, name: str) -> int | None:
         """In bytes; None if there is no such file."""
-        fs, top = self._place
         try:
+            if self.is_local:
+                return os.stat(self.path(name)).st_size
+            fs, top = self._far
             return fs.info(f"{top}/{name}")["size"]
         except FileNotFoundError:
             return None
@@ -61,8 +67,14 @@ class Storage:
             with open(self.path(name), "rb", buffering=0) as file:
                 file.seek(offset)
                 return _read(file, os.fstat(file.fileno()).st_size - offset if size is None else size)
-        fs, top = self._place
+        fs, top = self._far
         return fs.cat_file(f"{top}/{name}", offset or None, None if size is None else offset + size)
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The file, a few MB at a time."""
+        with self._open(name) as file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
 
     def names(self, folder: str = "") -> list[str]:
         """The files directly in `folder`, sorted, relative to it; none if it is not there."""
@@ -72,32 +84,30 @@ class Storage:
         """The folders directly in `folder`, as `names`."""
         return self._list(folder, "directory")
 
-    def _list(self, folder: str, kind: str) -> list[str]:
-        fs, top = self._place
-        try:
-            found = fs.ls(f"{top}/{folder}".rstrip("/"), detail=True, refresh=True)
-        except FileNotFoundError:
-            return []
-        return sorted(entry["name"].rstrip("/").rsplit("/", 1)[1] for entry in found if entry["type"] == kind)
-
     def tree(self, folder: str) -> list[str]:
         """All files below `folder`, sorted, relative to it."""
-        fs, top = self._place
-        start = f"{top}/{folder}"
-        return sorted(path[len(start) + 1 :] for path in fs.find(start))
+        if self.is_local:
+            top = self.path(folder)
+            found = (f"{where}/{name}" for where, _, names in os.walk(top, followlinks=True) for name in names)
+        else:
+            fs, root = self._far
+            top = f"{root}/{folder}"
+            found = fs.find(top)
+        return sorted(path[len(top) + 1 :] for path in found)
 
     @contextmanager
     def create(self, name: str, scratch: str = "") -> Iterator[BinaryIO]:
         """A new file, there under `name` when the block ends without an error. scratch: a folder for drafts."""
-        fs, top = self._place
         if not self.is_local:
-            with fs.open(f"{top}/{name}", "wb") as file:
-                try:
-                    yield file
-                except BaseException:
-                    if hasattr(file, "discard"):
-                        file.discard()
-                    raise
+            fs, top = self._far
+            fs.makedirs(f"{top}/{name}".rsplit("/", 1)[0], exist_ok=True)
+            file = fs.open(f"{top}/{name}", "wb")
+            try:
+                yield file
+            except BaseException:
+                file.discard() if hasattr(file, "discard") else None
+                raise
+            file.close()
             return
         target = self.path(name)
         folder = self.path(scratch) if scratch else os.path.dirname(target)
@@ -120,7 +130,11 @@ class Storage:
 
     def remove(self, name: str) -> None:
         """A file or a folder with what is in it; nothing if it is not there."""
-        fs, top = self._place
+        if self.is_local:
+            path = self.path(name)
+            shutil.rmtree(path) if os.path.isdir(path) else Path(path).unlink(missing_ok=True)
+            return
+        fs, top = self._far
         if fs.exists(f"{top}/{name}"):
             fs.rm(f"{top}/{name}", recursive=True)
 
@@ -131,12 +145,22 @@ class Storage:
             digest.update(chunk)
         return digest.hexdigest()
 
-    def chunks(self, name: str) -> Iterator[bytes]:
-        """The file, a few MB at a time."""
-        fs, top = self._place
-        with fs.open(f"{top}/{name}", "rb", block_size=_CHUNK) as file:
-            while chunk := file.read(_CHUNK):
-                yield chunk
+    def _open(self, name: str) -> Any:
+        if self.is_local:
+            return open(self.path(name), "rb", buffering=0)
+        fs, top = self._far
+        return fs.open(f"{top}/{name}", "rb", block_size=_CHUNK)
+
+    def _list(self, folder: str, kind: str) -> list[str]:
+        try:
+            if self.is_local:
+                with os.scandir(self.path(folder)) as entries:
+                    return sorted(e.name for e in entries if (e.is_dir() if kind == "directory" else e.is_file()))
+            fs, top = self._far
+            found = fs.ls(f"{top}/{folder}".rstrip("/"), detail=True)
+        except FileNotFoundError:
+            return []
+        return sorted(entry["name"].rstrip("/").rsplit("/", 1)[1] for entry in found if entry["type"] == kind)
 
 
 def _read(file: Any, size: int) -> bytes:

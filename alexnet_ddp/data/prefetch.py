@@ -1,0 +1,97 @@
+"""Threads that fill batches in host memory ahead of the step.
+
+Decoding releases the GIL, so threads do what others need worker processes for: nothing is pickled, nothing lives in
+/dev/shm, no worker can be lost, and what comes next is decided by the plan of Works alone, so any start is exact.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from alexnet_ddp.data.fill import Fill
+from alexnet_ddp.data.sampler import Work
+
+_AHEAD = 3  # batches being filled while one is used
+_PER_TASK = 16  # images a thread takes at once: enough to hide Python's share, few enough to spread a small batch
+
+# allocate(shape) -> (uint8 array of that shape, what owns its memory)
+Allocate = Callable[[tuple[int, ...]], tuple[np.ndarray, Any]]
+
+
+@dataclass
+class Buffer:
+    """A reusable batch in host memory."""
+
+    array: np.ndarray  # uint8 [n, size, size, 3]
+    owner: Any
+    wait_until_free: Callable[[], None] = lambda: None  # the device may still be copying out of it
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """Valid until the next one is asked for, and then until `buffer.wait_until_free` returns."""
+
+    work: Work
+    buffer: Buffer
+    bad: list[int]  # positions of images that could not be had
+
+    @property
+    def images(self) -> np.ndarray:
+        """uint8 [n, size, size, 3]"""
+        return self.buffer.array[: len(self.work.indices)]
+
+
+class Prefetcher:
+    """Turns Works into HostBatches with `num_threads` threads. `waited_s` sums the seconds its user had to wait."""
+
+    def __init__(self, fill: Fill, image_size: int, num_threads: int, allocate: Allocate) -> None:
+        self._fill, self._image_size, self._allocate = fill, image_size, allocate
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        self.waited_s = 0.0
+
+    def batches(self, works: Iterable[Work]) -> Iterator[HostBatch]:
+        """The HostBatch of each Work, in order. An error in a thread is raised where its batch is asked for."""
+        works, ahead, free = iter(works), deque(), []
+        try:
+            while True:
+                while len(ahead) <= _AHEAD and (work := next(works, None)) is not None:
+                    ahead.append((work, *self._start(work, free)))
+                if not ahead:
+                    return
+                work, buffer, tasks = ahead.popleft()
+                yield HostBatch(work, buffer, self._finish(tasks))
+                free.append(buffer)
+        finally:
+            for _, _, tasks in ahead:
+                for task in tasks:
+                    task.cancel()
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self, work: Work, free: list[Buffer]) -> tuple[Buffer, list[Future]]:
+        n = len(work.indices)
+        if hasattr(self._fill, "will_need"):
+            self._fill.will_need(work.indices)
+        fitting = [b for b in free if len(b.array) >= n]
+        if fitting:
+            buffer = fitting[0]
+            free.remove(buffer)
+            buffer.wait_until_free()
+        else:
+            free.clear()  # too small: the first batch of a run is the largest, so this is rare
+            buffer = Buffer(*self._allocate((n, self._image_size, self._image_size, 3)))
+        parts = [slice(i, min(i + _PER_TASK, n)) for i in range(0, n, _PER_TASK)]
+        submit = self._threads.submit
+        return buffer, [submit(self._fill, buffer.array[p], work.indices[p], work.epoch) for p in parts]
+
+    def _finish(self, tasks: list[Future]) -> list[int]:
+        began = time.monotonic()
+        bad = [i * _PER_TASK + position for i, task in enumerate(tasks) for position in task.result()]
+        self.waited_s += time.monotonic() - began
+        return bad
