@@ -12,6 +12,7 @@ import PIL
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from alexnet_ddp.config import Encoding
+from alexnet_ddp.data import restarts
 
 # The codes of the quarantine.
 EMPTY, NOT_AN_IMAGE, TRUNCATED = "empty", "not_an_image", "truncated"
@@ -64,9 +65,10 @@ def encode(data: bytes, recipe: Recipe) -> Encoded:
     small = _shrunk(image, recipe.shorter_side)
     if recipe.keep_original and is_plain and small is image:
         return Encoded(data, np.asarray(image))  # grey in three channels here, in one there
-    out = io.BytesIO()
-    small.save(out, "JPEG", quality=recipe.quality, subsampling="4:2:0")
-    return Encoded(out.getvalue(), np.asarray(Image.open(io.BytesIO(out.getvalue()))))
+    out, blocks = io.BytesIO(), restarts.interval(small.width)
+    small.save(out, "JPEG", quality=recipe.quality, subsampling="4:2:0", restart_marker_blocks=blocks)
+    encoded = restarts.with_table(out.getvalue(), blocks)
+    return Encoded(encoded, np.asarray(Image.open(io.BytesIO(encoded))))
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
