@@ -36,6 +36,7 @@ class Augment:
     seed: int
     image_size: int
     eval_resize: int
+    colour_basis: tuple[np.ndarray, np.ndarray] | None = None  # eigenvalues, eigenvectors as columns; None: ImageNet's
 
     def views(self, epoch: int, indices: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> Views:
         """The views of images `indices` (int64 [n]), whose sizes are given in pixels, in `epoch`."""
@@ -54,7 +55,8 @@ class Augment:
         if not sigma:
             return None
         alpha = sigma * rng.normals(rng.fold(self.seed, rng.COLOUR, epoch), indices, 3)
-        return (alpha * _EIGENVALUES @ _EIGENVECTORS.T).astype(np.float32)
+        values, vectors = self.colour_basis or (_EIGENVALUES, _EIGENVECTORS)
+        return (alpha * values @ vectors.T).astype(np.float32)
 
     def _square_boxes(self, u: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> tuple[np.ndarray, ...]:
         """A random image_size crop of the central square of eval_resize pixels, in the pixels of the image."""
@@ -65,9 +67,15 @@ class Augment:
         return left, top, side, side
 
 
-def build_augment(cfg: AugmentConfig, seed: int, image_size: int, eval_resize: int) -> Augment | None:
-    """None: images are seen as the evaluation sees them."""
-    return None if isinstance(cfg, NoAugmentConfig) else Augment(cfg, seed, image_size, eval_resize)
+def build_augment(
+    cfg: AugmentConfig,
+    seed: int,
+    image_size: int,
+    eval_resize: int,
+    colour_basis: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Augment | None:
+    """None: images are seen as the evaluation sees them. colour_basis: the principal axes of the data set's colours."""
+    return None if isinstance(cfg, NoAugmentConfig) else Augment(cfg, seed, image_size, eval_resize, colour_basis)
 
 
 def random_resized_boxes(
