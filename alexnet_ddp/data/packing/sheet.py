@@ -35,7 +35,7 @@ def sheet(cfg: PrepareConfig) -> None:
     kind = type(cfg.augment).__name__.removesuffix("AugmentConfig")
     title = f"{place}: the first {len(indices)} of {len(index):,} training images, seed {cfg.seed}, augment {kind}"
     out = io.BytesIO()
-    draw(pixels, [names[label] for label in index.labels[indices]], title).save(out, "PNG")
+    draw(pixels, [names[label].split(",")[0] for label in index.labels[indices]], title).save(out, "PNG")
     target = absolute(cfg.output or f"{cfg.root}/train.sheet.png")
     folder, _, name = target.rpartition("/")
     if cfg.output:
