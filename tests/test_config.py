@@ -42,12 +42,16 @@ WRONG_VALUES = {
     "run.name=a/b run.root=x": "run.name ('a/b') must name one directory below run.root (x)",
     "data.image_size=0": "data.image_size (0) must be greater than 0 and finite",
     "data.image_size=64 data.eval_resize=63": "data.eval_resize (63) must be at least data.image_size (64)",
-    "data.start_image_size=32": "data.start_image_size (32) and data.grow_epochs (None) belong together: from which size, "
-    "and until which epoch; give both or none",
-    "data.start_image_size=64 data.grow_epochs=2": "data.start_image_size (64) must be less than data.image_size (64), to "
-    "grow to it",
-    "data.start_image_size=32 data.grow_epochs=8": "data.grow_epochs (8) must be less than trainer.epochs (8), to end at "
-    "data.image_size",
+    "data.start_image_size=32": (
+        "data.start_image_size (32) and data.grow_epochs (None) belong together: from which size, and until which "
+        "epoch; give both or none"
+    ),
+    "data.start_image_size=64 data.grow_epochs=2": (
+        "data.start_image_size (64) must be less than data.image_size (64), to grow to it"
+    ),
+    "data.start_image_size=32 data.grow_epochs=8": (
+        "data.grow_epochs (8) must be less than trainer.epochs (8), to end at data.image_size"
+    ),
     "data=shards data.root=x data.window_shards=0": "data.window_shards (0) must be greater than 0 and finite",
     "data=shards data.root=x data.cache_gb=0": "data.cache_gb (0.0) must be greater than 0 and finite",
     "data.num_threads=0": "data.num_threads (0) must be greater than 0 and finite",
@@ -103,12 +107,12 @@ WRONG_VALUES = {
     "data=imagenet": "data.root is required and has no value; give it on the command line: data.root=...",
     "model=torchvision": "model.name is required and has no value; give it on the command line: model.name=...",
     "++data.x.y=1": (
-        "data.x is not a key; known here: "
-        "eval_resize, grow_epochs, image_size, limit_train, limit_val, num_threads, on_bad_image, root, start_image_size"
+        "data.x is not a key; known here: eval_resize, grow_epochs, "
+        "image_size, limit_train, limit_val, num_threads, on_bad_image, root, start_image_size"
     ),
     "+data._target_=os.system": (
-        "data._target_ is not a key; known here: "
-        "eval_resize, grow_epochs, image_size, limit_train, limit_val, num_threads, on_bad_image, root, start_image_size"
+        "data._target_ is not a key; known here: eval_resize, grow_epochs, "
+        "image_size, limit_train, limit_val, num_threads, on_bad_image, root, start_image_size"
     ),
 }
 
