@@ -42,6 +42,18 @@ WRONG_VALUES = {
     "run.name=a/b run.root=x": "run.name ('a/b') must name one directory below run.root (x)",
     "data.image_size=0": "data.image_size (0) must be greater than 0 and finite",
     "data.image_size=64 data.eval_resize=63": "data.eval_resize (63) must be at least data.image_size (64)",
+    "data.start_image_size=32": (
+        "data.start_image_size (32) and data.grow_epochs (None) belong together: from which size, and until which "
+        "epoch; give both or none"
+    ),
+    "data.start_image_size=64 data.grow_epochs=2": (
+        "data.start_image_size (64) must be less than data.image_size (64), to grow to it"
+    ),
+    "data.start_image_size=32 data.grow_epochs=8": (
+        "data.grow_epochs (8) must be less than trainer.epochs (8), to end at data.image_size"
+    ),
+    "data=shards data.root=x data.window_shards=0": "data.window_shards (0) must be greater than 0 and finite",
+    "data=shards data.root=x data.cache_gb=0": "data.cache_gb (0.0) must be greater than 0 and finite",
     "data.num_threads=0": "data.num_threads (0) must be greater than 0 and finite",
     "data.limit_train=0": "data.limit_train (0) must be greater than 0 and finite",
     "data.limit_val=-1": "data.limit_val (-1) must be greater than 0 and finite",
@@ -95,12 +107,12 @@ WRONG_VALUES = {
     "data=imagenet": "data.root is required and has no value; give it on the command line: data.root=...",
     "model=torchvision": "model.name is required and has no value; give it on the command line: model.name=...",
     "++data.x.y=1": (
-        "data.x is not a key; known here: "
-        "eval_resize, image_size, limit_train, limit_val, num_threads, on_bad_image, root"
+        "data.x is not a key; known here: eval_resize, grow_epochs, "
+        "image_size, limit_train, limit_val, num_threads, on_bad_image, root, start_image_size"
     ),
     "+data._target_=os.system": (
-        "data._target_ is not a key; known here: "
-        "eval_resize, image_size, limit_train, limit_val, num_threads, on_bad_image, root"
+        "data._target_ is not a key; known here: eval_resize, grow_epochs, "
+        "image_size, limit_train, limit_val, num_threads, on_bad_image, root, start_image_size"
     ),
 }
 
@@ -316,3 +328,14 @@ def test_the_configuration_imports_no_torch():
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert result.stdout == "False\n", result.stderr
+
+
+# --- images that grow -------------------------------------------------------------------------------------------
+
+
+def test_training_images_grow_by_whole_tiles_until_they_have_their_size():
+    grows = compose(["data.image_size=224", "data.start_image_size=128", "data.grow_epochs=6"]).data
+    assert [grows.train_image_size(epoch) for epoch in range(9)] == [128, 128, 160, 160, 192, 192, 224, 224, 224]
+    odd = compose(["data.image_size=65", "data.start_image_size=33", "data.grow_epochs=1"]).data
+    assert [odd.train_image_size(epoch) for epoch in range(3)] == [33, 65, 65]
+    assert compose([]).data.train_image_size(0) == 64

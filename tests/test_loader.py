@@ -35,7 +35,7 @@ def paint(slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[int]:
 
 @contextmanager
 def loading(fill, num_threads=2, colour=lambda epoch, indices: None, device=CPU):
-    loader = Loader(fill, LABELS, colour, SIZE, num_threads, device)
+    loader = Loader(fill, LABELS, colour, lambda epoch: SIZE, num_threads, device)
     try:
         yield loader
     finally:

@@ -134,6 +134,9 @@ class Config:
     logger: LoggerConfig
 
     def __post_init__(self) -> None:
+        grow, epochs = self.data.grow_epochs, self.trainer.epochs
+        rule = f"must be less than trainer.epochs ({epochs}), to end at data.image_size"
+        require(grow is None or grow < epochs, f"data.grow_epochs ({grow}) {rule}")
         on_cpu = self.device is Device.cpu and self.trainer.precision is not Precision.fp32
         rule = "needs a CUDA device, but device=cpu; use trainer.precision=fp32"
         require(not on_cpu, f"trainer.precision={self.trainer.precision.value} {rule}")

@@ -46,8 +46,9 @@ class ImageFill(_IndexFill):
     def __call__(self, slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[int]:
         bad: list[int] = []
         if self.augment is None:
+            resize = round(self.cfg.eval_resize * slots.shape[1] / self.cfg.image_size)
             for k, i in enumerate(indices):
-                self._guard(bad, k, i, lambda k=k, i=i: centre_into(slots[k], self.index.read(i), self.cfg.eval_resize))
+                self._guard(bad, k, i, lambda k=k, i=i: centre_into(slots[k], self.index.read(i), resize))
             return bad
         data = [self._guard(bad, k, i, lambda i=i: self._read(i)) for k, i in enumerate(indices)]
         sizes = np.array([(1, 1) if item is None else item[1] for item in data], dtype=np.int64)

@@ -27,14 +27,17 @@ class Batch:
 
 
 class Loader:
-    """Turns Works into Batches with `num_threads` threads, from pinned memory where the device is a GPU."""
+    """Turns Works into Batches with `num_threads` threads, from pinned memory where the device is a GPU.
+
+    image_size(epoch): pixels, height = width.
+    """
 
     def __init__(
         self,
         fill: Fill,
         labels: np.ndarray,
         colour: Callable[[int, np.ndarray], np.ndarray | None],
-        image_size: int,
+        image_size: Callable[[int], int],
         num_threads: int,
         device: torch.device,
     ) -> None:
@@ -54,13 +57,13 @@ class Loader:
     def close(self) -> None:
         self._prefetcher.close()
 
-    def _allocate(self, shape: tuple[int, ...]) -> tuple[np.ndarray, torch.Tensor]:
-        tensor = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+    def _allocate(self, size: int) -> tuple[np.ndarray, torch.Tensor]:
+        tensor = torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         return tensor.numpy(), tensor
 
     def _to_device(self, host: HostBatch) -> Batch:
         work, indices = host.work, host.work.indices
-        images = host.buffer.owner[: len(indices)]
+        images = host.buffer.owner[: host.images.size].view(host.images.shape)
         if host.bad:  # rare, so a copy may be made
             good = np.setdiff1d(np.arange(len(indices)), host.bad)
             images, indices = images[torch.from_numpy(good)], indices[good]
@@ -83,12 +86,21 @@ class Loader:
 
 
 def build_loader(
-    cfg: DataConfig, index: SampleIndex, augment: Augment | None, num_threads: int, device: torch.device
+    cfg: DataConfig,
+    index: SampleIndex,
+    augment: Augment | None,
+    num_threads: int,
+    device: torch.device,
+    may_grow: bool = False,
 ) -> Loader:
-    """A loader of `index`; augment=None shows the images as the evaluation sees them."""
+    """A loader of `index`; augment=None shows the images as the evaluation sees them.
+
+    may_grow: images of early epochs are smaller, where `cfg` says so.
+    """
     colour = augment.colour if augment else _no_colour
     fill = build_fill(cfg, index, augment)
-    return Loader(fill, index.labels, colour, cfg.image_size, cfg.num_threads or num_threads, device)
+    size = cfg.train_image_size if may_grow else lambda epoch: cfg.image_size
+    return Loader(fill, index.labels, colour, size, cfg.num_threads or num_threads, device)
 
 
 def _no_colour(epoch: int, indices: np.ndarray) -> None:

@@ -19,15 +19,15 @@ from alexnet_ddp.data.sampler import Work
 _AHEAD = 3  # batches being filled while one is used
 _PER_TASK = 16  # images a thread takes at once: enough to hide Python's share, few enough to spread a small batch
 
-# allocate(shape) -> (uint8 array of that shape, what owns its memory)
-Allocate = Callable[[tuple[int, ...]], tuple[np.ndarray, Any]]
+# allocate(bytes) -> (uint8 [bytes], what owns the memory)
+Allocate = Callable[[int], tuple[np.ndarray, Any]]
 
 
 @dataclass
 class Buffer:
     """A reusable batch in host memory."""
 
-    array: np.ndarray  # uint8 [n, size, size, 3]
+    array: np.ndarray  # uint8 [bytes]
     owner: Any
     wait_until_free: Callable[[], None] = lambda: None  # the device may still be copying out of it
 
@@ -37,19 +37,18 @@ class HostBatch:
     """Valid until the next one is asked for, and then until `buffer.wait_until_free` returns."""
 
     work: Work
+    images: np.ndarray  # uint8 [n, size, size, 3], at the beginning of the buffer
     buffer: Buffer
     bad: list[int]  # positions of images that could not be had
 
-    @property
-    def images(self) -> np.ndarray:
-        """uint8 [n, size, size, 3]"""
-        return self.buffer.array[: len(self.work.indices)]
-
 
 class Prefetcher:
-    """Turns Works into HostBatches with `num_threads` threads. `waited_s` sums the seconds its user had to wait."""
+    """Turns Works into HostBatches with `num_threads` threads. `waited_s` sums the seconds its user had to wait.
 
-    def __init__(self, fill: Fill, image_size: int, num_threads: int, allocate: Allocate) -> None:
+    image_size(epoch): pixels, height = width.
+    """
+
+    def __init__(self, fill: Fill, image_size: Callable[[int], int], num_threads: int, allocate: Allocate) -> None:
         self._fill, self._image_size, self._allocate = fill, image_size, allocate
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
         self.waited_s = 0.0
@@ -63,32 +62,34 @@ class Prefetcher:
                     ahead.append((work, *self._start(work, free)))
                 if not ahead:
                     return
-                work, buffer, tasks = ahead.popleft()
-                yield HostBatch(work, buffer, self._finish(tasks))
+                work, images, buffer, tasks = ahead.popleft()
+                yield HostBatch(work, images, buffer, self._finish(tasks))
                 free.append(buffer)
         finally:
-            for _, _, tasks in ahead:
+            for *_, tasks in ahead:
                 for task in tasks:
                     task.cancel()
 
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _start(self, work: Work, free: list[Buffer]) -> tuple[Buffer, list[Future]]:
-        n = len(work.indices)
+    def _start(self, work: Work, free: list[Buffer]) -> tuple[np.ndarray, Buffer, list[Future]]:
+        n, size = len(work.indices), self._image_size(work.epoch)
+        needed = n * size * size * 3
         if hasattr(self._fill, "will_need"):
             self._fill.will_need(work.indices)
-        fitting = [b for b in free if len(b.array) >= n]
+        fitting = [b for b in free if len(b.array) >= needed]
         if fitting:
             buffer = fitting[0]
             free.remove(buffer)
             buffer.wait_until_free()
         else:
-            free.clear()  # too small: the first batch of a run is the largest, so this is rare
-            buffer = Buffer(*self._allocate((n, self._image_size, self._image_size, 3)))
+            free.clear()  # too small: the first batch of a size is the largest, so this is rare
+            buffer = Buffer(*self._allocate(needed))
+        images = buffer.array[:needed].reshape(n, size, size, 3)
         parts = [slice(i, min(i + _PER_TASK, n)) for i in range(0, n, _PER_TASK)]
         submit = self._threads.submit
-        return buffer, [submit(self._fill, buffer.array[p], work.indices[p], work.epoch) for p in parts]
+        return images, buffer, [submit(self._fill, images[p], work.indices[p], work.epoch) for p in parts]
 
     def _finish(self, tasks: list[Future]) -> list[int]:
         began = time.monotonic()

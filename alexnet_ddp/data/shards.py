@@ -211,6 +211,10 @@ def _cache(cfg: ShardsConfig, storage: Storage, index: ShardIndex) -> NodeCache 
         least = math.ceil(total / 1e7) / 100
         rule = f"must hold all shards for data.shuffle=full, {least:g} GB; use data.shuffle=window or more room"
         raise ConfigError(f"data.cache_gb ({cfg.cache_gb:g}) {rule}")
+    largest = max(shard["bytes"] for entry in index.splits.values() for shard in entry["shards"])
+    if limit is not None and limit < min(total, 2 * cfg.window_shards * largest):
+        rule = f"must hold two windows of data.window_shards ({cfg.window_shards}) shards"
+        raise ConfigError(f"data.cache_gb ({cfg.cache_gb:g}) {rule}, {2 * cfg.window_shards * largest / 1e9:.3g} GB")
     return NodeCache(storage, os.path.abspath(os.path.expanduser(cfg.cache_dir)), limit)
 
 
