@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from alexnet_ddp.config import ConfigError, Precision, TrainerConfig
+from alexnet_ddp.data.effects import apply_effects
 from alexnet_ddp.data.loader import Batch
 from alexnet_ddp.distributed import World, any_rank, average, raise_together, sum_over_ranks
 from alexnet_ddp.errors import DataError, Diverged
@@ -20,9 +20,6 @@ from alexnet_ddp.optim import set_lr
 from alexnet_ddp.parallel import nothing_to_learn, settle_buckets
 from alexnet_ddp.resilience import Health, StopSignal, Verdict, Wish
 
-# Of ImageNet's RGB values in [0, 1]: what torchvision's weights expect.
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
 _ROUNDS_BETWEEN_LOOKS = 8  # of an evaluation, between two looks at the stop signal
 
 
@@ -111,8 +108,8 @@ class TrainStep:
             return nothing_to_learn(self.ddp_model, self._blank)
         set_dropout_keys(self._model, self.seed, step, batch.indices)
         with autocast(self.cfg.precision, self.world):
-            logits = self.ddp_model(normalise(batch.images, batch.colour))
-        loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum", label_smoothing=self.cfg.label_smoothing)
+            logits = self.ddp_model(apply_effects(batch.images, batch.effects))
+        loss = cross_entropy(logits.float(), batch, self.cfg.label_smoothing)
         self.meter.add(loss, logits, batch.labels)
         return loss
 
@@ -126,6 +123,18 @@ class TrainStep:
             self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.cfg.clip_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+
+def cross_entropy(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
+    """Summed over the images; of two labels an image, weighted by their shares, where images are mixed."""
+    mixing = batch.effects.mixing
+    if mixing is None:
+        return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing)
+    own, other = (
+        F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+        for labels in (batch.labels, mixing.labels)
+    )
+    return torch.lerp(other, own, mixing.share).sum()
 
 
 @dataclass(frozen=True)
@@ -153,7 +162,7 @@ def evaluate(
                 return None
             if len(batch.labels):
                 with autocast(cfg.precision, world):
-                    logits = model(normalise(batch.images, batch.colour)).float()
+                    logits = model(apply_effects(batch.images, batch.effects)).float()
                 meter.add(F.cross_entropy(logits, batch.labels, reduction="sum"), logits, batch.labels)
                 per_class.index_add_(0, batch.labels, _counts(logits, batch.labels))
     except DataError as e:
@@ -179,21 +188,6 @@ def _counts(logits: Tensor, labels: Tensor) -> Tensor:
     """int64 [n, 3]: 1, correct at 1, correct at 5."""
     hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     return torch.stack([torch.ones_like(labels), hits[:, 0], hits.any(1)], dim=1)
-
-
-def normalise(images: Tensor, colour: Tensor | None) -> Tensor:
-    """uint8 [n, size, size, 3] -> float [n, 3, size, size], channels last in memory, normalised on the device."""
-    mean, std = _mean_and_std(images.device)
-    shift = -mean / std if colour is None else (colour - mean) / std
-    x = images.float().mul_(1 / (255 * std))
-    return x.add_(shift if colour is None else shift[:, None, None, :]).permute(0, 3, 1, 2)
-
-
-@lru_cache
-def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Copied to the device once: a copy in each step would wait for it."""
-    with torch.inference_mode(False):
-        return torch.tensor(_MEAN, device=device), torch.tensor(_STD, device=device)
 
 
 def check_precision(precision: Precision, world: World) -> None:

@@ -19,9 +19,9 @@ from alexnet_ddp import cli
 from alexnet_ddp.checkpoint import find_best, load_model
 from alexnet_ddp.config import Config, ConfigError, DataConfig, PredictConfig
 from alexnet_ddp.data.decode import BadImage, centre_into
+from alexnet_ddp.data.effects import normalise
 from alexnet_ddp.data.scan import SUFFIXES
 from alexnet_ddp.distributed import choose_device
-from alexnet_ddp.engine import normalise
 from alexnet_ddp.errors import DataError
 from alexnet_ddp.model import build_model
 from alexnet_ddp.tracking import read_classes

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 # One number a use, so that two uses with equal coordinates stay independent.
-ORDER, CROP, FLIP, COLOUR, DROPOUT, SUBSET, SYNTHETIC, SHARDS = range(1, 9)
+ORDER, CROP, FLIP, COLOUR, DROPOUT, SUBSET, SYNTHETIC, POLICY, JITTER, ERASE, MIX, SHARDS = range(1, 13)
 
 _GOLDEN = 0x9E3779B9
 

@@ -29,10 +29,10 @@ from torchvision.transforms import v2
 
 from alexnet_ddp.config import BasicAugmentConfig, FolderConfig
 from alexnet_ddp.data.augment import build_augment
+from alexnet_ddp.data.effects import normalise
 from alexnet_ddp.data.index import index_folder
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler
-from alexnet_ddp.engine import normalise
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 BATCH = 64

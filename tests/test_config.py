@@ -67,6 +67,19 @@ WRONG_VALUES = {
     "augment.flip=2": "augment.flip (2.0) must lie in [0, 1]",
     "augment=alexnet_2012 augment.flip=-1": "augment.flip (-1.0) must lie in [0, 1]",
     "augment=alexnet_2012 augment.colour_sigma=-1": "augment.colour_sigma (-1.0) must lie in [0, 10]",
+    "augment.erase=1.5": "augment.erase (1.5) must lie in [0, 1]",
+    "augment.brightness=-0.1": "augment.brightness (-0.1) must lie in [0, 1]",
+    "augment.contrast=2": "augment.contrast (2.0) must lie in [0, 1]",
+    "augment=alexnet_2012 augment.saturation=nan": "augment.saturation (nan) must lie in [0, 1]",
+    "augment.hue=0.6": "augment.hue (0.6) must lie in [0, 0.5]",
+    "augment=alexnet_2012 augment.mixup_alpha=-1": "augment.mixup_alpha (-1.0) must lie in [0, 100]",
+    "augment.cutmix_alpha=inf": "augment.cutmix_alpha (inf) must lie in [0, 100]",
+    "augment.num_ops=2": "augment.num_ops (2) is only read by augment.policy=randaugment, this is none; leave it out",
+    "augment.policy=trivialaugment augment.magnitude=9": (
+        "augment.magnitude (9) is only read by augment.policy=randaugment, this is trivialaugment; leave it out"
+    ),
+    "augment.policy=randaugment augment.num_ops=0": "augment.num_ops (0) must be greater than 0 and finite",
+    "augment.policy=randaugment augment.magnitude=31": "augment.magnitude (31) must lie in [0, 30]",
     "model.dropout=1": "model.dropout (1.0) must lie in [0, 1)",
     "model=torchvision model.name=resnet18 model.dropout=-0.1": "model.dropout (-0.1) must lie in [0, 1)",
     "optimizer.lr=0": "optimizer.lr (0.0) must be greater than 0 and finite",
@@ -118,6 +131,8 @@ WRONG_VALUES = {
 
 # What Hydra itself refuses; the text is in its exception or in the cause of it.
 REFUSED_BY_HYDRA = {
+    "augment=none augment.mixup_alpha=0.2": "Key 'mixup_alpha' not in 'NoAugmentConfig'",
+    "augment.policy=autoaugment": "Invalid value 'autoaugment', expected one of [none, randaugment, trivialaugment]",
     "trainer.nope=1": "Key 'nope' not in 'TrainerConfig'",
     "model.name=resnet18": "Key 'name' not in 'AlexNetSmallConfig'",  # a knob of another choice would be ignored
     "scheduler=cosine scheduler.power=2": "Key 'power' not in 'CosineConfig'",
@@ -149,6 +164,11 @@ def test_what_the_schema_does_not_know_is_refused(overrides):
     with pytest.raises(HydraException) as e:
         compose(overrides.split())
     assert REFUSED_BY_HYDRA[overrides] in f"{e.value} {e.value.__cause__}"
+
+
+def test_randaugment_has_torchvisions_defaults_and_other_policies_have_none():
+    chosen = [compose([f"augment.policy={name}"]).augment for name in ("randaugment", "trivialaugment", "none")]
+    assert [(cfg.num_ops, cfg.magnitude) for cfg in chosen] == [(2, 9), (None, None), (None, None)]
 
 
 def test_without_overrides_the_demo_is_composed_into_plain_dataclasses():

@@ -22,10 +22,11 @@ from alexnet_ddp.config import (
     TrainerConfig,
 )
 from alexnet_ddp.data.augment import build_augment
+from alexnet_ddp.data.effects import normalise
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler, evaluation_work
 from alexnet_ddp.data.sets import open_data
-from alexnet_ddp.engine import TrainStep, autocast, check_precision, evaluate, normalise
+from alexnet_ddp.engine import TrainStep, autocast, check_precision, evaluate
 from alexnet_ddp.errors import DataError, Diverged, RunError
 from alexnet_ddp.model import build_model, set_dropout_keys
 from alexnet_ddp.optim import build_optimizer, state_by_name

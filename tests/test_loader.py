@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from alexnet_ddp.config import BasicAugmentConfig, FolderConfig, OnBadImage, SyntheticConfig
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.decode import centre_into, crop_into, size_of
+from alexnet_ddp.data.effects import Effects
 from alexnet_ddp.data.index import index_folder
 from alexnet_ddp.data.loader import Loader, build_loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler, Work, evaluation_work
@@ -34,8 +36,14 @@ def paint(slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[int]:
 
 
 @contextmanager
-def loading(fill, num_threads=2, colour=lambda epoch, indices: None, device=CPU):
-    loader = Loader(fill, LABELS, colour, lambda epoch: SIZE, num_threads, device)
+def loading(fill, num_threads=2, colour=None, device=CPU):
+    """colour(epoch, indices): the only effect there is."""
+
+    def effects(epoch, indices, size, partners, copy):
+        return Effects(colour=copy(colour(epoch, indices)))
+
+    augment = SimpleNamespace(mixes=False, effects=effects) if colour else None
+    loader = Loader(fill, LABELS, augment, lambda epoch: SIZE, num_threads, device)
     try:
         yield loader
     finally:
@@ -112,10 +120,10 @@ def test_colours_are_those_of_the_images_and_the_epoch_of_the_work():
 
     with loading(paint, colour=colour) as loader:
         for batch in loader.batches(works(10, 3, epoch=6)):
-            assert batch.colour.dtype == torch.float32
-            assert np.array_equal(batch.colour.numpy(), colour(6, batch.work.indices))
+            assert batch.effects.colour.dtype == torch.float32
+            assert np.array_equal(batch.effects.colour.numpy(), colour(6, batch.work.indices))
     with loading(paint) as loader:
-        assert next(loader.batches(works(4))).colour is None
+        assert next(loader.batches(works(4))).effects.colour is None
 
 
 # Ahead, buffers, time
@@ -364,7 +372,7 @@ def test_evaluation_images_are_the_central_crops_with_their_labels(folder, num_t
     shown = {}
     for batch in loader.batches(evaluation_work(21, 6, 0, 1)):
         assert batch.labels.tolist() == index.labels[batch.indices].tolist()
-        assert batch.colour is None
+        assert batch.effects.colour is None
         shown |= {int(i): image.numpy().copy() for i, image in zip(batch.indices, batch.images)}
     loader.close()
     assert sorted(shown) == list(range(21))
@@ -434,7 +442,7 @@ def test_the_colours_of_a_batch_with_bad_images_are_those_of_the_good_ones():
     with loading(fill, colour=lambda epoch, indices: indices[:, None].astype(np.float32)) as loader:
         (batch,) = loader.batches(works(20))
     assert batch.indices.tolist() == [i for i in range(20) if i not in (3, 9, 17)]
-    assert batch.colour[:, 0].tolist() == batch.indices.tolist()
+    assert batch.effects.colour[:, 0].tolist() == batch.indices.tolist()
 
 
 # Images that are nowhere

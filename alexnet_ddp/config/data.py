@@ -8,6 +8,12 @@ from alexnet_ddp.config.checks import MISSING, positive, require, within
 OnBadImage = StrEnum("OnBadImage", {name: name for name in ("raise", "skip")})  # `raise` is a Python keyword
 
 
+class Policy(StrEnum):
+    none = "none"
+    randaugment = "randaugment"
+    trivialaugment = "trivialaugment"
+
+
 @dataclass(kw_only=True)
 class DataConfig:
     """Where images come from, and what size the network sees."""
@@ -99,7 +105,37 @@ class NoAugmentConfig(AugmentConfig):
 
 
 @dataclass(kw_only=True)
-class BasicAugmentConfig(AugmentConfig):
+class RandomAugmentConfig(AugmentConfig):
+    """What may be added to any crop, all of it off unless asked for. data/policy.py and data/effects.py do it."""
+
+    policy: Policy = Policy.none  # operations on each image, after its crop and flip
+    num_ops: int | None = None  # of randaugment, one after the other; null: 2
+    magnitude: int | None = None  # of randaugment's operations, 0 to 30; null: 9
+    brightness: float = 0.0  # b: a factor from [1 - b, 1 + b]; so for the next two
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0  # h: a turn from [-h, h], where 1 is once round the colour circle
+    erase: float = 0.0  # probability of a rectangle of the mean colour
+    mixup_alpha: float = 0.0  # a: two images blended in shares from Beta(a, a), and their labels with them
+    cutmix_alpha: float = 0.0  # a: a rectangle pasted from another image; with both, one of them is drawn an image
+
+    def __post_init__(self) -> None:
+        within("augment", self, 0, 1, "brightness", "contrast", "saturation", "erase")
+        within("augment", self, 0, 0.5, "hue")
+        within("augment", self, 0, 100, "mixup_alpha", "cutmix_alpha")
+        if self.policy is Policy.randaugment:
+            self.num_ops = 2 if self.num_ops is None else self.num_ops
+            self.magnitude = 9 if self.magnitude is None else self.magnitude
+        for name in ("num_ops", "magnitude"):
+            rule = f"is only read by augment.policy=randaugment, this is {self.policy.value}; leave it out"
+            value = getattr(self, name)
+            require(value is None or self.policy is Policy.randaugment, f"augment.{name} ({value}) {rule}")
+        positive("augment", self, "num_ops")
+        within("augment", self, 0, 30, "magnitude")
+
+
+@dataclass(kw_only=True)
+class BasicAugmentConfig(RandomAugmentConfig):
     """RandomResizedCrop and horizontal flip, with torchvision's distributions."""
 
     min_scale: float = 0.08  # share of the image's area that a crop covers, at least
@@ -108,6 +144,7 @@ class BasicAugmentConfig(AugmentConfig):
     flip: float = 0.5  # probability
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         within("augment", self, 0, 1, "min_scale", "max_scale", "flip")
         rule = f"must be at most augment.max_scale ({self.max_scale})"
         require(self.min_scale <= self.max_scale, f"augment.min_scale ({self.min_scale}) {rule}")
@@ -115,12 +152,13 @@ class BasicAugmentConfig(AugmentConfig):
 
 
 @dataclass(kw_only=True)
-class AlexNet2012AugmentConfig(AugmentConfig):
+class AlexNet2012AugmentConfig(RandomAugmentConfig):
     """Krizhevsky 2012, section 4.1: a random crop of the central square, flip, colour noise along the RGB axes."""
 
     flip: float = 0.5
     colour_sigma: float = 0.1  # of the normal noise that multiplies each eigenvalue
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         within("augment", self, 0, 1, "flip")
         within("augment", self, 0, 10, "colour_sigma")

@@ -1,14 +1,29 @@
-"""What happens to a training image: a crop box, a flip, a colour shift, as functions of (seed, epoch, index).
+"""What happens to a training image: a crop box, a flip, a colour shift, ..., as functions of (seed, epoch, index).
 
-Everything is computed for many images at once from their sizes alone; decode.py applies it.
+Everything is drawn for many images at once from their sizes alone. decode.py applies crop and flip, policy.py its
+operations, both in the loader's threads; effects.py the rest, on the device.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from alexnet_ddp import rng
-from alexnet_ddp.config import AlexNet2012AugmentConfig, AugmentConfig, BasicAugmentConfig, NoAugmentConfig
+from alexnet_ddp.config import (
+    AlexNet2012AugmentConfig,
+    AugmentConfig,
+    BasicAugmentConfig,
+    NoAugmentConfig,
+    RandomAugmentConfig,
+)
+from alexnet_ddp.data.policy import Operation, draw_operations
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from alexnet_ddp.data.effects import Effects, Partners
 
 _ATTEMPTS = 10  # of RandomResizedCrop, before it falls back to a centre crop
 
@@ -32,7 +47,7 @@ class Views:
 class Augment:
     """The augmentation of a run."""
 
-    cfg: AugmentConfig
+    cfg: RandomAugmentConfig
     seed: int
     image_size: int
     eval_resize: int
@@ -57,6 +72,38 @@ class Augment:
         alpha = sigma * rng.normals(rng.fold(self.seed, rng.COLOUR, epoch), indices, 3)
         values, vectors = self.colour_basis or (_EIGENVALUES, _EIGENVECTORS)
         return (alpha * values @ vectors.T).astype(np.float32)
+
+    def operations(self, epoch: int, indices: np.ndarray, size: int) -> list[list[Operation]]:
+        """What the policy does to each image, once it is `size` pixels wide and high."""
+        return draw_operations(self.cfg, rng.fold(self.seed, rng.POLICY, epoch), indices, size)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with others."""
+        return self.cfg.mixup_alpha > 0 or self.cfg.cutmix_alpha > 0
+
+    def effects(
+        self,
+        epoch: int,
+        indices: np.ndarray,
+        size: int,
+        partners: "Partners | None",
+        copy: Callable[[np.ndarray], "Tensor"],
+    ) -> "Effects":
+        """Of the images `indices`, int64 [m], the first n of which are mixed with `partners`. copy: to the device."""
+        from alexnet_ddp.data.effects import Effects, Mixing, draw_erased, draw_jitter, draw_mixing  # needs torch
+
+        jitter, erase, mix = (rng.fold(self.seed, use, epoch) for use in (rng.JITTER, rng.ERASE, rng.MIX))
+        colour, mixing = self.colour(epoch, indices), None
+        if partners is not None:
+            drawn = draw_mixing(self.cfg, mix, indices[: len(partners.rows)], size)
+            mixing = Mixing(*(copy(values) for values in (*partners, *drawn)))
+        return Effects(
+            colour=None if colour is None else copy(colour),
+            jitter={name: copy(values) for name, values in draw_jitter(self.cfg, jitter, indices).items()},
+            erased=copy(draw_erased(self.cfg.erase, erase, indices, size)) if self.cfg.erase else None,
+            mixing=mixing,
+        )
 
     def _square_boxes(self, u: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> tuple[np.ndarray, ...]:
         """A random image_size crop of the central square of eval_resize pixels, in the pixels of the image."""

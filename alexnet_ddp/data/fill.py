@@ -11,6 +11,7 @@ from alexnet_ddp.config import DataConfig, OnBadImage
 from alexnet_ddp.data.augment import Augment, Views
 from alexnet_ddp.data.decode import BadImage, centre_into, crop_into, resize_into, size_of
 from alexnet_ddp.data.index import SampleIndex
+from alexnet_ddp.data.policy import Operation, operate
 from alexnet_ddp.errors import DataError
 
 # fill(slots uint8 [n, size, size, 3], indices int64 [n], epoch) -> positions of bad images, left as they were
@@ -54,9 +55,11 @@ class ImageFill(_IndexFill):
         sizes = np.array([(1, 1) if item is None else item[1] for item in data], dtype=np.int64)
         views = self.augment.views(epoch, indices, sizes[:, 0], sizes[:, 1])
         boxes = _boxes(views)
+        operations = self.augment.operations(epoch, indices, slots.shape[1])
         for k, i in enumerate(indices):
             if data[k] is not None:
                 self._guard(bad, k, i, lambda k=k: crop_into(slots[k], data[k][0], boxes[k], views.flip[k]))
+                operate(slots[k], operations[k])
         return bad
 
     def _read(self, i: int) -> tuple[bytes, tuple[int, int]]:
@@ -86,17 +89,20 @@ class RawFill(_IndexFill):
         size = store.raw_size
         if self.augment is None:
             boxes, flips = [self._central_box(size)] * len(indices), [False] * len(indices)
+            operations: list[list[Operation]] = [[]] * len(indices)
         else:
+            operations = self.augment.operations(epoch, indices, slots.shape[1])
             views = self.augment.views(epoch, indices, *(np.full(len(indices), size, np.int64),) * 2)
             boxes, flips = _boxes(views), views.flip.tolist()
         scratch = _scratch(size)
-        for slot, i, (left, top, width, height), flip in zip(slots, indices.tolist(), boxes, flips):
+        for slot, i, (left, top, width, height), flip, todo in zip(slots, indices.tolist(), boxes, flips, operations):
             rows = scratch[:height]
             try:
                 store.read_rows(i, top, rows)
             except OSError as error:
                 raise DataError(f"{store.name(i)} cannot be read ({error.strerror or error}); copy it again") from error
             resize_into(slot, rows[:, left : left + width], flip)
+            operate(slot, todo)
         return []
 
     def _central_box(self, size: int) -> tuple[int, int, int, int]:

@@ -1,6 +1,7 @@
 """Batches on the device: what prefetch.py has filled in host memory is copied without waiting."""
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 
 from alexnet_ddp.config import DataConfig
 from alexnet_ddp.data.augment import Augment
+from alexnet_ddp.data.effects import Effects, Partners, partner_rows
 from alexnet_ddp.data.fill import Fill, build_fill
 from alexnet_ddp.data.index import SampleIndex
 from alexnet_ddp.data.prefetch import HostBatch, Prefetcher
@@ -20,10 +22,10 @@ class Batch:
     """What one forward pass of one rank sees."""
 
     work: Work
-    images: torch.Tensor  # uint8 [n, size, size, 3] on the device; valid until the next batch is asked for
-    labels: torch.Tensor  # int64 [n] on the device
-    indices: torch.Tensor  # int32 [n] on the device
-    colour: torch.Tensor | None  # float32 [n, 3] to add to RGB in [0, 1]
+    images: torch.Tensor  # uint8 [m, size, size, 3] on the device; valid until the next batch is asked for
+    labels: torch.Tensor  # int64 [n] on the device. m = n; but where images are mixed, m may be n + 1:
+    indices: torch.Tensor  # int32 [n] on the device. then the last image is only there for the first to be mixed with
+    effects: Effects
 
 
 class Loader:
@@ -36,13 +38,16 @@ class Loader:
         self,
         fill: Fill,
         labels: np.ndarray,
-        colour: Callable[[int, np.ndarray], np.ndarray | None],
+        augment: Augment | None,
         image_size: Callable[[int], int],
         num_threads: int,
         device: torch.device,
     ) -> None:
-        self._labels, self._colour, self._device = labels, colour, device
-        self._prefetcher = Prefetcher(fill, image_size, num_threads, self._allocate)
+        self._labels, self._augment, self._device = labels, augment, device
+        self._mixes = augment is not None and augment.mixes
+        # One thread of torch's for each of ours. The setting is the thread's own; torch's data loader does the same.
+        threads = ThreadPoolExecutor(num_threads, "decode", torch.set_num_threads, (1,))
+        self._prefetcher = Prefetcher(fill, image_size, threads, self._allocate, self._mixes)
 
     @property
     def waited_s(self) -> float:
@@ -62,17 +67,18 @@ class Loader:
         return tensor.numpy(), tensor
 
     def _to_device(self, host: HostBatch) -> Batch:
-        work, indices = host.work, host.work.indices
+        indices, slots = host.indices, np.arange(len(host.indices))
         images = host.buffer.owner[: host.images.size].view(host.images.shape)
         if host.bad:  # rare, so a copy may be made
-            good = np.setdiff1d(np.arange(len(indices)), host.bad)
-            images, indices = images[torch.from_numpy(good)], indices[good]
+            slots = np.setdiff1d(slots, host.bad)
+            images, indices = images[torch.from_numpy(slots)], indices[slots]
+        n = np.count_nonzero(slots < len(host.work.indices))
         batch = Batch(
-            work,
+            host.work,
             images.to(self._device, non_blocking=True),
-            torch.from_numpy(self._labels[indices].astype(np.int64)).to(self._device, non_blocking=True),
-            torch.from_numpy(indices.astype(np.int32)).to(self._device, non_blocking=True),
-            self._colour_of(work.epoch, indices),
+            self._copy(self._labels[indices[:n]].astype(np.int64)),
+            self._copy(indices[:n].astype(np.int32)),
+            self._effects(host, indices, slots),
         )
         if self._device.type == "cuda":
             copied = torch.cuda.Event()
@@ -80,9 +86,19 @@ class Loader:
             host.buffer.wait_until_free = copied.synchronize
         return batch
 
-    def _colour_of(self, epoch: int, indices: np.ndarray) -> torch.Tensor | None:
-        shift = self._colour(epoch, indices)
-        return None if shift is None else torch.from_numpy(shift).to(self._device, non_blocking=True)
+    def _effects(self, host: HostBatch, indices: np.ndarray, slots: np.ndarray) -> Effects:
+        """indices: of the images that could be decoded, and slots: where they are in the buffer."""
+        if self._augment is None:
+            return Effects()
+        partners = None
+        if self._mixes:
+            rows = partner_rows(slots, len(host.work.indices))
+            partners = Partners(rows, self._labels[indices[rows]].astype(np.int64))
+        return self._augment.effects(host.work.epoch, indices, host.images.shape[1], partners, self._copy)
+
+    def _copy(self, array: np.ndarray) -> torch.Tensor:
+        """To the device, without waiting for it."""
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
 
 
 def build_loader(
@@ -97,11 +113,6 @@ def build_loader(
 
     may_grow: images of early epochs are smaller, where `cfg` says so.
     """
-    colour = augment.colour if augment else _no_colour
     fill = build_fill(cfg, index, augment)
     size = cfg.train_image_size if may_grow else lambda epoch: cfg.image_size
-    return Loader(fill, index.labels, colour, size, cfg.num_threads or num_threads, device)
-
-
-def _no_colour(epoch: int, indices: np.ndarray) -> None:
-    return None
+    return Loader(fill, index.labels, augment, size, cfg.num_threads or num_threads, device)

@@ -37,20 +37,28 @@ class HostBatch:
     """Valid until the next one is asked for, and then until `buffer.wait_until_free` returns."""
 
     work: Work
+    indices: np.ndarray  # int64 [n] of the images: the work's, and perhaps the one before them
     images: np.ndarray  # uint8 [n, size, size, 3], at the beginning of the buffer
     buffer: Buffer
     bad: list[int]  # positions of images that could not be had
 
 
 class Prefetcher:
-    """Turns Works into HostBatches with `num_threads` threads. `waited_s` sums the seconds its user had to wait.
+    """Turns Works into HostBatches with `threads`. `waited_s` sums the seconds its user had to wait.
 
-    image_size(epoch): pixels, height = width.
+    image_size(epoch): pixels, height = width. with_previous: also the image before those of a Work.
     """
 
-    def __init__(self, fill: Fill, image_size: Callable[[int], int], num_threads: int, allocate: Allocate) -> None:
+    def __init__(
+        self,
+        fill: Fill,
+        image_size: Callable[[int], int],
+        threads: ThreadPoolExecutor,
+        allocate: Allocate,
+        with_previous: bool = False,
+    ) -> None:
         self._fill, self._image_size, self._allocate = fill, image_size, allocate
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        self._threads, self._with_previous = threads, with_previous
         self.waited_s = 0.0
 
     def batches(self, works: Iterable[Work]) -> Iterator[HostBatch]:
@@ -62,8 +70,8 @@ class Prefetcher:
                     ahead.append((work, *self._start(work, free)))
                 if not ahead:
                     return
-                work, images, buffer, tasks = ahead.popleft()
-                yield HostBatch(work, images, buffer, self._finish(tasks))
+                work, indices, images, buffer, tasks = ahead.popleft()
+                yield HostBatch(work, indices, images, buffer, self._finish(tasks))
                 free.append(buffer)
         finally:
             for *_, tasks in ahead:
@@ -73,11 +81,13 @@ class Prefetcher:
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _start(self, work: Work, free: list[Buffer]) -> tuple[np.ndarray, Buffer, list[Future]]:
-        n, size = len(work.indices), self._image_size(work.epoch)
+    def _start(self, work: Work, free: list[Buffer]) -> tuple[np.ndarray, np.ndarray, Buffer, list[Future]]:
+        more = self._with_previous and len(work.indices)
+        indices = np.append(work.indices, work.previous) if more else work.indices
+        n, size = len(indices), self._image_size(work.epoch)
         needed = n * size * size * 3
         if hasattr(self._fill, "will_need"):
-            self._fill.will_need(work.indices)
+            self._fill.will_need(indices)
         fitting = [b for b in free if len(b.array) >= needed]
         if fitting:
             buffer = fitting[0]
@@ -88,8 +98,8 @@ class Prefetcher:
             buffer = Buffer(*self._allocate(needed))
         images = buffer.array[:needed].reshape(n, size, size, 3)
         parts = [slice(i, min(i + _PER_TASK, n)) for i in range(0, n, _PER_TASK)]
-        submit = self._threads.submit
-        return images, buffer, [submit(self._fill, images[p], work.indices[p], work.epoch) for p in parts]
+        tasks = [self._threads.submit(self._fill, images[p], indices[p], work.epoch) for p in parts]
+        return indices, images, buffer, tasks
 
     def _finish(self, tasks: list[Future]) -> list[int]:
         began = time.monotonic()

@@ -24,6 +24,7 @@ class Work:
     epoch: int
     indices: np.ndarray  # int64 [n], n <= micro_batch_size
     is_last: bool  # of this rank in this step: its backward pass synchronises
+    previous: int | None = None  # the image before these in the global batch; before its first one comes its last
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,12 +86,14 @@ class GlobalBatchSampler:
         """What `rank` does in `steps`, one forward pass at a time."""
         for step in steps:
             batch = self.batch(step)
-            indices = batch[rank_slice(len(batch), rank, world_size)]
+            mine = rank_slice(len(batch), rank, world_size)
+            indices = batch[mine]
             micro = micro_batch_size or max(1, len(indices))
             starts = range(0, max(1, len(indices)), micro)
             for start in starts:
                 chunk = indices[start : start + micro]
-                yield Work(step, step // self.steps_per_epoch, chunk, is_last=start == starts[-1])
+                previous = int(batch[mine.start + start - 1]) if len(chunk) else None
+                yield Work(step, step // self.steps_per_epoch, chunk, start == starts[-1], previous)
 
 
 def build_sampler(cfg: Config, index: SampleIndex) -> GlobalBatchSampler:

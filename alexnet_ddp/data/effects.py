@@ -1,0 +1,191 @@
+"""What happens to a training batch on the device: colours, erased rectangles, mixtures of two images.
+
+The host draws numbers, a function of (seed, epoch, index of the image); the device computes with them and never makes
+the host wait. The order is that of torchvision's references: jitter, noise, normalisation, erasing, mixing.
+"""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alexnet_ddp import rng
+from alexnet_ddp.config import RandomAugmentConfig
+
+# Of ImageNet's RGB values in [0, 1]: what torchvision's weights expect.
+_MEAN = (0.485, 0.456, 0.406)
+_STD = (0.229, 0.224, 0.225)
+
+_JITTERS = ("brightness", "contrast", "saturation", "hue")  # in this order for every image
+_ERASED_AREA = (0.02, 0.33)  # shares of the image; these two and the tries are torchvision's defaults
+_ERASED_RATIO = (0.3, 3.3)  # height / width, log-uniform
+_ERASE_TRIES = 10
+
+
+class Partners(NamedTuple):
+    """What n images are mixed with: the one before each in the global batch, or itself where that one is bad."""
+
+    rows: np.ndarray  # int64 [n], among the m images that were decoded
+    labels: np.ndarray  # int64 [n]
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How the n images of a batch are mixed with their partners. Tensors on the device."""
+
+    rows: Tensor  # int64 [n]
+    labels: Tensor  # int64 [n]
+    weight: Tensor  # float32 [n], of an image's own pixels outside of its box
+    boxes: Tensor  # int32 [n, 4], where only the partner is seen: left, top, right, bottom; empty for mixup
+    share: Tensor  # float32 [n], of an image's own label in the loss
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What is done to m decoded images, of which the first n are a batch. Tensors on the device; None: nothing."""
+
+    colour: Tensor | None = None  # float32 [m, 3], to add to RGB in [0, 1]
+    jitter: dict[str, Tensor] = field(default_factory=dict)  # of those that are on: float32 [m], factors or turns
+    erased: Tensor | None = None  # int32 [m, 4]: left, top, right, bottom; may be empty
+    mixing: Mixing | None = None
+
+
+# On the host
+
+
+def draw_jitter(cfg: RandomAugmentConfig, key: int, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """float32 [n] each, distributed as torchvision's ColorJitter: factors around 1, and the hue's turns around 0."""
+    u = 2 * rng.uniforms(key, indices, len(_JITTERS)) - 1
+    reach = {name: getattr(cfg, name) for name in _JITTERS}
+    drawn = {name: (name != "hue") + reach[name] * u[:, k] for k, name in enumerate(_JITTERS) if reach[name]}
+    return {name: values.astype(np.float32) for name, values in drawn.items()}
+
+
+def draw_erased(probability: float, key: int, indices: np.ndarray, size: int) -> np.ndarray:
+    """int32 [n, 4], distributed as torchvision's RandomErasing: up to ten tries, the first that fits. Zhong 2020."""
+    u = rng.uniforms(key, indices, 2 * _ERASE_TRIES + 3)
+    low, high = _ERASED_AREA
+    area = (low + (high - low) * u[:, :_ERASE_TRIES]) * size**2
+    low, high = np.log(_ERASED_RATIO)
+    ratio = np.exp(low + (high - low) * u[:, _ERASE_TRIES : 2 * _ERASE_TRIES])
+    sides = np.rint(np.sqrt(np.stack([area / ratio, area * ratio], axis=2))).astype(np.int64)  # width, height
+    fits = (sides < size).all(axis=2)
+    sides = sides[np.arange(len(u)), fits.argmax(1)]
+    sides[(u[:, -1] >= probability) | ~fits.any(1)] = 0
+    corners = (u[:, -3:-1] * (size - sides + 1)).astype(np.int64)
+    return np.concatenate([corners, corners + sides], axis=1).astype(np.int32)
+
+
+def draw_mixing(
+    cfg: RandomAugmentConfig, key: int, indices: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """weight, boxes and share of a Mixing.
+
+    mixup (Zhang 2018): weight = share ~ Beta(a, a). CutMix (Yun 2019): a box with 1 - Beta(a, a) of the image's area
+    and a centre anywhere, cut off at the edges; share is what is left of the image itself. With both, each is drawn for
+    half of the images.
+    """
+    from scipy.special import betaincinv  # slow to import
+
+    u = rng.uniforms(key, indices, 4)
+    is_cut = u[:, 0] < bool(cfg.cutmix_alpha) / (bool(cfg.cutmix_alpha) + bool(cfg.mixup_alpha))
+    alpha = np.where(is_cut, cfg.cutmix_alpha, cfg.mixup_alpha)
+    own = betaincinv(alpha, alpha, u[:, 1])
+    half = np.where(is_cut, 0.5 * np.sqrt(1 - own) * size, 0).astype(np.int64)[:, None]
+    centre = (u[:, 2:] * size).astype(np.int64)
+    boxes = np.concatenate([centre - half, centre + half], axis=1).clip(0, size)
+    weight = np.where(is_cut, 1, own)
+    share = weight * (1 - np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) / size**2)
+    return weight.astype(np.float32), boxes.astype(np.int32), share.astype(np.float32)
+
+
+def partner_rows(slots: np.ndarray, num_images: int) -> np.ndarray:
+    """int64 [n]: the row of each image's partner, where the images in `slots` could be decoded.
+
+    slots: int64 [m], ascending, of num_images + 1: a part of the global batch, and last the image before that part.
+    """
+    row = np.full(num_images + 1, -1)
+    row[slots] = np.arange(len(slots))
+    own = slots[slots < num_images]
+    before = row[own - 1]  # slot -1 is the last one
+    return np.where(before < 0, row[own], before)
+
+
+# On the device
+
+
+def apply_effects(images: Tensor, effects: Effects) -> Tensor:
+    """uint8 [m, size, size, 3] -> float [n, 3, size, size], channels last in memory: what the network sees."""
+    for name, amount in effects.jitter.items():
+        images = _jitter(images.float(), name, amount[:, None, None, None])
+    x = _normalised(images, effects.colour)
+    if effects.erased is not None:
+        x.masked_fill_(_inside(effects.erased, x.shape[1])[..., None], 0)
+    if effects.mixing is not None:
+        x = _mix(x, effects.mixing)
+    return x.permute(0, 3, 1, 2)
+
+
+def normalise(images: Tensor, colour: Tensor | None) -> Tensor:
+    """uint8 [n, size, size, 3] -> float [n, 3, size, size], channels last in memory, normalised on the device."""
+    return _normalised(images, colour).permute(0, 3, 1, 2)
+
+
+def _normalised(images: Tensor, colour: Tensor | None) -> Tensor:
+    mean, std = _mean_and_std(images.device)
+    shift = -mean / std if colour is None else (colour - mean) / std
+    x = images.float().mul_(1 / (255 * std))
+    return x.add_(shift if colour is None else shift[:, None, None, :])
+
+
+@lru_cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Copied to the device once: a copy in each step would wait for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(_MEAN, device=device), torch.tensor(_STD, device=device)
+
+
+def _mix(x: Tensor, mixing: Mixing) -> Tensor:
+    weight = torch.where(_inside(mixing.boxes, x.shape[1]), 0, mixing.weight[:, None, None])
+    return torch.lerp(x[mixing.rows], x[: len(mixing.rows)], weight[..., None])
+
+
+def _inside(boxes: Tensor, size: int) -> Tensor:
+    """bool [n, size, size]: the pixels within boxes, int32 [n, 4]."""
+    at = torch.arange(size, device=boxes.device)
+    left, top, right, bottom = boxes[:, :, None].unbind(1)
+    return ((at >= top) & (at < bottom))[:, :, None] & ((at >= left) & (at < right))[:, None, :]
+
+
+def _jitter(x: Tensor, name: str, amount: Tensor) -> Tensor:
+    """torchvision's adjust_brightness, adjust_contrast, ... of float [n, size, size, 3] in [0, 255]."""
+    match name:
+        case "brightness":
+            other: Tensor | float = 0.0
+        case "contrast":
+            other = _grey(x).mean((1, 2), keepdim=True)
+        case "saturation":
+            other = _grey(x)
+        case "hue":
+            return _turn_hue(x, amount)
+    return (x * amount + other * (1 - amount)).clamp_(0, 255)
+
+
+def _grey(x: Tensor) -> Tensor:
+    r, g, b = x.split(1, dim=3)
+    return 0.2989 * r + 0.587 * g + 0.114 * b
+
+
+def _turn_hue(x: Tensor, turns: Tensor) -> Tensor:
+    """Add to H of HSV. H is in sixths of the circle; each channel is a trapezium over it, shifted by two sixths."""
+    r, g, b = x.split(1, dim=3)
+    value = x.amax(3, keepdim=True)
+    chroma = value - x.amin(3, keepdim=True)
+    per_sixth = chroma.clamp_min(1e-9)  # grey has no hue; any will do
+    of_g_or_b = torch.where(value == g, 2 + (b - r) / per_sixth, 4 + (r - g) / per_sixth)
+    hue = torch.where(value == r, (g - b) / per_sixth, of_g_or_b) + 6 * turns
+    position = torch.cat([hue + 5, hue + 3, hue + 1], dim=3) % 6
+    return value - chroma * torch.minimum(position, 4 - position).clamp_(0, 1)

@@ -1,0 +1,105 @@
+"""RandAugment (Cubuk 2020) and TrivialAugment Wide (Müller and Hutter 2021), as functions of (seed, epoch, index).
+
+torchvision's transforms of these names draw from a generator that all threads share, so they cannot be repeated. Here
+are their operations, by torchvision's own kernels on uint8, and their magnitudes, with operations drawn by hash.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from alexnet_ddp import rng
+from alexnet_ddp.config import Policy, RandomAugmentConfig
+
+if TYPE_CHECKING:  # torch and torchvision take seconds to import, and only a policy needs them here
+    from torch import Tensor
+
+_GEOMETRY = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+_COLOUR = ("Brightness", "Color", "Contrast", "Sharpness")
+# Greatest magnitudes. Those of RandAugment's translations are shares of the side, of TrivialAugment's pixels.
+_SIGNED = {
+    Policy.randaugment: dict(zip(_GEOMETRY, (0.3, 0.3, 150 / 331, 150 / 331, 30.0))) | dict.fromkeys(_COLOUR, 0.9),
+    Policy.trivialaugment: dict(zip(_GEOMETRY, (0.99, 0.99, 32.0, 32.0, 135.0))) | dict.fromkeys(_COLOUR, 0.99),
+}
+_FEWEST_BITS = {Policy.randaugment: 4, Policy.trivialaugment: 2}  # of Posterize
+OPERATIONS = ("Identity", *_GEOMETRY, *_COLOUR, "Posterize", "Solarize", "AutoContrast", "Equalize")
+NUM_BINS = 31  # of magnitudes
+
+Operation = tuple[str, float]  # name, magnitude
+
+
+def draw_operations(cfg: RandomAugmentConfig, key: int, indices: np.ndarray, size: int) -> list[list[Operation]]:
+    """What is done to each of the images, one operation after the other. size: their side in pixels."""
+    if cfg.policy is Policy.none:
+        return [[] for _ in indices]
+    num_ops = cfg.num_ops if cfg.policy is Policy.randaugment else 1
+    u = rng.uniforms(key, indices, 3 * num_ops).reshape(len(indices), num_ops, 3)
+    which, bins = (u[:, :, 0] * len(OPERATIONS)).astype(int), (u[:, :, 1] * NUM_BINS).astype(int)
+    if cfg.policy is Policy.randaugment:
+        bins[...] = cfg.magnitude
+    signs = np.where(u[:, :, 2] < 0.5, -1, 1)
+    return [
+        [(OPERATIONS[k], magnitude(cfg.policy, OPERATIONS[k], b, s, size)) for k, b, s in zip(*row)]
+        for row in zip(which.tolist(), bins.tolist(), signs.tolist())
+    ]
+
+
+def magnitude(policy: Policy, name: str, bin_: int, sign: int, size: int) -> float:
+    """Of bin 0 to 30, as torchvision has it, to the last bit of float32. 0 for operations without one."""
+    if name in _SIGNED[policy]:
+        scale = size if policy is Policy.randaugment and name.startswith("Translate") else 1
+        return sign * _scale(0.0, _SIGNED[policy][name] * scale)[bin_]
+    if name == "Posterize":
+        return round(_scale(8.0, float(_FEWEST_BITS[policy]))[bin_])
+    return _scale(1.0, 0.0)[bin_] if name == "Solarize" else 0.0
+
+
+def operate(slot: np.ndarray, operations: list[Operation]) -> None:
+    """Apply `operations` to slot, uint8 [size, size, 3], in place."""
+    if operations:
+        import torch
+
+        image = torch.from_numpy(slot).permute(2, 0, 1)
+        for name, amount in operations:
+            image = _kernels()[name](image, amount)
+        slot[...] = image.permute(1, 2, 0).numpy()
+
+
+@cache
+def _scale(first: float, last: float) -> list[float]:
+    import torch
+
+    return torch.linspace(first, last, NUM_BINS).tolist()
+
+
+@cache
+def _kernels() -> dict[str, Callable[["Tensor", float], "Tensor"]]:
+    """By name."""
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2 import functional as F
+
+    def affine(image: "Tensor", x: float = 0, y: float = 0, shear: tuple[float, float] = (0, 0)) -> "Tensor":
+        degrees = [math.degrees(math.atan(s)) for s in shear]
+        corner = [0, 0] if any(shear) else None
+        mode = InterpolationMode.BILINEAR
+        return F.affine(image, 0.0, [int(x), int(y)], 1.0, degrees, interpolation=mode, center=corner)
+
+    return {
+        "Identity": lambda image, m: image,
+        "ShearX": lambda image, m: affine(image, shear=(m, 0)),
+        "ShearY": lambda image, m: affine(image, shear=(0, m)),
+        "TranslateX": lambda image, m: affine(image, x=m),
+        "TranslateY": lambda image, m: affine(image, y=m),
+        "Rotate": lambda image, m: F.rotate(image, m, interpolation=InterpolationMode.BILINEAR),
+        "Brightness": lambda image, m: F.adjust_brightness(image, 1 + m),
+        "Color": lambda image, m: F.adjust_saturation(image, 1 + m),
+        "Contrast": lambda image, m: F.adjust_contrast(image, 1 + m),
+        "Sharpness": lambda image, m: F.adjust_sharpness(image, 1 + m),
+        "Posterize": lambda image, m: F.posterize(image, round(m)),
+        "Solarize": lambda image, m: F.solarize(image, 255 * m),
+        "AutoContrast": lambda image, m: F.autocontrast(image),
+        "Equalize": lambda image, m: F.equalize(image),
+    }
