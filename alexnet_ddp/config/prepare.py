@@ -90,12 +90,23 @@ class PrepareConfig:
     output: str | None = None  # action=sheet: a .png file; null: root/SPLIT.sheet.png
 
     def __post_init__(self) -> None:
-        positive("prepare", self, "shorter_side", "size", "num_shards", "mean_image", "image_size")
+        positive("prepare", self, "image_size")
+        within("prepare", self, 4, 20_000, "shorter_side", "size", "mean_image")
+        within("prepare", self, 1, 999_999, "num_shards")
         within("prepare", self, 1, 100, "quality")
         within("prepare", self, 0, 2**63 - 1, "shuffle_seed")
+        self._refuse_what_the_encoding_ignores()
         rule = "must be at least 0"
         require(self.max_quarantine >= 0, f"max_quarantine ({self.max_quarantine}) {rule}")
         if self.action is Action.prepare:
             require(self.source is not None, "source is required; give the directory or URL of the images: source=...")
         if self.action is Action.diff:
             require(self.other is not None, "other is required for action=diff; give other=DIR, to compare root with")
+
+    def _refuse_what_the_encoding_ignores(self) -> None:
+        is_raw = self.encoding is Encoding.raw
+        for name in ("shorter_side", "quality", "keep_original") if is_raw else ("size",):
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            reader = "jpeg" if is_raw else "raw"
+            rule = f"is only read by encoding={reader}, this is {self.encoding.value}; leave it out"
+            require(value == default, f"prepare.{name} ({value}) {rule}")
