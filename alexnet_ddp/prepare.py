@@ -9,95 +9,140 @@ Read `prepare` top to bottom: list, plan, write, verify, commit.
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from types import FrameType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from alexnet_ddp import cli
 from alexnet_ddp.config import Action, ConfigError, LocalEngineConfig, PrepareConfig, Split
-from alexnet_ddp.data.packing import report
-from alexnet_ddp.data.packing.commit import commit, withdraw
-from alexnet_ddp.data.packing.local import run_local
+from alexnet_ddp.data.index import class_difference
+from alexnet_ddp.data.packing import describe, report
+from alexnet_ddp.data.packing.claim import bytes_needed, check_places, check_room, claimed
+from alexnet_ddp.data.packing.commit import commit, damaged_files, quarantine_lines, withdraw
+from alexnet_ddp.data.packing.local import STOP_SIGNALS, run_local
 from alexnet_ddp.data.packing.plan import Plan, ShardTask, make_plan
 from alexnet_ddp.data.packing.source import open_source, splits_of
-from alexnet_ddp.data.packing.write import is_intact, read_sidecar, write_shard
+from alexnet_ddp.data.packing.verify import verify
+from alexnet_ddp.data.packing.watch import Engine, watched
+from alexnet_ddp.data.packing.write import is_intact, read_quarantine, read_sidecar, write_shard
 from alexnet_ddp.data.shards import ShardIndex, read_index
-from alexnet_ddp.data.storage import Storage, absolute
-from alexnet_ddp.errors import DataError, Preempted
-
-Engine = Callable[[Callable[[Any], Any], list[Any]], Iterator[Any]]
+from alexnet_ddp.data.storage import SCRATCH, Storage, absolute
+from alexnet_ddp.errors import DataError, MachineError, Preempted
 
 log = logging.getLogger("alexnet_ddp")
 
 
 def main(cfg: PrepareConfig, overrides: list[str]) -> None:
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
+    with _foreseen_ends():
         match cfg.action:
             case Action.prepare:
                 prepare(cfg)
-            case _:
-                report.ACTIONS[cfg.action](cfg)
-    except KeyboardInterrupt:
-        raise Preempted("stopped; what is written stays, and the same command goes on") from None
+            case Action.inspect:
+                report.inspect(absolute(cfg.root))
+            case Action.verify:
+                verify(absolute(cfg.root), _engine(cfg))
+            case Action.stats:
+                describe.stats(absolute(cfg.root))
+            case Action.diff:
+                report.diff(absolute(cfg.root), absolute(cfg.other))
+            case Action.sheet:
+                from alexnet_ddp.data.packing.sheet import sheet
+
+                sheet(cfg)
 
 
 def prepare(cfg: PrepareConfig) -> None:
     """Each split in turn: list, plan, write what is missing, verify, commit."""
     root = absolute(cfg.root)
-    there = splits_of(cfg.source)
-    splits = there if cfg.split is Split.all else [cfg.split.value]
-    plans = [make_plan(cfg, root, split, open_source(cfg.source, split)) for split in splits]
+    check_places(absolute(cfg.source), root)
+    plans = [make_plan(cfg, root, split, open_source(cfg.source, split)) for split in _splits(cfg)]
     _check_classes(plans, read_index(Storage(root)))
     for plan in plans:
         _check_replaceable(plan, cfg)
+    works = [(plan, list(plan.tasks())) for plan in plans]
+    missing = [task for _, tasks in works for task in tasks if read_sidecar(Storage(root), task) is None]
+    check_room(Storage(root), missing)
     if cfg.dry_run:
-        for plan in plans:
-            todo = [task for task in plan.tasks() if read_sidecar(Storage(root), task) is None]
-            log.info("%s: %s; %d shards to write", plan.split, _headline(plan), len(todo))
+        _say_what_would_be_done(works, missing)
         return
     engine = _engine(cfg)
-    for plan in plans:
-        _pack(plan, cfg, engine)
+    with claimed(Storage(root)):
+        for plan, tasks in works:
+            _pack(plan, tasks, cfg, engine)
     report.summary(root)
 
 
-def _pack(plan: Plan, cfg: PrepareConfig, engine: Engine) -> None:
-    root, tasks = Storage(plan.root), list(plan.tasks())
-    index = read_index(root)
-    if index is not None and plan.split in index.splits and not _same(plan, index.splits[plan.split]):
-        withdraw(root, plan.split)
+def _pack(plan: Plan, tasks: list[ShardTask], cfg: PrepareConfig, engine: Engine) -> None:
+    root = Storage(plan.root)
+    root.remove(SCRATCH)  # drafts of a run that was killed
     _forget_others(root, plan)
-    done = {task.shard: found for task in tasks if (found := read_sidecar(root, task)) is not None}
-    if cfg.retry_quarantined:
-        done = {shard: found for shard, found in done.items() if not found["quarantined"]}
-    for shard in {task.shard for task in tasks} - done.keys():
-        root.remove(f"{tasks[shard].sidecar}.json")
-    if cfg.verify and done:
-        what = f"verifying {plan.split}"
-        for found in _watched(engine, is_intact, [tasks[shard] for shard in done], what):
-            if not found["intact"]:
-                log.warning("%s is not what was written: writing it again", root.path(tasks[found["shard"]].stem))
-                root.remove(f"{tasks[found['shard']].sidecar}.json")
-                del done[found["shard"]]
+    done = _written_before(root, plan, tasks, cfg, engine)
     pending = [task for task in tasks if task.shard not in done]
     log.info("%s: %s; %d shards to write, %d are there", plan.split, _headline(plan), len(pending), len(done))
     quarantined = sum(found["quarantined"] for found in done.values())
-    _check_quarantine(quarantined, plan, cfg)
-    if not pending and index is not None and plan.split in index.splits:
+    if not pending and _is_committed(root, plan.split, cfg.verify):
         return
-    if pending:
-        withdraw(root, plan.split)
-    with closing(_watched(engine, write_shard, pending, f"packing {plan.split}")) as summaries:
-        for summary in summaries:
-            quarantined += summary["quarantined"]
-            _check_quarantine(quarantined, plan, cfg)
+    withdraw(root, plan.split)
+    _check_quarantine(quarantined, plan, tasks, cfg)
+    try:
+        with closing(watched(engine, write_shard, pending, f"packing {plan.split}")) as summaries:
+            for summary in summaries:
+                quarantined += summary["quarantined"]
+                _check_quarantine(quarantined, plan, tasks, cfg)
+    finally:
+        root.remove(SCRATCH)  # the workers are gone
     commit(plan, tasks)
+
+
+def _written_before(
+    root: Storage, plan: Plan, tasks: list[ShardTask], cfg: PrepareConfig, engine: Engine
+) -> dict[int, dict]:
+    """Summaries of the shards that need not be written (again). The sidecars of all others are removed."""
+    done = {task.shard: found for task in tasks if (found := read_sidecar(root, task)) is not None}
+    if cfg.retry_quarantined:
+        done = {shard: found for shard, found in done.items() if not found["quarantined"]}
+    if cfg.verify and done:
+        there = [tasks[shard] for shard in done]
+        for found in watched(engine, is_intact, there, f"verifying {plan.split}"):
+            if not found["intact"]:
+                log.warning("%s is not what was written: writing it again", root.path(tasks[found["shard"]].stem))
+                del done[found["shard"]]
+    for task in tasks:
+        if task.shard not in done:
+            root.remove(f"{task.sidecar}.json")
+    return done
+
+
+def _is_committed(root: Storage, split: str, read: bool) -> bool:
+    index = read_index(root)
+    if index is None or split not in index.splits:
+        return False
+    damaged = damaged_files(root, index, split, read)
+    for name in damaged:
+        log.warning("%s is not what was written: writing it again", root.path(name))
+    return not damaged
+
+
+def _splits(cfg: PrepareConfig) -> list[str]:
+    if cfg.split is not Split.all:
+        return [cfg.split.value]
+    there = splits_of(cfg.source)
+    if len(there) == 1:
+        other = "val" if there == ["train"] else "train"
+        log.warning("%s holds no %s images: only %s is packed; training needs both", cfg.source, other, there[0])
+    return there
+
+
+def _say_what_would_be_done(works: list[tuple[Plan, list[ShardTask]]], missing: list[ShardTask]) -> None:
+    for plan, tasks in works:
+        todo = [task for task in missing if task.split == plan.split]
+        needed = bytes_needed(todo)
+        size = "" if needed is None else f", {needed / 1e9:,.2f} GB"
+        there = len(tasks) - len(todo)
+        log.info("%s: %s; %d shards to write%s, %d are there", plan.split, _headline(plan), len(todo), size, there)
+    log.info("dry_run=true: nothing was written to %s", works[0][0].root)
 
 
 def _engine(cfg: PrepareConfig) -> Engine:
@@ -110,28 +155,14 @@ def _engine(cfg: PrepareConfig) -> Engine:
             return choose_engine(cfg)
 
 
-def _watched(engine: Engine, fn: Callable, tasks: list[ShardTask], what: str) -> Iterator[dict]:
-    """The summaries as they come, with a progress bar in images where stderr is a terminal."""
-    rate = TextColumn("{task.fields[rate]}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=sum(len(t.rows) for t in tasks), rate="")
-        with closing(engine(fn, tasks)) as results:
-            for result in results:
-                count = result["images"] + result.get("quarantined", 0)
-                bar.advance(task, count)
-                speed = bar.tasks[0].speed
-                bar.update(task, rate=f"{speed:,.0f} images/s" if speed else "")
-                yield result
-
-
-def _check_quarantine(count: int, plan: Plan, cfg: PrepareConfig) -> None:
+def _check_quarantine(count: int, plan: Plan, tasks: list[ShardTask], cfg: PrepareConfig) -> None:
     if count > cfg.max_quarantine:
+        root, name = Storage(plan.root), f"{plan.split}.quarantine.jsonl"
+        root.write(name, quarantine_lines([row for task in tasks for row in read_quarantine(root, task)]))
         raise DataError(
-            f"{count} images of {plan.split} are bad, max_quarantine is {cfg.max_quarantine}: nothing was committed. "
-            f"Their names are in {plan.root}/{plan.state()}/{plan.split}-*.json; mend them and start again with "
-            f"retry_quarantined=true, or allow more with max_quarantine={count * 2}"
+            f"{count} images of {plan.split} are bad, max_quarantine is {cfg.max_quarantine}: they were not committed. "
+            f"Their names are in {root.path(name)}; mend them and start again with retry_quarantined=true, or allow "
+            f"more with max_quarantine={count * 2}"
         )
 
 
@@ -139,12 +170,9 @@ def _check_classes(plans: list[Plan], index: ShardIndex | None) -> None:
     """The labels of all splits must mean the same."""
     first = plans[0].source.classes
     for plan in plans[1:]:
-        if plan.source.classes != first:
-            differ = sorted(set(first) ^ set(plan.source.classes))
-            raise DataError(
-                f"{plans[0].split} and {plan.split} must have the same classes; only one of them has "
-                f"{', '.join(differ[:5])}"
-            )
+        differ = class_difference(plans[0].split, first, plan.split, plan.source.classes)
+        if differ:
+            raise DataError(f"{plans[0].split} and {plan.split} must have the same classes, but {differ}")
     others = set(index.splits) - {plan.split for plan in plans} if index else set()
     if others and index.classes != first:
         raise DataError(f"{plans[0].root} holds {', '.join(sorted(others))} shards of other classes; give another root")
@@ -166,7 +194,10 @@ def _same(plan: Plan, entry: dict[str, Any]) -> bool:
 
 
 def _forget_others(root: Storage, plan: Plan) -> None:
-    """Shards of another plan have the same names: their sidecars must not vouch for ours."""
+    """Shards of another plan have the same names: neither the index nor sidecars may vouch for ours."""
+    index = read_index(root)
+    if index is not None and plan.split in index.splits and not _same(plan, index.splits[plan.split]):
+        withdraw(root, plan.split)
     for folder in root.folders("_state"):
         if folder.startswith(f"{plan.split}-") and f"_state/{folder}" != plan.state():
             root.remove(f"_state/{folder}")
@@ -176,8 +207,29 @@ def _headline(plan: Plan) -> str:
     return f"{len(plan.source):,} images of {len(plan.source.classes):,} classes in {plan.num_shards:,} shards"
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+@contextmanager
+def _foreseen_ends() -> Iterator[None]:
+    """A stop signal and a failing disk end it with one line. A second signal does not disturb the end of the first."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:  # nohup's
+                signal.signal(number, stop)
+        yield
+    except KeyboardInterrupt:
+        raise Preempted("stopped; what is written stays, and the same command goes on") from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise MachineError(f"{where}{error.strerror or error}; mend it, and the same command goes on") from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

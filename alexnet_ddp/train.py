@@ -91,7 +91,7 @@ class Run:
         self.train_step = TrainStep(ddp_model, self.optimizer, cfg.trainer, cfg.seed, world, cfg.data.image_size)
         self.train_step.load(self.state.sums, self.state.scaler)
 
-        augment = build_augment(cfg.augment, cfg.seed, cfg.data.image_size, cfg.data.eval_resize)
+        augment = build_augment(cfg.augment, cfg.seed, cfg.data.image_size, cfg.data.eval_resize, data.colour_basis)
         self.train_loader = build_loader(cfg.data, data.train, augment, world.num_cores, world.device, True)
         self.val_loader = build_loader(cfg.data, data.val, None, world.num_cores, world.device)
         steps = range(self.state.step, self.budget.total_steps)

@@ -51,6 +51,7 @@ class Augment:
     seed: int
     image_size: int
     eval_resize: int
+    colour_basis: tuple[np.ndarray, np.ndarray] | None = None  # eigenvalues, eigenvectors as columns; None: ImageNet's
 
     def views(self, epoch: int, indices: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> Views:
         """The views of images `indices` (int64 [n]), whose sizes are given in pixels, in `epoch`."""
@@ -69,7 +70,8 @@ class Augment:
         if not sigma:
             return None
         alpha = sigma * rng.normals(rng.fold(self.seed, rng.COLOUR, epoch), indices, 3)
-        return (alpha * _EIGENVALUES @ _EIGENVECTORS.T).astype(np.float32)
+        values, vectors = self.colour_basis or (_EIGENVALUES, _EIGENVECTORS)
+        return (alpha * values @ vectors.T).astype(np.float32)
 
     def operations(self, epoch: int, indices: np.ndarray, size: int) -> list[list[Operation]]:
         """What the policy does to each image, once it is `size` pixels wide and high."""
@@ -112,9 +114,15 @@ class Augment:
         return left, top, side, side
 
 
-def build_augment(cfg: AugmentConfig, seed: int, image_size: int, eval_resize: int) -> Augment | None:
-    """None: images are seen as the evaluation sees them."""
-    return None if isinstance(cfg, NoAugmentConfig) else Augment(cfg, seed, image_size, eval_resize)
+def build_augment(
+    cfg: AugmentConfig,
+    seed: int,
+    image_size: int,
+    eval_resize: int,
+    colour_basis: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Augment | None:
+    """None: images are seen as the evaluation sees them. colour_basis: the principal axes of the data set's colours."""
+    return None if isinstance(cfg, NoAugmentConfig) else Augment(cfg, seed, image_size, eval_resize, colour_basis)
 
 
 def random_resized_boxes(

@@ -50,26 +50,26 @@ def open_imagenet(root: Path) -> tuple[SampleIndex, SampleIndex, list[str]]:
     root = Path(os.path.abspath(root))
     _check_pieces(root)
     devkit = read_devkit(root / DEVKIT) if (root / DEVKIT).is_file() else None
-    train = _train_archive(root / TRAIN) if (root / TRAIN).is_file() else index_folder(root, "train")
-    val = _val_archive(root / VAL, devkit, train.classes) if devkit and (root / VAL).is_file() else None
+    train = _train_archive(root / TRAIN)[0] if (root / TRAIN).is_file() else index_folder(root, "train")
+    val = _val_archive(root / VAL, devkit, train.classes)[0] if devkit and (root / VAL).is_file() else None
     val = val or index_folder(root, "val")
     check_same_classes(train, val)
     words = devkit.words if devkit else {}
     return train, val, [words.get(wnid, wnid) for wnid in train.classes]
 
 
-def open_archive(root: Path, split: str) -> tuple[SampleIndex, list[str]]:
-    """(images, names of the classes for humans) of one split's archive, to be packed. Raises DataError.
+def open_archive(root: Path, split: str) -> tuple[SampleIndex, list[str], list[str]]:
+    """(images, their file names, names of the classes for humans) of one split, to be packed. Raises DataError.
 
     The last image of a class may be cut short: it is listed with the bytes there are.
     """
     devkit = read_devkit(root / DEVKIT) if split == "val" or (root / DEVKIT).is_file() else None
     if split == "train":
-        index = _train_archive(root / TRAIN, may_be_cut=True)
+        index, names = _train_archive(root / TRAIN, may_be_cut=True)
     else:
-        index = _val_archive(root / VAL, devkit, sorted(devkit.words), may_be_cut=True)
+        index, names = _val_archive(root / VAL, devkit, sorted(devkit.words), may_be_cut=True)
     words = devkit.words if devkit else {}
-    return index, [words.get(wnid, wnid) for wnid in index.classes]
+    return index, names, [words.get(wnid, wnid) for wnid in index.classes]
 
 
 def _check_pieces(root: Path) -> None:
@@ -145,15 +145,16 @@ def _places(images: list[Member]) -> scan.Arrays:
     }
 
 
-def _train_archive(path: Path, may_be_cut: bool = False) -> SampleIndex:
+def _train_archive(path: Path, may_be_cut: bool = False) -> tuple[SampleIndex, list[str]]:
+    """(images, their file names where the last may be cut)"""
     found = scan.cached("train" + "-cut" * may_be_cut, path, lambda stamps: _scan_train(path, stamps, may_be_cut))
     scan.report(found)
     store = ArchiveStore(str(path), found["offsets"], found["sizes"])
-    return SampleIndex(scan.from_json(found["classes"]), found["labels"], store)
+    return SampleIndex(scan.from_json(found["classes"]), found["labels"], store), scan.from_json(found["names"])
 
 
 def _scan_train(path: Path, stamps: scan.Stamps, may_be_cut: bool) -> scan.Arrays:
-    ignored, places, counts = scan.Ignored(), [], []
+    ignored, places, counts, names = scan.Ignored(), [], [], []
     with _opened(path, stamps) as (fd, size), ThreadPoolExecutor(_THREADS) as pool:
         files = {m: m.name.rsplit("/", 1)[-1] for m in tar_members(fd, path, 0, size)}
         tars = [m for m, name in files.items() if ignored.accepts(name, str(path), (".tar",))]
@@ -163,30 +164,37 @@ def _scan_train(path: Path, stamps: scan.Stamps, may_be_cut: bool) -> scan.Array
             got = scan.listed(classes) or "none"
             raise DataError(f"{path} must hold one .tar for each class, got {got}; copy it again from its source")
 
-        def look(tar: Member) -> tuple[scan.Arrays, scan.Ignored]:
+        def look(tar: Member) -> tuple[list[Member], scan.Ignored]:
             mine = scan.Ignored()
             inside = tar_members(fd, path, tar.offset, tar.offset + tar.size, may_be_cut)
-            return _places(_images(inside, mine, f"{path}:{tar.name}")), mine
+            return _images(inside, mine, f"{path}:{tar.name}"), mine
 
-        for place, left_out in scan.watched(pool.map(look, tars), len(tars), f"indexing {path.name}"):
-            places.append(place)
-            counts.append(len(place["sizes"]))
+        for images, left_out in scan.watched(pool.map(look, tars), len(tars), f"indexing {path.name}"):
+            places.append(_places(images))
+            counts.append(len(images))
+            names += [image.name for image in images] if may_be_cut else []  # a start of training does without them
             ignored.merge(left_out)
     if 0 in counts:
         raise DataError(f"{path} holds no images of {classes[counts.index(0)]}; copy it again from its source")
     joined = {name: np.concatenate([place[name] for place in places]) for name in ("offsets", "sizes")}
     labels = np.repeat(np.arange(len(tars), dtype=np.int32), counts)
-    return joined | {"labels": labels, "classes": scan.to_json(classes), "notes": scan.to_json(ignored.notes())}
+    lists = {"classes": classes, "names": names, "notes": ignored.notes()}
+    return joined | {"labels": labels} | {key: scan.to_json(value) for key, value in lists.items()}
 
 
-def _val_archive(path: Path, devkit: Devkit, classes: list[str], may_be_cut: bool = False) -> SampleIndex:
+def _val_archive(
+    path: Path, devkit: Devkit, classes: list[str], may_be_cut: bool = False
+) -> tuple[SampleIndex, list[str]]:
+    """(images, their file names where the last may be cut)"""
     what = "val" + "-cut" * may_be_cut
     found = scan.cached(what, path, lambda stamps: _scan_val(path, len(devkit.truth), stamps, may_be_cut))
     scan.report(found)
     labels = _val_labels(path, found["numbers"], devkit, classes)
     order = np.lexsort((found["numbers"], labels))  # numbers have eight digits: their order is the names'
     store = ArchiveStore(str(path), found["offsets"], found["sizes"])
-    return SampleIndex(classes, labels[order], store.take(order))
+    numbers = found["numbers"][order].tolist() if may_be_cut else []
+    names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in numbers]
+    return SampleIndex(classes, labels[order], store.take(order)), names
 
 
 def _scan_val(path: Path, expected: int, stamps: scan.Stamps, may_be_cut: bool) -> scan.Arrays:

@@ -25,7 +25,7 @@ Arrays = dict[str, np.ndarray]
 Stamps = dict[str, list[int]]
 T = TypeVar("T")
 
-_FORMAT = 1  # of the cached arrays: another number, another file
+_FORMAT = 2  # of the cached arrays: another number, another file
 _FRESH_NS = 2_000_000_000  # what changed so recently may change again within one tick of the file system's clock
 
 log = logging.getLogger(__name__)

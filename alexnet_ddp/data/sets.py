@@ -10,7 +10,9 @@ from alexnet_ddp.config import DataConfig, DemoConfig, FolderConfig, ImageNetCon
 from alexnet_ddp.data.demo import ensure_demo
 from alexnet_ddp.data.imagenet import open_imagenet
 from alexnet_ddp.data.index import SampleIndex, check_same_classes, index_folder
+from alexnet_ddp.data.packing.statistics import colour_basis
 from alexnet_ddp.data.shards import open_shards
+from alexnet_ddp.data.storage import Storage, absolute
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class ImageSets:
     train: SampleIndex
     val: SampleIndex
     class_names: list[str]
+    colour_basis: tuple[np.ndarray, np.ndarray] | None = None  # of the training images, where it is known
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ def open_data(cfg: DataConfig, may_make: bool = False) -> ImageSets:
 
     May write files, a cache at least: see first_on_node.
     """
+    basis = None
     match cfg:
         case DemoConfig():
             if may_make:
@@ -57,13 +61,14 @@ def open_data(cfg: DataConfig, may_make: bool = False) -> ImageSets:
             train, val, names = open_imagenet(Path(cfg.root))
         case ShardsConfig():
             train, val, names = open_shards(cfg)
+            basis = colour_basis(Storage(absolute(cfg.root)))
         case SyntheticConfig():
             train, val = _synthetic(cfg, cfg.num_train), _synthetic(cfg, cfg.num_val)
             names = train.classes
         case _:
             raise TypeError(f"no data for {type(cfg).__name__}")
     check_same_classes(train, val)
-    return ImageSets(train.subset(cfg.limit_train), val.subset(cfg.limit_val), names)
+    return ImageSets(train.subset(cfg.limit_train), val.subset(cfg.limit_val), names, basis)
 
 
 def _open_folder(root: Path) -> tuple[SampleIndex, SampleIndex, list[str]]:

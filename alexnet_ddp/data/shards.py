@@ -42,6 +42,7 @@ SAMPLE = np.dtype(
 )
 NPY_HEADER = 128  # bytes before the pixels of a raw image
 INDEX = "index.json"
+FORMAT = 1  # of the shards and of the index
 
 
 @dataclass(frozen=True)
@@ -164,12 +165,14 @@ def read_index(storage: Storage) -> ShardIndex | None:
     """None where nothing is committed. Raises DataError where it is damaged."""
     try:
         found = json.loads(storage.read(INDEX))
+        if found["format"] != FORMAT:
+            raise ValueError(f"format {found['format']} instead of {FORMAT}")
         return ShardIndex(found["classes"], found["class_names"], found["splits"])
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
         path = storage.path(INDEX)
-        raise DataError(f"{path} is damaged ({error}); prepare the shards again, with overwrite=true") from error
+        raise DataError(f"{path} is damaged ({error}); remove it and prepare again: whole shards stay") from error
 
 
 def open_shards(cfg: ShardsConfig) -> tuple[SampleIndex, SampleIndex, list[str]]:
@@ -189,7 +192,7 @@ def open_shards(cfg: ShardsConfig) -> tuple[SampleIndex, SampleIndex, list[str]]
     if missing:
         raise DataError(f"data.root ({cfg.root}) has no {missing[0]} shards; prepare them: split={missing[0]}")
     cache = _cache(cfg, storage, index)
-    train, val = (_open_split(storage, index, split, cache) for split in ("train", "val"))
+    train, val = (open_split(storage, index, split, cache) for split in ("train", "val"))
     if cache is None:
         _allow_open_files(sum(len(entry["shards"]) for entry in index.splits.values()))
     return train, val, index.class_names
@@ -215,7 +218,8 @@ def _cache(cfg: ShardsConfig, storage: Storage, index: ShardIndex) -> NodeCache 
     return NodeCache(storage, os.path.abspath(os.path.expanduser(cfg.cache_dir)), limit)
 
 
-def _open_split(storage: Storage, index: ShardIndex, split: str, cache: NodeCache | None) -> SampleIndex:
+def open_split(storage: Storage, index: ShardIndex, split: str, cache: NodeCache | None) -> SampleIndex:
+    """One split of finished shards. Raises DataError."""
     entry, name = index.splits[split], f"{split}.samples.npy"
     files = Shards(storage, *([shard[key] for shard in entry["shards"]] for key in ("name", "sha256")), cache)
     if cache is None:

@@ -1,12 +1,13 @@
 """A directory that may be far away: a path of this machine, or any URL that fsspec knows (s3://, gs://, hdfs://, ...).
 
-The one rule: a name is there whole or not at all. Here that is a temporary file and a rename; object stores have it by
-nature. Errors are OSErrors with an errno where the machine is at fault: nothing here calls that a bad image.
+The one rule: a name is there whole or not at all. Here that is a draft and a rename; there a draft and an upload.
+An OSError names the file, and has an errno where the machine is at fault: nothing here calls that a bad image.
 """
 
 import hashlib
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +16,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+SCRATCH = "_tmp"  # the folder of drafts, below root
 _CHUNK = 1 << 22  # bytes read at once
 
 
 def absolute(url: str) -> str:
-    """The same place, whatever the working directory of the process that looks."""
+    """The same place, whatever the working directory of the process that looks. file:// URLs become paths."""
+    if url.startswith(("file://", "local://")):
+        url = url.split("://", 1)[1]
     return url if "://" in url else os.path.abspath(os.path.expanduser(url))
 
 
@@ -64,7 +68,7 @@ class Storage:
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
         """The whole file, or up to `size` bytes from `offset`."""
         if self.is_local:
-            with open(self.path(name), "rb", buffering=0) as file:
+            with _naming(self.path(name)), open(self.path(name), "rb", buffering=0) as file:
                 file.seek(offset)
                 return _read(file, os.fstat(file.fileno()).st_size - offset if size is None else size)
         fs, top = self._far
@@ -72,7 +76,7 @@ class Storage:
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """The file, a few MB at a time."""
-        with self._open(name) as file:
+        with _naming(self.path(name)), self._open(name) as file:
             while chunk := file.read(_CHUNK):
                 yield chunk
 
@@ -96,33 +100,28 @@ class Storage:
         return sorted(path[len(top) + 1 :] for path in found)
 
     @contextmanager
-    def create(self, name: str, scratch: str = "") -> Iterator[BinaryIO]:
-        """A new file, there under `name` when the block ends without an error. scratch: a folder for drafts."""
+    def create(self, name: str) -> Iterator[BinaryIO]:
+        """A new file, there under `name` when the block ends without an error."""
         if not self.is_local:
             fs, top = self._far
-            fs.makedirs(f"{top}/{name}".rsplit("/", 1)[0], exist_ok=True)
-            file = fs.open(f"{top}/{name}", "wb")
-            try:
+            with tempfile.NamedTemporaryFile() as file:
                 yield file
-            except BaseException:
-                file.discard() if hasattr(file, "discard") else None
-                raise
-            file.close()
+                file.flush()
+                fs.makedirs(f"{top}/{name}".rsplit("/", 1)[0], exist_ok=True)
+                fs.put_file(file.name, f"{top}/{name}")
             return
-        target = self.path(name)
-        folder = self.path(scratch) if scratch else os.path.dirname(target)
-        draft = f"{folder}/.{os.path.basename(name)}.{uuid.uuid4().hex[:12]}.tmp"
+        target, folder = self.path(name), self.path(SCRATCH)
+        draft = f"{folder}/{os.path.basename(name)}.{uuid.uuid4().hex[:12]}"
         os.makedirs(folder, exist_ok=True)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         try:
-            with open(draft, "wb") as file:
+            with _naming(target), open(draft, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(draft, target)
         finally:
-            if os.path.exists(draft):
-                os.unlink(draft)
+            Path(draft).unlink(missing_ok=True)
 
     def write(self, name: str, data: bytes) -> None:
         with self.create(name) as file:
@@ -161,6 +160,17 @@ class Storage:
         except FileNotFoundError:
             return []
         return sorted(entry["name"].rstrip("/").rsplit("/", 1)[1] for entry in found if entry["type"] == kind)
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """An error of a file that is open already does not say which one it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = path
+        raise
 
 
 def _read(file: Any, size: int) -> bytes:

@@ -3,18 +3,20 @@
 import hashlib
 import io
 import json
+import re
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from alexnet_ddp.data.packing.encode import fingerprint
-from alexnet_ddp.data.packing.plan import FORMAT, Plan, ShardTask
+from alexnet_ddp.data.packing.plan import Plan, ShardTask
 from alexnet_ddp.data.packing.statistics import Statistics
-from alexnet_ddp.data.packing.write import SCRATCH, to_npy
-from alexnet_ddp.data.shards import INDEX, SAMPLE, ShardIndex, read_index
-from alexnet_ddp.data.storage import Storage
+from alexnet_ddp.data.packing.write import to_npy
+from alexnet_ddp.data.shards import FORMAT, INDEX, SAMPLE, ShardIndex, read_index
+from alexnet_ddp.data.storage import SCRATCH, Storage
 from alexnet_ddp.errors import DataError
+
+INFO = "_info.json"  # of all splits
 
 
 def commit(plan: Plan, tasks: list[ShardTask]) -> dict[str, Any]:
@@ -25,21 +27,23 @@ def commit(plan: Plan, tasks: list[ShardTask]) -> dict[str, Any]:
         sidecar = json.loads(root.read(f"{task.sidecar}.json"))
         samples = root.read(f"{task.sidecar}.npy")
         if hashlib.sha256(samples).hexdigest() != sidecar["samples_sha256"]:
-            raise DataError(f"{root.path(task.sidecar)}.npy is damaged; remove it and its .json, and start again")
+            raise DataError(f"{root.path(task.sidecar)}.npy is damaged; start again with verify=true")
         noted.append(np.load(io.BytesIO(samples), allow_pickle=False))
         statistics.merge(Statistics(**sidecar["statistics"]))
         quarantine += sidecar["quarantine"]
         entry = {"name": f"{task.stem}.tar"}
-        shards.append(entry | {name: sidecar[name] for name in ("images", "bytes", "sha256")})
+        shards.append(entry | {name: sidecar[name] for name in ("images", "bytes", "sha256", "idx_sha256")})
     rows = np.concatenate(noted)
     rows = rows[np.argsort(rows["row"])]
     if not len(rows):
-        raise DataError(f"every image of {split} is bad; look at {root.path(split)}.quarantine.jsonl")
+        reasons = sorted({row["reason"] for row in quarantine})
+        raise DataError(f"every image of {split} is bad ({', '.join(reasons)}); look at the source, {plan.source.root}")
     files = {
         f"{split}.samples.npy": to_npy(_samples(rows)),
         f"{split}.names.txt": _lines(plan.source.names[i] for i in rows["row"]),
-        f"{split}.quarantine.jsonl": _lines(json.dumps(row) for row in sorted(quarantine, key=lambda row: row["name"])),
+        f"{split}.quarantine.jsonl": quarantine_lines(quarantine),
         f"{split}.stats.json": _json(_statistics(plan, rows, statistics, quarantine)),
+        f"{split}.wids.json": _json(_wids(split, shards)),
     }
     if plan.recipe.mean_image:
         files[f"{split}.mean.npy"] = to_npy(_mean_image(root, tasks, len(rows)))
@@ -49,7 +53,6 @@ def commit(plan: Plan, tasks: list[ShardTask]) -> dict[str, Any]:
         "images": len(rows),
         "quarantined": len(quarantine),
         "bytes": sum(shard["bytes"] for shard in shards),
-        "encoder": fingerprint(),
         "shards": shards,
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())},
     }
@@ -58,7 +61,7 @@ def commit(plan: Plan, tasks: list[ShardTask]) -> dict[str, Any]:
 
 
 def withdraw(root: Storage, split: str) -> None:
-    """Take a split out of the index, before its shards are replaced."""
+    """Take a split out of the indices, before its shards are replaced: nobody shall read half of each."""
     index = read_index(root)
     if index is None or split not in index.splits:
         return
@@ -67,35 +70,53 @@ def withdraw(root: Storage, split: str) -> None:
         _write_index(root, ShardIndex(index.classes, index.class_names, rest))
     else:
         root.remove(INDEX)
+        root.remove(INFO)
+    root.remove(f"{split}.wids.json")
+
+
+def damaged_files(root: Storage, index: ShardIndex, split: str, read: bool = True) -> list[str]:
+    """Which of the files that a split has beside its shards are not what the index says; read=False: not there."""
+    wanted = index.splits[split]["files"] | {INFO: hashlib.sha256(info(index)).hexdigest()}
+    return [name for name, digest in wanted.items()
+            if root.size(name) is None or (read and root.sha256(name) != digest)]  # fmt: skip
+
+
+def info(index: ShardIndex) -> bytes:
+    """_info.json, as timm reads it."""
+    splits = {}
+    for name, entry in index.splits.items():
+        names, lengths = ([shard[key] for shard in entry["shards"]] for key in ("name", "images"))
+        splits[name] = {"name": name, "num_samples": sum(lengths), "filenames": names, "shard_lengths": lengths}
+    return _json({"splits": splits})
+
+
+def quarantine_lines(quarantine: list[dict[str, Any]]) -> bytes:
+    return _lines(json.dumps(row) for row in sorted(quarantine, key=lambda row: row["name"]))
 
 
 def _publish(root: Storage, plan: Plan, entry: dict[str, Any]) -> None:
-    """Remove what is left of earlier attempts, write what other readers want, and the index last."""
+    """Remove what is left of earlier attempts, and write the index last."""
     kept = {shard["name"] for shard in entry["shards"]}
     for name in root.names():
-        tar = name.removesuffix(".idx") + ".tar" if name.endswith(".idx") else name
-        if name.startswith(f"{plan.split}-") and name.endswith((".tar", ".idx")) and tar not in kept:
+        found = re.fullmatch(rf"({plan.split}-\d{{6}})\.(tar|idx)", name)
+        if found and f"{found[1]}.tar" not in kept:
             root.remove(name)
     if not plan.recipe.mean_image:
         root.remove(f"{plan.split}.mean.npy")
-    root.remove(SCRATCH)
     before = read_index(root) or ShardIndex()
     splits = dict(sorted({**before.splits, plan.split: entry}.items()))
-    lengths = {name: [shard["images"] for shard in found["shards"]] for name, found in splits.items()}
-    urls = {name: [shard["name"] for shard in found["shards"]] for name, found in splits.items()}
-    info = {
-        name: {"name": name, "num_samples": sum(lengths[name]), "filenames": urls[name], "shard_lengths": lengths[name]}
-        for name in splits
-    }
-    root.write("_info.json", _json({"splits": info}))
-    shardlist = [{"url": url, "nsamples": n} for url, n in zip(urls[plan.split], lengths[plan.split])]
-    wids = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": plan.split, "shardlist": shardlist}
-    root.write(f"{plan.split}.wids.json", _json(wids))
     _write_index(root, ShardIndex(plan.source.classes, plan.source.class_names, splits))
+    root.remove(SCRATCH)
 
 
 def _write_index(root: Storage, index: ShardIndex) -> None:
+    root.write(INFO, info(index))
     root.write(INDEX, _json({"format": FORMAT} | asdict(index)))
+
+
+def _wids(split: str, shards: list[dict[str, Any]]) -> dict[str, Any]:
+    shardlist = [{"url": shard["name"], "nsamples": shard["images"]} for shard in shards]
+    return {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": split, "shardlist": shardlist}
 
 
 def _samples(rows: np.ndarray) -> np.ndarray:

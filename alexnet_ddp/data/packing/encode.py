@@ -18,6 +18,8 @@ from alexnet_ddp.data import restarts
 EMPTY, NOT_AN_IMAGE, TRUNCATED = "empty", "not_an_image", "truncated"
 DECODE_ERROR, TOO_SMALL, BOMB = "decode_error", "too_small", "bomb"
 _MIN_SIDE = 4  # pixels
+_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF")  # Pillow would start Ghostscript for others
+_LONGEST = 16  # times its height that an image may be wide before it is scaled to a square: memory is finite
 _MAX_SIDE, _MAX_PIXELS = 20_000, 100_000_000  # decode.py refuses the same
 
 
@@ -73,6 +75,7 @@ def encode(data: bytes, recipe: Recipe) -> Encoded:
 
 def square(image: Image.Image, size: int) -> np.ndarray:
     """The shorter side to `size` pixels, up or down, and the centre: uint8 [size, size, 3]."""
+    image = _without_far_ends(image)
     width, height = _scaled(image.size, size)
     left, top = (width - size) // 2, (height - size) // 2
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -88,7 +91,7 @@ def _decoded(data: bytes) -> tuple[Image.Image, bool]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about EXIF blocks and palettes: nothing that is kept
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
             _check_size(*image.size)
             is_plain = image.format == "JPEG" and image.mode in ("RGB", "L")
             image.load()
@@ -101,8 +104,10 @@ def _decoded(data: bytes) -> tuple[Image.Image, bool]:
         if error.errno is not None:
             raise
         raise Refused(TRUNCATED if "truncated" in str(error).lower() else DECODE_ERROR) from None
-    except (ValueError, SyntaxError, EOFError, IndexError, TypeError, KeyError, OverflowError, ArithmeticError):
-        raise Refused(DECODE_ERROR) from None  # what Pillow's many readers raise for damaged bytes
+    except Refused:
+        raise
+    except Exception:  # Pillow's many readers raise nearly anything for damaged bytes
+        raise Refused(DECODE_ERROR) from None
 
 
 def _check_size(width: int, height: int) -> None:
@@ -125,6 +130,14 @@ def _shrunk(image: Image.Image, shorter_side: int | None) -> Image.Image:
     if shorter_side is None or min(image.size) <= shorter_side:
         return image
     return image.resize(_scaled(image.size, shorter_side), Image.Resampling.BILINEAR)
+
+
+def _without_far_ends(image: Image.Image) -> Image.Image:
+    (width, height), longest = image.size, _LONGEST * min(image.size)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
 
 
 def _scaled(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:

@@ -6,12 +6,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from alexnet_ddp.errors import DataError
+from alexnet_ddp.errors import MachineError
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _LOOK_EVERY_S = 1.0  # that a worker looks whether its parent lives
 
 
@@ -23,20 +24,28 @@ def run_local(workers: int, fn: Callable[[Any], Any], items: list[Any]) -> Itera
     context = multiprocessing.get_context("spawn")  # a fork would copy this process's threads in an unknown state
     pool = ProcessPoolExecutor(min(workers, len(items)), context, _start, (os.getpid(),))
     try:
-        for future in as_completed([pool.submit(fn, item) for item in items]):
+        for future in as_completed(_submit_all(pool, fn, items)):
             yield future.result()
     except BrokenProcessPool as error:
         remedy = "it may have run out of memory: use fewer engine.workers; the same command goes on"
-        raise DataError(f"a worker process was lost; {remedy}") from error
+        raise MachineError(f"a worker process was lost; {remedy}") from error
     finally:
         for process in list((pool._processes or {}).values()):
             process.kill()  # a shard is there whole or not at all
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _submit_all(pool: ProcessPoolExecutor, fn: Callable[[Any], Any], items: list[Any]) -> list[Future]:
+    """Starts the workers, which inherit that stop signals are blocked: these are for the driver alone."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        return [pool.submit(fn, item) for item in items]
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start(parent: int) -> None:
-    """A worker leaves ctrl-C to the driver, and ends when the driver is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker ends when the driver is gone."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -4,14 +4,16 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import numpy as np
 
 from alexnet_ddp.config import ConfigError, Encoding, PrepareConfig
 from alexnet_ddp.data.packing.encode import Recipe, fingerprint
 from alexnet_ddp.data.packing.source import Source
+from alexnet_ddp.data.shards import FORMAT
+from alexnet_ddp.errors import DataError
 
-FORMAT = 1  # of the shards and of the index
 _IMAGES_PER_SHARD = {"train": 1_250, "val": 781}  # ImageNet: 1,024 and 64 shards
 
 
@@ -39,6 +41,10 @@ class ShardTask:
         return stem(self.split, self.shard)
 
     @property
+    def images(self) -> int:
+        return len(self.rows)
+
+    @property
     def sidecar(self) -> str:
         return f"{self.state}/{self.stem}"
 
@@ -59,9 +65,9 @@ class Plan:
     num_shards: int
     shuffle_seed: int
 
-    @property
+    @cached_property
     def identity(self) -> dict:
-        """What must be equal for two plans to give the same shards from the same bytes, by the same encoder."""
+        """What must be equal for two plans to give the same shards from the same bytes."""
         names = hashlib.sha256()
         for name in self.source.names:
             names.update(name.encode(errors="surrogateescape") + b"\0")
@@ -71,6 +77,7 @@ class Plan:
             "recipe": asdict(self.recipe),
             "num_shards": self.num_shards,
             "shuffle_seed": self.shuffle_seed,
+            "encoder": fingerprint(),
             "images_planned": len(self.source),
             "names_and_labels": names.hexdigest(),
         }
@@ -103,13 +110,16 @@ class Plan:
 
     def state(self) -> str:
         """The folder of sidecars: another recipe, another source or another Pillow has another one."""
-        text = json.dumps(self.identity | {"split": self.split, "encoder": fingerprint()}, sort_keys=True)
+        text = json.dumps(self.identity | {"split": self.split}, sort_keys=True)
         return f"_state/{self.split}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def make_plan(cfg: PrepareConfig, root: str, split: str, source: Source) -> Plan:
-    """The order of a split: by a keyed hash of the names. Raises ConfigError."""
+    """The order of a split: by a keyed hash of the names. Raises ConfigError, DataError."""
     n = len(source)
+    broken = next((name for name in source.names if "\n" in name), None)
+    if broken is not None:
+        raise DataError(f"{broken!r} has a line break in its name, and names are kept one a line; rename it")
     num_shards = cfg.num_shards or max(1, n // _IMAGES_PER_SHARD[split])
     if num_shards > n:
         raise ConfigError(f"num_shards ({num_shards}) exceeds the {n} images of {split}; use at most {n}")

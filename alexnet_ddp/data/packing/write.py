@@ -21,7 +21,6 @@ from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.data.tars import TarWriter
 from alexnet_ddp.errors import DataError
 
-SCRATCH = "_tmp"  # below root, gone at the commit
 # A sample of a sidecar: also its position in the source, and 128 bits of a hash of its bytes as they came.
 NOTED = np.dtype([*((name, SAMPLE[name]) for name in SAMPLE.names), ("row", "<i8"), ("content", "<u8", (2,))])
 
@@ -45,7 +44,7 @@ def write_shard(task: ShardTask) -> Summary:
     statistics, quarantine = Statistics(), []
     samples, index = [], ["v1.2 {n}"]
     mean = None if task.recipe.mean_image is None else np.zeros((task.recipe.mean_image,) * 2 + (3,), np.uint32)
-    with root.create(f"{task.stem}.tar", SCRATCH) as stream:
+    with root.create(f"{task.stem}.tar") as stream:
         tar = TarWriter(stream)
         for k, row in enumerate(task.rows):
             try:
@@ -60,12 +59,14 @@ def write_shard(task: ShardTask) -> Summary:
                 mean += square(Image.fromarray(encoded.pixels), task.recipe.mean_image)
         sha256 = tar.close()
     index[0] = f"v1.2 {len(samples)}"
-    root.write(f"{task.stem}.idx", "".join(f"{line}\n" for line in index).encode())
+    lines = "".join(f"{line}\n" for line in index).encode()
+    root.write(f"{task.stem}.idx", lines)
     summary = {
         "shard": task.shard,
         "images": len(samples),
         "bytes": tar.size,
         "sha256": sha256,
+        "idx_sha256": hashlib.sha256(lines).hexdigest(),
         "statistics": vars(statistics),
         "quarantine": quarantine,
     }
@@ -80,9 +81,8 @@ def write_shard(task: ShardTask) -> Summary:
 
 def read_sidecar(root: Storage, task: ShardTask) -> Summary | None:
     """The summary of a shard that is written already; None if it must be written (again)."""
-    try:
-        summary = json.loads(root.read(f"{task.sidecar}.json"))
-    except (FileNotFoundError, ValueError):
+    summary = _sidecar(root, task)
+    if summary is None:
         return None
     if root.size(f"{task.stem}.tar") != summary["bytes"] or root.size(f"{task.stem}.idx") is None:
         return None
@@ -90,12 +90,30 @@ def read_sidecar(root: Storage, task: ShardTask) -> Summary | None:
 
 
 def is_intact(task: ShardTask) -> Summary:
-    """The summary, with "intact": whether every byte of the shard is what the sidecar says. Runs in the workers."""
+    """The brief summary, with "intact": whether every byte is what the sidecar says. Runs in the workers."""
     root = Storage(task.root)
-    summary = read_sidecar(root, task)
+    summary = _sidecar(root, task)
     if summary is None:
         return {"shard": task.shard, "images": 0, "intact": False}
-    return summary | {"intact": root.sha256(f"{task.stem}.tar") == summary["sha256"]}
+    written = (
+        (f"{task.stem}.tar", "sha256"),
+        (f"{task.stem}.idx", "idx_sha256"),
+        (f"{task.sidecar}.npy", "samples_sha256"),
+    )
+    intact = all(root.size(name) is not None and root.sha256(name) == summary[key] for name, key in written)
+    return _brief(summary) | {"intact": intact}
+
+
+def read_quarantine(root: Storage, task: ShardTask) -> list[dict[str, Any]]:
+    """The bad images of a shard that is written already: name, label, reason."""
+    return (_sidecar(root, task) or {"quarantine": []})["quarantine"]
+
+
+def _sidecar(root: Storage, task: ShardTask) -> Summary | None:
+    try:
+        return json.loads(root.read(f"{task.sidecar}.json"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def to_npy(array: np.ndarray) -> bytes:
