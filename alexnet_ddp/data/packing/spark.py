@@ -111,7 +111,7 @@ class _Appended:
     def zero(self, value: list[Any]) -> list[Any]:
         return []
 
-    def addInPlace(self, value: list[Any], more: list[Any]) -> list[Any]:  # noqa: N802
+    def addInPlace(self, value: list[Any], more: list[Any]) -> list[Any]:
         value.extend(more)
         return value
 
@@ -127,7 +127,7 @@ class _Place:
 
 
 def _do(place: _Place, fn: Callable[[Any], Any], outcomes: Any, item: Any) -> None:
-    """Runs on the executors. What another attempt cannot mend is an outcome; the rest is raised, and Spark tries again."""
+    """Runs on the executors. What trying again cannot mend is an outcome; the rest is raised, and Spark tries again."""
     try:
         _check(place)
         outcome = fn(item)
@@ -216,7 +216,9 @@ def _start(engine: SparkEngineConfig) -> Any:
             gateway = launch_gateway(settings, {"stdout": words, "stderr": words})
         context = SparkContext(conf=settings, gateway=gateway)
     except Exception as error:
-        raise ConfigError(f"Spark ({master}) did not start: {_reason(error)}; more in {folder}/spark.log") from None
+        said = (folder / "spark.log").read_text(errors="replace")
+        reason = _reason(str(getattr(error, "java_exception", said or error)))
+        raise ConfigError(f"Spark ({master}) did not start: {reason}; more in {folder}/spark.log") from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, on_interrupt)  # Spark's own would talk to the JVM in the middle of a call
@@ -254,19 +256,22 @@ def _ship_package(context: Any) -> None:
 
 def _explained(error: Exception) -> Exception:
     """A worker's OSError as an OSError; Spark's own trouble in one line; a bug with its trace."""
-    text = str(getattr(error, "java_exception", error))
+    if not hasattr(error, "java_exception"):
+        return DataError(f"Spark's JVM was lost ({error}); the same command goes on")
+    text = str(error.java_exception)
     trace = re.search(r"Traceback \(most recent call last\):\n(?:(?! *\tat ).*\n)*", text)
-    last = trace[0].rstrip().splitlines()[-1] if trace else ""
+    if trace is None:
+        return DataError(f"Spark gave up: {_reason(text)}; the same command goes on")
+    last = re.findall(r"^[\w.]+: .*$|^\w+(?:Error|Exception)$", trace[0], re.MULTILINE)[-1]
     if found := re.match(r"\w*Error: \[Errno (\d+)\] (.*)", last):
         return OSError(int(found[1]), found[2])
     if last.startswith("ModuleNotFoundError"):
         remedy = "install alexnet-ddp there, or name a Python that has it: PYSPARK_PYTHON"
         return ConfigError(f"the executors' Python lacks a module ({last.split(': ')[1]}); {remedy}")
-    if trace:
-        return RuntimeError(f"a Spark task failed four times, the last time with\n{trace[0]}")
-    return DataError(f"Spark gave up: {_reason(error)}; the same command goes on")
+    return RuntimeError(f"a Spark task failed each time, the last time with\n{trace[0]}")
 
 
-def _reason(error: Exception) -> str:
-    text = str(getattr(error, "java_exception", error))
-    return text.split("\n", 1)[0].strip().rstrip(".")
+def _reason(text: str) -> str:
+    """The line that matters of a Java exception, or of what a JVM said before it ended."""
+    lines = [line for line in text.splitlines() if re.search(r"Exception|Error", line)] or text.splitlines()
+    return re.sub(r".*most recent failure: |.*\bin thread \S+ |[a-z]+\.\S+(Exception|Error): ", "", lines[0]).rstrip(". ")
