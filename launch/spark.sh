@@ -38,7 +38,7 @@ export SPARK_HOME=${SPARK_HOME:-${places%%$'\n'*}} JAVA_HOME=${places##*$'\n'}
 folder=$(mktemp -d "${TMPDIR:-/tmp}/alexnet_ddp.cluster.XXXXXX") # nobody else can look into it
 pids=()
 stop_cluster() {
-  trap '' INT TERM HUP
+  trap '' INT TERM HUP USR1
   [[ -z ${pids[*]} ]] || kill "${pids[@]}" 2>/dev/null || true # a worker ends its executors
   wait
   rm -rf "$folder"
@@ -46,6 +46,7 @@ stop_cluster() {
 trap stop_cluster EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
+trap 'exit 0' USR1 # slurm/prepare.sbatch is done
 
 if [[ -n ${SPARK_SECRET:-} ]]; then # in a file, because every user can read command lines
   export SPARK_CONF_DIR=$folder
@@ -66,7 +67,7 @@ start() {
 # await NAME TEXT: until the daemon's log has it.
 await() {
   local deadline=$((SECONDS + 90))
-  until grep -q "$2" "$folder/$1.log"; do
+  until grep -qs "$2" "$folder/$1.log"; do
     if ! kill -0 "${pids[-1]}" 2>/dev/null || ((SECONDS > deadline)); then
       die 1 "Spark's $1 did not start: $(grep -E 'Exception|ERROR|WARN' "$folder/$1.log" | tail -n 1)"
     fi
@@ -96,7 +97,7 @@ if (($# > 0)); then
   supervise "$python" -m alexnet_ddp.prepare "${driver[@]}" "$@" || code=$?
   exit "$code"
 fi
-echo "spark.sh: $MASTER, $WORKERS workers with $CORES cores each; logs in $folder; ctrl-C stops it. In another terminal:"
-echo "  ${SPARK_SECRET:+SPARK_CONF_DIR=$folder }python -m alexnet_ddp.prepare source=... root=... ${driver[*]}"
+echo "spark.sh: $MASTER, $WORKERS workers with $CORES cores each; logs in $folder; ctrl-C stops it"
+[[ -n ${SLURM_JOB_ID:-} ]] || echo "  ${SPARK_SECRET:+SPARK_CONF_DIR=$folder }python -m alexnet_ddp.prepare source=... root=... ${driver[*]}"
 wait -n "${pids[@]}" || true
 die 1 "a process of the cluster ended by itself"
