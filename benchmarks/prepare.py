@@ -2,8 +2,8 @@
 
     python benchmarks/prepare.py [--json FILE] [--images DIR] [--quick]
 
-The variants run in turns, each in a new process from its start to its commit, so Spark's start (Java, a session) counts.
-`per core` divides by the processes that worked.
+The variants run in turns, each in a new process from its start to its commit, so Spark's start (Java, a session) counts
+in. `per core` divides by the processes that worked.
 """
 
 import argparse

@@ -83,7 +83,7 @@ def test_known_answers_never_change_or_data_order_would_between_versions():
 
 
 def test_the_numbers_of_the_uses_are_pinned_and_differ():
-    assert USES == tuple(range(1, 13))
+    assert tuple(range(1, 13)) == USES
 
 
 def test_fold_takes_any_integer_and_depends_on_each_coordinate_and_their_order():

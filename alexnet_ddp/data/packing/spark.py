@@ -276,4 +276,6 @@ def _reason(text: str) -> str:
     if "stopped SparkContext" in text:
         return "it ended by itself; is the master there, and does it accept us (spark.authenticate)?"
     lines = [line for line in text.splitlines() if re.search(r"Exception|Error", line)] or text.splitlines()
-    return re.sub(r".*most recent failure: |.*\bin thread \S+ |[a-z]+\.\S+(Exception|Error): ", "", lines[0]).rstrip(". ")
+    return re.sub(r".*most recent failure: |.*\bin thread \S+ |[a-z]+\.\S+(Exception|Error): ", "", lines[0]).rstrip(
+        ". "
+    )
