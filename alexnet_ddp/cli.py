@@ -56,6 +56,7 @@ def _composed(root: str) -> list[tuple[DictConfig, list[str]]]:
         overrides = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # as they were typed
         composed.append((cfg, overrides))
 
+    sys.argv[1:] = map(_quoted, sys.argv[1:])
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=root)(keep)()
     except ValueError as error:  # Hydra's own, of `group=null`
@@ -63,6 +64,12 @@ def _composed(root: str) -> list[tuple[DictConfig, list[str]]]:
     if len(composed) > 1:
         raise ConfigError("--multirun is not supported: start one process group per run")
     return composed
+
+
+def _quoted(override: str) -> str:
+    """engine.master=local[2,4] as Hydra wants it: its grammar has no '[' within a word."""
+    found = re.fullmatch(r"([^-=][^=]*=)([A-Za-z][\w.+-]*\[.*)", override, re.DOTALL)
+    return "{}'{}'".format(found[1], found[2].replace("'", r"\'")) if found else override
 
 
 def compose(overrides: list[str]) -> Config:

