@@ -56,7 +56,7 @@ def main(cfg: PrepareConfig, overrides: list[str]) -> None:
 def prepare(cfg: PrepareConfig) -> None:
     """Each split in turn: list, plan, write what is missing, verify, commit."""
     root = absolute(cfg.root)
-    check_places(absolute(cfg.source), root)
+    check_places(absolute(cfg.source), root, cfg.engine)
     plans = [make_plan(cfg, root, split, open_source(cfg.source, split)) for split in _splits(cfg)]
     _check_classes(plans, read_index(Storage(root)))
     for plan in plans:

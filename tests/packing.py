@@ -62,7 +62,8 @@ def hit(process: subprocess.Popen, number: signal.Signals, root: Path, shards: i
         if len(list(root.glob("_state/*/*.json"))) >= shards:
             break
         time.sleep(0.005)
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    # A terminal and a scheduler signal the workers too. SIGKILL is for the driver alone: its workers have to notice.
+    process.send_signal(number) if number == signal.SIGKILL else os.killpg(process.pid, number)
     return process.wait(60), process.stderr.read()
 
 

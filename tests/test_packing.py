@@ -1,5 +1,6 @@
 """Packing: the same bytes from any engine, source and restart; one commit; nothing replaced unasked."""
 
+import errno
 import fcntl
 import json
 import os
@@ -19,7 +20,7 @@ from alexnet_ddp.errors import DataError, MachineError
 from alexnet_ddp.prepare import prepare
 from tests.archives import DEVKIT, VAL, age_tree, extract, lay_out, make_archives
 from tests.conftest import make_folder
-from tests.packing import config, hashes, hit, members_of_group, pack, run, start, times
+from tests.packing import act, config, hashes, hit, members_of_group, pack, run, start, times
 
 
 @pytest.fixture(scope="module")
@@ -399,6 +400,44 @@ def test_the_room_is_not_guessed_where_images_are_encoded(archives, tmp_path):
     assert claim.bytes_needed(tasks) is None
 
 
+# --- far away -------------------------------------------------------------------------------------------------------
+
+
+def upload(folder: Path, url: str) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            Storage(url).write(str(path.relative_to(folder)), path.read_bytes())
+
+
+def test_urls_are_sources_and_roots(folder, packed, tmp_path):
+    url = f"memory://{tmp_path.name}"
+    upload(folder, f"{url}/tree")
+    Storage(f"{url}/tree").write("train/.hidden/x/1.jpg", b"x")
+    Storage(f"{url}/tree").write("train/stray.jpg", b"x")
+    Storage(f"{url}/tree").write("train/n10000000/notes.txt", b"x")
+    here = pack(f"{url}/tree", tmp_path / "here")
+    assert without_names(hashes(here)) == without_names(hashes(packed))
+    pack(folder, f"{url}/out")
+    there = Storage(f"{url}/out")
+    assert {name: there.sha256(name) for name in there.tree("")} == hashes(here)
+    pack(folder, f"{url}/out")  # verifies
+    act("verify", f"{url}/out")
+    act("diff", f"{url}/out", other=str(here))
+    pack(f"{url}/out", tmp_path / "again")  # packed shards at a URL are a source, too
+    assert hashes(tmp_path / "again") == hashes(here)
+    pack(f"file://{folder}", f"file://{tmp_path}/file")
+    assert hashes(tmp_path / "file") == hashes(here)
+
+
+def test_memory_is_for_one_process_and_tars_are_for_disks(folder, tmp_path):
+    url = f"memory://{tmp_path.name}"
+    with pytest.raises(ConfigError, match=r"memory://.* is in the memory of this process, .*; use engine.workers=1"):
+        pack(folder, f"{url}/out", workers=2)
+    Storage(url).write("train-0.tar", b"x")
+    with pytest.raises(DataError, match=r"has tars at a URL, which cannot be packed; copy them here first"):
+        pack(url, tmp_path / "out", split="train")
+
+
 # --- a disk that fails ----------------------------------------------------------------------------------------------
 
 
@@ -428,9 +467,7 @@ def test_a_disk_that_cannot_be_read_is_raised_and_not_quarantined(folder, tmp_pa
 
     def failing(self: Storage, name: str, *args: object) -> bytes:
         if name.endswith("_7.JPEG"):
-            with open(self.path(name), "rb") as file:
-                name = os.fspath(file.name)
-            raise OSError(5, "Input/output error", name)
+            raise OSError(errno.EIO, os.strerror(errno.EIO), self.path(name))
         return real(self, name, *args)
 
     monkeypatch.setattr(Storage, "read", failing)

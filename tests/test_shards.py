@@ -1,4 +1,4 @@
-"""Shards as training reads them: the same images in the same order as where they came from, for any number of threads."""
+"""Shards as training reads them: the same images in the same order as where they came from, in any thread."""
 
 import json
 import os

@@ -95,7 +95,7 @@ class Storage:
             found = (f"{where}/{name}" for where, _, names in os.walk(top, followlinks=True) for name in names)
         else:
             fs, root = self._far
-            top = f"{root}/{folder}"
+            top = f"{root}/{folder}".rstrip("/")
             found = fs.find(top)
         return sorted(path[len(top) + 1 :] for path in found)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from alexnet_ddp.config import ConfigError, Encoding
+from alexnet_ddp.config import ConfigError, Encoding, EngineConfig
 from alexnet_ddp.data.packing.plan import ShardTask
 from alexnet_ddp.data.shards import NPY_HEADER
 from alexnet_ddp.data.storage import Storage
@@ -19,10 +19,15 @@ log = logging.getLogger(__name__)
 _BLOCK = 512  # bytes of a tar: an image is three of them and its own, filled up
 
 
-def check_places(source: str, root: str) -> None:
-    """Shards beside the images they are made of could be taken for images, or replace them. Raises ConfigError."""
-    if os.path.realpath(source) == os.path.realpath(root):
+def check_places(source: str, root: str, engine: EngineConfig) -> None:
+    """Raises ConfigError where root could not be written to, or not without harm."""
+    if os.path.realpath(source) == os.path.realpath(root):  # shards would be taken for images, or replace them
         raise ConfigError(f"root ({root}) must not be the source itself; give another directory")
+    for place in (source, root):
+        if place.startswith("memory://") and getattr(engine, "workers", None) != 1:
+            raise ConfigError(
+                f"{place} is in the memory of this process, which workers do not see; use engine.workers=1"
+            )
 
 
 @contextmanager

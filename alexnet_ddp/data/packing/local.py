@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -22,26 +22,24 @@ def run_local(workers: int, fn: Callable[[Any], Any], items: list[Any]) -> Itera
         yield from map(fn, items)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy this process's threads in an unknown state
-    pool = ProcessPoolExecutor(min(workers, len(items)), context, _start, (os.getpid(),))
+    pool, before = None, signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        for future in as_completed(_submit_all(pool, fn, items)):
+        try:  # processes inherit that stop signals are blocked: these are for the driver alone
+            pool = ProcessPoolExecutor(min(workers, len(items)), context, _start, (os.getpid(),))
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # Python's resource tracker unblocks some
+            futures = [pool.submit(fn, item) for item in items]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool as error:
         remedy = "it may have run out of memory: use fewer engine.workers; the same command goes on"
         raise MachineError(f"a worker process was lost; {remedy}") from error
     finally:
-        for process in list((pool._processes or {}).values()):
-            process.kill()  # a shard is there whole or not at all
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _submit_all(pool: ProcessPoolExecutor, fn: Callable[[Any], Any], items: list[Any]) -> list[Future]:
-    """Starts the workers, which inherit that stop signals are blocked: these are for the driver alone."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        return [pool.submit(fn, item) for item in items]
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if pool is not None:
+            for process in list((pool._processes or {}).values()):
+                process.kill()  # a shard is there whole or not at all
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start(parent: int) -> None:

@@ -1,5 +1,6 @@
 """Where images come from: ImageNet's archives, a folder for each class, shards of ours, or other WebDataset tars."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from alexnet_ddp.data.shards import read_index
 from alexnet_ddp.data.storage import Storage, absolute
 from alexnet_ddp.data.tars import ArchiveStore
 from alexnet_ddp.errors import DataError
+
+log = logging.getLogger(__name__)
 
 
 def splits_of(root: str) -> list[str]:
@@ -72,12 +75,11 @@ def _folder(storage: Storage, split: str) -> Source:
 
 
 def _remote_folder(storage: Storage, split: str) -> Source:
+    """As index_folder, but by one listing of the store."""
     ignored = scan.Ignored()
-    paths = [
-        path
-        for path in storage.tree(split)
-        if "/" in path and not path.startswith(".") and ignored.accepts(path.rsplit("/", 1)[1], split)
-    ]
+    paths = [path for path in storage.tree(split) if _is_image(path, split, ignored)]
+    for note in ignored.notes():
+        log.warning(note)
     if not paths:
         raise DataError(f"{storage.path(split)} holds no CLASS/* images; lay them out as {split}/CLASS/*")
     of = [path.split("/", 1)[0] for path in paths]
@@ -86,6 +88,17 @@ def _remote_folder(storage: Storage, split: str) -> Source:
     order = sorted(range(len(paths)), key=lambda i: (of[i], *paths[i].rsplit("/", 1)))
     labels = np.array([label[of[i]] for i in order], np.int32)
     return _of_files(storage.root, split, classes, labels, [paths[i] for i in order])
+
+
+def _is_image(path: str, split: str, ignored: scan.Ignored) -> bool:
+    *folders, name = path.split("/")
+    if any(folder.startswith(".") for folder in folders):
+        ignored.add("hidden", f"{split}/{path}")
+    elif ignored.accepts(name, "/".join((split, *folders))):
+        if folders:
+            return True
+        ignored.add("outside of the class folders", f"{split}/{path}")
+    return False
 
 
 def _of_files(root: str, split: str, classes: list[str], labels: np.ndarray, paths: list[str]) -> Source:
