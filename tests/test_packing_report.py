@@ -47,7 +47,8 @@ def test_without_a_commit_there_is_nothing_to_look_at(action, tmp_path):
 def test_inspect_shows_splits_and_recipe(packed, capsys):
     act("inspect", packed)
     out = said(capsys)
-    assert "train 48 4 3 0.2 0 shorter_side=256," in out
+    assert "train 48 4 3 0.2 0" in out
+    assert "train: shorter_side=256 quality=90 keep_original=True encoding=jpeg\n" in out
     assert "val: 3 to 4 images a shard; written by Pillow" in out
 
 

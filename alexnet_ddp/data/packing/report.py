@@ -26,9 +26,9 @@ def names_of(root: Storage, split: str) -> list[str]:
 
 
 def summary(root: str) -> None:
-    """A line for each split."""
+    """A line for each split, its recipe, and where its bad images are listed."""
     index = committed(Storage(root))
-    table = Table("split", "images", "classes", "shards", "MB", "quarantined", "recipe")
+    table = Table("split", "images", "classes", "shards", "MB", "quarantined")
     for split, entry in index.splits.items():
         table.add_row(
             split,
@@ -37,10 +37,14 @@ def summary(root: str) -> None:
             f"{entry['num_shards']:,}",
             f"{entry['bytes'] / 1e6:,.1f}",
             f"{entry['quarantined']:,}",
-            ", ".join(f"{name}={value}" for name, value in entry["recipe"].items() if value is not None),
         )
     print(root)
     Console().print(table)
+    for split, entry in index.splits.items():
+        recipe = " ".join(f"{name}={value}" for name, value in entry["recipe"].items() if value is not None)
+        print(f"{split}: {recipe}")
+        if entry["quarantined"]:
+            print(f"{split}: bad images were left out, see {root}/{split}.quarantine.jsonl")
 
 
 def inspect(root: str) -> None:
