@@ -76,6 +76,10 @@ def _publish(root: Storage, plan: Plan, entry: dict[str, Any]) -> None:
         tar = name.removesuffix(".idx") + ".tar" if name.endswith(".idx") else name
         if name.startswith(f"{plan.split}-") and name.endswith((".tar", ".idx")) and tar not in kept:
             root.remove(name)
+    for folder in ("", f"{plan.state()}/"):  # what a killed process was about to rename
+        for name in root.names(folder):
+            if name.startswith(".") and name.endswith(".tmp"):
+                root.remove(f"{folder}{name}")
     if not plan.recipe.mean_image:
         root.remove(f"{plan.split}.mean.npy")
     root.remove(SCRATCH)
