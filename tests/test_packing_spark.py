@@ -325,7 +325,7 @@ def context(spark_here, tmp_path_factory):
 @pytest.mark.spark
 def test_executors_get_our_code_and_need_no_torch(context, tmp_path):
     def look(item: int) -> tuple[str, bool]:
-        return sys.modules["alexnet_ddp.data.packing.write"].__file__, "torch" in sys.modules
+        return sys.modules["alexnet_ddp.data.packing.spark_tasks"].__file__, "torch" in sys.modules
 
     [(file, has_torch)] = spark_tasks.run_spark(context, str(tmp_path), str(tmp_path / "out"), look, [0])
     assert ".zip/alexnet_ddp/" in file
