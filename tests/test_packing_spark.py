@@ -276,7 +276,8 @@ def test_what_one_engine_was_killed_over_the_other_finishes(photos, expected, tm
     process = subprocess.Popen(command(photos, root, *first), env=environment(), stderr=subprocess.DEVNULL)
     interrupt_after(3, root, process)
     process.wait()
-    (root / ".train-000017.idx.5eed.tmp").touch()  # as a process leaves it that is killed before a rename
+    (root / "_tmp").mkdir(exist_ok=True)
+    (root / "_tmp/train-000017.idx.5eed").touch()  # as a process leaves it that is killed before a rename
     assert finish(photos, root, *engines.popitem()[1]) == (0, "")
     assert digest(root) == expected
 
