@@ -68,7 +68,7 @@ def _composed(root: str) -> list[tuple[DictConfig, list[str]]]:
 
 def _quoted(override: str) -> str:
     """engine.master=local[2,4] as Hydra wants it: its grammar has no '[' within a word."""
-    found = re.fullmatch(r"([^-=][^=]*=)([A-Za-z][\w.+-]*\[.*)", override, re.DOTALL)
+    found = re.fullmatch(r"([^-=][^=]*=)([A-Za-z][\w./+-]*\[.*)", override, re.DOTALL)
     return "{}'{}'".format(found[1], found[2].replace("'", r"\'")) if found else override
 
 

@@ -99,5 +99,8 @@ if (($# > 0)); then
 fi
 echo "spark.sh: $MASTER, $WORKERS workers with $CORES cores each; logs in $folder; ctrl-C stops it"
 [[ -n ${SLURM_JOB_ID:-} ]] || echo "  ${SPARK_SECRET:+SPARK_CONF_DIR=$folder }python -m alexnet_ddp.prepare source=... root=... ${driver[*]}"
-wait -n "${pids[@]}" || true
-die 1 "a process of the cluster ended by itself"
+while kill -0 "${pids[@]}" 2>/dev/null; do # true while one of them lives
+  sleep 1 &
+  wait $! # unlike a sleep in the foreground, a trap ends it
+done
+die 1 "all processes of the cluster have ended"

@@ -160,9 +160,7 @@ def test_a_hint_fetches_in_the_background(shards, tmp_path):
 
 
 def test_a_far_root_needs_a_folder_with_room_for_what_is_read_at_a_time(shards, tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"data.root \(faraway://.*\) needs a folder on each node .*cache_dir=DIR"
-    ):
+    with pytest.raises(ConfigError, match=r"data.root \(faraway://.*\) needs a folder on each node .*cache_dir=DIR"):
         open_data(ShardsConfig(root=f"faraway://{shards}"))
     with pytest.raises(ConfigError, match=r"data.cache_gb \(1e-06\) must hold all shards for data.shuffle=full"):
         open_data(far(shards, tmp_path, cache_gb=1e-6))

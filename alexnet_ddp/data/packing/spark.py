@@ -1,7 +1,6 @@
 """The engine of a cluster: one Spark task a shard. The only module that knows pyspark, and it may be absent.
 
-The one rule: Spark carries tasks and small summaries, never images; it may try a task again, or twice at once, and
-another executor may do it. A summary comes to the driver through an accumulator: at once, and exactly once.
+The one rule: a session that is there is used as it is, and left so; one that we start is quiet, and ends with us.
 """
 
 import atexit
@@ -13,28 +12,22 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
-import uuid
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from alexnet_ddp.config import AutoEngineConfig, ConfigError, PrepareConfig, SparkEngineConfig
-from alexnet_ddp.data.packing.encode import fingerprint
 from alexnet_ddp.data.packing.java import find_java
 from alexnet_ddp.data.packing.local import run_local
-from alexnet_ddp.data.storage import Storage, absolute
-from alexnet_ddp.errors import DataError, RunError
+from alexnet_ddp.data.packing.spark_tasks import reason_of, run_spark
+from alexnet_ddp.data.storage import absolute
 
 _PACKAGE = Path(__file__).parents[2]
-_AT_ONCE = 1024  # tasks of a job: the JVM of the driver holds them, about 150 kB each
-_LOOK_EVERY_S = 0.1
 _PATIENCE_S = 30.0  # that the first task may take before we say that nothing happens
 
 log = logging.getLogger("alexnet_ddp")
@@ -52,103 +45,9 @@ def choose_engine(cfg: PrepareConfig) -> Callable[[Callable[[Any], Any], list[An
         raise ConfigError("Spark needs pyspark; pip install 'alexnet-ddp[spark]', or engine=local") from None
     context = _join(engine) if _is_there() else _start(engine)
     _ship_package(context)
-    run = partial(run_spark, context, absolute(cfg.source), absolute(cfg.root))
+    run = partial(run_spark, context, absolute(cfg.source or cfg.root), absolute(cfg.root))
     _preflight(context, run)
     return run
-
-
-def run_spark(context: Any, source: str, root: str, fn: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
-    """fn(item) for each item, as they are done. Closing the iterator cancels the rest; the first error is raised."""
-    mark = f"_state/seen-{uuid.uuid4().hex}"
-    Storage(root).write(mark, b"")
-    do = partial(_do, _Place(source, root, mark, fingerprint()), fn)
-    try:
-        for at in range(0, len(items), _AT_ONCE):
-            yield from _run_job(context, do, items[at : at + _AT_ONCE])
-    finally:
-        Storage(root).remove(mark)
-
-
-def _run_job(context: Any, do: Callable, items: list[Any]) -> Iterator[Any]:
-    from pyspark import InheritableThread
-
-    outcomes = context.accumulator([], _Appended())
-    group, errors = f"alexnet_ddp-{uuid.uuid4().hex}", []
-
-    def work() -> None:
-        try:
-            context.setJobGroup(group, "alexnet_ddp.prepare", interruptOnCancel=True)
-            context.parallelize(items, len(items)).foreach(partial(do, outcomes))
-        except Exception as error:  # for the other thread
-            errors.append(error)
-
-    thread, seen = InheritableThread(target=work, daemon=True), 0
-    thread.start()
-    try:
-        while True:
-            ended = not thread.is_alive()  # looked at first: what it left behind is complete then
-            for outcome in outcomes.value[seen:]:
-                if isinstance(outcome, RunError):
-                    raise outcome
-                seen += 1
-                yield outcome
-            if ended:
-                break
-            thread.join(_LOOK_EVERY_S)
-        if errors:
-            raise _explained(errors[0]) from None
-        assert seen == len(items), f"Spark gave {seen} results of {len(items)}"
-    finally:
-        if thread.is_alive():
-            with contextlib.suppress(Exception):  # the JVM may be gone already
-                context.cancelJobGroup(group)
-            thread.join(10)
-
-
-class _Appended:
-    """pyspark's AccumulatorParam for a list."""
-
-    def zero(self, value: list[Any]) -> list[Any]:
-        return []
-
-    def addInPlace(self, value: list[Any], more: list[Any]) -> list[Any]:
-        value.extend(more)
-        return value
-
-
-@dataclass(frozen=True)
-class _Place:
-    """What an executor must have as the driver has it."""
-
-    source: str
-    root: str
-    mark: str  # a file that the driver has just written below root
-    encoder: str
-
-
-def _do(place: _Place, fn: Callable[[Any], Any], outcomes: Any, item: Any) -> None:
-    """Runs on the executors. What trying again cannot mend is an outcome; the rest is raised, and Spark tries again."""
-    try:
-        _check(place)
-        outcome = fn(item)
-    except RunError as error:
-        outcome = error
-    outcomes.add([outcome])
-
-
-@cache
-def _check(place: _Place) -> None:
-    """Once in each worker process, also in those that join later. Raises DataError."""
-    host, remedy = socket.gethostname(), "give a path that all machines share, or a URL"
-    if fingerprint() != place.encoder:
-        raise DataError(
-            f"an executor on {host} has {fingerprint()}, the driver has {place.encoder}: they write different bytes; "
-            "install the same Pillow everywhere"
-        )
-    if not Storage(place.source).exists():
-        raise DataError(f"an executor on {host} does not see source ({place.source}), the driver does; {remedy}")
-    if Storage(place.root).size(place.mark) is None:
-        raise DataError(f"an executor on {host} does not see root ({place.root}) as the driver does; {remedy}")
 
 
 def _nothing(item: int) -> None:
@@ -182,7 +81,10 @@ def _join(engine: SparkEngineConfig) -> Any:
     """The session that is here, as it is."""
     from pyspark import SparkContext
 
-    context = _active() or SparkContext.getOrCreate()
+    context = _active()
+    if context is None:
+        with _our_interrupt():
+            context = SparkContext.getOrCreate()
     asked = {"engine.master": (engine.master, context.master)}
     asked |= {f"engine.conf.{name}": (value, context.getConf().get(name)) for name, value in engine.conf.items()}
     ignored = [f"{name}={value}" for name, (value, real) in asked.items() if value not in (None, real)]
@@ -210,20 +112,27 @@ def _start(engine: SparkEngineConfig) -> Any:
     settings = SparkConf().setAll((conf | engine.conf).items())
     folder = Path(tempfile.mkdtemp(prefix="alexnet_ddp.spark."))
     log.info("starting Spark: %s", master)
-    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        with open(folder / "spark.log", "wb") as words:
+        with _our_interrupt(), open(folder / "spark.log", "wb") as words:
             gateway = launch_gateway(settings, {"stdout": words, "stderr": words})
-        context = SparkContext(conf=settings, gateway=gateway)
+            context = SparkContext(conf=settings, gateway=gateway)
     except Exception as error:
         said = (folder / "spark.log").read_text(errors="replace")
-        reason = _reason(str(getattr(error, "java_exception", said or error)))
+        reason = reason_of(str(getattr(error, "java_exception", said or error)))
         raise ConfigError(f"Spark ({master}) did not start: {reason}; more in {folder}/spark.log") from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, on_interrupt)  # Spark's own would talk to the JVM in the middle of a call
     atexit.register(_stop, context, folder)
     return context
+
+
+@contextlib.contextmanager
+def _our_interrupt() -> Iterator[None]:
+    """Whoever makes a SparkContext gets a ctrl-C that talks to the JVM, also in the middle of another call to it."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def _stop(context: Any, folder: Path) -> None:
@@ -252,30 +161,3 @@ def _ship_package(context: Any) -> None:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     Path(folder, name).write_bytes(raw.getvalue())
     context.addPyFile(f"{folder}/{name}")
-
-
-def _explained(error: Exception) -> Exception:
-    """A worker's OSError as an OSError; Spark's own trouble in one line; a bug with its trace."""
-    if not hasattr(error, "java_exception"):
-        return DataError(f"Spark's JVM was lost ({error}); the same command goes on")
-    text = str(error.java_exception)
-    trace = re.search(r"Traceback \(most recent call last\):\n(?:(?! *\tat ).*\n)*", text)
-    if trace is None:
-        return DataError(f"Spark gave up: {_reason(text)}; the same command goes on")
-    last = re.findall(r"^[\w.]+: .*$|^\w+(?:Error|Exception)$", trace[0], re.MULTILINE)[-1]
-    if found := re.match(r"\w*Error: \[Errno (\d+)\] (.*)", last):
-        return OSError(int(found[1]), found[2])
-    if last.startswith("ModuleNotFoundError"):
-        remedy = "install alexnet-ddp there, or name a Python that has it: PYSPARK_PYTHON"
-        return ConfigError(f"the executors' Python lacks a module ({last.split(': ')[1]}); {remedy}")
-    return RuntimeError(f"a Spark task failed each time, the last time with\n{trace[0]}")
-
-
-def _reason(text: str) -> str:
-    """The line that matters of a Java exception, or of what a JVM said before it ended."""
-    if "stopped SparkContext" in text:
-        return "it ended by itself; is the master there, and does it accept us (spark.authenticate)?"
-    lines = [line for line in text.splitlines() if re.search(r"Exception|Error", line)] or text.splitlines()
-    return re.sub(r".*most recent failure: |.*\bin thread \S+ |[a-z]+\.\S+(Exception|Error): ", "", lines[0]).rstrip(
-        ". "
-    )
