@@ -101,10 +101,6 @@ def _publish(root: Storage, plan: Plan, entry: dict[str, Any]) -> None:
         found = re.fullmatch(rf"({plan.split}-\d{{6}})\.(tar|idx)", name)
         if found and f"{found[1]}.tar" not in kept:
             root.remove(name)
-    for folder in ("", f"{plan.state()}/"):  # what a killed process was about to rename
-        for name in root.names(folder):
-            if name.startswith(".") and name.endswith(".tmp"):
-                root.remove(f"{folder}{name}")
     if not plan.recipe.mean_image:
         root.remove(f"{plan.split}.mean.npy")
     before = read_index(root) or ShardIndex()
