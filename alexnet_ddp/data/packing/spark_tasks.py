@@ -16,8 +16,7 @@ from typing import Any
 
 from alexnet_ddp.config import ConfigError
 from alexnet_ddp.data.packing.encode import fingerprint
-from alexnet_ddp.data.packing.write import SCRATCH
-from alexnet_ddp.data.storage import Storage
+from alexnet_ddp.data.storage import SCRATCH, Storage
 from alexnet_ddp.errors import DataError, RunError
 
 _AT_ONCE = 1024  # tasks of a job: the JVM of the driver holds them, about 150 kB each
