@@ -14,7 +14,7 @@ import torch
 
 from alexnet_ddp import cli, distributed
 from alexnet_ddp.checkpoint import Checkpoints, identity, load_weights
-from alexnet_ddp.config import Config
+from alexnet_ddp.config import AlexNet2012AugmentConfig, Config
 from alexnet_ddp.config.door import to_plain, to_yaml
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import build_loader
@@ -62,6 +62,8 @@ class Run:
         self.budget = Budget.plan(cfg.trainer, self.sampler.steps_per_epoch, cfg.checkpoint.save_every_steps)
         windows = self.sampler.windows.fingerprint() if self.sampler.windows else None
         who = identity(cfg, self.data.train.fingerprint(), windows)
+        if isinstance(cfg.augment, AlexNet2012AugmentConfig):
+            who["augment.colour_basis"] = [part.tolist() for part in self.data.colour_basis or ()]
         shape = {"evaluation": self.data.val.fingerprint(), "budget": str(self.budget)}
         distributed.require_same(who | shape | {"eval_batch_size": cfg.trainer.eval_batch_size}, world)
         self.checkpoints = Checkpoints(cfg.run_dir, cfg.checkpoint, who, world)

@@ -148,6 +148,7 @@ def test_a_run_that_is_stopped_leaves_nothing_behind_and_goes_on(larger, larger_
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_lost_is_one_line_and_code_74(larger, tmp_path):
     process = start(f"source={larger}", f"root={tmp_path}/root", "engine.workers=2", *LARGER)
     deadline = time.monotonic() + 60

@@ -97,6 +97,7 @@ def test_verify_names_what_is_broken(mine, caplog, what):
     assert re.search(line, caplog.messages[0])
 
 
+@pytest.mark.slow
 def test_verify_exits_65_from_two_processes(mine):
     spoil_image(mine)
     (mine / "val-000000.tar").unlink()

@@ -194,3 +194,19 @@ def test_the_colour_axes_of_the_shards_come_with_them(packed, archives):
     values, vectors = open_data(ShardsConfig(root=str(packed))).colour_basis
     assert (values.shape, vectors.shape) == ((3,), (3, 3))
     assert open_data(ImageNetConfig(root=str(archives))).colour_basis is None
+
+
+@pytest.mark.slow
+def test_a_run_with_colour_noise_is_another_run_where_the_colours_are_others(packed, tmp_path):
+    root = Path(shutil.copytree(packed, tmp_path / "shards"))
+    overrides = ["data=shards", f"data.root={root}", "run.name=a", "data.image_size=64", "trainer.global_batch_size=24"]
+    overrides += ["augment=alexnet_2012", *SMALL[2:]]
+    assert run("train", *overrides, "trainer.max_steps=1", cwd=tmp_path).returncode == 0
+    stats = json.loads((root / "train.stats.json").read_bytes())
+    (root / "train.stats.json").write_text(json.dumps(stats | {"eigenvalues": [0.2, 0.1, 0.01]}))
+    done = run("train", *overrides, "trainer.max_steps=2", cwd=tmp_path)
+    assert done.returncode == 64
+    assert "run.name=a was started as another run: augment.colour_basis=[[0.2, 0.1, 0.01], [" in done.stdout
+    (root / "train.stats.json").unlink()
+    done = run("train", *overrides, "trainer.max_steps=2", cwd=tmp_path)
+    assert "augment.colour_basis=[] (was [[" in done.stdout

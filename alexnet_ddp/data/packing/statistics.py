@@ -25,14 +25,14 @@ class Statistics:
 
     def add(self, image: np.ndarray) -> None:
         """image: uint8 [height, width, 3]."""
-        flat = image.reshape(-1, 3).astype(np.float64)  # whole numbers below 2^53: still exact
-        products = flat.T @ flat
+        planes = image.reshape(-1, 3).T.astype(np.float64, order="C")  # whole numbers below 2^53: still exact
+        products = planes @ planes.T
         height, width = image.shape[:2]
         self.merge(
             Statistics(
                 1,
-                len(flat),
-                [int(value) for value in flat.sum(0)],
+                planes.shape[1],
+                [int(value) for value in planes.sum(1)],
                 [[int(value) for value in row] for row in products],
                 [width] * 3,
                 [height] * 3,
