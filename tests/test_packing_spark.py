@@ -14,9 +14,12 @@ from pathlib import Path
 import pytest
 
 from alexnet_ddp.cli import _quoted
-from alexnet_ddp.config import AutoEngineConfig, ConfigError, PrepareConfig, SparkEngineConfig
+from alexnet_ddp.config import AutoEngineConfig, ConfigError, Encoding, PrepareConfig, SparkEngineConfig
 from alexnet_ddp.config.data import BasicAugmentConfig
 from alexnet_ddp.data.packing import java, spark, spark_tasks
+from alexnet_ddp.data.packing.encode import Recipe, fingerprint
+from alexnet_ddp.data.packing.plan import ShardTask
+from alexnet_ddp.data.packing.write import write_shard
 from alexnet_ddp.errors import DataError
 from tests.conftest import make_folder
 
@@ -289,6 +292,7 @@ def test_spark_submit_runs_it_and_its_session_is_used_as_it_is(photos, expected,
     overrides = command(photos, tmp_path / "out", "engine=auto", "engine.master=local[3]")[3:]
     done = subprocess.run(
         [submit, "--master", "local[2,4]", str(PROJECT / "alexnet_ddp/prepare.py"), *overrides],
+        cwd=tmp_path,
         env=environment(PYSPARK_PYTHON=sys.executable, JAVA_HOME=java.find_java(None)),
         capture_output=True,
         text=True,
@@ -376,6 +380,19 @@ def test_errors_of_the_workers_come_as_what_they_were(context, tmp_path):
     assert sorted(tries.read_text()) == [*"bbbb", "d", *"ffff", "g"]
     good = spark_tasks.run_spark(context, str(tmp_path), str(tmp_path / "out"), fail, ["good"] * 5)
     assert list(good) == ["good"] * 5
+
+
+@pytest.mark.spark
+def test_a_source_that_cannot_be_read_is_no_bad_image(context, tmp_path):
+    (tmp_path / "broken.tar").symlink_to("/proc/self/mem")  # reading its first page is EIO
+    one = {"rows": [0], "names": ["a/b.jpg"], "labels": [0], "files": ["broken.tar"], "offsets": [0], "sizes": [9]}
+    recipe, root = Recipe(None, 90, True, Encoding.jpeg, None, None), tmp_path / "out"
+    shard = {"split": "train", "shard": 0, "first": 0, "state": "_state/x"}
+    task = ShardTask(str(root), str(tmp_path), recipe=recipe, encoder=fingerprint(), **shard, **one)
+    with pytest.raises(OSError) as caught:
+        list(spark_tasks.run_spark(context, str(tmp_path), str(root), write_shard, [task]))
+    assert caught.value.errno == errno.EIO
+    assert not list(root.rglob("*.*"))
 
 
 @pytest.mark.spark
