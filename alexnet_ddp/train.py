@@ -63,7 +63,8 @@ class Run:
         windows = self.sampler.windows.fingerprint() if self.sampler.windows else None
         who = identity(cfg, self.data.train.fingerprint(), windows)
         if isinstance(cfg.augment, AlexNet2012AugmentConfig):
-            who["augment.colour_basis"] = [part.tolist() for part in self.data.colour_basis or ()]
+            basis = self.data.colour_basis
+            who["augment.colour_basis"] = basis and [part.tolist() for part in basis]
         shape = {"evaluation": self.data.val.fingerprint(), "budget": str(self.budget)}
         distributed.require_same(who | shape | {"eval_batch_size": cfg.trainer.eval_batch_size}, world)
         self.checkpoints = Checkpoints(cfg.run_dir, cfg.checkpoint, who, world)

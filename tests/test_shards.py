@@ -209,4 +209,4 @@ def test_a_run_with_colour_noise_is_another_run_where_the_colours_are_others(pac
     assert "run.name=a was started as another run: augment.colour_basis=[[0.2, 0.1, 0.01], [" in done.stdout
     (root / "train.stats.json").unlink()
     done = run("train", *overrides, "trainer.max_steps=2", cwd=tmp_path)
-    assert "augment.colour_basis=[] (was [[" in done.stdout
+    assert "augment.colour_basis=unset (was [[" in done.stdout
