@@ -58,7 +58,7 @@ def ours(cfg: DataConfig, index: SampleIndex | None = None, epochs: int = 1, on_
 
 def rates(report: Report, title: str, variants: dict[str, Callable[[], int]], repetitions: int) -> dict:
     print(f"\n{title}", flush=True)
-    found = in_turns({name: rate(run) for name, run in variants.items()}, repetitions, "images/s")
+    found = in_turns({name: rate(run) for name, run in variants.items()}, repetitions, "images/s", repetitions > 1)
     report.turns[title] = found
     return found
 
@@ -187,7 +187,7 @@ def resume(report: Report, have: Materials, repetitions: int, step: int) -> None
         return seconds
 
     peer, name = "DataLoader, 2 workers, iterated to the step", "ours"
-    found = in_turns({peer: replayed, name: resumed}, repetitions, "s")
+    found = in_turns({peer: replayed, name: resumed}, repetitions, "s", repetitions > 1)
     report.turns["resume, s"] = found
     what = f"resuming at step {step} of {-(-len(index) // BATCH)} of an epoch, batches of {BATCH}, 2 threads"
     report.compare("P12", what, found[name], found[peer], [peer, "s"])
@@ -206,8 +206,8 @@ def run_parts(report: Report, have: Materials, parts: set[str], repetitions: int
     if "P8" in parts:
         processes.start_to_first_batch(report, have, repetitions)
     if "P11" in parts:
-        measured = [row["ratio"] for row in report.rows if row["id"] == "P5"]
-        processes.memory(report, have, repetitions, *(measured or [2.5]))
+        measured = {row["id"]: row["ratio"] for row in report.rows}
+        processes.memory(report, have, repetitions, (measured.get("P6", 5.0), measured.get("P5", 2.5)))
 
 
 def main(arguments: list[str]) -> None:

@@ -126,7 +126,7 @@ class Materials:
         out, (classes, each) = shards.with_name(f"large-{shards.name}"), self.large
         out.mkdir()
         for file in shards.iterdir():
-            if file.suffix == ".tar":
+            if file.is_file() and file.name != "index.json" and not file.name.endswith(".samples.npy"):
                 os.link(file, out / file.name)
         index = json.loads((shards / "index.json").read_text())
         names = [f"n{label:08d}" for label in range(classes)]

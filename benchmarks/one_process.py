@@ -28,15 +28,21 @@ def theirs(ask: dict) -> Iterator[int]:
 
 
 def ours(ask: dict) -> Iterator[int]:
-    """Our loader; without ask["torch"] its threads alone, which fill numpy arrays and need no torch."""
+    """Our loader; without ask["torch"] as far as host memory, which is all of it but the copy to torch's tensors."""
     if ask["torch"]:
         import torch
 
         from alexnet_ddp.data.loader import build_loader
+    else:
+        from concurrent.futures import ThreadPoolExecutor
+
+        import numpy as np
+
+        from alexnet_ddp.data.fill import build_fill
+        from alexnet_ddp.data.prefetch import Prefetcher
 
     from alexnet_ddp.config import BasicAugmentConfig, FolderConfig, ShardsConfig
     from alexnet_ddp.data.augment import build_augment
-    from alexnet_ddp.data.fill import build_fill
     from alexnet_ddp.data.sampler import GlobalBatchSampler
     from alexnet_ddp.data.sets import open_data
 
@@ -44,27 +50,14 @@ def ours(ask: dict) -> Iterator[int]:
     cfg = {"folder": FolderConfig, "shards": ShardsConfig}[ask["data"]](root=ask["root"], num_threads=THREADS)
     index = open_data(cfg).train
     augment = build_augment(BasicAugmentConfig(), 0, SIZE, cfg.eval_resize)
-    sampler = GlobalBatchSampler(len(index), BATCH, seed=0)
-    works = sampler.work(range(sampler.steps_per_epoch), 0, 1, None)
     if ask["torch"]:
-        for batch in build_loader(cfg, index, augment, THREADS, torch.device("cpu")).batches(works):
-            yield len(batch.images)
+        loader = build_loader(cfg, index, augment, THREADS, torch.device("cpu"))
     else:
-        yield from _first_on_host(build_fill(cfg, index, augment), next(works))
-
-
-def _first_on_host(fill, work) -> Iterator[int]:
-    """What the loader does with the first batch, without torch's tensors: uint8 [64, 224, 224, 3] in numpy."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    import numpy as np
-
-    slots = np.empty((len(work.indices), SIZE, SIZE, 3), np.uint8)
-    parts = [slice(i, i + 8) for i in range(0, len(slots), 8)]
-    with ThreadPoolExecutor(THREADS) as threads:
-        for task in [threads.submit(fill, slots[p], work.indices[p], work.epoch) for p in parts]:
-            task.result()
-    yield len(slots)
+        threads, allocate = ThreadPoolExecutor(THREADS), lambda size: (np.empty(size, np.uint8), None)
+        loader = Prefetcher(build_fill(cfg, index, augment), lambda epoch: SIZE, threads, allocate)
+    sampler = GlobalBatchSampler(len(index), BATCH, seed=0)
+    for batch in loader.batches(sampler.work(range(sampler.steps_per_epoch), 0, 1, None)):
+        yield len(batch.images)
 
 
 def main(ask: dict) -> None:

@@ -13,8 +13,6 @@ from pathlib import Path
 from materials import Materials
 from measuring import Figures, Report, in_turns
 
-SECONDS = 4.0  # of loading while memory is looked at
-
 
 def start_to_first_batch(report: Report, have: Materials, repetitions: int) -> None:
     """P8. All with a warm page cache, and OMP_NUM_THREADS=1 as torchrun gives it to its ranks."""
@@ -28,7 +26,7 @@ def start_to_first_batch(report: Report, have: Materials, repetitions: int) -> N
         "ours: shards, torch imported": starts.of(loader="ours", data="shards", root=shards, torch=True),
         "ours: folder, cached index, torch imported": starts.of(loader="ours", data="folder", root=tree, torch=True),
     }
-    whole = in_turns(variants, repetitions, "s")
+    whole = in_turns(variants, repetitions, "s", warm_up=repetitions > 1)
     after: Figures = {name: seconds[-repetitions:] for name, seconds in zip(variants, starts.after_imports.values())}
     report.turns |= {"start to first batch, s": whole, "imports to first batch, s": after}
     what = f"start to first batch, index of {have.large[0] * have.large[1]:,}, "
@@ -44,28 +42,35 @@ def start_to_first_batch(report: Report, have: Materials, repetitions: int) -> N
         report.compare(None, note, after[name], after[peer], [peer, "s"])
 
 
-def memory(report: Report, have: Materials, repetitions: int, ratio: float) -> None:
-    """P11. Peak of PSS, summed over the process and its workers, torch included in both.
+def memory(report: Report, have: Materials, repetitions: int, ratios: tuple[float, float]) -> None:
+    """P11. Peak of PSS, summed over the process and its workers, torch included in both, each library counted once.
 
-    Workers are as many as our throughput needs of them: `ratio` x 2 threads, on a machine with so many cores. Their
-    number is what counts for memory, so two cores may feed them as slowly as they like.
+    Workers are as many as our throughput needs of them: 2 threads x `ratios` (packed, originals), on a machine with so
+    many cores. Their number is what counts for memory, so two cores may feed them as slowly as they like.
     """
-    tree, needed = str(have.large_tree), ceil(2 * ratio)
-    equal, plain = f"ImageFolder + DataLoader, {needed} workers", "ImageFolder + DataLoader, 2 workers"
-    look = {"torch": True, "seconds": SECONDS if repetitions > 1 else 0.5}
-    starts = Starts(have.scratch)
+    large, files, shards = str(have.large_tree), str(have.packed_files), str(have.jpeg_shards)
+    more, some = (ceil(2 * ratio) for ratio in ratios)
+    starts, short = Starts(have.scratch), repetitions == 1
+
+    def load(seconds: float, **ask: object) -> Callable[[], float]:
+        return starts.memory_of(torch=True, seconds=0.5 if short else seconds, **ask)
+
     variants = {
-        equal: starts.memory_of(loader="theirs", root=tree, workers=needed, **look),
-        plain: starts.memory_of(loader="theirs", root=tree, workers=2, **look),
-        "ours: folder, 2 threads": starts.memory_of(loader="ours", data="folder", root=tree, **look),
+        f"ImageFolder, {more} workers, packed": load(7, loader="theirs", root=files, workers=more),
+        "ImageFolder, 2 workers, packed": load(3, loader="theirs", root=files, workers=2),
+        "ours: shards, 2 threads": load(2, loader="ours", data="shards", root=shards),
+        f"ImageFolder, {some} workers, large": load(5, loader="theirs", root=large, workers=some),
+        "ours: folder, 2 threads, large": load(2, loader="ours", data="folder", root=large),
     }
     found = in_turns(variants, repetitions, "MB", warm_up=False)
     report.turns["peak PSS, MB"] = found
-    what = f"peak PSS of loading, index of {have.large[0] * have.large[1]:,}, torch included, 2 threads"
-    mine = found["ours: folder, 2 threads"]
-    note = f"{what}; as many workers as equal throughput needs ({ratio:.1f} x 2)"
-    report.compare("P11", note, mine, found[equal], [equal, "MB"])
-    report.compare(None, f"{what}; 2 workers, whatever their throughput", mine, found[plain], [plain, "MB"])
+    equal, plain, packed, equal_large, folder = found
+    what, index = "peak PSS of loading, torch included", f"index of {have.large[0] * have.large[1]:,} files"
+    note = f"as many workers as the throughput of 2 threads needs ({ratios[0]:.1f} x 2)"
+    report.compare("P11", f"{what}, packed JPEGs, {note}", found[packed], found[equal], [equal, "MB"])
+    report.compare(None, f"{what}, packed JPEGs, any throughput", found[packed], found[plain], [plain, "MB"])
+    note = f"as many workers as needed ({ratios[1]:.1f} x 2)"
+    report.compare(None, f"{what}, {index}, {note}", found[folder], found[equal_large], [equal_large, "MB"])
 
 
 @dataclass
@@ -97,7 +102,8 @@ class Starts:
             process, peak = self._start(ask), 0.0
             process.stdout.readline()
             while process.poll() is None:
-                peak = max(peak, sum(map(_pss_mb, _family(process.pid))))
+                own, files = zip(*map(_memory_mb, _family(process.pid)))
+                peak = max(peak, sum(own) + max(files))
                 time.sleep(0.1)
             _finish(process)
             return peak
@@ -133,10 +139,16 @@ def _family(pid: int) -> list[int]:
     return family
 
 
-def _pss_mb(pid: int) -> float:
-    """Of a process, with its share of what it shares; 0 for one that is gone."""
+def _memory_mb(pid: int) -> tuple[float, float]:
+    """(PSS of memory and of shared memory, pages of files that are mapped in) of a process; zeros for one that ends.
+
+    The kernel divides a page of libtorch by the number of processes that have it mapped, strangers as well. So they are
+    not taken from its sum: the caller counts the files of the largest process, once.
+    """
     try:
-        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        rollup, status = (Path(f"/proc/{pid}/{name}").read_text() for name in ("smaps_rollup", "status"))
     except OSError:
-        return 0.0
-    return sum(int(line.split()[1]) * 1024 / 1e6 for line in rollup.splitlines() if line.startswith("Pss:"))
+        return 0.0, 0.0
+    kib = {line.split(":")[0]: line.split()[1] for line in (rollup + status).splitlines() if line.endswith(" kB")}
+    own, files, shared = (int(kib.get(key, 0)) * 1024 / 1e6 for key in ("Pss_Anon", "RssFile", "Pss_Shmem"))
+    return own + shared, files
