@@ -15,6 +15,7 @@ from alexnet_ddp.config import (
     DDPConfig,
     Device,
     FolderConfig,
+    NoAugmentConfig,
     OnBadImage,
     Precision,
     SGDConfig,
@@ -22,7 +23,7 @@ from alexnet_ddp.config import (
     TrainerConfig,
 )
 from alexnet_ddp.data.augment import build_augment
-from alexnet_ddp.data.effects import normalise
+from alexnet_ddp.data.effects import apply_effects, normalise
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler, evaluation_work
 from alexnet_ddp.data.sets import open_data
@@ -38,7 +39,7 @@ SGD = SGDConfig(lr=0.01, momentum=0.9, weight_decay=5e-4)
 IMAGES = SyntheticConfig(image_size=64, num_train=103, num_val=61, num_classes=5)
 
 
-def steps(num_steps, world, model_cfg=None, trainer=None, data=IMAGES, spoil=None):
+def steps(num_steps, world, model_cfg=None, trainer=None, data=IMAGES, spoil=None, how=None):
     """Train `num_steps` steps in this process group: losses by step, grad norms, final parameters, the TrainStep."""
     trainer = trainer or TrainerConfig(epochs=1, global_batch_size=17)
     model = build_model(model_cfg or AlexNetSmallConfig(), 5, 64, seed=0)
@@ -47,7 +48,8 @@ def steps(num_steps, world, model_cfg=None, trainer=None, data=IMAGES, spoil=Non
     )
     images = open_data(data).train
     sampler = GlobalBatchSampler(len(images), trainer.global_batch_size, seed=0)
-    augment = None if isinstance(data, SyntheticConfig) else build_augment(BasicAugmentConfig(), 0, 64, 73)
+    how = how or (NoAugmentConfig() if isinstance(data, SyntheticConfig) else BasicAugmentConfig())
+    augment = build_augment(how, 0, 64, 73)
     loader = build_loader(data, images, augment, 1, world.device)
     works = sampler.work(range(num_steps), world.rank, world.world_size, trainer.micro_batch_size)
     batches, losses = loader.batches(works), []
@@ -113,6 +115,54 @@ def test_one_two_three_ranks_and_three_micro_batches_train_the_same():
             for name in final:  # replicas are equal to the bit, and close to the single process
                 assert np.array_equal(final[name], ranks[0][1][name]), name
                 assert np.allclose(final[name], parameters[name], rtol=1e-3, atol=1e-5), name
+
+
+EVERYTHING = BasicAugmentConfig(
+    mixup_alpha=0.4, cutmix_alpha=1.0, erase=0.5, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1
+)
+
+
+def seen(root, skip, rank, world_size, micro=None):
+    """(step, index) -> the pixels, the partner's label and the share of the own label that the network gets to see."""
+    data = FolderConfig(root=root, image_size=48, on_bad_image=OnBadImage.skip if skip else OnBadImage["raise"])
+    images, found = open_data(data).train, {}
+    loader = build_loader(data, images, build_augment(EVERYTHING, 0, 48, 55), 2, torch.device("cpu"))
+    for batch in loader.batches(GlobalBatchSampler(len(images), 17, seed=0).work(range(14), rank, world_size, micro)):
+        if not len(batch.indices):
+            continue
+        x, mixing = apply_effects(batch.images, batch.effects), batch.effects.mixing
+        for k, i in enumerate(batch.indices.tolist()):
+            found[batch.work.step, i] = (x[k].numpy().tobytes(), int(mixing.labels[k]), float(mixing.share[k]))
+    loader.close()
+    return found
+
+
+@pytest.mark.parametrize("bad", [[], ["00004.jpg", "00010.jpg"]])
+def test_images_are_mixed_with_the_same_partners_for_every_world_size_and_micro_batch(image_folder, tmp_path, bad):
+    root = str(damaged(image_folder, tmp_path, bad) if bad else image_folder)
+    whole = seen(root, bool(bad), 0, 1)
+    assert len(whole) == 2 * (103 - len(bad))
+    for world_size, micro in ((2, None), (3, None), (1, 5), (3, 2)):
+        parts = [seen(root, bool(bad), rank, world_size, micro) for rank in range(world_size)]
+        together = {key: value for part in parts for key, value in part.items()}
+        assert together == whole  # also beside a bad image: whoever comes after it is mixed with itself
+
+
+def mixed_losses_on_a_rank(num_steps, trainer, root):
+    with distributed.session(Device.cpu) as world:
+        torch.set_num_threads(1)
+        data = FolderConfig(root=root, image_size=64)
+        return steps(num_steps, world, AlexNetConfig(), trainer, data, how=EVERYTHING)[0]
+
+
+def test_mixed_and_jittered_batches_have_the_same_losses_at_one_two_and_three_ranks(image_folder):
+    whole = TrainerConfig(epochs=1, global_batch_size=51, label_smoothing=0.1)
+    micro = TrainerConfig(epochs=1, global_batch_size=51, micro_batch_size=17, label_smoothing=0.1)
+    runs = [run_ranks(mixed_losses_on_a_rank, n, 3, whole, str(image_folder)) for n in (1, 2, 3)]
+    runs.append(run_ranks(mixed_losses_on_a_rank, 1, 3, micro, str(image_folder)))
+    for ranks in runs:
+        for losses in ranks:
+            assert losses == pytest.approx(runs[0][0], rel=1e-5)
 
 
 def statistics_on_a_rank():
