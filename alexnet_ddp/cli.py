@@ -20,7 +20,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from alexnet_ddp.config import Config, to_config
+from alexnet_ddp.config import Config
+from alexnet_ddp.config.door import to_config
 from alexnet_ddp.errors import ConfigError, PeerFailed, RunError, leave_code
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -55,6 +56,7 @@ def _composed(root: str) -> list[tuple[DictConfig, list[str]]]:
         overrides = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # as they were typed
         composed.append((cfg, overrides))
 
+    sys.argv[1:] = map(_quoted, sys.argv[1:])
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=root)(keep)()
     except ValueError as error:  # Hydra's own, of `group=null`
@@ -62,6 +64,12 @@ def _composed(root: str) -> list[tuple[DictConfig, list[str]]]:
     if len(composed) > 1:
         raise ConfigError("--multirun is not supported: start one process group per run")
     return composed
+
+
+def _quoted(override: str) -> str:
+    """engine.master=local[2,4] as Hydra wants it: its grammar has no '[' within a word."""
+    found = re.fullmatch(r"([^-=][^=]*=)([A-Za-z][\w./+-]*\[.*)", override, re.DOTALL)
+    return "{}'{}'".format(found[1], found[2].replace("'", r"\'")) if found else override
 
 
 def compose(overrides: list[str]) -> Config:
@@ -105,6 +113,6 @@ class _Say(logging.Handler):
     """What the package logs, as plain lines on stderr: everything from rank 0, skipped images from every rank."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if os.environ.get("RANK", "0") == "0" or record.name == "alexnet_ddp.data":
+        if os.environ.get("RANK", "0") == "0" or record.name == "alexnet_ddp.data.fill":
             prefix = "warning: " if record.levelno >= logging.WARNING else ""
             print(prefix + record.getMessage(), file=sys.stderr, flush=True)  # sys.stderr of now: a progress bar's

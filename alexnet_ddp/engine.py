@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from alexnet_ddp.config import ConfigError, Precision, TrainerConfig
-from alexnet_ddp.data import Batch
 from alexnet_ddp.data.effects import apply_effects
+from alexnet_ddp.data.loader import Batch
 from alexnet_ddp.distributed import World, any_rank, average, raise_together, sum_over_ranks
 from alexnet_ddp.errors import DataError, Diverged
 from alexnet_ddp.metrics import Meter, evaluation_row

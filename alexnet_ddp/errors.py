@@ -57,6 +57,12 @@ class CheckpointIOError(RunError):
     exit_code = 74
 
 
+class MachineError(RunError):
+    """A disk or a store is full, fails or cannot be reached, or a worker process was lost: no image is to blame."""
+
+    exit_code = 74
+
+
 class Preempted(RunError):
     """A stop signal arrived and the run was saved: start it again to go on."""
 

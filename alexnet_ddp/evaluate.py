@@ -16,8 +16,9 @@ from alexnet_ddp import cli, distributed
 from alexnet_ddp.atomic import write_json
 from alexnet_ddp.checkpoint import find_best, load_model
 from alexnet_ddp.config import Config
-from alexnet_ddp.data import ImageSets, build_loader, open_data
+from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_work
+from alexnet_ddp.data.sets import ImageSets, open_data
 from alexnet_ddp.engine import Evaluation, check_precision, evaluate
 from alexnet_ddp.errors import DataError, Preempted
 from alexnet_ddp.model import build_model, load_weights

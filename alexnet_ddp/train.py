@@ -14,15 +14,17 @@ import torch
 
 from alexnet_ddp import cli, distributed
 from alexnet_ddp.checkpoint import Checkpoints, identity, load_weights
-from alexnet_ddp.config import Config, to_plain, to_yaml
-from alexnet_ddp.data import build_loader, open_data
+from alexnet_ddp.config import AlexNet2012AugmentConfig, Config
+from alexnet_ddp.config.door import to_plain, to_yaml
 from alexnet_ddp.data.augment import build_augment
-from alexnet_ddp.data.sampler import GlobalBatchSampler, evaluation_work, index_hash, largest_slice
+from alexnet_ddp.data.loader import build_loader
+from alexnet_ddp.data.sampler import build_sampler, evaluation_work, index_hash, largest_slice
+from alexnet_ddp.data.sets import open_data
 from alexnet_ddp.distributed import World
 from alexnet_ddp.engine import TrainStep, check_precision, evaluate
 from alexnet_ddp.errors import Preempted, RunError
 from alexnet_ddp.metrics import Pace, train_row
-from alexnet_ddp.model import build_model
+from alexnet_ddp.model import build_model, check_image_size
 from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name
 from alexnet_ddp.parallel import build_parallel
 from alexnet_ddp.resilience import StopSignal, Wish
@@ -56,11 +58,13 @@ class Run:
         self.cfg, self.world, self.status, self.stop = cfg, world, status, stop
         check_precision(cfg.trainer.precision, world)
         self.data = distributed.first_on_node(lambda: open_data(cfg.data, may_make=True), world)
-        self.sampler = GlobalBatchSampler(
-            len(self.data.train), cfg.trainer.global_batch_size, cfg.seed, cfg.trainer.drop_last
-        )
+        self.sampler = build_sampler(cfg, self.data.train)
         self.budget = Budget.plan(cfg.trainer, self.sampler.steps_per_epoch, cfg.checkpoint.save_every_steps)
-        who = identity(cfg, self.data.train.fingerprint())
+        windows = self.sampler.windows.fingerprint() if self.sampler.windows else None
+        who = identity(cfg, self.data.train.fingerprint(), windows)
+        if isinstance(cfg.augment, AlexNet2012AugmentConfig):
+            basis = self.data.colour_basis
+            who["augment.colour_basis"] = basis and [part.tolist() for part in basis]
         shape = {"evaluation": self.data.val.fingerprint(), "budget": str(self.budget)}
         distributed.require_same(who | shape | {"eval_batch_size": cfg.trainer.eval_batch_size}, world)
         self.checkpoints = Checkpoints(cfg.run_dir, cfg.checkpoint, who, world)
@@ -77,6 +81,7 @@ class Run:
         start = replace(cfg.model, weights=None) if saved else cfg.model  # a checkpoint has all the weights
         num_classes, size = len(data.train.classes), cfg.data.image_size
         self.model = distributed.on_all(lambda: build_model(start, num_classes, size, cfg.seed), world)
+        check_image_size(self.model, num_classes, cfg.data.train_image_size(0), "data.start_image_size")
         if saved:
             load_weights(self.model, saved.pop("model"), f"the checkpoint of {cfg.run.name}")
         self.model.to(world.device, memory_format=torch.channels_last)
@@ -89,8 +94,8 @@ class Run:
         self.train_step = TrainStep(ddp_model, self.optimizer, cfg.trainer, cfg.seed, world, cfg.data.image_size)
         self.train_step.load(self.state.sums, self.state.scaler)
 
-        augment = build_augment(cfg.augment, cfg.seed, cfg.data.image_size, cfg.data.eval_resize)
-        self.train_loader = build_loader(cfg.data, data.train, augment, world.num_cores, world.device)
+        augment = build_augment(cfg.augment, cfg.seed, cfg.data.image_size, cfg.data.eval_resize, data.colour_basis)
+        self.train_loader = build_loader(cfg.data, data.train, augment, world.num_cores, world.device, True)
         self.val_loader = build_loader(cfg.data, data.val, None, world.num_cores, world.device)
         steps = range(self.state.step, self.budget.total_steps)
         works = self.sampler.work(steps, world.rank, world.world_size, cfg.trainer.micro_batch_size)

@@ -1,178 +1,241 @@
-"""How many images a second the loader makes, against torchvision's reference pipeline on the same files.
+"""How fast the loader is: against torchvision's reference and the packed formats of others, on the same images.
 
-    python benchmarks/loader.py --images DIR [--json FILE] [--quick]
+    python benchmarks/loader.py [--images DIR] [--json FILE] [--plot PNG] [--only P5,P8] [--repetitions N] [--quick]
 
-DIR holds JPEG files; without it, photograph-like ones are made. The variants run in turns (A B C A B C ...), warm, and
-a ratio is the median over the turns. Absolute figures mean little on a shared machine; the ratio is the claim.
+DIR holds JPEG files; without it, photograph-like ones are made. Ten minutes on two cores. Peers that are not installed
+are left out: pip install 'alexnet-ddp[bench]' has them.
+
+P5  the originals as files        P6  the same, packed: shorter side 256        P7  raw shards, against the originals
+P8  start to first batch          P11 memory                                    P12 resuming in mid-epoch
 """
 
 import argparse
-import json
-import os
-import platform
-import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import cv2
-import numpy as np
-import simplejpeg
+import peers
+import processes
 import torch
 import torchvision
-from PIL import Image
+from materials import Materials
+from measuring import Report, in_turns, machine, rate
+from peers import BATCH, WORKERS
 from torch.utils.data import ConcatDataset, DataLoader
-from torchvision import transforms as v1
-from torchvision.transforms import v2
 
-from alexnet_ddp.config import BasicAugmentConfig, FolderConfig
-from alexnet_ddp.data import build_loader
+from alexnet_ddp.config import BasicAugmentConfig, DataConfig, FolderConfig, ShardsConfig
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.effects import normalise
-from alexnet_ddp.data.index import index_folder
+from alexnet_ddp.data.index import SampleIndex
+from alexnet_ddp.data.loader import Loader, build_loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler
+from alexnet_ddp.data.sets import open_data
 
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-BATCH = 64
-
-
-def lay_out(root: Path, images: Path | None, count: int) -> None:
-    """root/train/CLASS/*: links to files of `images`, or `count` synthetic photographs of 500 x 375, about 110 kB."""
-    train = root / "train" / "all"
-    train.mkdir(parents=True)
-    if images:
-        files = sorted(p for p in images.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
-        for path in files[:count]:
-            (train / path.name).symlink_to(path.resolve())
-        return
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-        photo = cv2.resize(coarse, (500, 375), interpolation=cv2.INTER_CUBIC).astype(np.int16)
-        photo = np.clip(photo + rng.normal(0, 14, photo.shape), 0, 255).astype(np.uint8)
-        Image.fromarray(photo).save(train / f"{i:04d}.jpg", quality=93)
+PARTS = ("P5", "P6", "P7", "64px", "P8", "P11", "P12")
+V1, V2 = "ImageFolder, 2 workers, v1", "ImageFolder, 2 workers, v2"
+COPIES, STEPS_BEFORE = 5, 40  # P12: an epoch is the images so many times; it is resumed at this step
 
 
-def reference(root: Path, size: int, rounds: int, workers: int, uint8: bool) -> Callable[[], int]:
-    """ImageFolder + DataLoader as in torchvision's references: v1 on floats, or v2 on uint8 tensors."""
-    if uint8:
-        steps = [v2.PILToTensor(), v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
-        transform = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
-    else:
-        steps = [v1.RandomResizedCrop(size), v1.RandomHorizontalFlip(), v1.ToTensor()]
-        transform = v1.Compose([*steps, v1.Normalize(MEAN, STD)])
-    data = ConcatDataset([torchvision.datasets.ImageFolder(root / "train", transform)] * rounds)
-    loader = DataLoader(data, BATCH, shuffle=True, num_workers=workers, persistent_workers=True, prefetch_factor=2)
-
-    def go() -> int:
-        return sum(len(images) for images, _ in loader)
-
-    return go
+def open_loader(cfg: DataConfig, index: SampleIndex) -> Loader:
+    augment = build_augment(BasicAugmentConfig(), 0, cfg.image_size, cfg.eval_resize)
+    return build_loader(cfg, index, augment, 1, torch.device("cpu"))
 
 
-def ours(root: Path, size: int, rounds: int, threads: int, on_cpu: bool) -> Callable[[], int]:
-    """Our loader with `threads` threads: uint8 batches, which a GPU normalises; or normalised, `on_cpu`.
+def ours(cfg: DataConfig, index: SampleIndex | None = None, epochs: int = 1, on_cpu: bool = False) -> Callable[[], int]:
+    """Our loader: uint8 batches, which a GPU normalises; `on_cpu`: normalised, as the workers of the peers do it."""
+    index = index or open_data(cfg).train
+    loader, sampler = open_loader(cfg, index), GlobalBatchSampler(len(index), BATCH, seed=0)
 
-    The reference has no such choice: its workers normalise.
-    """
-    cfg = FolderConfig(root=str(root), image_size=size, num_threads=threads)
-    index = index_folder(root, "train")
-    loader = build_loader(
-        cfg, index, build_augment(BasicAugmentConfig(), 0, size, cfg.eval_resize), 1, torch.device("cpu")
-    )
-    sampler = GlobalBatchSampler(len(index), BATCH, seed=0)
-
-    def go() -> int:
-        works = sampler.work(range(rounds * sampler.steps_per_epoch), 0, 1, None)
+    def run() -> int:
+        works = sampler.work(range(epochs * sampler.steps_per_epoch), 0, 1, None)
         return sum(len(normalise(b.images, None) if on_cpu else b.images) for b in loader.batches(works))
 
-    return go
+    return run
 
 
-def measure(variants: dict[str, Callable[[], int]], repetitions: int) -> dict[str, list[float]]:
-    """images/s of each variant, in turns, after one turn that does not count."""
-    rates: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(repetitions + 1):
-        for name, go in variants.items():
-            began = time.perf_counter()
-            count = go()
-            if turn:
-                rates[name].append(count / (time.perf_counter() - began))
-            print(f"turn {turn}  {name:28s} {count / (time.perf_counter() - began):8.0f} images/s", flush=True)
-    return rates
+def rates(report: Report, title: str, variants: dict[str, Callable[[], int]], repetitions: int) -> dict:
+    print(f"\n{title}", flush=True)
+    found = in_turns({name: rate(run) for name, run in variants.items()}, repetitions, "images/s", repetitions > 1)
+    report.turns[title] = found
+    return found
 
 
-def compare(mark: str, what: str, ours: list[float], theirs: list[float], peer: str) -> dict:
-    ratios = [a / b for a, b in zip(ours, theirs)]
-    figures = {"ratio": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "n": len(ratios)}
-    figures |= {"ours": statistics.median(ours), "theirs": statistics.median(theirs), "unit": "images/s"}
-    return {
-        "id": mark,
-        "what": what,
-        "peer": peer,
-        **{k: round(v, 3) if isinstance(v, float) else v for k, v in figures.items()},
+def originals(report: Report, have: Materials, repetitions: int) -> None:
+    """P5 and P7: files as they came, and raw shards made of them."""
+    tree, title = have.originals, "224 px crops of the originals"
+    folder = {n: FolderConfig(root=str(tree), num_threads=n) for n in (1, 2, 4)}
+    raw = {n: ShardsConfig(root=str(have.raw_shards), num_threads=n) for n in (1, 2, 4)}
+    variants = {
+        V1: peers.reference(tree, peers.on_pillow(224)),
+        V2: peers.reference(tree, peers.on_tensors(224)),
+        **{f"ours: folder, {threads(n)}": ours(folder[n]) for n in (2, 1, 4)},
+        "ours: folder, 2 threads, normalised": ours(folder[2], on_cpu=True),
+        "ours: archive, 2 threads": ours(folder[2], have.archive),
+        **{f"ours: raw shards, {threads(n)}": ours(raw[n], epochs=4) for n in (2, 1, 4)},
+        "ours: raw shards, 2 threads, normalised": ours(raw[2], on_cpu=True),
     }
+    found = rates(report, title, variants, repetitions)
+    against = ratios_in(report, title, found)
+    against("P5", "ours: folder, 2 threads", V1)
+    against(None, "ours: folder, 2 threads", V2)
+    against(None, "ours: folder, 1 thread", V1)
+    against(None, "ours: folder, 2 threads, normalised", V1)
+    against(None, "ours: archive, 2 threads", V1)
+    against("P7", "ours: raw shards, 2 threads", V1)
+    against(None, "ours: raw shards, 1 thread", V1)
+    against(None, "ours: raw shards, 2 threads, normalised", V1)
+    for name in ("folder", "raw shards"):
+        for n in (2, 4):
+            against(None, f"ours: {name}, {threads(n)}", f"ours: {name}, 1 thread")
 
 
-def machine() -> dict:
-    """What the figures were measured on, and its ceilings."""
-    a = torch.rand(1024, 1024)
-    began = time.perf_counter()
-    for _ in range(10):
-        a @ a
-    gflops = 10 * 2 * 1024**3 / (time.perf_counter() - began) / 1e9
-    source = np.ones(64_000_000, np.uint8)
-    began = time.perf_counter()
-    source.copy()
-    versions = {m.__name__: m.__version__ for m in (torch, torchvision, np, cv2, simplejpeg)}
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "cpu": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "versions": {**versions, "pillow": Image.__version__},
-        "sgemm_gflops": round(gflops, 1),
-        "copy_gb_per_s": round(0.064 / (time.perf_counter() - began), 1),
+def packed(report: Report, have: Materials, repetitions: int) -> None:
+    """P6: the same JPEG files of short side 256, as files, and as each packs them."""
+    tree, title = have.packed_files, "224 px crops of packed JPEGs"
+    shards = {n: ShardsConfig(root=str(have.jpeg_shards), num_threads=n) for n in (1, 2, 4)}
+    variants = {
+        V1: peers.reference(tree, peers.on_pillow(224)),
+        V2: peers.reference(tree, peers.on_tensors(224)),
+        **packed_peers(report, have),
+        **{f"ours: shards, {threads(n)}": ours(shards[n], epochs=2) for n in (2, 1, 4)},
+        "ours: shards, 2 threads, normalised": ours(shards[2], on_cpu=True),
+        "ours: folder, 2 threads": ours(FolderConfig(root=str(tree), num_threads=2), epochs=2),
     }
+    found = rates(report, title, variants, repetitions)
+    against = ratios_in(report, title, found)
+    against("P6", "ours: shards, 2 threads", V1)
+    for peer in [name for name in found if not name.startswith("ours") and name != V1]:
+        against(None, "ours: shards, 2 threads", peer)
+    for name in ("ours: shards, 1 thread", "ours: shards, 2 threads, normalised", "ours: folder, 2 threads"):
+        against(None, name, V1)
+    for n in (2, 4):
+        against(None, f"ours: shards, {threads(n)}", "ours: shards, 1 thread")
+
+
+def packed_peers(report: Report, have: Materials) -> dict[str, Callable[[], int]]:
+    makers = {
+        "webdataset": lambda: peers.webdataset(have.jpeg_shards, 224),
+        "litdata": lambda: peers.litdata(have.packed_for("litdata"), 224),
+        "mosaicml": lambda: peers.mosaicml(have.packed_for("mosaicml"), 224),
+    }
+    found = {}
+    for name, make in makers.items():
+        try:
+            found[f"{name}, 2 workers"] = make()
+        except (ImportError, subprocess.CalledProcessError) as error:
+            report.skip(name, error)
+    return found
+
+
+def small(report: Report, have: Materials, repetitions: int) -> None:
+    """64 px: less to resize, so what is left of the decoding shows."""
+    title, files, pixels = "64 px crops", have.originals, peers.on_pillow(64)
+    two = {"num_threads": 2, "image_size": 64}
+    variants = {
+        "ImageFolder, 2 workers, v1, originals": peers.reference(files, pixels),
+        "ImageFolder, 2 workers, v1, packed": peers.reference(have.packed_files, pixels),
+        "ours: folder, 2 threads": ours(FolderConfig(root=str(files), **two), epochs=2),
+        "ours: shards, 2 threads": ours(ShardsConfig(root=str(have.jpeg_shards), **two), epochs=2),
+        "ours: raw shards, 2 threads": ours(ShardsConfig(root=str(have.raw_shards), **two), epochs=8),
+    }
+    against = ratios_in(report, title, rates(report, title, variants, repetitions))
+    against(None, "ours: folder, 2 threads", "ImageFolder, 2 workers, v1, originals")
+    against(None, "ours: shards, 2 threads", "ImageFolder, 2 workers, v1, packed")
+    against(None, "ours: raw shards, 2 threads", "ImageFolder, 2 workers, v1, originals")
+
+
+def ratios_in(report: Report, title: str, found: dict[str, list[float]]) -> Callable[[str | None, str, str], None]:
+    def against(mark: str | None, name: str, peer: str) -> None:
+        report.compare(mark, f"{title}, {name.removeprefix('ours: ')}", found[name], found[peer], [peer, "images/s"])
+
+    return against
+
+
+def threads(n: int) -> str:
+    return f"{n} thread{'s' * (n > 1)}"
+
+
+def resume(report: Report, have: Materials, repetitions: int, step: int) -> None:
+    """P12: from the wish to go on at `step` of an epoch to that step's batch, in a process that has the index."""
+    cfg = FolderConfig(root=str(have.originals), num_threads=2)
+    folder = torchvision.datasets.ImageFolder(have.originals / "train", peers.on_pillow(224))
+    index = open_data(cfg).train
+    many = torch.arange(len(index)).repeat(COPIES).numpy()
+    index = SampleIndex(index.classes, index.labels[many], index.store.take(many))
+    seeds = iter(range(2 * repetitions + 2))
+
+    def replayed() -> float:
+        torch.manual_seed(next(seeds))
+        loader = DataLoader(ConcatDataset([folder] * COPIES), BATCH, shuffle=True, num_workers=WORKERS)
+        began = time.perf_counter()
+        batches = iter(loader)
+        for _ in range(step + 1):
+            next(batches)
+        return time.perf_counter() - began
+
+    def resumed() -> float:
+        loader, sampler = open_loader(cfg, index), GlobalBatchSampler(len(index), BATCH, seed=next(seeds))
+        began = time.perf_counter()
+        batches = loader.batches(sampler.work(range(step, sampler.steps_per_epoch), 0, 1, None))
+        next(batches)
+        seconds = time.perf_counter() - began
+        batches.close()
+        loader.close()
+        return seconds
+
+    peer, name = "DataLoader, 2 workers, iterated to the step", "ours"
+    found = in_turns({peer: replayed, name: resumed}, repetitions, "s", repetitions > 1)
+    report.turns["resume, s"] = found
+    what = f"resuming at step {step} of {-(-len(index) // BATCH)} of an epoch, batches of {BATCH}, 2 threads"
+    report.compare("P12", what, found[name], found[peer], [peer, "s"])
+
+
+def run_parts(report: Report, have: Materials, parts: set[str], repetitions: int) -> None:
+    if parts & {"P5", "P7"}:
+        originals(report, have, repetitions)
+    if "P6" in parts:
+        packed(report, have, repetitions)
+    if "64px" in parts:
+        small(report, have, repetitions)
+    if "P12" in parts:
+        steps = COPIES * have.count // BATCH
+        resume(report, have, repetitions, min(STEPS_BEFORE, steps // 2))
+    if "P8" in parts:
+        processes.start_to_first_batch(report, have, repetitions)
+    if "P11" in parts:
+        measured = {row["id"]: row["ratio"] for row in report.rows}
+        processes.memory(report, have, repetitions, (measured.get("P6", 5.0), measured.get("P5", 2.5)))
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="a directory of JPEG files; default: synthetic photographs")
     parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--quick", action="store_true", help="one short repetition, for the mechanics")
+    parser.add_argument("--plot", type=Path, help="draw the images a second here; needs matplotlib")
+    parser.add_argument("--only", default=",".join(PARTS), help="some of the parts: %(default)s")
+    parser.add_argument("--repetitions", type=int, default=5, help="turns that count (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="one short turn, for the mechanics")
     ask = parser.parse_args(arguments)
-    count, rounds, repetitions = (32, 1, 1) if ask.quick else (300, 3, 7)
+    parts = set(ask.only.split(","))
+    if parts - set(PARTS):
+        parser.error(f"--only knows {', '.join(PARTS)}, not {', '.join(sorted(parts - set(PARTS)))}")
+    count, large, repetitions = (32, (20, 50), 1) if ask.quick else (1024, (1000, 1281), ask.repetitions)
     torch.set_num_threads(1)
+    report, about = Report(), machine()
+    about["images"] = str(ask.images.name) if ask.images else "synthetic photographs"
+    print(about)
     with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch)
-        lay_out(root, ask.images, count)
-        variants = {
-            "ImageFolder, 2 workers, v1": reference(root, 224, rounds, 2, uint8=False),
-            "ImageFolder, 2 workers, v2": reference(root, 224, rounds, 2, uint8=True),
-            "ours, 2 threads": ours(root, 224, rounds, 2, on_cpu=False),
-            "ours, 1 thread": ours(root, 224, rounds, 1, on_cpu=False),
-            "ours, 2 threads, normalised": ours(root, 224, rounds, 2, on_cpu=True),
-        }
-        rates = measure(variants, repetitions)
-    v1_name, v2_name, two, one, normalised = variants
-    files = str(ask.images.name) if ask.images else "synthetic photographs"
-    what = f"random-resized crops of 224 px from {files}, 2 threads"
-    results = [
-        compare("P5", what, rates[two], rates[v1_name], v1_name),
-        compare("", what, rates[two], rates[v2_name], v2_name),
-        compare("", what.replace("2 threads", "1 thread"), rates[one], rates[v1_name], v1_name),
-        compare("", f"{what}, normalised on the CPU as well", rates[normalised], rates[v1_name], v1_name),
-    ]
-    for row in results:
-        spread = f"{row['min']:.2f} to {row['max']:.2f}, n = {row['n']}"
-        rates_text = f"{row['ours']:.0f} against {row['theirs']:.0f}"
-        print(f"{row['id']:3s} {row['ratio']:.2f} x ({spread})  {rates_text}: {row['what']}")
+        run_parts(report, Materials(Path(scratch), ask.images, count, large), parts, repetitions)
+    report.print_table()
     if ask.json:
-        ask.json.parent.mkdir(parents=True, exist_ok=True)
-        ask.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+        report.write(ask.json, about)
+    if ask.plot:
+        from picture import draw
+
+        draw(report.turns, about, ask.plot)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-# Sourced by the launch scripts and by slurm/train.sbatch; running it does nothing.
+# Sourced by the launch scripts and by slurm/*.sbatch; running it does nothing.
 # Its one rule: whoever starts a run through here gets the run's own exit code, and every stop signal reaches the run.
 # shellcheck shell=bash
 
@@ -126,4 +126,20 @@ run_torchrun() {
   # A 0 of local rank 0 does not hide that another process failed.
   if [[ $written =~ ^[0-9]{1,3}$ ]] && ((10#$written > 0)); then code=$((10#$written)); fi
   return "$code"
+}
+
+# requeue_if_stopped CODE CODES...: under Slurm, where CODE is one of CODES. A job that is not RUNNING any more was
+# cancelled, preempted or timed out: there Slurm has decided already, and a requeue would undo an scancel.
+requeue_if_stopped() {
+  local name code=$1 state
+  name=${SLURM_JOB_NAME:-job}
+  shift
+  [[ " $* " == *" $code "* ]] || return 0
+  state=$(scontrol show job "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*' || true)
+  if [[ $state == JobState=RUNNING ]]; then
+    echo "$name: exit code $code, requeueing job $SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID" || echo "$name: no requeue here; the same sbatch command goes on where it was" >&2
+  else
+    echo "$name: exit code $code, not requeueing: ${state:-JobState unknown}"
+  fi
 }

@@ -11,16 +11,26 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-def test_the_loader_benchmark_writes_its_table(tmp_path):
-    command = [sys.executable, "benchmarks/loader.py", "--quick", "--json", str(tmp_path / "l.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+def test_the_loader_benchmark_writes_one_row_for_each_of_its_targets(tmp_path):
+    files = ["--json", str(tmp_path / "l.json"), "--plot", str(tmp_path / "l.png")]
+    command = [sys.executable, "benchmarks/loader.py", "--quick", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "l.json").read_text())
-    row = next(row for row in written["results"] if row["id"] == "P5")
-    assert row["n"] == 1
-    assert row["ours"] > 0 < row["theirs"]
-    assert row["unit"] == "images/s"
+    marks = [row["id"] for row in written["results"] if row["id"]]
+    assert sorted(marks) == ["P11", "P12", "P5", "P6", "P7", "P8"]
+    keys = {"id", "what", "peer", "ratio", "min", "max", "n", "ours", "theirs", "unit"}
+    assert all(row.keys() == keys and row["n"] == 1 and row["ratio"] > 0 for row in written["results"])
+    assert {row["unit"] for row in written["results"]} == {"images/s", "s", "MB"}
     assert written["machine"]["versions"]["torch"]
+    assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_loader_benchmark_knows_its_parts():
+    command = [sys.executable, "benchmarks/loader.py", "--only", "P5,P99"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "--only knows P5, P6, P7, 64px, P8, P11, P12, not P99" in done.stderr
 
 
 def test_a_learning_curve_is_drawn_from_the_rows_of_a_run(tmp_path):

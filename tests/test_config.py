@@ -8,15 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hydra
 import pytest
 import yaml
 from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from alexnet_ddp.cli import CONF_DIR, compose
 from alexnet_ddp.config import Config, ConfigError
+from alexnet_ddp.config.door import to_config
 from tests.ranks import run_ranks  # noqa: F401 (its forkserver has torch loaded: a process is up in a blink)
 
 GROUPS = ("data", "augment", "model", "optimizer", "scheduler", "parallel", "experiment")
+PREPARE_GROUPS = ("engine", "augment")
 EXPERIMENTS = sorted(path.stem for path in (CONF_DIR / "experiment").glob("*.yaml"))
 
 
@@ -42,6 +46,18 @@ WRONG_VALUES = {
     "run.name=a/b run.root=x": "run.name ('a/b') must name one directory below run.root (x)",
     "data.image_size=0": "data.image_size (0) must be greater than 0 and finite",
     "data.image_size=64 data.eval_resize=63": "data.eval_resize (63) must be at least data.image_size (64)",
+    "data.start_image_size=32": (
+        "data.start_image_size (32) and data.grow_epochs (None) belong together: from which size, and until which "
+        "epoch; give both or none"
+    ),
+    "data.start_image_size=64 data.grow_epochs=2": (
+        "data.start_image_size (64) must be less than data.image_size (64), to grow to it"
+    ),
+    "data.start_image_size=32 data.grow_epochs=8": (
+        "data.grow_epochs (8) must be less than trainer.epochs (8), to end at data.image_size"
+    ),
+    "data=shards data.root=x data.window_shards=0": "data.window_shards (0) must be greater than 0 and finite",
+    "data=shards data.root=x data.cache_gb=0": "data.cache_gb (0.0) must be greater than 0 and finite",
     "data.num_threads=0": "data.num_threads (0) must be greater than 0 and finite",
     "data.limit_train=0": "data.limit_train (0) must be greater than 0 and finite",
     "data.limit_val=-1": "data.limit_val (-1) must be greater than 0 and finite",
@@ -108,13 +124,45 @@ WRONG_VALUES = {
     "data=imagenet": "data.root is required and has no value; give it on the command line: data.root=...",
     "model=torchvision": "model.name is required and has no value; give it on the command line: model.name=...",
     "++data.x.y=1": (
-        "data.x is not a key; known here: "
-        "eval_resize, image_size, limit_train, limit_val, num_threads, on_bad_image, root"
+        "data.x is not a key; known here: eval_resize, grow_epochs, "
+        "image_size, limit_train, limit_val, num_threads, on_bad_image, root, start_image_size"
     ),
     "+data._target_=os.system": (
-        "data._target_ is not a key; known here: "
-        "eval_resize, image_size, limit_train, limit_val, num_threads, on_bad_image, root"
+        "data._target_ is not a key; known here: eval_resize, grow_epochs, "
+        "image_size, limit_train, limit_val, num_threads, on_bad_image, root, start_image_size"
     ),
+}
+
+WRONG_PREPARATIONS = {
+    "root=null": "field 'root' is not Optional",
+    "": "root is required and has no value; give it on the command line: root=...",
+    "root=x": "source is required; give the directory or URL of the images: source=...",
+    "root=x action=diff": "other is required for action=diff; give other=DIR, to compare root with",
+    "root=x source=y engine.workers=0": "engine.workers (0) must be greater than 0 and finite",
+    "root=x source=y engine=auto engine.workers=-1": "engine.workers (-1) must be greater than 0 and finite",
+    "root=x source=y shorter_side=3": "prepare.shorter_side (3) must lie in [4, 20000]",
+    "root=x source=y quality=0": "prepare.quality (0) must lie in [1, 100]",
+    "root=x source=y encoding=raw size=0": "prepare.size (0) must lie in [4, 20000]",
+    "root=x source=y mean_image=0": "prepare.mean_image (0) must lie in [4, 20000]",
+    "root=x source=y num_shards=0": "prepare.num_shards (0) must lie in [1, 999999]",
+    "root=x source=y shuffle_seed=-1": "prepare.shuffle_seed (-1) must lie in [0, 9223372036854775807]",
+    "root=x source=y max_quarantine=-1": "max_quarantine (-1) must be at least 0",
+    "root=x action=sheet image_size=0": "prepare.image_size (0) must be greater than 0 and finite",
+    "root=x source=y size=64": "prepare.size (64) is only read by encoding=raw, this is jpeg; leave it out",
+    "root=x source=y encoding=raw shorter_side=null": (
+        "prepare.shorter_side (None) is only read by encoding=jpeg, this is raw; leave it out"
+    ),
+    "root=x source=y encoding=raw quality=80": (
+        "prepare.quality (80) is only read by encoding=jpeg, this is raw; leave it out"
+    ),
+    "root=x source=y encoding=raw keep_original=false": (
+        "prepare.keep_original (False) is only read by encoding=jpeg, this is raw; leave it out"
+    ),
+    "root=x source=y split=test": "Invalid value 'test', expected one of [train, val, all]",
+    "root=x source=y encoding=png": "Invalid value 'png', expected one of [jpeg, raw]",
+    "root=x action=look": "Invalid value 'look', expected one of [prepare, inspect, verify, stats, diff, sheet]",
+    "root=x source=y engine=ray": "Could not find 'engine/ray'",
+    "root=x source=y engine.master=local": "Key 'master' not in 'LocalEngineConfig'",
 }
 
 # What Hydra itself refuses; the text is in its exception or in the cause of it.
@@ -145,6 +193,16 @@ def test_a_wrong_value_is_refused_with_value_rule_and_remedy(overrides):
     with pytest.raises(ConfigError) as e:
         compose(overrides.split())
     assert str(e.value) == WRONG_VALUES[overrides]
+
+
+@pytest.mark.parametrize("overrides", WRONG_PREPARATIONS)
+def test_a_wrong_preparation_is_refused_with_value_rule_and_remedy(overrides):
+    with (
+        pytest.raises((ConfigError, HydraException, OmegaConfBaseException)) as e,
+        hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"),
+    ):
+        to_config(hydra.compose(config_name="prepare", overrides=overrides.split()))
+    assert WRONG_PREPARATIONS[overrides] in f"{e.value} {e.value.__cause__}"
 
 
 @pytest.mark.parametrize("overrides", REFUSED_BY_HYDRA)
@@ -180,7 +238,8 @@ def test_eval_resize_follows_the_image_size_by_torchvisions_ratio():
 
 @pytest.mark.parametrize("group", [g for g in GROUPS if g != "experiment"])
 def test_every_choice_of_a_group_composes_and_is_the_only_thing_that_changes(group):
-    required = {"folder": ["data.root=x"], "imagenet": ["data.root=x"], "torchvision": ["model.name=resnet18"]}
+    required = {choice: ["data.root=x"] for choice in ("folder", "imagenet", "shards")}
+    required |= {"torchvision": ["model.name=resnet18"]}
     kinds = set()
     for choice in choices(group):
         kinds.add(type(getattr(compose([f"{group}={choice}", *required.get(choice, [])]), group)))
@@ -207,7 +266,9 @@ def test_the_demo_experiment_is_the_default():
     assert compose(["experiment=demo"]) == compose([])
 
 
-@pytest.mark.parametrize(("root", "groups"), [("train", GROUPS), ("evaluate", ("data", "model"))])
+@pytest.mark.parametrize(
+    ("root", "groups"), [("train", GROUPS), ("evaluate", ("data", "model")), ("prepare", PREPARE_GROUPS)]
+)
 def test_the_help_lists_exactly_the_choices_that_exist(root, groups):
     template = yaml.safe_load((CONF_DIR / f"{root}.yaml").read_text())["hydra"]["help"]["template"]
     table = template.split("== Groups: choose with group=choice ==")[1].split("==")[0]
@@ -216,7 +277,7 @@ def test_the_help_lists_exactly_the_choices_that_exist(root, groups):
 
 
 def test_every_folder_of_conf_is_a_known_group():
-    assert {path.name for path in CONF_DIR.iterdir() if path.is_dir()} == set(GROUPS)
+    assert {path.name for path in CONF_DIR.iterdir() if path.is_dir()} == {*GROUPS, *PREPARE_GROUPS}
 
 
 # --- the door: real processes -----------------------------------------------------------------------------------
@@ -336,3 +397,14 @@ def test_the_configuration_imports_no_torch():
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert result.stdout == "False\n", result.stderr
+
+
+# --- images that grow -------------------------------------------------------------------------------------------
+
+
+def test_training_images_grow_by_whole_tiles_until_they_have_their_size():
+    grows = compose(["data.image_size=224", "data.start_image_size=128", "data.grow_epochs=6"]).data
+    assert [grows.train_image_size(epoch) for epoch in range(9)] == [128, 128, 160, 160, 192, 192, 224, 224, 224]
+    odd = compose(["data.image_size=65", "data.start_image_size=33", "data.grow_epochs=1"]).data
+    assert [odd.train_image_size(epoch) for epoch in range(3)] == [33, 65, 65]
+    assert compose([]).data.train_image_size(0) == 64

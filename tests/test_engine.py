@@ -15,17 +15,18 @@ from alexnet_ddp.config import (
     DDPConfig,
     Device,
     FolderConfig,
+    NoAugmentConfig,
     OnBadImage,
-    Policy,
     Precision,
     SGDConfig,
     SyntheticConfig,
     TrainerConfig,
 )
-from alexnet_ddp.data import build_loader, open_data
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.effects import apply_effects, normalise
+from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler, evaluation_work
+from alexnet_ddp.data.sets import open_data
 from alexnet_ddp.engine import TrainStep, autocast, check_precision, evaluate
 from alexnet_ddp.errors import DataError, Diverged, RunError
 from alexnet_ddp.model import build_model, set_dropout_keys
@@ -38,7 +39,7 @@ SGD = SGDConfig(lr=0.01, momentum=0.9, weight_decay=5e-4)
 IMAGES = SyntheticConfig(image_size=64, num_train=103, num_val=61, num_classes=5)
 
 
-def steps(num_steps, world, model_cfg=None, trainer=None, data=IMAGES, spoil=None):
+def steps(num_steps, world, model_cfg=None, trainer=None, data=IMAGES, spoil=None, how=None):
     """Train `num_steps` steps in this process group: losses by step, grad norms, final parameters, the TrainStep."""
     trainer = trainer or TrainerConfig(epochs=1, global_batch_size=17)
     model = build_model(model_cfg or AlexNetSmallConfig(), 5, 64, seed=0)
@@ -47,7 +48,8 @@ def steps(num_steps, world, model_cfg=None, trainer=None, data=IMAGES, spoil=Non
     )
     images = open_data(data).train
     sampler = GlobalBatchSampler(len(images), trainer.global_batch_size, seed=0)
-    augment = None if isinstance(data, SyntheticConfig) else build_augment(BasicAugmentConfig(), 0, 64, 73)
+    how = how or (NoAugmentConfig() if isinstance(data, SyntheticConfig) else BasicAugmentConfig())
+    augment = build_augment(how, 0, 64, 73)
     loader = build_loader(data, images, augment, 1, world.device)
     works = sampler.work(range(num_steps), world.rank, world.world_size, trainer.micro_batch_size)
     batches, losses = loader.batches(works), []
@@ -115,68 +117,52 @@ def test_one_two_three_ranks_and_three_micro_batches_train_the_same():
                 assert np.allclose(final[name], parameters[name], rtol=1e-3, atol=1e-5), name
 
 
-MIXED = BasicAugmentConfig(
-    mixup_alpha=0.2,
-    cutmix_alpha=1.0,
-    erase=0.25,
-    brightness=0.4,
-    contrast=0.4,
-    saturation=0.4,
-    hue=0.1,
-    policy=Policy.randaugment,
+EVERYTHING = BasicAugmentConfig(
+    mixup_alpha=0.4, cutmix_alpha=1.0, erase=0.5, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1
 )
 
 
-def mixed_on_a_rank(root, trainer, num_steps):
-    """Losses by step, as they are reported; and for each image what it was mixed with, how, and how it looks."""
+def seen(root, skip, rank, world_size, micro=None):
+    """(step, index) -> the pixels, the partner's label and the share of the own label that the network gets to see."""
+    data = FolderConfig(root=root, image_size=48, on_bad_image=OnBadImage.skip if skip else OnBadImage["raise"])
+    images, found = open_data(data).train, {}
+    loader = build_loader(data, images, build_augment(EVERYTHING, 0, 48, 55), 2, torch.device("cpu"))
+    for batch in loader.batches(GlobalBatchSampler(len(images), 17, seed=0).work(range(14), rank, world_size, micro)):
+        if not len(batch.indices):
+            continue
+        x, mixing = apply_effects(batch.images, batch.effects), batch.effects.mixing
+        for k, i in enumerate(batch.indices.tolist()):
+            found[batch.work.step, i] = (x[k].numpy().tobytes(), int(mixing.labels[k]), float(mixing.share[k]))
+    loader.close()
+    return found
+
+
+@pytest.mark.parametrize("bad", [[], ["00004.jpg", "00010.jpg"]])
+def test_images_are_mixed_with_the_same_partners_for_every_world_size_and_micro_batch(image_folder, tmp_path, bad):
+    root = str(damaged(image_folder, tmp_path, bad) if bad else image_folder)
+    whole = seen(root, bool(bad), 0, 1)
+    assert len(whole) == 2 * (103 - len(bad))
+    for world_size, micro in ((2, None), (3, None), (1, 5), (3, 2)):
+        parts = [seen(root, bool(bad), rank, world_size, micro) for rank in range(world_size)]
+        together = {key: value for part in parts for key, value in part.items()}
+        assert together == whole  # also beside a bad image: whoever comes after it is mixed with itself
+
+
+def mixed_losses_on_a_rank(num_steps, trainer, root):
     with distributed.session(Device.cpu) as world:
         torch.set_num_threads(1)
-        data = FolderConfig(root=root, image_size=64, on_bad_image=OnBadImage.skip)
-        model, images = build_model(AlexNetSmallConfig(), 5, 64, seed=0), open_data(data).train
-        step = TrainStep(
-            build_parallel(DDPConfig(), model, world), build_optimizer(SGD, model), trainer, 0, world, data.image_size
-        )
-        sampler = GlobalBatchSampler(len(images), trainer.global_batch_size, seed=0)
-        loader = build_loader(data, images, build_augment(MIXED, 0, 64, 73), 1, world.device)
-        pairs, losses = {}, []
-
-        def noted(batches):
-            for batch in batches:
-                m, shown = batch.effects.mixing, apply_effects(batch.images, batch.effects)
-                looks = (m.labels, m.share, m.boxes.sum(1), shown.mean((1, 2, 3)), shown[:, 0, 20, 30])
-                for i, *values in zip(batch.indices.tolist(), *(v.tolist() for v in looks)):
-                    pairs[batch.work.step, i] = values
-                yield batch
-
-        works = sampler.work(range(num_steps), world.rank, world.world_size, trainer.micro_batch_size)
-        batches = noted(loader.batches(works))
-        for k in range(num_steps):
-            step(batches, k, SGD.lr, len(sampler.batch(k)), Wish())
-            sums = step.meter.read()
-            losses.append(sums["loss"] / sums["images"])
-            step.meter.reset()
-        loader.close()
-    return losses, pairs
+        data = FolderConfig(root=root, image_size=64)
+        return steps(num_steps, world, AlexNetConfig(), trainer, data, how=EVERYTHING)[0]
 
 
-@pytest.mark.parametrize("damage", [[], ["00004.jpg", "00010.jpg", "00023.jpg", "00077.jpg"]])
-def test_mixed_images_are_the_same_pairs_and_losses_for_any_ranks_and_micro_batches(image_folder, tmp_path, damage):
-    """103 images in batches of 51: the last batch of an epoch is one image. And where some images cannot be read."""
-    root = str(damaged(image_folder, tmp_path, damage))
-    cuts = [(1, None), (2, None), (3, None), (1, 20), (2, 7)]
-    found = []
-    for world_size, micro in cuts:
-        trainer = TrainerConfig(epochs=2, global_batch_size=51, micro_batch_size=micro, label_smoothing=0.1)
-        ranks = run_ranks(mixed_on_a_rank, world_size, root, trainer, 5)
-        found.append((ranks[0][0], {key: values for _, pairs in ranks for key, values in pairs.items()}))
-        assert sum(len(pairs) for _, pairs in ranks) == len(found[-1][1])
-    (reference, pairs), *others = found
-    assert len({i for step, i in pairs if step < 3}) == 103 - len(damage)
-    for losses, same_pairs in others:
-        assert losses == pytest.approx(reference, rel=1e-5)
-        assert same_pairs.keys() == pairs.keys()
-        for key, values in pairs.items():
-            assert same_pairs[key] == pytest.approx(values, rel=1e-5, abs=1e-5), key
+def test_mixed_and_jittered_batches_have_the_same_losses_at_one_two_and_three_ranks(image_folder):
+    whole = TrainerConfig(epochs=1, global_batch_size=51, label_smoothing=0.1)
+    micro = TrainerConfig(epochs=1, global_batch_size=51, micro_batch_size=17, label_smoothing=0.1)
+    runs = [run_ranks(mixed_losses_on_a_rank, n, 3, whole, str(image_folder)) for n in (1, 2, 3)]
+    runs.append(run_ranks(mixed_losses_on_a_rank, 1, 3, micro, str(image_folder)))
+    for ranks in runs:
+        for losses in ranks:
+            assert losses == pytest.approx(runs[0][0], rel=1e-5)
 
 
 def statistics_on_a_rank():

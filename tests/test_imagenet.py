@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_ddp.data import scan
+from alexnet_ddp.data import tars
 from alexnet_ddp.data.imagenet import DEVKIT, TRAIN, VAL, open_imagenet, read_devkit
 from alexnet_ddp.data.index import SampleIndex
 from alexnet_ddp.errors import DataError
@@ -139,8 +139,8 @@ def test_a_missing_root_and_a_flat_val_are_explained(root, tmp_path):
 
 def test_the_second_start_reads_no_header_until_size_or_mtime_change(root, monkeypatch):
     first = open_imagenet(root)
-    walked, header = [], scan._header
-    monkeypatch.setattr(scan, "_header", lambda fd, path, *at: walked.append(path.name) or header(fd, path, *at))
+    walked, header = [], tars._header
+    monkeypatch.setattr(tars, "_header", lambda fd, path, *at: walked.append(path.name) or header(fd, path, *at))
     second = open_imagenet(root)
     assert not walked
     assert [contents(i) for i in second[:2]] == [contents(i) for i in first[:2]]

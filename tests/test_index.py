@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from torchvision.datasets import ImageFolder
 
-from alexnet_ddp.data import scan
-from alexnet_ddp.data.index import ArchiveStore, FileStore, SampleIndex, check_same_classes, index_folder
+from alexnet_ddp.data import tars
+from alexnet_ddp.data.index import FileStore, SampleIndex, check_same_classes, index_folder
+from alexnet_ddp.data.tars import ArchiveStore
 from alexnet_ddp.errors import DataError
 from tests.archives import jpeg, lay_out, names, small, tar
 
@@ -146,7 +147,7 @@ def test_imagenets_size_takes_less_than_100_megabytes_and_a_few_seconds():
 def archive(path: Path, n: int = 20) -> SampleIndex:
     path.write_bytes(tar({f"{i}.JPEG": jpeg(0, i) for i in range(n)}))
     fd = os.open(path, os.O_RDONLY)
-    members = list(scan.tar_members(fd, path, 0, path.stat().st_size))
+    members = list(tars.tar_members(fd, path, 0, path.stat().st_size))
     os.close(fd)
     offsets, sizes = (np.array([getattr(m, what) for m in members]) for what in ("offset", "size"))
     return SampleIndex(["x"], np.zeros(n, np.int32), ArchiveStore(str(path), offsets, sizes))

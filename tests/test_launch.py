@@ -1,4 +1,4 @@
-"""The launch scripts, through real bash, with stand-ins for python, pip, nvidia-smi, scontrol and srun.
+"""The launch scripts, through real bash, with stand-ins for python, pip, nvidia-smi, spark-class, scontrol and srun.
 
 A stand-in leaves what it was given in the folder RECORD; FAKE_* variables say how it behaves.
 """
@@ -338,3 +338,126 @@ def test_the_job_refuses_a_folder_that_is_not_the_project(launcher, sbatch):
     rule = "PROJECT_DIR (/nowhere) must be the project's folder, with launch/node.sh in it"
     remedy = "call sbatch there, or PROJECT_DIR=/path/to/project sbatch ..."
     assert sbatch(PROJECT_DIR="/nowhere") == (64, f"train.sbatch: {rule}; {remedy}\n")
+
+
+# --- spark.sh and slurm/prepare.sbatch
+
+SPARK_CLASS = """
+echo "$* $SPARK_LOCAL_IP" >>"$RECORD/daemons"
+if [[ -n ${FAKE_TAKEN:-} ]]; then echo "java.net.BindException: Address already in use"; exit 1; fi
+cp "${SPARK_CONF_DIR:-/nowhere}/spark-defaults.conf" "$RECORD/defaults" 2>/dev/null
+trap 'echo stopped >>"$RECORD/stopped"; exit 143' TERM
+echo "INFO Master: I have been elected leader! New state: ALIVE"
+echo "INFO Worker: Successfully registered with master spark://"
+while sleep 0.05; do :; done
+"""
+SPARK_PYTHON = """
+if [[ $1 == -c ]]; then [[ $2 != *pyspark* ]] || printf '%s\\n' "$SPARK_HOME" "/java"; exit 0; fi
+printf '%s\\0' "$@" >"$RECORD/argv"; env -0 >"$RECORD/env"
+cp "${SPARK_CONF_DIR:-/nowhere}/spark-defaults.conf" "$RECORD/defaults" 2>/dev/null
+exit "${FAKE_EXIT:-0}"
+"""
+
+
+@pytest.fixture
+def cluster(launcher):
+    (launcher.path / "bin").mkdir()
+    launcher.put("bin/spark-class", text=SPARK_CLASS)
+    launcher.put("spark_python", text=SPARK_PYTHON)
+    launcher.env |= {"SPARK_HOME": str(launcher.path), "PYTHON": "spark_python", "CORES": "3", "MEMORY": "2g"}
+    return launcher
+
+
+def test_spark_runs_a_preparation_on_its_cluster_and_ends_both(cluster):
+    assert cluster.run("launch/spark.sh", "source=a b", "root=x", FAKE_EXIT="65") == (65, "")
+    daemons = sorted(line.split() for line in cluster.lines("daemons"))  # workers start side by side
+    assert [(words[0].split(".")[-1], words[2], words[-1]) for words in daemons] == [
+        ("Master", "127.0.0.1", "127.0.0.1"),
+        ("Worker", "127.0.0.1", "127.0.0.1"),
+        ("Worker", "127.0.0.2", "127.0.0.2"),
+    ]
+    assert {"--cores", "3", "--memory", "2g", "spark://127.0.0.1:7077"} <= set(daemons[2])
+    settings = ["engine=spark", "engine.master=spark://127.0.0.1:7077", "+engine.conf.spark.executor.memory=2g"]
+    assert cluster.argv == ["-m", "alexnet_ddp.prepare", *settings, "source=a b", "root=x"]
+    assert cluster.lines("stopped") == ["stopped"] * 3
+    assert cluster.child_env["JAVA_HOME"] == "/java"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 0)])
+def test_spark_without_a_preparation_says_where_it_is_until_a_signal(cluster, number, code):
+    process = cluster.start("launch/spark.sh", WORKERS="1", PORT="7999", SPARK_SECRET="x y")
+    first, second = process.stdout.readline(), process.stdout.readline()
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == code
+    assert first.startswith("spark.sh: spark://127.0.0.1:7999, 1 workers with 3 cores each; ")
+    folder, command = second.strip().removeprefix("SPARK_CONF_DIR=").split(" ", 1)
+    assert command.startswith("python -m alexnet_ddp.prepare source=... root=... engine=spark engine.master=spark://")
+    assert cluster.lines("stopped") == ["stopped"] * 2
+    assert cluster.lines("defaults") == ["spark.authenticate true", "spark.authenticate.secret x y"]
+    assert not Path(folder).exists()
+
+
+def test_spark_says_why_its_cluster_did_not_start(cluster):
+    reason = "java.net.BindException: Address already in use"
+    assert cluster.run("launch/spark.sh", FAKE_TAKEN="1") == (1, f"spark.sh: Spark's master did not start: {reason}\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("WORKERS", "0", "a whole number of at least 1; leave it unset for 2"),
+        ("MEMORY", "2", "a number with m or g; for example MEMORY=2g"),
+    ],
+)
+def test_spark_refuses_a_wrong_value_by_name_with_rule_and_remedy(cluster, name, value, rule):
+    assert cluster.run("launch/spark.sh", **{name: value}) == (64, f"spark.sh: {name} ({value}) must be {rule}\n")
+
+
+@pytest.fixture
+def prepare_job(cluster):
+    cluster.put("scontrol", text=STAND_INS["scontrol"].replace("node7\\nnode8", "localhost\\nnode8"))
+    cluster.put(
+        "srun",
+        text="""
+printf '%s\\0' "$@" >"$RECORD/srun"
+trap 'echo USR1 >>"$RECORD/signals"; kill $listener; exit' USR1
+"$REAL" -c "
+import socket, time
+server = socket.create_server(('localhost', $PORT))
+time.sleep(60)" &
+listener=$!
+wait
+""",
+    )
+    cluster.env |= JOB | {"SLURM_SUBMIT_DIR": str(cluster.project)}
+    return lambda *arguments, **env: cluster.run("slurm/prepare.sbatch", *arguments, **env)
+
+
+def test_the_preparation_job_runs_on_a_cluster_with_a_secret_and_ends_it(cluster, prepare_job):
+    job = os.getpid()  # its port is real here
+    master = f"spark://localhost:{15000 + job % 15000}"
+    assert prepare_job("source=a b", "root=x", SLURM_JOB_ID=str(job)) == (0, "")
+    srun = (cluster.record / "srun").read_text().split("\0")
+    assert {"--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=6", master} <= set(srun)
+    settings = ["engine=spark", f"engine.master={master}", "+engine.conf.spark.executor.memory=2g"]
+    assert cluster.argv == ["-m", "alexnet_ddp.prepare", *settings, "source=a b", "root=x"]
+    assert cluster.lines("signals") == ["USR1"]
+    secret = cluster.child_env["SPARK_SECRET"]
+    assert len(secret) == 32
+    assert cluster.lines("defaults") == ["spark.authenticate true", f"spark.authenticate.secret {secret}"]
+    assert not Path(cluster.child_env["SPARK_CONF_DIR"]).exists()
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(75, ["requeue 31007"]), (65, []), (0, [])])
+def test_the_preparation_job_is_requeued_when_it_was_stopped(cluster, prepare_job, code, requeued):
+    assert prepare_job("source=a", "engine=local", FAKE_EXIT=str(code))[0] == code
+    assert cluster.argv == ["-m", "alexnet_ddp.prepare", "engine.workers=6", "source=a", "engine=local"]
+    assert not (cluster.record / "srun").exists()
+    assert cluster.lines("scontrol") == requeued
+
+
+def test_the_preparation_job_refuses_a_folder_that_is_not_the_project(prepare_job):
+    rule = "PROJECT_DIR (/nowhere) must be the project's folder, with launch/spark.sh in it"
+    remedy = "call sbatch there, or PROJECT_DIR=/path/to/project sbatch ..."
+    assert prepare_job(PROJECT_DIR="/nowhere") == (64, f"prepare.sbatch: {rule}; {remedy}\n")

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from alexnet_ddp.config import BasicAugmentConfig, FolderConfig, OnBadImage, SyntheticConfig
-from alexnet_ddp.data import build_loader, open_data
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.decode import centre_into, crop_into, size_of
 from alexnet_ddp.data.effects import Effects
 from alexnet_ddp.data.index import index_folder
-from alexnet_ddp.data.loader import Loader
+from alexnet_ddp.data.loader import Loader, build_loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler, Work, evaluation_work
+from alexnet_ddp.data.sets import open_data
 from alexnet_ddp.errors import DataError
 from tests.conftest import make_folder
 
@@ -43,7 +43,7 @@ def loading(fill, num_threads=2, colour=None, device=CPU):
         return Effects(colour=copy(colour(epoch, indices)))
 
     augment = SimpleNamespace(mixes=False, effects=effects) if colour else None
-    loader = Loader(fill, LABELS, augment, SIZE, num_threads, device)
+    loader = Loader(fill, LABELS, augment, lambda epoch: SIZE, num_threads, device)
     try:
         yield loader
     finally:
@@ -178,7 +178,7 @@ def test_the_images_of_a_batch_are_shared_out_to_the_threads():
         return paint(slots, indices, epoch)
 
     with loading(fill, num_threads=3) as loader:
-        (batch,) = loader.batches(works(24))
+        (batch,) = loader.batches(works(48))
         assert_shows(batch, batch.work)
     assert len(names) == 3
 
@@ -463,7 +463,7 @@ def test_where_images_are_mixed_the_one_before_them_comes_last_and_partners_are_
         ([2], [], []),
         ([], [], []),
     ]
-    loader = Loader(fill, LABELS, augment, SIZE, 2, CPU)
+    loader = Loader(fill, LABELS, augment, lambda epoch: SIZE, 2, CPU)
     for batch, (decoded, own, partners) in zip(loader.batches(plan), expected, strict=True):
         assert batch.images[:, 0, 0, 0].tolist() == decoded
         assert batch.indices.tolist() == own

@@ -11,11 +11,11 @@ from torchvision.transforms import v2
 
 from alexnet_ddp import rng
 from alexnet_ddp.config import BasicAugmentConfig, FolderConfig, Policy
-from alexnet_ddp.data import build_loader, open_data
 from alexnet_ddp.data.augment import build_augment
-from alexnet_ddp.data.loader import Loader
+from alexnet_ddp.data.loader import Loader, build_loader
 from alexnet_ddp.data.policy import NUM_BINS, OPERATIONS, draw_operations, magnitude, operate
 from alexnet_ddp.data.sampler import GlobalBatchSampler
+from alexnet_ddp.data.sets import open_data
 
 THEIRS = {Policy.randaugment: v2.RandAugment, Policy.trivialaugment: v2.TrivialAugmentWide}
 SIGNED = OPERATIONS[1:10]
@@ -147,7 +147,7 @@ def test_the_kernels_of_a_policy_run_on_one_thread_and_leave_the_others_theirs()
         seen.add(torch.get_num_threads())
         return []
 
-    loader = Loader(fill, np.zeros(103, np.int32), None, 4, 2, torch.device("cpu"))
+    loader = Loader(fill, np.zeros(103, np.int32), None, lambda epoch: 4, 2, torch.device("cpu"))
     assert len(list(loader.batches(GlobalBatchSampler(103, 50, seed=0).work(range(3), 0, 1, None)))) == 3
     loader.close()
     assert seen == {1}

@@ -5,8 +5,16 @@ from itertools import product
 import numpy as np
 import pytest
 
+from alexnet_ddp import rng
 from alexnet_ddp.config import ConfigError
-from alexnet_ddp.data.sampler import GlobalBatchSampler, evaluation_work, index_hash, largest_slice, rank_slice
+from alexnet_ddp.data.sampler import (
+    GlobalBatchSampler,
+    Windows,
+    evaluation_work,
+    index_hash,
+    largest_slice,
+    rank_slice,
+)
 
 N = 1_003
 BATCHES = (7, 64)
@@ -170,3 +178,82 @@ def test_the_hash_of_a_batch_names_its_images_in_order():
 def test_the_first_batches_of_seed_zero_are_pinned():
     assert GlobalBatchSampler(N, 5, seed=0).batch(0).tolist() == [984, 293, 114, 745, 757]
     assert index_hash(GlobalBatchSampler(1_281_167, 256, seed=0).batch(0)) == "b8ea870c9bf16b79"
+
+
+# --- windows of shards ------------------------------------------------------------------------------------------
+
+
+def packed(n: int, num_shards: int) -> np.ndarray:
+    """The shard of each image, as a preparation deals them: at random, balanced to within one."""
+    shards = np.empty(n, np.uint32)
+    for k, part in enumerate(np.array_split(rng.permutation(99, n), num_shards)):
+        shards[part] = k
+    return shards
+
+
+def windowed(batch: int = 64, num_shards: int = 20, size: int = 3, seed: int = 5) -> GlobalBatchSampler:
+    return GlobalBatchSampler(N, batch, seed, windows=Windows(packed(N, num_shards), size))
+
+
+def epoch_of(sampler: GlobalBatchSampler, epoch: int) -> np.ndarray:
+    steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
+    return np.concatenate([sampler.batch(step) for step in steps])
+
+
+def test_by_windows_every_image_comes_once_and_few_shards_are_read_at_a_time():
+    sampler, shards = windowed(), packed(N, 20)
+    orders = [epoch_of(sampler, epoch) for epoch in (0, 1)]
+    seen = []
+    for order in orders:
+        assert np.array_equal(np.sort(order), np.arange(N))
+        runs = np.split(shards[order], np.cumsum([len(shards[np.isin(shards, w)]) for w in windows_of(shards[order])]))
+        assert [len(np.unique(run)) for run in runs if len(run)] == [3] * 6 + [2]
+        seen.append(windows_of(shards[order]))
+    assert seen[0] != seen[1]  # other shards together in another epoch
+    assert not np.array_equal(*orders)
+
+
+def windows_of(shards: np.ndarray) -> list[tuple[int, ...]]:
+    """The shards of each window of three, in the order of an epoch."""
+    found: list[tuple[int, ...]] = []
+    rest = shards
+    while len(rest):
+        first = list(dict.fromkeys(rest.tolist()))[:3]
+        found.append(tuple(sorted(first)))
+        rest = rest[np.isin(rest, first).sum() :]
+    return found
+
+
+def test_windows_are_a_function_of_seed_epoch_and_shards_alone():
+    assert np.array_equal(epoch_of(windowed(), 1), epoch_of(windowed(batch=7), 1))
+    for other in (windowed(seed=6), windowed(num_shards=19), windowed(size=4)):
+        assert not np.array_equal(epoch_of(windowed(), 0), epoch_of(other, 0))
+    whole = windowed(size=20)
+    assert np.array_equal(epoch_of(whole, 0), epoch_of(GlobalBatchSampler(N, 64, 5), 0))  # one window: the full shuffle
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_windows_are_exact_from_any_step_and_on_any_number_of_ranks(world_size):
+    whole, end = windowed(), 2 * windowed().steps_per_epoch
+    for start in (0, 5, whole.steps_per_epoch - 1):
+        found = [works(windowed(), range(start, end), rank, world_size) for rank in range(world_size)]
+        for step, parts in zip(range(start, end), zip(*found)):
+            assert [i for _, _, indices, _ in parts for i in indices] == whole.batch(step).tolist()
+
+
+def test_the_mix_of_classes_in_a_batch_of_windows_is_that_of_the_full_shuffle():
+    n, classes, batch = 200_000, 1_000, 256
+    labels, shards = np.arange(n) % classes, packed(n, 160)
+    full = GlobalBatchSampler(n, batch, 0)
+    few = GlobalBatchSampler(n, batch, 0, windows=Windows(shards, 4))
+    mixes = [
+        np.mean([len(np.unique(labels[sampler.batch(step)])) for step in range(sampler.steps_per_epoch)])
+        for sampler in (full, few)
+    ]
+    assert mixes[1] == pytest.approx(mixes[0], rel=0.01)
+
+
+def test_the_fingerprint_of_windows_says_which_shards_and_how_many_at_a_time():
+    one = Windows(packed(N, 20), 3).fingerprint()
+    assert one == Windows(packed(N, 20).astype(np.int64), 3).fingerprint()
+    assert one not in (Windows(packed(N, 20), 4).fingerprint(), Windows(packed(N, 19), 3).fingerprint())

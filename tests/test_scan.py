@@ -12,6 +12,7 @@ import pytest
 
 from alexnet_ddp.data import scan
 from alexnet_ddp.data.index import index_folder
+from alexnet_ddp.data.tars import Member, tar_members
 from alexnet_ddp.errors import DataError
 from tests.archives import lay_out, names, small
 
@@ -78,10 +79,10 @@ def test_many_may_build_the_cache_at_once(tmp_path, cache):
     assert [f.suffix for f in cache.iterdir()] == [".npz"]
 
 
-def members(data: bytes, tmp_path: Path) -> list[scan.Member]:
+def members(data: bytes, tmp_path: Path) -> list[Member]:
     with io.FileIO(tmp_path / "x.tar", "w+") as file:
         file.write(data)
-        return list(scan.tar_members(file.fileno(), Path(file.name), 0, len(data)))
+        return list(tar_members(file.fileno(), Path(file.name), 0, len(data)))
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -112,7 +113,7 @@ def test_large_sizes_in_gnu_and_pax_headers_are_understood(tmp_path):
         path.write_bytes(member.tobuf(tar_format))
         os.truncate(path, end + 1024)
         with open(path, "rb") as file:
-            (found,) = scan.tar_members(file.fileno(), path, 0, end + 1024)
+            (found,) = tar_members(file.fileno(), path, 0, end + 1024)
         assert (found.size, found.offset + found.size) == (member.size, end)
 
 

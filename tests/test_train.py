@@ -321,3 +321,37 @@ def test_compile_changes_speed_and_not_the_losses(image_folder, tmp_path):
         [r["train/loss"] for r in rows(tmp_path / f"runs/{n}", "train/loss")] for n in ("eager", "compiled")
     )
     assert eager == pytest.approx(compiled, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_windows_of_shards_and_growing_images_resume_bit_equal_and_on_other_ranks(tmp_path):
+    make_folder(tmp_path / "images", 205, 21)
+    packed = run("prepare", "source=images", "root=shards", "num_shards=5", "engine.workers=1", cwd=tmp_path)
+    assert packed.returncode == 0, packed.stdout
+    overrides = [
+        *("data=shards", f"data.root={tmp_path}/shards", "data.shuffle=window", "data.window_shards=2"),
+        *("data.image_size=96", "data.start_image_size=32", "data.grow_epochs=2", "trainer.epochs=3"),
+        *(
+            "model=alexnet_small",
+            "trainer.log_every_steps=1",
+            "logger.tensorboard=false",
+            "trainer.global_batch_size=8",
+        ),
+        *(f"run.root={tmp_path}/runs", "scheduler.warmup_epochs=0", "optimizer.lr=0.01"),
+    ]
+    calm, hit, wide = (tmp_path / "runs" / name for name in ("calm", "hit", "wide"))
+    done = run("train", *overrides, "run.name=calm", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert start_and_hit(signal.SIGTERM, [*overrides, "run.name=hit"], hit, 33) == 75  # in the epoch of 64 pixels
+    done = run("train", *overrides, "run.name=hit", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert sha_of_newest(hit) == sha_of_newest(calm)
+    done = run("train", *overrides, "run.name=wide", "trainer.max_steps=40", ranks=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    one, two = rows(calm, "train/loss")[:40], rows(wide, "train/loss")
+    assert [row["data/index_hash"] for row in one] == [row["data/index_hash"] for row in two]
+    first = [row["train/loss"] for row in one[:2]]  # rounding grows fast with so small a batch
+    assert first == pytest.approx([row["train/loss"] for row in two[:2]], rel=1e-5)
+    other = run("train", *overrides, "run.name=hit", "data.window_shards=3", cwd=tmp_path)
+    assert other.returncode == 64, other.stdout
+    assert "data.windows=" in other.stdout

@@ -12,14 +12,18 @@ _FREE_SECTIONS = {"run", "device", "checkpoint", "resume", "logger", "parallel"}
 _FREE = {
     *("data.root", "data.num_threads", "data.on_bad_image", "data.limit_train", "data.limit_val", "model.weights"),
     *("data.num_train", "data.num_val", "data.num_classes"),  # the fingerprint covers them
+    *("data.shuffle", "data.window_shards", "data.cache_dir", "data.cache_gb"),  # `windows` covers them
     *("trainer.epochs", "trainer.max_steps", "trainer.micro_batch_size", "trainer.eval_batch_size", "trainer.compile"),
     *("trainer.tf32", "trainer.log_every_steps", "trainer.eval_every_epochs"),
 }
 
 
-def identity(cfg: Config, fingerprint: str) -> dict[str, object]:
-    """Flat, JSON: every knob that decides an update, and the fingerprint of the training images."""
-    flat: dict[str, object] = {"data": fingerprint}
+def identity(cfg: Config, fingerprint: str, windows: str | None = None) -> dict[str, object]:
+    """Flat, JSON: every knob that decides an update, and the fingerprints of the training images and of their windows.
+
+    The same images as folders, archives or shards are the same; windows are not, for they follow the shards.
+    """
+    flat: dict[str, object] = {"data": fingerprint} | ({"data.windows": windows} if windows else {})
     for section, values in asdict(cfg).items():
         if section not in _FREE_SECTIONS:
             flat |= {f"{section}.{k}": v for k, v in values.items()} if isinstance(values, dict) else {section: values}

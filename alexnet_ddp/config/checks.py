@@ -5,6 +5,8 @@ from typing import Any
 
 from alexnet_ddp.errors import ConfigError
 
+MISSING: Any = "???"  # OmegaConf's mark of a value that has to be given
+
 
 def require(holds: bool, message: str) -> None:
     if not holds:

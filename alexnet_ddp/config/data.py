@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from omegaconf import MISSING
-
-from alexnet_ddp.config.checks import positive, require, within
+from alexnet_ddp.config.checks import MISSING, positive, require, within
 
 OnBadImage = StrEnum("OnBadImage", {name: name for name in ("raise", "skip")})  # `raise` is a Python keyword
 
@@ -21,6 +19,8 @@ class DataConfig:
     """Where images come from, and what size the network sees."""
 
     image_size: int = 224  # pixels, height = width
+    start_image_size: int | None = None  # training images grow from this size to image_size; null: they do not grow
+    grow_epochs: int | None = None  # with start_image_size: the epoch (from 0) that is the first at image_size
     eval_resize: int | None = None  # pixels of the shorter side before the centre crop; null: image_size * 256 / 224
     num_threads: int | None = None  # that decode, a rank; null: this rank's share of the cores
     on_bad_image: OnBadImage = OnBadImage["raise"]  # raise: exit 65 with its path; skip: a smaller batch and a warning
@@ -33,6 +33,19 @@ class DataConfig:
             self.eval_resize = round(self.image_size * 256 / 224)
         rule = f"must be at least data.image_size ({self.image_size})"
         require(self.eval_resize >= self.image_size, f"data.eval_resize ({self.eval_resize}) {rule}")
+        positive("data", self, "start_image_size", "grow_epochs")
+        start, together = self.start_image_size, (self.start_image_size is None) == (self.grow_epochs is None)
+        rule = "belong together: from which size, and until which epoch; give both or none"
+        require(together, f"data.start_image_size ({start}) and data.grow_epochs ({self.grow_epochs}) {rule}")
+        rule = f"must be less than data.image_size ({self.image_size}), to grow to it"
+        require(start is None or start < self.image_size, f"data.start_image_size ({start}) {rule}")
+
+    def train_image_size(self, epoch: int) -> int:
+        """Pixels: linear in the epoch, in multiples of 32 (what fast kernels like), up to image_size itself."""
+        if self.start_image_size is None or epoch >= self.grow_epochs:
+            return self.image_size
+        grown = (self.image_size - self.start_image_size) * epoch / self.grow_epochs
+        return self.start_image_size + int(grown) // 32 * 32
 
 
 @dataclass(kw_only=True)
@@ -43,6 +56,24 @@ class FolderConfig(DataConfig):
 @dataclass(kw_only=True)
 class ImageNetConfig(DataConfig):
     root: str = MISSING  # holds the ILSVRC2012 archives as distributed, or the extracted train/ and val/
+
+
+class Shuffle(StrEnum):
+    full = "full"  # a permutation of all images
+    window = "window"  # of the shards, and of the images of a few shards at a time
+
+
+@dataclass(kw_only=True)
+class ShardsConfig(DataConfig):
+    root: str = MISSING  # holds what `python -m alexnet_ddp.prepare` made: a directory or an fsspec URL
+    shuffle: Shuffle = Shuffle.full
+    window_shards: int = 16  # shuffle=window: how many shards are open at a time
+    cache_dir: str | None = None  # for a URL: a folder of the node, for whole shards
+    cache_gb: float | None = None  # 10^9 bytes; what was used least recently gives way; null: no limit
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("data", self, "window_shards", "cache_gb")
 
 
 @dataclass(kw_only=True)

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-from omegaconf import MISSING
-
-from alexnet_ddp.config.checks import positive, require, within
+from alexnet_ddp.config.checks import MISSING, positive, require, within
 
 
 @dataclass(kw_only=True)

@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from omegaconf import MISSING
-
-from alexnet_ddp.config.checks import positive, require
+from alexnet_ddp.config.checks import MISSING, positive, require
 
 
 class Device(StrEnum):

@@ -6,9 +6,9 @@ operations, both in the loader's threads; effects.py the rest, on the device.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from alexnet_ddp import rng
 from alexnet_ddp.config import (
@@ -18,8 +18,12 @@ from alexnet_ddp.config import (
     NoAugmentConfig,
     RandomAugmentConfig,
 )
-from alexnet_ddp.data.effects import Effects, Mixing, Partners, draw_erased, draw_jitter, draw_mixing
 from alexnet_ddp.data.policy import Operation, draw_operations
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from alexnet_ddp.data.effects import Effects, Partners
 
 _ATTEMPTS = 10  # of RandomResizedCrop, before it falls back to a centre crop
 
@@ -47,6 +51,7 @@ class Augment:
     seed: int
     image_size: int
     eval_resize: int
+    colour_basis: tuple[np.ndarray, np.ndarray] | None = None  # eigenvalues, eigenvectors as columns; None: ImageNet's
 
     def views(self, epoch: int, indices: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> Views:
         """The views of images `indices` (int64 [n]), whose sizes are given in pixels, in `epoch`."""
@@ -65,7 +70,8 @@ class Augment:
         if not sigma:
             return None
         alpha = sigma * rng.normals(rng.fold(self.seed, rng.COLOUR, epoch), indices, 3)
-        return (alpha * _EIGENVALUES @ _EIGENVECTORS.T).astype(np.float32)
+        values, vectors = self.colour_basis or (_EIGENVALUES, _EIGENVECTORS)
+        return (alpha * values @ vectors.T).astype(np.float32)
 
     def operations(self, epoch: int, indices: np.ndarray, size: int) -> list[list[Operation]]:
         """What the policy does to each image, once it is `size` pixels wide and high."""
@@ -81,10 +87,12 @@ class Augment:
         epoch: int,
         indices: np.ndarray,
         size: int,
-        partners: Partners | None,
-        copy: Callable[[np.ndarray], Tensor],
-    ) -> Effects:
+        partners: "Partners | None",
+        copy: Callable[[np.ndarray], "Tensor"],
+    ) -> "Effects":
         """Of the images `indices`, int64 [m], the first n of which are mixed with `partners`. copy: to the device."""
+        from alexnet_ddp.data.effects import Effects, Mixing, draw_erased, draw_jitter, draw_mixing  # needs torch
+
         jitter, erase, mix = (rng.fold(self.seed, use, epoch) for use in (rng.JITTER, rng.ERASE, rng.MIX))
         colour, mixing = self.colour(epoch, indices), None
         if partners is not None:
@@ -106,9 +114,15 @@ class Augment:
         return left, top, side, side
 
 
-def build_augment(cfg: AugmentConfig, seed: int, image_size: int, eval_resize: int) -> Augment | None:
-    """None: images are seen as the evaluation sees them."""
-    return None if isinstance(cfg, NoAugmentConfig) else Augment(cfg, seed, image_size, eval_resize)
+def build_augment(
+    cfg: AugmentConfig,
+    seed: int,
+    image_size: int,
+    eval_resize: int,
+    colour_basis: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Augment | None:
+    """None: images are seen as the evaluation sees them. colour_basis: the principal axes of the data set's colours."""
+    return None if isinstance(cfg, NoAugmentConfig) else Augment(cfg, seed, image_size, eval_resize, colour_basis)
 
 
 def random_resized_boxes(

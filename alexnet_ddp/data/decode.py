@@ -13,6 +13,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from alexnet_ddp.data import restarts
+
 _MAX_SIDE, _MAX_PIXELS = 20_000, 100_000_000
 
 _thread = threading.local()
@@ -35,10 +37,17 @@ def size_of(data: bytes) -> tuple[int, int]:
 
 def crop_into(slot: np.ndarray, data: bytes, box: tuple[int, int, int, int], flip: bool) -> None:
     """Decode, cut out `box` (left, top, width, height), resize it to `slot` (uint8 [size, size, 3]), perhaps flip."""
-    size = slot.shape[0]
-    image, scale = _decode_reduced(data, box, size)
+    part = _cut(data, box)
+    if part is not None:
+        data, box = part.data, (box[0] - part.left, box[1] - part.top, *box[2:])
+    image, scale = _decode_reduced(data, box, slot.shape[0])
     left, top, width, height = (round(value * scale) for value in box)
-    crop = image[top : top + max(1, height), left : left + max(1, width)]
+    resize_into(slot, image[top : top + max(1, height), left : left + max(1, width)], flip)
+
+
+def resize_into(slot: np.ndarray, crop: np.ndarray, flip: bool) -> None:
+    """Resize `crop`, uint8 [height, width, 3], to `slot`, perhaps flip."""
+    size = slot.shape[0]
     shrinks = min(crop.shape[:2]) >= 2 * size  # INTER_LINEAR would skip pixels; between 1 and 2 it does not
     cv2.resize(crop, (size, size), dst=slot, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     if flip:
@@ -81,6 +90,13 @@ def _decode_reduced(data: bytes, box: tuple[int, int, int, int], size: int) -> t
         return image, eighths / 8
     except ValueError:  # Pillow reads more kinds, and says better what is wrong with the rest
         return np.asarray(_to_rgb(_open(data))), 1.0
+
+
+def _cut(data: bytes, box: tuple[int, int, int, int]) -> restarts.Cut | None:
+    try:
+        return restarts.cut(data, box)
+    except ValueError as error:
+        raise BadImage(f"damaged: {error}") from error
 
 
 def _scratch(size: int) -> bytearray:

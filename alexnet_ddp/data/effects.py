@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.special import betaincinv
 from torch import Tensor
 
 from alexnet_ddp import rng
@@ -89,6 +88,8 @@ def draw_mixing(
     and a centre anywhere, cut off at the edges; share is what is left of the image itself. With both, each is drawn for
     half of the images.
     """
+    from scipy.special import betaincinv  # slow to import
+
     u = rng.uniforms(key, indices, 4)
     is_cut = u[:, 0] < bool(cfg.cutmix_alpha) / (bool(cfg.cutmix_alpha) + bool(cfg.mixup_alpha))
     alpha = np.where(is_cut, cfg.cutmix_alpha, cfg.mixup_alpha)

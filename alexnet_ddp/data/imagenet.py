@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from alexnet_ddp.data import scan
-from alexnet_ddp.data.index import ArchiveStore, SampleIndex, check_same_classes, class_difference, index_folder
+from alexnet_ddp.data.index import SampleIndex, check_same_classes, class_difference, index_folder
+from alexnet_ddp.data.tars import ArchiveStore, Member, tar_members
 from alexnet_ddp.errors import DataError
 
 TRAIN = "ILSVRC2012_img_train.tar"  # a tar of one tar for each class: n01440764.tar, ...
@@ -49,14 +50,26 @@ def open_imagenet(root: Path) -> tuple[SampleIndex, SampleIndex, list[str]]:
     root = Path(os.path.abspath(root))
     _check_pieces(root)
     devkit = read_devkit(root / DEVKIT) if (root / DEVKIT).is_file() else None
-    train = _train_archive(root / TRAIN) if (root / TRAIN).is_file() else index_folder(root, "train")
-    if devkit and (root / VAL).is_file():
-        val = _val_archive(root / VAL, devkit, train.classes)
-    else:
-        val = index_folder(root, "val")
+    train = _train_archive(root / TRAIN)[0] if (root / TRAIN).is_file() else index_folder(root, "train")
+    val = _val_archive(root / VAL, devkit, train.classes)[0] if devkit and (root / VAL).is_file() else None
+    val = val or index_folder(root, "val")
     check_same_classes(train, val)
     words = devkit.words if devkit else {}
     return train, val, [words.get(wnid, wnid) for wnid in train.classes]
+
+
+def open_archive(root: Path, split: str) -> tuple[SampleIndex, list[str], list[str]]:
+    """(images, their file names, names of the classes for humans) of one split, to be packed. Raises DataError.
+
+    The last image of a class may be cut short: it is listed with the bytes there are.
+    """
+    devkit = read_devkit(root / DEVKIT) if split == "val" or (root / DEVKIT).is_file() else None
+    if split == "train":
+        index, names = _train_archive(root / TRAIN, may_be_cut=True)
+    else:
+        index, names = _val_archive(root / VAL, devkit, sorted(devkit.words), may_be_cut=True)
+    words = devkit.words if devkit else {}
+    return index, names, [words.get(wnid, wnid) for wnid in index.classes]
 
 
 def _check_pieces(root: Path) -> None:
@@ -115,9 +128,9 @@ def _opened(path: Path, stamps: scan.Stamps) -> Iterator[tuple[int, int]]:
         os.close(fd)
 
 
-def _images(members: Iterable[scan.Member], ignored: scan.Ignored, where: str) -> list[scan.Member]:
+def _images(members: Iterable[Member], ignored: scan.Ignored, where: str) -> list[Member]:
     """The visible images among `members`, with plain file names, sorted by them."""
-    plain = (scan.Member(m.name.rsplit("/", 1)[-1], m.offset, m.size) for m in members)
+    plain = (Member(m.name.rsplit("/", 1)[-1], m.offset, m.size) for m in members)
     images = sorted(m for m in plain if ignored.accepts(m.name, where))
     for one, other in pairwise(images):
         if one.name == other.name:
@@ -125,24 +138,25 @@ def _images(members: Iterable[scan.Member], ignored: scan.Ignored, where: str) -
     return images
 
 
-def _places(images: list[scan.Member]) -> scan.Arrays:
+def _places(images: list[Member]) -> scan.Arrays:
     return {
         "offsets": np.array([m.offset for m in images], np.int64),
         "sizes": np.array([m.size for m in images], np.int64),
     }
 
 
-def _train_archive(path: Path) -> SampleIndex:
-    found = scan.cached("train", path, lambda stamps: _scan_train(path, stamps))
+def _train_archive(path: Path, may_be_cut: bool = False) -> tuple[SampleIndex, list[str]]:
+    """(images, their file names where the last may be cut)"""
+    found = scan.cached("train" + "-cut" * may_be_cut, path, lambda stamps: _scan_train(path, stamps, may_be_cut))
     scan.report(found)
     store = ArchiveStore(str(path), found["offsets"], found["sizes"])
-    return SampleIndex(scan.from_json(found["classes"]), found["labels"], store)
+    return SampleIndex(scan.from_json(found["classes"]), found["labels"], store), scan.from_json(found["names"])
 
 
-def _scan_train(path: Path, stamps: scan.Stamps) -> scan.Arrays:
-    ignored, places, counts = scan.Ignored(), [], []
+def _scan_train(path: Path, stamps: scan.Stamps, may_be_cut: bool) -> scan.Arrays:
+    ignored, places, counts, names = scan.Ignored(), [], [], []
     with _opened(path, stamps) as (fd, size), ThreadPoolExecutor(_THREADS) as pool:
-        files = {m: m.name.rsplit("/", 1)[-1] for m in scan.tar_members(fd, path, 0, size)}
+        files = {m: m.name.rsplit("/", 1)[-1] for m in tar_members(fd, path, 0, size)}
         tars = [m for m, name in files.items() if ignored.accepts(name, str(path), (".tar",))]
         tars.sort(key=lambda m: Path(m.name).stem)
         classes = [Path(m.name).stem for m in tars]
@@ -150,35 +164,43 @@ def _scan_train(path: Path, stamps: scan.Stamps) -> scan.Arrays:
             got = scan.listed(classes) or "none"
             raise DataError(f"{path} must hold one .tar for each class, got {got}; copy it again from its source")
 
-        def look(tar: scan.Member) -> tuple[scan.Arrays, scan.Ignored]:
+        def look(tar: Member) -> tuple[list[Member], scan.Ignored]:
             mine = scan.Ignored()
-            inside = scan.tar_members(fd, path, tar.offset, tar.offset + tar.size)
-            return _places(_images(inside, mine, f"{path}:{tar.name}")), mine
+            inside = tar_members(fd, path, tar.offset, tar.offset + tar.size, may_be_cut)
+            return _images(inside, mine, f"{path}:{tar.name}"), mine
 
-        for place, left_out in scan.watched(pool.map(look, tars), len(tars), f"indexing {path.name}"):
-            places.append(place)
-            counts.append(len(place["sizes"]))
+        for images, left_out in scan.watched(pool.map(look, tars), len(tars), f"indexing {path.name}"):
+            places.append(_places(images))
+            counts.append(len(images))
+            names += [image.name for image in images] if may_be_cut else []  # a start of training does without them
             ignored.merge(left_out)
     if 0 in counts:
         raise DataError(f"{path} holds no images of {classes[counts.index(0)]}; copy it again from its source")
     joined = {name: np.concatenate([place[name] for place in places]) for name in ("offsets", "sizes")}
     labels = np.repeat(np.arange(len(tars), dtype=np.int32), counts)
-    return joined | {"labels": labels, "classes": scan.to_json(classes), "notes": scan.to_json(ignored.notes())}
+    lists = {"classes": classes, "names": names, "notes": ignored.notes()}
+    return joined | {"labels": labels} | {key: scan.to_json(value) for key, value in lists.items()}
 
 
-def _val_archive(path: Path, devkit: Devkit, classes: list[str]) -> SampleIndex:
-    found = scan.cached("val", path, lambda stamps: _scan_val(path, len(devkit.truth), stamps))
+def _val_archive(
+    path: Path, devkit: Devkit, classes: list[str], may_be_cut: bool = False
+) -> tuple[SampleIndex, list[str]]:
+    """(images, their file names where the last may be cut)"""
+    what = "val" + "-cut" * may_be_cut
+    found = scan.cached(what, path, lambda stamps: _scan_val(path, len(devkit.truth), stamps, may_be_cut))
     scan.report(found)
     labels = _val_labels(path, found["numbers"], devkit, classes)
     order = np.lexsort((found["numbers"], labels))  # numbers have eight digits: their order is the names'
     store = ArchiveStore(str(path), found["offsets"], found["sizes"])
-    return SampleIndex(classes, labels[order], store.take(order))
+    numbers = found["numbers"][order].tolist() if may_be_cut else []
+    names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in numbers]
+    return SampleIndex(classes, labels[order], store.take(order)), names
 
 
-def _scan_val(path: Path, expected: int, stamps: scan.Stamps) -> scan.Arrays:
+def _scan_val(path: Path, expected: int, stamps: scan.Stamps, may_be_cut: bool) -> scan.Arrays:
     ignored = scan.Ignored()
     with _opened(path, stamps) as (fd, size):
-        members = scan.tar_members(fd, path, 0, size)
+        members = tar_members(fd, path, 0, size, may_be_cut)
         images = _images(scan.watched(members, expected, f"indexing {path.name}"), ignored, str(path))
     numbers = [_VAL_NAME.fullmatch(m.name) for m in images]
     if None in numbers:

@@ -7,9 +7,9 @@ the same data set, and a position in it means the same image on every rank and a
 import hashlib
 import json
 import os
-import weakref
 from array import array
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from alexnet_ddp import rng
 from alexnet_ddp.data import scan
+from alexnet_ddp.data.tars import ArchiveStore
 from alexnet_ddp.errors import DataError
 
 
@@ -56,59 +57,6 @@ class FileStore:
 
 
 @dataclass(frozen=True, eq=False)
-class ArchiveStore:
-    """Images that are members of one tar archive, or of tar archives inside it, read in place.
-
-    The file is opened when the first image is read and stays open; pread has no position to share, so threads and
-    forked processes may read at once. Pickles without the open file.
-    """
-
-    path: str
-    offsets: np.ndarray  # int64 [N]: of each image's first byte
-    sizes: np.ndarray  # int64 [N], in bytes
-
-    @property
-    def nbytes(self) -> int:
-        return self.offsets.nbytes + self.sizes.nbytes
-
-    def take(self, positions: np.ndarray) -> "ArchiveStore":
-        return ArchiveStore(self.path, self.offsets[positions], self.sizes[positions])
-
-    def read(self, i: int) -> bytes:
-        return self._pread(int(self.offsets[i]), int(self.sizes[i]))
-
-    def name(self, i: int) -> str:
-        """archive:member, by the tar header before the image; where that is gone, archive:offset."""
-        try:
-            return f"{self.path}:{scan.header_name(self._pread(int(self.offsets[i]) - 512, 512))}"
-        except OSError:
-            return f"{self.path}:{self.offsets[i]}"
-
-    def _pread(self, offset: int, size: int) -> bytes:
-        data = os.pread(self._descriptor(), size, offset)
-        while len(data) < size:
-            more = os.pread(self._descriptor(), size - len(data), offset + len(data))
-            if not more:
-                raise OSError(f"the archive ends at byte {offset + len(data):,}, inside the image")
-            data += more
-        return data
-
-    def _descriptor(self) -> int:
-        fd = self.__dict__.get("_fd")
-        if fd is None:
-            mine = os.open(self.path, os.O_RDONLY)
-            fd = self.__dict__.setdefault("_fd", mine)  # one thread wins
-            if fd == mine:
-                weakref.finalize(self, os.close, fd)
-            else:
-                os.close(mine)
-        return fd
-
-    def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "_fd"}
-
-
-@dataclass(frozen=True, eq=False)
 class SampleIndex:
     """N images of C classes, sorted by (class, file name): what there is, never what is in it."""
 
@@ -131,6 +79,11 @@ class SampleIndex:
             why = error.strerror or error
             raise DataError(f"{self.name(i)} cannot be read ({why}); put it back, or start again without it") from error
 
+    def will_need(self, indices: np.ndarray) -> None:
+        """A hint that these images are read soon. Costs a microsecond an image; errors show when they are read."""
+        with suppress(OSError):
+            getattr(self.store, "will_need", _nothing)(indices)
+
     def name(self, i: int) -> str:
         """A path, or archive:member, for messages."""
         return self.store.name(i)
@@ -147,6 +100,10 @@ class SampleIndex:
         digest = hashlib.sha256(json.dumps([len(self), self.classes]).encode())
         digest.update(self.labels.astype("<i4").tobytes())
         return digest.hexdigest()
+
+
+def _nothing(indices: np.ndarray) -> None:
+    pass
 
 
 def index_folder(root: Path, split: str) -> SampleIndex:

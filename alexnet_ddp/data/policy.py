@@ -7,13 +7,15 @@ are their operations, by torchvision's own kernels on uint8, and their magnitude
 import math
 from collections.abc import Callable
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from alexnet_ddp import rng
 from alexnet_ddp.config import Policy, RandomAugmentConfig
+
+if TYPE_CHECKING:  # torch and torchvision take seconds to import, and only a policy needs them here
+    from torch import Tensor
 
 _GEOMETRY = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 _COLOUR = ("Brightness", "Color", "Contrast", "Sharpness")
@@ -58,6 +60,8 @@ def magnitude(policy: Policy, name: str, bin_: int, sign: int, size: int) -> flo
 def operate(slot: np.ndarray, operations: list[Operation]) -> None:
     """Apply `operations` to slot, uint8 [size, size, 3], in place."""
     if operations:
+        import torch
+
         image = torch.from_numpy(slot).permute(2, 0, 1)
         for name, amount in operations:
             image = _kernels()[name](image, amount)
@@ -66,16 +70,18 @@ def operate(slot: np.ndarray, operations: list[Operation]) -> None:
 
 @cache
 def _scale(first: float, last: float) -> list[float]:
+    import torch
+
     return torch.linspace(first, last, NUM_BINS).tolist()
 
 
 @cache
-def _kernels() -> dict[str, Callable[[Tensor, float], Tensor]]:
-    """By name. Not at the top: torchvision takes a second to import, and only these need it here."""
+def _kernels() -> dict[str, Callable[["Tensor", float], "Tensor"]]:
+    """By name."""
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2 import functional as F
 
-    def affine(image: Tensor, x: float = 0, y: float = 0, shear: tuple[float, float] = (0, 0)) -> Tensor:
+    def affine(image: "Tensor", x: float = 0, y: float = 0, shear: tuple[float, float] = (0, 0)) -> "Tensor":
         degrees = [math.degrees(math.atan(s)) for s in shear]
         corner = [0, 0] if any(shear) else None
         mode = InterpolationMode.BILINEAR

@@ -12,7 +12,8 @@ from functools import lru_cache
 import numpy as np
 
 from alexnet_ddp import rng
-from alexnet_ddp.config import ConfigError
+from alexnet_ddp.config import Config, ConfigError, ShardsConfig, Shuffle
+from alexnet_ddp.data.index import SampleIndex
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,32 @@ class Work:
     previous: int | None = None  # the image before these in the global batch; before its first one comes its last
 
 
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """For storage that is slow at random reads: the shards in random order, and the images of `size` shards at a time.
+
+    Only the shards of one window are read at any time, those of two where a batch meets the next one. The shards were
+    filled at random, so a batch has as many classes as under the full shuffle (ImageNet, 16 of 1,024 shards: within
+    0.6 %). Two images meet again in a batch of the next epoch somewhat more often: 0.1 % of the pairs, not 0.02 %.
+    """
+
+    shards: np.ndarray  # unsigned [N]: the shard of each image
+    size: int
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(str(self.size).encode())
+        digest.update(np.ascontiguousarray(self.shards, dtype="<u4").tobytes())
+        return digest.hexdigest()
+
+    def arrange(self, order: np.ndarray, key: int) -> np.ndarray:
+        """`order`, an int64 permutation of the images, window by window."""
+        num_shards = int(self.shards.max()) + 1
+        rank = np.empty(num_shards, np.int64)
+        rank[rng.permutation(key, num_shards)] = np.arange(num_shards)
+        window = (rank // self.size)[self.shards[order]]
+        return order[np.argsort(window.astype(np.min_scalar_type(num_shards)), kind="stable")]
+
+
 @dataclass(frozen=True)
 class GlobalBatchSampler:
     """The batches of a run: order[kG : (k + 1)G] of the epoch's permutation, for every world size the same."""
@@ -34,6 +61,7 @@ class GlobalBatchSampler:
     global_batch_size: int
     seed: int
     drop_last: bool = False
+    windows: Windows | None = None
 
     def __post_init__(self) -> None:
         if self.steps_per_epoch == 0:
@@ -50,7 +78,9 @@ class GlobalBatchSampler:
     def batch(self, step: int) -> np.ndarray:
         """Indices of the images of `step` (0-based), over all ranks: int64 [n], n <= global_batch_size."""
         epoch, k = divmod(step, self.steps_per_epoch)
-        return _order(self.num_images, self.seed, epoch)[k * self.global_batch_size : (k + 1) * self.global_batch_size]
+        return _order(self.num_images, self.seed, epoch, self.windows)[
+            k * self.global_batch_size : (k + 1) * self.global_batch_size
+        ]
 
     def work(self, steps: range, rank: int, world_size: int, micro_batch_size: int | None) -> Iterator[Work]:
         """What `rank` does in `steps`, one forward pass at a time."""
@@ -66,9 +96,18 @@ class GlobalBatchSampler:
                 yield Work(step, step // self.steps_per_epoch, chunk, start == starts[-1], previous)
 
 
+def build_sampler(cfg: Config, index: SampleIndex) -> GlobalBatchSampler:
+    """The batches of a training on `index`. Raises ConfigError."""
+    by_window = isinstance(cfg.data, ShardsConfig) and cfg.data.shuffle is Shuffle.window
+    windows = Windows(index.store.shards, cfg.data.window_shards) if by_window else None
+    trainer = cfg.trainer
+    return GlobalBatchSampler(len(index), trainer.global_batch_size, cfg.seed, trainer.drop_last, windows)
+
+
 @lru_cache(maxsize=2)
-def _order(num_images: int, seed: int, epoch: int) -> np.ndarray:
-    return rng.permutation(rng.fold(seed, rng.ORDER, epoch), num_images)
+def _order(num_images: int, seed: int, epoch: int, windows: Windows | None) -> np.ndarray:
+    order = rng.permutation(rng.fold(seed, rng.ORDER, epoch), num_images)
+    return order if windows is None else windows.arrange(order, rng.fold(seed, rng.SHARDS, epoch))
 
 
 def rank_slice(n: int, rank: int, world_size: int) -> slice:

@@ -7,22 +7,16 @@ import hashlib
 import json
 import logging
 import os
-import re
 import stat
-import struct
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
-
-from alexnet_ddp.errors import DataError
 
 # torchvision's ImageFolder takes the same ones.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -31,12 +25,8 @@ Arrays = dict[str, np.ndarray]
 Stamps = dict[str, list[int]]
 T = TypeVar("T")
 
-_FORMAT = 1  # of the cached arrays: another number, another file
+_FORMAT = 2  # of the cached arrays: another number, another file
 _FRESH_NS = 2_000_000_000  # what changed so recently may change again within one tick of the file system's clock
-_BLOCK = 512  # bytes, the unit of a tar archive
-_MAX_EXTENSION = 1 << 20  # bytes of a long name or of pax records: anything larger is damage
-_SUMMED = struct.Struct("148B8x356B")  # a tar header without its checksum
-_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")  # the beginning of a pax record
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +75,9 @@ def listed(names: list[str]) -> str:
 
 def watched(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """Pass `items` on. If that takes more than a second, and stderr is a terminal, a progress bar shows it."""
+    from rich.console import Console  # slow to import
+    from rich.progress import Progress
+
     bar = Progress(console=Console(stderr=True), transient=True)
     task, begin = bar.add_task(what, total=total), time.monotonic()
     try:
@@ -165,84 +158,3 @@ def _save(file: Path, arrays: Arrays) -> None:
         log.warning("the index cannot be cached in %s (%s): the next start builds it again", file.parent, error)
         if draft.parent.is_dir():
             draft.unlink(missing_ok=True)
-
-
-class Member(NamedTuple):
-    """A regular file in a tar archive."""
-
-    name: str
-    offset: int  # of its bytes, from the start of the outermost archive
-    size: int  # in bytes
-
-
-def tar_members(fd: int, path: Path, start: int, stop: int) -> Iterator[Member]:
-    """The regular files of the tar archive in bytes [start, stop) of the open file `fd`, in the order stored.
-
-    Reads ustar, GNU (long names, large sizes) and pax headers, each checksummed, and never the files themselves: about
-    10 us each. Raises DataError with `path` and the offset where the archive is cut short, damaged or sparse.
-    """
-    position, extra = start, dict[str, str]()
-    while header := _header(fd, path, position, stop):
-        kind, offset = header[156:157], position + _BLOCK
-        size = int(extra["size"]) if extra.get("size", "").isdecimal() else _number(header[124:136])
-        if size < 0:
-            raise _damaged(path, position, "holds no valid tar header")
-        if offset + size > stop:
-            raise _damaged(path, position, "is cut short in the file that begins")
-        if kind in b"Lx" and size <= _MAX_EXTENSION:
-            body = os.pread(fd, size, offset)
-            extra |= {"path": _text(body)} if kind == b"L" else _pax_records(body)
-        elif kind in b"LxS" or any(key.startswith("GNU.sparse") for key in extra):
-            raise _damaged(path, position, "holds a sparse file or an overlong header")
-        elif kind not in b"gK":
-            if kind in b"0\x007":
-                yield Member(extra.get("path") or header_name(header), offset, size)
-            extra = {}
-        position = offset + -(-size // _BLOCK) * _BLOCK
-
-
-def header_name(header: bytes) -> str:
-    """The name in a 512-byte tar header."""
-    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
-    return f"{prefix}/{_text(header[:100])}" if prefix else _text(header[:100])
-
-
-def _header(fd: int, path: Path, position: int, stop: int) -> bytes | None:
-    """The header at `position`; None where a block of zeros ends the archive."""
-    header = os.pread(fd, _BLOCK, position) if position + _BLOCK <= stop else b""
-    if len(header) < _BLOCK:
-        raise _damaged(path, position, "is cut short")
-    if header == bytes(_BLOCK):
-        return None
-    if sum(_SUMMED.unpack_from(header)) + 8 * ord(" ") != _number(header[148:156]):
-        raise _damaged(path, position, "holds no valid tar header")
-    return header
-
-
-def _number(digits: bytes) -> int:
-    """Octal digits, or GNU's big-endian binary for numbers that do not fit; -1 for neither."""
-    if digits[0] == 0x80:
-        return int.from_bytes(digits[1:], "big")
-    try:
-        return int(digits.split(b"\0")[0].strip() or b"0", 8)
-    except ValueError:
-        return -1
-
-
-def _text(raw: bytes) -> str:
-    return raw.split(b"\0")[0].decode("utf-8", "surrogateescape")
-
-
-def _pax_records(body: bytes) -> dict[str, str]:
-    """The keys that matter here of the records 'LENGTH KEY=VALUE\\n', where LENGTH counts the whole record."""
-    records = {}
-    while found := _RECORD.match(body):
-        key, rest = _text(found[2]), int(found[1])
-        records[key], body = _text(body[found.end() : rest].rstrip(b"\n")), body[rest:]
-        if rest <= found.end():
-            break
-    return records
-
-
-def _damaged(path: Path, offset: int, what: str) -> DataError:
-    return DataError(f"{path} {what} at byte {offset:,}; compare its size and MD5 with the source's, and copy it again")

@@ -36,7 +36,7 @@ def build_model(cfg: ModelConfig, num_classes: int, image_size: int, seed: int) 
         key_dropout(model)
         if cfg.weights is not None:
             load_weights(model, Path(cfg.weights))
-    _check_image_size(model, num_classes, image_size)
+    check_image_size(model, num_classes, image_size, "data.image_size")
     return model
 
 
@@ -71,8 +71,11 @@ def _torchvision(cfg: TorchvisionConfig, num_classes: int) -> nn.Module:
         raise ConfigError(f"model.dropout is not an option of {cfg.name}; leave it null") from error
 
 
-def _check_image_size(model: nn.Module, num_classes: int, image_size: int) -> None:
-    """Run one image through the shapes alone, on the meta device: nothing is computed."""
+def check_image_size(model: nn.Module, num_classes: int, image_size: int, knob: str) -> None:
+    """Raises ConfigError, naming the knob, where the network cannot take such images.
+
+    Runs one image through the shapes alone, on the meta device: nothing is computed.
+    """
     try:
         with torch.no_grad():
             was_training = model.training
@@ -84,6 +87,6 @@ def _check_image_size(model: nn.Module, num_classes: int, image_size: int) -> No
             model.train(was_training)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"data.image_size ({image_size}) does not suit this network: {reason}") from error
+        raise ConfigError(f"{knob} ({image_size}) does not suit this network: {reason}") from error
     if not isinstance(meta, Tensor) or meta.shape != (1, num_classes):
         raise ConfigError("the network must return one tensor of logits [n, num_classes]")

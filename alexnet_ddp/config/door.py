@@ -1,0 +1,98 @@
+"""The door between Hydra and the rest: YAML and a command line come in, plain checked dataclasses go out."""
+
+from dataclasses import fields, is_dataclass
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from alexnet_ddp.config import (
+    AdamWConfig,
+    AlexNet2012AugmentConfig,
+    AlexNet2012Config,
+    AlexNetBNConfig,
+    AlexNetConfig,
+    AlexNetSmallConfig,
+    AutoEngineConfig,
+    BasicAugmentConfig,
+    Config,
+    ConstantConfig,
+    CosineConfig,
+    DDPConfig,
+    DemoConfig,
+    FolderConfig,
+    ImageNetConfig,
+    LocalEngineConfig,
+    NoAugmentConfig,
+    PolyConfig,
+    PredictConfig,
+    PrepareConfig,
+    SGDConfig,
+    ShardsConfig,
+    SparkEngineConfig,
+    StepDecayConfig,
+    SyntheticConfig,
+    TorchvisionConfig,
+)
+from alexnet_ddp.config.checks import require
+from alexnet_ddp.errors import ConfigError
+
+_store = ConfigStore.instance().store
+_store(name="schema", node=Config)
+_store(name="schema_predict", node=PredictConfig)
+_store(name="schema_prepare", node=PrepareConfig)
+for _group, _choices in {
+    "data": {
+        "demo": DemoConfig,
+        "folder": FolderConfig,
+        "imagenet": ImageNetConfig,
+        "shards": ShardsConfig,
+        "synthetic": SyntheticConfig,
+    },
+    "augment": {"basic": BasicAugmentConfig, "alexnet_2012": AlexNet2012AugmentConfig, "none": NoAugmentConfig},
+    "model": {
+        "alexnet": AlexNetConfig,
+        "alexnet_2012": AlexNet2012Config,
+        "alexnet_bn": AlexNetBNConfig,
+        "alexnet_small": AlexNetSmallConfig,
+        "torchvision": TorchvisionConfig,
+    },
+    "optimizer": {"sgd": SGDConfig, "adamw": AdamWConfig},
+    "scheduler": {
+        "constant": ConstantConfig,
+        "step": StepDecayConfig,
+        "cosine": CosineConfig,
+        "poly": PolyConfig,
+    },
+    "parallel": {"ddp": DDPConfig},
+    "engine": {"local": LocalEngineConfig, "spark": SparkEngineConfig, "auto": AutoEngineConfig},
+}.items():
+    for _name, _node in _choices.items():
+        _store(group=f"{_group}/schema", name=_name, node=_node, package=_group)
+
+
+def to_config(cfg: DictConfig) -> Config | PredictConfig | PrepareConfig:
+    """The one door between Hydra and the rest: DictConfig in, plain checked dataclasses out. Raises ConfigError."""
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ConfigError(f"{missing[0]} is required and has no value; give it on the command line: {missing[0]}=...")
+    _refuse_unknown(cfg, "")
+    return OmegaConf.to_object(cfg)
+
+
+def _refuse_unknown(cfg: DictConfig, prefix: str) -> None:
+    """`+key=value` adds a key that nothing would read."""
+    known = {f.name for f in fields(OmegaConf.get_type(cfg))}
+    for key in cfg:
+        require(key in known, f"{prefix}{key} is not a key; known here: {', '.join(sorted(known))}")
+        if isinstance(cfg[key], DictConfig) and is_dataclass(OmegaConf.get_type(cfg[key])):
+            _refuse_unknown(cfg[key], f"{prefix}{key}.")
+
+
+def to_yaml(cfg: Config) -> str:
+    """The whole configuration, resolved, for people and for the record."""
+    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+
+
+def to_plain(cfg: Config) -> dict:
+    """The whole configuration as JSON's types."""
+    return OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)

@@ -1,0 +1,123 @@
+"""Shards that are far away, on the disk of this node: whole files, each fetched by one process of the node, verified.
+
+The one rule: a file is named by its SHA-256, so it is the right one or it is not there, whatever else uses the folder.
+"""
+
+import fcntl
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from alexnet_ddp.data.storage import Storage
+
+_ATTEMPTS, _PAUSE_S = 3, 1.0  # to fetch a file; the pause doubles
+_FETCHERS = 2  # files fetched at once, a process
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NodeCache:
+    """Files of `storage` in `directory`, which all ranks of a node share. Pickles.
+
+    With `limit` (bytes), those that were used least recently give way to new ones; who has one open may go on reading.
+    """
+
+    storage: Storage
+    directory: str
+    limit: int | None
+
+    @cached_property
+    def _fetchers(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fetch")
+
+    def open(self, name: str, sha256: str) -> int:
+        """A file descriptor, for reading; the file is fetched first where it is not here. Raises OSError."""
+        while True:
+            path = self.get(name, sha256)
+            try:
+                return os.open(path, os.O_RDONLY)
+            except FileNotFoundError:  # another process needed the room just now
+                continue
+
+    def get(self, name: str, sha256: str) -> Path:
+        """The local file."""
+        path = Path(self.directory, sha256)
+        if not self._touch(path):
+            with self._alone(f"{sha256}.lock"):
+                if not self._touch(path):  # another process has fetched it meanwhile
+                    self._fetch(name, sha256, path)
+                    self._make_room(path)
+        return path
+
+    def will_need(self, name: str, sha256: str) -> None:
+        """Begin to fetch it, without waiting; an error shows when the file is asked for."""
+        if not Path(self.directory, sha256).exists():
+            self._fetchers.submit(self.get, name, sha256)
+
+    def _fetch(self, name: str, sha256: str, path: Path) -> None:
+        for attempt in range(_ATTEMPTS):
+            try:
+                self._copy(name, sha256, path)
+                return
+            except OSError as error:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                log.warning("%s could not be fetched (%s): trying again", self.storage.path(name), error)
+                time.sleep(_PAUSE_S * 2**attempt)
+
+    def _copy(self, name: str, sha256: str, path: Path) -> None:
+        digest, draft = hashlib.sha256(), path.with_name(f".{sha256}.tmp-{os.getpid()}")
+        try:
+            with open(draft, "wb") as out:
+                for chunk in self.storage.chunks(name):
+                    digest.update(chunk)
+                    out.write(chunk)
+            if digest.hexdigest() != sha256:
+                raise OSError("its SHA-256 is not the one in the index")
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _touch(self, path: Path) -> bool:
+        """Note that the file was used, if it is there. The time of the last change says so: access times may be off."""
+        try:
+            if time.time() - path.stat().st_mtime > 1:
+                os.utime(path)
+            return True
+        except FileNotFoundError:
+            return False
+
+    def _make_room(self, newest: Path) -> None:
+        if self.limit is None:
+            return
+        with self._alone("room.lock"):
+            found = []
+            for path in newest.parent.iterdir():
+                if len(path.name) == len(newest.name) and path != newest:
+                    status = path.stat()
+                    found.append((status.st_mtime, status.st_size, path))
+            total = newest.stat().st_size + sum(size for _, size, _ in found)
+            for _, size, path in sorted(found):
+                if total <= self.limit:
+                    return
+                path.unlink(missing_ok=True)
+                total -= size
+
+    @contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """One process of the node, and one thread of it, at a time."""
+        os.makedirs(self.directory, exist_ok=True)
+        with open(Path(self.directory, name), "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_fetchers"}

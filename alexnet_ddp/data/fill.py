@@ -1,0 +1,125 @@
+"""Images -> slots of a batch, in the loader's threads: read, decode, crop, resize, flip. Nothing here needs torch."""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from alexnet_ddp.config import DataConfig, OnBadImage
+from alexnet_ddp.data.augment import Augment, Views
+from alexnet_ddp.data.decode import BadImage, centre_into, crop_into, resize_into, size_of
+from alexnet_ddp.data.index import SampleIndex
+from alexnet_ddp.data.policy import Operation, operate
+from alexnet_ddp.errors import DataError
+
+# fill(slots uint8 [n, size, size, 3], indices int64 [n], epoch) -> positions of bad images, left as they were
+Fill = Callable[[np.ndarray, np.ndarray, int], list[int]]
+
+log = logging.getLogger(__name__)
+_thread = threading.local()
+
+
+def build_fill(cfg: DataConfig, index: SampleIndex, augment: Augment | None) -> Fill:
+    """What fills slots with images of `index`; augment=None shows them as the evaluation sees them."""
+    if hasattr(index.store, "fill"):
+        return index.store.fill
+    if getattr(index.store, "raw_size", None):
+        return RawFill(index, augment, cfg)
+    return ImageFill(index, augment, cfg)
+
+
+@dataclass(frozen=True)
+class _IndexFill:
+    index: SampleIndex
+    augment: Augment | None
+    cfg: DataConfig
+
+    def will_need(self, indices: np.ndarray) -> None:
+        self.index.will_need(indices)
+
+
+@dataclass(frozen=True)
+class ImageFill(_IndexFill):
+    """Encoded images. Bad ones raise DataError, or are skipped, as the user chose."""
+
+    def __call__(self, slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[int]:
+        bad: list[int] = []
+        if self.augment is None:
+            resize = round(self.cfg.eval_resize * slots.shape[1] / self.cfg.image_size)
+            for k, i in enumerate(indices):
+                self._guard(bad, k, i, lambda k=k, i=i: centre_into(slots[k], self.index.read(i), resize))
+            return bad
+        data = [self._guard(bad, k, i, lambda i=i: self._read(i)) for k, i in enumerate(indices)]
+        sizes = np.array([(1, 1) if item is None else item[1] for item in data], dtype=np.int64)
+        views = self.augment.views(epoch, indices, sizes[:, 0], sizes[:, 1])
+        boxes = _boxes(views)
+        operations = self.augment.operations(epoch, indices, slots.shape[1])
+        for k, i in enumerate(indices):
+            if data[k] is not None:
+                self._guard(bad, k, i, lambda k=k: crop_into(slots[k], data[k][0], boxes[k], views.flip[k]))
+                operate(slots[k], operations[k])
+        return bad
+
+    def _read(self, i: int) -> tuple[bytes, tuple[int, int]]:
+        data = self.index.read(i)
+        return data, size_of(data)
+
+    def _guard(self, bad: list[int], k: int, i: int, action: Callable[[], object]) -> object:
+        """action(); where image i turns out to be bad, note position k or raise."""
+        try:
+            return action()
+        except (BadImage, DataError) as error:
+            reason = str(error) if isinstance(error, DataError) else f"{self.index.name(i)}: {error}"
+            if self.cfg.on_bad_image is not OnBadImage.skip:
+                remedy = "remove or mend it, or leave it out with data.on_bad_image=skip"
+                raise DataError(reason if isinstance(error, DataError) else f"{reason}; {remedy}") from None
+            log.warning("skipped %s", reason)
+            bad.append(k)
+            return None
+
+
+@dataclass(frozen=True)
+class RawFill(_IndexFill):
+    """Raw images of shards: of each, the rows of its crop are read, and resized into the slot."""
+
+    def __call__(self, slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[int]:
+        store = self.index.store
+        size = store.raw_size
+        if self.augment is None:
+            boxes, flips = [self._central_box(size)] * len(indices), [False] * len(indices)
+            operations: list[list[Operation]] = [[]] * len(indices)
+        else:
+            operations = self.augment.operations(epoch, indices, slots.shape[1])
+            views = self.augment.views(epoch, indices, *(np.full(len(indices), size, np.int64),) * 2)
+            boxes, flips = _boxes(views), views.flip.tolist()
+        scratch = _scratch(size)
+        for slot, i, (left, top, width, height), flip, todo in zip(slots, indices.tolist(), boxes, flips, operations):
+            rows = scratch[:height]
+            try:
+                store.read_rows(i, top, rows)
+            except OSError as error:
+                raise DataError(f"{store.name(i)} cannot be read ({error.strerror or error}); copy it again") from error
+            resize_into(slot, rows[:, left : left + width], flip)
+            operate(slot, todo)
+        return []
+
+    def _central_box(self, size: int) -> tuple[int, int, int, int]:
+        """What the evaluation's resize and centre crop leave of the square."""
+        side = round(size * self.cfg.image_size / self.cfg.eval_resize)
+        start = round((size - side) / 2)
+        return start, start, side, side
+
+
+def _boxes(views: Views) -> list[list[int]]:
+    """[left, top, width, height] for each."""
+    return np.stack([views.left, views.top, views.width, views.height], axis=1).tolist()
+
+
+def _scratch(size: int) -> np.ndarray:
+    """This thread's uint8 [size, size, 3]."""
+    scratch = getattr(_thread, "scratch", None)
+    if scratch is None or len(scratch) < size:
+        scratch = _thread.scratch = np.empty((size, size, 3), np.uint8)
+    return scratch if len(scratch) == size else np.empty((size, size, 3), np.uint8)

@@ -1,0 +1,85 @@
+"""What a run trains on, and what it is evaluated on: any `data=` choice becomes two indices."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from alexnet_ddp import rng
+from alexnet_ddp.config import DataConfig, DemoConfig, FolderConfig, ImageNetConfig, ShardsConfig, SyntheticConfig
+from alexnet_ddp.data.demo import ensure_demo
+from alexnet_ddp.data.imagenet import open_imagenet
+from alexnet_ddp.data.index import SampleIndex, check_same_classes, index_folder
+from alexnet_ddp.data.packing.statistics import colour_basis
+from alexnet_ddp.data.shards import open_shards
+from alexnet_ddp.data.storage import Storage, absolute
+
+
+@dataclass(frozen=True)
+class ImageSets:
+    """What a run trains on and what it is evaluated on; `class_names` are for people, in the order of the labels."""
+
+    train: SampleIndex
+    val: SampleIndex
+    class_names: list[str]
+    colour_basis: tuple[np.ndarray, np.ndarray] | None = None  # of the training images, where it is known
+
+
+@dataclass(frozen=True)
+class SyntheticStore:
+    """Images that are nowhere: `pixels` is noise, and image i is a window of it that begins where its hash says."""
+
+    pixels: np.ndarray  # uint8 [image bytes + 4096]
+
+    def take(self, positions: np.ndarray) -> "SyntheticStore":
+        return self
+
+    def name(self, i: int) -> str:
+        return f"synthetic image {i}"
+
+    def fill(self, slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[int]:
+        starts = rng.hash32(rng.fold(rng.SYNTHETIC), indices.astype(np.int32)) & 0xFFF
+        for slot, start in zip(slots, starts):
+            slot[...] = self.pixels[start : start + slot.size].reshape(slot.shape)
+        return []
+
+
+def open_data(cfg: DataConfig, may_make: bool = False) -> ImageSets:
+    """Find the images that `cfg` names; make the built-in ones where `may_make`. Raises DataError.
+
+    May write files, a cache at least: see first_on_node.
+    """
+    basis = None
+    match cfg:
+        case DemoConfig():
+            if may_make:
+                ensure_demo(Path(cfg.root))
+            train, val, names = _open_folder(Path(cfg.root))
+        case FolderConfig():
+            train, val, names = _open_folder(Path(cfg.root))
+        case ImageNetConfig():
+            train, val, names = open_imagenet(Path(cfg.root))
+        case ShardsConfig():
+            train, val, names = open_shards(cfg)
+            basis = colour_basis(Storage(absolute(cfg.root)))
+        case SyntheticConfig():
+            train, val = _synthetic(cfg, cfg.num_train), _synthetic(cfg, cfg.num_val)
+            names = train.classes
+        case _:
+            raise TypeError(f"no data for {type(cfg).__name__}")
+    check_same_classes(train, val)
+    return ImageSets(train.subset(cfg.limit_train), val.subset(cfg.limit_val), names, basis)
+
+
+def _open_folder(root: Path) -> tuple[SampleIndex, SampleIndex, list[str]]:
+    train, val = index_folder(root, "train"), index_folder(root, "val")
+    return train, val, train.classes
+
+
+def _synthetic(cfg: SyntheticConfig, n: int) -> SampleIndex:
+    count = np.arange(cfg.image_size**2 * 3 + 4096, dtype=np.int32)
+    pixels = (rng.hash32(rng.fold(rng.SYNTHETIC), count) & 0xFF).astype(np.uint8)
+    width = len(str(cfg.num_classes - 1))
+    classes = [f"class{c:0{width}d}" for c in range(cfg.num_classes)]
+    labels = np.sort(np.arange(n, dtype=np.int32) % cfg.num_classes)
+    return SampleIndex(classes, labels, SyntheticStore(pixels))

@@ -1,0 +1,250 @@
+"""Packed shards: uncompressed tar archives in WebDataset layout, and an index that finds any image in them.
+
+    ROOT/index.json           the commit: what there is, with a SHA-256 for each file
+    ROOT/train-000000.tar     KEY.cls, KEY.jpg (or KEY.npy), ...; KEY is the position in the order of the shards
+    ROOT/train.samples.npy    a SAMPLE for each image, in the order (class, name) of every index here
+    ROOT/train.names.txt      their names, CLASS/FILE
+
+The one rule: an image is found by (shard, offset, size), so any order can be read, and the order of the files on disk
+never matters.
+"""
+
+import json
+import math
+import os
+import resource
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alexnet_ddp.config import ConfigError, ShardsConfig, Shuffle
+from alexnet_ddp.data.cache import NodeCache
+from alexnet_ddp.data.index import SampleIndex
+from alexnet_ddp.data.storage import Storage, absolute
+from alexnet_ddp.data.tars import will_need
+from alexnet_ddp.errors import DataError
+
+SAMPLE = np.dtype(
+    [
+        ("shard", "<u4"),
+        ("offset", "<u8"),  # of the image's first byte in the shard
+        ("size", "<u4"),  # bytes
+        ("label", "<i4"),
+        ("width", "<u2"),  # pixels
+        ("height", "<u2"),
+        ("crc32", "<u4"),  # of the image's bytes
+    ]
+)
+NPY_HEADER = 128  # bytes before the pixels of a raw image
+INDEX = "index.json"
+FORMAT = 1  # of the shards and of the index
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The files of a split: here, or far away and then fetched to this node."""
+
+    storage: Storage
+    names: list[str]
+    sha256: list[str]
+    cache: NodeCache | None
+
+    def open(self, shard: int) -> int:
+        """A file descriptor, for reading. Raises OSError."""
+        if self.cache is not None:
+            return self.cache.open(self.names[shard], self.sha256[shard])
+        return os.open(self.storage.path(self.names[shard]), os.O_RDONLY)
+
+
+class ShardStore:
+    """Images in shards, read in place by any number of threads.
+
+    A shard here is opened when its first image is read and stays open. A cached one is opened for each image, so that
+    it can give way to another. Pickles without the open files.
+    """
+
+    def __init__(self, files: Shards, samples: np.ndarray, raw_size: int | None) -> None:
+        self.files, self.samples, self.raw_size = files, samples, raw_size
+        self._open: dict[int, int] = {}  # shard -> file descriptor
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        return self.samples.nbytes
+
+    @property
+    def shards(self) -> np.ndarray:
+        """uint32 [N]: the shard of each image."""
+        return self.samples["shard"]
+
+    def take(self, positions: np.ndarray) -> "ShardStore":
+        return ShardStore(self.files, self.samples[positions], self.raw_size)
+
+    def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(widths, heights) in pixels, int64 [n] each."""
+        found = self.samples[indices]
+        return found["width"].astype(np.int64), found["height"].astype(np.int64)
+
+    def read(self, i: int) -> bytes:
+        shard, offset, size, *_ = self.samples[i].item()
+        with self._opened(shard) as descriptor:
+            data = os.pread(descriptor, size, offset)
+        if len(data) < size:
+            raise OSError(f"the shard ends at byte {offset + len(data):,}, inside the image")
+        return data
+
+    def read_rows(self, i: int, top: int, rows: np.ndarray) -> None:
+        """Fill `rows`, uint8 [n, raw_size, 3], with the rows from `top` on of the raw image `i`."""
+        shard, offset, *_ = self.samples[i].item()
+        at = offset + NPY_HEADER + top * self.raw_size * 3
+        with self._opened(shard) as descriptor:
+            count = os.preadv(descriptor, [rows], at)
+        if count < rows.nbytes:
+            raise OSError(f"the shard ends at byte {at + count:,}, inside the image")
+
+    def will_need(self, indices: np.ndarray) -> None:
+        """Ask for these images ahead of time, without waiting. Raises OSError."""
+        wanted = self.samples[indices]
+        if self.files.cache is not None:
+            for shard in np.unique(wanted["shard"]).tolist():
+                self.files.cache.will_need(self.files.names[shard], self.files.sha256[shard])
+            return
+        for shard, offset, size in zip(*(wanted[name].tolist() for name in ("shard", "offset", "size"))):
+            will_need(self._descriptor(shard), offset, size)
+
+    def name(self, i: int) -> str:
+        sample = self.samples[i]
+        return f"{self.files.storage.path(self.files.names[int(sample['shard'])])}:{sample['offset']}"
+
+    @contextmanager
+    def _opened(self, shard: int) -> Iterator[int]:
+        if self.files.cache is None:
+            yield self._descriptor(shard)
+            return
+        descriptor = self.files.open(shard)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _descriptor(self, shard: int) -> int:
+        descriptor = self._open.get(shard)
+        if descriptor is None:
+            with self._lock:
+                if shard not in self._open:
+                    self._open[shard] = self.files.open(shard)
+                descriptor = self._open[shard]
+        return descriptor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"files": self.files, "samples": np.array(self.samples), "raw_size": self.raw_size}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What index.json says."""
+
+    classes: list[str] = field(default_factory=list)
+    class_names: list[str] = field(default_factory=list)
+    splits: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def read_index(storage: Storage) -> ShardIndex | None:
+    """None where nothing is committed. Raises DataError where it is damaged."""
+    try:
+        found = json.loads(storage.read(INDEX))
+        if found["format"] != FORMAT:
+            raise ValueError(f"format {found['format']} instead of {FORMAT}")
+        return ShardIndex(found["classes"], found["class_names"], found["splits"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        path = storage.path(INDEX)
+        raise DataError(f"{path} is damaged ({error}); remove it and prepare again: whole shards stay") from error
+
+
+def open_shards(cfg: ShardsConfig) -> tuple[SampleIndex, SampleIndex, list[str]]:
+    """(train, val, names of the classes for humans) of finished shards. Raises DataError.
+
+    Samples are mapped into memory, not read: all ranks of a node share one copy, and a start takes milliseconds.
+    """
+    storage = Storage(absolute(cfg.root))
+    try:
+        index = read_index(storage)
+    except (OSError, ImportError, ValueError) as error:
+        raise DataError(f"data.root ({cfg.root}) cannot be read ({error}); check the address and its access") from error
+    if index is None:
+        remedy = "give the root of a finished preparation, or finish it: python -m alexnet_ddp.prepare"
+        raise DataError(f"data.root ({cfg.root}) holds no {INDEX}; {remedy}")
+    missing = sorted({"train", "val"} - index.splits.keys())
+    if missing:
+        raise DataError(f"data.root ({cfg.root}) has no {missing[0]} shards; prepare them: split={missing[0]}")
+    cache = _cache(cfg, storage, index)
+    train, val = (open_split(storage, index, split, cache) for split in ("train", "val"))
+    if cache is None:
+        _allow_open_files(sum(len(entry["shards"]) for entry in index.splits.values()))
+    return train, val, index.class_names
+
+
+def _cache(cfg: ShardsConfig, storage: Storage, index: ShardIndex) -> NodeCache | None:
+    """Where shards go that are far away. Raises ConfigError where an order could not be read with it."""
+    if storage.is_local:
+        return None
+    if cfg.cache_dir is None:
+        rule = "needs a folder on each node for whole shards"
+        raise ConfigError(f"data.root ({cfg.root}) {rule}; give data.cache_dir=DIR, and data.cache_gb to limit it")
+    limit = None if cfg.cache_gb is None else int(cfg.cache_gb * 1e9)
+    total = sum(entry["bytes"] for entry in index.splits.values())
+    if limit is not None and limit < total and cfg.shuffle is Shuffle.full:
+        least = math.ceil(total / 1e7) / 100
+        rule = f"must hold all shards for data.shuffle=full, {least:g} GB; use data.shuffle=window or more room"
+        raise ConfigError(f"data.cache_gb ({cfg.cache_gb:g}) {rule}")
+    largest = max(shard["bytes"] for entry in index.splits.values() for shard in entry["shards"])
+    if limit is not None and limit < min(total, 2 * cfg.window_shards * largest):
+        rule = f"must hold two windows of data.window_shards ({cfg.window_shards}) shards"
+        raise ConfigError(f"data.cache_gb ({cfg.cache_gb:g}) {rule}, {2 * cfg.window_shards * largest / 1e9:.3g} GB")
+    return NodeCache(storage, os.path.abspath(os.path.expanduser(cfg.cache_dir)), limit)
+
+
+def open_split(storage: Storage, index: ShardIndex, split: str, cache: NodeCache | None) -> SampleIndex:
+    """One split of finished shards. Raises DataError."""
+    entry, name = index.splits[split], f"{split}.samples.npy"
+    files = Shards(storage, *([shard[key] for shard in entry["shards"]] for key in ("name", "sha256")), cache)
+    if cache is None:
+        for shard in entry["shards"]:
+            size = storage.size(shard["name"])
+            if size != shard["bytes"]:
+                there = "is not there" if size is None else f"has {size:,} bytes instead of {shard['bytes']:,}"
+                raise DataError(f"{storage.path(shard['name'])} {there}; copy it again, or prepare it again")
+    try:
+        path = Path(storage.path(name)) if cache is None else cache.get(name, entry["files"][name])
+        samples = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{storage.path(name)} cannot be read ({error}); prepare the shards again") from error
+    if samples.dtype != SAMPLE or len(samples) != entry["images"]:
+        raise DataError(f"{storage.path(name)} is not the one that {INDEX} was written for; prepare the shards again")
+    raw_size = entry["recipe"]["size"] if entry["recipe"]["encoding"] == "raw" else None
+    return SampleIndex(
+        index.classes, np.ascontiguousarray(samples["label"]), ShardStore(files, samples, raw_size)
+    )  # fmt: skip
+
+
+def _allow_open_files(count: int) -> None:
+    """Each shard stays open: ask for so many files, where the soft limit is lower."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + 256
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -1,0 +1,76 @@
+"""One process that loads images as its argument says, for processes.py, which looks at it from outside.
+
+    python benchmarks/one_process.py '{"loader": "ours", "data": "shards", "root": "DIR", "torch": false, "seconds": 0}'
+
+It prints a line when the first batch is there: the seconds since its imports were done. Then it goes on for `seconds`.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+
+BATCH, SIZE, THREADS = 64, 224, 2
+
+
+def theirs(ask: dict) -> Iterator[int]:
+    """torchvision's reference with ask["workers"] worker processes."""
+    from torch.utils.data import DataLoader
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    yield 0
+    steps = [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+    normalise = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    data = ImageFolder(f"{ask['root']}/train", transforms.Compose([*steps, normalise]))
+    for images, _ in DataLoader(data, BATCH, shuffle=True, num_workers=ask["workers"]):
+        yield len(images)
+
+
+def ours(ask: dict) -> Iterator[int]:
+    """Our loader; without ask["torch"] as far as host memory, which is all of it but the copy to torch's tensors."""
+    if ask["torch"]:
+        import torch
+
+        from alexnet_ddp.data.loader import build_loader
+    else:
+        from concurrent.futures import ThreadPoolExecutor
+
+        import numpy as np
+
+        from alexnet_ddp.data.fill import build_fill
+        from alexnet_ddp.data.prefetch import Prefetcher
+
+    from alexnet_ddp.config import BasicAugmentConfig, FolderConfig, ShardsConfig
+    from alexnet_ddp.data.augment import build_augment
+    from alexnet_ddp.data.sampler import GlobalBatchSampler
+    from alexnet_ddp.data.sets import open_data
+
+    yield 0
+    cfg = {"folder": FolderConfig, "shards": ShardsConfig}[ask["data"]](root=ask["root"], num_threads=THREADS)
+    index = open_data(cfg).train
+    augment = build_augment(BasicAugmentConfig(), 0, SIZE, cfg.eval_resize)
+    if ask["torch"]:
+        loader = build_loader(cfg, index, augment, THREADS, torch.device("cpu"))
+    else:
+        threads, allocate = ThreadPoolExecutor(THREADS), lambda size: (np.empty(size, np.uint8), None)
+        loader = Prefetcher(build_fill(cfg, index, augment), lambda epoch: SIZE, threads, allocate)
+    sampler = GlobalBatchSampler(len(index), BATCH, seed=0)
+    for batch in loader.batches(sampler.work(range(sampler.steps_per_epoch), 0, 1, None)):
+        yield len(batch.images)
+
+
+def main(ask: dict) -> None:
+    batches = {"ours": ours, "theirs": theirs}[ask["loader"]](ask)
+    next(batches)  # its imports
+    began = time.perf_counter()
+    next(batches)
+    first = time.perf_counter()
+    print(first - began, flush=True)
+    while time.perf_counter() - first < ask["seconds"] and next(batches, 0):
+        time.sleep(0.02)  # a step that is never waited for, so that all that may be ahead is ahead
+    batches.close()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,212 @@
+"""Shards as training reads them: the same images in the same order as where they came from, in any thread."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from alexnet_ddp.config import BasicAugmentConfig, FolderConfig, ImageNetConfig, ShardsConfig
+from alexnet_ddp.data.augment import build_augment
+from alexnet_ddp.data.loader import build_loader
+from alexnet_ddp.data.sampler import Work
+from alexnet_ddp.data.sets import open_data
+from alexnet_ddp.data.shards import INDEX, open_shards
+from alexnet_ddp.errors import DataError
+from tests.archives import extract, make_archives
+from tests.packing import pack
+from tests.test_train import SMALL, rows, run
+
+EXACT = {"shorter_side": None, "keep_original": True}
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory):
+    return make_archives(tmp_path_factory.mktemp("shards") / "archives")
+
+
+@pytest.fixture(scope="module")
+def packed(archives, tmp_path_factory):
+    """Do not change it."""
+    return pack(archives, tmp_path_factory.mktemp("shards") / "packed", **EXACT)
+
+
+@pytest.fixture
+def mine(packed, tmp_path):
+    return Path(shutil.copytree(packed, tmp_path / "mine"))
+
+
+def opened(root: Path, **knobs: object) -> tuple:
+    return open_shards(ShardsConfig(root=str(root), **knobs))
+
+
+def test_shards_are_the_data_set_they_came_from(archives, packed, tmp_path):
+    ours = open_data(ShardsConfig(root=str(packed)))
+    tree = extract(archives, tmp_path / "tree")
+    for theirs in (open_data(ImageNetConfig(root=str(archives))), open_data(FolderConfig(root=str(tree)))):
+        for one, other in ((ours.train, theirs.train), (ours.val, theirs.val)):
+            assert one.classes == other.classes
+            assert one.fingerprint() == other.fingerprint()
+            assert [one.read(i) for i in range(len(one))] == [other.read(i) for i in range(len(other))]
+    assert ours.class_names[0].startswith("thing ")
+
+
+def test_a_subset_is_the_same_images(archives, packed):
+    ours = open_data(ShardsConfig(root=str(packed), limit_train=7, limit_val=3))
+    theirs = open_data(ImageNetConfig(root=str(archives), limit_train=7, limit_val=3))
+    for one, other in ((ours.train, theirs.train), (ours.val, theirs.val)):
+        assert [one.read(i) for i in range(len(one))] == [other.read(i) for i in range(len(other))]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batches_are_the_same_pixels_as_from_the_archives(archives, packed, training):
+    found = []
+    for cfg in (ShardsConfig(root=str(packed), image_size=16), ImageNetConfig(root=str(archives), image_size=16)):
+        augment = build_augment(BasicAugmentConfig(), 0, 16, cfg.eval_resize) if training else None
+        index = open_data(cfg).train
+        loader = build_loader(cfg, index, augment, 3, torch.device("cpu"))
+        works = [Work(k, 1, np.arange(k * 20, min(48, k * 20 + 20)), True) for k in range(3)]
+        found.append([(b.images.clone(), b.labels.clone()) for b in loader.batches(works)])
+        loader.close()
+    for (images, labels), (others, their_labels) in zip(*found):
+        assert torch.equal(images, others)
+        assert torch.equal(labels, their_labels)
+
+
+@pytest.mark.slow
+def test_training_on_shards_writes_the_rows_of_training_on_the_archives(archives, packed, tmp_path):
+    common = ["data.image_size=64", "trainer.max_steps=6", "trainer.global_batch_size=8", *SMALL[2:]]
+    for name, root in (("shards", packed), ("imagenet", archives)):
+        done = run("train", f"data={name}", f"data.root={root}", f"run.name={name}", *common, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout
+    timings = ("time_s", "train/images_per_sec", "time/data_s")
+    one, other = (
+        [{k: v for k, v in row.items() if k not in timings} for row in rows(tmp_path / f"runs/{name}", "step")]
+        for name in ("shards", "imagenet")
+    )
+    assert one == other
+    assert len(one) >= 7
+
+
+def test_many_threads_read_at_once(packed):
+    train, _, _ = opened(packed)
+    expected = [train.read(i) for i in range(len(train))]
+    fresh, _, _ = opened(packed)
+    order = np.random.default_rng(0).integers(0, len(train), 2_000).tolist()
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(fresh.read, order)) == [expected[i] for i in order]
+    assert len(fresh.store._open) == 3  # one descriptor a shard
+
+
+def test_pickles_without_open_files(packed):
+    train, _, _ = opened(packed)
+    first = train.read(0)
+    again = pickle.loads(pickle.dumps(train))
+    assert not again.store._open
+    assert again.read(0) == first
+    assert again.fingerprint() == train.fingerprint()
+
+
+def test_files_are_closed_when_nobody_reads_any_more(packed):
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        train, val, _ = opened(packed)
+        train.read(0)
+        val.read(0)
+        del train, val
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def test_a_low_limit_of_open_files_is_raised(packed):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+        opened(packed)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 6 + 200
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+DAMAGE = {
+    "no index": (lambda root: (root / INDEX).unlink(), r"holds no index.json; give the root of a finished preparation"),
+    "no such root": (shutil.rmtree, r"holds no index.json; give the root of a finished preparation"),
+    "damaged index": (
+        lambda root: (root / INDEX).write_text("{}"),
+        r"index.json is damaged \('format'\); remove",
+    ),
+    "newer format": (
+        lambda root: change(root, "format", 2),
+        r"index.json is damaged \(format 2 instead of 1\)",
+    ),
+    "no val": (lambda root: change(root, "splits", {}), r"has no train shards; prepare them: split=train"),
+    "shard gone": (lambda root: (root / "val-000001.tar").unlink(), r"val-000001.tar is not there; copy it again, or"),
+    "shard cut": (
+        lambda root: os.truncate(root / "train-000002.tar", 999),
+        r"train-000002.tar has 999 bytes instead of [\d,]+; copy it again, or prepare it again",
+    ),
+    "samples gone": (lambda root: (root / "val.samples.npy").unlink(), "val.samples.npy cannot be read"),
+    "samples cut": (lambda root: os.truncate(root / "val.samples.npy", 300), "val.samples.npy cannot be read"),
+    "samples of another": (
+        lambda root: shutil.copy(root / "val.samples.npy", root / "train.samples.npy"),
+        "train.samples.npy is not the one that index.json was written for; prepare the shards again",
+    ),
+}
+
+
+def change(root: Path, key: str, value: object) -> None:
+    found = json.loads((root / INDEX).read_bytes())
+    (root / INDEX).write_text(json.dumps(found | {key: value}))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_shards_that_are_not_whole_are_refused_at_the_start(mine, damage):
+    spoil, message = DAMAGE[damage]
+    spoil(mine)
+    with pytest.raises(DataError, match=message) as caught:
+        opened(mine)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shard_that_is_cut_later_is_named(mine):
+    train, _, _ = opened(mine)
+    name = train.name(0).rsplit(":", 1)[0]
+    os.truncate(name, 600)
+    with pytest.raises(DataError, match=rf"{name}:\d+ cannot be read \(the shard ends at byte [\d,]+, inside"):
+        train.read(0)
+
+
+def test_raw_shards_are_read_by_rows(archives, tmp_path):
+    root = pack(archives, tmp_path / "raw", encoding="raw", size=24)
+    train, _, _ = opened(root)
+    image = np.frombuffer(train.read(3)[128:], np.uint8).reshape(24, 24, 3)
+    part = np.empty((7, 24, 3), np.uint8)
+    train.store.read_rows(3, 5, part)
+    assert np.array_equal(part, image[5:12])
+
+
+def test_the_colour_axes_of_the_shards_come_with_them(packed, archives):
+    values, vectors = open_data(ShardsConfig(root=str(packed))).colour_basis
+    assert (values.shape, vectors.shape) == ((3,), (3, 3))
+    assert open_data(ImageNetConfig(root=str(archives))).colour_basis is None
+
+
+@pytest.mark.slow
+def test_a_run_with_colour_noise_is_another_run_where_the_colours_are_others(packed, tmp_path):
+    root = Path(shutil.copytree(packed, tmp_path / "shards"))
+    overrides = ["data=shards", f"data.root={root}", "run.name=a", "data.image_size=64", "trainer.global_batch_size=24"]
+    overrides += ["augment=alexnet_2012", *SMALL[2:]]
+    assert run("train", *overrides, "trainer.max_steps=1", cwd=tmp_path).returncode == 0
+    stats = json.loads((root / "train.stats.json").read_bytes())
+    (root / "train.stats.json").write_text(json.dumps(stats | {"eigenvalues": [0.2, 0.1, 0.01]}))
+    done = run("train", *overrides, "trainer.max_steps=2", cwd=tmp_path)
+    assert done.returncode == 64
+    assert "run.name=a was started as another run: augment.colour_basis=[[0.2, 0.1, 0.01], [" in done.stdout
+    (root / "train.stats.json").unlink()
+    done = run("train", *overrides, "trainer.max_steps=2", cwd=tmp_path)
+    assert "augment.colour_basis=unset (was [[" in done.stdout
