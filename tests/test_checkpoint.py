@@ -576,6 +576,14 @@ def test_what_decides_an_update_is_in_the_identity_and_refused_with_the_differen
     assert run(who=changed).resume("mine", allow_changes=True)[0].step == 10
 
 
+def test_a_checkpoint_from_before_there_was_a_knob_goes_on_while_the_knob_is_off(run, me):
+    newer = ("augment.mixup_alpha", "augment.policy", "augment.num_ops", "data.start_image_size")
+    save(run(who={key: value for key, value in me.items() if key not in newer}), 10)
+    assert run(who=me).resume("mine", allow_changes=False)[0].step == 10
+    with pytest.raises(ConfigError, match=r"another run: augment.mixup_alpha=0.2 \(was unset\); choose"):
+        run(who=who("augment.mixup_alpha=0.2")).resume("mine", allow_changes=False)
+
+
 def test_other_images_are_another_run(run, me):
     save(run(who=me), 10)
     with pytest.raises(ConfigError, match=r"another run: data=xyz \(was abc\); choose another run\.name"):

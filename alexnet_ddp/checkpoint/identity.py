@@ -17,6 +17,8 @@ _FREE = {
     *("trainer.tf32", "trainer.log_every_steps", "trainer.eval_every_epochs"),
 }
 
+_OFF = (None, 0, "none")  # values of a knob that leaves everything as it was before there was the knob
+
 
 def identity(cfg: Config, fingerprint: str, windows: str | None = None) -> dict[str, object]:
     """Flat, JSON: every knob that decides an update, and the fingerprints of the training images and of their windows.
@@ -33,7 +35,8 @@ def identity(cfg: Config, fingerprint: str, windows: str | None = None) -> dict[
 
 
 def check_same_run(name: str, then: dict[str, object], now: dict[str, object]) -> None:
-    """Raises ConfigError naming what differs, and both ways on."""
+    """Raises ConfigError naming what differs, and both ways on. A checkpoint may be older than some knobs."""
+    now = {key: value for key, value in now.items() if key in then or value not in _OFF}
     changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     if changed:
         shown = ", ".join(f"{key}={_short(now.get(key))} (was {_short(then.get(key))})" for key in changed[:6])
