@@ -46,7 +46,8 @@ def memory(report: Report, have: Materials, repetitions: int, ratios: tuple[floa
     """P11. Peak of PSS, summed over the process and its workers, torch included in both, each library counted once.
 
     Workers are as many as our throughput needs of them: 2 threads x `ratios` (packed, originals), on a machine with so
-    many cores. Their number is what counts for memory, so two cores may feed them as slowly as they like.
+    many cores. Their number is what counts for memory, so two cores may feed them as slowly as they like. Both are
+    looked at when all that they prepare ahead is there, which is two batches a worker, torch's default.
     """
     large, files, shards = str(have.large_tree), str(have.packed_files), str(have.jpeg_shards)
     more, some = (ceil(2 * ratio) for ratio in ratios)
@@ -56,8 +57,8 @@ def memory(report: Report, have: Materials, repetitions: int, ratios: tuple[floa
         return starts.memory_of(torch=True, seconds=0.5 if short else seconds, **ask)
 
     variants = {
-        f"ImageFolder, {more} workers, packed": load(7, loader="theirs", root=files, workers=more),
-        "ImageFolder, 2 workers, packed": load(3, loader="theirs", root=files, workers=2),
+        f"ImageFolder, {more} workers, packed": load(5, loader="theirs", root=files, workers=more, copies=5),
+        "ImageFolder, 2 workers, packed": load(3, loader="theirs", root=files, workers=2, copies=5),
         "ours: shards, 2 threads": load(2, loader="ours", data="shards", root=shards),
         f"ImageFolder, {some} workers, large": load(5, loader="theirs", root=large, workers=some),
         "ours: folder, 2 threads, large": load(2, loader="ours", data="folder", root=large),
@@ -113,7 +114,12 @@ class Starts:
     def _start(self, ask: dict[str, object]) -> subprocess.Popen:
         full = {"torch": False, "seconds": 0, **ask}
         command = [sys.executable, str(Path(__file__).with_name("one_process.py")), json.dumps(full)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(self.scratch / "cache")}
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+            "XDG_CACHE_HOME": str(self.scratch / "cache"),
+        }
         return subprocess.Popen(command, stdout=subprocess.PIPE, env=env, text=True)
 
 
