@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -43,34 +44,38 @@ def start_to_first_batch(report: Report, have: Materials, repetitions: int) -> N
 
 
 def memory(report: Report, have: Materials, repetitions: int, ratios: tuple[float, float]) -> None:
-    """P11. Peak of PSS, summed over the process and its workers, torch included in both, each library counted once.
+    """P11. Peak of the memory of a process and its workers, torch included in both.
 
     Workers are as many as our throughput needs of them: 2 threads x `ratios` (packed, originals), on a machine with so
-    many cores. Their number is what counts for memory, so two cores may feed them as slowly as they like.
+    many cores. Their number is what counts for memory, so two cores may feed them as slowly as they like. Both are
+    looked at when all that they prepare ahead is there, which is two batches a worker, torch's default.
     """
     large, files, shards = str(have.large_tree), str(have.packed_files), str(have.jpeg_shards)
     more, some = (ceil(2 * ratio) for ratio in ratios)
+    loads = {
+        f"ImageFolder, {more} workers, packed": (5, {"loader": "theirs", "root": files, "workers": more, "copies": 5}),
+        "ImageFolder, 2 workers, packed": (3, {"loader": "theirs", "root": files, "workers": 2, "copies": 5}),
+        "ours: shards, 2 threads": (2, {"loader": "ours", "data": "shards", "root": shards}),
+        f"ImageFolder, {some} workers, large": (5, {"loader": "theirs", "root": large, "workers": some}),
+        "ours: folder, 2 threads, large": (2, {"loader": "ours", "data": "folder", "root": large}),
+    }
     starts, short = Starts(have.scratch), repetitions == 1
-
-    def load(seconds: float, **ask: object) -> Callable[[], float]:
-        return starts.memory_of(torch=True, seconds=0.5 if short else seconds, **ask)
-
     variants = {
-        f"ImageFolder, {more} workers, packed": load(7, loader="theirs", root=files, workers=more),
-        "ImageFolder, 2 workers, packed": load(3, loader="theirs", root=files, workers=2),
-        "ours: shards, 2 threads": load(2, loader="ours", data="shards", root=shards),
-        f"ImageFolder, {some} workers, large": load(5, loader="theirs", root=large, workers=some),
-        "ours: folder, 2 threads, large": load(2, loader="ours", data="folder", root=large),
+        name: starts.memory_of(name, torch=True, seconds=0.5 if short else seconds, **ask)
+        for name, (seconds, ask) in loads.items()
     }
     found = in_turns(variants, repetitions, "MB", warm_up=False)
-    report.turns["peak PSS, MB"] = found
+    report.turns |= {"peak memory, MB": found, "peak PSS, MB": starts.pss}
     equal, plain, packed, equal_large, folder = found
-    what, index = "peak PSS of loading, torch included", f"index of {have.large[0] * have.large[1]:,} files"
-    note = f"as many workers as the throughput of 2 threads needs ({ratios[0]:.1f} x 2)"
-    report.compare("P11", f"{what}, packed JPEGs, {note}", found[packed], found[equal], [equal, "MB"])
-    report.compare(None, f"{what}, packed JPEGs, any throughput", found[packed], found[plain], [plain, "MB"])
-    note = f"as many workers as needed ({ratios[1]:.1f} x 2)"
-    report.compare(None, f"{what}, {index}, {note}", found[folder], found[equal_large], [equal_large, "MB"])
+    what, index = "memory of loading, torch included", f"index of {have.large[0] * have.large[1]:,} files"
+    need = "as many workers as the throughput of 2 threads needs"
+    for mark, mine, peer, note in (
+        ("P11", packed, equal, f"packed JPEGs, {need} ({ratios[0]:.1f} x 2)"),
+        (None, packed, plain, "packed JPEGs, 2 workers, whatever their throughput"),
+        (None, folder, equal_large, f"{index}, {need} ({ratios[1]:.1f} x 2)"),
+    ):
+        report.compare(mark, f"{what}, PSS and waiting batches: {note}", found[mine], found[peer], [peer, "MB"])
+        report.compare(None, f"{what}, PSS alone: {note}", starts.pss[mine], starts.pss[peer], [peer, "MB"])
 
 
 @dataclass
@@ -79,6 +84,7 @@ class Starts:
 
     scratch: Path
     after_imports: Figures = field(default_factory=dict)  # seconds from the end of the imports to the first batch
+    pss: Figures = field(default_factory=dict)  # MB, at its peak
 
     def of(self, **ask: object) -> Callable[[], float]:
         """Seconds from the start of a process to its first batch."""
@@ -95,17 +101,18 @@ class Starts:
         key = json.dumps(ask)
         return run
 
-    def memory_of(self, **ask: object) -> Callable[[], float]:
-        """Peak of its PSS, in MB, from its first batch on."""
+    def memory_of(self, name: str, **ask: object) -> Callable[[], float]:
+        """Peak of the memory in use, in MB, from its first batch on; that of its PSS goes to self.pss[name]."""
 
         def run() -> float:
-            process, peak = self._start(ask), 0.0
+            process, peak, peak_pss = self._start(ask), 0.0, 0.0
             process.stdout.readline()
             while process.poll() is None:
-                own, files = zip(*map(_memory_mb, _family(process.pid)))
-                peak = max(peak, sum(own) + max(files))
+                used, pss = _memory_mb(_family(process.pid))
+                peak, peak_pss = max(peak, used), max(peak_pss, pss)
                 time.sleep(0.1)
             _finish(process)
+            self.pss.setdefault(name, []).append(peak_pss)
             return peak
 
         return run
@@ -113,7 +120,12 @@ class Starts:
     def _start(self, ask: dict[str, object]) -> subprocess.Popen:
         full = {"torch": False, "seconds": 0, **ask}
         command = [sys.executable, str(Path(__file__).with_name("one_process.py")), json.dumps(full)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(self.scratch / "cache")}
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+            "XDG_CACHE_HOME": str(self.scratch / "cache"),
+        }
         return subprocess.Popen(command, stdout=subprocess.PIPE, env=env, text=True)
 
 
@@ -139,16 +151,44 @@ def _family(pid: int) -> list[int]:
     return family
 
 
-def _memory_mb(pid: int) -> tuple[float, float]:
-    """(PSS of memory and of shared memory, pages of files that are mapped in) of a process; zeros for one that ends.
+def _memory_mb(family: list[int]) -> tuple[float, float]:
+    """(memory in use, PSS) of processes together.
 
-    The kernel divides a page of libtorch by the number of processes that have it mapped, strangers as well. So they are
-    not taken from its sum: the caller counts the files of the largest process, once.
+    Memory of their own is PSS, by the kernel. Two things it does not say: a page of libtorch it divides by the number
+    of processes that have it mapped, strangers as well, so the files of the largest process are counted instead, once;
+    and a batch that waits in a worker's queue is a file in /dev/shm that nobody has mapped. It is memory, but no PSS.
     """
+    own, files, mapped, shared = 0.0, 0.0, 0.0, {}
+    for pid in family:
+        status = _read(f"/proc/{pid}/smaps_rollup") + _read(f"/proc/{pid}/status")
+        kib = {line.split(":")[0]: line.split()[1] for line in status.splitlines() if line.endswith(" kB")}
+        own += int(kib.get("Pss_Anon", 0)) * 1024 / 1e6
+        files = max(files, int(kib.get("RssFile", 0)) * 1024 / 1e6)
+        mapped += int(kib.get("Pss_Shmem", 0)) * 1024 / 1e6
+        shared |= _shared_memory_mb(pid)
+    return own + files + max(mapped, sum(shared.values())), own + files + mapped
+
+
+def _shared_memory_mb(pid: int) -> dict[int, float]:
+    """inode -> MB of the files in /dev/shm that a process holds, mapped or only open."""
+    found = {}
+    for line in _read(f"/proc/{pid}/maps").splitlines():
+        if "/dev/shm/" in line:
+            span, _, _, _, inode, *_ = line.split()
+            start, end = (int(address, 16) for address in span.split("-"))
+            found[int(inode)] = (end - start) / 1e6
+    with suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):  # closed
+                if os.readlink(link).startswith("/dev/shm/"):
+                    status = link.stat()
+                    found[status.st_ino] = status.st_blocks * 512 / 1e6
+    return found
+
+
+def _read(path: str) -> str:
+    """Empty for a process that is gone."""
     try:
-        rollup, status = (Path(f"/proc/{pid}/{name}").read_text() for name in ("smaps_rollup", "status"))
+        return Path(path).read_text()
     except OSError:
-        return 0.0, 0.0
-    kib = {line.split(":")[0]: line.split()[1] for line in (rollup + status).splitlines() if line.endswith(" kB")}
-    own, files, shared = (int(kib.get(key, 0)) * 1024 / 1e6 for key in ("Pss_Anon", "RssFile", "Pss_Shmem"))
-    return own + shared, files
+        return ""
