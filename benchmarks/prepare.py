@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--repetitions", type=int, default=5, help="turns that count (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one short turn, for the mechanics")
     ask = parser.parse_args(arguments)
-    count, repetitions = (32, 1) if ask.quick else (2_400, ask.repetitions)
+    count, repetitions = (32, 1) if ask.quick else (1_200, ask.repetitions)
     report, about = Report(), machine()
     if importlib.util.find_spec("pyspark") is None:
         report.skip(SPARK, "pyspark is not installed: pip install 'alexnet-ddp[spark]'")

@@ -51,20 +51,26 @@ class ImageFill(_IndexFill):
             for k, i in enumerate(indices):
                 self._guard(bad, k, i, lambda k=k, i=i: centre_into(slots[k], self.index.read(i), resize))
             return bad
-        data = [self._guard(bad, k, i, lambda i=i: self._read(i)) for k, i in enumerate(indices)]
-        sizes = np.array([(1, 1) if item is None else item[1] for item in data], dtype=np.int64)
-        views = self.augment.views(epoch, indices, sizes[:, 0], sizes[:, 1])
-        boxes = _boxes(views)
+        data = [self._guard(bad, k, i, lambda i=i: self.index.read(i)) for k, i in enumerate(indices.tolist())]
+        views = self.augment.views(epoch, indices, *self._sizes(bad, indices, data))
+        boxes, flips = _boxes(views), views.flip.tolist()
         operations = self.augment.operations(epoch, indices, slots.shape[1])
         for k, i in enumerate(indices):
             if data[k] is not None:
-                self._guard(bad, k, i, lambda k=k: crop_into(slots[k], data[k][0], boxes[k], views.flip[k]))
+                self._guard(bad, k, i, lambda k=k: crop_into(slots[k], data[k], boxes[k], flips[k]))
                 operate(slots[k], operations[k])
         return bad
 
-    def _read(self, i: int) -> tuple[bytes, tuple[int, int]]:
-        data = self.index.read(i)
-        return data, size_of(data)
+    def _sizes(self, bad: list[int], indices: np.ndarray, data: list[bytes | None]) -> tuple[np.ndarray, np.ndarray]:
+        """Widths and heights, int64 [n], as an index knows them or from the headers; 1 for a bad image."""
+        if hasattr(self.index.store, "dimensions"):
+            return self.index.store.dimensions(indices)
+        sizes = [(1, 1)] * len(data)
+        for k, i in enumerate(indices):
+            if data[k] is not None:
+                size = self._guard(bad, k, i, lambda k=k: size_of(data[k]))
+                data[k], sizes[k] = (None, (1, 1)) if size is None else (data[k], size)
+        return tuple(np.array(sizes, dtype=np.int64).T)
 
     def _guard(self, bad: list[int], k: int, i: int, action: Callable[[], object]) -> object:
         """action(); where image i turns out to be bad, note position k or raise."""

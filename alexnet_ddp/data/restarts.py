@@ -67,40 +67,37 @@ def cut(data: bytes, box: tuple[int, int, int, int]) -> Cut | None:
         return None
     _, frame, scan, blocks = _HEAD.unpack_from(data, _AT + 4)
     height, width = struct.unpack_from(">HH", data, frame + 5)
-    count = (int.from_bytes(data[_AT + 2 : _AT + 4], "big") - 2 - _HEAD.size) // 2
-    bounds = np.empty(count + 1, np.int64)
+    segment = blocks * _BLOCK  # pixels
+    rows, per_row = -(-height // _BLOCK), -(-width // segment)
+    bounds = np.empty(rows * per_row + 1, np.int64)  # where the markers are, one before the first and one at the end
     bounds[0] = scan - 2
-    np.cumsum(np.frombuffer(data, "<u2", count, _AT + 4 + _HEAD.size), out=bounds[1:])
-    bounds[1:] += scan - 2
+    bounds[1:] = np.frombuffer(data, "<u2", rows * per_row, _AT + 4 + _HEAD.size)
+    np.cumsum(bounds, out=bounds)
     if bounds[-1] != len(data) - 2 or data[-2:] != _END:
         raise ValueError("cut short")
     left, top, wide, high = box
-    segment = blocks * _BLOCK  # pixels
-    a, b = max(0, left - _MARGIN) // segment, min(-(-width // segment), -(-(left + wide + _MARGIN) // segment))
-    c, d = max(0, top - _MARGIN) // _BLOCK, min(-(-height // _BLOCK), -(-(top + high + _MARGIN) // _BLOCK))
-    per_row = -(-width // segment)
-    if (b - a) * (d - c) == count:
+    a, b = max(0, left - _MARGIN) // segment, min(per_row, -(-(left + wide + _MARGIN) // segment))
+    c, d = max(0, top - _MARGIN) // _BLOCK, min(rows, -(-(top + high + _MARGIN) // _BLOCK))
+    if (b - a) * (d - c) == rows * per_row:
         return None
-    first = np.arange(c, d) * per_row + a
-    begins = bounds[first] + 2
-    out = _joined(data, scan, bounds, first, begins, b - a)
+    marks = bounds[:-1].reshape(rows, per_row)[c:d, a:b]
+    out = _joined(data, scan, marks, bounds[1:].reshape(rows, per_row)[c:d, b - 1])
     size = min(width, b * segment) - a * segment, min(height, d * _BLOCK) - c * _BLOCK
     struct.pack_into(">HH", out, frame + 5, size[1], size[0])
     return Cut(out, a * segment, c * _BLOCK, *size)
 
 
-def _joined(data: bytes, scan: int, bounds: np.ndarray, first: np.ndarray, begins: np.ndarray, n: int) -> bytearray:
-    """The header, and of each row the `n` segments from `first` on, with markers numbered in order."""
-    ends = bounds[first + n]
+def _joined(data: bytes, scan: int, marks: np.ndarray, ends: np.ndarray) -> bytearray:
+    """The header, and of each row the segments behind `marks`, int64 [rows, n], with markers numbered in order."""
+    begins = marks[:, 0] + 2
     pieces = [data[begin:end] for begin, end in zip(begins.tolist(), ends.tolist())]
     out = bytearray(b"".join((data[:scan], b"\xff\xd0".join(pieces), _END)))
-    moved = np.empty(len(first), np.int64)  # how far each row goes
-    moved[0] = scan
-    np.cumsum((ends - begins + 2)[:-1], out=moved[1:])
-    moved[1:] += scan
-    moved -= begins
-    marks = (bounds[first[:, None] + np.arange(n)] + (moved + 1)[:, None]).ravel()[1:]
-    np.frombuffer(out, np.uint8)[marks] = _NUMBERS[: len(marks)]
+    moved = np.cumsum(ends - marks[:, 0])  # how far each row goes, and then how far the next one
+    moved[1:] = moved[:-1]
+    moved[0] = 0
+    moved += scan + 1 - begins
+    second = (marks + moved[:, None]).ravel()[1:]
+    np.frombuffer(out, np.uint8)[second] = _NUMBERS[: len(second)]
     return out
 
 

@@ -7,8 +7,6 @@ import numpy as np
 
 from alexnet_ddp import rng
 from alexnet_ddp.config import DataConfig, DemoConfig, FolderConfig, ImageNetConfig, ShardsConfig, SyntheticConfig
-from alexnet_ddp.data.demo import ensure_demo
-from alexnet_ddp.data.imagenet import open_imagenet
 from alexnet_ddp.data.index import SampleIndex, check_same_classes, index_folder
 from alexnet_ddp.data.packing.statistics import colour_basis
 from alexnet_ddp.data.shards import open_shards
@@ -47,17 +45,22 @@ class SyntheticStore:
 def open_data(cfg: DataConfig, may_make: bool = False) -> ImageSets:
     """Find the images that `cfg` names; make the built-in ones where `may_make`. Raises DataError.
 
-    May write files, a cache at least: see first_on_node.
+    May write files, a cache at least: see first_on_node. Imports what a choice needs where it is chosen: a start is
+    mostly imports.
     """
     basis = None
     match cfg:
         case DemoConfig():
+            from alexnet_ddp.data.demo import ensure_demo
+
             if may_make:
                 ensure_demo(Path(cfg.root))
             train, val, names = _open_folder(Path(cfg.root))
         case FolderConfig():
             train, val, names = _open_folder(Path(cfg.root))
         case ImageNetConfig():
+            from alexnet_ddp.data.imagenet import open_imagenet
+
             train, val, names = open_imagenet(Path(cfg.root))
         case ShardsConfig():
             train, val, names = open_shards(cfg)

@@ -14,8 +14,7 @@ import math
 import os
 import resource
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,7 @@ class ShardStore:
     """
 
     def __init__(self, files: Shards, samples: np.ndarray, raw_size: int | None) -> None:
-        self.files, self.samples, self.raw_size = files, samples, raw_size
+        self.files, self.samples, self.raw_size = files, samples.view(np.ndarray), raw_size  # memmap's own [] is slow
         self._open: dict[int, int] = {}  # shard -> file descriptor
         self._lock = threading.Lock()
 
@@ -85,15 +84,14 @@ class ShardStore:
     def take(self, positions: np.ndarray) -> "ShardStore":
         return ShardStore(self.files, self.samples[positions], self.raw_size)
 
-    def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def dimensions(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(widths, heights) in pixels, int64 [n] each."""
         found = self.samples[indices]
         return found["width"].astype(np.int64), found["height"].astype(np.int64)
 
     def read(self, i: int) -> bytes:
         shard, offset, size, *_ = self.samples[i].item()
-        with self._opened(shard) as descriptor:
-            data = os.pread(descriptor, size, offset)
+        data = self._open_for(shard, os.pread, size, offset)
         if len(data) < size:
             raise OSError(f"the shard ends at byte {offset + len(data):,}, inside the image")
         return data
@@ -102,8 +100,7 @@ class ShardStore:
         """Fill `rows`, uint8 [n, raw_size, 3], with the rows from `top` on of the raw image `i`."""
         shard, offset, *_ = self.samples[i].item()
         at = offset + NPY_HEADER + top * self.raw_size * 3
-        with self._opened(shard) as descriptor:
-            count = os.preadv(descriptor, [rows], at)
+        count = self._open_for(shard, os.preadv, [rows], at)
         if count < rows.nbytes:
             raise OSError(f"the shard ends at byte {at + count:,}, inside the image")
 
@@ -121,14 +118,13 @@ class ShardStore:
         sample = self.samples[i]
         return f"{self.files.storage.path(self.files.names[int(sample['shard'])])}:{sample['offset']}"
 
-    @contextmanager
-    def _opened(self, shard: int) -> Iterator[int]:
+    def _open_for(self, shard: int, call: Callable, *arguments: Any) -> Any:
+        """call(descriptor, *arguments)"""
         if self.files.cache is None:
-            yield self._descriptor(shard)
-            return
+            return call(self._descriptor(shard), *arguments)
         descriptor = self.files.open(shard)
         try:
-            yield descriptor
+            return call(descriptor, *arguments)
         finally:
             os.close(descriptor)
 
