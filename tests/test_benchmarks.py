@@ -26,6 +26,18 @@ def test_the_loader_benchmark_writes_one_row_for_each_of_its_targets(tmp_path):
     assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_the_preparation_benchmark_compares_the_engines_that_are_there(tmp_path):
+    command = [sys.executable, "benchmarks/prepare.py", "--quick", "--json", str(tmp_path / "p.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "p.json").read_text())
+    (figures,) = written["turns"].values()
+    assert {"local, 1 process", "local, 2 processes"} <= figures.keys()
+    assert len(figures) == 3 or written["skipped"]
+    assert all(row["ratio"] > 0 and row["unit"] == "images/s" for row in written["results"])
+
+
 def test_the_loader_benchmark_knows_its_parts():
     command = [sys.executable, "benchmarks/loader.py", "--only", "P5,P99"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
