@@ -1,9 +1,9 @@
 """Shards from far away on the disk of a node: fetched once, verified, evicted by size."""
 
 import multiprocessing
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -23,6 +23,7 @@ from alexnet_ddp.config import (
 from alexnet_ddp.data import cache
 from alexnet_ddp.data.cache import NodeCache
 from alexnet_ddp.data.sets import open_data
+from alexnet_ddp.data.shards import ShardStore
 from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.errors import DataError
 from alexnet_ddp.prepare import prepare
@@ -134,19 +135,19 @@ def test_a_file_that_is_not_the_one_of_the_index_is_refused_and_not_kept(shards,
 
 
 def test_what_was_used_least_recently_gives_way_and_comes_back_when_it_is_needed(shards, tmp_path):
-    size = max(path.stat().st_size for path in shards.glob("train-*.tar"))
-    near = open_data(ShardsConfig(root=str(shards))).train
-    cfg = far(shards, tmp_path, cache_gb=2.5 * size / 1e9, shuffle=Shuffle.window, window_shards=1)
-    index = open_data(cfg).train
+    near, index = open_data(ShardsConfig(root=str(shards))).train, open_data(far(shards, tmp_path)).train
+    limit = int(2.5 * max(path.stat().st_size for path in shards.glob("train-*.tar")))
+    small = replace(index.store.files, cache=replace(index.store.files.cache, limit=limit))
+    index = replace(index, store=ShardStore(small, index.store.samples, None))
     first = [int(np.flatnonzero(index.store.shards == k)[0]) for k in range(4)]
     folder = tmp_path / "cache"
     for i in (*first, *first):
         assert index.read(i) == near.read(i)
-        assert sum((folder / name).stat().st_size for name in names_in(folder)) <= 2.5 * size
+        assert sum((folder / name).stat().st_size for name in names_in(folder)) <= limit
         time.sleep(0.02)
-    tars = [sha for sha in index.store.files.sha256 if (folder / sha).exists()]
-    assert index.store.files.sha256[3] in tars
-    assert len(tars) == 2
+    kept = [sha256 for sha256 in small.sha256 if (folder / sha256).exists()]
+    assert len(kept) == 2
+    assert small.sha256[3] in kept
 
 
 def test_a_hint_fetches_in_the_background(shards, tmp_path):
@@ -164,19 +165,22 @@ def test_a_far_root_needs_a_folder_with_room_for_what_is_read_at_a_time(shards, 
         open_data(ShardsConfig(root=f"faraway://{shards}"))
     with pytest.raises(ConfigError, match=r"data.cache_gb \(1e-06\) must hold all shards for data.shuffle=full"):
         open_data(far(shards, tmp_path, cache_gb=1e-6))
-    with pytest.raises(ConfigError, match=r"data.cache_gb \(1e-06\) must hold two windows of data.window_shards"):
+    with pytest.raises(ConfigError, match=r"data.cache_gb \(1e-06\) must hold the val shards and two windows"):
         open_data(far(shards, tmp_path, cache_gb=1e-6, shuffle=Shuffle.window, window_shards=1))
 
 
 def test_an_address_that_cannot_be_read_is_one_line(tmp_path):
-    for root, why in (("nosuch://x/y", "Protocol not known"), (f"faraway://{tmp_path}/none", "holds no index.json")):
-        with pytest.raises(DataError, match=why):
-            open_data(ShardsConfig(root=root, cache_dir=str(tmp_path / "cache")))
+    with pytest.raises(
+        ConfigError, match=r"^nosuch://x/y cannot be reached; .* install the driver .*Protocol not known"
+    ):
+        open_data(ShardsConfig(root="nosuch://x/y", cache_dir=str(tmp_path / "cache")))
+    with pytest.raises(DataError, match=r"holds no index\.json"):
+        open_data(ShardsConfig(root=f"faraway://{tmp_path}/none", cache_dir=str(tmp_path / "cache")))
 
 
 def test_a_cache_pickles_without_its_threads(tmp_path):
     import pickle
 
     far_away = NodeCache(Storage("faraway:///x"), str(tmp_path), None)
-    far_away._fetchers.submit(os.getpid).result()
+    far_away.will_need("none", "0" * 64)
     assert pickle.loads(pickle.dumps(far_away)) == far_away

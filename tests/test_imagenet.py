@@ -230,6 +230,7 @@ def test_labels_and_validation_images_must_fit(root):
         (tar({META: meta_mat(["n1"])}, "w:gz")[:-50], "cannot be read"),
         (tar({META: meta_mat(["n1"])}, "w:gz")[:-8] + bytes(8), r"cannot be read \(CRC check failed"),
     ],
+    ids=["empty", "no tar", "no meta.mat inside", "no meta.mat", "no ground truth", "cut", "CRC"],
 )
 def test_a_damaged_devkit_is_named_in_one_line(root, data, message):
     write(root / DEVKIT, data)

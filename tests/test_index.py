@@ -184,7 +184,7 @@ def test_an_archive_is_opened_once_and_read_by_threads_forks_and_copies(tmp_path
 def test_an_archive_cut_short_after_it_was_indexed_names_the_image(tmp_path):
     index = archive(tmp_path / "a.tar")
     os.truncate(tmp_path / "a.tar", int(index.store.offsets[5]) + 10)
-    with pytest.raises(DataError, match=r"a.tar:5.JPEG cannot be read \(the archive ends at byte .*\); put it back"):
+    with pytest.raises(DataError, match=r"a.tar:5.JPEG cannot be read \(the file ends at byte .*\); put it back"):
         index.read(5)
     with pytest.raises(DataError, match=r"a.tar:\d+ cannot be read"):
         index.read(9)

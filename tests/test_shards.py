@@ -177,7 +177,7 @@ def test_a_shard_that_is_cut_later_is_named(mine):
     train, _, _ = opened(mine)
     name = train.name(0).rsplit(":", 1)[0]
     os.truncate(name, 600)
-    with pytest.raises(DataError, match=rf"{name}:\d+ cannot be read \(the shard ends at byte [\d,]+, inside"):
+    with pytest.raises(DataError, match=rf"{name}:\d+ cannot be read \(the file ends at byte [\d,]+, inside"):
         train.read(0)
 
 

@@ -133,7 +133,7 @@ def undisturbed(tmp_path_factory) -> tuple[list[str], Path]:
 
 
 def test_stopped_and_killed_in_mid_epoch_it_ends_with_the_same_bits(undisturbed, tmp_path):
-    """SIGTERM, SIGKILL, SIGUSR1: three times in the first epoch, on two ranks."""
+    """SIGTERM twice in the first epoch, on two ranks."""
     overrides, root = undisturbed
     hit = [*overrides, "run.name=hit"]
     run_dir = root / "hit"

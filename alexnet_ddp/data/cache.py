@@ -9,11 +9,12 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 
 from alexnet_ddp.data.storage import Storage
 
@@ -35,8 +36,24 @@ class NodeCache:
     limit: int | None
 
     @cached_property
-    def _fetchers(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fetch")
+    def _wanted(self) -> SimpleQueue[tuple[str, str]]:
+        """What to fetch in the background. Daemon threads do it: the end of a run does not wait for them."""
+        wanted: SimpleQueue[tuple[str, str]] = SimpleQueue()
+
+        def fetch() -> None:
+            while True:
+                name, sha256 = wanted.get()
+                with suppress(OSError):  # shows when the file is asked for
+                    self.get(name, sha256)
+                self._asked.discard(sha256)
+
+        for _ in range(_FETCHERS):
+            Thread(target=fetch, name="fetch", daemon=True).start()
+        return wanted
+
+    @cached_property
+    def _asked(self) -> set[str]:
+        return set()
 
     def open(self, name: str, sha256: str) -> int:
         """A file descriptor, for reading; the file is fetched first where it is not here. Raises OSError."""
@@ -59,8 +76,9 @@ class NodeCache:
 
     def will_need(self, name: str, sha256: str) -> None:
         """Begin to fetch it, without waiting; an error shows when the file is asked for."""
-        if not Path(self.directory, sha256).exists():
-            self._fetchers.submit(self.get, name, sha256)
+        if sha256 not in self._asked and not Path(self.directory, sha256).exists():
+            self._asked.add(sha256)
+            self._wanted.put((name, sha256))
 
     def _fetch(self, name: str, sha256: str, path: Path) -> None:
         for attempt in range(_ATTEMPTS):
@@ -74,12 +92,14 @@ class NodeCache:
                 time.sleep(_PAUSE_S * 2**attempt)
 
     def _copy(self, name: str, sha256: str, path: Path) -> None:
-        digest, draft = hashlib.sha256(), path.with_name(f".{sha256}.tmp-{os.getpid()}")
+        digest, draft = hashlib.sha256(), path.with_name(f".{sha256}.tmp")  # whoever holds the lock may replace it
         try:
             with open(draft, "wb") as out:
                 for chunk in self.storage.chunks(name):
                     digest.update(chunk)
                     out.write(chunk)
+                out.flush()
+                os.fsync(out.fileno())
             if digest.hexdigest() != sha256:
                 raise OSError("its SHA-256 is not the one in the index")
             os.replace(draft, path)
@@ -100,12 +120,13 @@ class NodeCache:
             return
         with self._alone("room.lock"):
             found = []
-            for path in newest.parent.iterdir():
-                if len(path.name) == len(newest.name) and path != newest:
-                    status = path.stat()
-                    found.append((status.st_mtime, status.st_size, path))
-            total = newest.stat().st_size + sum(size for _, size, _ in found)
-            for _, size, path in sorted(found):
+            for entry in os.scandir(self.directory):
+                if len(entry.name) == len(newest.name):
+                    with suppress(FileNotFoundError):
+                        status = entry.stat()
+                        found.append((status.st_mtime, status.st_size, Path(entry.path)))
+            total = sum(size for _, size, _ in found)
+            for _, size, path in sorted(item for item in found if item[2] != newest):
                 if total <= self.limit:
                     return
                 path.unlink(missing_ok=True)
@@ -120,4 +141,4 @@ class NodeCache:
             yield
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "_fetchers"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_wanted", "_asked")}

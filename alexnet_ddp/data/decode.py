@@ -37,11 +37,13 @@ def size_of(data: bytes) -> tuple[int, int]:
 
 def crop_into(slot: np.ndarray, data: bytes, box: tuple[int, int, int, int], flip: bool) -> None:
     """Decode, cut out `box` (left, top, width, height), resize it to `slot` (uint8 [size, size, 3]), perhaps flip."""
-    part = _cut(data, box)
+    part = restarts.cut(data, box)
     if part is not None:
         data, box = part.data, (box[0] - part.left, box[1] - part.top, *box[2:])
     image, scale = _decode_reduced(data, box, slot.shape[0])
     left, top, width, height = (round(value * scale) for value in box)
+    if top + height > image.shape[0] + 1 or left + width > image.shape[1] + 1:
+        raise BadImage("damaged: it is smaller than its index says")
     resize_into(slot, image[top : top + max(1, height), left : left + max(1, width)], flip)
 
 
@@ -90,13 +92,6 @@ def _decode_reduced(data: bytes, box: tuple[int, int, int, int], size: int) -> t
         return image, eighths / 8
     except ValueError:  # Pillow reads more kinds, and says better what is wrong with the rest
         return np.asarray(_to_rgb(_open(data))), 1.0
-
-
-def _cut(data: bytes, box: tuple[int, int, int, int]) -> restarts.Cut | None:
-    try:
-        return restarts.cut(data, box)
-    except ValueError as error:
-        raise BadImage(f"damaged: {error}") from error
 
 
 def _scratch(size: int) -> bytearray:

@@ -59,22 +59,33 @@ def with_table(jpeg: bytes, blocks: int) -> bytes:
 
 
 def cut(data: bytes, box: tuple[int, int, int, int]) -> Cut | None:
-    """The part that `box` (left, top, width, height) needs; None where `data` has no table or all of it is needed.
+    """The part that `box` (left, top, width, height) needs; None where all of it is needed or nothing can be cut.
 
-    ValueError where the file is not as long as its table says.
+    Nothing can where there is no table, or where it is not this file's: editors copy comments, and disks flip bits.
     """
-    if data[_AT + 4 : _AT + 13] != _NAME:
+    if not has_table(data):
         return None
+    try:
+        return _cut(data, box)
+    except (ValueError, IndexError, ZeroDivisionError, struct.error):  # whoever decodes the whole says what is wrong
+        return None
+
+
+def has_table(data: bytes) -> bool:
+    return data[_AT + 4 : _AT + 13] == _NAME
+
+
+def _cut(data: bytes, box: tuple[int, int, int, int]) -> Cut | None:
     _, frame, scan, blocks = _HEAD.unpack_from(data, _AT + 4)
     height, width = struct.unpack_from(">HH", data, frame + 5)
     segment = blocks * _BLOCK  # pixels
     rows, per_row = -(-height // _BLOCK), -(-width // segment)
-    bounds = np.empty(rows * per_row + 1, np.int64)  # where the markers are, one before the first and one at the end
-    bounds[0] = scan - 2
-    bounds[1:] = np.frombuffer(data, "<u2", rows * per_row, _AT + 4 + _HEAD.size)
+    sizes = np.frombuffer(data, "<u2", rows * per_row, _AT + 4 + _HEAD.size)
+    bounds = np.empty(len(sizes) + 1, np.int64)  # where the markers are, one before the first and one at the end
+    bounds[0], bounds[1:] = scan - 2, sizes
     np.cumsum(bounds, out=bounds)
     if bounds[-1] != len(data) - 2 or data[-2:] != _END:
-        raise ValueError("cut short")
+        raise ValueError("another file's table")
     left, top, wide, high = box
     a, b = max(0, left - _MARGIN) // segment, min(per_row, -(-(left + wide + _MARGIN) // segment))
     c, d = max(0, top - _MARGIN) // _BLOCK, min(rows, -(-(top + high + _MARGIN) // _BLOCK))

@@ -25,7 +25,7 @@ from alexnet_ddp.config import ConfigError, ShardsConfig, Shuffle
 from alexnet_ddp.data.cache import NodeCache
 from alexnet_ddp.data.index import SampleIndex
 from alexnet_ddp.data.storage import Storage, absolute
-from alexnet_ddp.data.tars import will_need
+from alexnet_ddp.data.tars import pread, will_need
 from alexnet_ddp.errors import DataError
 
 SAMPLE = np.dtype(
@@ -91,10 +91,7 @@ class ShardStore:
 
     def read(self, i: int) -> bytes:
         shard, offset, size, *_ = self.samples[i].item()
-        data = self._open_for(shard, os.pread, size, offset)
-        if len(data) < size:
-            raise OSError(f"the shard ends at byte {offset + len(data):,}, inside the image")
-        return data
+        return self._open_for(shard, pread, size, offset)
 
     def read_rows(self, i: int, top: int, rows: np.ndarray) -> None:
         """Fill `rows`, uint8 [n, raw_size, 3], with the rows from `top` on of the raw image `i`."""
@@ -102,7 +99,7 @@ class ShardStore:
         at = offset + NPY_HEADER + top * self.raw_size * 3
         count = self._open_for(shard, os.preadv, [rows], at)
         if count < rows.nbytes:
-            raise OSError(f"the shard ends at byte {at + count:,}, inside the image")
+            raise OSError(f"the file ends at byte {at + count:,}, inside the image")
 
     def will_need(self, indices: np.ndarray) -> None:
         """Ask for these images ahead of time, without waiting. Raises OSError."""
@@ -160,12 +157,14 @@ class ShardIndex:
 def read_index(storage: Storage) -> ShardIndex | None:
     """None where nothing is committed. Raises DataError where it is damaged."""
     try:
-        found = json.loads(storage.read(INDEX))
+        content = storage.read(INDEX)
+    except FileNotFoundError:
+        return None
+    try:
+        found = json.loads(content)
         if found["format"] != FORMAT:
             raise ValueError(f"format {found['format']} instead of {FORMAT}")
         return ShardIndex(found["classes"], found["class_names"], found["splits"])
-    except FileNotFoundError:
-        return None
     except (ValueError, KeyError, TypeError) as error:
         path = storage.path(INDEX)
         raise DataError(f"{path} is damaged ({error}); remove it and prepare again: whole shards stay") from error
@@ -179,7 +178,7 @@ def open_shards(cfg: ShardsConfig) -> tuple[SampleIndex, SampleIndex, list[str]]
     storage = Storage(absolute(cfg.root))
     try:
         index = read_index(storage)
-    except (OSError, ImportError, ValueError) as error:
+    except OSError as error:
         raise DataError(f"data.root ({cfg.root}) cannot be read ({error}); check the address and its access") from error
     if index is None:
         remedy = "give the root of a finished preparation, or finish it: python -m alexnet_ddp.prepare"
@@ -208,9 +207,10 @@ def _cache(cfg: ShardsConfig, storage: Storage, index: ShardIndex) -> NodeCache 
         rule = f"must hold all shards for data.shuffle=full, {least:g} GB; use data.shuffle=window or more room"
         raise ConfigError(f"data.cache_gb ({cfg.cache_gb:g}) {rule}")
     largest = max(shard["bytes"] for entry in index.splits.values() for shard in entry["shards"])
-    if limit is not None and limit < min(total, 2 * cfg.window_shards * largest):
-        rule = f"must hold two windows of data.window_shards ({cfg.window_shards}) shards"
-        raise ConfigError(f"data.cache_gb ({cfg.cache_gb:g}) {rule}, {2 * cfg.window_shards * largest / 1e9:.3g} GB")
+    needed = index.splits["val"]["bytes"] + 2 * cfg.window_shards * largest  # an evaluation reads val in another order
+    if limit is not None and limit < min(total, needed):
+        rule = f"must hold the val shards and two windows of data.window_shards ({cfg.window_shards})"
+        raise ConfigError(f"data.cache_gb ({cfg.cache_gb:g}) {rule}, {needed / 1e9:.3g} GB")
     return NodeCache(storage, os.path.abspath(os.path.expanduser(cfg.cache_dir)), limit)
 
 

@@ -16,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from alexnet_ddp.errors import ConfigError
+
 SCRATCH = "_tmp"  # the folder of drafts, below root
 _CHUNK = 1 << 22  # bytes read at once
 
@@ -42,7 +44,11 @@ class Storage:
         """(fsspec file system, path of root in it), where root is a URL."""
         from fsspec.core import url_to_fs  # slow to import, and few need it
 
-        fs, path = url_to_fs(self.root)
+        try:
+            fs, path = url_to_fs(self.root)
+        except (ImportError, ValueError) as error:
+            rule = "cannot be reached; mend the address, or install the driver that fsspec needs for it"
+            raise ConfigError(f"{self.root} {rule} ({error})") from error
         return fs, path.rstrip("/")
 
     def path(self, name: str) -> str:
@@ -156,6 +162,7 @@ class Storage:
                 with os.scandir(self.path(folder)) as entries:
                     return sorted(e.name for e in entries if (e.is_dir() if kind == "directory" else e.is_file()))
             fs, top = self._far
+            fs.invalidate_cache()  # workers elsewhere may have written meanwhile
             found = fs.ls(f"{top}/{folder}".rstrip("/"), detail=True)
         except FileNotFoundError:
             return []

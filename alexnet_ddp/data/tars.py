@@ -106,6 +106,17 @@ def _damaged(path: Path, offset: int, what: str) -> DataError:
     return DataError(f"{path} {what} at byte {offset:,}; compare its size and MD5 with the source's, and copy it again")
 
 
+def pread(descriptor: int, size: int, offset: int) -> bytes:
+    """All `size` bytes: a network file system may give them in parts. OSError where the file ends before."""
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size:
+        more = os.pread(descriptor, size - len(data), offset + len(data))
+        if not more:
+            raise OSError(f"the file ends at byte {offset + len(data):,}, inside the image")
+        data += more
+    return data
+
+
 def will_need(descriptor: int, offset: int, size: int) -> None:
     """Ask the kernel to read ahead, where it can: slow storage then works on many images at once."""
     if hasattr(os, "posix_fadvise"):
@@ -148,13 +159,7 @@ class ArchiveStore:
             return f"{self.path}:{self.offsets[i]}"
 
     def _pread(self, offset: int, size: int) -> bytes:
-        data = os.pread(self._descriptor(), size, offset)
-        while len(data) < size:
-            more = os.pread(self._descriptor(), size - len(data), offset + len(data))
-            if not more:
-                raise OSError(f"the archive ends at byte {offset + len(data):,}, inside the image")
-            data += more
-        return data
+        return pread(self._descriptor(), size, offset)
 
     def _descriptor(self) -> int:
         fd = self.__dict__.get("_fd")

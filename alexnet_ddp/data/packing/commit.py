@@ -14,7 +14,7 @@ from alexnet_ddp.data.packing.statistics import Statistics
 from alexnet_ddp.data.packing.write import to_npy
 from alexnet_ddp.data.shards import FORMAT, INDEX, SAMPLE, ShardIndex, read_index
 from alexnet_ddp.data.storage import SCRATCH, Storage
-from alexnet_ddp.errors import DataError
+from alexnet_ddp.errors import DataError, MachineError
 
 INFO = "_info.json"  # of all splits
 
@@ -25,6 +25,8 @@ def commit(plan: Plan, tasks: list[ShardTask]) -> dict[str, Any]:
     statistics, quarantine, noted, shards = Statistics(), [], [], []
     for task in tasks:
         sidecar = json.loads(root.read(f"{task.sidecar}.json"))
+        if root.size(f"{task.stem}.tar") != sidecar["bytes"]:
+            raise MachineError(f"{root.path(task.stem)}.tar is not what was written; the same command goes on")
         samples = root.read(f"{task.sidecar}.npy")
         if hashlib.sha256(samples).hexdigest() != sidecar["samples_sha256"]:
             raise DataError(f"{root.path(task.sidecar)}.npy is damaged; start again with verify=true")

@@ -65,10 +65,10 @@ def encode(data: bytes, recipe: Recipe) -> Encoded:
         pixels = np.ascontiguousarray(square(image, recipe.size))
         return Encoded(_npy(pixels), pixels)
     small = _shrunk(image, recipe.shorter_side)
-    if recipe.keep_original and is_plain and small is image:
+    if recipe.keep_original and is_plain and small is image and not restarts.has_table(data):
         return Encoded(data, np.asarray(image))  # grey in three channels here, in one there
     out, blocks = io.BytesIO(), restarts.interval(small.width)
-    small.save(out, "JPEG", quality=recipe.quality, subsampling="4:2:0", restart_marker_blocks=blocks)
+    small.save(out, "JPEG", quality=recipe.quality, subsampling="4:2:0", comment=b"", restart_marker_blocks=blocks)
     encoded = restarts.with_table(out.getvalue(), blocks)
     return Encoded(encoded, np.asarray(Image.open(io.BytesIO(encoded))))
 

@@ -14,6 +14,8 @@ from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.data.tars import Member, tar_members
 from alexnet_ddp.errors import DataError
 
+_MOST_CLASSES = 1_000_000  # more are damage
+
 
 def tar_names(storage: Storage, split: str) -> list[str]:
     return [name for name in storage.names() if re.fullmatch(rf"{split}-.*\.tar", name)]
@@ -85,8 +87,9 @@ def _samples(tar: Path) -> list[tuple[int, str, int, int]]:
 
 
 def _label(text: bytes, where: str) -> int:
-    if not text.strip().isdigit():
-        raise DataError(f"{where} must hold the label as a number, got {text[:20]!r}")
+    if not text.strip().isdigit() or int(text) >= _MOST_CLASSES:
+        rule = f"must hold the label as a number below {_MOST_CLASSES:,}"
+        raise DataError(f"{where} {rule}, got {text[:20]!r}; mend or remove the tar")
     return int(text)
 
 

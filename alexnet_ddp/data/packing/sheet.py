@@ -88,10 +88,24 @@ def _pixels(
 ) -> list[np.ndarray | None]:
     slots = np.zeros((len(indices), cfg.image_size, cfg.image_size, 3), np.uint8)
     bad = build_fill(cfg, index, augment)(slots, indices, 0)
-    shift = augment.colour(0, indices) if augment else None
-    if shift is not None:
-        slots = np.clip(slots + 255 * shift[:, None, None], 0, 255).round().astype(np.uint8)
+    if augment is not None:
+        slots = _with_effects(slots, augment, indices)
     return [None if k in bad else slot for k, slot in enumerate(slots)]
+
+
+def _with_effects(slots: np.ndarray, augment: Augment, indices: np.ndarray) -> np.ndarray:
+    """What the device does: jitter, noise, erasing, and mixing each image with the one before it on the sheet."""
+    import torch  # the only use of it in a preparation
+
+    from alexnet_ddp.data.effects import Partners, apply_effects, normalise
+
+    rows = np.arange(-1, len(indices) - 1) % len(indices)
+    partners = Partners(rows, rows) if augment.mixes else None
+    effects = augment.effects(0, indices, slots.shape[1], partners, torch.from_numpy)
+    x = apply_effects(torch.from_numpy(slots), effects)
+    black, white = (normalise(torch.full((1, 1, 1, 3), v, dtype=torch.uint8), None) for v in (0, 255))
+    pixels = (255 * (x - black) / (white - black)).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _fitted(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:

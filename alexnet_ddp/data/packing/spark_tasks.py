@@ -17,7 +17,7 @@ from typing import Any
 from alexnet_ddp.config import ConfigError
 from alexnet_ddp.data.packing.encode import fingerprint
 from alexnet_ddp.data.storage import SCRATCH, Storage
-from alexnet_ddp.errors import DataError, RunError
+from alexnet_ddp.errors import DataError, MachineError, RunError
 
 _AT_ONCE = 1024  # tasks of a job: the JVM of the driver holds them, about 150 kB each
 _LOOK_EVERY_S = 0.1
@@ -121,11 +121,11 @@ def _explained(error: Exception) -> Exception:
     """A worker's OSError as an OSError; Spark's own trouble in one line; a bug with its trace."""
     if not hasattr(error, "java_exception"):
         is_lost = isinstance(error, OSError) or type(error).__module__.startswith("py4j")
-        return DataError(f"Spark's JVM was lost ({error}); the same command goes on") if is_lost else error
+        return MachineError(f"Spark's JVM was lost ({error}); the same command goes on") if is_lost else error
     text = str(error.java_exception)
     trace = re.search(r"Traceback \(most recent call last\):\n(?:(?! *\tat ).*\n)*", text)
     if trace is None:
-        return DataError(f"Spark gave up: {reason_of(text)}; the same command goes on")
+        return MachineError(f"Spark gave up: {reason_of(text)}; the same command goes on")
     last = re.findall(r"^[\w.]+: .*$|^\w+(?:Error|Exception)$", trace[0], re.MULTILINE)[-1]
     if found := re.match(r"\w*Error: \[Errno (\d+)\] (.*)", last):
         return OSError(int(found[1]), found[2])

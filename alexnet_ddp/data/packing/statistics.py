@@ -11,6 +11,8 @@ from alexnet_ddp.data.storage import Storage
 
 log = logging.getLogger(__name__)
 
+_AT_ONCE = 1 << 20  # pixels
+
 
 @dataclass
 class Statistics:
@@ -25,14 +27,18 @@ class Statistics:
 
     def add(self, image: np.ndarray) -> None:
         """image: uint8 [height, width, 3]."""
-        planes = image.reshape(-1, 3).T.astype(np.float64, order="C")  # whole numbers below 2^53: still exact
-        products = planes @ planes.T
+        flat = image.reshape(-1, 3)
+        sums, products = np.zeros(3), np.zeros((3, 3))
+        for start in range(0, len(flat), _AT_ONCE):
+            planes = flat[start : start + _AT_ONCE].T.astype(np.float64, order="C")
+            sums += planes.sum(1)  # whole numbers below 2^53: still exact
+            products += planes @ planes.T
         height, width = image.shape[:2]
         self.merge(
             Statistics(
                 1,
-                planes.shape[1],
-                [int(value) for value in planes.sum(1)],
+                len(flat),
+                [int(value) for value in sums],
                 [[int(value) for value in row] for row in products],
                 [width] * 3,
                 [height] * 3,
