@@ -118,8 +118,11 @@ class PrepareConfig:
         self._refuse_what_the_encoding_ignores()
         rule = "must be at least 0"
         require(self.max_quarantine >= 0, f"max_quarantine ({self.max_quarantine}) {rule}")
-        self._refuse_ignored()
         if self.action is Action.prepare:
+            for name in ("other", "image_size", "seed", "output"):
+                rule = "is not read by action=prepare" + "; the order of the shards is shuffle_seed" * (name == "seed")
+                given, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+                require(given == default, f"{name} ({given}) {rule}")
             require(self.source is not None, "source is required; give the directory or URL of the images: source=...")
         if self.action is Action.diff:
             require(self.other is not None, "other is required for action=diff; give other=DIR, to compare root with")
@@ -131,18 +134,3 @@ class PrepareConfig:
             reader = "jpeg" if is_raw else "raw"
             rule = f"is only read by encoding={reader}, this is {self.encoding.value}; leave it out"
             require(value == default, f"prepare.{name} ({value}) {rule}")
-
-    def _refuse_ignored(self) -> None:
-        """A knob that the action does not read keeps its default; `augment` is always there."""
-        mine = {Action.sheet: {"source", "image_size", "seed", "output", "split"}, Action.diff: {"other"}}
-        others = {name for names in mine.values() for name in names} - {"source", "split"}
-        for knob in fields(self):
-            if knob.name in ("action", "root", "engine", "augment") or knob.name in mine.get(self.action, ()):
-                continue
-            if self.action is not Action.prepare or knob.name in others:
-                given = getattr(self, knob.name)
-                rule = "prepare" if knob.name not in others else "diff" if knob.name == "other" else "sheet"
-                message = (
-                    f"{knob.name} ({given}) is not read by action={self.action.value}; it belongs to action={rule}"
-                )
-                require(given == knob.default, message)

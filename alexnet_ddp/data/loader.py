@@ -45,8 +45,8 @@ class Loader:
     ) -> None:
         self._labels, self._augment, self._device = labels, augment, device
         self._mixes = augment is not None and augment.mixes
-        # One thread of torch's for each of ours, as torch's data loader has it. The setting is the thread's own, and the
-        # default of threads that have not asked yet: this one asks first.
+        # One thread of torch's for each of ours, as torch's data loader has it. The setting is the thread's own, and
+        # the default of threads that have not asked yet: this one asks first.
         torch.get_num_threads()
         threads = ThreadPoolExecutor(num_threads, "decode", torch.set_num_threads, (1,))
         self._prefetcher = Prefetcher(fill, image_size, threads, self._allocate, self._mixes)
