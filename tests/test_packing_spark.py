@@ -11,7 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from alexnet_ddp.cli import _quoted
 from alexnet_ddp.config import AutoEngineConfig, ConfigError, Encoding, PrepareConfig, SparkEngineConfig
@@ -173,6 +175,10 @@ def photos(tmp_path_factory) -> Path:
     bomb[at : at + 4] = b"\xff\xff\xff\xff"  # height and width
     (train / "class4/00004.jpg").write_bytes(bomb)
     (root / "val/class4/00004.jpg").write_bytes(bomb)
+    with Image.open(train / "class0/00005.jpg") as image:  # not bad, but not to be copied either
+        image.convert("CMYK").save(train / "class0/00005.jpg", "JPEG")
+        image.save(train / "class0/00010.jpg", "PNG")
+        Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(train / "class0/00015.jpg", "PNG")
     return root
 
 
@@ -209,10 +215,10 @@ def finish(source: Path, root: Path, *engine: str, **env: str) -> tuple[int, str
 
 
 def digest(root: Path) -> str:
-    """SHA-256 over all files but the sidecars."""
+    """SHA-256 over all files."""
     total = hashlib.sha256()
     files = {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()}
-    for name in sorted(name for name in files if not name.startswith("_state/")):
+    for name in sorted(files):
         total.update(f"{name}\0".encode() + hashlib.sha256(files[name].read_bytes()).digest())
     assert not (root / "_tmp").exists()
     return total.hexdigest()
@@ -283,6 +289,15 @@ def test_what_one_engine_was_killed_over_the_other_finishes(photos, expected, tm
     (root / "_tmp/train-000017.idx.5eed").touch()  # as a process leaves it that is killed before a rename
     assert finish(photos, root, *engines.popitem()[1]) == (0, "")
     assert digest(root) == expected
+
+
+@pytest.mark.spark
+@pytest.mark.usefixtures("spark_here")
+def test_too_many_bad_images_end_it_before_the_commit(photos, tmp_path):
+    code, line = finish(photos, tmp_path / "out", "engine=spark", "engine.master=local[2,4]", "max_quarantine=2")
+    assert code == 65
+    assert "images of train are bad, max_quarantine is 2: they were not committed" in line
+    assert not (tmp_path / "out/index.json").exists()
 
 
 @pytest.mark.spark

@@ -343,6 +343,7 @@ def test_windows_of_shards_and_growing_images_resume_bit_equal_and_on_other_rank
     done = run("train", *overrides, "run.name=calm", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert start_and_hit(signal.SIGTERM, [*overrides, "run.name=hit"], hit, 33) == 75  # in the epoch of 64 pixels
+    assert start_and_hit(signal.SIGKILL, [*overrides, "run.name=hit"], hit, 6) == -9
     done = run("train", *overrides, "run.name=hit", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert sha_of_newest(hit) == sha_of_newest(calm)
