@@ -86,6 +86,7 @@ class Run:
             load_weights(self.model, saved.pop("model"), f"the checkpoint of {cfg.run.name}")
         self.model.to(world.device, memory_format=torch.channels_last)
         if cfg.trainer.compile:
+            torch.compiler.config.recompile_limit = 64  # a few a size, where images grow; past 8 it would go eager
             self.model.compile()
         ddp_model = build_parallel(cfg.parallel, self.model, world)
         self.optimizer = build_optimizer(cfg.optimizer, self.model)
@@ -190,11 +191,14 @@ class Run:
         cfg, n = self.cfg.trainer, sum(p.numel() for p in self.model.parameters())
         part = largest_slice(cfg.global_batch_size, self.world.world_size)
         micro = min(part, cfg.micro_batch_size or part)
+        first, size = self.cfg.data.start_image_size, self.cfg.data.image_size
+        growth = "" if first is None else f" growing from {first} to {size} pixels"
         return (
             f"{self.cfg.run.name}: {n:,} parameters, {len(self.data.train):,} + {len(self.data.val):,} images of "
-            f"{len(self.data.class_names)} classes; global batch {cfg.global_batch_size} = {self.world.world_size} "
-            f"{self.world.device.type} rank(s) x {-(-part // micro)} x {micro}; step {self.state.step} of "
-            f"{self.budget.total_steps} ({self.budget.steps_per_epoch} an epoch); {self.cfg.run_dir}"
+            f"{len(self.data.class_names)} classes{growth}; global batch {cfg.global_batch_size} = "
+            f"{self.world.world_size} {self.world.device.type} rank(s) x {-(-part // micro)} x {micro}; "
+            f"step {self.state.step} of {self.budget.total_steps} ({self.budget.steps_per_epoch} an epoch); "
+            f"{self.cfg.run_dir}"
         )
 
 

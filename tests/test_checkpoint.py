@@ -533,6 +533,7 @@ FIXED = {
     "scheduler.warmup_epochs=9": "scheduler.warmup_epochs=9.0 (was 1.0)",
     "augment.flip=0": "augment.flip=0.0 (was 0.5)",
     "data.image_size=72": "data.image_size=72 (was 64)",
+    "data.start_image_size=32 data.grow_epochs=3": "data.grow_epochs=3 (was unset), data.start_image_size=32 (was",
 }
 
 
@@ -565,7 +566,7 @@ def test_the_identity_survives_json(me):
 @pytest.mark.parametrize("override", FIXED)
 def test_what_decides_an_update_is_in_the_identity_and_refused_with_the_difference(run, me, override):
     save(run(who=me), 10)
-    changed = who(override)
+    changed = who(*override.split())
     with pytest.raises(ConfigError) as e:
         run(who=changed).resume("mine", allow_changes=False)
     text = str(e.value)

@@ -61,6 +61,9 @@ WRONG_VALUES = {
     "data.num_threads=0": "data.num_threads (0) must be greater than 0 and finite",
     "data.limit_train=0": "data.limit_train (0) must be greater than 0 and finite",
     "data.limit_val=-1": "data.limit_val (-1) must be greater than 0 and finite",
+    "data=shards data.root=x data.window_shards=8": (
+        "data.window_shards (8) is only read by data.shuffle=window, this is full; leave it out"
+    ),
     "data=synthetic data.num_train=0": "data.num_train (0) must be greater than 0 and finite",
     "data=synthetic data.num_val=0": "data.num_val (0) must be greater than 0 and finite",
     "data=synthetic data.num_classes=0": "data.num_classes (0) must be greater than 0 and finite",

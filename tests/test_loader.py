@@ -11,8 +11,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
-from alexnet_ddp.config import BasicAugmentConfig, FolderConfig, OnBadImage, SyntheticConfig
+from alexnet_ddp.config import (
+    AlexNet2012AugmentConfig,
+    BasicAugmentConfig,
+    FolderConfig,
+    NoAugmentConfig,
+    OnBadImage,
+    SyntheticConfig,
+)
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.decode import centre_into, crop_into, size_of
 from alexnet_ddp.data.effects import Effects
@@ -36,14 +45,14 @@ def paint(slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[int]:
 
 
 @contextmanager
-def loading(fill, num_threads=2, colour=None, device=CPU):
+def loading(fill, num_threads=2, colour=None, device=CPU, image_size=lambda epoch: SIZE):
     """colour(epoch, indices): the only effect there is."""
 
     def effects(epoch, indices, size, partners, copy):
         return Effects(colour=copy(colour(epoch, indices)))
 
     augment = SimpleNamespace(mixes=False, effects=effects) if colour else None
-    loader = Loader(fill, LABELS, augment, lambda epoch: SIZE, num_threads, device)
+    loader = Loader(fill, LABELS, augment, image_size, num_threads, device)
     try:
         yield loader
     finally:
@@ -196,6 +205,25 @@ def test_waiting_for_images_is_counted_and_time_spent_elsewhere_is_not():
             assert loader.waited_s == waited[-1]
     assert waited[0] > 0.02
     assert waited[1] - waited[0] < 0.03  # the second was filled meanwhile
+
+
+@pytest.mark.parametrize("num_images", [5, 40])
+def test_images_that_grow_have_the_size_of_their_epoch_while_two_sizes_are_on_their_way(num_images):
+    sizes = (1, 2, 2, 4, 4)
+    filled = set()
+
+    def fill(slots, indices, epoch):
+        filled.add((epoch, slots.shape[1:]))
+        return paint(slots, indices, epoch)
+
+    plan = [work for epoch in range(5) for work in works(*[num_images] * 4, 3, epoch=epoch)]
+    with loading(fill, image_size=sizes.__getitem__) as loader:
+        for batch, work in zip(loader.batches(plan), plan, strict=True):
+            size = sizes[work.epoch]
+            assert batch.images.shape == (len(work.indices), size, size, 3)
+            assert batch.images.is_contiguous()
+            assert (batch.images.numpy() == ((work.indices + work.epoch) % 251)[:, None, None, None]).all()
+    assert filled == {(epoch, (size, size, 3)) for epoch, size in enumerate(sizes)}
 
 
 # Errors and ends
@@ -357,6 +385,27 @@ def test_training_images_are_the_same_pixels_whatever_threads_batches_and_ranks(
             plan = sampler.work(range(sampler.steps_per_epoch), rank, world_size, micro)
             found |= seen(real_loader(folder, num_threads)[0], plan)
         assert found == expected
+
+
+@pytest.mark.parametrize("augment", [BasicAugmentConfig(), AlexNet2012AugmentConfig(), NoAugmentConfig()])
+def test_a_small_image_that_will_grow_shows_what_the_large_one_shows(tmp_path, augment):
+    """The same box and flip, with fewer pixels: the large one, reduced, looks like it."""
+    y, x = np.mgrid[0:100, 0:120]
+    (tmp_path / "train/a").mkdir(parents=True)
+    for i in range(8):
+        smooth = np.stack([2 * x, 2 * y, x + y + i], axis=-1).astype(np.uint8)
+        Image.fromarray(smooth).save(tmp_path / f"train/a/{i}.png")
+    knobs = {"image_size": 32, "eval_resize": 40, "start_image_size": 16, "grow_epochs": 1}
+    cfg, index = FolderConfig(root=str(tmp_path), **knobs), index_folder(tmp_path, "train")
+    images = {}
+    for may_grow in (False, True):
+        how = build_augment(augment, 0, 32, cfg.eval_resize)
+        loader = build_loader(cfg, index, how, 2, CPU, may_grow)
+        (batch,) = loader.batches([Work(0, 0, np.arange(8), True)])
+        images[may_grow] = batch.images.float().permute(0, 3, 1, 2).clone()
+        loader.close()
+    assert images[True].shape == (8, 3, 16, 16)
+    assert torch.allclose(F.avg_pool2d(images[False], 2), images[True], atol=4)
 
 
 def test_another_epoch_or_seed_shows_the_images_differently(folder):

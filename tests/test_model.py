@@ -23,7 +23,7 @@ from alexnet_ddp.config import (
     ModelConfig,
     TorchvisionConfig,
 )
-from alexnet_ddp.model import KeyedDropout, build_model, load_weights, set_dropout_keys
+from alexnet_ddp.model import KeyedDropout, build_model, check_image_size, load_weights, set_dropout_keys
 
 
 def build(cfg: ModelConfig, num_classes: int = 10, image_size: int = 224, seed: int = 0) -> nn.Module:
@@ -180,6 +180,21 @@ def test_an_image_size_that_the_network_cannot_take_is_refused_with_the_reason(c
     with pytest.raises(ConfigError, match=rf"^data\.image_size \({size}\) does not suit this network: \S.*[^.]$") as e:
         build(cfg, image_size=size)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "start"),
+    [(AlexNetConfig(), 32), (AlexNet2012Config(), 32), (TorchvisionConfig(name="vit_b_32", dropout=0.1), 192)],
+)
+def test_a_size_to_grow_from_that_the_network_cannot_take_is_refused(cfg, start):
+    rule = rf"^data\.start_image_size \({start}\) does not suit this network: \S.*[^.]$"
+    with pytest.raises(ConfigError, match=rule):
+        check_image_size(build(cfg), 10, start, "data.start_image_size")
+
+
+@pytest.mark.parametrize("cfg", [AlexNetConfig(), AlexNet2012Config(), AlexNetBNConfig()])
+def test_the_family_may_grow_from_64_pixels(cfg):
+    check_image_size(build(cfg), 10, 64, "data.start_image_size")
 
 
 def test_an_unknown_torchvision_name_is_refused_with_its_neighbours():

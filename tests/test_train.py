@@ -337,7 +337,7 @@ def test_windows_of_shards_and_growing_images_resume_bit_equal_and_on_other_rank
             "logger.tensorboard=false",
             "trainer.global_batch_size=8",
         ),
-        *(f"run.root={tmp_path}/runs", "scheduler.warmup_epochs=0", "optimizer.lr=0.01"),
+        *(f"run.root={tmp_path}/runs", "scheduler.warmup_epochs=0", "optimizer.lr=0.001", "scheduler=constant"),
     ]
     calm, hit, wide = (tmp_path / "runs" / name for name in ("calm", "hit", "wide"))
     done = run("train", *overrides, "run.name=calm", cwd=tmp_path)
@@ -351,8 +351,7 @@ def test_windows_of_shards_and_growing_images_resume_bit_equal_and_on_other_rank
     assert done.returncode == 0, done.stdout
     one, two = rows(calm, "train/loss")[:40], rows(wide, "train/loss")
     assert [row["data/index_hash"] for row in one] == [row["data/index_hash"] for row in two]
-    first = [row["train/loss"] for row in one[:2]]  # rounding grows fast with so small a batch
-    assert first == pytest.approx([row["train/loss"] for row in two[:2]], rel=1e-5)
+    assert [row["train/loss"] for row in one] == pytest.approx([row["train/loss"] for row in two], rel=1e-4)
     other = run("train", *overrides, "run.name=hit", "data.window_shards=3", cwd=tmp_path)
     assert other.returncode == 64, other.stdout
     assert "data.windows=" in other.stdout

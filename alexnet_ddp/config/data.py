@@ -67,13 +67,18 @@ class Shuffle(StrEnum):
 class ShardsConfig(DataConfig):
     root: str = MISSING  # holds what `python -m alexnet_ddp.prepare` made: a directory or an fsspec URL
     shuffle: Shuffle = Shuffle.full
-    window_shards: int = 16  # shuffle=window: how many shards are open at a time
+    window_shards: int | None = None  # shuffle=window: how many shards are open at a time; null: 16
     cache_dir: str | None = None  # for a URL: a folder of the node, for whole shards
     cache_gb: float | None = None  # 10^9 bytes; what was used least recently gives way; null: no limit
 
     def __post_init__(self) -> None:
         super().__post_init__()
         positive("data", self, "window_shards", "cache_gb")
+        if self.shuffle is Shuffle.window:
+            self.window_shards = self.window_shards or 16
+        rule = "is only read by data.shuffle=window, this is full; leave it out"
+        unread = self.shuffle is Shuffle.full and self.window_shards is not None
+        require(not unread, f"data.window_shards ({self.window_shards}) {rule}")
 
 
 @dataclass(kw_only=True)

@@ -32,8 +32,10 @@ class Windows:
     """For storage that is slow at random reads: the shards in random order, and the images of `size` shards at a time.
 
     Only the shards of one window are read at any time, those of two where a batch meets the next one. The shards were
-    filled at random, so a batch has as many classes as under the full shuffle (ImageNet, 16 of 1,024 shards: within
-    0.6 %). Two images meet again in a batch of the next epoch somewhat more often: 0.1 % of the pairs, not 0.02 %.
+    filled at random, so a batch has as many classes as under the full shuffle (ImageNet in 1,024 shards, batches of 256
+    and 1,024: within 0.2 % for 16, 32 and 64 at a time). What windows cost: of S shards, k at a time, two images of one
+    shard meet in a batch S/k times as often, so images of one batch meet again in the next epoch S/k^2 + (1 - 1/k)^2
+    times as often (measured: 4.9 for 16, 2.0 for 32, 1.2 for 64). A sliding window of k shards was measured: the same.
     """
 
     shards: np.ndarray  # unsigned [N]: the shard of each image
@@ -46,11 +48,12 @@ class Windows:
 
     def arrange(self, order: np.ndarray, key: int) -> np.ndarray:
         """`order`, an int64 permutation of the images, window by window."""
-        num_shards = int(self.shards.max()) + 1
-        rank = np.empty(num_shards, np.int64)
-        rank[rng.permutation(key, num_shards)] = np.arange(num_shards)
-        window = (rank // self.size)[self.shards[order]]
-        return order[np.argsort(window.astype(np.min_scalar_type(num_shards)), kind="stable")]
+        present = np.flatnonzero(np.bincount(self.shards))  # a subset of the images may leave shards out
+        count = -(-len(present) // self.size)
+        window = np.zeros(present[-1] + 1, np.min_scalar_type(count))  # few bits sort fast
+        ranks = np.arange(len(present)) * count // len(present)  # of 17 shards, 16 at a time: 9 and 8, not 16 and 1
+        window[present[rng.permutation(key, len(present))]] = ranks
+        return order[np.argsort(window[self.shards[order]], kind="stable")]
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,8 @@ def _cache(cfg: ShardsConfig, storage: Storage, index: ShardIndex) -> NodeCache 
         rule = f"must hold all shards for data.shuffle=full, {least:g} GB; use data.shuffle=window or more room"
         raise ConfigError(f"data.cache_gb ({cfg.cache_gb:g}) {rule}")
     largest = max(shard["bytes"] for entry in index.splits.values() for shard in entry["shards"])
-    needed = index.splits["val"]["bytes"] + 2 * cfg.window_shards * largest  # an evaluation reads val in another order
+    windows = 2 * (cfg.window_shards or 0) * largest
+    needed = index.splits["val"]["bytes"] + windows  # an evaluation reads val in another order
     if limit is not None and limit < min(total, needed):
         rule = f"must hold the val shards and two windows of data.window_shards ({cfg.window_shards})"
         raise ConfigError(f"data.cache_gb ({cfg.cache_gb:g}) {rule}, {needed / 1e9:.3g} GB")
