@@ -59,8 +59,13 @@ def session(device: Device, tf32: bool = True) -> Iterator[World]:
     if "RANK" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(**options)
-    yield world
-    dist.destroy_process_group()  # not after an exception: it would wait for ranks that are gone
+    try:
+        yield world
+    except BaseException:
+        if world.world_size == 1:  # more would wait for ranks that are gone
+            dist.destroy_process_group()  # gloo's threads must not meet the end of the interpreter
+        raise
+    dist.destroy_process_group()
 
 
 def choose_device(choice: Device, local_rank: int) -> torch.device:
