@@ -124,6 +124,8 @@ class PrepareConfig:
                 given, default = getattr(self, name), type(self).__dataclass_fields__[name].default
                 require(given == default, f"{name} ({given}) {rule}")
             require(self.source is not None, "source is required; give the directory or URL of the images: source=...")
+        if self.output is not None:
+            require(self.output.endswith(".png"), f"output ({self.output}) must end with .png: it is a picture")
         if self.action is Action.diff:
             require(self.other is not None, "other is required for action=diff; give other=DIR, to compare root with")
 

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -156,5 +157,5 @@ def _save(file: Path, arrays: Arrays) -> None:
         os.replace(draft, file)
     except OSError as error:
         log.warning("the index cannot be cached in %s (%s): the next start builds it again", file.parent, error)
-        if draft.parent.is_dir():
-            draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()

@@ -23,6 +23,9 @@ def check_places(source: str, root: str, engine: EngineConfig) -> None:
     """Raises ConfigError where root could not be written to, or not without harm."""
     if os.path.realpath(source) == os.path.realpath(root):  # shards would be taken for images, or replace them
         raise ConfigError(f"root ({root}) must not be the source itself; give another directory")
+    for name, place in (("source", source), ("root", root)):
+        if os.path.isfile(place):
+            raise ConfigError(f"{name} ({place}) is a file; give a directory or a URL")
     for place in (source, root):
         if place.startswith("memory://") and getattr(engine, "workers", None) != 1:
             raise ConfigError(

@@ -1,6 +1,7 @@
 """Images that are packed already, as a source: finished shards of ours, or any tars in WebDataset layout."""
 
 import io
+import logging
 import os
 import re
 from pathlib import Path
@@ -13,6 +14,8 @@ from alexnet_ddp.data.shards import read_index
 from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.data.tars import Member, tar_members
 from alexnet_ddp.errors import DataError
+
+log = logging.getLogger(__name__)
 
 _MOST_CLASSES = 1_000_000  # more are damage
 
@@ -50,6 +53,9 @@ def tars_source(storage: Storage, split: str) -> Source:
     count = _num_classes(storage, max(labels) + 1)
     width = len(str(count - 1))
     classes = [f"class{c:0{width}d}" for c in range(count)]
+    log.warning(
+        "%s has labels but no class names (index.json of shards has): %s to %s", files[0], classes[0], classes[-1]
+    )
     rows.sort(key=lambda row: (row[0], row[1]))
     return Source(
         storage.root,

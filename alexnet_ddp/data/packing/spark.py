@@ -116,6 +116,7 @@ def _start(engine: SparkEngineConfig) -> Any:
         with _our_interrupt(), open(folder / "spark.log", "wb") as words:
             gateway = launch_gateway(settings, {"stdout": words, "stderr": words})
             context = SparkContext(conf=settings, gateway=gateway)
+            context.parallelize([0], 1)  # where no master answered, the context is dead, and only its use says so
     except Exception as error:
         said = (folder / "spark.log").read_text(errors="replace")
         reason = reason_of(str(getattr(error, "java_exception", said or error)))
