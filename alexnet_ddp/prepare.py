@@ -7,11 +7,9 @@ Read `prepare` top to bottom: list, plan, write, verify, commit.
 """
 
 import logging
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -21,7 +19,7 @@ from alexnet_ddp.data.index import class_difference
 from alexnet_ddp.data.packing import describe, report
 from alexnet_ddp.data.packing.claim import bytes_needed, check_places, check_room, claimed
 from alexnet_ddp.data.packing.commit import commit, damaged_files, quarantine_lines, withdraw
-from alexnet_ddp.data.packing.local import STOP_SIGNALS, run_local
+from alexnet_ddp.data.packing.local import STOP_SIGNALS, local_engine
 from alexnet_ddp.data.packing.plan import Plan, ShardTask, make_plan
 from alexnet_ddp.data.packing.source import open_source, splits_of
 from alexnet_ddp.data.packing.verify import verify
@@ -148,7 +146,7 @@ def _say_what_would_be_done(works: list[tuple[Plan, list[ShardTask]]], missing: 
 def _engine(cfg: PrepareConfig) -> Engine:
     match cfg.engine:
         case LocalEngineConfig():
-            return partial(run_local, cfg.engine.workers or os.cpu_count() or 1)
+            return local_engine(cfg.engine.workers)
         case _:
             from alexnet_ddp.data.packing.spark import choose_engine
 

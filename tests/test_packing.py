@@ -446,6 +446,7 @@ def test_a_full_disk_is_one_line_and_code_74_and_nobodys_bad_image(larger, tmp_p
     root = tmp_path / "full"
     root.mkdir()
     if os.geteuid() or os.system(f"mount -t tmpfs -o size=300k tmpfs {root} 2>/dev/null"):
+        # The real thing or nothing: /dev/full holds no folder, and a patched write would test the patch.
         pytest.skip("needs root, to mount a small file system")
     try:
         overrides = (f"source={larger}", f"root={root}/out", "num_shards=3", "shorter_side=null", "keep_original=false")

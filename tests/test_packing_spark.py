@@ -157,7 +157,7 @@ def has_spark() -> str:
 @pytest.fixture(scope="module")
 def spark_here():
     if reason := has_spark():
-        pytest.skip(reason)
+        pytest.skip(reason)  # Spark is an extra: who works without it may; .ci/run looks first that it is there
 
 
 @pytest.fixture(scope="module")

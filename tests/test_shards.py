@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from alexnet_ddp.config import BasicAugmentConfig, FolderConfig, ImageNetConfig, ShardsConfig
+from alexnet_ddp.config import BasicAugmentConfig, FolderConfig, ImageNetConfig, OnBadImage, ShardsConfig
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import Work
@@ -188,6 +188,24 @@ def test_raw_shards_are_read_by_rows(archives, tmp_path):
     part = np.empty((7, 24, 3), np.uint8)
     train.store.read_rows(3, 5, part)
     assert np.array_equal(part, image[5:12])
+
+
+def test_a_raw_image_that_cannot_be_read_is_skipped_where_that_is_asked_for(archives, tmp_path):
+    root = pack(archives, tmp_path / "raw", encoding="raw", size=24, num_shards=1)
+    sets = {choice: opened(root, on_bad_image=choice)[0] for choice in (OnBadImage["raise"], OnBadImage.skip)}
+    last = int(np.argmax(sets[OnBadImage.skip].store.samples["offset"]))
+    os.truncate(root / "train-000000.tar", int(sets[OnBadImage.skip].store.samples["offset"][last]) + 200)
+    indices, cpu = np.array([last, (last + 1) % 3, (last + 2) % 3]), torch.device("cpu")
+    for choice, train in sets.items():
+        cfg = ShardsConfig(root=str(root), image_size=16, on_bad_image=choice)
+        loader = build_loader(cfg, train, build_augment(BasicAugmentConfig(), 0, 16, 18), 1, cpu)
+        batches = loader.batches([Work(0, 0, indices, True)])
+        if choice is OnBadImage.skip:
+            assert next(batches).indices.tolist() == indices[1:].tolist()
+        else:
+            with pytest.raises(DataError, match=r"train-000000.tar:\d+ cannot be read \(the file ends at byte"):
+                next(batches)
+        loader.close()
 
 
 def test_the_colour_axes_of_the_shards_come_with_them(packed, archives):

@@ -13,9 +13,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from alexnet_ddp.config.data import MAX_PIXELS, MAX_SIDE
 from alexnet_ddp.data import restarts
-
-_MAX_SIDE, _MAX_PIXELS = 20_000, 100_000_000
 
 _thread = threading.local()
 cv2.setNumThreads(1)  # the loader's threads are the parallelism
@@ -85,7 +84,7 @@ def _decode_reduced(data: bytes, box: tuple[int, int, int, int], size: int) -> t
             data = data[:position] + rows.to_bytes(2, "big") + data[position + 2 :]
         needed = size / min(box[2], box[3])
         least = {"min_width": math.ceil(width * needed), "min_height": math.ceil(rows * needed)}
-        buffer = _scratch(rows * width * 3)
+        buffer = scratch(rows * width * 3)
         image = simplejpeg.decode_jpeg(data, "RGB", min_factor=2, strict=position is None, buffer=buffer, **least)
         shape = image.shape[:2]
         eighths = next(m for m in (8, 4, 3, 2, 1) if (-(-rows * m // 8), -(-width * m // 8)) == shape)
@@ -94,7 +93,7 @@ def _decode_reduced(data: bytes, box: tuple[int, int, int, int], size: int) -> t
         return np.asarray(_to_rgb(_open(data))), 1.0
 
 
-def _scratch(size: int) -> bytearray:
+def scratch(size: int) -> bytearray:
     """This thread's buffer of at least `size` bytes: a fresh one for each image would be page-faulted in anew."""
     buffer = getattr(_thread, "buffer", b"")
     if len(buffer) < size:
@@ -148,6 +147,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _checked(width: int, height: int) -> tuple[int, int]:
-    if max(width, height) > _MAX_SIDE or width * height > _MAX_PIXELS:
-        raise BadImage(f"{width} x {height} pixels; the limit is {_MAX_SIDE} a side and {_MAX_PIXELS} in all")
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise BadImage(f"{width} x {height} pixels; the limit is {MAX_SIDE} a side and {MAX_PIXELS} in all")
     return width, height

@@ -1,7 +1,6 @@
 """Images -> slots of a batch, in the loader's threads: read, decode, crop, resize, flip. Nothing here needs torch."""
 
 import logging
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ import numpy as np
 
 from alexnet_ddp.config import DataConfig, OnBadImage
 from alexnet_ddp.data.augment import Augment, Views
-from alexnet_ddp.data.decode import BadImage, centre_into, crop_into, resize_into, size_of
+from alexnet_ddp.data.decode import BadImage, centre_into, crop_into, resize_into, scratch, size_of
 from alexnet_ddp.data.index import SampleIndex
 from alexnet_ddp.data.policy import Operation, operate
 from alexnet_ddp.errors import DataError
@@ -18,7 +17,6 @@ from alexnet_ddp.errors import DataError
 Fill = Callable[[np.ndarray, np.ndarray, int], list[int]]
 
 log = logging.getLogger(__name__)
-_thread = threading.local()
 
 
 def build_fill(cfg: DataConfig, index: SampleIndex, augment: Augment | None) -> Fill:
@@ -32,6 +30,8 @@ def build_fill(cfg: DataConfig, index: SampleIndex, augment: Augment | None) -> 
 
 @dataclass(frozen=True)
 class _IndexFill:
+    """Bad images raise DataError, or are skipped, as the user chose."""
+
     index: SampleIndex
     augment: Augment | None
     cfg: DataConfig
@@ -39,10 +39,23 @@ class _IndexFill:
     def will_need(self, indices: np.ndarray) -> None:
         self.index.will_need(indices)
 
+    def _guard(self, bad: list[int], k: int, i: int, action: Callable[[], object]) -> object:
+        """action(); where image i turns out to be bad, note position k or raise."""
+        try:
+            return action()
+        except (BadImage, DataError) as error:
+            reason = str(error) if isinstance(error, DataError) else f"{self.index.name(i)}: {error}"
+            if self.cfg.on_bad_image is not OnBadImage.skip:
+                remedy = "remove or mend it, or leave it out with data.on_bad_image=skip"
+                raise DataError(reason if isinstance(error, DataError) else f"{reason}; {remedy}") from None
+            log.warning("skipped %s", reason)
+            bad.append(k)
+            return None
+
 
 @dataclass(frozen=True)
 class ImageFill(_IndexFill):
-    """Encoded images. Bad ones raise DataError, or are skipped, as the user chose."""
+    """Encoded images."""
 
     def __call__(self, slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[int]:
         bad: list[int] = []
@@ -72,27 +85,14 @@ class ImageFill(_IndexFill):
                 data[k], sizes[k] = (None, (1, 1)) if size is None else (data[k], size)
         return tuple(np.array(sizes, dtype=np.int64).T)
 
-    def _guard(self, bad: list[int], k: int, i: int, action: Callable[[], object]) -> object:
-        """action(); where image i turns out to be bad, note position k or raise."""
-        try:
-            return action()
-        except (BadImage, DataError) as error:
-            reason = str(error) if isinstance(error, DataError) else f"{self.index.name(i)}: {error}"
-            if self.cfg.on_bad_image is not OnBadImage.skip:
-                remedy = "remove or mend it, or leave it out with data.on_bad_image=skip"
-                raise DataError(reason if isinstance(error, DataError) else f"{reason}; {remedy}") from None
-            log.warning("skipped %s", reason)
-            bad.append(k)
-            return None
-
 
 @dataclass(frozen=True)
 class RawFill(_IndexFill):
     """Raw images of shards: of each, the rows of its crop are read, and resized into the slot."""
 
     def __call__(self, slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[int]:
-        store = self.index.store
-        size = store.raw_size
+        bad: list[int] = []
+        size = self.index.store.raw_size
         if self.augment is None:
             boxes, flips = [self._central_box(size)] * len(indices), [False] * len(indices)
             operations: list[list[Operation]] = [[]] * len(indices)
@@ -100,16 +100,20 @@ class RawFill(_IndexFill):
             operations = self.augment.operations(epoch, indices, slots.shape[1])
             views = self.augment.views(epoch, indices, *(np.full(len(indices), size, np.int64),) * 2)
             boxes, flips = _boxes(views), views.flip.tolist()
-        scratch = _scratch(size)
-        for slot, i, (left, top, width, height), flip, todo in zip(slots, indices.tolist(), boxes, flips, operations):
-            rows = scratch[:height]
-            try:
-                store.read_rows(i, top, rows)
-            except OSError as error:
-                raise DataError(f"{store.name(i)} cannot be read ({error.strerror or error}); copy it again") from error
-            resize_into(slot, rows[:, left : left + width], flip)
-            operate(slot, todo)
-        return []
+        for k, i in enumerate(indices.tolist()):
+            self._guard(bad, k, i, lambda k=k, i=i: self._crop_into(slots[k], i, boxes[k], flips[k]))
+            operate(slots[k], operations[k])
+        return bad
+
+    def _crop_into(self, slot: np.ndarray, i: int, box: list[int], flip: bool) -> None:
+        store, (left, top, width, height) = self.index.store, box
+        size = height * store.raw_size * 3
+        rows = np.frombuffer(scratch(size), np.uint8, size).reshape(height, store.raw_size, 3)
+        try:
+            store.read_rows(i, top, rows)
+        except OSError as error:
+            raise DataError(f"{store.name(i)} cannot be read ({error.strerror or error}); copy it again") from error
+        resize_into(slot, rows[:, left : left + width], flip)
 
     def _central_box(self, size: int) -> tuple[int, int, int, int]:
         """What the evaluation's resize and centre crop leave of the square."""
@@ -121,11 +125,3 @@ class RawFill(_IndexFill):
 def _boxes(views: Views) -> list[list[int]]:
     """[left, top, width, height] for each."""
     return np.stack([views.left, views.top, views.width, views.height], axis=1).tolist()
-
-
-def _scratch(size: int) -> np.ndarray:
-    """This thread's uint8 [size, size, 3]."""
-    scratch = getattr(_thread, "scratch", None)
-    if scratch is None or len(scratch) < size:
-        scratch = _thread.scratch = np.empty((size, size, 3), np.uint8)
-    return scratch if len(scratch) == size else np.empty((size, size, 3), np.uint8)

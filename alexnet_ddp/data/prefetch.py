@@ -34,7 +34,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class HostBatch:
-    """Valid until the next one is asked for, and then until `buffer.wait_until_free` returns."""
+    """Valid until the next one is asked for; its buffer is filled again once `buffer.wait_until_free` returns."""
 
     work: Work
     indices: np.ndarray  # int64 [n] of the images: the work's, and perhaps the one before them

@@ -29,8 +29,6 @@ class Cut(NamedTuple):
     data: bytearray
     left: int  # pixels of the image
     top: int
-    width: int
-    height: int
 
 
 def interval(width: int) -> int:
@@ -95,7 +93,7 @@ def _cut(data: bytes, box: tuple[int, int, int, int]) -> Cut | None:
     out = _joined(data, scan, marks, bounds[1:].reshape(rows, per_row)[c:d, b - 1])
     size = min(width, b * segment) - a * segment, min(height, d * _BLOCK) - c * _BLOCK
     struct.pack_into(">HH", out, frame + 5, size[1], size[0])
-    return Cut(out, a * segment, c * _BLOCK, *size)
+    return Cut(out, a * segment, c * _BLOCK)
 
 
 def _joined(data: bytes, scan: int, marks: np.ndarray, ends: np.ndarray) -> bytearray:

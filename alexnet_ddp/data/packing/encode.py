@@ -12,6 +12,7 @@ import PIL
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from alexnet_ddp.config import Encoding
+from alexnet_ddp.config.data import MAX_PIXELS, MAX_SIDE
 from alexnet_ddp.data import restarts
 
 # The codes of the quarantine.
@@ -20,7 +21,6 @@ DECODE_ERROR, TOO_SMALL, BOMB = "decode_error", "too_small", "bomb"
 _MIN_SIDE = 4  # pixels
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF")  # Pillow would start Ghostscript for others
 _LONGEST = 16  # times its height that an image may be wide before it is scaled to a square: memory is finite
-_MAX_SIDE, _MAX_PIXELS = 20_000, 100_000_000  # decode.py refuses the same
 
 
 class Refused(Exception):
@@ -113,7 +113,7 @@ def _decoded(data: bytes) -> tuple[Image.Image, bool]:
 def _check_size(width: int, height: int) -> None:
     if min(width, height) < _MIN_SIDE:
         raise Refused(TOO_SMALL)
-    if max(width, height) > _MAX_SIDE or width * height > _MAX_PIXELS:
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         raise Refused(BOMB)
 
 

@@ -8,12 +8,19 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import Any
 
+from alexnet_ddp.data.packing.watch import Engine
 from alexnet_ddp.errors import MachineError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _LOOK_EVERY_S = 1.0  # that a worker looks whether its parent lives
+
+
+def local_engine(workers: int | None) -> Engine:
+    """run_local with so many processes; None: one for each core that this process may use."""
+    return partial(run_local, workers or len(os.sched_getaffinity(0)))
 
 
 def run_local(workers: int, fn: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:

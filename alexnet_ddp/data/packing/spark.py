@@ -23,8 +23,9 @@ from typing import Any
 
 from alexnet_ddp.config import AutoEngineConfig, ConfigError, PrepareConfig, SparkEngineConfig
 from alexnet_ddp.data.packing.java import find_java
-from alexnet_ddp.data.packing.local import run_local
+from alexnet_ddp.data.packing.local import local_engine
 from alexnet_ddp.data.packing.spark_tasks import reason_of, run_spark
+from alexnet_ddp.data.packing.watch import Engine
 from alexnet_ddp.data.storage import absolute
 
 _PACKAGE = Path(__file__).parents[2]
@@ -33,20 +34,29 @@ _PATIENCE_S = 30.0  # that the first task may take before we say that nothing ha
 log = logging.getLogger("alexnet_ddp")
 
 
-def choose_engine(cfg: PrepareConfig) -> Callable[[Callable[[Any], Any], list[Any]], Iterator[Any]]:
+def choose_engine(cfg: PrepareConfig) -> Engine:
     """Spark, started and looked at; or for engine=auto this machine, where there is neither a master nor a session."""
     engine = cfg.engine
     assert isinstance(engine, SparkEngineConfig)
     if isinstance(engine, AutoEngineConfig) and not (engine.master or _is_there()):
-        return partial(run_local, engine.workers or os.cpu_count() or 1)
+        return local_engine(engine.workers)
     try:
         import pyspark  # noqa: F401
     except ImportError:
         raise ConfigError("Spark needs pyspark; pip install 'alexnet-ddp[spark]', or engine=local") from None
     context = _join(engine) if _is_there() else _start(engine)
-    _ship_package(context)
     run = partial(run_spark, context, absolute(cfg.source or cfg.root), absolute(cfg.root))
-    _preflight(context, run)
+    try:
+        _ship_package(context)
+        _preflight(context, run)
+    except Exception as error:
+        if not hasattr(error, "java_exception"):
+            raise
+        # Where no master answers, a session starts, and ends a minute later in whatever it is doing.
+        remedy = "check engine.master, and that the cluster is up"
+        raise ConfigError(
+            f"Spark ({context.master}) ended by itself: {reason_of(str(error.java_exception))}; {remedy}"
+        ) from None
     return run
 
 
@@ -116,7 +126,6 @@ def _start(engine: SparkEngineConfig) -> Any:
         with _our_interrupt(), open(folder / "spark.log", "wb") as words:
             gateway = launch_gateway(settings, {"stdout": words, "stderr": words})
             context = SparkContext(conf=settings, gateway=gateway)
-            context.parallelize([0], 1)  # where no master answered, the context is dead, and only its use says so
     except Exception as error:
         said = (folder / "spark.log").read_text(errors="replace")
         reason = reason_of(str(getattr(error, "java_exception", said or error)))
@@ -149,13 +158,12 @@ def _retrying(master: str) -> str:
 
 
 def _ship_package(context: Any) -> None:
-    """Our own code, for executors that lack it or have another version of it. Without what needs torch."""
+    """Our own code, for executors that lack it or have another version of it."""
     raw = io.BytesIO()
     with zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted(_PACKAGE.rglob("*.py")):
             name = str(path.relative_to(_PACKAGE.parent))
-            text = b"" if name == "alexnet_ddp/data/__init__.py" else path.read_bytes()
-            archive.writestr(zipfile.ZipInfo(name), text)
+            archive.writestr(zipfile.ZipInfo(name), path.read_bytes())  # ZipInfo: without the time of the file
     # The content is in the name: a session that lives on may have an older one.
     name = f"alexnet_ddp-{hashlib.sha256(raw.getvalue()).hexdigest()[:12]}.zip"
     folder = tempfile.mkdtemp(prefix="alexnet_ddp.package.")

@@ -138,7 +138,7 @@ def _explained(error: Exception) -> Exception:
 def reason_of(text: str) -> str:
     """The line that matters of a Java exception, or of what a JVM said before it ended."""
     if "stopped SparkContext" in text:
-        return "it ended by itself; is the master there, and does it accept us (spark.authenticate)?"
+        return "is the master there, and does it accept us (spark.authenticate)?"
     lines = [line for line in text.splitlines() if re.search(r"Exception|Error", line)] or text.splitlines()
     noise = r".*most recent failure: |.*\bin thread \S+ |[a-z]+\.\S+(Exception|Error): "
     return re.sub(noise, "", lines[0]).rstrip(". ")
