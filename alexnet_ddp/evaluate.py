@@ -59,7 +59,8 @@ def _trained(cfg: Config, data: ImageSets, directory: Path) -> tuple[nn.Module, 
     expected, found = read_classes(cfg.run_dir)["ids"], data.val.classes
     if expected != found:
         only = sorted(set(expected) ^ set(found))[:5]
-        raise DataError(f"data.root has other classes than run {cfg.run.name} was trained on, first of all {only}")
+        rule = f"has other classes than run {cfg.run.name} was trained on, first of all {only}"
+        raise DataError(f"data.root {rule}; give a root with the classes of the training")
     model = build_model(replace(cfg.model, weights=None), len(expected), cfg.data.image_size, cfg.seed)
     state = load_model(model, directory)
     return model, {"checkpoint": directory.name, "step": state["step"]}

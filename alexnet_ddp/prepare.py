@@ -170,7 +170,8 @@ def _check_classes(plans: list[Plan], index: ShardIndex | None) -> None:
     for plan in plans[1:]:
         differ = class_difference(plans[0].split, first, plan.split, plan.source.classes)
         if differ:
-            raise DataError(f"{plans[0].split} and {plan.split} must have the same classes, but {differ}")
+            rule = f"must have the same classes, but {differ}; add or remove them"
+            raise DataError(f"{plans[0].split} and {plan.split} {rule}")
     others = set(index.splits) - {plan.split for plan in plans} if index else set()
     if others and index.classes != first:
         raise DataError(f"{plans[0].root} holds {', '.join(sorted(others))} shards of other classes; give another root")

@@ -120,13 +120,29 @@ def larger_packed(larger, tmp_path_factory):
     return pack(larger, tmp_path_factory.mktemp("packing") / "larger_packed", shorter_side=64, num_shards=20)
 
 
+@pytest.fixture
+def endless(larger, tmp_path):
+    """The same images, but one of train is a pipe that nobody writes to: whatever the machine does, it is not done."""
+    source = Path(shutil.copytree(larger, tmp_path / "endless"))
+    pipe = sorted(source.glob("train/*/*"))[100]
+    pipe.unlink()
+    os.mkfifo(pipe)
+    return source
+
+
+def mend(endless: Path, larger: Path) -> None:
+    pipe = next(path for path in endless.glob("train/*/*") if path.is_fifo())
+    pipe.unlink()
+    shutil.copy(larger / pipe.relative_to(endless), pipe)
+
+
 LATER = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGHUP)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, *LATER])
-def test_a_run_that_is_stopped_leaves_nothing_behind_and_goes_on(larger, larger_packed, tmp_path, number):
+def test_a_run_that_is_stopped_leaves_nothing_behind_and_goes_on(endless, larger, larger_packed, tmp_path, number):
     root = tmp_path / "root"
-    process = start(f"source={larger}", f"root={root}", "engine.workers=2", *LARGER)
+    process = start(f"source={endless}", f"root={root}", "engine.workers=2", *LARGER)
     code, err = hit(process, number, root, 4)
     assert not (root / "index.json").exists()
     if number == signal.SIGKILL:
@@ -142,15 +158,16 @@ def test_a_run_that_is_stopped_leaves_nothing_behind_and_goes_on(larger, larger_
         time.sleep(0.05)
     assert not members_of_group(process.pid)
     before = {path: path.stat().st_mtime_ns for path in root.glob("_state/*/*.json")}
-    assert 4 <= len(before) < 40
-    pack(larger, root, shorter_side=64, num_shards=20)
+    assert 4 <= len(before) < 20
+    mend(endless, larger)
+    pack(endless, root, shorter_side=64, num_shards=20)
     assert hashes(root) == hashes(larger_packed)
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_lost_is_one_line_and_code_74(larger, tmp_path):
-    process = start(f"source={larger}", f"root={tmp_path}/root", "engine.workers=2", *LARGER)
+def test_a_worker_that_is_lost_is_one_line_and_code_74(endless, tmp_path):
+    process = start(f"source={endless}", f"root={tmp_path}/root", "engine.workers=2", *LARGER)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("root/_state/*/*.json"))) < 1 and time.monotonic() < deadline:
         time.sleep(0.01)

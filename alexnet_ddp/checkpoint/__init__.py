@@ -185,4 +185,5 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], origin: str
         model.load_state_dict(weights)
     except RuntimeError as error:
         difference = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
-        raise ConfigError(f"{origin} holds another network than the configuration: {difference}") from error
+        remedy = "give the model that was trained, or another run.name"
+        raise ConfigError(f"{origin} holds another network than the configuration: {difference}; {remedy}") from error

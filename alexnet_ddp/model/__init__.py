@@ -87,6 +87,7 @@ def check_image_size(model: nn.Module, num_classes: int, image_size: int, knob: 
             model.train(was_training)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"{knob} ({image_size}) does not suit this network: {reason}") from error
+        remedy = "use larger images, or another model"
+        raise ConfigError(f"{knob} ({image_size}) does not suit this network: {reason}; {remedy}") from error
     if not isinstance(meta, Tensor) or meta.shape != (1, num_classes):
         raise ConfigError("the network must return one tensor of logits [n, num_classes]")

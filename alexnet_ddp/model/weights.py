@@ -31,7 +31,8 @@ def load_weights(model: nn.Module, path: Path, new_head: bool = True) -> None:
         model.load_state_dict(weights)
     except RuntimeError as error:
         difference = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
-        raise ConfigError(f"model.weights ({path}) does not fit the model: {difference}") from error
+        remedy = "give the weights of this network, or the network of these weights"
+        raise ConfigError(f"model.weights ({path}) does not fit the model: {difference}; {remedy}") from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -49,7 +50,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ConfigError(f"model.weights ({path}) is refused: {rule}; save model.state_dict()") from error
     except (safetensors.SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), "it ends too early")  # an EOFError says nothing
-        raise ConfigError(f"model.weights ({path}) cannot be read: {reason}") from error
+        raise ConfigError(f"model.weights ({path}) cannot be read: {reason}; copy the file again") from error
     by_name = isinstance(weights, dict) and all(
         isinstance(n, str) and isinstance(w, Tensor) for n, w in weights.items()
     )
