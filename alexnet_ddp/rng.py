@@ -15,6 +15,7 @@ import numpy as np
 ORDER, CROP, FLIP, COLOUR, DROPOUT, SUBSET, SYNTHETIC, POLICY, JITTER, ERASE, MIX, SHARDS = range(1, 13)
 
 _GOLDEN = 0x9E3779B9
+_AT_ONCE = 1 << 15  # words, in steps that stay in the cache of a core
 
 
 def _signed(x: int) -> int:
@@ -56,15 +57,28 @@ def normals(key: int, index: np.ndarray, count: int) -> np.ndarray:
 
 
 def permutation(key: int, n: int) -> np.ndarray:
-    """A permutation of range(n), int64: the order of 64-bit hashes of the indices. 1.28 M in about 40 ms."""
-    index = np.arange(n, dtype=np.int32)
-    high = hash32(fold(key, 0), index).view(np.uint32)
+    """A permutation of range(n), int64: the order of 64-bit hashes of the indices. 1.28 M in about 50 ms."""
+    return in_order(key, np.arange(n), high_words(key, n))
+
+
+def high_words(key: int, n: int) -> np.ndarray:
+    """uint32 [n]: the high halves of the hashes by which permutation(key, n) orders range(n)."""
+    words = np.empty(n, np.uint32)
+    for start in range(0, n, _AT_ONCE):
+        block = words[start : start + _AT_ONCE]
+        block[...] = hash32(fold(key, 0), np.arange(start, start + len(block), dtype=np.int32)).view(np.uint32)
+    return words
+
+
+def in_order(key: int, members: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """`members`, int64, a part of range(n) whose high words are `high`, as permutation(key, n) orders them."""
     order = np.argsort(high.astype(np.uint16), kind="stable")  # a radix sort: half of the bits, then the other half
     order = order[np.argsort((high >> np.uint32(16)).astype(np.uint16)[order], kind="stable")]
-    ties = np.flatnonzero(high[order[1:]] == high[order[:-1]])
+    members, high = members[order], high[order]
+    ties = np.flatnonzero(high[1:] == high[:-1])
     if len(ties):  # few: the low words decide
         at = np.union1d(ties, ties + 1)
-        tied = order[at]
+        tied = members[at]
         low = hash32(fold(key, 1), tied.astype(np.int32)).view(np.uint32)
-        order[at] = tied[np.lexsort((low, high[tied]))]
-    return order
+        members[at] = tied[np.lexsort((low, high[at]))]
+    return members

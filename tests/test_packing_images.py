@@ -16,7 +16,8 @@ from PIL import Image, ImageFile
 from alexnet_ddp.config import AlexNet2012AugmentConfig, Encoding
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.packing.encode import Recipe, Refused, encode
-from alexnet_ddp.data.packing.statistics import Statistics, colour_basis
+from alexnet_ddp.data.packing.statistics import Statistics
+from alexnet_ddp.data.sets import colour_basis
 from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.errors import DataError
 from tests.archives import TRAIN, age_tree, jpeg, make_archives, tar, write

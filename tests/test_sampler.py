@@ -54,6 +54,17 @@ def test_the_slices_of_the_ranks_are_contiguous_and_together_the_global_batch(ba
         assert max(sizes) == largest_slice(len(sampler.batch(step)), world_size)
 
 
+@pytest.mark.parametrize("n", [1, 2, 17, 3_000])
+def test_an_epoch_is_the_permutation_of_its_key_wherever_it_is_entered(n):
+    for batch, epoch in product((1, 7, 1_000, 4_000), (0, 3)):
+        whole = rng.permutation(rng.fold(5, rng.ORDER, epoch), n)
+        for k in range(0, -(-n // batch), max(1, n // batch // 5)):
+            sampler = GlobalBatchSampler(n, batch, seed=5)
+            found = sampler.batch(epoch * sampler.steps_per_epoch + k)
+            assert found.dtype == np.int64
+            assert np.array_equal(found, whole[k * batch : (k + 1) * batch])
+
+
 def test_rank_slices_cover_any_number_of_items():
     for n, world_size in product(range(20), range(1, 9)):
         slices = [rank_slice(n, rank, world_size) for rank in range(world_size)]

@@ -7,18 +7,20 @@ Evaluation: Pillow, exactly as torchvision's classification preset does it.
 import io
 import math
 import threading
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image
 
 from alexnet_ddp.config.data import MAX_PIXELS, MAX_SIDE
 from alexnet_ddp.data import restarts
 
+if TYPE_CHECKING:
+    from PIL import Image  # when it runs, where it is needed: a start is imports, and JPEGs to train on need none
+
 _thread = threading.local()
 cv2.setNumThreads(1)  # the loader's threads are the parallelism
-Image.MAX_IMAGE_PIXELS = None  # _checked says what is wrong with a giant, Pillow only that something is
 
 
 class BadImage(ValueError):
@@ -57,6 +59,8 @@ def resize_into(slot: np.ndarray, crop: np.ndarray, flip: bool) -> None:
 
 def centre_into(slot: np.ndarray, data: bytes, resize: int) -> None:
     """Shorter side to `resize` (bilinear, antialiased), centre crop: torchvision's preset, the same pixels."""
+    from PIL import Image
+
     image = _to_rgb(_open(data))
     size = slot.shape[0]
     short, long = sorted(image.size)
@@ -128,7 +132,10 @@ def _height_position(data: bytes) -> int | None:
     return None
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes) -> "Image.Image":
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None  # _checked says what is wrong with a giant, Pillow only that something is
     if not data:
         raise BadImage("the file is empty")
     try:
@@ -139,7 +146,7 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: "Image.Image") -> "Image.Image":
     try:
         return image.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -107,10 +108,36 @@ def build_sampler(cfg: Config, index: SampleIndex) -> GlobalBatchSampler:
     return GlobalBatchSampler(len(index), trainer.global_batch_size, cfg.seed, trainer.drop_last, windows)
 
 
+class Shuffled:
+    """rng.permutation(key, n) a sixteenth at a time: no first batch, of a start or a resume, waits for all."""
+
+    def __init__(self, key: int, n: int) -> None:
+        self._key, self._high, self._parts = key, rng.high_words(key, n), {}
+        self._part_of = (self._high >> np.uint32(28)).astype(np.uint8)
+        self._starts = [0, *np.cumsum(np.bincount(self._part_of, minlength=16)).tolist()]
+
+    def __getitem__(self, wanted: slice) -> np.ndarray:
+        """int64, as a slice of the permutation."""
+        start, stop, _ = wanted.indices(self._starts[-1])
+        pieces = []
+        for part, (first, end) in enumerate(pairwise(self._starts)):
+            if start < end and first < stop:
+                pieces.append(self._part(part)[max(0, start - first) : stop - first])
+        return np.concatenate(pieces)
+
+    def _part(self, part: int) -> np.ndarray:
+        if part not in self._parts:
+            members = np.flatnonzero(self._part_of == part)
+            self._parts[part] = rng.in_order(self._key, members, self._high[members])
+        return self._parts[part]
+
+
 @lru_cache(maxsize=2)
-def _order(num_images: int, seed: int, epoch: int, windows: Windows | None) -> np.ndarray:
-    order = rng.permutation(rng.fold(seed, rng.ORDER, epoch), num_images)
-    return order if windows is None else windows.arrange(order, rng.fold(seed, rng.SHARDS, epoch))
+def _order(num_images: int, seed: int, epoch: int, windows: Windows | None) -> Shuffled | np.ndarray:
+    key = rng.fold(seed, rng.ORDER, epoch)
+    if windows is None:
+        return Shuffled(key, num_images)
+    return windows.arrange(rng.permutation(key, num_images), rng.fold(seed, rng.SHARDS, epoch))
 
 
 def rank_slice(n: int, rank: int, world_size: int) -> slice:

@@ -1,5 +1,7 @@
 """What a run trains on, and what it is evaluated on: any `data=` choice becomes two indices."""
 
+import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,9 +10,10 @@ import numpy as np
 from alexnet_ddp import rng
 from alexnet_ddp.config import DataConfig, DemoConfig, FolderConfig, ImageNetConfig, ShardsConfig, SyntheticConfig
 from alexnet_ddp.data.index import SampleIndex, check_same_classes, index_folder
-from alexnet_ddp.data.packing.statistics import colour_basis
 from alexnet_ddp.data.shards import open_shards
 from alexnet_ddp.data.storage import Storage, absolute
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,3 +89,13 @@ def _synthetic(cfg: SyntheticConfig, n: int) -> SampleIndex:
     classes = [f"class{c:0{width}d}" for c in range(cfg.num_classes)]
     labels = np.sort(np.arange(n, dtype=np.int32) % cfg.num_classes)
     return SampleIndex(classes, labels, SyntheticStore(pixels))
+
+
+def colour_basis(root: Storage) -> tuple[np.ndarray, np.ndarray] | None:
+    """(eigenvalues [3], eigenvectors [3, 3] as columns) of the RGB values in [0, 1] of the packed training images."""
+    try:
+        found = json.loads(root.read("train.stats.json"))
+        return np.array(found["eigenvalues"]), np.array(found["eigenvectors"])
+    except (OSError, ValueError, KeyError) as error:
+        log.warning("%s cannot be read (%s): colour noise is ImageNet's", root.path("train.stats.json"), error)
+        return None

@@ -13,8 +13,8 @@ from alexnet_ddp.data.fill import build_fill
 from alexnet_ddp.data.imagenet import TRAIN, open_archive
 from alexnet_ddp.data.index import SampleIndex, index_folder
 from alexnet_ddp.data.packing.report import committed
-from alexnet_ddp.data.packing.statistics import colour_basis
 from alexnet_ddp.data.sampler import GlobalBatchSampler
+from alexnet_ddp.data.sets import colour_basis
 from alexnet_ddp.data.shards import open_split
 from alexnet_ddp.data.storage import Storage, absolute
 from alexnet_ddp.errors import DataError

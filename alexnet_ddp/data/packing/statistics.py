@@ -1,15 +1,9 @@
 """Exact sums over the pixels of a data set: added shard by shard, in any order, to the same integers."""
 
-import json
-import logging
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-
-from alexnet_ddp.data.storage import Storage
-
-log = logging.getLogger(__name__)
 
 _AT_ONCE = 1 << 20  # pixels
 
@@ -78,13 +72,3 @@ class Statistics:
             "mean_width": self.widths[0] / max(1, self.images),
             "mean_height": self.heights[0] / max(1, self.images),
         }
-
-
-def colour_basis(root: Storage) -> tuple[np.ndarray, np.ndarray] | None:
-    """(eigenvalues [3], eigenvectors [3, 3] as columns) of the RGB values in [0, 1] of the packed training images."""
-    try:
-        found = json.loads(root.read("train.stats.json"))
-        return np.array(found["eigenvalues"]), np.array(found["eigenvectors"])
-    except (OSError, ValueError, KeyError) as error:
-        log.warning("%s cannot be read (%s): colour noise is ImageNet's", root.path("train.stats.json"), error)
-        return None
