@@ -18,7 +18,8 @@ from alexnet_ddp.metrics import Meter, evaluation_row
 from alexnet_ddp.model import set_dropout_keys
 from alexnet_ddp.optim import set_lr
 from alexnet_ddp.parallel import nothing_to_learn, settle_buckets
-from alexnet_ddp.resilience import Health, StopSignal, Verdict, Wish
+from alexnet_ddp.resilience.health import Health, Verdict, Wish
+from alexnet_ddp.resilience.signals import StopSignal
 
 _ROUNDS_BETWEEN_LOOKS = 8  # of an evaluation, between two looks at the stop signal
 

@@ -22,7 +22,7 @@ from alexnet_ddp.data.sets import ImageSets, open_data
 from alexnet_ddp.engine import Evaluation, check_precision, evaluate
 from alexnet_ddp.errors import DataError, Preempted
 from alexnet_ddp.model import build_model, load_weights
-from alexnet_ddp.resilience import StopSignal
+from alexnet_ddp.resilience.signals import StopSignal
 from alexnet_ddp.tracking import read_classes
 
 _MOST_CLASSES = 40  # in the table; all of them are in evaluation.json

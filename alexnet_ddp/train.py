@@ -27,7 +27,8 @@ from alexnet_ddp.metrics import Pace, train_row
 from alexnet_ddp.model import build_model, check_image_size
 from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name
 from alexnet_ddp.parallel import build_parallel
-from alexnet_ddp.resilience import StopSignal, Wish
+from alexnet_ddp.resilience.health import Wish
+from alexnet_ddp.resilience.signals import StopSignal
 from alexnet_ddp.schedule import Budget, build_lr_schedule
 from alexnet_ddp.tracking import RunInfo, RunStatus, build_tracker, make_run_dir, run_status
 

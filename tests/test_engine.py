@@ -32,7 +32,8 @@ from alexnet_ddp.errors import DataError, Diverged, RunError
 from alexnet_ddp.model import build_model, set_dropout_keys
 from alexnet_ddp.optim import build_optimizer, state_by_name
 from alexnet_ddp.parallel import build_parallel
-from alexnet_ddp.resilience import StopSignal, Wish
+from alexnet_ddp.resilience.health import Wish
+from alexnet_ddp.resilience.signals import StopSignal
 from tests.ranks import run_ranks
 
 SGD = SGDConfig(lr=0.01, momentum=0.9, weight_decay=5e-4)

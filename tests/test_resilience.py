@@ -8,11 +8,12 @@ import time
 import pytest
 import torch
 
-from alexnet_ddp import resilience
 from alexnet_ddp.config import Device
 from alexnet_ddp.distributed import session
 from alexnet_ddp.errors import DataError
-from alexnet_ddp.resilience import Health, StopSignal, Verdict, Wish
+from alexnet_ddp.resilience import signals
+from alexnet_ddp.resilience.health import Health, Verdict, Wish
+from alexnet_ddp.resilience.signals import StopSignal
 from tests.ranks import run_ranks  # its forkserver has torch loaded
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -36,7 +37,7 @@ def test_a_signal_sets_the_flag_and_does_nothing_else(number):
 
 
 def test_a_second_signal_within_five_seconds_is_the_same_event():
-    assert resilience._SAME_EVENT_S == 5
+    assert signals._SAME_EVENT_S == 5
     stop = StopSignal()
     for number in SIGNALS:  # a launcher and a scheduler pass on the same stop
         signal.raise_signal(number)
@@ -45,7 +46,7 @@ def test_a_second_signal_within_five_seconds_is_the_same_event():
 
 def signalled_twice(same_event_s: float, pause_s: float) -> None:
     """Ends with 75 in the second signal, or with 3 if that does nothing."""
-    resilience._SAME_EVENT_S = same_event_s
+    signals._SAME_EVENT_S = same_event_s
     stop = StopSignal()
     signal.raise_signal(signal.SIGTERM)
     time.sleep(pause_s)

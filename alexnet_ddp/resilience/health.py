@@ -1,46 +1,16 @@
-"""Stop together, or not at all: stop signals, and the small all-reduce that every step carries.
+"""Stop together, or not at all: the small all-reduce that every step carries.
 
 A signal or a fault reaches one rank; the decision what to do about it is made by all, at the same step, before anybody
 acts.
 """
 
-import os
-import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
 
 import torch
 
 from alexnet_ddp.distributed import World, start_sum
-from alexnet_ddp.errors import Preempted, RunError, leave_code
-
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-_SAME_EVENT_S = 5.0  # a launcher and a scheduler both pass on one signal; later ones mean it
-
-
-class StopSignal:
-    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a stop at the next step. Another, seconds later, exits at once."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._first_at = 0.0
-        for number in _STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
-
-    def ignore(self) -> None:
-        """The run is saved and about to leave: a launcher's next signal must not cut its last words short."""
-        for number in _STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.received and now - self._first_at > _SAME_EVENT_S:
-            leave_code(Preempted.exit_code)
-            os._exit(Preempted.exit_code)  # checkpoints are committed by rename: nothing can be torn
-        if not self.received:
-            self.received, self._first_at = True, now
+from alexnet_ddp.errors import RunError
 
 
 @dataclass(frozen=True)
