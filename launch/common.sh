@@ -118,7 +118,7 @@ run_torchrun() {
 # keep_running NUM_PROCESSES OPTIONS...: run_torchrun, and again after a crash or a hang, with the same arguments, until
 # three restarts in a row have found no newer checkpoint: 93. What a run has said itself (64, 75, ...) stands.
 keep_running() {
-  local code step last='' restarts=0 files
+  local code step last='' restarts=0
   choose_python
 
   # Gradients of 244 MB are above glibc's mmap threshold: each step would map them anew, page-fault them in, and hand
