@@ -27,6 +27,7 @@ from alexnet_ddp.metrics import Pace, train_row
 from alexnet_ddp.model import build_model, check_image_size
 from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name
 from alexnet_ddp.parallel import build_parallel
+from alexnet_ddp.resilience.deadline import Deadline
 from alexnet_ddp.resilience.health import Wish
 from alexnet_ddp.resilience.signals import StopSignal
 from alexnet_ddp.schedule import Budget, build_lr_schedule
@@ -71,6 +72,7 @@ class Run:
         self.checkpoints = Checkpoints(cfg.run_dir, cfg.checkpoint, who, world)
         self.state, self.saved = self.checkpoints.resume(cfg.run.name, cfg.resume.allow_changes)
         status.running(self.state.step)
+        self.deadline = Deadline(stop, world.is_main)
 
     @property
     def is_complete(self) -> bool:
@@ -168,6 +170,7 @@ class Run:
 
     def save(self) -> None:
         """Collective. A last checkpoint that fails ends the run; one on the way is a warning, at first."""
+        began = time.monotonic()
         self.state.sums, self.state.scaler = self.train_step.meter.read(), self.train_step.scaler.state_dict()
         tensors = {"model": self.model.state_dict(), "optimizer": state_by_name(self.optimizer, self.model)}
         is_last = self.stopping or self.budget.is_end(self.state.step)
@@ -175,6 +178,7 @@ class Run:
         if is_last:
             distributed.raise_together(self.failure, self.world)
         self.save_due, self.saved_at = False, time.monotonic()
+        self.deadline.saved_in(self.saved_at - began)
         self.status.running(self.state.step)
 
     def _log(self, row: dict[str, float | int | str]) -> None:

@@ -1,0 +1,57 @@
+"""A run that Slurm starts, by slurm/train.sbatch on the two nodes of tests/cluster."""
+
+import subprocess
+import time
+from pathlib import Path
+
+from tests.cluster import Slurm
+from tests.drills.harness import PROJECT, Job
+
+FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
+
+
+class Batch(Job):
+    """A Job whose start() is an sbatch. As calm's it has two ranks, with half of the machine's cores each."""
+
+    def __init__(self, slurm: Slurm, root: Path, name: str, *overrides: str, env: dict[str, str] | None = None):
+        super().__init__(root, name, *overrides, "logger.wandb=offline", env=env)
+        self.slurm = slurm
+        self.env |= {"PROJECT_DIR": str(PROJECT), "WANDB_MODE": "offline"}
+        self.env.pop("NPROC")
+        self.id = ""
+
+    def submit(self, *options: str, script: Path = PROJECT / "slurm/train.sbatch") -> "Batch":
+        """`options` are sbatch's; the run's own are given when the Batch is made."""
+        run = [f"run.root={self.root}/runs", f"run.name={self.name}", *self.overrides]
+        options = ("--nodes=2", "--cpus-per-task=1", f"--output={self.log}", *options)
+        self.id = self.slurm.sbatch(*options, str(script), *run, env=self.env, cwd=self.root)
+        return self
+
+    def slurm_says(self) -> dict[str, str]:
+        return self.slurm.job(self.id)
+
+    def until_restart(self, number: int = 1, timeout_s: float = 60) -> float:
+        """Until Slurm has taken the job back into its queue so many times."""
+        return self.until(lambda: int(self.slurm_says()["Restarts"]) >= number, timeout_s, f"requeue {number}")
+
+    def until_saved(self, timeout_s: float = 60) -> float:
+        """Seconds until the stopped run says that it is saved."""
+        return self.until(lambda: self.status()["state"] == "preempted", timeout_s, "the save")
+
+    def outcome(self, timeout_s: float = 120) -> tuple[str, int]:
+        """The final JobState, and how many times the job was requeued."""
+        self.until(lambda: self.slurm_says()["JobState"] in FINAL, timeout_s, "the end of the job")
+        said = self.slurm_says()
+        return said["JobState"], int(said["Restarts"])
+
+    def wandb_ids(self) -> set[str]:
+        """Of all of wandb's runs that this run has made."""
+        return {path.name.rsplit("-", 1)[1] for path in (self.run_dir / "wandb").glob("offline-run-*-*")}
+
+    def end(self) -> None:
+        if self.id:
+            for _ in range(2):  # the second one finds a job that is on its way back into the queue
+                subprocess.run(self.slurm.command("ctl", "scancel", "--signal=KILL", "--full", self.id), check=False)
+                self.slurm.run("ctl", "scancel", self.id, check=False)
+                time.sleep(0.1)
+        super().end()
