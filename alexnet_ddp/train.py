@@ -8,12 +8,15 @@ Read it top to bottom: config, world, data, budget, resume, model, parallel, opt
 import logging
 import time
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from dataclasses import replace
 
 import torch
 
 from alexnet_ddp import cli, distributed
-from alexnet_ddp.checkpoint import Checkpoints, identity, load_weights
+from alexnet_ddp.checkpoint.find import load_weights
+from alexnet_ddp.checkpoint.identity import identity
+from alexnet_ddp.checkpoint.store import Checkpoints
 from alexnet_ddp.config import AlexNet2012AugmentConfig, Config
 from alexnet_ddp.config.door import to_plain, to_yaml
 from alexnet_ddp.data.augment import build_augment
@@ -25,10 +28,11 @@ from alexnet_ddp.engine import TrainStep, check_precision, evaluate
 from alexnet_ddp.errors import Preempted, RunError
 from alexnet_ddp.metrics import Pace, train_row
 from alexnet_ddp.model import build_model, check_image_size
-from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name
+from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name, state_to_come
 from alexnet_ddp.parallel import build_parallel
 from alexnet_ddp.resilience.deadline import Deadline
 from alexnet_ddp.resilience.health import Wish
+from alexnet_ddp.resilience.lock import lock_run
 from alexnet_ddp.resilience.signals import StopSignal
 from alexnet_ddp.schedule import Budget, build_lr_schedule
 from alexnet_ddp.tracking import RunInfo, RunStatus, build_tracker, make_run_dir, run_status
@@ -42,15 +46,17 @@ def train(cfg: Config, overrides: list[str]) -> None:
     tf32 = cfg.trainer.tf32
     with distributed.session(cfg.device, tf32) as world, run_status(cfg.run_dir, world.is_main) as status:
         distributed.from_main(lambda: make_run_dir(cfg.run_dir), world)
-        run = Run(cfg, world, status, stop)
-        if run.is_complete:
-            log.info("run %s is complete after %d steps: %s", cfg.run.name, run.state.step, cfg.run_dir)
-        else:
-            run.prepare(overrides)
-            with run.tracker:
-                run.go()
-            run.train_loader.close()
-            run.val_loader.close()
+        lock = distributed.on_all(lambda: lock_run(cfg.run_dir), world, takes_part=world.is_main)
+        with lock or nullcontext():
+            run = Run(cfg, world, status, stop)
+            if run.is_complete:
+                log.info("run %s is complete after %d steps: %s", cfg.run.name, run.state.step, cfg.run_dir)
+            else:
+                run.prepare(overrides)
+                with run.tracker, closing(run.checkpoints):
+                    run.go()
+                run.train_loader.close()
+                run.val_loader.close()
 
 
 class Run:
@@ -69,7 +75,7 @@ class Run:
             who["augment.colour_basis"] = basis and [part.tolist() for part in basis]
         shape = {"evaluation": self.data.val.fingerprint(), "budget": str(self.budget)}
         distributed.require_same(who | shape | {"eval_batch_size": cfg.trainer.eval_batch_size}, world)
-        self.checkpoints = Checkpoints(cfg.run_dir, cfg.checkpoint, who, world)
+        self.checkpoints = Checkpoints(cfg.run_dir, cfg.checkpoint, who, world, self.sampler.steps_per_epoch)
         self.state, self.saved = self.checkpoints.resume(cfg.run.name, cfg.resume.allow_changes)
         status.running(self.state.step)
         self.deadline = Deadline(stop, world.is_main)
@@ -97,6 +103,8 @@ class Run:
         self.lr = build_lr_schedule(cfg.scheduler, cfg.optimizer.lr, self.budget)
         self.train_step = TrainStep(ddp_model, self.optimizer, cfg.trainer, cfg.seed, world, cfg.data.image_size)
         self.train_step.load(self.state.sums, self.state.scaler)
+        state = state_by_name(self.optimizer, self.model) or state_to_come(cfg.optimizer, self.model)
+        self.checkpoints.prepare({"model": self.model.state_dict(), "optimizer": state})
 
         augment = build_augment(cfg.augment, cfg.seed, cfg.data.image_size, cfg.data.eval_resize, data.colour_basis)
         self.train_loader = build_loader(cfg.data, data.train, augment, world.num_cores, world.device, True)
@@ -141,6 +149,7 @@ class Run:
         wish = Wish(self.stop.received, wants_save, self.failure)
         verdict = self.train_step(self.batches, step, self.lr(step), num_images, wish)
         self.state.step = step + 1
+        self.failure = self.checkpoints.poll() or self.failure
         self.stopping = verdict.stop
         self.save_due = verdict.save or self.budget.save_due(self.state.step)
         self.pace.add(num_images, verdict.num_images)
@@ -152,7 +161,7 @@ class Run:
         """Collective. The one place that waits for the device."""
         row = train_row(self.train_step.meter.read()) | {"train/lr": self.lr(self.state.step - 1)}
         self.train_step.meter.reset()
-        row |= self.train_step.extras() | self.pace.row(self.train_loader.waited_s)
+        row |= self.train_step.extras() | self.pace.row(self.train_loader.waited_s) | self.checkpoints.row()
         self._log(row)
 
     def evaluate(self) -> None:

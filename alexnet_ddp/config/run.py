@@ -75,9 +75,12 @@ class CheckpointConfig:
     save_every_steps: int | None = None
     save_every_minutes: float | None = 5.0
     keep_last: int = 2  # the best one is kept as well
+    keep_every_epochs: int | None = None  # and those at the end of every so many epochs
+    copy_to: str | None = None  # URL of a folder for copies of all that is kept; fetched from where there is none here
 
     def __post_init__(self) -> None:
-        positive("checkpoint", self, "save_every_steps", "save_every_minutes", "keep_last")
+        counts = ("keep_last", "keep_every_epochs")
+        positive("checkpoint", self, "save_every_steps", "save_every_minutes", *counts)
 
 
 @dataclass(kw_only=True)
