@@ -78,7 +78,7 @@ class Run:
         self.checkpoints = Checkpoints(cfg.run_dir, cfg.checkpoint, who, world, self.sampler.steps_per_epoch)
         self.state, self.saved = self.checkpoints.resume(cfg.run.name, cfg.resume.allow_changes)
         status.running(self.state.step)
-        self.deadline = Deadline(stop, world.is_main)
+        Deadline(stop, lambda: self.checkpoints.longest_write_s).watch(world.is_main)
 
     @property
     def is_complete(self) -> bool:
@@ -179,7 +179,6 @@ class Run:
 
     def save(self) -> None:
         """Collective. A last checkpoint that fails ends the run; one on the way is a warning, at first."""
-        began = time.monotonic()
         self.state.sums, self.state.scaler = self.train_step.meter.read(), self.train_step.scaler.state_dict()
         tensors = {"model": self.model.state_dict(), "optimizer": state_by_name(self.optimizer, self.model)}
         is_last = self.stopping or self.budget.is_end(self.state.step)
@@ -187,7 +186,6 @@ class Run:
         if is_last:
             distributed.raise_together(self.failure, self.world)
         self.save_due, self.saved_at = False, time.monotonic()
-        self.deadline.saved_in(self.saved_at - began)
         self.status.running(self.state.step)
 
     def _log(self, row: dict[str, float | int | str]) -> None:

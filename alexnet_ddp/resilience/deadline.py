@@ -5,6 +5,7 @@ import os
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 
 from alexnet_ddp.resilience.signals import StopSignal
 
@@ -14,26 +15,25 @@ _LEAST_MARGIN_S = 30.0  # a step, a save of some MB, the end of the processes, a
 
 
 class Deadline:
-    """Sets `stop` when what is left of the job's time is what a last save needs: 30 s and twice the longest one so far.
+    """Sets `stop` when what is left of the job's time is what a last save needs: 30 s and twice save_s(), the longest.
 
-    A thread of rank 0 does so; elsewhere, and outside of Slurm, nothing happens. However short the time, half of it is
-    for training: a run that only starts and stops would be requeued for ever.
+    However short the time, half of it is for training: a run that only starts and stops would be requeued for ever.
     """
 
-    def __init__(self, stop: StopSignal, is_main: bool) -> None:
-        self._stop, self._save_s = stop, 0.0
+    def __init__(self, stop: StopSignal, save_s: Callable[[], float]) -> None:
+        self._stop, self._save_s = stop, save_s
+
+    def watch(self, is_main: bool) -> None:
+        """A thread of rank 0 does so; elsewhere, and outside of Slurm, nothing happens."""
         if is_main and "SLURM_JOB_ID" in os.environ:
             threading.Thread(target=self._watch, name="deadline", daemon=True).start()
-
-    def saved_in(self, seconds: float) -> None:
-        self._save_s = max(self._save_s, seconds)
 
     def _watch(self) -> None:
         left = time_left()
         if left is None:
             return
         most = left / 2
-        while (wait := left - min(_LEAST_MARGIN_S + 2 * self._save_s, most)) > 0:
+        while (wait := left - min(_LEAST_MARGIN_S + 2 * self._save_s(), most)) > 0:
             pause = max(wait / 2, 0.2)  # asks a dozen times a day, for a limit may be moved
             time.sleep(pause)
             now = time_left()

@@ -37,7 +37,7 @@ class Hosts:
     """A context: n1 .. nN and ctl, at 10.77.0.11 .. and 10.77.0.1 under these names."""
 
     def __init__(self, num_hosts: int, slurm: bool = False) -> None:
-        flags = "--net --uts --mount --pid --ipc --fork --kill-child --mount-proc".split()
+        flags = ["--net", "--uts", "--mount", "--pid", "--ipc", "--fork", "--kill-child", "--mount-proc"]
         self._command = ["unshare", *flags, str(HERE / "hosts.sh"), str(num_hosts), *(["slurm"] if slurm else [])]
 
     def __enter__(self) -> Self:

@@ -1,6 +1,5 @@
 """A run that Slurm starts, by slurm/train.sbatch on the two nodes of tests/cluster."""
 
-import subprocess
 import time
 from pathlib import Path
 
@@ -38,6 +37,16 @@ class Batch(Job):
         """Seconds until the stopped run says that it is saved."""
         return self.until(lambda: self.status()["state"] == "preempted", timeout_s, "the save")
 
+    def assert_saved_soon(self) -> float:
+        """Within 5 s of the signal, which was sent just now."""
+        saved_s = round(self.until_saved(), 1)
+        assert saved_s < 5
+        return saved_s
+
+    def slow_down(self, rate: str | None = "20mbit") -> None:
+        """The link of a node, and with it the exchange of gradients; None: no more."""
+        self.slurm.rate("n1", rate)
+
     def outcome(self, timeout_s: float = 120) -> tuple[str, int]:
         """The final JobState, and how many times the job was requeued."""
         self.until(lambda: self.slurm_says()["JobState"] in FINAL, timeout_s, "the end of the job")
@@ -49,9 +58,10 @@ class Batch(Job):
         return {path.name.rsplit("-", 1)[1] for path in (self.run_dir / "wandb").glob("offline-run-*-*")}
 
     def end(self) -> None:
-        if self.id:
-            for _ in range(2):  # the second one finds a job that is on its way back into the queue
-                subprocess.run(self.slurm.command("ctl", "scancel", "--signal=KILL", "--full", self.id), check=False)
-                self.slurm.run("ctl", "scancel", self.id, check=False)
-                time.sleep(0.1)
+        for _ in range(3):  # a job may be on its way back into the queue
+            if not self.id or self.slurm_says()["JobState"] in FINAL:
+                break
+            self.slurm.run("ctl", "scancel", "--signal=KILL", "--full", self.id, check=False)
+            self.slurm.run("ctl", "scancel", self.id, check=False)
+            time.sleep(0.2)
         super().end()

@@ -1,8 +1,5 @@
-"""D10, D11, D12: what Slurm does to a job, on a real cluster of two nodes. After each the run is calm's, bit for bit."""
+"""D10, D11, D12: what Slurm does to a job, on a real cluster of two nodes. Afterwards the run is calm's, bit for bit."""
 
-import os
-import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,8 +9,6 @@ from tests.drills.batch import Batch
 from tests.drills.harness import PROJECT, Job, assert_same_run
 
 pytestmark = [pytest.mark.drill, pytest.mark.slurm]
-
-SLOW = "3mbit"  # an exchange of gradients takes some seconds
 
 
 @pytest.fixture
@@ -38,11 +33,61 @@ def assert_went_on(job: Batch, calm: Job, restarts: int = 1) -> None:
     assert [path.name for path in job.run_dir.parent.iterdir()] == [job.name]
 
 
-@pytest.mark.parametrize("to", ["--batch", "--full", ""], ids=["shell", "all", "steps"])
-def test_usr1_saves_and_requeues_the_job(new_batch, calm, measured, to):
+def test_usr1_to_the_batch_shell_or_to_the_steps_saves_and_requeues_the_job(new_batch, calm, measured):
     job = new_batch("usr1").submit()
+    for restarts, to in enumerate(([], ["--batch"])):  # Slurm's default is the processes of the steps
+        job.until_step(7 + 12 * restarts)
+        job.slurm.run("ctl", "scancel", *to, "--signal=USR1", job.id)
+        measured[f"saved after {to or ''}, s"] = job.assert_saved_soon()
+        job.until_restart(restarts + 1)
+    assert_went_on(job, calm, restarts=2)
+
+
+@pytest.mark.parametrize("what", ["requeue", "preemption"])
+def test_d10_a_preempted_job_is_saved_within_5_s_and_requeued_once(new_batch, calm, measured, what):
+    job = new_batch("preempted").submit("--partition=low")
     job.until_step(7)
-    job.slurm.run("ctl", "scancel", *([to] if to else []), "--signal=USR1", job.id)
-    measured["saved after, s"] = round(job.until_saved(), 1)
-    assert measured["saved after, s"] < 5
+    if what == "requeue":
+        job.slurm.run("ctl", "scontrol", "requeue", job.id)
+        measured["saved after, s"] = job.assert_saved_soon()
+    else:  # no node is left for a job of a partition that comes first
+        job.slurm.run("ctl", "srun", "--nodes=2", "--exclusive", "--time=1", "hostname", timeout=90)
+        assert job.status()["state"] == "preempted"
+    assert_went_on(job, calm)
+
+
+def test_d11_a_time_limit_with_a_signal_before_it(new_batch, calm, measured):
+    job = new_batch("limited").submit("--time=2")  # train.sbatch asks for USR1 180 s before the end
+    job.slow_down()
+    job.until_step(2)
+    measured["signal after, s"] = round(job.until_saved(), 1)
+    job.until_restart()
+    job.slurm.run("ctl", "scontrol", "update", f"JobId={job.id}", "TimeLimit=10")
+    job.slow_down(None)
+    assert "Slurm ends this job" not in job.said()
+    assert_went_on(job, calm)
+
+
+def test_d11_a_time_limit_without_a_signal(new_batch, calm, measured, tmp_path):
+    script = tmp_path / "train.sbatch"
+    lines = (PROJECT / "slurm/train.sbatch").read_text().splitlines(keepends=True)
+    script.write_text("".join(line for line in lines if "--signal" not in line))
+    job = new_batch("limited").submit("--time=1", script=script)
+    job.slow_down()
+    job.until_step(2)
+    measured["saved before the limit, s"] = round(60 - job.until_saved(), 1)
+    job.until_restart()
+    job.slow_down(None)
+    assert "Slurm ends this job in 30 s" in job.said()
+    assert_went_on(job, calm)
+
+
+def test_d12_a_node_that_is_down_gives_the_job_back_to_the_queue(new_batch, calm, measured):
+    job = new_batch("down").submit()
+    job.until_step(7)
+    job.slurm.run("ctl", "scontrol", "update", "nodename=n2", "state=down", "reason=drill")
+    try:
+        measured["requeued after, s"] = round(job.until_restart(), 1)
+    finally:
+        job.slurm.run("ctl", "scontrol", "update", "nodename=n2", "state=resume")
     assert_went_on(job, calm)
