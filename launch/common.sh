@@ -131,14 +131,17 @@ run_torchrun() {
 # requeue_if_stopped CODE CODES...: under Slurm, where CODE is one of CODES. A job that is not RUNNING any more was
 # cancelled, preempted or timed out: there Slurm has decided already, and a requeue would undo an scancel.
 requeue_if_stopped() {
-  local name code=$1 state
+  local name code=$1 state id
   name=${SLURM_JOB_NAME:-job}
+  # One task of an array: the last one's SLURM_JOB_ID is the array's as well, and would requeue all of them.
+  id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  id=${id:-$SLURM_JOB_ID}
   shift
   [[ " $* " == *" $code "* ]] || return 0
-  state=$(scontrol show job "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*' || true)
+  state=$(scontrol show job "$id" | grep -o 'JobState=[A-Z_]*' || true)
   if [[ $state == JobState=RUNNING ]]; then
-    echo "$name: exit code $code, requeueing job $SLURM_JOB_ID"
-    scontrol requeue "$SLURM_JOB_ID" || echo "$name: no requeue here; the same sbatch command goes on where it was" >&2
+    echo "$name: exit code $code, requeueing job $id"
+    scontrol requeue "$id" || echo "$name: no requeue here; the same sbatch command goes on where it was" >&2
   else
     echo "$name: exit code $code, not requeueing: ${state:-JobState unknown}"
   fi

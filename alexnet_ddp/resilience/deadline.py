@@ -44,7 +44,10 @@ class Deadline:
 
 def time_left() -> float | None:
     """Seconds until Slurm's time limit; None where there is none, or nobody knows it."""
-    ask = ["squeue", "--noheader", "--jobs", os.environ["SLURM_JOB_ID"], "--format", "%e"]
+    job, array = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array:  # the id of an array's last task is also that of the whole array
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    ask = ["squeue", "--noheader", "--jobs", job, "--format", "%e"]
     try:
         said = subprocess.run(
             ask, env={**os.environ, "SLURM_TIME_FORMAT": "%s"}, capture_output=True, text=True, timeout=10, check=True

@@ -19,9 +19,11 @@ class Batch(Job):
         self.env.pop("NPROC")
         self.id = ""
 
-    def submit(self, *options: str, script: Path = PROJECT / "slurm/train.sbatch") -> "Batch":
-        """`options` are sbatch's; the run's own are given when the Batch is made."""
-        run = [f"run.root={self.root}/runs", f"run.name={self.name}", *self.overrides]
+    def submit(
+        self, *options: str, script: Path = PROJECT / "slurm/train.sbatch", arguments: list[str] | None = None
+    ) -> "Batch":
+        """`options` are sbatch's; the script's arguments are the run's, which were given when the Batch was made."""
+        run = arguments or [f"run.root={self.root}/runs", f"run.name={self.name}", *self.overrides]
         options = ("--nodes=2", "--cpus-per-task=1", f"--output={self.log}", *options)
         self.id = self.slurm.sbatch(*options, str(script), *run, env=self.env, cwd=self.root)
         return self
