@@ -21,11 +21,11 @@ from alexnet_ddp.config import AlexNet2012AugmentConfig, Config
 from alexnet_ddp.config.door import to_plain, to_yaml
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import build_loader
-from alexnet_ddp.data.sampler import build_sampler, evaluation_work, index_hash, largest_slice
+from alexnet_ddp.data.sampler import build_sampler, evaluation_work, index_hash, largest_slice, rank_slice
 from alexnet_ddp.data.sets import open_data
 from alexnet_ddp.distributed import World
 from alexnet_ddp.engine import TrainStep, check_precision, evaluate
-from alexnet_ddp.errors import Preempted, RunError
+from alexnet_ddp.errors import Preempted, RunError, leave_start
 from alexnet_ddp.metrics import Pace, train_row
 from alexnet_ddp.model import build_model, check_image_size
 from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name, state_to_come
@@ -34,6 +34,7 @@ from alexnet_ddp.resilience.deadline import Deadline
 from alexnet_ddp.resilience.health import Wish
 from alexnet_ddp.resilience.lock import lock_run
 from alexnet_ddp.resilience.signals import StopSignal
+from alexnet_ddp.resilience.watchdog import Watchdog
 from alexnet_ddp.schedule import Budget, build_lr_schedule
 from alexnet_ddp.tracking import RunInfo, RunStatus, build_tracker, make_run_dir, run_status
 
@@ -47,8 +48,9 @@ def train(cfg: Config, overrides: list[str]) -> None:
     with distributed.session(cfg.device, tf32) as world, run_status(cfg.run_dir, world.is_main) as status:
         distributed.from_main(lambda: make_run_dir(cfg.run_dir), world)
         lock = distributed.on_all(lambda: lock_run(cfg.run_dir), world, takes_part=world.is_main)
-        with lock or nullcontext():
-            run = Run(cfg, world, status, stop)
+        watchdog = Watchdog(cfg.trainer.hang_timeout_s, cfg.run_dir, world, cfg.trainer.compile)
+        with lock or nullcontext(), watchdog:
+            run = Run(cfg, world, status, stop, watchdog)
             if run.is_complete:
                 log.info("run %s is complete after %d steps: %s", cfg.run.name, run.state.step, cfg.run_dir)
             else:
@@ -62,8 +64,8 @@ def train(cfg: Config, overrides: list[str]) -> None:
 class Run:
     """One rank's part of a training. `state.step` is the only clock: everything else derives from it."""
 
-    def __init__(self, cfg: Config, world: World, status: RunStatus, stop: StopSignal) -> None:
-        self.cfg, self.world, self.status, self.stop = cfg, world, status, stop
+    def __init__(self, cfg: Config, world: World, status: RunStatus, stop: StopSignal, watchdog: Watchdog) -> None:
+        self.cfg, self.world, self.status, self.stop, self.watchdog = cfg, world, status, stop, watchdog
         check_precision(cfg.trainer.precision, world)
         self.data = distributed.first_on_node(lambda: open_data(cfg.data, may_make=True), world)
         self.sampler = build_sampler(cfg, self.data.train)
@@ -102,6 +104,7 @@ class Run:
         load_state_by_name(self.optimizer, self.model, saved.pop("optimizer", {}))
         self.lr = build_lr_schedule(cfg.scheduler, cfg.optimizer.lr, self.budget)
         self.train_step = TrainStep(ddp_model, self.optimizer, cfg.trainer, cfg.seed, world, cfg.data.image_size)
+        self.train_step.on_phase = self.watchdog.phase
         self.train_step.load(self.state.sums, self.state.scaler)
         state = state_by_name(self.optimizer, self.model) or state_to_come(cfg.optimizer, self.model)
         self.checkpoints.prepare({"model": self.model.state_dict(), "optimizer": state})
@@ -127,6 +130,7 @@ class Run:
 
     def go(self) -> None:
         """Steps, and what is due between two of them, until the last one or a stop."""
+        leave_start(self.state.step)
         while True:
             if self.budget.eval_due(self.state.step) and self.state.evaluated_at != self.state.step:
                 self._pausing(self.evaluate)
@@ -143,7 +147,9 @@ class Run:
     def advance(self) -> None:
         """One optimizer step."""
         step = self.state.step
-        num_images = len(self.sampler.batch(step))
+        batch, world = self.sampler.batch(step), self.world
+        num_images = len(batch)
+        self.watchdog.begin_step(step, batch[rank_slice(num_images, world.rank, world.world_size)][:16].tolist())
         minutes = self.cfg.checkpoint.save_every_minutes
         wants_save = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
         wish = Wish(self.stop.received, wants_save, self.failure)
@@ -169,7 +175,8 @@ class Run:
         cfg, world = self.cfg.trainer, self.world
         works = evaluation_work(len(self.data.val), cfg.eval_batch_size, world.rank, world.world_size)
         num_classes = len(self.data.train.classes)
-        result = evaluate(self.model, self.val_loader.batches(works), cfg, num_classes, world, self.stop)
+        batches = self.watchdog.evaluating(self.val_loader.batches(works))
+        result = evaluate(self.model, batches, cfg, num_classes, world, self.stop)
         if result is None:
             self.stopping = True
             return
@@ -179,6 +186,7 @@ class Run:
 
     def save(self) -> None:
         """Collective. A last checkpoint that fails ends the run; one on the way is a warning, at first."""
+        self.watchdog.phase("checkpoint")
         self.state.sums, self.state.scaler = self.train_step.meter.read(), self.train_step.scaler.state_dict()
         tensors = {"model": self.model.state_dict(), "optimizer": state_by_name(self.optimizer, self.model)}
         is_last = self.stopping or self.budget.is_end(self.state.step)
@@ -196,6 +204,7 @@ class Run:
     def _pausing(self, action: Callable[[], None]) -> None:
         """Keep what is no training out of images/s."""
         began = time.monotonic()
+        self.watchdog.pause()
         action()
         self.pace.pause(time.monotonic() - began)
 

@@ -103,20 +103,7 @@ end_leftovers() {
 run_torchrun() {
   local nproc=$1 code=0 written
   shift
-  choose_python
-
-  # Gradients of 244 MB are above glibc's mmap threshold: each step would map them anew, page-fault them in, and hand
-  # them back. Kept in the heap they cost nothing (measured on 2 cores: 18.8 -> 24.7 images/s).
-  export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296}
-  # What torchrun would set anyway, without its warning. alexnet_ddp sets torch's own threads to cores / processes.
-  if ((nproc > 1)); then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
-  # Seconds between a stop signal and SIGKILL: enough to finish a step and to save, and less than slurm/train.sbatch
-  # leaves. A torch that does not know this variable waits 30 s.
-  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-150}
-
-  ALEXNET_DDP_EXIT_CODE_FILE=$(mktemp "${TMPDIR:-/tmp}/alexnet_ddp.exit_code.XXXXXX")
-  export ALEXNET_DDP_EXIT_CODE_FILE
-  trap 'rm -f "$ALEXNET_DDP_EXIT_CODE_FILE"' EXIT
+  : >"$ALEXNET_DDP_EXIT_CODE_FILE"
   # By default torchrun neither handles SIGUSR1 nor survives it.
   supervise "$python" "$project_dir/launch/torchrun.py" --nproc_per_node="$nproc" \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "$@" || code=$?
@@ -126,6 +113,47 @@ run_torchrun() {
   # A 0 of local rank 0 does not hide that another process failed.
   if [[ $written =~ ^[0-9]{1,3}$ ]] && ((10#$written > 0)); then code=$((10#$written)); fi
   return "$code"
+}
+
+# keep_running NUM_PROCESSES OPTIONS...: run_torchrun, and again after a crash or a hang, with the same arguments, until
+# three restarts in a row have found no newer checkpoint: 93. What a run has said itself (64, 75, ...) stands.
+keep_running() {
+  local code step last='' restarts=0 files
+  choose_python
+
+  # Gradients of 244 MB are above glibc's mmap threshold: each step would map them anew, page-fault them in, and hand
+  # them back. Kept in the heap they cost nothing (measured on 2 cores: 18.8 -> 24.7 images/s).
+  export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296}
+  # What torchrun would set anyway, without its warning. alexnet_ddp sets torch's own threads to cores / processes.
+  if (($1 > 1)); then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
+  # Seconds between a stop signal and SIGKILL: enough to finish a step and to save, and less than slurm/train.sbatch
+  # leaves. A torch that does not know this variable waits 30 s.
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-150}
+
+  files=$(mktemp -d "${TMPDIR:-/tmp}/alexnet_ddp.XXXXXX")
+  trap 'rm -rf "$files"' EXIT
+  export ALEXNET_DDP_EXIT_CODE_FILE=$files/exit_code ALEXNET_DDP_START_FILE=$files/start
+  while :; do
+    code=0
+    : >"$ALEXNET_DDP_START_FILE"
+    run_torchrun "$@" || code=$?
+    [[ ! $code =~ ^(0|64|65|66|70|74|75)$ && -z $stopping ]] || return "$code"
+    step=$(<"$ALEXNET_DDP_START_FILE")
+    if [[ -z $step ]]; then # it did not come as far as a step, so another start would not help
+      [[ -z $last ]] || code=76 # but one before did: the others of this run are gone, and a scheduler may know better
+      return "$code"
+    fi
+    [[ $step == "$last" ]] || restarts=0
+    last=$step restarts=$((restarts + 1))
+    if ((restarts > 3)); then
+      echo "$(basename -- "$0"): exit code $code, and no newer checkpoint after three restarts; failure.json in the run's folder says where" >&2
+      return 93
+    fi
+    echo "$(basename -- "$0"): exit code $code; starting again (restart $restarts of 3 from the checkpoint of step $step)" >&2
+    trap 'stopping=1' TERM HUP INT USR1
+    sleep "${RESTART_DELAY:-2}" || true
+    [[ -z $stopping ]] || return "$code"
+  done
 }
 
 # requeue_if_stopped CODE CODES...: under Slurm, where CODE is one of CODES. A job that is not RUNNING any more was

@@ -11,4 +11,4 @@ gpus=$(num_gpus "$@")
 NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
 check_number NPROC "$NPROC" 1 "leave it unset for all devices"
 
-run_torchrun "$NPROC" --standalone --local-addr=127.0.0.1 -m alexnet_ddp.train "$@"
+keep_running "$NPROC" --standalone --local-addr=127.0.0.1 -m alexnet_ddp.train "$@"

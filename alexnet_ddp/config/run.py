@@ -61,9 +61,10 @@ class TrainerConfig:
     clip_grad_norm: float | None = None
     log_every_steps: int = 10
     eval_every_epochs: int = 1
+    hang_timeout_s: float | None = 30.0  # without progress, or 10 slow steps if that is more; null: wait for ever
 
     def __post_init__(self) -> None:
-        sizes = ("global_batch_size", "micro_batch_size", "eval_batch_size", "clip_grad_norm")
+        sizes = ("global_batch_size", "micro_batch_size", "eval_batch_size", "clip_grad_norm", "hang_timeout_s")
         positive("trainer", self, "epochs", "max_steps", "log_every_steps", "eval_every_epochs", *sizes)
         require(0 <= self.label_smoothing < 1, f"trainer.label_smoothing ({self.label_smoothing}) must lie in [0, 1)")
 

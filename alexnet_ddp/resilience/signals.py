@@ -1,7 +1,9 @@
 """Stop signals: the handler notes that one came, and the run looks at the note where it can act on it."""
 
+import ctypes
 import os
 import signal
+import sys
 import time
 from types import FrameType
 
@@ -19,6 +21,8 @@ class StopSignal:
         self._first_at = 0.0
         for number in _STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_parent()
 
     def ignore(self) -> None:
         """The run is saved and about to leave: a launcher's next signal must not cut its last words short."""
@@ -32,3 +36,12 @@ class StopSignal:
             os._exit(Preempted.exit_code)  # checkpoints are committed by rename: nothing can be torn
         if not self.received:
             self.received, self._first_at = True, now
+
+
+def end_with_parent() -> None:
+    """From here on the kernel sends SIGTERM when the process that started this one is gone (Linux only).
+
+    A launcher that is killed cannot end what it started.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
