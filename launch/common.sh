@@ -49,17 +49,16 @@ num_gpus() {
 #  - leaves SIGINT as it is: a background command of a script otherwise starts with SIGINT ignored.
 # stdin is closed: a background group that reads from the terminal would be stopped, and nothing here asks questions.
 # forward_as=NAME passes every signal on as NAME.
+# A signal that came since listen() and before this is not passed on to a child that cannot listen yet: 75.
 supervise() {
   local code='' status
-  child='' signalled='' stopping=''
-  trap 'pass_on TERM' TERM HUP # the terminal is gone: a run that survives that should be saved as for TERM
-  trap 'pass_on INT' INT
-  trap 'pass_on USR1' USR1
+  listen
+  [[ -z $stopping ]] || return 75
   set -m
   "$@" </dev/null &
   child=$!
   set +m
-  [[ -z $signalled ]] || pass_on "$signalled" # it came before there was a child
+  [[ -z $signalled ]] || pass_on "$signalled" # it came while the child was started
   while :; do
     signalled='' status=0
     wait "$child" || status=$?
@@ -69,6 +68,14 @@ supervise() {
   done
   trap '' TERM HUP INT USR1 # what is left is short, and must not be cut
   return "$code"
+}
+
+# listen: from here on no stop signal ends this script. The first thing to do.
+listen() {
+  child='' signalled='' stopping=${stopping:-}
+  trap 'pass_on TERM' TERM HUP # the terminal is gone: a run that survives that should be saved as for TERM
+  trap 'pass_on INT' INT
+  trap 'pass_on USR1' USR1
 }
 
 pass_on() { # pass_on SIGNAL
@@ -118,7 +125,7 @@ run_torchrun() {
 # keep_running NUM_PROCESSES OPTIONS...: run_torchrun, and again after a crash or a hang, with the same arguments, until
 # three restarts in a row have found no newer checkpoint: 93. What a run has said itself (64, 75, ...) stands.
 keep_running() {
-  local code step last='' restarts=0 files
+  local code step last='' restarts=0
   choose_python
 
   # Gradients of 244 MB are above glibc's mmap threshold: each step would map them anew, page-fault them in, and hand
@@ -137,6 +144,8 @@ keep_running() {
     code=0
     : >"$ALEXNET_DDP_START_FILE"
     run_torchrun "$@" || code=$?
+    # Stopped while it started, before it could listen: what was saved is saved.
+    if [[ -n $stopping && $code =~ ^(1|1[0-9][0-9])$ ]]; then code=75; fi
     [[ ! $code =~ ^(0|64|65|66|70|74|75)$ && -z $stopping ]] || return "$code"
     step=$(<"$ALEXNET_DDP_START_FILE")
     if [[ -z $step ]]; then # it did not come as far as a step, so another start would not help
@@ -152,7 +161,7 @@ keep_running() {
     echo "$(basename -- "$0"): exit code $code; starting again (restart $restarts of 3 from the checkpoint of step $step)" >&2
     trap 'stopping=1' TERM HUP INT USR1
     sleep "${RESTART_DELAY:-2}" || true
-    [[ -z $stopping ]] || return "$code"
+    [[ -z $stopping ]] || return 75
   done
 }
 

@@ -11,6 +11,7 @@
 # Where a node has several networks, export GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (eth0, ib0, ...).
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+listen
 
 NNODES=${NNODES:-} RDZV_ENDPOINT=${RDZV_ENDPOINT:-} RDZV_ID=${RDZV_ID:-}
 NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}}

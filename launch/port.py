@@ -9,7 +9,9 @@ from pathlib import Path
 
 def check_port(arguments: list[str]) -> None:
     """Exit with 64 where this host is to listen on the port of --rdzv-endpoint and another process does."""
-    options = dict(argument.split("=", 1) for argument in arguments if argument.startswith("--rdzv-") and "=" in argument)
+    options = dict(
+        argument.split("=", 1) for argument in arguments if argument.startswith("--rdzv-") and "=" in argument
+    )
     endpoint = re.fullmatch(r"\[?(.+?)\]?:(\d+)", options.get("--rdzv-endpoint", ""))
     if endpoint is None or not _is_host(endpoint[1], options.get("--rdzv-conf", "")):
         return

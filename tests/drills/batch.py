@@ -37,7 +37,8 @@ class Batch(Job):
 
     def until_saved(self, timeout_s: float = 60) -> float:
         """Seconds until the stopped run says that it is saved."""
-        return self.until(lambda: self.status()["state"] == "preempted", timeout_s, "the save")
+        status = self.run_dir / "status.json"
+        return self.until(lambda: status.exists() and self.status()["state"] == "preempted", timeout_s, "the save")
 
     def assert_saved_soon(self) -> float:
         """Within 5 s of the signal, which was sent just now."""
@@ -45,7 +46,7 @@ class Batch(Job):
         assert saved_s < 5
         return saved_s
 
-    def slow_down(self, rate: str | None = "20mbit") -> None:
+    def slow_down(self, rate: str | None = "150mbit") -> None:
         """The link of a node, and with it the exchange of gradients; None: no more."""
         self.slurm.rate("n1", rate)
 
