@@ -67,7 +67,7 @@ def session(device: Device, tf32: bool = True) -> Iterator[World]:
         yield world
     except BaseException as error:
         if isinstance(error, dist.DistError | RuntimeError) and _LOST.search(f"{type(error).__name__}: {error}"):
-            reason = str(error).splitlines()[0].rpartition("] ")[2][:120]
+            reason = str(error).splitlines()[0].partition(". ")[0][-120:]
             raise PeerLost(f"a rank is lost, or the way to it ({reason}); start the same command again") from error
         if world.world_size == 1:  # more would wait for ranks that are gone
             dist.destroy_process_group()  # gloo's threads must not meet the end of the interpreter
