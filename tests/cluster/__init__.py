@@ -103,6 +103,11 @@ class Slurm(Hosts):
         env = {**options.pop("env", _ENV), "SLURM_CONF": "/run/slurm/slurm.conf"}
         return super().run(host, *command, env=env, **options)
 
+    def reboot(self, host: str) -> None:
+        """All that runs on it ends at once, and slurmd starts again."""
+        self.run(host, "bash", "-c", "kill -KILL -1")  # all but its first process, and itself
+        self.run(host, "slurmd", "-N", host)
+
     def sbatch(self, *arguments: str, env: dict[str, str], cwd: Path) -> str:
         """The job's id."""
         return self.run("ctl", "sbatch", "--parsable", *arguments, env=_ENV | env, cwd=cwd)

@@ -31,7 +31,8 @@ for ((i = 1; i <= num_hosts; i++)); do
   # The first process of a host only waits, and takes in orphans. Disks are common to all hosts, /run too.
   # shellcheck disable=SC2016 # $1 is the host's
   unshare --net --uts --mount --pid --ipc --fork --kill-child --mount-proc bash -c '
-    hostname "$1"; mount -t tmpfs -o mode=1777 tmpfs /dev/shm; sleep infinity & wait' host "n$i" </dev/null &
+    hostname "$1"; mount -t tmpfs -o mode=1777 tmpfs /dev/shm
+      while :; do sleep infinity & wait; done' host "n$i" </dev/null 2>"/run/log/n$i" & # it complains when the host is crashed
   pid=$(until pgrep -P $!; do sleep 0.01; done)
   echo "$pid $first-$((last < first ? first : last))" >"/run/hosts/n$i"
   ip link add "n$i" type veth peer name eth0 netns "$pid"

@@ -35,6 +35,12 @@ class Batch(Job):
         """Until Slurm has taken the job back into its queue so many times."""
         return self.until(lambda: int(self.slurm_says()["Restarts"]) >= number, timeout_s, f"requeue {number}")
 
+    def until_requeued_with_more_time(self) -> None:
+        """A minute would be too short for the rest on a busy machine, and one requeue is to be seen."""
+        self.until_restart()
+        self.slurm.run("ctl", "scontrol", "update", f"JobId={self.id}", "TimeLimit=10")
+        self.slow_down(None)
+
     def until_saved(self, timeout_s: float = 60) -> float:
         """Seconds until the stopped run says that it is saved."""
         status = self.run_dir / "status.json"
@@ -50,7 +56,7 @@ class Batch(Job):
         """The link of a node, and with it the exchange of gradients; None: no more."""
         self.slurm.rate("n1", rate)
 
-    def outcome(self, timeout_s: float = 120) -> tuple[str, int]:
+    def outcome(self, timeout_s: float = 240) -> tuple[str, int]:
         """The final JobState, and how many times the job was requeued."""
         self.until(lambda: self.slurm_says()["JobState"] in FINAL, timeout_s, "the end of the job")
         said = self.slurm_says()

@@ -71,7 +71,7 @@ def sweep(slurm, images, tmp_path):
 
 def outcomes(slurm, array: str, tasks: range) -> dict[int, tuple[str, str]]:
     """JobState and ExitCode of each task, when all have ended."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while True:
         said = {task: slurm.job(f"{array}_{task}") for task in tasks}
         if all(job["JobState"] in FINAL for job in said.values()):
@@ -121,7 +121,7 @@ def test_only_the_task_that_was_stopped_is_requeued(slurm, sweep, tmp_path):
     array = sweep(["--array=1-2"], file)
     last = next(task for task in (1, 2) if slurm.job(f"{array}_{task}")["JobId"] == array)  # also the array's id
     metrics = tmp_path / f"runs/seeds-{last}/metrics.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 90
     while not (metrics.exists() and metrics.read_text().count("\n") > 3):
         assert time.monotonic() < deadline, (tmp_path / f"{last}.log").read_text()
         time.sleep(0.1)
