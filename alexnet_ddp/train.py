@@ -30,6 +30,7 @@ from alexnet_ddp.metrics import Pace, train_row
 from alexnet_ddp.model import build_model, check_image_size
 from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name, state_to_come
 from alexnet_ddp.parallel import build_parallel
+from alexnet_ddp.resilience.deadline import Deadline
 from alexnet_ddp.resilience.health import Wish
 from alexnet_ddp.resilience.lock import lock_run
 from alexnet_ddp.resilience.signals import StopSignal
@@ -79,6 +80,7 @@ class Run:
         self.checkpoints = Checkpoints(cfg.run_dir, cfg.checkpoint, who, world, self.sampler.steps_per_epoch)
         self.state, self.saved = self.checkpoints.resume(cfg.run.name, cfg.resume.allow_changes)
         status.running(self.state.step)
+        Deadline(stop, lambda: self.checkpoints.longest_write_s).watch(world.is_main)
 
     @property
     def is_complete(self) -> bool:

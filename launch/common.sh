@@ -49,17 +49,16 @@ num_gpus() {
 #  - leaves SIGINT as it is: a background command of a script otherwise starts with SIGINT ignored.
 # stdin is closed: a background group that reads from the terminal would be stopped, and nothing here asks questions.
 # forward_as=NAME passes every signal on as NAME.
+# A signal that came since listen() and before this is not passed on to a child that cannot listen yet: 75.
 supervise() {
   local code='' status
-  child='' signalled='' stopping=''
-  trap 'pass_on TERM' TERM HUP # the terminal is gone: a run that survives that should be saved as for TERM
-  trap 'pass_on INT' INT
-  trap 'pass_on USR1' USR1
+  listen
+  [[ -z $stopping ]] || return 75
   set -m
   "$@" </dev/null &
   child=$!
   set +m
-  [[ -z $signalled ]] || pass_on "$signalled" # it came before there was a child
+  [[ -z $signalled ]] || pass_on "$signalled" # it came while the child was started
   while :; do
     signalled='' status=0
     wait "$child" || status=$?
@@ -69,6 +68,14 @@ supervise() {
   done
   trap '' TERM HUP INT USR1 # what is left is short, and must not be cut
   return "$code"
+}
+
+# listen: from here on no stop signal ends this script. The first thing to do.
+listen() {
+  child='' signalled='' stopping=${stopping:-}
+  trap 'pass_on TERM' TERM HUP # the terminal is gone: a run that survives that should be saved as for TERM
+  trap 'pass_on INT' INT
+  trap 'pass_on USR1' USR1
 }
 
 pass_on() { # pass_on SIGNAL
@@ -137,6 +144,8 @@ keep_running() {
     code=0
     : >"$ALEXNET_DDP_START_FILE"
     run_torchrun "$@" || code=$?
+    # Stopped while it started, before it could listen: what was saved is saved.
+    if [[ -n $stopping && $code =~ ^(1|1[0-9][0-9])$ ]]; then code=75; fi
     [[ ! $code =~ ^(0|64|65|66|70|74|75)$ && -z $stopping ]] || return "$code"
     step=$(<"$ALEXNET_DDP_START_FILE")
     if [[ -z $step ]]; then # it did not come as far as a step, so another start would not help
@@ -152,21 +161,24 @@ keep_running() {
     echo "$(basename -- "$0"): exit code $code; starting again (restart $restarts of 3 from the checkpoint of step $step)" >&2
     trap 'stopping=1' TERM HUP INT USR1
     sleep "${RESTART_DELAY:-2}" || true
-    [[ -z $stopping ]] || return "$code"
+    [[ -z $stopping ]] || return 75
   done
 }
 
 # requeue_if_stopped CODE CODES...: under Slurm, where CODE is one of CODES. A job that is not RUNNING any more was
 # cancelled, preempted or timed out: there Slurm has decided already, and a requeue would undo an scancel.
 requeue_if_stopped() {
-  local name code=$1 state
+  local name code=$1 state id
   name=${SLURM_JOB_NAME:-job}
+  # One task of an array: the last one's SLURM_JOB_ID is the array's as well, and would requeue all of them.
+  id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  id=${id:-$SLURM_JOB_ID}
   shift
   [[ " $* " == *" $code "* ]] || return 0
-  state=$(scontrol show job "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*' || true)
+  state=$(scontrol show job "$id" | grep -o 'JobState=[A-Z_]*' || true)
   if [[ $state == JobState=RUNNING ]]; then
-    echo "$name: exit code $code, requeueing job $SLURM_JOB_ID"
-    scontrol requeue "$SLURM_JOB_ID" || echo "$name: no requeue here; the same sbatch command goes on where it was" >&2
+    echo "$name: exit code $code, requeueing job $id"
+    scontrol requeue "$id" || echo "$name: no requeue here; the same sbatch command goes on where it was" >&2
   else
     echo "$name: exit code $code, not requeueing: ${state:-JobState unknown}"
   fi

@@ -5,6 +5,7 @@
 # Exit code: the run's (0 complete, 64 configuration, 65 data, ..., 75 stopped and saved).
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+listen
 
 # On a CPU one process uses all cores; more would only add copies of the model and exchange gradients between them.
 gpus=$(num_gpus "$@")

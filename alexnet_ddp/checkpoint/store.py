@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -55,6 +56,7 @@ class Checkpoints:
         self._size = 0  # bytes of a checkpoint
         self._failures = 0  # in a row
         self._num_failed = self._num_skipped = 0  # since the start of this process
+        self._began, self.longest_write_s = 0.0, 0.0
 
     def save(self, state: RunState, tensors: Groups, is_last: bool) -> RunError | None:
         """Rank 0 copies the tensors and has them written; other ranks do nothing. The last one is waited for.
@@ -71,7 +73,7 @@ class Checkpoints:
                 log.warning("no checkpoint of step %d: checkpoints are due faster than the disk takes them", state.step)
             self._num_skipped += 1
             return error
-        self._size = needed(tensors)
+        self._size, self._began = needed(tensors), time.monotonic()
         try:
             self._writer.start(self._order(state), tensors)
         except OSError as e:  # no memory for the copy
@@ -169,6 +171,7 @@ class Checkpoints:
         reply = self._writer.reply(wait)
         if reply is None:
             return None
+        self.longest_write_s = max(self.longest_write_s, time.monotonic() - self._began)
         if reply.error:
             return self._failed(reply, is_last)
         if reply.warning:

@@ -17,8 +17,8 @@ class StopSignal:
     """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a stop at the next step. Another, seconds later, exits at once."""
 
     def __init__(self) -> None:
-        self.received = False
-        self._first_at = 0.0
+        self.received = False  # resilience/deadline.py sets it too, which no signal is a repetition of
+        self._first_at: float | None = None
         for number in _STOP_SIGNALS:
             signal.signal(number, self._on_signal)
         if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -31,10 +31,10 @@ class StopSignal:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.received and now - self._first_at > _SAME_EVENT_S:
+        if self._first_at is not None and now - self._first_at > _SAME_EVENT_S:
             leave_code(Preempted.exit_code)
             os._exit(Preempted.exit_code)  # checkpoints are committed by rename: nothing can be torn
-        if not self.received:
+        if self._first_at is None:
             self.received, self._first_at = True, now
 
 
