@@ -14,7 +14,7 @@ from alexnet_ddp.checkpoint.files import Rejected
 from alexnet_ddp.checkpoint.identity import check_same_run, identity, numerics
 from alexnet_ddp.config import CheckpointConfig, ConfigError
 from alexnet_ddp.distributed import World, broadcast_tensors, from_main
-from alexnet_ddp.errors import CheckpointIOError, NoCheckpoint, RunError
+from alexnet_ddp.errors import CheckpointIOError, Diverged, NoCheckpoint, RunError
 
 __all__ = ["Checkpoints", "RunState", "find_best", "find_newest", "identity", "load_model", "load_weights"]
 
@@ -32,6 +32,7 @@ class RunState:
     best: dict[str, float | int] = field(default_factory=dict)  # step and val/top1 of the best evaluation
     sums: dict[str, float] = field(default_factory=dict)  # of the training row that is being collected
     scaler: dict[str, float] = field(default_factory=dict)  # of fp16's loss scale
+    bad_steps: dict[str, int] = field(default_factory=dict)  # how many were skipped, ...: see resilience/guard.py
 
     def note_evaluation(self, top1: float) -> None:
         """The best one is the first of the highest."""
@@ -67,15 +68,19 @@ class Checkpoints:
         self._tidy(state, written)
         return None
 
-    def resume(self, run_name: str, allow_changes: bool) -> tuple[RunState, dict[str, dict[str, torch.Tensor]]]:
+    def resume(
+        self, run_name: str, allow_changes: bool, up_to: int | None = None
+    ) -> tuple[RunState, dict[str, dict[str, torch.Tensor]]]:
         """Collective. State and tensors of the newest valid checkpoint; a fresh state without tensors for a new run.
 
-        Raises NoCheckpoint where checkpoints exist but none is valid, ConfigError where it is another run's.
+        up_to: only look at checkpoints of this step or before, and write nothing. Raises NoCheckpoint where checkpoints
+        exist but none is valid, ConfigError where it is another run's.
         """
 
         def choose() -> Path | None:
-            files.clean_up(self._directory)
-            newest = find_newest(self._directory)
+            if up_to is None:
+                files.clean_up(self._directory)
+            newest = find_newest(self._directory, up_to)
             if newest is not None and not allow_changes:
                 check_same_run(run_name, files.read_state(newest)["identity"], self._identity)
             return newest
@@ -86,14 +91,30 @@ class Checkpoints:
         # Only rank 0 reads: the others need not see its disk.
         record = from_main(lambda: files.read_state(newest), self._world)
         self._note_numerics(record)
-        state = RunState(**{name: record[name] for name in RunState.__dataclass_fields__})
+        state = RunState(**{name: record[name] for name in RunState.__dataclass_fields__ if name in record})
         stems = ["model", "optimizer"]
         if record["identity"].get("optimizer") != self._identity.get("optimizer"):
             log.warning("another optimizer than the checkpoint's: its state starts afresh")
             stems.remove("optimizer")
+        return state, self._read(newest, stems)
+
+    def newest(self) -> tuple[int, dict[str, dict[str, torch.Tensor]]]:
+        """Collective. Step and tensors of the newest valid checkpoint. Raises Diverged where there is none."""
+
+        def choose() -> Path:
+            newest = find_newest(self._directory)
+            if newest is None:
+                raise Diverged(f"{self._directory} has no checkpoint yet to roll back to; lower optimizer.lr")
+            return newest
+
+        newest = from_main(choose, self._world)
+        return files.step_of(newest), self._read(newest, ["model", "optimizer"])
+
+    def _read(self, directory: Path, stems: list[str]) -> dict[str, dict[str, torch.Tensor]]:
+        """Collective. Only rank 0 reads."""
         main = self._world.is_main
-        return state, {
-            stem: broadcast_tensors(files.read_tensors(newest, stem) if main else {}, self._world) for stem in stems
+        return {
+            stem: broadcast_tensors(files.read_tensors(directory, stem) if main else {}, self._world) for stem in stems
         }
 
     def _note_numerics(self, record: dict) -> None:
@@ -140,12 +161,12 @@ def _free_mb(directory: Path) -> float:
     return shutil.disk_usage(there).free / 1e6
 
 
-def find_newest(directory: Path) -> Path | None:
+def find_newest(directory: Path, up_to: int | None = None) -> Path | None:
     """The newest checkpoint that verifies; None where none was ever committed. Names every one that it rejects.
 
-    Raises NoCheckpoint where all are rejected: a run never silently starts afresh.
+    up_to: the last step to look at. Raises NoCheckpoint where all are rejected: a run never silently starts afresh.
     """
-    candidates = files.listed(directory)
+    candidates = [d for d in files.listed(directory) if up_to is None or files.step_of(d) <= up_to]
     for candidate in reversed(candidates):
         try:
             files.verify(candidate)
