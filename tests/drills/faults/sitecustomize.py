@@ -60,8 +60,8 @@ def _inject() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             more = (*more[:-1], type(more[-1])(stop=True, save=more[-1].save, error=more[-1].error))
         for fault in active("flip"):  # one bit of one value of a parameter
-            parameter = list(self.ddp_model.module.parameters())[int(fault["parameter"])]
-            parameter.data.view(torch.int32).view(-1)[17] ^= 1 << int(fault["bit"])
+            parameter = list(self.ddp_model.module.parameters())[int(fault["parameter"])].data
+            parameter.as_strided((parameter.numel(),), (1,)).view(torch.int32)[17] ^= 1 << int(fault["bit"])
         for fault in active("memory"):
             import resource
 
