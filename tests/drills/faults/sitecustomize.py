@@ -26,11 +26,11 @@ def _faults() -> list[tuple[str, dict[str, float]]]:
 def _inject() -> None:
     import torch
 
-    from alexnet_ddp.data.fill import ImageFill
+    from alexnet_ddp.data.prefetch import Prefetcher
     from alexnet_ddp.engine import TrainStep
 
     faults = _faults()
-    call, start, fill = TrainStep.__call__, TrainStep.__post_init__, ImageFill.__call__
+    call, start, finish = TrainStep.__call__, TrainStep.__post_init__, Prefetcher._finish
     now = {"step": 0}
 
     def active(wanted: str) -> list[dict[str, float]]:
@@ -70,12 +70,12 @@ def _inject() -> None:
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         return call(self, batches, k, *more)
 
-    def slow(self: ImageFill, slots: object, indices: object, epoch: int) -> list[int]:
-        for fault in active("loader"):
+    def slow(self: Prefetcher, tasks: list) -> list[int]:
+        for fault in active("loader"):  # each batch comes so much later, which no prefetching hides
             time.sleep(fault["ms"] / 1000)
-        return fill(self, slots, indices, epoch)
+        return finish(self, tasks)
 
-    TrainStep.__call__, TrainStep.__post_init__, ImageFill.__call__ = step, begin, slow
+    TrainStep.__call__, TrainStep.__post_init__, Prefetcher._finish = step, begin, slow
 
 
 if _TEXT and "RANK" in os.environ and "alexnet_ddp.train" in sys.orig_argv:
