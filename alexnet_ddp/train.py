@@ -17,7 +17,9 @@ from alexnet_ddp.checkpoint import Checkpoints, identity, load_weights
 from alexnet_ddp.config import AlexNet2012AugmentConfig, Config
 from alexnet_ddp.config.door import to_plain, to_yaml
 from alexnet_ddp.data.augment import build_augment
+from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.loader import build_loader
+from alexnet_ddp.data.quarantine import Quarantine
 from alexnet_ddp.data.sampler import build_sampler, evaluation_work, index_hash, largest_slice
 from alexnet_ddp.data.sets import open_data
 from alexnet_ddp.distributed import World
@@ -111,6 +113,8 @@ class Run:
         self.tracker.record(to_yaml(cfg), facts, classes)
         self.tracker.say(self._headline())
 
+        sets = {"train": data.train, "val": data.val}
+        self.quarantine = Quarantine(cfg.run_dir, sets, cfg.data.max_bad_images or 0, self.state.step, world)
         self.pace, self.saved_at = Pace(), time.monotonic()
         self.stopping = self.save_due = False
         self.failure: RunError | None = None  # of rank 0's checkpoints, until all ranks know
@@ -142,6 +146,8 @@ class Run:
         self.stopping = verdict.stop
         self.save_due = verdict.save or self.budget.save_due(self.state.step)
         self.pace.add(num_images, verdict.num_images)
+        if verdict.num_images < num_images:
+            self._set_aside("train", self.train_step.bad)
         self.tracker.advance(self.state.step)
         if self.budget.log_due(self.state.step):
             self.log_row()
@@ -162,9 +168,12 @@ class Run:
         if result is None:
             self.stopping = True
             return
+        num_bad = len(self.data.val) - result.row["val/num_images"]
+        if num_bad:
+            self._set_aside("val", result.bad)
         self.state.note_evaluation(result.row["val/top1"])
         self.save_due = True
-        self._log(result.row)
+        self._log(result.row | ({"val/num_bad_images": num_bad} if num_bad else {}))
 
     def save(self) -> None:
         """Collective. A last checkpoint that fails ends the run; one on the way is a warning, at first."""
@@ -176,6 +185,10 @@ class Run:
             distributed.raise_together(self.failure, self.world)
         self.save_due, self.saved_at = False, time.monotonic()
         self.status.running(self.state.step)
+
+    def _set_aside(self, split: str, bad: list[Skipped]) -> None:
+        """Collective. The images that this rank left out."""
+        self.quarantine.note(split, bad, self.state.step, self.budget.epoch(self.state.step))
 
     def _log(self, row: dict[str, float | int | str]) -> None:
         """Write a row, with a hash that names the images of the last step."""
