@@ -79,7 +79,12 @@ def verify(directory: Path) -> None:
         raise Rejected(f"{_MANIFEST} has schema version {version}, this program reads {SCHEMA_VERSION}")
     if step != step_of(directory):
         raise Rejected(f"{_MANIFEST} is of step {step}")
+    lacking = {"model.safetensors", "optimizer.safetensors", "state.json"} - expected.keys()
+    if lacking:
+        raise Rejected(f"{_MANIFEST} lists no {min(lacking)}")
     for name, (size, digest) in expected.items():
+        if not re.fullmatch(r"\w+\.\w+", name):
+            raise Rejected(f"{_MANIFEST} lists {name!r}, which is no file of a checkpoint")
         try:
             with open(directory / name, "rb") as file:
                 found_size, found = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,6 +7,7 @@ from enum import StrEnum
 from alexnet_ddp.config.checks import MISSING, positive, require, within
 
 MAX_SIDE, MAX_PIXELS = 20_000, 100_000_000  # an image that claims more is a bad image, in training as in preparation
+MAX_BYTES = 4 * MAX_PIXELS  # and so is a larger file, which may be a hole without end
 
 OnBadImage = StrEnum("OnBadImage", {name: name for name in ("raise", "skip")})  # `raise` is a Python keyword
 
