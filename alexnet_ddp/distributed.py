@@ -145,6 +145,13 @@ def broadcast(value: T) -> T:
     return box[0]
 
 
+def gather_objects(items: list[T]) -> list[T]:
+    """Collective. The items of all ranks, small plain objects, on every rank, in the order of the ranks."""
+    parts: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
 def broadcast_tensors(tensors: dict[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:
     """Collective. Rank 0's tensors, on every rank's device. The other ranks pass an empty dict."""
     shapes = broadcast({name: (t.shape, t.dtype) for name, t in tensors.items()})

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from alexnet_ddp.config import ConfigError, OnNan, Precision, TrainerConfig
 from alexnet_ddp.data.effects import apply_effects
+from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.loader import Batch
 from alexnet_ddp.distributed import World, any_rank, average, raise_together, sum_over_ranks
 from alexnet_ddp.errors import DataError
@@ -45,6 +46,7 @@ class TrainStep:
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.cfg.precision is Precision.fp16)
         self.meter = Meter(self.world.device)
+        self.bad: list[Skipped] = []  # images that this rank left out of the last step
         self.grad_norm: Tensor | None = None  # of the last step, before it was clipped
         self.stopwatch = Stopwatch(self.world)
         self._health = Health(self.world)
@@ -76,9 +78,7 @@ class TrainStep:
             self._bad.zero_()
             return verdict
         if verdict.num_images == 0:
-            raise DataError(
-                f"none of the {num_images} images of step {step + 1} could be read; look at the lines above"
-            )
+            raise DataError(f"none of the {num_images} images of step {step + 1} could be read{_such_as(self.bad)}")
         self.on_phase("update")
         self._apply(num_images / verdict.num_images)
         self.on_phase(WAITING)
@@ -109,6 +109,7 @@ class TrainStep:
         """Leave the mean gradient in .grad, assuming that all `num_images` could be read."""
         scale = self.world.world_size / num_images  # DDP divides the sum over the ranks by world_size
         losses, seen, is_last = torch.zeros((), device=self.world.device), 0, False
+        self.bad = []
         while not is_last:
             self.on_phase("data")
             try:
@@ -123,6 +124,7 @@ class TrainStep:
                     loss = self._loss_sum(batch, step)
                 losses += loss.detach()
                 seen += 0 if batch is None else len(batch.labels)
+                self.bad += [] if batch is None else batch.bad
                 if is_last:
                     self.on_phase(WAITING)
                     self._health.begin(losses, seen, wish, self._bad)
@@ -173,10 +175,11 @@ def cross_entropy(logits: Tensor, batch: Batch, smoothing: float, reduction: str
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over all validation images, the same on every rank."""
+    """Sums over all validation images, the same on every rank; `bad` are the images that this rank left out."""
 
     row: dict[str, float | int]
     per_class: Tensor  # int64 [num_classes, 3] on the CPU: images, correct at 1, correct at 5
+    bad: list[Skipped]
 
 
 @torch.inference_mode()
@@ -188,12 +191,13 @@ def evaluate(
     `batches` has the same length on all ranks; some may be empty. Raises DataError on all ranks.
     """
     model.eval()
-    meter, error = Meter(world.device), None
+    meter, error, bad = Meter(world.device), None, []
     per_class = torch.zeros(num_classes, 3, dtype=torch.int64, device=world.device)
     try:
         for k, batch in enumerate(batches):
             if k % _ROUNDS_BETWEEN_LOOKS == 0 and _must_leave(stop, None, world):
                 return None
+            bad += batch.bad
             if len(batch.labels):
                 with autocast(cfg.precision, world):
                     logits = model(apply_effects(batch.images, batch.effects)).float()
@@ -206,8 +210,12 @@ def evaluate(
     model.train()
     sums = meter.read()
     if sums["images"] == 0:
-        raise DataError("none of the validation images could be read; look at the lines above")
-    return Evaluation(evaluation_row(sums), sum_over_ranks(per_class).cpu())
+        raise DataError(f"none of the validation images could be read{_such_as(bad)}")
+    return Evaluation(evaluation_row(sums), sum_over_ranks(per_class).cpu(), bad)
+
+
+def _such_as(bad: list[Skipped]) -> str:
+    return f", such as {bad[0].reason}" if bad else ""
 
 
 def _must_leave(stop: StopSignal, error: DataError | None, world: World) -> bool:

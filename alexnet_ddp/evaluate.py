@@ -4,6 +4,7 @@ python -m alexnet_ddp.evaluate run.name=X [data.root=DIR]
 python -m alexnet_ddp.evaluate model=alexnet model.weights=FILE data=imagenet data.root=DIR
 """
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from alexnet_ddp.errors import DataError, Preempted
 from alexnet_ddp.model import build_model, load_weights
 from alexnet_ddp.resilience.signals import StopSignal
 from alexnet_ddp.tracking import read_classes
+
+log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
 
 _MOST_CLASSES = 40  # in the table; all of them are in evaluation.json
 
@@ -48,10 +51,15 @@ def main(cfg: Config, overrides: list[str]) -> None:
         result = evaluate(model, batches, cfg.trainer, num_classes, world, stop)
         if result is None:
             raise Preempted("stopped before the evaluation was complete; start it again")
+        bad = sorted(one.reason for one in distributed.gather_objects(result.bad))
+        if bad:
+            log.warning("%d images could not be read and do not count, such as %s", len(bad), bad[0])
         if world.is_main:
             _report(result, data.class_names, origin)
             if of_run:
-                write_json(cfg.run_dir / "evaluation.json", _record(result, data.class_names, origin))
+                write_json(
+                    cfg.run_dir / "evaluation.json", _record(result, data.class_names, origin | {"bad_images": bad})
+                )
 
 
 def _trained(cfg: Config, data: ImageSets, directory: Path) -> tuple[nn.Module, dict]:

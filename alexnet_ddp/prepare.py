@@ -25,7 +25,7 @@ from alexnet_ddp.data.packing.source import open_source, splits_of
 from alexnet_ddp.data.packing.verify import verify
 from alexnet_ddp.data.packing.watch import Engine, watched
 from alexnet_ddp.data.packing.write import is_intact, read_quarantine, read_sidecar, write_shard
-from alexnet_ddp.data.shards import ShardIndex, read_index
+from alexnet_ddp.data.shard_index import ShardIndex, read_index
 from alexnet_ddp.data.storage import SCRATCH, Storage, absolute
 from alexnet_ddp.errors import DataError, MachineError, Preempted
 

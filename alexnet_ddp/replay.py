@@ -24,28 +24,25 @@ from alexnet_ddp.data.sampler import GlobalBatchSampler, Work
 from alexnet_ddp.engine import TrainStep, autocast, cross_entropy
 from alexnet_ddp.model import set_dropout_keys
 from alexnet_ddp.resilience.health import Wish
-from alexnet_ddp.resilience.signals import StopSignal
-from alexnet_ddp.resilience.watchdog import Watchdog
-from alexnet_ddp.tracking import RunStatus
+from alexnet_ddp.training import Training
 
 _SHOWN = 5  # images
 
 
-def replay(cfg: Config, overrides: list[str], build_run: Callable[..., Any]) -> None:
-    """What `cfg.replay` has recorded. build_run: train.py's Run."""
+def replay(cfg: Config, overrides: list[str]) -> None:
+    """What `cfg.replay` has recorded."""
     record = read_record(Path(cfg.replay))
     cfg = cli.config_of_run(cfg.run_dir, [*overrides, "trainer.on_nan=skip"])
     with distributed.session(cfg.device, cfg.trainer.tf32) as world:
         if world.world_size > 1:
             raise ConfigError(f"replay takes one process, not {world.world_size}; start it without torchrun")
-        status, nobody = RunStatus(cfg.run_dir, is_main=False), Watchdog(None, cfg.run_dir, world)
-        run = build_run(cfg, world, status, StopSignal(), nobody, up_to=record["step"] - 1)
-        run.build()
-        again = Replay(run.train_step, run.sampler, run.train_loader, run.lr, run.data.train.name)
-        for line in again.lines(record, run.state.step):
+        training = Training(cfg, world, up_to=record["step"] - 1)
+        training.build()
+        loader, name = training.train_loader, training.data.train.name
+        again = Replay(training.train_step, training.sampler, loader, training.lr, name)
+        for line in again.lines(record, training.state.step):
             print(line, flush=True)
-        run.train_loader.close()
-        run.val_loader.close()
+        training.close()
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -8,10 +8,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "alexnet_ddp"
 ROOTS = {"train", "evaluate", "predict", "prepare"}  # one command each: know everything, known by nobody
-SHARED = {"config", "distributed", "metrics", "errors", "rng", "atomic"}  # may be imported by any room
+SHARED = {"config", "distributed", "metrics", "errors", "rng", "atomic", "redact"}  # may be imported by any room
 MEETING = {  # below the roots, the rooms that bring others together
     "engine": {"data", "model", "optim", "parallel", "resilience"},
-    "replay": {"cli", "data", "engine", "model", "resilience", "tracking"},
+    "training": {"checkpoint", "data", "engine", "model", "optim", "parallel", "schedule"},
+    "replay": {"cli", "data", "engine", "model", "resilience", "training"},
     "cli": set(),
 }
 ONLY_IN = {  # library -> the modules that may know that it exists
@@ -59,6 +60,41 @@ def test_nothing_grows_too_long(path):
             assert count <= 6, f"{node.name} has {count} parameters"
 
 
+RUNS_CODE = r"""
+    \b(pickle|cPickle|_pickle|dill|cloudpickle|joblib|shelve|marshal)\.(loads?|Unpickler|open)\b  # unpickles
+    | \bread_pickle\b | allow_pickle\ *=\ *True | \bpickle_load
+    | \bnp\.load\( (?! [^\n]* allow_pickle=False )
+    | \btorch\.load\( (?! [^\n]* weights_only=True ) | weights_only\ *=\ *False | \btorch\.(jit\.load|package|hub)\b
+    | \.extract(all)?\( | \bunpack_archive\b  # writes where an archive says
+    | \byaml\.(load|unsafe_load|full_load)\b | \bloadmat\( (?! io\.BytesIO )
+    | \bos\.(system|popen)\b | shell\ *=\ *True | (?<![.\w])(eval|exec|__import__)\(
+    | \bhydra\.utils\b | \binstantiate\(  # calls what a configuration names
+"""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nothing_that_is_read_can_run_code(path):
+    found = re.search(RUNS_CODE, path.read_text(), re.VERBOSE)
+    assert found is None, f"{found[0]!r} may run what a file says; see SECURITY.md"
+
+
+def test_the_search_for_code_that_may_run_finds_it():
+    for text in (
+        "pickle.load(f)", "np.load(path)", "torch.load(path, map_location=x)", "archive.extractall(x)", "eval(text)",
+        "yaml.load(f)", "subprocess.run(x, shell=True)", "np.load(p, allow_pickle=True)", "instantiate(cfg)",
+    ):  # fmt: skip
+        assert re.search(RUNS_CODE, text, re.VERBOSE), text
+    for text in ("np.load(p, allow_pickle=False)", "torch.load(p, weights_only=True)", "model.eval()", "safe_load(f)"):
+        assert not re.search(RUNS_CODE, text, re.VERBOSE), text
+
+
+def test_objects_are_pickled_only_between_the_ranks_of_a_run():
+    users = {
+        p.name for p in FILES if re.search(r"(broadcast|gather|scatter|send|recv)_object(_list)?\(", p.read_text())
+    }
+    assert users <= {"distributed.py"}
+
+
 def test_the_config_is_the_only_schema_and_the_tree_has_no_junk_rooms():
     names = {p.stem for p in FILES} | {p.name for p in PACKAGE.iterdir()}
     assert not names & {"utils", "misc", "helpers", "common", "core"}
@@ -73,5 +109,6 @@ def test_the_top_level_is_what_the_readers_expect():
     top = {line.split("/")[0] for line in listed.splitlines()}
     visible = {name for name in top if not name.startswith(".")}
     assert visible <= {
-        *("pyproject.toml", "README.md", "LICENSE", "conf", "alexnet_ddp", "launch", "tests", "slurm", "benchmarks"),
+        *("pyproject.toml", "README.md", "SECURITY.md", "LICENSE", "conf", "alexnet_ddp", "launch", "tests", "slurm"),
+        "benchmarks",
     }

@@ -438,7 +438,8 @@ def test_a_place_that_cannot_be_written_to_is_a_failed_write(run, caplog):
 
 
 def test_a_write_that_reads_back_differently_is_a_failed_write(tmp_path, monkeypatch):
-    contents = {"model.safetensors": safetensors.torch.save(tensors(1)["model"]), "state.json": b"{}"}
+    contents = {f"{stem}.safetensors": safetensors.torch.save(group) for stem, group in tensors(1).items()}
+    contents["state.json"] = b"{}"
     assert files.write(tmp_path, 10, contents) == step_dir(tmp_path, 10)
     real = files._write_durably
 
@@ -548,7 +549,8 @@ def test_where_no_copy_verifies_the_run_does_not_start_afresh(run, tmp_path):
 
 def test_copies_in_a_store_that_is_no_file_system(tmp_path):
     for step in (10, 20):
-        files.write(tmp_path / "here", step, {"state.json": json.dumps({"step": step}).encode()})
+        contents = {f"{stem}.safetensors": safetensors.torch.save(group) for stem, group in tensors(step).items()}
+        files.write(tmp_path / "here", step, {**contents, "state.json": b"{}"})
         remote.copy(step_dir(tmp_path / "here", step), "memory://copies/run")
     remote.keep_only({"step-00000020"}, "memory://copies/run")
     assert remote.fetch_newest("memory://copies/run", tmp_path / "there") == step_dir(tmp_path / "there", 20)

@@ -128,11 +128,11 @@ WRONG_VALUES = {
     "model=torchvision": "model.name is required and has no value; give it on the command line: model.name=...",
     "++data.x.y=1": (
         "data.x is not a key; known here: eval_resize, grow_epochs, "
-        "image_size, limit_train, limit_val, num_threads, on_bad_image, root, start_image_size"
+        "image_size, limit_train, limit_val, max_bad_images, num_threads, on_bad_image, root, start_image_size"
     ),
     "+data._target_=os.system": (
         "data._target_ is not a key; known here: eval_resize, grow_epochs, "
-        "image_size, limit_train, limit_val, num_threads, on_bad_image, root, start_image_size"
+        "image_size, limit_train, limit_val, max_bad_images, num_threads, on_bad_image, root, start_image_size"
     ),
 }
 

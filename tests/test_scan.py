@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import pickle
+import re
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -92,15 +93,36 @@ def test_headers_are_read_as_tarfile_reads_them(tmp_path, tar_format):
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tar_format, pax_headers={"comment": "global"}) as archive:
         for i, name in enumerate(names):
-            for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.REGTYPE):
+            for kind in (tarfile.DIRTYPE, tarfile.REGTYPE):
                 member = tarfile.TarInfo(name)
-                member.type, member.linkname = kind, "a" * (99 if tar_format == tarfile.USTAR_FORMAT else 101)
+                member.type = kind
                 member.size = 500 * i if kind == tarfile.REGTYPE else 0
                 archive.addfile(member, io.BytesIO(bytes(member.size)))
     with tarfile.open(fileobj=io.BytesIO(stream.getvalue())) as archive:
         expected = [(m.name, m.offset_data, m.size) for m in archive if m.isreg()]
     assert members(stream.getvalue(), tmp_path) == expected
     assert len(expected) == len(names)
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("../a.JPEG", tarfile.REGTYPE),
+        ("a/../../b.JPEG", tarfile.REGTYPE),
+        ("/etc/a.JPEG", tarfile.REGTYPE),
+        ("a.JPEG", tarfile.SYMTYPE),
+        ("a.JPEG", tarfile.LNKTYPE),
+        ("a.JPEG", tarfile.CHRTYPE),
+        ("a.JPEG", tarfile.BLKTYPE),
+        ("a.JPEG", tarfile.FIFOTYPE),
+    ],
+)
+def test_links_devices_and_paths_out_of_an_archive_are_refused_by_name(tmp_path, tar_format, name, kind):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, "/etc/" + "passwd" * (15 if tar_format == tarfile.USTAR_FORMAT else 18)
+    with pytest.raises(DataError, match=re.escape(f"holds a link, a device or a path out of it ({name!r}) at byte")):
+        members(member.tobuf(tar_format) + bytes(1024), tmp_path)
 
 
 def test_large_sizes_in_gnu_and_pax_headers_are_understood(tmp_path):

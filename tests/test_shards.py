@@ -17,7 +17,8 @@ from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import Work
 from alexnet_ddp.data.sets import open_data
-from alexnet_ddp.data.shards import INDEX, open_shards
+from alexnet_ddp.data.shard_index import INDEX
+from alexnet_ddp.data.shards import open_shards
 from alexnet_ddp.errors import DataError
 from tests.archives import extract, make_archives
 from tests.packing import pack

@@ -97,9 +97,12 @@ def manifest_of(directory: Path) -> dict[str, tuple[int, str]]:
         raise Rejected(f"{MANIFEST} has schema version {version}, this program reads {SCHEMA_VERSION}")
     if step != step_of(directory):
         raise Rejected(f"{MANIFEST} is of step {step}")
-    strange = [name for name in expected if name != os.path.basename(name)]
+    lacking = {"model.safetensors", "optimizer.safetensors", "state.json"} - expected.keys()
+    if lacking:
+        raise Rejected(f"{MANIFEST} lists no {min(lacking)}")
+    strange = [name for name in expected if not re.fullmatch(r"\w+\.\w+", name)]
     if strange:
-        raise Rejected(f"{MANIFEST} names {strange[0]}, which is outside")
+        raise Rejected(f"{MANIFEST} lists {strange[0]!r}, which is no file of a checkpoint")
     return expected
 
 

@@ -10,7 +10,15 @@ from alexnet_ddp.config import Config, ConfigError
 # Free to change: they move work or watch it, but leave every update what it is.
 _FREE_SECTIONS = {"run", "replay", "device", "checkpoint", "resume", "logger", "parallel"}
 _FREE = {
-    *("data.root", "data.num_threads", "data.on_bad_image", "data.limit_train", "data.limit_val", "model.weights"),
+    *(
+        "data.root",
+        "data.num_threads",
+        "data.on_bad_image",
+        "data.max_bad_images",
+        "data.limit_train",
+        "data.limit_val",
+        "model.weights",
+    ),
     *("data.num_train", "data.num_val", "data.num_classes"),  # the fingerprint covers them
     *("data.shuffle", "data.window_shards", "data.cache_dir", "data.cache_gb"),  # `windows` covers them
     *("trainer.epochs", "trainer.max_steps", "trainer.micro_batch_size", "trainer.eval_batch_size", "trainer.compile"),

@@ -1,11 +1,13 @@
 """Knobs of the data and of its augmentation."""
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
 from alexnet_ddp.config.checks import MISSING, positive, require, within
 
 MAX_SIDE, MAX_PIXELS = 20_000, 100_000_000  # an image that claims more is a bad image, in training as in preparation
+MAX_BYTES = 4 * MAX_PIXELS  # and so is a larger file, which may be a hole without end
 
 OnBadImage = StrEnum("OnBadImage", {name: name for name in ("raise", "skip")})  # `raise` is a Python keyword
 
@@ -25,12 +27,20 @@ class DataConfig:
     grow_epochs: int | None = None  # with start_image_size: the epoch (from 0) that is the first at image_size
     eval_resize: int | None = None  # pixels of the shorter side before the centre crop; null: image_size * 256 / 224
     num_threads: int | None = None  # that decode, a rank; null: this rank's share of the cores
-    on_bad_image: OnBadImage = OnBadImage["raise"]  # raise: exit 65 with its path; skip: a smaller batch and a warning
+    on_bad_image: OnBadImage = OnBadImage[
+        "raise"
+    ]  # raise: exit 65 with its path; skip: a smaller batch, and quarantine.jsonl
+    max_bad_images: int | None = None  # with skip: so many different training images, in all of a run; null: 100
     limit_train: int | None = None  # use only so many images, the same ones in each run
     limit_val: int | None = None
 
     def __post_init__(self) -> None:
         positive("data", self, "image_size", "num_threads", "limit_train", "limit_val")
+        within("data", self, 0, math.inf, "max_bad_images")
+        skips, rule = self.on_bad_image is OnBadImage.skip, "is only read by data.on_bad_image=skip; leave it out"
+        require(skips or self.max_bad_images is None, f"data.max_bad_images ({self.max_bad_images}) {rule}")
+        if skips and self.max_bad_images is None:
+            self.max_bad_images = 100
         if self.eval_resize is None:
             self.eval_resize = round(self.image_size * 256 / 224)
         rule = f"must be at least data.image_size ({self.image_size})"

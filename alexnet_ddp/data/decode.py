@@ -24,7 +24,11 @@ cv2.setNumThreads(1)  # the loader's threads are the parallelism
 
 
 class BadImage(ValueError):
-    """The bytes are no image that can be used; the message says why."""
+    """The bytes are no image that can be used; the message says why, `kind` in a word or two what sort of reason."""
+
+    def __init__(self, reason: str, kind: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
 def size_of(data: bytes) -> tuple[int, int]:
@@ -44,7 +48,7 @@ def crop_into(slot: np.ndarray, data: bytes, box: tuple[int, int, int, int], fli
     image, scale = _decode_reduced(data, box, slot.shape[0])
     left, top, width, height = (round(value * scale) for value in box)
     if top + height > image.shape[0] + 1 or left + width > image.shape[1] + 1:
-        raise BadImage("damaged: it is smaller than its index says")
+        raise BadImage("damaged: it is smaller than its index says", "damaged")
     resize_into(slot, image[top : top + max(1, height), left : left + max(1, width)], flip)
 
 
@@ -137,11 +141,11 @@ def _open(data: bytes) -> "Image.Image":
 
     Image.MAX_IMAGE_PIXELS = None  # _checked says what is wrong with a giant, Pillow only that something is
     if not data:
-        raise BadImage("the file is empty")
+        raise BadImage("the file is empty", "empty")
     try:
         image = Image.open(io.BytesIO(data))
     except (OSError, ValueError) as error:
-        raise BadImage(f"not an image ({type(error).__name__})") from error
+        raise BadImage(f"not an image ({type(error).__name__})", "not an image") from error
     _checked(*image.size)
     return image
 
@@ -150,10 +154,11 @@ def _to_rgb(image: "Image.Image") -> "Image.Image":
     try:
         return image.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
-        raise BadImage(f"damaged: {error}") from error
+        raise BadImage(f"damaged: {error}", "damaged") from error
 
 
 def _checked(width: int, height: int) -> tuple[int, int]:
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise BadImage(f"{width} x {height} pixels; the limit is {MAX_SIDE} a side and {MAX_PIXELS} in all")
+        limit = f"the limit is {MAX_SIDE} a side and {MAX_PIXELS} in all"
+        raise BadImage(f"{width} x {height} pixels; {limit}", "too large")
     return width, height

@@ -1,8 +1,8 @@
 """Images -> slots of a batch, in the loader's threads: read, decode, crop, resize, flip. Nothing here needs torch."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,10 +13,18 @@ from alexnet_ddp.data.index import SampleIndex
 from alexnet_ddp.data.policy import Operation, operate
 from alexnet_ddp.errors import DataError
 
-# fill(slots uint8 [n, size, size, 3], indices int64 [n], epoch) -> positions of bad images, left as they were
-Fill = Callable[[np.ndarray, np.ndarray, int], list[int]]
 
-log = logging.getLogger(__name__)
+class Skipped(NamedTuple):
+    """An image that could not be had, and is left out."""
+
+    position: int  # in what was asked for
+    index: int  # in the SampleIndex
+    kind: str  # empty, damaged, too large, ...
+    reason: str  # its name, and what is wrong with it
+
+
+# fill(slots uint8 [n, size, size, 3], indices int64 [n], epoch) -> the bad images, whose slots are left as they were
+Fill = Callable[[np.ndarray, np.ndarray, int], list[Skipped]]
 
 
 def build_fill(cfg: DataConfig, index: SampleIndex, augment: Augment | None) -> Fill:
@@ -39,8 +47,8 @@ class _IndexFill:
     def will_need(self, indices: np.ndarray) -> None:
         self.index.will_need(indices)
 
-    def _guard(self, bad: list[int], k: int, i: int, action: Callable[[], object]) -> object:
-        """action(); where image i turns out to be bad, note position k or raise."""
+    def _guard(self, bad: list[Skipped], k: int, i: int, action: Callable[[], object]) -> object:
+        """action(); where image i, at position k, turns out to be bad, note it or raise."""
         try:
             return action()
         except (BadImage, DataError) as error:
@@ -48,8 +56,7 @@ class _IndexFill:
             if self.cfg.on_bad_image is not OnBadImage.skip:
                 remedy = "remove or mend it, or leave it out with data.on_bad_image=skip"
                 raise DataError(reason if isinstance(error, DataError) else f"{reason}; {remedy}") from None
-            log.warning("skipped %s", reason)
-            bad.append(k)
+            bad.append(Skipped(k, int(i), getattr(error, "kind", "unreadable"), reason))
             return None
 
 
@@ -57,8 +64,8 @@ class _IndexFill:
 class ImageFill(_IndexFill):
     """Encoded images."""
 
-    def __call__(self, slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[int]:
-        bad: list[int] = []
+    def __call__(self, slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[Skipped]:
+        bad: list[Skipped] = []
         if self.augment is None:
             resize = round(self.cfg.eval_resize * slots.shape[1] / self.cfg.image_size)
             for k, i in enumerate(indices):
@@ -74,7 +81,9 @@ class ImageFill(_IndexFill):
                 operate(slots[k], operations[k])
         return bad
 
-    def _sizes(self, bad: list[int], indices: np.ndarray, data: list[bytes | None]) -> tuple[np.ndarray, np.ndarray]:
+    def _sizes(
+        self, bad: list[Skipped], indices: np.ndarray, data: list[bytes | None]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Widths and heights, int64 [n], as an index knows them or from the headers; 1 for a bad image."""
         if hasattr(self.index.store, "dimensions"):
             return self.index.store.dimensions(indices)
@@ -90,8 +99,8 @@ class ImageFill(_IndexFill):
 class RawFill(_IndexFill):
     """Raw images of shards: of each, the rows of its crop are read, and resized into the slot."""
 
-    def __call__(self, slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[int]:
-        bad: list[int] = []
+    def __call__(self, slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[Skipped]:
+        bad: list[Skipped] = []
         size = self.index.store.raw_size
         if self.augment is None:
             boxes, flips = [self._central_box(size)] * len(indices), [False] * len(indices)

@@ -28,6 +28,7 @@ DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 
 _GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
+_MAX_DEVKIT = 200_000_000  # bytes, unpacked: far more than there is in the real one
 _THREADS = 8  # that wait for headers at once, on disks and networks with latency
 
 
@@ -88,8 +89,11 @@ def _check_pieces(root: Path) -> None:
 def read_devkit(path: Path) -> Devkit:
     """Read ILSVRC2012_devkit_t12.tar.gz in memory. DataError if it is damaged or lacks a file."""
     try:
-        whole = gzip.decompress(path.read_bytes())  # verifies the CRC first: scipy crashes on damaged bytes
-        with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+        with gzip.open(path) as stream:  # verifies the CRC first: scipy crashes on damaged bytes
+            whole = stream.read(_MAX_DEVKIT + 1)
+        if len(whole) > _MAX_DEVKIT:
+            raise ValueError(f"it holds more than {_MAX_DEVKIT:,} bytes")
+        with tarfile.open(fileobj=io.BytesIO(whole), mode="r:") as archive:
             files = {}
             for member in archive:
                 if member.isfile() and member.name.endswith(("data/meta.mat", _GROUND_TRUTH)):

@@ -11,7 +11,7 @@ import torch
 from alexnet_ddp.config import DataConfig
 from alexnet_ddp.data.augment import Augment
 from alexnet_ddp.data.effects import Effects, Partners, partner_rows
-from alexnet_ddp.data.fill import Fill, build_fill
+from alexnet_ddp.data.fill import Fill, Skipped, build_fill
 from alexnet_ddp.data.index import SampleIndex
 from alexnet_ddp.data.prefetch import HostBatch, Prefetcher
 from alexnet_ddp.data.sampler import Work
@@ -26,6 +26,7 @@ class Batch:
     labels: torch.Tensor  # int64 [n] on the device. m = n; but where images are mixed, m may be n + 1:
     indices: torch.Tensor  # int32 [n] on the device. then the last image is only there for the first to be mixed with
     effects: Effects
+    bad: list[Skipped]  # images of the work that are left out
 
 
 class Loader:
@@ -72,7 +73,7 @@ class Loader:
         indices, slots = host.indices, np.arange(len(host.indices))
         images = host.buffer.owner[: host.images.size].view(host.images.shape)
         if host.bad:  # rare, so a copy may be made
-            slots = np.setdiff1d(slots, host.bad)
+            slots = np.setdiff1d(slots, [one.position for one in host.bad])
             images, indices = images[torch.from_numpy(slots)], indices[slots]
         n = np.count_nonzero(slots < len(host.work.indices))
         batch = Batch(
@@ -81,6 +82,7 @@ class Loader:
             self._copy(self._labels[indices[:n]].astype(np.int64)),
             self._copy(indices[:n].astype(np.int32)),
             self._effects(host, indices, slots),
+            [one for one in host.bad if one.position < len(host.work.indices)],
         )
         if self._device.type == "cuda":
             copied = torch.cuda.Event()

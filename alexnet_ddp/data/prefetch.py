@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_ddp.data.fill import Fill
+from alexnet_ddp.data.fill import Fill, Skipped
 from alexnet_ddp.data.sampler import Work
 
 _AHEAD = 3  # batches being filled while one is used
@@ -40,7 +40,7 @@ class HostBatch:
     indices: np.ndarray  # int64 [n] of the images: the work's, and perhaps the one before them
     images: np.ndarray  # uint8 [n, size, size, 3], at the beginning of the buffer
     buffer: Buffer
-    bad: list[int]  # positions of images that could not be had
+    bad: list[Skipped]  # by their positions in `indices`
 
 
 class Prefetcher:
@@ -101,8 +101,10 @@ class Prefetcher:
         tasks = [self._threads.submit(self._fill, images[p], indices[p], work.epoch) for p in parts]
         return indices, images, buffer, tasks
 
-    def _finish(self, tasks: list[Future]) -> list[int]:
+    def _finish(self, tasks: list[Future]) -> list[Skipped]:
         began = time.monotonic()
-        bad = [i * _PER_TASK + position for i, task in enumerate(tasks) for position in task.result()]
+        bad = [
+            one._replace(position=i * _PER_TASK + one.position) for i, task in enumerate(tasks) for one in task.result()
+        ]
         self.waited_s += time.monotonic() - began
         return bad

@@ -9,6 +9,7 @@ import numpy as np
 
 from alexnet_ddp import rng
 from alexnet_ddp.config import DataConfig, DemoConfig, FolderConfig, ImageNetConfig, ShardsConfig, SyntheticConfig
+from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.index import SampleIndex, check_same_classes, index_folder
 from alexnet_ddp.data.shards import open_shards
 from alexnet_ddp.data.storage import Storage, absolute
@@ -38,7 +39,7 @@ class SyntheticStore:
     def name(self, i: int) -> str:
         return f"synthetic image {i}"
 
-    def fill(self, slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[int]:
+    def fill(self, slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[Skipped]:
         starts = rng.hash32(rng.fold(rng.SYNTHETIC), indices.astype(np.int32)) & 0xFFF
         for slot, start in zip(slots, starts):
             slot[...] = self.pixels[start : start + slot.size].reshape(slot.shape)

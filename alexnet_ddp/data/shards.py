@@ -9,13 +9,12 @@ The one rule: an image is found by (shard, offset, size), so any order can be re
 never matters.
 """
 
-import json
 import math
 import os
 import resource
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import numpy as np
 from alexnet_ddp.config import ConfigError, ShardsConfig, Shuffle
 from alexnet_ddp.data.cache import NodeCache
 from alexnet_ddp.data.index import SampleIndex
+from alexnet_ddp.data.shard_index import INDEX, ShardIndex, read_index
 from alexnet_ddp.data.storage import Storage, absolute
 from alexnet_ddp.data.tars import pread, will_need
 from alexnet_ddp.errors import DataError
@@ -40,8 +40,6 @@ SAMPLE = np.dtype(
     ]
 )
 NPY_HEADER = 128  # bytes before the pixels of a raw image
-INDEX = "index.json"
-FORMAT = 1  # of the shards and of the index
 
 
 @dataclass(frozen=True)
@@ -143,31 +141,6 @@ class ShardStore:
     def __del__(self) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """What index.json says."""
-
-    classes: list[str] = field(default_factory=list)
-    class_names: list[str] = field(default_factory=list)
-    splits: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-
-def read_index(storage: Storage) -> ShardIndex | None:
-    """None where nothing is committed. Raises DataError where it is damaged."""
-    try:
-        content = storage.read(INDEX)
-    except FileNotFoundError:
-        return None
-    try:
-        found = json.loads(content)
-        if found["format"] != FORMAT:
-            raise ValueError(f"format {found['format']} instead of {FORMAT}")
-        return ShardIndex(found["classes"], found["class_names"], found["splits"])
-    except (ValueError, KeyError, TypeError) as error:
-        path = storage.path(INDEX)
-        raise DataError(f"{path} is damaged ({error}); remove it and prepare again: whole shards stay") from error
 
 
 def open_shards(cfg: ShardsConfig) -> tuple[SampleIndex, SampleIndex, list[str]]:

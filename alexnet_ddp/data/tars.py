@@ -1,5 +1,6 @@
 """Tar archives, by byte: where their files are, and how to write one whose every byte follows from its contents."""
 
+import errno
 import hashlib
 import os
 import re
@@ -12,6 +13,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from alexnet_ddp.config.data import MAX_BYTES
 from alexnet_ddp.errors import DataError
 
 _BLOCK = 512  # bytes, the unit of a tar archive
@@ -33,8 +35,9 @@ def tar_members(fd: int, path: Path, start: int, stop: int, may_be_cut: bool = F
     """The regular files of the tar archive in bytes [start, stop) of the open file `fd`, in the order stored.
 
     Reads ustar, GNU (long names, large sizes) and pax headers, each checksummed, and never the files themselves: about
-    10 us each. Raises DataError with `path` and the offset where the archive is cut short, damaged or sparse. With
-    `may_be_cut`, a last file that is cut short is given with the bytes there are.
+    10 us each. Raises DataError with `path` and the offset where the archive is cut short, damaged or sparse, or holds
+    what no archive of images does: links, devices, paths out of it. With `may_be_cut`, a last file that is cut short is
+    given with the bytes there are.
     """
     position, extra = start, dict[str, str]()
     while header := _header(fd, path, position, stop):
@@ -53,8 +56,11 @@ def tar_members(fd: int, path: Path, start: int, stop: int, may_be_cut: bool = F
         elif kind in b"LxS" or any(key.startswith("GNU.sparse") for key in extra):
             raise _damaged(path, position, "holds a sparse file or an overlong header")
         elif kind not in b"gK":
+            name = extra.get("path") or header_name(header)
+            if kind in b"12346" or name.startswith("/") or ".." in name.split("/"):
+                raise _damaged(path, position, f"holds a link, a device or a path out of it ({name[:80]!r})")
             if kind in b"0\x007":
-                yield Member(extra.get("path") or header_name(header), offset, size)
+                yield Member(name, offset, size)
             extra = {}
         position = offset + -(-size // _BLOCK) * _BLOCK
 
@@ -108,6 +114,8 @@ def _damaged(path: Path, offset: int, what: str) -> DataError:
 
 def pread(descriptor: int, size: int, offset: int) -> bytes:
     """All `size` bytes: a network file system may give them in parts. OSError where the file ends before."""
+    if size > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"{size:,} bytes, an image has at most {MAX_BYTES:,}")
     data = os.pread(descriptor, size, offset)
     while len(data) < size:
         more = os.pread(descriptor, size - len(data), offset + len(data))

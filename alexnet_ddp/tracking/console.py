@@ -12,6 +12,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from alexnet_ddp.redact import redact
+
 
 class Console(Protocol):
     def write(self, step: int, epoch: float, metrics: dict[str, Any]) -> None: ...
@@ -45,7 +47,7 @@ class PlainConsole:
 
     def say(self, text: str) -> None:
         with contextlib.suppress(OSError):  # the reader of a pipe has gone: the run goes on, unseen
-            print(text, flush=True)
+            print(redact(text), flush=True)
 
     def close(self, exit_code: int) -> None:
         return
@@ -89,7 +91,7 @@ class BarConsole:
             self._show(lambda: self._console.show_cursor(True))  # Live hides it; a killed process could not undo that
 
     def say(self, text: str) -> None:
-        self._show(lambda: self._console.print(Text(text), soft_wrap=True))
+        self._show(lambda: self._console.print(Text(redact(text)), soft_wrap=True))
 
     def close(self, exit_code: int) -> None:
         self._show(self._live.stop)

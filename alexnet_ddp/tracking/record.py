@@ -1,13 +1,9 @@
-"""What a run writes about itself: run.json, config.yaml, status.json. Its one rule: no reader sees half a file.
-
-Secrets stay out: values of names like key, token, secret or password, and credentials in URLs, become ***.
-"""
+"""What a run writes about itself: run.json, config.yaml, status.json. Its one rule: no reader sees half a file."""
 
 import json
 import logging
 import os
 import platform
-import re
 import socket
 import subprocess
 import sys
@@ -19,27 +15,10 @@ from typing import Any
 from alexnet_ddp import __version__
 from alexnet_ddp.atomic import write_bytes, write_json
 from alexnet_ddp.errors import ConfigError, DataError
+from alexnet_ddp.redact import redact, redact_yaml
 
 LOG = logging.getLogger(__name__)
 PACKAGE = Path(__file__).resolve().parents[1]
-
-_SECRET = r"[\w.\-]*(?<![a-z])(?:api_?key|key|token|secret|passw(?:or)?d|credential)s?(?![a-z])[\w\-]*"
-_SECRET_NAME = re.compile(_SECRET, re.IGNORECASE)
-_OVERRIDE = re.compile(rf"({_SECRET}=)[^\s,'\"\]}}]+", re.IGNORECASE)
-_YAML_LINE = re.compile(rf"^([ \-]*{_SECRET}:) +(?!null$).+$", re.IGNORECASE | re.MULTILINE)
-_URL = re.compile(r"(\b[a-z][a-z0-9+.\-]*://)[^/\s@'\"]+@", re.IGNORECASE)
-
-
-def redact(value: Any, name: str = "") -> Any:
-    """The same text, list or dict without secrets; `name` is the key that it was found under."""
-    if isinstance(value, dict):
-        return {key: redact(item, str(key)) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [redact(item, name) for item in value]
-    if isinstance(value, str):
-        hidden = value and _SECRET_NAME.fullmatch(name)
-        return "***" if hidden else _OVERRIDE.sub(r"\1***", _URL.sub(r"\1***@", value))
-    return value
 
 
 def write_status(run_dir: Path, state: str, step: int, exit_code: int | None = None, message: str = "") -> None:
@@ -54,7 +33,7 @@ def record_run(run_dir: Path, config_yaml: str, facts: dict[str, Any], classes: 
     classes: "ids", the names of the folders in the order of the labels, and "names", what people call them.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_bytes(run_dir / "config.yaml", redact(_YAML_LINE.sub(r"\1 '***'", config_yaml)).encode())
+    write_bytes(run_dir / "config.yaml", redact_yaml(config_yaml).encode())
     write_json(run_dir / "classes.json", classes)
     start = redact({**_here(), "command": sys.orig_argv, "versions": _versions(), "git": _git(), **facts})
     path = run_dir / "run.json"

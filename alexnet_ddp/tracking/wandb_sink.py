@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_ddp.atomic import write_bytes, write_json
+from alexnet_ddp.redact import redact
 from alexnet_ddp.tracking.jsonl import Say
-from alexnet_ddp.tracking.record import redact
 
 CLOSE_S = 10.0
 NOT_ONLINE = 3  # the follower's exit code when it could not reach the server, or has no key

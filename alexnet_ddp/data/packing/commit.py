@@ -12,7 +12,8 @@ import numpy as np
 from alexnet_ddp.data.packing.plan import Plan, ShardTask
 from alexnet_ddp.data.packing.statistics import Statistics
 from alexnet_ddp.data.packing.write import to_npy
-from alexnet_ddp.data.shards import FORMAT, INDEX, SAMPLE, ShardIndex, read_index
+from alexnet_ddp.data.shard_index import FORMAT, INDEX, ShardIndex, read_index
+from alexnet_ddp.data.shards import SAMPLE
 from alexnet_ddp.data.storage import SCRATCH, Storage
 from alexnet_ddp.errors import DataError, MachineError
 

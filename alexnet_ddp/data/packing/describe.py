@@ -11,7 +11,7 @@ from rich.table import Table
 from alexnet_ddp.data.packing.commit import duplicates
 from alexnet_ddp.data.packing.report import committed, names_of
 from alexnet_ddp.data.scan import listed
-from alexnet_ddp.data.shards import ShardIndex
+from alexnet_ddp.data.shard_index import ShardIndex
 from alexnet_ddp.data.storage import Storage
 
 _SHOWN = 5  # groups of duplicates

@@ -10,7 +10,7 @@ import numpy as np
 
 from alexnet_ddp.data import scan
 from alexnet_ddp.data.packing.listing import Source
-from alexnet_ddp.data.shards import read_index
+from alexnet_ddp.data.shard_index import read_index
 from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.data.tars import Member, tar_members
 from alexnet_ddp.errors import DataError

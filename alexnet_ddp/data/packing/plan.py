@@ -11,7 +11,7 @@ import numpy as np
 from alexnet_ddp.config import ConfigError, Encoding, PrepareConfig
 from alexnet_ddp.data.packing.encode import Recipe, fingerprint
 from alexnet_ddp.data.packing.source import Source
-from alexnet_ddp.data.shards import FORMAT
+from alexnet_ddp.data.shard_index import FORMAT
 from alexnet_ddp.errors import DataError
 
 _IMAGES_PER_SHARD = {"train": 1_250, "val": 781}  # ImageNet: 1,024 and 64 shards

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from alexnet_ddp.data.index import class_difference
 from alexnet_ddp.data.scan import listed
-from alexnet_ddp.data.shards import INDEX, ShardIndex, read_index
+from alexnet_ddp.data.shard_index import INDEX, ShardIndex, read_index
 from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.errors import DataError
 

@@ -90,7 +90,8 @@ def _pixels(
     bad = build_fill(cfg, index, augment)(slots, indices, 0)
     if augment is not None:
         slots = _with_effects(slots, augment, indices)
-    return [None if k in bad else slot for k, slot in enumerate(slots)]
+    positions = {one.position for one in bad}
+    return [None if k in positions else slot for k, slot in enumerate(slots)]
 
 
 def _with_effects(slots: np.ndarray, augment: Augment, indices: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from alexnet_ddp.data import imagenet, scan
 from alexnet_ddp.data.index import SampleIndex, index_folder
 from alexnet_ddp.data.packing.listing import WHOLE, Source
 from alexnet_ddp.data.packing.packed import shards_source, tar_names, tars_source
-from alexnet_ddp.data.shards import read_index
+from alexnet_ddp.data.shard_index import read_index
 from alexnet_ddp.data.storage import Storage, absolute
 from alexnet_ddp.data.tars import ArchiveStore
 from alexnet_ddp.errors import DataError

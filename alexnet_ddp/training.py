@@ -1,0 +1,103 @@
+"""What a training is made of, as it stands at some step: data, order, budget, state, and what was built from them."""
+
+from collections.abc import Generator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from alexnet_ddp import distributed
+from alexnet_ddp.checkpoint.find import load_weights
+from alexnet_ddp.checkpoint.identity import identity
+from alexnet_ddp.checkpoint.store import Checkpoints
+from alexnet_ddp.config import AlexNet2012AugmentConfig, Config
+from alexnet_ddp.data.augment import build_augment
+from alexnet_ddp.data.loader import Batch, build_loader
+from alexnet_ddp.data.sampler import build_sampler
+from alexnet_ddp.data.sets import open_data
+from alexnet_ddp.distributed import World
+from alexnet_ddp.engine import TrainStep, check_precision
+from alexnet_ddp.model import build_model, check_image_size
+from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name, state_to_come
+from alexnet_ddp.parallel import build_parallel
+from alexnet_ddp.schedule import Budget, build_lr_schedule
+
+
+class Training:
+    """One rank's part of it. `state.step` is the only clock: everything else derives from it.
+
+    Collective: all that is called here. up_to: stand at the newest checkpoint of this step or before; write nothing.
+    """
+
+    def __init__(self, cfg: Config, world: World, up_to: int | None = None) -> None:
+        self._cfg, self._world = cfg, world
+        check_precision(cfg.trainer.precision, world)
+        self.data = distributed.first_on_node(lambda: open_data(cfg.data, may_make=True), world)
+        self.sampler = build_sampler(cfg, self.data.train)
+        self.budget = Budget.plan(cfg.trainer, self.sampler.steps_per_epoch, cfg.checkpoint.save_every_steps)
+        windows = self.sampler.windows.fingerprint() if self.sampler.windows else None
+        who = identity(cfg, self.data.train.fingerprint(), windows)
+        if isinstance(cfg.augment, AlexNet2012AugmentConfig):
+            basis = self.data.colour_basis
+            who["augment.colour_basis"] = basis and [part.tolist() for part in basis]
+        shape = {"evaluation": self.data.val.fingerprint(), "budget": str(self.budget)}
+        shape |= {name: getattr(cfg.trainer, name) for name in ("eval_batch_size", "on_nan", "check_every_steps")}
+        distributed.require_same(who | shape, world)
+        self.checkpoints = Checkpoints(cfg.run_dir, cfg.checkpoint, who, world, self.sampler.steps_per_epoch)
+        self.state, self._saved = self.checkpoints.resume(cfg.run.name, cfg.resume.allow_changes, up_to)
+
+    @property
+    def is_complete(self) -> bool:
+        return self.budget.is_end(self.state.step) and self.state.evaluated_at == self.state.step
+
+    def build(self) -> None:
+        """What a step needs, from the configuration or from the checkpoint."""
+        cfg, world, data, saved = self._cfg, self._world, self.data, self._saved
+        start = replace(cfg.model, weights=None) if saved else cfg.model  # a checkpoint has all the weights
+        num_classes, size = len(data.train.classes), cfg.data.image_size
+        self.model = distributed.on_all(lambda: build_model(start, num_classes, size, cfg.seed), world)
+        check_image_size(self.model, num_classes, cfg.data.train_image_size(0), "data.start_image_size")
+        if saved:
+            load_weights(self.model, saved.pop("model"), f"the checkpoint of {cfg.run.name}")
+        self.model.to(world.device, memory_format=torch.channels_last)
+        if cfg.trainer.compile:
+            torch.compiler.config.recompile_limit = 64  # a few a size, where images grow; past 8 it would go eager
+            self.model.compile()
+        ddp_model = build_parallel(cfg.parallel, self.model, world)
+        self.optimizer = build_optimizer(cfg.optimizer, self.model)
+        load_state_by_name(self.optimizer, self.model, saved.pop("optimizer", {}))
+        self.lr = build_lr_schedule(cfg.scheduler, cfg.optimizer.lr, self.budget)
+        self.train_step = TrainStep(ddp_model, self.optimizer, cfg.trainer, cfg.seed, world, cfg.data.image_size)
+        self.train_step.load(self.state.sums, self.state.scaler)
+
+        augment = build_augment(cfg.augment, cfg.seed, cfg.data.image_size, cfg.data.eval_resize, data.colour_basis)
+        self.train_loader = build_loader(cfg.data, data.train, augment, world.num_cores, world.device, True)
+        self.val_loader = build_loader(cfg.data, data.val, None, world.num_cores, world.device)
+        self.batches = self._from_here()
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds: file stem -> tensors by name."""
+        return {"model": self.model.state_dict(), "optimizer": state_by_name(self.optimizer, self.model)}
+
+    def tensors_to_come(self) -> dict[str, dict[str, Tensor]]:
+        """Names and sizes of what it will hold once a step was taken."""
+        state = state_by_name(self.optimizer, self.model) or state_to_come(self._cfg.optimizer, self.model)
+        return {"model": self.model.state_dict(), "optimizer": state}
+
+    def roll_back(self, step: int) -> int:
+        """Weights and optimizer of the newest checkpoint, and the data from `step` on; the checkpoint's step."""
+        to, tensors = self.checkpoints.newest()
+        load_weights(self.model, tensors["model"], f"the checkpoint of step {to}")
+        load_state_by_name(self.optimizer, self.model, tensors["optimizer"])
+        self.state.step = step
+        self.batches = self._from_here()
+        return to
+
+    def close(self) -> None:
+        self.train_loader.close()
+        self.val_loader.close()
+
+    def _from_here(self) -> Generator[Batch]:
+        steps, world = range(self.state.step, self.budget.total_steps), self._world
+        works = self.sampler.work(steps, world.rank, world.world_size, self._cfg.trainer.micro_batch_size)
+        return self.train_loader.batches(works)
