@@ -5,6 +5,7 @@ downstream asks "are we distributed?". A function that all ranks must call begin
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +16,12 @@ import torch
 import torch.distributed as dist
 
 from alexnet_ddp.config import Device
-from alexnet_ddp.errors import ConfigError, PeerFailed, RunError
+from alexnet_ddp.errors import ConfigError, PeerFailed, PeerLost, RunError
 
 T = TypeVar("T")
+
+# How gloo, NCCL and the store say that the other end does not answer; gloo raises plain RuntimeErrors.
+_LOST = re.compile(r"^Dist(Backend|Network|Store)Error|gloo/|Connection (closed|reset)|Broken pipe", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,10 @@ def session(device: Device, tf32: bool = True) -> Iterator[World]:
     dist.init_process_group(**options)
     try:
         yield world
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, dist.DistError | RuntimeError) and _LOST.search(f"{type(error).__name__}: {error}"):
+            reason = str(error).splitlines()[0].partition(". ")[0][-120:]
+            raise PeerLost(f"a rank is lost, or the way to it ({reason}); start the same command again") from error
         if world.world_size == 1:  # more would wait for ranks that are gone
             dist.destroy_process_group()  # gloo's threads must not meet the end of the interpreter
         raise

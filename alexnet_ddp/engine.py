@@ -1,6 +1,6 @@
 """One training step, and one exact evaluation, on sums over images. The place where the rooms meet below train.py."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -18,6 +18,7 @@ from alexnet_ddp.metrics import Meter, evaluation_row
 from alexnet_ddp.model import set_dropout_keys
 from alexnet_ddp.optim import set_lr
 from alexnet_ddp.parallel import nothing_to_learn, settle_buckets
+from alexnet_ddp.resilience.beacon import WAITING
 from alexnet_ddp.resilience.health import Health, Undo, Verdict, Wish
 from alexnet_ddp.resilience.signals import StopSignal
 from alexnet_ddp.resilience.stragglers import Stopwatch
@@ -39,6 +40,7 @@ class TrainStep:
     seed: int
     world: World
     image_size: int
+    on_phase: Callable[[str], None] = lambda phase: None  # told what comes next: one of resilience.beacon.PHASES
 
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.cfg.precision is Precision.fp16)
@@ -77,7 +79,9 @@ class TrainStep:
             raise DataError(
                 f"none of the {num_images} images of step {step + 1} could be read; look at the lines above"
             )
+        self.on_phase("update")
         self._apply(num_images / verdict.num_images)
+        self.on_phase(WAITING)
         average(self._statistics, self.world)
         self._undo.back(self._bad)
         return verdict
@@ -106,11 +110,13 @@ class TrainStep:
         scale = self.world.world_size / num_images  # DDP divides the sum over the ranks by world_size
         losses, seen, is_last = torch.zeros((), device=self.world.device), 0, False
         while not is_last:
+            self.on_phase("data")
             try:
                 with self.stopwatch.data():
                     batch: Batch | None = next(batches)
             except DataError as error:
                 batch, wish = None, replace(wish, error=error)
+            self.on_phase("forward")
             is_last = batch is None or batch.work.is_last
             with nullcontext() if is_last else self.ddp_model.no_sync():
                 with self.stopwatch.forward():
@@ -118,6 +124,7 @@ class TrainStep:
                 losses += loss.detach()
                 seen += 0 if batch is None else len(batch.labels)
                 if is_last:
+                    self.on_phase(WAITING)
                     self._health.begin(losses, seen, wish, self._bad)
                 self.scaler.scale(loss * scale).backward()
         return self._health.finish(), wish.error

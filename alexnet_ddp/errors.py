@@ -21,6 +21,13 @@ def leave_code(code: int) -> None:
         file.write_text(f"{code}\n")
 
 
+def leave_start(step: int) -> None:
+    """Tell the launch script that the run goes on from the checkpoint of `step`: its measure of progress."""
+    path = os.environ.get("ALEXNET_DDP_START_FILE")
+    if path and os.environ.get("LOCAL_RANK", "0") == "0":
+        Path(path).write_text(f"{step}\n")
+
+
 class RunError(Exception):
     """Base of the ends that a run can foresee. `exit_code` is what the process and status.json report."""
 
@@ -84,6 +91,12 @@ class Preempted(RunError):
     """A stop signal arrived and the run was saved: start it again to go on."""
 
     exit_code = 75
+
+
+class PeerLost(RunError):
+    """A rank, or the way to it, is gone, or it hangs: start the run again."""
+
+    exit_code = 76
 
 
 class PeerFailed(RunError):

@@ -14,7 +14,7 @@ from torch import nn
 
 from alexnet_ddp import cli, distributed
 from alexnet_ddp.atomic import write_json
-from alexnet_ddp.checkpoint import find_best, load_model
+from alexnet_ddp.checkpoint.find import find_best, load_model
 from alexnet_ddp.config import Config
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_work

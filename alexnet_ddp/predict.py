@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from alexnet_ddp import cli
-from alexnet_ddp.checkpoint import find_best, load_model
+from alexnet_ddp.checkpoint.find import find_best, load_model
 from alexnet_ddp.config import Config, ConfigError, DataConfig, PredictConfig
 from alexnet_ddp.data.decode import BadImage, centre_into
 from alexnet_ddp.data.effects import normalise

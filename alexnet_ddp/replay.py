@@ -25,6 +25,7 @@ from alexnet_ddp.engine import TrainStep, autocast, cross_entropy
 from alexnet_ddp.model import set_dropout_keys
 from alexnet_ddp.resilience.health import Wish
 from alexnet_ddp.resilience.signals import StopSignal
+from alexnet_ddp.resilience.watchdog import Watchdog
 from alexnet_ddp.tracking import RunStatus
 
 _SHOWN = 5  # images
@@ -37,7 +38,8 @@ def replay(cfg: Config, overrides: list[str], build_run: Callable[..., Any]) -> 
     with distributed.session(cfg.device, cfg.trainer.tf32) as world:
         if world.world_size > 1:
             raise ConfigError(f"replay takes one process, not {world.world_size}; start it without torchrun")
-        run = build_run(cfg, world, RunStatus(cfg.run_dir, is_main=False), StopSignal(), up_to=record["step"] - 1)
+        status, nobody = RunStatus(cfg.run_dir, is_main=False), Watchdog(None, cfg.run_dir, world)
+        run = build_run(cfg, world, status, StopSignal(), nobody, up_to=record["step"] - 1)
         run.build()
         again = Replay(run.train_step, run.sampler, run.train_loader, run.lr, run.data.train.name)
         for line in again.lines(record, run.state.step):

@@ -8,6 +8,7 @@ Read it top to bottom: config, world, data, budget, resume, model, parallel, opt
 import logging
 import time
 from collections.abc import Callable, Generator
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -15,26 +16,31 @@ import torch
 from torch import Tensor
 
 from alexnet_ddp import cli, distributed
-from alexnet_ddp.checkpoint import Checkpoints, identity, load_weights
+from alexnet_ddp.checkpoint.find import load_weights
+from alexnet_ddp.checkpoint.identity import identity
+from alexnet_ddp.checkpoint.store import Checkpoints
 from alexnet_ddp.config import AlexNet2012AugmentConfig, Config, OnNan
 from alexnet_ddp.config.door import to_plain, to_yaml
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import Batch, build_loader
-from alexnet_ddp.data.sampler import build_sampler, describe_batch, evaluation_work, index_hash
+from alexnet_ddp.data.sampler import build_sampler, describe_batch, evaluation_work, index_hash, rank_slice
 from alexnet_ddp.data.sets import open_data
 from alexnet_ddp.distributed import World
 from alexnet_ddp.engine import TrainStep, check_precision, evaluate
-from alexnet_ddp.errors import Preempted, RunError
+from alexnet_ddp.errors import Preempted, RunError, leave_start
 from alexnet_ddp.metrics import Pace, train_row
 from alexnet_ddp.model import build_model, check_image_size
-from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name
+from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name, state_to_come
 from alexnet_ddp.parallel import build_parallel
 from alexnet_ddp.replay import replay
+from alexnet_ddp.resilience.deadline import Deadline
 from alexnet_ddp.resilience.guard import Guard
 from alexnet_ddp.resilience.health import Wish
+from alexnet_ddp.resilience.lock import lock_run
 from alexnet_ddp.resilience.replicas import Replicas
 from alexnet_ddp.resilience.signals import StopSignal
 from alexnet_ddp.resilience.stragglers import Stragglers
+from alexnet_ddp.resilience.watchdog import Watchdog
 from alexnet_ddp.schedule import Budget, build_lr_schedule
 from alexnet_ddp.tracking import RunInfo, RunStatus, build_tracker, headline, make_run_dir, run_status
 
@@ -50,24 +56,33 @@ def train(cfg: Config, overrides: list[str]) -> None:
     tf32 = cfg.trainer.tf32
     with distributed.session(cfg.device, tf32) as world, run_status(cfg.run_dir, world.is_main) as status:
         distributed.from_main(lambda: make_run_dir(cfg.run_dir), world)
-        run = Run(cfg, world, status, stop)
-        if run.is_complete:
-            log.info("run %s is complete after %d steps: %s", cfg.run.name, run.state.step, cfg.run_dir)
-        else:
-            run.prepare(overrides)
-            with run.tracker:
-                run.go()
-            run.train_loader.close()
-            run.val_loader.close()
+        lock = distributed.on_all(lambda: lock_run(cfg.run_dir), world, takes_part=world.is_main)
+        watchdog = Watchdog(cfg.trainer.hang_timeout_s, cfg.run_dir, world, cfg.trainer.compile)
+        with lock or nullcontext(), watchdog:
+            run = Run(cfg, world, status, stop, watchdog)
+            if run.is_complete:
+                log.info("run %s is complete after %d steps: %s", cfg.run.name, run.state.step, cfg.run_dir)
+            else:
+                run.prepare(overrides)
+                with run.tracker, closing(run.checkpoints):
+                    run.go()
+                run.train_loader.close()
+                run.val_loader.close()
 
 
 class Run:
     """One rank's part of a training. `state.step` is the only clock: everything else derives from it."""
 
     def __init__(
-        self, cfg: Config, world: World, status: RunStatus, stop: StopSignal, up_to: int | None = None
+        self,
+        cfg: Config,
+        world: World,
+        status: RunStatus,
+        stop: StopSignal,
+        watchdog: Watchdog,
+        up_to: int | None = None,
     ) -> None:
-        self.cfg, self.world, self.status, self.stop = cfg, world, status, stop
+        self.cfg, self.world, self.status, self.stop, self.watchdog = cfg, world, status, stop, watchdog
         check_precision(cfg.trainer.precision, world)
         self.data = distributed.first_on_node(lambda: open_data(cfg.data, may_make=True), world)
         self.sampler = build_sampler(cfg, self.data.train)
@@ -80,7 +95,7 @@ class Run:
         shape = {"evaluation": self.data.val.fingerprint(), "budget": str(self.budget)}
         shape |= {name: getattr(cfg.trainer, name) for name in ("eval_batch_size", "on_nan", "check_every_steps")}
         distributed.require_same(who | shape, world)
-        self.checkpoints = Checkpoints(cfg.run_dir, cfg.checkpoint, who, world)
+        self.checkpoints = Checkpoints(cfg.run_dir, cfg.checkpoint, who, world, self.sampler.steps_per_epoch)
         self.state, self.saved = self.checkpoints.resume(cfg.run.name, cfg.resume.allow_changes, up_to)
         status.running(self.state.step)
 
@@ -106,6 +121,7 @@ class Run:
         load_state_by_name(self.optimizer, self.model, saved.pop("optimizer", {}))
         self.lr = build_lr_schedule(cfg.scheduler, cfg.optimizer.lr, self.budget)
         self.train_step = TrainStep(ddp_model, self.optimizer, cfg.trainer, cfg.seed, world, cfg.data.image_size)
+        self.train_step.on_phase = self.watchdog.phase
         self.train_step.load(self.state.sums, self.state.scaler)
 
         augment = build_augment(cfg.augment, cfg.seed, cfg.data.image_size, cfg.data.eval_resize, data.colour_basis)
@@ -117,6 +133,8 @@ class Run:
         """What a step needs, and what a run needs beside: its record, its guards, its clocks."""
         self.build()
         cfg, world, data = self.cfg, self.world, self.data
+        state = state_by_name(self.optimizer, self.model) or state_to_come(cfg.optimizer, self.model)
+        self.checkpoints.prepare({"model": self.model.state_dict(), "optimizer": state})
         facts = {"world_size": world.world_size, "overrides": overrides, "start_step": self.state.step}
         classes = {"ids": data.train.classes, "names": data.class_names}
         budget, step = self.budget, self.state.step
@@ -125,6 +143,7 @@ class Run:
         self.tracker.record(to_yaml(cfg), facts, classes)
         self.tracker.say(self._headline())
 
+        Deadline(self.stop, lambda: self.checkpoints.longest_write_s).watch(world.is_main)
         batch = partial(describe_batch, self.sampler, data.train)
         self.guard = Guard(cfg.trainer, self.state.bad_steps, batch, cfg.run_dir / "replay.json", world)
         self.replicas, self.stragglers = Replicas(cfg.trainer.check_every_steps, world), Stragglers(world)
@@ -134,6 +153,7 @@ class Run:
 
     def go(self) -> None:
         """Steps, and what is due between two of them, until the last one or a stop."""
+        leave_start(self.state.step)
         while True:
             self.replicas.check(self.state.step, self._tensors)
             eval_due = self.budget.eval_due(self.state.step) and self.state.evaluated_at != self.state.step
@@ -156,12 +176,15 @@ class Run:
     def advance(self) -> None:
         """One optimizer step."""
         step = self.state.step
-        num_images = len(self.sampler.batch(step))
+        batch, world = self.sampler.batch(step), self.world
+        num_images = len(batch)
+        self.watchdog.begin_step(step, batch[rank_slice(num_images, world.rank, world.world_size)][:16].tolist())
         minutes = self.cfg.checkpoint.save_every_minutes
         wants_save = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
         wish = Wish(self.stop.received, wants_save, self.failure)
         verdict = self.train_step(self.batches, step, self.lr(step), num_images, wish)
         self.state.step = step + 1
+        self.failure = self.checkpoints.poll() or self.failure
         self.stopping = verdict.stop
         self.guard.watch(step, verdict.loss)
         for bad in verdict.bad_steps(step):
@@ -193,7 +216,7 @@ class Run:
         self.train_step.meter.reset()
         self.row_due = False
         steps, pace = self.pace.steps, self.pace.row(self.train_loader.waited_s)
-        row |= self.train_step.extras() | pace | self.guard.row()
+        row |= self.train_step.extras() | pace | self.guard.row() | self.checkpoints.row()
         row |= self.stragglers.row(self.train_step.stopwatch.read(), steps, pace["time/step_s"] * steps)
         self._log(row)
 
@@ -202,7 +225,8 @@ class Run:
         cfg, world = self.cfg.trainer, self.world
         works = evaluation_work(len(self.data.val), cfg.eval_batch_size, world.rank, world.world_size)
         num_classes = len(self.data.train.classes)
-        result = evaluate(self.model, self.val_loader.batches(works), cfg, num_classes, world, self.stop)
+        batches = self.watchdog.evaluating(self.val_loader.batches(works))
+        result = evaluate(self.model, batches, cfg, num_classes, world, self.stop)
         if result is None:
             self.stopping = True
             return
@@ -212,6 +236,7 @@ class Run:
 
     def save(self) -> None:
         """Collective. A last checkpoint that fails ends the run; one on the way is a warning, at first."""
+        self.watchdog.phase("checkpoint")
         self.state.sums, self.state.scaler = self.train_step.meter.read(), self.train_step.scaler.state_dict()
         is_last = self.stopping or self.budget.is_end(self.state.step)
         self.failure = self.checkpoints.save(self.state, self._tensors(), is_last)
@@ -236,6 +261,7 @@ class Run:
     def _pausing(self, action: Callable[[], None]) -> None:
         """Keep what is no training out of images/s."""
         began = time.monotonic()
+        self.watchdog.pause()
         action()
         self.pace.pause(time.monotonic() - began)
 

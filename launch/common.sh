@@ -49,17 +49,16 @@ num_gpus() {
 #  - leaves SIGINT as it is: a background command of a script otherwise starts with SIGINT ignored.
 # stdin is closed: a background group that reads from the terminal would be stopped, and nothing here asks questions.
 # forward_as=NAME passes every signal on as NAME.
+# A signal that came since listen() and before this is not passed on to a child that cannot listen yet: 75.
 supervise() {
   local code='' status
-  child='' signalled='' stopping=''
-  trap 'pass_on TERM' TERM HUP # the terminal is gone: a run that survives that should be saved as for TERM
-  trap 'pass_on INT' INT
-  trap 'pass_on USR1' USR1
+  listen
+  [[ -z $stopping ]] || return 75
   set -m
   "$@" </dev/null &
   child=$!
   set +m
-  [[ -z $signalled ]] || pass_on "$signalled" # it came before there was a child
+  [[ -z $signalled ]] || pass_on "$signalled" # it came while the child was started
   while :; do
     signalled='' status=0
     wait "$child" || status=$?
@@ -69,6 +68,14 @@ supervise() {
   done
   trap '' TERM HUP INT USR1 # what is left is short, and must not be cut
   return "$code"
+}
+
+# listen: from here on no stop signal ends this script. The first thing to do.
+listen() {
+  child='' signalled='' stopping=${stopping:-}
+  trap 'pass_on TERM' TERM HUP # the terminal is gone: a run that survives that should be saved as for TERM
+  trap 'pass_on INT' INT
+  trap 'pass_on USR1' USR1
 }
 
 pass_on() { # pass_on SIGNAL
@@ -103,20 +110,7 @@ end_leftovers() {
 run_torchrun() {
   local nproc=$1 code=0 written
   shift
-  choose_python
-
-  # Gradients of 244 MB are above glibc's mmap threshold: each step would map them anew, page-fault them in, and hand
-  # them back. Kept in the heap they cost nothing (measured on 2 cores: 18.8 -> 24.7 images/s).
-  export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296}
-  # What torchrun would set anyway, without its warning. alexnet_ddp sets torch's own threads to cores / processes.
-  if ((nproc > 1)); then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
-  # Seconds between a stop signal and SIGKILL: enough to finish a step and to save, and less than slurm/train.sbatch
-  # leaves. A torch that does not know this variable waits 30 s.
-  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-150}
-
-  ALEXNET_DDP_EXIT_CODE_FILE=$(mktemp "${TMPDIR:-/tmp}/alexnet_ddp.exit_code.XXXXXX")
-  export ALEXNET_DDP_EXIT_CODE_FILE
-  trap 'rm -f "$ALEXNET_DDP_EXIT_CODE_FILE"' EXIT
+  : >"$ALEXNET_DDP_EXIT_CODE_FILE"
   # By default torchrun neither handles SIGUSR1 nor survives it.
   supervise "$python" "$project_dir/launch/torchrun.py" --nproc_per_node="$nproc" \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "$@" || code=$?
@@ -128,17 +122,63 @@ run_torchrun() {
   return "$code"
 }
 
+# keep_running NUM_PROCESSES OPTIONS...: run_torchrun, and again after a crash or a hang, with the same arguments, until
+# three restarts in a row have found no newer checkpoint: 93. What a run has said itself (64, 75, ...) stands.
+keep_running() {
+  local code step last='' restarts=0
+  choose_python
+
+  # Gradients of 244 MB are above glibc's mmap threshold: each step would map them anew, page-fault them in, and hand
+  # them back. Kept in the heap they cost nothing (measured on 2 cores: 18.8 -> 24.7 images/s).
+  export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296}
+  # What torchrun would set anyway, without its warning. alexnet_ddp sets torch's own threads to cores / processes.
+  if (($1 > 1)); then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
+  # Seconds between a stop signal and SIGKILL: enough to finish a step and to save, and less than slurm/train.sbatch
+  # leaves. A torch that does not know this variable waits 30 s.
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-150}
+
+  files=$(mktemp -d "${TMPDIR:-/tmp}/alexnet_ddp.XXXXXX")
+  trap 'rm -rf "$files"' EXIT
+  export ALEXNET_DDP_EXIT_CODE_FILE=$files/exit_code ALEXNET_DDP_START_FILE=$files/start
+  while :; do
+    code=0
+    : >"$ALEXNET_DDP_START_FILE"
+    run_torchrun "$@" || code=$?
+    # Stopped while it started, before it could listen: what was saved is saved.
+    if [[ -n $stopping && $code =~ ^(1|1[0-9][0-9])$ ]]; then code=75; fi
+    [[ ! $code =~ ^(0|64|65|66|70|74|75)$ && -z $stopping ]] || return "$code"
+    step=$(<"$ALEXNET_DDP_START_FILE")
+    if [[ -z $step ]]; then # it did not come as far as a step, so another start would not help
+      [[ -z $last ]] || code=76 # but one before did: the others of this run are gone, and a scheduler may know better
+      return "$code"
+    fi
+    [[ $step == "$last" ]] || restarts=0
+    last=$step restarts=$((restarts + 1))
+    if ((restarts > 3)); then
+      echo "$(basename -- "$0"): exit code $code, and no newer checkpoint after three restarts; failure.json in the run's folder says where" >&2
+      return 93
+    fi
+    echo "$(basename -- "$0"): exit code $code; starting again (restart $restarts of 3 from the checkpoint of step $step)" >&2
+    trap 'stopping=1' TERM HUP INT USR1
+    sleep "${RESTART_DELAY:-2}" || true
+    [[ -z $stopping ]] || return 75
+  done
+}
+
 # requeue_if_stopped CODE CODES...: under Slurm, where CODE is one of CODES. A job that is not RUNNING any more was
 # cancelled, preempted or timed out: there Slurm has decided already, and a requeue would undo an scancel.
 requeue_if_stopped() {
-  local name code=$1 state
+  local name code=$1 state id
   name=${SLURM_JOB_NAME:-job}
+  # One task of an array: the last one's SLURM_JOB_ID is the array's as well, and would requeue all of them.
+  id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  id=${id:-$SLURM_JOB_ID}
   shift
   [[ " $* " == *" $code "* ]] || return 0
-  state=$(scontrol show job "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*' || true)
+  state=$(scontrol show job "$id" | grep -o 'JobState=[A-Z_]*' || true)
   if [[ $state == JobState=RUNNING ]]; then
-    echo "$name: exit code $code, requeueing job $SLURM_JOB_ID"
-    scontrol requeue "$SLURM_JOB_ID" || echo "$name: no requeue here; the same sbatch command goes on where it was" >&2
+    echo "$name: exit code $code, requeueing job $id"
+    scontrol requeue "$id" || echo "$name: no requeue here; the same sbatch command goes on where it was" >&2
   else
     echo "$name: exit code $code, not requeueing: ${state:-JobState unknown}"
   fi

@@ -5,10 +5,11 @@
 # Exit code: the run's (0 complete, 64 configuration, 65 data, ..., 75 stopped and saved).
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+listen
 
 # On a CPU one process uses all cores; more would only add copies of the model and exchange gradients between them.
 gpus=$(num_gpus "$@")
 NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
 check_number NPROC "$NPROC" 1 "leave it unset for all devices"
 
-run_torchrun "$NPROC" --standalone --local-addr=127.0.0.1 -m alexnet_ddp.train "$@"
+keep_running "$NPROC" --standalone --local-addr=127.0.0.1 -m alexnet_ddp.train "$@"

@@ -7,13 +7,14 @@
 #   NODE_RANK=0                  optional; 0 on the host of RDZV_ENDPOINT, which then is told so rather than guesses by its
 #                                host name. Under srun: SLURM_NODEID
 #   NPROC_PER_NODE=8             optional; default: one process a visible CUDA device, else one
-#   MAX_RESTARTS=0               optional; how often torchrun starts the workers again after a failure
+#   LAST_CALL_S=30               optional; with MIN:MAX, how long MIN nodes wait for more of them
 #   PYTHON                       default: .venv/bin/python, else python3
 # Where a node has several networks, export GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (eth0, ib0, ...).
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+listen
 
-NNODES=${NNODES:-} RDZV_ENDPOINT=${RDZV_ENDPOINT:-} RDZV_ID=${RDZV_ID:-} MAX_RESTARTS=${MAX_RESTARTS:-0}
+NNODES=${NNODES:-} RDZV_ENDPOINT=${RDZV_ENDPOINT:-} RDZV_ID=${RDZV_ID:-} LAST_CALL_S=${LAST_CALL_S:-30}
 NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}}
 gpus=$(num_gpus "$@")
 NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
@@ -37,15 +38,15 @@ check_nnodes
 check_endpoint
 [[ $RDZV_ID =~ ^[A-Za-z0-9._-]+$ ]] ||
   die 64 "RDZV_ID (${RDZV_ID:-not set}) must be a name of letters, digits, '.', '_' and '-'; the same on every node, and no other run's"
+check_number LAST_CALL_S "$LAST_CALL_S" 0 "leave it unset for 30"
 check_number NPROC_PER_NODE "$NPROC_PER_NODE" 1 "leave it unset for all devices of the node"
-check_number MAX_RESTARTS "$MAX_RESTARTS" 0 "leave it unset for none"
 
-host=()
+conf=last_call_timeout=$LAST_CALL_S
 if [[ -n $NODE_RANK ]]; then
   check_number NODE_RANK "$NODE_RANK" 0 "0 on the host of RDZV_ENDPOINT, 1, 2, ... on the others"
   ((10#$NODE_RANK < max_nodes)) || die 64 "NODE_RANK ($NODE_RANK) must be less than NNODES ($NNODES); 0 on the host of RDZV_ENDPOINT"
-  host=(--rdzv-conf="is_host=$((10#$NODE_RANK == 0))")
+  conf+=,is_host=$((10#$NODE_RANK == 0))
 fi
 
-run_torchrun "$NPROC_PER_NODE" --nnodes="$NNODES" --rdzv-backend=c10d --rdzv-endpoint="$RDZV_ENDPOINT" --rdzv-id="$RDZV_ID" \
-  ${host[@]+"${host[@]}"} --max-restarts="$MAX_RESTARTS" -m alexnet_ddp.train "$@"
+keep_running "$NPROC_PER_NODE" --nnodes="$NNODES" --rdzv-backend=c10d --rdzv-endpoint="$RDZV_ENDPOINT" --rdzv-id="$RDZV_ID" \
+  --rdzv-conf="$conf" -m alexnet_ddp.train "$@"

@@ -4,12 +4,17 @@ import logging
 import os
 import sys
 
+from port import check_port  # beside this file
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
+from alexnet_ddp.resilience.signals import end_with_parent
+
 EXPLAINED = (1, *range(64, 94))  # the trace of a bug, and alexnet_ddp/errors.py
 
+end_with_parent()
+check_port(sys.argv[1:])
 if not os.environ.get("TORCHRUN_LOG"):
     logging.disable(logging.ERROR)
 try:

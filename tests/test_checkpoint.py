@@ -1,7 +1,6 @@
 """A checkpoint is the whole run or nothing, the newest valid one wins, and a damaged one is never loaded."""
 
 import contextlib
-import errno
 import json
 import logging
 import math
@@ -10,6 +9,9 @@ import os
 import pickle
 import random
 import re
+import resource
+import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -17,7 +19,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from alexnet_ddp.checkpoint import Checkpoints, RunState, files, find_best, find_newest, identity, load_model
+from alexnet_ddp.checkpoint import files, remote
+from alexnet_ddp.checkpoint.find import find_best, find_newest, load_model
+from alexnet_ddp.checkpoint.identity import identity
+from alexnet_ddp.checkpoint.store import Checkpoints, RunState
 from alexnet_ddp.cli import compose
 from alexnet_ddp.config import AlexNetSmallConfig, CheckpointConfig, ConfigError, Device, SGDConfig
 from alexnet_ddp.distributed import session
@@ -53,16 +58,22 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def run(tmp_path, world):
     """run(...) -> the Checkpoints of one run directory; run.at is where they lie."""
 
-    def make(keep_last: int = 2, who: dict[str, object] = WHO) -> Checkpoints:
-        return Checkpoints(tmp_path, CheckpointConfig(keep_last=keep_last), who, world)
+    made = []
+
+    def make(keep_last: int = 2, who: dict[str, object] = WHO, **cfg) -> Checkpoints:
+        made.append(Checkpoints(tmp_path, CheckpointConfig(keep_last=keep_last, **cfg), who, world, steps_per_epoch=10))
+        return made[-1]
 
     make.at = tmp_path / "checkpoints"
-    return make
+    yield make
+    for checkpoints in made:
+        checkpoints.close()
 
 
 def save(checkpoints: Checkpoints, *steps: int, **state) -> None:
     for step in steps:
         assert checkpoints.save(RunState(step=step, **state), tensors(step), is_last=False) is None
+        assert checkpoints.poll(wait=True) is None
 
 
 def names(at: Path) -> list[str]:
@@ -125,7 +136,7 @@ def test_a_run_comes_back_as_it_was_saved(run):
 def test_saving_leaves_the_tensors_of_the_run_alone_whatever_their_strides(run):
     weight = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
     strides = weight.stride()
-    run().save(RunState(step=1), {"model": {"w": weight}, "optimizer": {}}, is_last=False)
+    assert run().save(RunState(step=1), {"model": {"w": weight}, "optimizer": {}}, is_last=True) is None
     _, saved = run().resume("r", allow_changes=False)
     assert torch.equal(saved["model"]["w"], weight)
     assert weight.stride() == strides
@@ -138,7 +149,7 @@ def test_names_in_the_files_are_torchvisions_and_load_into_a_fresh_model(run):
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
-    run().save(RunState(step=1), {"model": model.state_dict(), "optimizer": state_by_name(optimizer, model)}, False)
+    run().save(RunState(step=1), {"model": model.state_dict(), "optimizer": state_by_name(optimizer, model)}, True)
     directory = step_dir(run.at, 1)
     with safetensors.safe_open(directory / "model.safetensors", "pt") as file:
         assert sorted(file.keys()) == sorted(model.state_dict())
@@ -341,7 +352,7 @@ def test_rejected_checkpoints_of_later_steps_do_not_crowd_out_what_is_saved_afte
 
 def test_the_same_step_saved_again_replaces_the_first(run):
     save(run(), 10, 20)
-    assert run().save(RunState(step=20, evaluated_at=20), tensors(-5), is_last=False) is None
+    assert run().save(RunState(step=20, evaluated_at=20), tensors(-5), is_last=True) is None
     state, saved = run().resume("r", allow_changes=False)
     assert (state.step, state.evaluated_at) == (20, 20)
     assert same(saved["model"], tensors(-5)["model"])
@@ -371,60 +382,51 @@ def test_foreign_files_beside_the_checkpoints_are_left_alone(run):
 # --- a disk that refuses ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def disk_full(monkeypatch):
-    """disk_full(True) from here on, disk_full(False) no longer."""
-    real = os.fsync
-
-    def set_to(full: bool) -> None:
-        def fsync(descriptor: int) -> None:
-            if full:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            real(descriptor)
-
-        monkeypatch.setattr(os, "fsync", fsync)
-
-    return set_to
+def refuse(checkpoints: Checkpoints, largest_file: int | None = 100) -> Checkpoints:
+    """From here on the kernel lets the writer of `checkpoints` write no file of more bytes; None: it does again."""
+    checkpoints._writer.prepare(1 << 24)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = (hard if largest_file is None else largest_file, hard)
+    resource.prlimit(checkpoints._writer._process.pid, resource.RLIMIT_FSIZE, limit)
+    return checkpoints
 
 
-def test_a_failed_write_warns_and_leaves_the_old_ones_untouched(run, disk_full, caplog):
+def test_a_failed_write_warns_and_leaves_the_old_ones_untouched(run, caplog):
     checkpoints = run()
     save(checkpoints, 10, 20)
-    disk_full(True)
-    save(checkpoints, 30)
+    save(refuse(checkpoints), 30)
     (message,) = caplog.messages
     assert re.fullmatch(
-        r"the checkpoint of step 30 could not be written \(\[Errno 28\] No space left on device\); it needs 0 MB, "
+        r"the checkpoint of step 30 could not be written \(\[Errno 27\] File too large\); it needs 0 MB, "
         r"[\d,]+ MB are free; training goes on, and the checkpoints before it are untouched",
         message,
     )
     assert names(run.at) == ["step-00000010", "step-00000020"]
+    assert checkpoints.row() == {"checkpoint/num_failed": 1}
     assert run().resume("r", allow_changes=False)[0].step == 20
 
 
-def test_the_third_failure_in_a_row_is_the_end(run, disk_full):
-    checkpoints = run()
-    disk_full(True)
+def test_the_third_failure_in_a_row_is_the_end(run):
+    checkpoints = refuse(run())
     save(checkpoints, 10, 20)
-    error = checkpoints.save(RunState(step=30), tensors(1, size=1000), is_last=False)
+    assert checkpoints.save(RunState(step=30), tensors(1, size=1000), is_last=False) is None
+    error = checkpoints.poll(wait=True)
     assert isinstance(error, CheckpointIOError)
     assert error.exit_code == 74
-    assert "could not be written ([Errno 28] No space left on device); it needs 8 MB, " in str(error)
+    assert "could not be written ([Errno 27] File too large); it needs 8 MB, " in str(error)
     assert str(error).endswith(f" MB are free; make room below {run.at}, then start the same command again")
     assert names(run.at) == []
 
 
-def test_a_success_in_between_starts_the_count_anew(run, disk_full):
+def test_a_success_in_between_starts_the_count_anew(run):
     checkpoints = run()
-    for full, steps in ((True, (10, 20)), (False, (30,)), (True, (40, 50))):
-        disk_full(full)
-        save(checkpoints, *steps)  # None each time
+    for largest, steps in ((100, (10, 20)), (None, (30,)), (100, (40, 50))):
+        save(refuse(checkpoints, largest), *steps)  # None each time
     assert names(run.at) == ["step-00000030"]
 
 
-def test_a_last_checkpoint_that_cannot_be_written_is_the_end_at_once(run, disk_full):
-    disk_full(True)
-    error = run().save(RunState(step=10), tensors(1), is_last=True)
+def test_a_last_checkpoint_that_cannot_be_written_is_the_end_at_once(run):
+    error = refuse(run()).save(RunState(step=10), tensors(1), is_last=True)
     assert isinstance(error, CheckpointIOError)
 
 
@@ -435,20 +437,122 @@ def test_a_place_that_cannot_be_written_to_is_a_failed_write(run, caplog):
     assert "the checkpoint of step 10 could not be written" in caplog.text
 
 
-def test_a_write_that_reads_back_differently_is_a_failed_write(run, monkeypatch, caplog):
-    checkpoints = run()
-    save(checkpoints, 10)
-    real = files.write_durably
+def test_a_write_that_reads_back_differently_is_a_failed_write(tmp_path, monkeypatch):
+    contents = {"model.safetensors": safetensors.torch.save(tensors(1)["model"]), "state.json": b"{}"}
+    assert files.write(tmp_path, 10, contents) == step_dir(tmp_path, 10)
+    real = files._write_durably
 
-    def write_wrongly(path: Path, data: bytes) -> None:
-        real(path, data)
+    def write_wrongly(path: Path, data: bytes) -> dict:
+        entry = real(path, data)
         if path.name == "model.safetensors":
             flip(path, 200)
+        return entry
 
-    monkeypatch.setattr(files, "write_durably", write_wrongly)
-    save(checkpoints, 20)
-    assert "(model.safetensors does not match its SHA-256 checksum)" in caplog.text
-    assert names(run.at) == ["step-00000010"]
+    monkeypatch.setattr(files, "_write_durably", write_wrongly)
+    with pytest.raises(files.Rejected, match=r"^model.safetensors does not match its SHA-256 checksum$"):
+        files.write(tmp_path, 20, contents)
+    assert names(tmp_path) == ["step-00000010"]
+
+
+def test_a_run_whose_disk_has_no_room_for_a_checkpoint_is_refused_before_its_first_step(run, world, monkeypatch):
+    run().prepare(tensors(1))
+    usage = shutil.disk_usage(run.at.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(CheckpointIOError, match=r"has 0 MB free, a checkpoint needs 8 MB; make room, or choose ano"):
+        run().prepare(tensors(1, size=1000))
+
+
+# --- the process that writes ------------------------------------------------------------------------------------
+
+
+def test_the_tensors_may_change_as_soon_as_save_returns(run):
+    checkpoints, value = run(), tensors(1, size=1000)
+    expected = {name: t.clone() for name, t in value["model"].items()}
+    assert checkpoints.save(RunState(step=1), value, is_last=False) is None
+    for t in value["model"].values():
+        t.zero_()
+    assert checkpoints.poll(wait=True) is None
+    assert same(files.read_tensors(step_dir(run.at, 1), "model"), expected)
+
+
+def test_the_files_are_what_the_library_would_write_for_every_type(run):
+    kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
+    model = {f"t{i}": torch.arange(i + 1).to(kind) for i, kind in enumerate(kinds)}
+    model |= {"flag": torch.tensor([True, False]), "none": torch.empty(0, 3), "one": torch.tensor(2.5)}
+    assert run().save(RunState(step=1), {"model": model, "optimizer": {}}, is_last=True) is None
+    assert same(files.read_tensors(step_dir(run.at, 1), "model"), model)
+    assert files.read_tensors(step_dir(run.at, 1), "optimizer") == {}
+
+
+def test_a_writer_that_is_killed_is_a_failed_write_and_the_next_one_works(run, caplog):
+    checkpoints = run()
+    save(checkpoints, 10)
+    pid = checkpoints._writer._process.pid
+    os.kill(pid, signal.SIGSTOP)
+    assert checkpoints.save(RunState(step=20), tensors(20), is_last=False) is None
+    assert checkpoints.save(RunState(step=30), tensors(30), is_last=False) is None  # left out: it is busy
+    os.kill(pid, signal.SIGKILL)
+    checkpoints._writer._process.wait()
+    save(checkpoints, 40)
+    assert "no checkpoint of step 30: checkpoints are due faster than the disk takes them" in caplog.text
+    assert "step 20 could not be written (the process that writes checkpoints ended with -9)" in caplog.text
+    assert names(run.at) == ["step-00000010", "step-00000040"]
+    assert checkpoints.row() == {"checkpoint/num_failed": 1, "checkpoint/num_skipped": 1}
+
+
+def test_the_best_one_is_written_even_where_another_is_being_written(run):
+    checkpoints = run()
+    assert checkpoints.save(RunState(step=9), tensors(9, size=1500), is_last=False) is None
+    best = RunState(step=10, best={"step": 10, "val/top1": 50.0})
+    assert checkpoints.save(best, tensors(10), is_last=False) is None
+    assert checkpoints.poll(wait=True) is None
+    assert names(run.at) == ["step-00000009", "step-00000010"]
+
+
+def test_those_of_every_so_many_epochs_are_kept(run):
+    save(run(keep_last=1, keep_every_epochs=2), 5, 20, 30, 40, 45)  # 10 steps an epoch
+    assert names(run.at) == ["step-00000020", "step-00000040", "step-00000045"]
+
+
+# --- copies -----------------------------------------------------------------------------------------------------
+
+
+def test_copies_lie_where_they_should_follow_what_is_kept_and_bring_back_a_lost_run(run, tmp_path, caplog):
+    url = f"file://{tmp_path}/far"
+    save(run(keep_last=1, copy_to=url), 10, 20)
+    assert names(tmp_path / "far") == ["step-00000020"]
+    files.verify(tmp_path / "far" / "step-00000020")
+    shutil.rmtree(run.at)
+    (tmp_path / "far" / "step-00000030").mkdir()  # half a copy: no manifest
+    state, saved = run(copy_to=url).resume("r", allow_changes=False)
+    assert state.step == 20
+    assert same(saved["model"], tensors(20)["model"])
+    assert names(run.at) == ["step-00000020"]
+
+
+def test_a_copy_that_fails_is_a_warning_and_the_checkpoints_here_stay(run, tmp_path, caplog):
+    (tmp_path / "far").write_text("a file where the folder should be")
+    save(run(keep_last=1, copy_to=f"file://{tmp_path}/far"), 10, 20)
+    assert names(run.at) == ["step-00000010", "step-00000020"]
+    assert re.search(r"checkpoint 20 is saved, but FileExistsError|NotADirectoryError", caplog.text)
+
+
+def test_where_no_copy_verifies_the_run_does_not_start_afresh(run, tmp_path):
+    url = f"file://{tmp_path}/far"
+    save(run(copy_to=url), 10)
+    shutil.rmtree(run.at)
+    flip(tmp_path / "far" / "step-00000010" / "model.safetensors", 100)
+    with pytest.raises(NoCheckpoint, match=r"model.safetensors does not match its SHA-256 checksum; a run never start"):
+        run(copy_to=url).resume("r", allow_changes=False)
+
+
+def test_copies_in_a_store_that_is_no_file_system(tmp_path):
+    for step in (10, 20):
+        files.write(tmp_path / "here", step, {"state.json": json.dumps({"step": step}).encode()})
+        remote.copy(step_dir(tmp_path / "here", step), "memory://copies/run")
+    remote.keep_only({"step-00000020"}, "memory://copies/run")
+    assert remote.fetch_newest("memory://copies/run", tmp_path / "there") == step_dir(tmp_path / "there", 20)
+    assert remote.fetch_newest("memory://copies/none", tmp_path / "none") is None
 
 
 # --- SIGKILL ----------------------------------------------------------------------------------------------------
@@ -593,7 +697,7 @@ def test_other_images_are_another_run(run, me):
 
 def test_resuming_with_other_numerics_says_that_bits_may_differ(run, caplog, monkeypatch):
     save(run(), 10)
-    path = "alexnet_ddp.checkpoint.numerics"
+    path = "alexnet_ddp.checkpoint.store.numerics"
     monkeypatch.setattr(path, lambda: {"torch": "9.9", "threads": torch.get_num_threads()})
     with caplog.at_level(logging.INFO):
         run().resume("r", allow_changes=False)

@@ -205,15 +205,15 @@ def test_a_lost_terminal_stops_the_run_as_sigterm_does(launcher):
 def test_node_gives_torchrun_the_rendezvous(launcher):
     assert launcher.run("launch/node.sh", "a b", **NODE, NODE_RANK="0", NPROC_PER_NODE="8", MAX_RESTARTS="3") == (0, "")
     wanted = "--nproc_per_node=8 --nnodes=2 --max-restarts=3 --rdzv-backend=c10d --rdzv-endpoint=node1:29500"
-    assert {*wanted.split(), "--rdzv-id=run42", "--rdzv-conf=is_host=1"} <= set(launcher.argv)
+    assert {*wanted.split(), "--rdzv-id=run42", "--rdzv-conf=last_call_timeout=30,is_host=1"} <= set(launcher.argv)
     assert launcher.argv[-3:] == ["-m", "alexnet_ddp.train", "a b"]
 
 
 def test_node_takes_its_rank_from_slurm_and_needs_none(launcher):
     launcher.run("launch/node.sh", **NODE, SLURM_NODEID="1")
-    assert "--rdzv-conf=is_host=0" in launcher.argv
-    launcher.run("launch/node.sh", **NODE | {"NNODES": "2:4"})
-    assert not [argument for argument in launcher.argv if "rdzv-conf" in argument]
+    assert "--rdzv-conf=last_call_timeout=30,is_host=0" in launcher.argv
+    launcher.run("launch/node.sh", **NODE | {"NNODES": "2:4"}, LAST_CALL_S="5")
+    assert "--rdzv-conf=last_call_timeout=5" in launcher.argv
 
 
 A_COUNT = "a whole number of at least 1, or MIN:MAX; for two machines: NNODES=2"

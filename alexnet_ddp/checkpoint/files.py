@@ -3,7 +3,7 @@
     step-00000120/  model.safetensors  optimizer.safetensors  state.json  MANIFEST.json
 
 torch.load and safetensors both load a flipped bit without a word, so MANIFEST.json holds the SHA-256 of every file, and
-nothing is loaded, or deleted in favour of, what was not read back and compared.
+nothing is loaded, or deleted in favour of, what was not read back and compared. Needs no torch: writer.py has none.
 """
 
 import hashlib
@@ -13,16 +13,19 @@ import re
 import secrets
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import safetensors
-import safetensors.torch
-from torch import Tensor
 
-from alexnet_ddp.atomic import sync_directory, write_durably
+from alexnet_ddp.atomic import sync_directory
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCHEMA_VERSION = 1
+MANIFEST = "MANIFEST.json"
 _NAME = re.compile(r"step-(\d+)")
-_MANIFEST = "MANIFEST.json"
+_PIECE = 1 << 24  # bytes
 
 
 class Rejected(Exception):
@@ -33,31 +36,31 @@ def step_of(directory: Path) -> int:
     return int(_NAME.search(directory.name).group(1))
 
 
+def is_name(name: str) -> bool:
+    """Whether a directory of this name would be a checkpoint."""
+    return _NAME.fullmatch(name) is not None
+
+
 def listed(checkpoints: Path) -> list[Path]:
     """The committed checkpoints, oldest first. They may be damaged."""
     if not checkpoints.is_dir():
         return []
-    return sorted((d for d in checkpoints.iterdir() if _NAME.fullmatch(d.name)), key=step_of)
+    return sorted((d for d in checkpoints.iterdir() if is_name(d.name)), key=step_of)
 
 
-def write(checkpoints: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict) -> Path:
-    """Commit checkpoints/step-N and return it. Raises OSError, with nothing changed, when the disk refuses.
+def write(checkpoints: Path, step: int, contents: dict[str, bytes | memoryview]) -> Path:
+    """Commit checkpoints/step-N and return it. Raises OSError or Rejected, with nothing changed.
 
-    tensors: file stem -> tensors by name, on the CPU; state: JSON.
+    contents: file name -> its bytes.
     """
-    contents = {f"{stem}.safetensors": safetensors.torch.save(group) for stem, group in tensors.items()}
-    contents["state.json"] = json.dumps(state, indent=1).encode()
-    files = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
-    contents[_MANIFEST] = json.dumps(
-        {"schema_version": SCHEMA_VERSION, "step": step, "files": files}, indent=1
-    ).encode()
-
     checkpoints.mkdir(parents=True, exist_ok=True)
     draft = checkpoints / f".tmp-step-{step}-{secrets.token_hex(4)}"
     draft.mkdir()
     try:
-        for name, data in contents.items():  # the manifest comes last
-            write_durably(draft / name, data)
+        entries = {name: _write_durably(draft / name, data) for name, data in contents.items()}
+        manifest = {"schema_version": SCHEMA_VERSION, "step": step, "files": entries}
+        _write_durably(draft / MANIFEST, json.dumps(manifest, indent=1).encode())  # the manifest comes last
+        sync_directory(draft)
         verify(draft)
         final = checkpoints / f"step-{step:08d}"
         _commit(draft, final)
@@ -67,19 +70,42 @@ def write(checkpoints: Path, step: int, tensors: dict[str, dict[str, Tensor]], s
     return final
 
 
-def verify(directory: Path) -> None:
-    """Raises Rejected unless every file of the manifest is there, byte for byte."""
+def _write_durably(path: Path, data: bytes | memoryview) -> dict[str, int | str]:
+    """Its entry in the manifest. On the disk, and out of the page cache: it is the images that should be there."""
+    digest, view = hashlib.sha256(), memoryview(data)
+    with path.open("wb", buffering=0) as file:
+        for start in range(0, len(view), _PIECE):
+            piece = view[start : start + _PIECE]
+            digest.update(piece)
+            while piece:
+                piece = piece[file.write(piece) :]
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return {"size": len(view), "sha256": digest.hexdigest()}
+
+
+def manifest_of(directory: Path) -> dict[str, tuple[int, str]]:
+    """File name -> (bytes, SHA-256). Raises Rejected."""
     try:
-        manifest = json.loads((directory / _MANIFEST).read_bytes())
+        manifest = json.loads((directory / MANIFEST).read_bytes())
         version, step, files = manifest["schema_version"], manifest["step"], manifest["files"]
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Rejected(f"{_MANIFEST} is unreadable ({error})") from error
+        raise Rejected(f"{MANIFEST} is unreadable ({error})") from error
     if version != SCHEMA_VERSION:
-        raise Rejected(f"{_MANIFEST} has schema version {version}, this program reads {SCHEMA_VERSION}")
+        raise Rejected(f"{MANIFEST} has schema version {version}, this program reads {SCHEMA_VERSION}")
     if step != step_of(directory):
-        raise Rejected(f"{_MANIFEST} is of step {step}")
-    for name, (size, digest) in expected.items():
+        raise Rejected(f"{MANIFEST} is of step {step}")
+    strange = [name for name in expected if name != os.path.basename(name)]
+    if strange:
+        raise Rejected(f"{MANIFEST} names {strange[0]}, which is outside")
+    return expected
+
+
+def verify(directory: Path) -> None:
+    """Raises Rejected unless every file of the manifest is there, byte for byte."""
+    for name, (size, digest) in manifest_of(directory).items():
         try:
             with open(directory / name, "rb") as file:
                 found_size, found = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
@@ -96,7 +122,7 @@ def verify(directory: Path) -> None:
 def _check_format(path: Path) -> None:
     """A manifest can be forged; what is not safetensors is refused before anything else looks at it."""
     try:
-        with safetensors.safe_open(path, "pt"):
+        with safetensors.safe_open(path, "np"):
             return
     except safetensors.SafetensorError as error:
         raise Rejected(f"{path.name} is not a safetensors file ({error})") from error
@@ -107,9 +133,11 @@ def read_state(directory: Path) -> dict:
     return json.loads((directory / "state.json").read_bytes())
 
 
-def read_tensors(directory: Path, stem: str) -> dict[str, Tensor]:
+def read_tensors(directory: Path, stem: str) -> "dict[str, Tensor]":
     """Tensors by name of a verified checkpoint, on the CPU."""
-    return safetensors.torch.load_file(directory / f"{stem}.safetensors")
+    from safetensors.torch import load_file
+
+    return load_file(directory / f"{stem}.safetensors")
 
 
 def clean_up(checkpoints: Path) -> None:

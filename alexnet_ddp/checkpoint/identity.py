@@ -14,7 +14,7 @@ _FREE = {
     *("data.num_train", "data.num_val", "data.num_classes"),  # the fingerprint covers them
     *("data.shuffle", "data.window_shards", "data.cache_dir", "data.cache_gb"),  # `windows` covers them
     *("trainer.epochs", "trainer.max_steps", "trainer.micro_batch_size", "trainer.eval_batch_size", "trainer.compile"),
-    *("trainer.tf32", "trainer.log_every_steps", "trainer.eval_every_epochs"),
+    *("trainer.tf32", "trainer.log_every_steps", "trainer.eval_every_epochs", "trainer.hang_timeout_s"),
     *("trainer.on_nan", "trainer.spike_factor", "trainer.check_every_steps"),
 }
 

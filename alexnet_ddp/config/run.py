@@ -72,9 +72,10 @@ class TrainerConfig:
     check_every_steps: int | None = 1000  # compare the replicas so often, and before the first step; null: never
     log_every_steps: int = 10
     eval_every_epochs: int = 1
+    hang_timeout_s: float | None = 30.0  # without progress, or 10 slow steps if that is more; null: wait for ever
 
     def __post_init__(self) -> None:
-        sizes = ("global_batch_size", "micro_batch_size", "eval_batch_size", "clip_grad_norm")
+        sizes = ("global_batch_size", "micro_batch_size", "eval_batch_size", "clip_grad_norm", "hang_timeout_s")
         positive("trainer", self, "epochs", "max_steps", "log_every_steps", "eval_every_epochs", *sizes)
         positive("trainer", self, "check_every_steps")
         spike = self.spike_factor
@@ -89,9 +90,12 @@ class CheckpointConfig:
     save_every_steps: int | None = None
     save_every_minutes: float | None = 5.0
     keep_last: int = 2  # the best one is kept as well
+    keep_every_epochs: int | None = None  # and those at the end of every so many epochs
+    copy_to: str | None = None  # URL of a folder for copies of all that is kept; fetched from where there is none here
 
     def __post_init__(self) -> None:
-        positive("checkpoint", self, "save_every_steps", "save_every_minutes", "keep_last")
+        counts = ("keep_last", "keep_every_epochs")
+        positive("checkpoint", self, "save_every_steps", "save_every_minutes", *counts)
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,9 @@
 """Stop signals: the handler notes that one came, and the run looks at the note where it can act on it."""
 
+import ctypes
 import os
 import signal
+import sys
 import time
 from types import FrameType
 
@@ -15,10 +17,12 @@ class StopSignal:
     """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a stop at the next step. Another, seconds later, exits at once."""
 
     def __init__(self) -> None:
-        self.received = False
-        self._first_at = 0.0
+        self.received = False  # resilience/deadline.py sets it too, which no signal is a repetition of
+        self._first_at: float | None = None
         for number in _STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_parent()
 
     def ignore(self) -> None:
         """The run is saved and about to leave: a launcher's next signal must not cut its last words short."""
@@ -27,8 +31,17 @@ class StopSignal:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.received and now - self._first_at > _SAME_EVENT_S:
+        if self._first_at is not None and now - self._first_at > _SAME_EVENT_S:
             leave_code(Preempted.exit_code)
             os._exit(Preempted.exit_code)  # checkpoints are committed by rename: nothing can be torn
-        if not self.received:
+        if self._first_at is None:
             self.received, self._first_at = True, now
+
+
+def end_with_parent() -> None:
+    """From here on the kernel sends SIGTERM when the process that started this one is gone (Linux only).
+
+    A launcher that is killed cannot end what it started.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

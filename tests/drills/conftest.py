@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster import Slurm, why_not
 from tests.conftest import make_folder
 from tests.drills.harness import Job
 
@@ -51,3 +52,13 @@ def measured(request: pytest.FixtureRequest) -> Iterator[dict[str, object]]:
     where = os.environ.get("ALEXNET_DDP_DRILLS")  # a folder: see tests/drills/__main__.py
     if where:
         (Path(where) / f"{name}.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Slurm]:
+    """A cluster of two nodes, n1 and n2."""
+    reason = why_not(slurm=True)
+    if reason:
+        pytest.skip(reason)
+    with Slurm() as cluster:
+        yield cluster

@@ -1,0 +1,62 @@
+"""Which checkpoint of a run to take: the newest that verifies, or the best."""
+
+import logging
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from alexnet_ddp.checkpoint import files
+from alexnet_ddp.checkpoint.files import Rejected
+from alexnet_ddp.config import ConfigError
+from alexnet_ddp.errors import NoCheckpoint
+
+log = logging.getLogger(__name__)
+
+
+def find_newest(directory: Path, up_to: int | None = None) -> Path | None:
+    """The newest checkpoint that verifies; None where none was ever committed. Names every one that it rejects.
+
+    up_to: the last step to look at. Raises NoCheckpoint where all are rejected: a run never silently starts afresh.
+    """
+    candidates = [d for d in files.listed(directory) if up_to is None or files.step_of(d) <= up_to]
+    for candidate in reversed(candidates):
+        try:
+            files.verify(candidate)
+            return candidate
+        except Rejected as reason:
+            log.warning("checkpoint %s is rejected: %s", candidate.name, reason)
+    if candidates:
+        remedy = "restore one, or choose another run.name to start afresh"
+        raise NoCheckpoint(f"none of the {len(candidates)} checkpoints in {directory} is usable; {remedy}")
+    return None
+
+
+def find_best(directory: Path) -> Path:
+    """The checkpoint of the best evaluation; the newest where no evaluation was made. Raises NoCheckpoint."""
+    newest = find_newest(directory)
+    if newest is None:
+        raise NoCheckpoint(f"there is no checkpoint in {directory}; train the run first")
+    step = files.read_state(newest)["best"].get("step")
+    best = next((d for d in files.listed(directory) if files.step_of(d) == step), newest)
+    try:
+        files.verify(best)
+    except Rejected as reason:
+        log.warning("checkpoint %s, the best one, is rejected: %s; taking %s", best.name, reason, newest.name)
+        return newest
+    return best
+
+
+def load_model(model: nn.Module, directory: Path) -> dict:
+    """Load the weights of a verified checkpoint into `model`; return its state.json. Raises ConfigError."""
+    load_weights(model, files.read_tensors(directory, "model"), str(directory))
+    return files.read_state(directory)
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], origin: str) -> None:
+    """Raises ConfigError where they are another network's."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        difference = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+        remedy = "give the model that was trained, or another run.name"
+        raise ConfigError(f"{origin} holds another network than the configuration: {difference}; {remedy}") from error

@@ -1,0 +1,99 @@
+"""The rank's side of its watchdog: a beacon that is shown at each phase of a step, and a thread that ticks."""
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from alexnet_ddp.distributed import World
+from alexnet_ddp.resilience.beacon import Beacon
+from alexnet_ddp.resilience.watch import Watched
+
+_SOURCE = Path(__file__).resolve().parents[2]
+_TICK_EVERY_S = 0.5
+_START_S = 3600.0  # an index of a large data set, a compilation, a checkpoint on a slow disk: the group's own limit
+_SLOWER = 10  # times a step's limit, for a batch of an evaluation, or for steps that may compile
+_STEPS = 100  # whose 95th percentile counts
+
+T = TypeVar("T")
+
+
+class Watchdog:
+    """Kills this rank where it makes no progress for max(timeout_s, 10 x the 95th percentile of a step), and says why.
+
+    Then the others fail too, and whoever started the run starts it again. None: nobody watches.
+    """
+
+    def __init__(self, timeout_s: float | None, run_dir: Path, world: World, may_compile: bool = False) -> None:
+        self._timeout_s, self._step, self._indices = timeout_s, 0, []
+        self._factor = _SLOWER if may_compile else 1
+        self._steps: deque[float] = deque(maxlen=_STEPS)
+        self._limit_s, self._began = _START_S, None
+        if timeout_s is None:
+            return
+        self._beacon, self._stacks = Beacon(), tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (as long as the rank)
+        self._beacon.show(_START_S, "start", 0, [])
+        faulthandler.register(signal.SIGUSR2, self._stacks, all_threads=True)
+        descriptors = [self._beacon.file.fileno(), self._stacks.fileno()]
+        watched = Watched(os.getpid(), world.rank, socket.gethostname(), str(run_dir.absolute()), *descriptors)
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(_SOURCE), os.getenv("PYTHONPATH"))))}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "alexnet_ddp.resilience.watch", json.dumps(asdict(watched))],
+            stdin=subprocess.PIPE, pass_fds=descriptors, env=env,
+        )  # fmt: skip
+        self._ended = threading.Event()
+        threading.Thread(target=self._tick, name="watchdog", daemon=True).start()
+
+    def begin_step(self, step: int, indices: list[int]) -> None:
+        """`step` steps are done, and the next one begins; indices: this rank's images of it."""
+        now = time.monotonic()
+        if self._began is not None:
+            self._steps.append(now - self._began)
+            slow = sorted(self._steps)[len(self._steps) * 95 // 100]
+            self._limit_s = max(self._timeout_s or 0, 10 * slow) * self._factor
+        self._began, self._step, self._indices = now, step, indices
+        self.phase("data")
+
+    def phase(self, name: str) -> None:
+        """Progress: what comes next is one of beacon.PHASES."""
+        if self._timeout_s is not None:
+            limit_s = _START_S if name in ("start", "checkpoint") else self._limit_s
+            self._beacon.show(limit_s * (_SLOWER if name == "evaluate" else 1), name, self._step, self._indices)
+
+    def evaluating(self, batches: Iterable[T]) -> Iterator[T]:
+        """The batches of an evaluation, each of which is progress."""
+        for batch in batches:
+            self.phase("evaluate")
+            yield batch
+
+    def pause(self) -> None:
+        """What comes now is no step, and does not count as one."""
+        self._began = None
+
+    def _tick(self) -> None:
+        while not self._ended.wait(_TICK_EVERY_S):
+            self._beacon.tick()
+
+    def __enter__(self) -> "Watchdog":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._timeout_s is None:
+            return
+        self.phase("end")
+        self._ended.set()
+        self._process.stdin.close()
+        self._process.wait()
+        faulthandler.unregister(signal.SIGUSR2)

@@ -1,0 +1,220 @@
+"""Checkpoints that are interrupted, refused by the disk, cut, flipped or gone."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+
+from alexnet_ddp.checkpoint import files
+from alexnet_ddp.checkpoint.find import find_newest
+from alexnet_ddp.checkpoint.store import Checkpoints
+from alexnet_ddp.config import CheckpointConfig, Device
+from alexnet_ddp.distributed import session
+from tests.drills.harness import Job, assert_same_run
+from tests.ranks import SPAWN
+
+pytestmark = pytest.mark.drill
+
+
+def save_for_ever(run_dir: str, pipe: Connection) -> None:
+    """Each value of a checkpoint is its step. Sends the step whose save begins."""
+    os.environ.pop("RANK", None)
+    with session(Device.cpu) as world:
+        checkpoints = Checkpoints(Path(run_dir), CheckpointConfig(keep_last=2), {}, world)
+        state, _ = checkpoints.resume("r", allow_changes=False)
+        group = {name: torch.empty(500_000) for name in "ab"}
+        while True:
+            state.step += 1
+            for tensor in group.values():
+                tensor.fill_(state.step)
+            pipe.send(state.step)
+            checkpoints.save(state, {"model": group, "optimizer": group}, is_last=False)
+            assert checkpoints.poll(wait=True) is None
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_d03_two_hundred_kills_during_a_save_leave_a_loadable_checkpoint(tmp_path, measured):
+    """The run and its writer at once, as where a machine goes down, at random moments of saves of 8 MB."""
+    moments, loadable, drafts, newest = random.Random(3), 0, 0, 0
+    for _ in range(200):
+        here, there = SPAWN.Pipe()
+        process = SPAWN.Process(target=save_for_ever, args=(str(tmp_path), there))
+        process.start()
+        begun = here.recv()
+        for _ in range(moments.randrange(3)):
+            begun = here.recv()
+        time.sleep(moments.uniform(0, 0.06))
+        os.kill(process.pid, signal.SIGSTOP)  # so that neither sees the other's end
+        for pid in [*children(process.pid), process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        process.join()
+        there.close()
+        with contextlib.suppress(EOFError):
+            while True:
+                begun = here.recv()
+        drafts += len(list((tmp_path / "checkpoints").glob(".*")))
+        files.clean_up(tmp_path / "checkpoints")
+        found = find_newest(tmp_path / "checkpoints")
+        step = 0 if found is None else files.step_of(found)
+        assert begun >= step >= max(newest, begun - 1), "this one or the one before"
+        if found is not None:
+            assert all((tensor == step).all() for tensor in files.read_tensors(found, "optimizer").values())
+        loadable += found is not None or begun == 1
+        newest = step
+    measured |= {"kills": 200, "loadable": loadable, "drafts left and cleaned": drafts}
+    assert loadable == 200
+    assert drafts > 20, "hardly any of the kills met a save"
+
+
+def writer_of(job: Job) -> int:
+    for pid in job.processes():
+        try:
+            if b"alexnet_ddp.checkpoint.writer" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return pid
+        except OSError:
+            continue
+    raise LookupError("there is no writer now")
+
+
+def test_d04_a_writer_that_is_killed_shows_at_once_and_the_next_save_works(new_job, calm, measured):
+    job = new_job("writer").start()
+    job.until(lambda: list((job.run_dir / "checkpoints").glob(".tmp-*")), what="a checkpoint that is being written")
+    before = job.step()
+    os.kill(writer_of(job), signal.SIGKILL)
+    job.until(lambda: "the process that writes checkpoints ended with -9" in job.said(), 20, "the warning")
+    measured["shown after, steps"] = job.step() - before
+    assert measured["shown after, steps"] <= 2  # the step that was going on, and one that this test was late
+    assert job.wait() == 0, job.said()
+    assert "training goes on, and the checkpoints before it are untouched" in job.said()
+    assert [row["checkpoint/num_failed"] for row in job.rows("checkpoint/num_failed")][-1] == 1
+    assert_same_run(job, calm)
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """200 MB: four checkpoints of 49 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: it mounts a file system")
+    place = tmp_path / "runs"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(place)], check=True)
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill_up(place: Path, leave: int = 10_000_000) -> Path:
+    ballast = place / "ballast"
+    free = shutil.disk_usage(place).free
+    with ballast.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, free - leave)
+    return ballast
+
+
+def test_d14_a_full_disk_is_survived_twice_and_the_third_time_ends_with_74(small_disk, new_job, calm, measured):
+    job = new_job("full", "checkpoint.keep_last=1").start()
+    job.until(lambda: len(job.checkpoints()) >= 1, what="a checkpoint")
+    ballast = fill_up(small_disk)
+    assert job.wait() == 74, job.said()
+    said = job.said()
+    measured["failures survived"] = said.count("training goes on, and the checkpoints before it are untouched")
+    assert measured["failures survived"] == 2
+    assert "No space left on device); it needs 49 MB, 10 MB are free; make room below" in said
+    assert find_newest(job.run_dir / "checkpoints") is not None
+    assert not list((job.run_dir / "checkpoints").glob(".*"))
+    assert job.status()["exit_code"] == 74
+    assert job.run() == 74  # before its first step
+    assert "has 10 MB free, a checkpoint needs 49 MB; make room, or choose another run.root" in job.said()
+    ballast.unlink()
+    assert job.run() == 0, job.said()
+    assert_same_run(job, calm)
+
+
+def test_d15_a_disk_that_turns_read_only_is_survived_twice_and_the_third_time_ends_with_74(
+    small_disk, new_job, calm, measured
+):
+    job = new_job("readonly", "checkpoint.keep_last=1", "trainer.epochs=20").start()
+    job.until(lambda: len(job.checkpoints()) >= 1, what="a checkpoint")
+    checkpoints = job.run_dir / "checkpoints"
+    job.process.send_signal(signal.SIGTERM)  # files that are open for writing hold off the remount: a mount of its own
+    assert job.wait() == 75, job.said()
+    subprocess.run(["mount", "--bind", str(checkpoints), str(checkpoints)], check=True)
+    try:
+        before = len(job.said())
+        job.start()
+        job.until_step(job.step() + 1)
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(checkpoints)], check=True)
+        assert job.wait() == 74, job.said()
+        measured["failures survived"] = job.said()[before:].count("training goes on, and the checkpoints before it")
+        assert measured["failures survived"] == 2
+        assert "Read-only file system" in job.said()[before:]
+        assert find_newest(checkpoints) is not None
+    finally:
+        subprocess.run(["umount", "-l", str(checkpoints)], check=True)
+
+
+def stopped_copy(calm: Job, job: Job) -> Job:
+    """`job` as calm's run was when it had two checkpoints, of which it can lose one."""
+    shutil.copytree(calm.run_dir, job.run_dir)
+    assert len(job.checkpoints()) >= 2
+    return job
+
+
+def test_d16_a_newest_checkpoint_that_is_cut_is_named_and_the_one_before_is_used(new_job, calm, measured):
+    job = stopped_copy(calm, new_job("cut"))
+    newest, before = job.checkpoints()[-1], job.checkpoints()[-2]
+    os.truncate(newest / "optimizer.safetensors", (newest / "optimizer.safetensors").stat().st_size // 2)
+    assert job.run() == 0, job.said()
+    assert f"checkpoint {newest.name} is rejected: optimizer.safetensors has " in job.said()
+    measured["steps repeated"] = int(newest.name[5:]) - int(before.name[5:])
+    assert f"step {int(before.name[5:])} of 52" in job.said()
+    assert_same_run(job, calm)
+
+
+def test_d17_two_hundred_flipped_bytes_are_all_rejected(calm, tmp_path, measured):
+    directory = tmp_path / calm.checkpoints()[-1].name
+    shutil.copytree(calm.checkpoints()[-1], directory)
+    paths = sorted(directory.iterdir())
+    moments, rejected = random.Random(17), 0
+    for k in range(200):
+        path = paths[k % len(paths)]
+        with path.open("r+b") as file:
+            offset = moments.randrange(path.stat().st_size)
+            file.seek(offset)
+            (byte,) = file.read(1)
+            file.seek(offset)
+            file.write(bytes([byte ^ moments.randrange(1, 256)]))
+            file.flush()
+            try:
+                files.verify(directory)
+            except files.Rejected:
+                rejected += 1
+            file.seek(offset)
+            file.write(bytes([byte]))
+    files.verify(directory)
+    measured["rejected of 200"] = rejected
+    assert rejected == 200
+
+
+def test_d18_where_every_checkpoint_is_corrupt_the_run_does_not_start_afresh(new_job, calm):
+    job = stopped_copy(calm, new_job("corrupt"))
+    for checkpoint in job.checkpoints():
+        (checkpoint / "MANIFEST.json").write_text(json.dumps({"schema_version": 1}))
+    rows = job.rows("step")
+    assert job.run() == 66, job.said()
+    assert f"none of the {len(job.checkpoints())} checkpoints in " in job.said()
+    assert "is usable; restore one, or choose another run.name to start afresh" in job.said()
+    assert job.rows("step") == rows
+    assert job.status()["exit_code"] == 66
