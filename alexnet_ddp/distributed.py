@@ -66,13 +66,20 @@ def session(device: Device, tf32: bool = True) -> Iterator[World]:
     try:
         yield world
     except BaseException as error:
-        if isinstance(error, dist.DistError | RuntimeError) and _LOST.search(f"{type(error).__name__}: {error}"):
-            reason = str(error).splitlines()[0].partition(". ")[0][-120:]
-            raise PeerLost(f"a rank is lost, or the way to it ({reason}); start the same command again") from error
+        if (lost := lost_peer(error)) is not None:
+            raise lost from error
         if world.world_size == 1:  # more would wait for ranks that are gone
             dist.destroy_process_group()  # gloo's threads must not meet the end of the interpreter
         raise
     dist.destroy_process_group()
+
+
+def lost_peer(error: BaseException) -> PeerLost | None:
+    """What to end with where `error` is a collective's that another rank has left without a word."""
+    if not isinstance(error, dist.DistError | RuntimeError) or not _LOST.search(f"{type(error).__name__}: {error}"):
+        return None
+    reason = str(error).splitlines()[0].partition(". ")[0][-120:]
+    return PeerLost(f"a rank is lost, or the way to it ({reason}); start the same command again")
 
 
 def choose_device(choice: Device, local_rank: int) -> torch.device:

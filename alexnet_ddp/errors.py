@@ -11,13 +11,15 @@ from pathlib import Path
 def leave_code(code: int) -> None:
     """Tell the launch script how this process ends: torchrun turns every code but 0 into 1.
 
-    Local rank 0 speaks for its node; another rank only where it fails and nobody has spoken.
+    Local rank 0 speaks for its node; another rank only where it fails and nobody has spoken. Whoever lost a peer knows
+    no reason: the one that the peer gave, full memory for instance, stands.
     """
     path = os.environ.get("ALEXNET_DDP_EXIT_CODE_FILE")
     if not path:
         return
     file, is_first = Path(path), os.environ.get("LOCAL_RANK", "0") == "0"
-    if is_first or (code and not (file.exists() and file.read_text())):
+    reason = (file.read_text().strip() if file.exists() else "").replace(str(PeerLost.exit_code), "")
+    if (is_first and code != PeerLost.exit_code) or (code and not reason):
         file.write_text(f"{code}\n")
 
 

@@ -316,7 +316,8 @@ def train(tmp_path):
 
 
 WRONG_NAME = "run.name ('0/x') must name one directory below run.root (runs)\n"
-KEYS = "augment, checkpoint, data, device, logger, model, optimizer, parallel, resume, run, scheduler, seed, trainer"
+KEYS = "augment, checkpoint, data, device, logger, model, optimizer, parallel, replay, resume, run, scheduler, seed"
+KEYS += ", trainer"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from alexnet_ddp import distributed
 from alexnet_ddp.config import Device, OnNan, TrainerConfig
 from alexnet_ddp.distributed import World
-from alexnet_ddp.errors import ConfigError, Diverged, out_of_memory
+from alexnet_ddp.errors import ConfigError, Diverged, leave_code, out_of_memory
 from alexnet_ddp.replay import read_record
 from alexnet_ddp.resilience.guard import Guard
 from alexnet_ddp.resilience.replicas import Replicas, checksum, describe
@@ -208,3 +208,20 @@ def test_what_torch_says_of_a_full_memory_is_understood():
         torch.empty(1 << 50, dtype=torch.uint8)
     assert "it asked for 1,125,899,906.8 MB" in str(out_of_memory(caught.value))
     assert out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+def test_a_peer_that_is_lost_is_no_reason_where_the_peer_has_given_one(tmp_path, monkeypatch):
+    file = tmp_path / "code"
+    monkeypatch.setenv("ALEXNET_DDP_EXIT_CODE_FILE", str(file))
+    for codes, left in (
+        ([(1, 74), (0, 76)], 74),
+        ([(0, 76), (1, 74)], 74),
+        ([(1, 76), (0, 70)], 70),
+        ([(0, 76), (1, 76)], 76),
+        ([(1, 65), (0, 0)], 0),
+    ):
+        file.write_text("")
+        for rank, code in codes:
+            monkeypatch.setenv("LOCAL_RANK", str(rank))
+            leave_code(code)
+        assert int(file.read_text()) == left, codes

@@ -222,6 +222,25 @@ def test_a_change_that_is_allowed_goes_on_with_a_fresh_optimizer_and_another_net
     assert "the checkpoint of changed holds another network than the configuration: " in other.stdout
 
 
+def test_a_run_that_diverges_saves_the_state_before_and_one_process_replays_the_step(image_folder, tmp_path):
+    overrides = [*SMALL, f"data.root={image_folder}", "run.name=d", "trainer.epochs=9", "trainer.global_batch_size=17"]
+    overrides += ["optimizer.lr=1e12", "scheduler=constant", "trainer.clip_grad_norm=null"]
+    done = run("train", *overrides, cwd=tmp_path)
+    assert done.returncode == 70, done.stdout
+    record = json.loads((tmp_path / "runs/d/replay.json").read_text())
+    assert f"of step {record['step']} is not finite; nothing of that step was applied" in done.stdout.splitlines()[-1]
+    (saved,) = (tmp_path / "runs/d/checkpoints").glob("step-*")
+    assert int(saved.name[5:]) == record["step"] - 1
+    again = run("train", "run.name=d", "replay=runs/d/replay.json", cwd=tmp_path)
+    assert again.returncode == 0, again.stdout
+    assert f"images: {len(record['indices'])}, the recorded ones" in again.stdout
+    assert "not finite: " in again.stdout
+    assert record["names"][0] in again.stdout
+    assert status(tmp_path / "runs/d")["exit_code"] == 70  # as the run left it
+    two = run("train", "run.name=d", "replay=runs/d/replay.json", ranks=2, cwd=tmp_path)
+    assert "replay takes one process, not 2; start it without torchrun" in two.stdout
+
+
 def test_ranks_that_were_started_differently_are_refused(image_folder, tmp_path):
     """Each node of a cluster is started by its own command line."""
     shim = "import os, sys; sys.argv.append('optimizer.lr=0.0' + str(1 + int(os.environ['RANK'])))\n"

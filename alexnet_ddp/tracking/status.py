@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from alexnet_ddp.distributed import lost_peer
 from alexnet_ddp.errors import ConfigError, Preempted, RunError, out_of_memory
 from alexnet_ddp.tracking.record import write_status
 
@@ -43,7 +44,7 @@ def run_status(run_dir: Path, is_main: bool) -> Iterator[RunStatus]:
     try:
         yield status
     except BaseException as caught:
-        error = out_of_memory(caught) or caught
+        error = out_of_memory(caught) or lost_peer(caught) or caught
         if not isinstance(error, RunError):
             status._write("failed", 1, f"{type(error).__name__}: {error}")
         elif not status.is_someone_elses(error):

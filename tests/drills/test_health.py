@@ -137,7 +137,9 @@ def test_d29_a_model_that_is_not_synchronised_does_not_take_a_step(new_job):
     assert not job.rows("train/loss")
 
 
-def test_d31_a_rank_with_a_slow_loader_is_named_within_three_windows(new_job, measured):
+def test_d31_a_rank_with_a_slow_loader_is_named_within_three_windows(new_job, calm, measured):
+    """In 2,000 clean steps, run by hand at a load of 13 on two cores, no window came near: 0.15 of a step at most."""
+    assert "is slow in" not in calm.said()
     job = new_job("slow", "scheduler=constant", "trainer.log_every_steps=10", "trainer.max_steps=50")
     assert job.inject("loader rank=1 ms=100").run() == 0, job.said()
     said = job.said()
@@ -161,4 +163,6 @@ def test_d34_a_rank_without_memory_ends_all_and_says_which_and_how_much(new_job,
     said = job.said()
     assert code == 74, said
     assert re.search(r"rank 1 has no memory left: it asked for [\d,.]+ MB", said), said
+    assert job.status()["exit_code"] == 76  # all that rank 0 knows: it has lost a peer
+    assert "Traceback" not in said
     assert not job.processes()
