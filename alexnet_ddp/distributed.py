@@ -124,6 +124,20 @@ def any_rank(flag: bool, world: World) -> bool:
     return bool(x.item())
 
 
+def all_equal(x: torch.Tensor) -> bool:
+    """Collective. True on every rank if `x`, of integers, is the same on all of them."""
+    highest = torch.cat([x, ~x])
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)  # ~ turns the order round, without an overflow
+    return torch.equal(highest[: len(x)], ~highest[len(x) :])
+
+
+def gather(x: torch.Tensor, world: World) -> torch.Tensor:
+    """Collective. The ranks' `x`, stacked: [world_size, ...], on every rank."""
+    parts = [torch.empty_like(x) for _ in range(world.world_size)]
+    dist.all_gather(parts, x)
+    return torch.stack(parts)
+
+
 def broadcast(value: T) -> T:
     """Collective. Rank 0's value, a small plain object, on every rank."""
     box = [value]

@@ -9,18 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from alexnet_ddp.config import ConfigError, Precision, TrainerConfig
+from alexnet_ddp.config import ConfigError, OnNan, Precision, TrainerConfig
 from alexnet_ddp.data.effects import apply_effects
 from alexnet_ddp.data.loader import Batch
 from alexnet_ddp.distributed import World, any_rank, average, raise_together, sum_over_ranks
-from alexnet_ddp.errors import DataError, Diverged
+from alexnet_ddp.errors import DataError
 from alexnet_ddp.metrics import Meter, evaluation_row
 from alexnet_ddp.model import set_dropout_keys
 from alexnet_ddp.optim import set_lr
 from alexnet_ddp.parallel import nothing_to_learn, settle_buckets
 from alexnet_ddp.resilience.beacon import WAITING
-from alexnet_ddp.resilience.health import Health, Verdict, Wish
+from alexnet_ddp.resilience.health import Health, Undo, Verdict, Wish
 from alexnet_ddp.resilience.signals import StopSignal
+from alexnet_ddp.resilience.stragglers import Stopwatch
 
 _ROUNDS_BETWEEN_LOOKS = 8  # of an evaluation, between two looks at the stop signal
 
@@ -45,26 +46,35 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.cfg.precision is Precision.fp16)
         self.meter = Meter(self.world.device)
         self.grad_norm: Tensor | None = None  # of the last step, before it was clipped
+        self.stopwatch = Stopwatch(self.world)
         self._health = Health(self.world)
         self._model = self.ddp_model.module
         self._statistics = [b for b in self._model.buffers() if b.is_floating_point()]
+        self._undo = Undo([*self._model.buffers(), self.meter.local])
+        self._bad = torch.zeros((), device=self.world.device)  # 1 where the last step's gradient was not finite
+        if not self.scaler.is_enabled():  # fp16's scaler finds infinities as it searches its scale, and skips them
+            self.optimizer.found_inf = self._bad  # the fused kernels look at it: no rank waits, and none applies it
         self._blank = torch.zeros(1, 3, self.image_size, self.image_size, device=self.world.device)
         settle_buckets(self.ddp_model, self._blank)
 
     def __call__(self, batches: Iterator[Batch], step: int, lr: float, num_images: int, wish: Wish) -> Verdict:
         """Collective. Step `step` (0-based) over this rank's `batches`, up to the one that says it is the last.
 
-        num_images: of the global batch. Raises, on all ranks and with the weights as they were: Diverged where a loss
-        is not finite, DataError where images could not be had, and the error of a rank's `wish`.
+        num_images: of the global batch. Where a loss or a gradient is not finite, nothing of the step is applied. Its
+        verdict tells of a loss; of a gradient tells settle(), or the verdict of the next step, of which then nothing is
+        applied either, unless bad steps are skipped. Raises, on all ranks and with the weights as they were: DataError
+        where images could not be had, and the error of a rank's `wish`.
         """
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
+        self._undo.mark()
         verdict, error = self._gradients(batches, step, num_images, wish)
         if verdict.failed:
             raise_together(error, self.world)
-        if verdict.diverged:
-            rule = "nothing of that step was applied; lower optimizer.lr, or set trainer.clip_grad_norm"
-            raise Diverged(f"the loss of step {step + 1} is not finite; {rule}")
+        if verdict.diverged or (verdict.late and self.cfg.on_nan is not OnNan.skip):
+            self._undo.back(torch.ones_like(self._bad))
+            self._bad.zero_()
+            return verdict
         if verdict.num_images == 0:
             raise DataError(
                 f"none of the {num_images} images of step {step + 1} could be read; look at the lines above"
@@ -73,7 +83,14 @@ class TrainStep:
         self._apply(num_images / verdict.num_images)
         self.on_phase(WAITING)
         average(self._statistics, self.world)
+        self._undo.back(self._bad)
         return verdict
+
+    def settle(self) -> bool:
+        """Collective. True, once, where the last step's gradient was not finite. Waits for the device."""
+        late = any_rank(bool(self._bad.item()), self.world)
+        self._bad.zero_()
+        return late
 
     def load(self, sums: dict[str, float], scaler: dict[str, float]) -> None:
         """Go on with the row and the loss scale of a checkpoint."""
@@ -95,18 +112,20 @@ class TrainStep:
         while not is_last:
             self.on_phase("data")
             try:
-                batch: Batch | None = next(batches)
+                with self.stopwatch.data():
+                    batch: Batch | None = next(batches)
             except DataError as error:
                 batch, wish = None, replace(wish, error=error)
             self.on_phase("forward")
             is_last = batch is None or batch.work.is_last
             with nullcontext() if is_last else self.ddp_model.no_sync():
-                loss = self._loss_sum(batch, step)
+                with self.stopwatch.forward():
+                    loss = self._loss_sum(batch, step)
                 losses += loss.detach()
                 seen += 0 if batch is None else len(batch.labels)
                 if is_last:
                     self.on_phase(WAITING)
-                    self._health.begin(losses, seen, wish)
+                    self._health.begin(losses, seen, wish, self._bad)
                 self.scaler.scale(loss * scale).backward()
         return self._health.finish(), wish.error
 
@@ -122,27 +141,34 @@ class TrainStep:
         return loss
 
     def _apply(self, correction: float) -> None:
-        """Update the weights. `correction` is not 1 where bad images were skipped."""
+        """Update the weights, if the gradient is finite. `correction` is not 1 where bad images were skipped.
+
+        The gradient is the same on all ranks, and so is its norm: each decides alike without asking.
+        """
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self._model.parameters() if p.grad is not None]
         if correction != 1:
             torch._foreach_mul_([p.grad for p in parameters], correction)
+        self.grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         if self.cfg.clip_grad_norm is not None:
-            self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.cfg.clip_grad_norm)
+            nn.utils.clip_grads_with_norm_(parameters, self.cfg.clip_grad_norm, self.grad_norm)
+        if not self.scaler.is_enabled():
+            self._bad.copy_(~torch.isfinite(self.grad_norm))
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
 
-def cross_entropy(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
-    """Summed over the images; of two labels an image, weighted by their shares, where images are mixed."""
+def cross_entropy(logits: Tensor, batch: Batch, smoothing: float, reduction: str = "sum") -> Tensor:
+    """Summed over the images, or "none"; of two labels an image, weighted by their shares, where images are mixed."""
     mixing = batch.effects.mixing
     if mixing is None:
-        return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing)
+        return F.cross_entropy(logits, batch.labels, reduction=reduction, label_smoothing=smoothing)
     own, other = (
         F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
         for labels in (batch.labels, mixing.labels)
     )
-    return torch.lerp(other, own, mixing.share).sum()
+    losses = torch.lerp(other, own, mixing.share)
+    return losses.sum() if reduction == "sum" else losses
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ A message says the value, the rule and the remedy. Anything else that is raised 
 """
 
 import os
+import re
 from pathlib import Path
 
 
@@ -53,7 +54,7 @@ class NoCheckpoint(RunError):
 
 
 class Diverged(RunError):
-    """The loss is not finite."""
+    """A loss or a gradient is not finite, or the replicas are not equal any more."""
 
     exit_code = 70
 
@@ -65,9 +66,25 @@ class CheckpointIOError(RunError):
 
 
 class MachineError(RunError):
-    """A disk or a store is full, fails or cannot be reached, or a worker process was lost: no image is to blame."""
+    """A disk, a store or the memory is full or fails, or a worker process was lost: no image is to blame."""
 
     exit_code = 74
+
+
+def out_of_memory(error: BaseException) -> MachineError | None:
+    """What to end with where `error` is a failed allocation, of Python, numpy, torch's CPU allocator or a GPU's."""
+    name, text = type(error).__name__, str(error)
+    signs = r"can't allocate memory|not enough memory|bad_alloc|Cannot allocate memory|could not create a memory"
+    if not isinstance(error, MemoryError) and name != "OutOfMemoryError" and not re.search(signs, text):
+        return None
+    found = re.search(r"allocate ([\d.]+) ?(bytes|[KMGT]i?B)", text)
+    size = "more than there is" if found is None else f"{found[1]} {found[2]}"
+    if found and found[2] == "bytes":
+        size = f"{int(found[1]) / 1e6:,.1f} MB"
+    remedy = "lower trainer.micro_batch_size, or start fewer processes on that node"
+    shortage = MachineError(f"rank {os.environ.get('RANK', '0')} has no memory left: it asked for {size}; {remedy}")
+    shortage.only_here = True
+    return shortage
 
 
 class Preempted(RunError):

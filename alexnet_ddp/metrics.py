@@ -11,24 +11,27 @@ _SUMS = ("loss", "correct1", "correct5", "images")
 
 
 class Meter:
-    """Sums over images. They stay on the device until read(); float64, so that counts are exact to 2**53."""
+    """Sums over images. They stay on the device until read(); float64, so that counts are exact to 2**53.
+
+    `local` is what this rank has added since.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._local = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
+        self.local = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
         self._total = torch.zeros(len(_SUMS), dtype=torch.float64)
 
     def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
         """loss_sum: a scalar, summed over the n images; logits: [n, classes]; labels: int64 [n]. Waits for nothing."""
         top = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices
         hits = top == labels[:, None]
-        images = torch.full_like(self._local[0], len(labels))
+        images = torch.full_like(self.local[0], len(labels))
         counts = [loss_sum.detach().double(), hits[:, 0].sum(), hits.sum(), images]
-        self._local += torch.stack(counts)
+        self.local += torch.stack(counts)
 
     def read(self) -> dict[str, float]:
         """Collective. The sums over all ranks since the last reset(). Waits for the device."""
-        self._total += sum_over_ranks(self._local).cpu()
-        self._local.zero_()
+        self._total += sum_over_ranks(self.local).cpu()
+        self.local.zero_()
         return dict(zip(_SUMS, self._total.tolist()))
 
     def load(self, sums: dict[str, float]) -> None:
@@ -39,7 +42,9 @@ class Meter:
 
 
 def train_row(sums: dict[str, float]) -> dict[str, float]:
-    """loss: mean over the images; top1: percent."""
+    """loss: mean over the images; top1: percent. Nothing where no step was applied."""
+    if sums["images"] == 0:
+        return {}
     return {"train/loss": sums["loss"] / sums["images"], "train/top1": 100 * sums["correct1"] / sums["images"]}
 
 
@@ -69,15 +74,23 @@ class Pace:
         self._bad += planned - seen
         self._steps += 1
 
+    @property
+    def steps(self) -> int:
+        return self._steps
+
     def pause(self, seconds: float) -> None:
         """Leave out what is no training: an evaluation, a checkpoint."""
         self._began += seconds
 
     def row(self, waited_s: float) -> dict[str, float]:
-        """images/s over all ranks; seconds a step that this rank waited for data. waited_s: its sum since the start."""
+        """images/s over all ranks; seconds of a step, and those of them that this rank waited for data.
+
+        waited_s: its sum since the start.
+        """
         now = time.monotonic()
         row = {
             "train/images_per_sec": self._images / max(1e-9, now - self._began),
+            "time/step_s": (now - self._began) / max(1, self._steps),
             "time/data_s": (waited_s - self._waited_s) / max(1, self._steps),
         }
         if self._bad:

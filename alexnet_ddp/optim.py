@@ -13,10 +13,21 @@ def build_optimizer(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optim
     groups = _groups(cfg, model)
     match cfg:
         case SGDConfig():
-            return torch.optim.SGD(groups, cfg.lr, cfg.momentum, nesterov=cfg.nesterov, fused=True)
+            optimizer = torch.optim.SGD(groups, cfg.lr, cfg.momentum, nesterov=cfg.nesterov, fused=True)
+            reset(optimizer)
+            return optimizer
         case AdamWConfig():
             return torch.optim.AdamW(groups, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, fused=True)
     raise TypeError(f"no optimizer for {type(cfg).__name__}")
+
+
+def reset(optimizer: torch.optim.Optimizer) -> None:
+    """Forget all moments. SGD's are made here: a first step that found_inf cancels would leave them uninitialised."""
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        if group.get("momentum"):
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -54,6 +65,7 @@ def state_to_come(cfg: OptimizerConfig, model: nn.Module) -> State:
 
 def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, state: State) -> None:
     """The inverse of state_by_name. Hyperparameters stay what the configuration says."""
+    reset(optimizer)
     parameters = dict(model.named_parameters())
     for entry, value in state.items():
         key, name = entry.split("/", 1)

@@ -7,21 +7,23 @@ Read it top to bottom: config, world, data, budget, resume, model, parallel, opt
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from alexnet_ddp import cli, distributed
 from alexnet_ddp.checkpoint.find import load_weights
 from alexnet_ddp.checkpoint.identity import identity
 from alexnet_ddp.checkpoint.store import Checkpoints
-from alexnet_ddp.config import AlexNet2012AugmentConfig, Config
+from alexnet_ddp.config import AlexNet2012AugmentConfig, Config, OnNan
 from alexnet_ddp.config.door import to_plain, to_yaml
 from alexnet_ddp.data.augment import build_augment
-from alexnet_ddp.data.loader import build_loader
-from alexnet_ddp.data.sampler import build_sampler, evaluation_work, index_hash, largest_slice, rank_slice
+from alexnet_ddp.data.loader import Batch, build_loader
+from alexnet_ddp.data.sampler import build_sampler, describe_batch, evaluation_work, index_hash, rank_slice
 from alexnet_ddp.data.sets import open_data
 from alexnet_ddp.distributed import World
 from alexnet_ddp.engine import TrainStep, check_precision, evaluate
@@ -30,19 +32,26 @@ from alexnet_ddp.metrics import Pace, train_row
 from alexnet_ddp.model import build_model, check_image_size
 from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name, state_to_come
 from alexnet_ddp.parallel import build_parallel
+from alexnet_ddp.replay import replay
 from alexnet_ddp.resilience.deadline import Deadline
+from alexnet_ddp.resilience.guard import Guard
 from alexnet_ddp.resilience.health import Wish
 from alexnet_ddp.resilience.lock import lock_run
+from alexnet_ddp.resilience.replicas import Replicas
 from alexnet_ddp.resilience.signals import StopSignal
+from alexnet_ddp.resilience.stragglers import Stragglers
 from alexnet_ddp.resilience.watchdog import Watchdog
 from alexnet_ddp.schedule import Budget, build_lr_schedule
-from alexnet_ddp.tracking import RunInfo, RunStatus, build_tracker, make_run_dir, run_status
+from alexnet_ddp.tracking import RunInfo, RunStatus, build_tracker, headline, make_run_dir, run_status
 
 log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
 
 
 def train(cfg: Config, overrides: list[str]) -> None:
     """Run, or go on with, the training that `cfg` describes."""
+    if cfg.replay is not None:
+        replay(cfg, overrides, Run)
+        return
     stop = StopSignal()
     tf32 = cfg.trainer.tf32
     with distributed.session(cfg.device, tf32) as world, run_status(cfg.run_dir, world.is_main) as status:
@@ -64,7 +73,15 @@ def train(cfg: Config, overrides: list[str]) -> None:
 class Run:
     """One rank's part of a training. `state.step` is the only clock: everything else derives from it."""
 
-    def __init__(self, cfg: Config, world: World, status: RunStatus, stop: StopSignal, watchdog: Watchdog) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        world: World,
+        status: RunStatus,
+        stop: StopSignal,
+        watchdog: Watchdog,
+        up_to: int | None = None,
+    ) -> None:
         self.cfg, self.world, self.status, self.stop, self.watchdog = cfg, world, status, stop, watchdog
         check_precision(cfg.trainer.precision, world)
         self.data = distributed.first_on_node(lambda: open_data(cfg.data, may_make=True), world)
@@ -76,18 +93,18 @@ class Run:
             basis = self.data.colour_basis
             who["augment.colour_basis"] = basis and [part.tolist() for part in basis]
         shape = {"evaluation": self.data.val.fingerprint(), "budget": str(self.budget)}
-        distributed.require_same(who | shape | {"eval_batch_size": cfg.trainer.eval_batch_size}, world)
+        shape |= {name: getattr(cfg.trainer, name) for name in ("eval_batch_size", "on_nan", "check_every_steps")}
+        distributed.require_same(who | shape, world)
         self.checkpoints = Checkpoints(cfg.run_dir, cfg.checkpoint, who, world, self.sampler.steps_per_epoch)
-        self.state, self.saved = self.checkpoints.resume(cfg.run.name, cfg.resume.allow_changes)
+        self.state, self.saved = self.checkpoints.resume(cfg.run.name, cfg.resume.allow_changes, up_to)
         status.running(self.state.step)
-        Deadline(stop, lambda: self.checkpoints.longest_write_s).watch(world.is_main)
 
     @property
     def is_complete(self) -> bool:
         return self.budget.is_end(self.state.step) and self.state.evaluated_at == self.state.step
 
-    def prepare(self, overrides: list[str]) -> None:
-        """Build what a step needs, from the configuration or from the checkpoint."""
+    def build(self) -> None:
+        """What a step needs, from the configuration or from the checkpoint."""
         cfg, world, data, saved = self.cfg, self.world, self.data, self.saved
         start = replace(cfg.model, weights=None) if saved else cfg.model  # a checkpoint has all the weights
         num_classes, size = len(data.train.classes), cfg.data.image_size
@@ -106,16 +123,18 @@ class Run:
         self.train_step = TrainStep(ddp_model, self.optimizer, cfg.trainer, cfg.seed, world, cfg.data.image_size)
         self.train_step.on_phase = self.watchdog.phase
         self.train_step.load(self.state.sums, self.state.scaler)
-        state = state_by_name(self.optimizer, self.model) or state_to_come(cfg.optimizer, self.model)
-        self.checkpoints.prepare({"model": self.model.state_dict(), "optimizer": state})
 
         augment = build_augment(cfg.augment, cfg.seed, cfg.data.image_size, cfg.data.eval_resize, data.colour_basis)
         self.train_loader = build_loader(cfg.data, data.train, augment, world.num_cores, world.device, True)
         self.val_loader = build_loader(cfg.data, data.val, None, world.num_cores, world.device)
-        steps = range(self.state.step, self.budget.total_steps)
-        works = self.sampler.work(steps, world.rank, world.world_size, cfg.trainer.micro_batch_size)
-        self.batches = self.train_loader.batches(works)
+        self.batches = self._batches()
 
+    def prepare(self, overrides: list[str]) -> None:
+        """What a step needs, and what a run needs beside: its record, its guards, its clocks."""
+        self.build()
+        cfg, world, data = self.cfg, self.world, self.data
+        state = state_by_name(self.optimizer, self.model) or state_to_come(cfg.optimizer, self.model)
+        self.checkpoints.prepare({"model": self.model.state_dict(), "optimizer": state})
         facts = {"world_size": world.world_size, "overrides": overrides, "start_step": self.state.step}
         classes = {"ids": data.train.classes, "names": data.class_names}
         budget, step = self.budget, self.state.step
@@ -124,15 +143,25 @@ class Run:
         self.tracker.record(to_yaml(cfg), facts, classes)
         self.tracker.say(self._headline())
 
+        Deadline(self.stop, lambda: self.checkpoints.longest_write_s).watch(world.is_main)
+        batch = partial(describe_batch, self.sampler, data.train)
+        self.guard = Guard(cfg.trainer, self.state.bad_steps, batch, cfg.run_dir / "replay.json", world)
+        self.replicas, self.stragglers = Replicas(cfg.trainer.check_every_steps, world), Stragglers(world)
         self.pace, self.saved_at = Pace(), time.monotonic()
-        self.stopping = self.save_due = False
+        self.stopping = self.save_due = self.row_due = False
         self.failure: RunError | None = None  # of rank 0's checkpoints, until all ranks know
 
     def go(self) -> None:
         """Steps, and what is due between two of them, until the last one or a stop."""
         leave_start(self.state.step)
         while True:
-            if self.budget.eval_due(self.state.step) and self.state.evaluated_at != self.state.step:
+            self.replicas.check(self.state.step, self._tensors)
+            eval_due = self.budget.eval_due(self.state.step) and self.state.evaluated_at != self.state.step
+            if (self.row_due or eval_due or self.save_due or self.stopping) and self.train_step.settle():
+                self.leave_behind(self.state.step - 1)
+            if self.row_due:
+                self.log_row()
+            if eval_due:
                 self._pausing(self.evaluate)
             if self.save_due or self.stopping:
                 self._pausing(self.save)
@@ -157,17 +186,38 @@ class Run:
         self.state.step = step + 1
         self.failure = self.checkpoints.poll() or self.failure
         self.stopping = verdict.stop
+        self.guard.watch(step, verdict.loss)
+        for bad in verdict.bad_steps(step):
+            self.leave_behind(bad)
         self.save_due = verdict.save or self.budget.save_due(self.state.step)
-        self.pace.add(num_images, verdict.num_images)
-        self.tracker.advance(self.state.step)
-        if self.budget.log_due(self.state.step):
-            self.log_row()
+        if self.state.step == step + 1:  # else back behind the step before: this one was not applied, and comes again
+            self.row_due = self.budget.log_due(self.state.step)
+            self.pace.add(num_images, verdict.num_images)
+            self.tracker.advance(self.state.step)
+
+    def leave_behind(self, step: int) -> None:
+        """Collective. Step `step` was bad and was not applied: end, go on, or go back, as trainer.on_nan says."""
+        error = self.guard.bad(step)
+        if error is not None:
+            self.state.step, self.stopping = step, True
+            self.save()
+            raise error
+        if self.cfg.trainer.on_nan is OnNan.rollback:
+            to, tensors = self.checkpoints.newest()
+            self.guard.rolled_back(step, to)
+            load_weights(self.model, tensors["model"], f"the checkpoint of step {to}")
+            load_state_by_name(self.optimizer, self.model, tensors["optimizer"])
+            self.state.step = step + 1
+            self.batches = self._batches()
 
     def log_row(self) -> None:
         """Collective. The one place that waits for the device."""
         row = train_row(self.train_step.meter.read()) | {"train/lr": self.lr(self.state.step - 1)}
         self.train_step.meter.reset()
-        row |= self.train_step.extras() | self.pace.row(self.train_loader.waited_s) | self.checkpoints.row()
+        self.row_due = False
+        steps, pace = self.pace.steps, self.pace.row(self.train_loader.waited_s)
+        row |= self.train_step.extras() | pace | self.guard.row() | self.checkpoints.row()
+        row |= self.stragglers.row(self.train_step.stopwatch.read(), steps, pace["time/step_s"] * steps)
         self._log(row)
 
     def evaluate(self) -> None:
@@ -188,13 +238,20 @@ class Run:
         """Collective. A last checkpoint that fails ends the run; one on the way is a warning, at first."""
         self.watchdog.phase("checkpoint")
         self.state.sums, self.state.scaler = self.train_step.meter.read(), self.train_step.scaler.state_dict()
-        tensors = {"model": self.model.state_dict(), "optimizer": state_by_name(self.optimizer, self.model)}
         is_last = self.stopping or self.budget.is_end(self.state.step)
-        self.failure = self.checkpoints.save(self.state, tensors, is_last)
+        self.failure = self.checkpoints.save(self.state, self._tensors(), is_last)
         if is_last:
             distributed.raise_together(self.failure, self.world)
         self.save_due, self.saved_at = False, time.monotonic()
         self.status.running(self.state.step)
+
+    def _batches(self) -> Generator[Batch]:
+        steps, world = range(self.state.step, self.budget.total_steps), self.world
+        works = self.sampler.work(steps, world.rank, world.world_size, self.cfg.trainer.micro_batch_size)
+        return self.train_loader.batches(works)
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {"model": self.model.state_dict(), "optimizer": state_by_name(self.optimizer, self.model)}
 
     def _log(self, row: dict[str, float | int | str]) -> None:
         """Write a row, with a hash that names the images of the last step."""
@@ -209,18 +266,10 @@ class Run:
         self.pace.pause(time.monotonic() - began)
 
     def _headline(self) -> str:
-        cfg, n = self.cfg.trainer, sum(p.numel() for p in self.model.parameters())
-        part = largest_slice(cfg.global_batch_size, self.world.world_size)
-        micro = min(part, cfg.micro_batch_size or part)
-        first, size = self.cfg.data.start_image_size, self.cfg.data.image_size
-        growth = "" if first is None else f" growing from {first} to {size} pixels"
-        return (
-            f"{self.cfg.run.name}: {n:,} parameters, {len(self.data.train):,} + {len(self.data.val):,} images of "
-            f"{len(self.data.class_names)} classes{growth}; global batch {cfg.global_batch_size} = "
-            f"{self.world.world_size} {self.world.device.type} rank(s) x {-(-part // micro)} x {micro}; "
-            f"step {self.state.step} of {self.budget.total_steps} ({self.budget.steps_per_epoch} an epoch); "
-            f"{self.cfg.run_dir}"
-        )
+        data, budget, parameters = self.data, self.budget, sum(p.numel() for p in self.model.parameters())
+        counts = (len(data.train), len(data.val), len(data.class_names))
+        progress = f"step {self.state.step} of {budget.total_steps} ({budget.steps_per_epoch} an epoch)"
+        return headline(self.cfg, self.world, parameters, counts, progress)
 
 
 if __name__ == "__main__":

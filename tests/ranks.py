@@ -7,8 +7,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-_SPAWN = multiprocessing.get_context("forkserver")
-_SPAWN.set_forkserver_preload(["torch", "torchvision", "alexnet_ddp.engine", "alexnet_ddp.checkpoint"])
+SPAWN = multiprocessing.get_context("forkserver")
+SPAWN.set_forkserver_preload(["torch", "torchvision", "alexnet_ddp.engine", "alexnet_ddp.checkpoint.store"])
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
@@ -21,8 +21,8 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
         port = probe.getsockname()[1]
     pipes, processes = [], []
     for rank in range(world_size):
-        parent, child = _SPAWN.Pipe()
-        process = _SPAWN.Process(target=_rank, args=(child, fn, args, rank, world_size, port))
+        parent, child = SPAWN.Pipe()
+        process = SPAWN.Process(target=_rank, args=(child, fn, args, rank, world_size, port))
         process.start()
         pipes.append(parent)
         processes.append(process)

@@ -11,6 +11,7 @@ ROOTS = {"train", "evaluate", "predict", "prepare"}  # one command each: know ev
 SHARED = {"config", "distributed", "metrics", "errors", "rng", "atomic"}  # may be imported by any room
 MEETING = {  # below the roots, the rooms that bring others together
     "engine": {"data", "model", "optim", "parallel", "resilience"},
+    "replay": {"cli", "data", "engine", "model", "resilience", "tracking"},
     "cli": set(),
 }
 ONLY_IN = {  # library -> the modules that may know that it exists

@@ -8,6 +8,7 @@ from torch import nn
 
 from alexnet_ddp import distributed
 from alexnet_ddp.config import (
+    AdamWConfig,
     AlexNetConfig,
     AlexNetSmallConfig,
     BasicAugmentConfig,
@@ -17,6 +18,7 @@ from alexnet_ddp.config import (
     FolderConfig,
     NoAugmentConfig,
     OnBadImage,
+    OnNan,
     Precision,
     SGDConfig,
     SyntheticConfig,
@@ -28,7 +30,7 @@ from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler, evaluation_work
 from alexnet_ddp.data.sets import open_data
 from alexnet_ddp.engine import TrainStep, autocast, check_precision, evaluate
-from alexnet_ddp.errors import DataError, Diverged, RunError
+from alexnet_ddp.errors import DataError, RunError
 from alexnet_ddp.model import build_model, set_dropout_keys
 from alexnet_ddp.optim import build_optimizer, state_by_name
 from alexnet_ddp.parallel import build_parallel
@@ -192,36 +194,71 @@ def test_running_statistics_are_averaged_over_the_ranks():
     assert any(first)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(world):
-    before = {}
+def bad_step(what, rank, optimizer_cfg, on_nan, bad=1, num_steps=4):
+    """Steps of a network with BatchNorm, where `what` ("loss" or "gradient") of step `bad` is spoilt on one rank.
 
-    def spoil(k, model, world):
-        if k == 1:
-            before.update({name: p.detach().clone() for name, p in model.named_parameters()})
-            model.classifier[-1].bias.data[0] = before["classifier.3.bias"][0] = float("nan")
-            spoil.model = model
-
-    with pytest.raises(Diverged, match=r"the loss of step 2 is not finite; nothing of that step was applied; lower"):
-        steps(3, world, spoil=spoil)
-    for name, p in spoil.model.named_parameters():
-        assert torch.equal(p.nan_to_num(7), before[name].nan_to_num(7)), name
-
-
-def poison_one_rank():
-    def spoil(k, model, world):
-        if k == 1 and world.rank == 1:
-            model.classifier[-1].bias.data[0] = float("inf")
-
+    Tensors (parameters, buffers, moments) before each step and after the last, verdicts, sums of the last row.
+    """
     with distributed.session(Device.cpu) as world:
-        try:
-            steps(3, world, spoil=spoil)
-        except RunError as error:
-            return type(error).__name__, error.exit_code
-    return "no error", 0
+        torch.set_num_threads(1)
+        model = build_model(AlexNetSmallConfig(), 5, 64, seed=0)
+        model.features.insert(1, nn.BatchNorm2d(64))
+        optimizer = build_optimizer(optimizer_cfg, model)
+        trainer = TrainerConfig(epochs=1, global_batch_size=17, on_nan=on_nan)
+        step = TrainStep(build_parallel(DDPConfig(), model, world), optimizer, trainer, 0, world, 64)
+        images = open_data(IMAGES).train
+        sampler = GlobalBatchSampler(103, 17, seed=0)
+        batches = build_loader(IMAGES, images, None, 1, world.device).batches(
+            sampler.work(range(num_steps), world.rank, world.world_size, None)
+        )
+        spoil, layer = False, model.classifier[-1]
+        layer.weight.register_hook(lambda g: g * float("nan") if spoil and what == "gradient" else g)
+        layer.register_forward_hook(lambda m, x, y: y * float("inf") if spoil and what == "loss" and m.training else y)
+        states, verdicts = [], []
+        for k in range(num_steps + 1):
+            tensors = {**model.state_dict(), **state_by_name(optimizer, model)}
+            states.append({name: t.clone().numpy() for name, t in tensors.items()})
+            if k < num_steps:
+                spoil = k == bad and world.rank == rank
+                verdicts.append(step(batches, k, 0.01, 17, Wish()))
+        return states, [(v.diverged, v.late) for v in verdicts], step.meter.read(), step.settle()
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all():
-    assert run_ranks(poison_one_rank, 2) == [("Diverged", 70)] * 2
+def same(a, b):
+    """AdamW makes its moments, of zeros, in its first step."""
+    return all(np.array_equal(a.get(name, np.zeros_like(b[name])), b[name]) for name in b)
+
+
+@pytest.mark.parametrize("optimizer_cfg", [SGD, AdamWConfig(lr=0.01)])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_nothing_of_a_bad_step_is_applied_on_any_rank_and_the_next_one_is(what, optimizer_cfg):
+    """Parameters, moments, BatchNorm's statistics and counts, the sums of the row. Also in the first step of all."""
+    for bad in (0, 1):
+        ranks = run_ranks(bad_step, 2, what, 1, optimizer_cfg, OnNan.skip, bad)
+        for states, verdicts, sums, _ in ranks:
+            assert same(states[bad], states[bad + 1]), bad
+            assert not same(states[bad + 1], states[bad + 2])
+            assert all(np.isfinite(value).all() for value in states[-1].values())
+            told = (bad, (True, False)) if what == "loss" else (bad + 1, (False, True))
+            assert [(k, v) for k, v in enumerate(verdicts) if any(v)] == [told]
+            assert sums["images"] == 3 * 17
+            assert np.isfinite(sums["loss"])
+            assert same(states[-1], {k: v for k, v in ranks[0][0][-1].items() if "num_batches" not in k})
+
+
+def test_where_bad_steps_end_a_run_the_step_after_a_bad_gradient_is_not_applied_either():
+    for states, verdicts, sums, _ in run_ranks(bad_step, 2, "gradient", 1, SGD, OnNan.stop):
+        assert verdicts[2] == (False, True)
+        assert same(states[1], states[2])
+        assert same(states[2], states[3])
+        assert sums["images"] == 2 * 17  # the first step and the last one
+
+
+def test_a_bad_gradient_of_the_last_step_is_told_once_when_asked():
+    for states, verdicts, _, settled in run_ranks(bad_step, 2, "gradient", 0, SGD, OnNan.stop, 3):
+        assert verdicts == [(False, False)] * 4
+        assert settled
+        assert same(states[3], states[4])
 
 
 def broken_image_on_one_rank(root):

@@ -81,6 +81,10 @@ def test_a_training_row_is_a_mean_over_images_and_a_percentage():
     assert row == {"train/loss": 1.5, "train/top1": 25.0}
 
 
+def test_a_row_without_a_step_that_was_applied_has_no_loss():
+    assert train_row({"loss": 0.0, "correct1": 0.0, "correct5": 0.0, "images": 0.0}) == {}
+
+
 def test_an_evaluation_row_carries_its_counts_as_integers():
     row = evaluation_row({"loss": 501.5, "correct1": 333.0, "correct5": 1003.0, "images": 1003.0})
     assert row == {
@@ -106,10 +110,10 @@ def test_pace_is_images_and_waiting_since_the_last_row(clock):
     for _ in range(4):
         pace.add(planned=64, seen=64)
     clock.s += 2
-    assert pace.row(waited_s=0.4) == {"train/images_per_sec": 128.0, "time/data_s": 0.1}
+    assert pace.row(waited_s=0.4) == {"train/images_per_sec": 128.0, "time/step_s": 0.5, "time/data_s": 0.1}
     pace.add(planned=64, seen=64)
     clock.s += 4
-    assert pace.row(waited_s=0.9) == {"train/images_per_sec": 16.0, "time/data_s": 0.5}
+    assert pace.row(waited_s=0.9) == {"train/images_per_sec": 16.0, "time/step_s": 4.0, "time/data_s": 0.5}
 
 
 def test_pace_leaves_pauses_out(clock):
@@ -134,4 +138,4 @@ def test_pace_counts_images_that_could_not_be_read_and_only_while_there_are_some
 
 def test_pace_without_a_step_or_without_time_is_finite(clock):
     pace = Pace()
-    assert pace.row(0) == {"train/images_per_sec": 0.0, "time/data_s": 0.0}
+    assert pace.row(0) == {"train/images_per_sec": 0.0, "time/step_s": 0.0, "time/data_s": 0.0}

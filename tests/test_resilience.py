@@ -1,9 +1,11 @@
 """A stop signal or a fault reaches one rank; all ranks know it at the same step."""
 
+import math
 import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from alexnet_ddp.config import Device
 from alexnet_ddp.distributed import session
 from alexnet_ddp.errors import DataError
 from alexnet_ddp.resilience import signals
-from alexnet_ddp.resilience.health import Health, Verdict, Wish
+from alexnet_ddp.resilience.health import Health, Undo, Verdict, Wish
 from alexnet_ddp.resilience.signals import StopSignal
 from tests.ranks import run_ranks  # its forkserver has torch loaded
 
@@ -74,6 +76,7 @@ STEPS = {
     "infinite": [(1.0, 5, Wish()), (float("-inf"), 4, Wish())],
     "all at once": [(float("inf"), 0, Wish(stop=True, save=True)), (float("inf"), 0, Wish(stop=True, save=True))],
     "huge": [(3e38, 2**31, Wish()), (3e38, 2**31 + 1, Wish())],  # no overflow on the way
+    "late": [(1.0, 5, Wish()), (2.0, 4, Wish())],
     "well again": [(1.0, 5, Wish()), (2.0, 0, Wish())],
 }
 
@@ -83,7 +86,8 @@ def verdicts() -> dict[str, Verdict]:
         health, found = Health(world), {}
         for name, ranks in STEPS.items():
             loss, num_images, wish = ranks[world.rank]
-            health.begin(torch.tensor(loss), num_images, wish)
+            late = torch.tensor(float(name == "late"))
+            health.begin(torch.tensor(loss), num_images, wish, late)
             found[name] = health.finish()
         return found
 
@@ -94,7 +98,8 @@ def by_rank() -> list[dict[str, Verdict]]:
 
 
 def verdict(num_images: int, **flags: bool) -> Verdict:
-    return Verdict(**{"stop": False, "diverged": False, "failed": False, "save": False, **flags}, num_images=num_images)
+    none = dict.fromkeys(("stop", "diverged", "late", "failed", "save"), False)
+    return Verdict(**{**none, **flags}, num_images=num_images, loss=0)
 
 
 @pytest.mark.parametrize(
@@ -108,8 +113,33 @@ def verdict(num_images: int, **flags: bool) -> Verdict:
         ("infinite", verdict(9, diverged=True)),
         ("all at once", verdict(0, stop=True, save=True, diverged=True)),
         ("huge", verdict(2**32 + 1)),
+        ("late", verdict(9, late=True)),
         ("well again", verdict(5)),
     ],
 )
 def test_what_one_rank_brings_both_ranks_know(by_rank, step, expected):
-    assert [found[step] for found in by_rank] == [expected] * 2
+    assert [replace(found[step], loss=0) for found in by_rank] == [expected] * 2
+
+
+def test_the_loss_of_a_step_is_the_mean_over_the_images_of_all_ranks(by_rank):
+    assert [found["well"].loss for found in by_rank] == [3 / 9] * 2
+    assert all(math.isnan(found["nan"].loss) for found in by_rank)
+
+
+def test_a_verdict_tells_of_the_gradient_before_and_of_the_loss_of_its_own_step():
+    assert verdict(9).bad_steps(7) == []
+    assert verdict(9, late=True, diverged=True).bad_steps(7) == [6, 7]
+
+
+def test_what_a_step_changed_by_itself_is_taken_back_where_the_step_is_bad():
+    tensors = [torch.ones(2, 3), torch.tensor(4), torch.ones(5, dtype=torch.float64), torch.zeros(2, 2)]
+    undo = Undo(tensors)
+    for bad, expected in ((0.0, [2, 5, 2, float("nan")]), (1.0, [1, 4, 1, 0])):
+        for tensor, value in zip(tensors, (1, 4, 1, 0)):
+            tensor.fill_(value)
+        undo.mark()
+        for tensor, value in zip(tensors, (2, 5, 2, float("nan"))):
+            tensor.fill_(value)
+        undo.back(torch.tensor(bad))
+        for tensor, value in zip(tensors, expected):
+            assert torch.equal(tensor.double().nan_to_num(9), torch.full_like(tensor, value).double().nan_to_num(9))

@@ -13,12 +13,12 @@ from alexnet_ddp.errors import NoCheckpoint
 log = logging.getLogger(__name__)
 
 
-def find_newest(directory: Path) -> Path | None:
+def find_newest(directory: Path, up_to: int | None = None) -> Path | None:
     """The newest checkpoint that verifies; None where none was ever committed. Names every one that it rejects.
 
-    Raises NoCheckpoint where all are rejected: a run never silently starts afresh.
+    up_to: the last step to look at. Raises NoCheckpoint where all are rejected: a run never silently starts afresh.
     """
-    candidates = files.listed(directory)
+    candidates = [d for d in files.listed(directory) if up_to is None or files.step_of(d) <= up_to]
     for candidate in reversed(candidates):
         try:
             files.verify(candidate)

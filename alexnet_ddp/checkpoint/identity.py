@@ -8,13 +8,14 @@ import torch
 from alexnet_ddp.config import Config, ConfigError
 
 # Free to change: they move work or watch it, but leave every update what it is.
-_FREE_SECTIONS = {"run", "device", "checkpoint", "resume", "logger", "parallel"}
+_FREE_SECTIONS = {"run", "replay", "device", "checkpoint", "resume", "logger", "parallel"}
 _FREE = {
     *("data.root", "data.num_threads", "data.on_bad_image", "data.limit_train", "data.limit_val", "model.weights"),
     *("data.num_train", "data.num_val", "data.num_classes"),  # the fingerprint covers them
     *("data.shuffle", "data.window_shards", "data.cache_dir", "data.cache_gb"),  # `windows` covers them
     *("trainer.epochs", "trainer.max_steps", "trainer.micro_batch_size", "trainer.eval_batch_size", "trainer.compile"),
     *("trainer.tf32", "trainer.log_every_steps", "trainer.eval_every_epochs", "trainer.hang_timeout_s"),
+    *("trainer.on_nan", "trainer.spike_factor", "trainer.check_every_steps"),
 }
 
 _OFF = (None, 0, "none")  # values of a knob that leaves everything as it was before there was the knob

@@ -15,7 +15,7 @@ from alexnet_ddp.checkpoint.layout import needed
 from alexnet_ddp.checkpoint.writer import Order, Reply
 from alexnet_ddp.config import CheckpointConfig
 from alexnet_ddp.distributed import World, broadcast_tensors, from_main, on_all
-from alexnet_ddp.errors import CheckpointIOError, NoCheckpoint, RunError
+from alexnet_ddp.errors import CheckpointIOError, Diverged, NoCheckpoint, RunError
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ class RunState:
     best: dict[str, float | int] = field(default_factory=dict)  # step and val/top1 of the best evaluation
     sums: dict[str, float] = field(default_factory=dict)  # of the training row that is being collected
     scaler: dict[str, float] = field(default_factory=dict)  # of fp16's loss scale
+    bad_steps: dict[str, int] = field(default_factory=dict)  # how many were skipped, ...: see resilience/guard.py
 
     def note_evaluation(self, top1: float) -> None:
         """The best one is the first of the highest."""
@@ -100,15 +101,17 @@ class Checkpoints:
         self.poll(wait=True)
         self._writer.close()
 
-    def resume(self, run_name: str, allow_changes: bool) -> tuple[RunState, Groups]:
+    def resume(self, run_name: str, allow_changes: bool, up_to: int | None = None) -> tuple[RunState, Groups]:
         """Collective. State and tensors of the newest valid checkpoint; a fresh state without tensors for a new run.
 
-        Raises NoCheckpoint where checkpoints exist but none is valid, ConfigError where it is another run's.
+        up_to: only look at checkpoints of this step or before, and write nothing. Raises NoCheckpoint where checkpoints
+        exist but none is valid, ConfigError where it is another run's.
         """
 
         def choose() -> Path | None:
-            files.clean_up(self._directory)
-            newest = find_newest(self._directory) or self._fetched()
+            if up_to is None:
+                files.clean_up(self._directory)
+            newest = find_newest(self._directory, up_to) or (self._fetched() if up_to is None else None)
             if newest is not None and not allow_changes:
                 check_same_run(run_name, files.read_state(newest)["identity"], self._identity)
             return newest
@@ -119,14 +122,31 @@ class Checkpoints:
         # Only rank 0 reads: the others need not see its disk.
         record = from_main(lambda: files.read_state(newest), self._world)
         self._note_numerics(record)
-        state = RunState(**{name: record[name] for name in RunState.__dataclass_fields__})
+        state = RunState(**{name: record[name] for name in RunState.__dataclass_fields__ if name in record})
         stems = ["model", "optimizer"]
         if record["identity"].get("optimizer") != self._identity.get("optimizer"):
             log.warning("another optimizer than the checkpoint's: its state starts afresh")
             stems.remove("optimizer")
+        return state, self._read(newest, stems)
+
+    def newest(self) -> tuple[int, Groups]:
+        """Collective. Step and tensors of the newest valid checkpoint. Raises Diverged where there is none."""
+
+        def choose() -> Path:
+            self.poll(wait=True)
+            newest = find_newest(self._directory)
+            if newest is None:
+                raise Diverged(f"{self._directory} has no checkpoint yet to roll back to; lower optimizer.lr")
+            return newest
+
+        newest = from_main(choose, self._world)
+        return files.step_of(newest), self._read(newest, ["model", "optimizer"])
+
+    def _read(self, directory: Path, stems: list[str]) -> Groups:
+        """Collective. Only rank 0 reads."""
         main = self._world.is_main
-        return state, {
-            stem: broadcast_tensors(files.read_tensors(newest, stem) if main else {}, self._world) for stem in stems
+        return {
+            stem: broadcast_tensors(files.read_tensors(directory, stem) if main else {}, self._world) for stem in stems
         }
 
     def _note_numerics(self, record: dict) -> None:

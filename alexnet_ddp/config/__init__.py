@@ -56,6 +56,7 @@ from alexnet_ddp.config.run import (
     DDPConfig,
     Device,
     LoggerConfig,
+    OnNan,
     ParallelConfig,
     Precision,
     ResumeConfig,
@@ -95,6 +96,7 @@ __all__ = [
     "ModelConfig",
     "NoAugmentConfig",
     "OnBadImage",
+    "OnNan",
     "OptimizerConfig",
     "ParallelConfig",
     "Policy",
@@ -136,6 +138,7 @@ class Config:
     checkpoint: CheckpointConfig
     resume: ResumeConfig
     logger: LoggerConfig
+    replay: str | None = None  # a replay.json: go through that step of run.name once more, and train nothing
 
     def __post_init__(self) -> None:
         grow, epochs = self.data.grow_epochs, self.trainer.epochs

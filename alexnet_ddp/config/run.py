@@ -18,6 +18,14 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
+class OnNan(StrEnum):
+    """What becomes of a step whose loss or gradient is not finite. None of it is ever applied."""
+
+    stop = "stop"  # end with 70; the state before the step is saved
+    skip = "skip"  # go on without it
+    rollback = "rollback"  # go on behind it, from the weights of the newest checkpoint
+
+
 class Wandb(StrEnum):
     disabled = "disabled"
     offline = "offline"
@@ -59,6 +67,9 @@ class TrainerConfig:
     compile: bool = False  # torch.compile
     label_smoothing: float = 0.0
     clip_grad_norm: float | None = None
+    on_nan: OnNan = OnNan.stop
+    spike_factor: float | None = 20.0  # warn of a loss above so many medians of the steps before it; null: never
+    check_every_steps: int | None = 1000  # compare the replicas so often, and before the first step; null: never
     log_every_steps: int = 10
     eval_every_epochs: int = 1
     hang_timeout_s: float | None = 30.0  # without progress, or 10 slow steps if that is more; null: wait for ever
@@ -66,6 +77,9 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         sizes = ("global_batch_size", "micro_batch_size", "eval_batch_size", "clip_grad_norm", "hang_timeout_s")
         positive("trainer", self, "epochs", "max_steps", "log_every_steps", "eval_every_epochs", *sizes)
+        positive("trainer", self, "check_every_steps")
+        spike = self.spike_factor
+        require(spike is None or spike > 1, f"trainer.spike_factor ({spike}) must be greater than 1, or null")
         require(0 <= self.label_smoothing < 1, f"trainer.label_smoothing ({self.label_smoothing}) must lie in [0, 1)")
 
 

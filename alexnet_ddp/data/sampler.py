@@ -163,6 +163,19 @@ def evaluation_work(num_images: int, batch_size: int, rank: int, world_size: int
         yield Work(step=k, epoch=0, indices=indices, is_last=k == rounds - 1)
 
 
+def describe_batch(sampler: GlobalBatchSampler, index: SampleIndex, step: int) -> dict[str, object]:
+    """The global batch of `step` (0-based) as JSON. There "step" counts from 1, as the rows of metrics do."""
+    indices = sampler.batch(step).tolist()
+    return {
+        "step": step + 1,
+        "epoch": step // sampler.steps_per_epoch,
+        "seed": sampler.seed,
+        "global_batch_size": sampler.global_batch_size,
+        "indices": indices,
+        "names": [index.name(i) for i in indices],
+    }
+
+
 def index_hash(indices: np.ndarray) -> str:
     """16 hex digits that name the images of a batch, in order."""
     return hashlib.sha256(np.ascontiguousarray(indices, dtype="<i8").tobytes()).hexdigest()[:16]

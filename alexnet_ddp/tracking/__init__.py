@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from alexnet_ddp.config import LoggerConfig
 from alexnet_ddp.tracking.board import TensorBoardSink
 from alexnet_ddp.tracking.console import Console, build_console
+from alexnet_ddp.tracking.headline import headline
 from alexnet_ddp.tracking.jsonl import JsonlSink
 from alexnet_ddp.tracking.record import make_run_dir, read_classes, record_run, write_status
 from alexnet_ddp.tracking.status import RunStatus, run_status
@@ -23,6 +24,7 @@ __all__ = [
     "RunStatus",
     "Tracker",
     "build_tracker",
+    "headline",
     "make_run_dir",
     "read_classes",
     "record_run",

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from alexnet_ddp.errors import ConfigError, Preempted, RunError
+from alexnet_ddp.errors import ConfigError, Preempted, RunError, out_of_memory
 from alexnet_ddp.tracking.record import write_status
 
 log = logging.getLogger(__name__)
@@ -42,13 +42,14 @@ def run_status(run_dir: Path, is_main: bool) -> Iterator[RunStatus]:
     status = RunStatus(run_dir, is_main)
     try:
         yield status
-    except RunError as error:
-        if status.is_someone_elses(error):
+    except BaseException as caught:
+        error = out_of_memory(caught) or caught
+        if not isinstance(error, RunError):
+            status._write("failed", 1, f"{type(error).__name__}: {error}")
+        elif not status.is_someone_elses(error):
+            state = "preempted" if error.exit_code == Preempted.exit_code else "failed"
+            status._write(state, error.exit_code, str(error))
+        if error is caught:
             raise
-        state = "preempted" if error.exit_code == Preempted.exit_code else "failed"
-        status._write(state, error.exit_code, str(error))
-        raise
-    except BaseException as error:
-        status._write("failed", 1, f"{type(error).__name__}: {error}")
-        raise
+        raise error from caught
     status._write("complete", 0)

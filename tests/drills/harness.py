@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[2]
+FAULTS = Path(__file__).parent / "faults"
 MARK = "ALEXNET_DDP_DRILL"  # in the environment of every process of a job
 
 # AlexNet's small sibling at 64 px: a step takes some 50 ms, a start of the processes some 5 s.
@@ -47,6 +48,11 @@ class Job:
         except subprocess.TimeoutExpired:
             self.end()
             raise AssertionError(f"{self.name} did not end in {timeout_s} s:\n{self.said()[-3000:]}") from None
+
+    def inject(self, fault: str) -> "Job":
+        """From the next start on: see faults/sitecustomize.py. "" for none."""
+        self.env |= {"ALEXNET_DDP_FAULT": fault, "PYTHONPATH": f"{FAULTS}{os.pathsep}{PROJECT}"}
+        return self
 
     def run(self, *more: str, timeout_s: float = 180) -> int:
         return self.start(*more).wait(timeout_s)

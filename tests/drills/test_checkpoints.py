@@ -1,87 +1,82 @@
 """Checkpoints that are interrupted, refused by the disk, cut, flipped or gone."""
 
+import contextlib
 import json
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+import torch
 
 from alexnet_ddp.checkpoint import files
 from alexnet_ddp.checkpoint.find import find_newest
-from tests.drills.harness import PROJECT, Job, assert_same_run
+from alexnet_ddp.checkpoint.store import Checkpoints
+from alexnet_ddp.config import CheckpointConfig, Device
+from alexnet_ddp.distributed import session
+from tests.drills.harness import Job, assert_same_run
+from tests.ranks import SPAWN
 
 pytestmark = pytest.mark.drill
 
-# Saves for ever; each value of a checkpoint is its step. Prints the step whose save begins.
-SAVES = """
-import os, sys, torch
-from pathlib import Path
-from alexnet_ddp.checkpoint.store import Checkpoints, RunState
-from alexnet_ddp.config import CheckpointConfig, Device
-from alexnet_ddp.distributed import session
-with session(Device.cpu) as world:
-    checkpoints = Checkpoints(Path(sys.argv[1]), CheckpointConfig(keep_last=2), {}, world)
-    state, _ = checkpoints.resume("r", False)
-    group = {name: torch.empty(500_000) for name in "ab"}
-    while True:
-        state.step += 1
-        for tensor in group.values():
-            tensor.fill_(state.step)
-        print(state.step, flush=True)
-        assert checkpoints.save(state, {"model": group, "optimizer": group}, is_last=False) is None
-        assert checkpoints.poll(wait=True) is None
-"""
 
-
-def start_saving(run_dir: Path) -> subprocess.Popen:
-    env = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    return subprocess.Popen([sys.executable, "-c", SAVES, str(run_dir)], env=env, stdout=subprocess.PIPE, text=True)
+def save_for_ever(run_dir: str, pipe: Connection) -> None:
+    """Each value of a checkpoint is its step. Sends the step whose save begins."""
+    os.environ.pop("RANK", None)
+    with session(Device.cpu) as world:
+        checkpoints = Checkpoints(Path(run_dir), CheckpointConfig(keep_last=2), {}, world)
+        state, _ = checkpoints.resume("r", allow_changes=False)
+        group = {name: torch.empty(500_000) for name in "ab"}
+        while True:
+            state.step += 1
+            for tensor in group.values():
+                tensor.fill_(state.step)
+            pipe.send(state.step)
+            checkpoints.save(state, {"model": group, "optimizer": group}, is_last=False)
+            assert checkpoints.poll(wait=True) is None
 
 
 def children(pid: int) -> list[int]:
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(child) for child in found.split()]
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_d03_two_hundred_kills_during_a_save_leave_a_loadable_checkpoint(tmp_path, measured):
-    """100 of the run with its writer, at once, as when a machine goes down; 100 of the writer alone."""
-    moments, loadable, orphans = random.Random(3), 0, 0
-    newest, process = 0, None
-    for k in range(200):
-        whole = k % 2 == 0
-        if process is None:
-            process = start_saving(tmp_path)
-        seen = int(process.stdout.readline())
-        time.sleep(moments.uniform(0, 0.04))
-        (writer,) = children(process.pid)[:1] or [None]
-        if whole:
-            process.send_signal(signal.SIGSTOP)  # neither sees the other's end
-        if writer:
-            os.kill(writer, signal.SIGKILL)
-        process.kill()
-        process.wait()
-        process = None
-        orphans += len(list((tmp_path / "checkpoints").glob(".*")))
+    """The run and its writer at once, as where a machine goes down, at random moments of saves of 8 MB."""
+    moments, loadable, drafts, newest = random.Random(3), 0, 0, 0
+    for _ in range(200):
+        here, there = SPAWN.Pipe()
+        process = SPAWN.Process(target=save_for_ever, args=(str(tmp_path), there))
+        process.start()
+        begun = here.recv()
+        for _ in range(moments.randrange(3)):
+            begun = here.recv()
+        time.sleep(moments.uniform(0, 0.06))
+        os.kill(process.pid, signal.SIGSTOP)  # so that neither sees the other's end
+        for pid in [*children(process.pid), process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        process.join()
+        there.close()
+        with contextlib.suppress(EOFError):
+            while True:
+                begun = here.recv()
+        drafts += len(list((tmp_path / "checkpoints").glob(".*")))
         files.clean_up(tmp_path / "checkpoints")
         found = find_newest(tmp_path / "checkpoints")
         step = 0 if found is None else files.step_of(found)
-        loadable += found is not None or seen == 1
-        assert seen >= step >= newest, "what was committed is lost"
+        assert begun >= step >= max(newest, begun - 1), "this one or the one before"
         if found is not None:
-            values = files.read_tensors(found, "optimizer")
-            assert all((tensor == step).all() for tensor in values.values())
+            assert all((tensor == step).all() for tensor in files.read_tensors(found, "optimizer").values())
+        loadable += found is not None or begun == 1
         newest = step
-    measured |= {"kills": 200, "loadable": loadable, "drafts left and cleaned": orphans}
+    measured |= {"kills": 200, "loadable": loadable, "drafts left and cleaned": drafts}
     assert loadable == 200
-    assert newest > 20
-    assert not list((tmp_path / "checkpoints").glob(".*"))
+    assert drafts > 20, "hardly any of the kills met a save"
 
 
 def writer_of(job: Job) -> int:

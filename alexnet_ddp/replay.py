@@ -1,0 +1,128 @@
+"""A bad step once more, in one process: was it these images, or was it the machine?
+
+    python -m alexnet_ddp.train run.name=X replay=runs/X/replay.json
+
+From the newest checkpoint before that step, or from the start, the run goes forward to it with the slices that the
+ranks had. Nothing is written.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from alexnet_ddp import cli, distributed
+from alexnet_ddp.config import Config, ConfigError
+from alexnet_ddp.data.effects import apply_effects
+from alexnet_ddp.data.loader import Batch, Loader
+from alexnet_ddp.data.sampler import GlobalBatchSampler, Work
+from alexnet_ddp.engine import TrainStep, autocast, cross_entropy
+from alexnet_ddp.model import set_dropout_keys
+from alexnet_ddp.resilience.health import Wish
+from alexnet_ddp.resilience.signals import StopSignal
+from alexnet_ddp.resilience.watchdog import Watchdog
+from alexnet_ddp.tracking import RunStatus
+
+_SHOWN = 5  # images
+
+
+def replay(cfg: Config, overrides: list[str], build_run: Callable[..., Any]) -> None:
+    """What `cfg.replay` has recorded. build_run: train.py's Run."""
+    record = read_record(Path(cfg.replay))
+    cfg = cli.config_of_run(cfg.run_dir, [*overrides, "trainer.on_nan=skip"])
+    with distributed.session(cfg.device, cfg.trainer.tf32) as world:
+        if world.world_size > 1:
+            raise ConfigError(f"replay takes one process, not {world.world_size}; start it without torchrun")
+        status, nobody = RunStatus(cfg.run_dir, is_main=False), Watchdog(None, cfg.run_dir, world)
+        run = build_run(cfg, world, status, StopSignal(), nobody, up_to=record["step"] - 1)
+        run.build()
+        again = Replay(run.train_step, run.sampler, run.train_loader, run.lr, run.data.train.name)
+        for line in again.lines(record, run.state.step):
+            print(line, flush=True)
+        run.train_loader.close()
+        run.val_loader.close()
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Raises ConfigError."""
+    try:
+        record = json.loads(path.read_bytes())
+        if record["step"] >= 1 and record["world_size"] >= 1:
+            return record | {"loss": float(record["loss"]), "indices": list(record["indices"])}
+        raise ValueError("step and world_size must be at least 1")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        remedy = "give the replay.json of a run's directory"
+        raise ConfigError(f"replay={path} cannot be read ({type(error).__name__}: {error}); {remedy}") from error
+
+
+@dataclass
+class Replay:
+    """A run that stands at an earlier step, in a world of one. name(i): of image i."""
+
+    train_step: TrainStep
+    sampler: GlobalBatchSampler
+    loader: Loader
+    lr: Callable[[int], float]
+    name: Callable[[int], str]
+
+    def lines(self, record: dict[str, Any], start: int) -> Iterator[str]:
+        """Go from step `start` to the recorded one; what there is to say about it."""
+        step = record["step"] - 1
+        works = self._works(range(start, step + 1), record["world_size"])
+        batches = self.loader.batches(works)
+        yield f"replay of step {step + 1} ({record['reason']}), from the state after step {start}"
+        for k in range(start, step):
+            self.train_step(batches, k, self.lr(k), len(self.sampler.batch(k)), Wish())
+        indices = self.sampler.batch(step).tolist()
+        agree = indices == record["indices"]
+        yield f"images: {len(indices)}, {'the recorded ones' if agree else 'NOT the recorded ones'}"
+        losses = self._losses(batches, step, len(indices))
+        loss = sum(losses.values()) / max(1, len(losses))
+        yield f"loss {loss:.6g}, recorded {record['loss']:.6g}"
+        norm, where = self._gradient()
+        yield f"gradient norm {norm:.6g}" + (f", not finite in {', '.join(where[:_SHOWN])}" if where else "")
+        bad = [i for i, value in losses.items() if not math.isfinite(value)]
+        worst = bad or sorted(losses, key=losses.__getitem__, reverse=True)
+        what = "not finite" if bad else "largest losses"
+        yield f"{what}: " + ", ".join(f"{self.name(i)} ({losses[i]:.4g})" for i in worst[:_SHOWN])
+        if agree and math.isfinite(loss) and math.isfinite(norm) and "not finite" in record["reason"]:
+            yield "all is finite here: not these images and weights, but the machine that ran the step is to blame"
+
+    def _works(self, steps: range, world_size: int) -> Iterator[Work]:
+        """The forward passes of all ranks one after the other: what is normalised together then is so now."""
+        micro = self.train_step.cfg.micro_batch_size
+        for step in steps:
+            for rank in range(world_size):
+                for work in self.sampler.work(range(step, step + 1), rank, world_size, micro):
+                    yield replace(work, is_last=work.is_last and rank == world_size - 1)
+
+    def _losses(self, batches: Iterator[Batch], step: int, num_images: int) -> dict[int, float]:
+        """Losses by image; the mean gradient is left in .grad."""
+        train_step, model, losses = self.train_step, self._model, {}
+        train_step.optimizer.zero_grad(set_to_none=True)
+        for batch in batches:
+            if len(batch.labels):
+                set_dropout_keys(model, train_step.seed, step, batch.indices)
+                with autocast(train_step.cfg.precision, train_step.world):
+                    logits = model(apply_effects(batch.images, batch.effects)).float()
+                found = cross_entropy(logits, batch, train_step.cfg.label_smoothing, "none")
+                (found.sum() / num_images).backward()
+                losses |= dict(zip(batch.indices.tolist(), found.tolist()))
+            if batch.work.is_last:
+                break
+        return losses
+
+    def _gradient(self) -> tuple[float, list[str]]:
+        """Its norm, and the parameters where it is not finite."""
+        gradients = {name: p.grad for name, p in self._model.named_parameters() if p.grad is not None}
+        bad = [name for name, grad in gradients.items() if not torch.isfinite(grad).all()]
+        return float(nn.utils.get_total_norm(list(gradients.values()))), bad
+
+    @property
+    def _model(self) -> nn.Module:
+        return self.train_step.ddp_model.module

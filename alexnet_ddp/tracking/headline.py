@@ -1,0 +1,18 @@
+"""The first line of a run: what is trained on what, and how the global batch is cut."""
+
+from alexnet_ddp.config import Config
+from alexnet_ddp.distributed import World
+
+
+def headline(cfg: Config, world: World, parameters: int, counts: tuple[int, int, int], progress: str) -> str:
+    """parameters: their number. counts: training images, validation images, classes. progress: where the run stands."""
+    trainer, (num_train, num_val, num_classes) = cfg.trainer, counts
+    part = -(-trainer.global_batch_size // world.world_size)  # the largest slice of a rank
+    micro = min(part, trainer.micro_batch_size or part)
+    first, size = cfg.data.start_image_size, cfg.data.image_size
+    growth = "" if first is None else f" growing from {first} to {size} pixels"
+    return (
+        f"{cfg.run.name}: {parameters:,} parameters, {num_train:,} + {num_val:,} images of {num_classes} classes"
+        f"{growth}; global batch {trainer.global_batch_size} = {world.world_size} {world.device.type} rank(s) x "
+        f"{-(-part // micro)} x {micro}; {progress}; {cfg.run_dir}"
+    )

@@ -1,0 +1,82 @@
+"""Faults of a drill, injected into the real program: this folder comes first on PYTHONPATH of a job's processes.
+
+ALEXNET_DDP_FAULT="gradient rank=1 step=7" and the like, several with ";". The program knows nothing of it, and has no
+knob for it. Steps count from 1, as in metrics.jsonl; rank=-1 means all. Without step: always.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+_TEXT = os.environ.get("ALEXNET_DDP_FAULT", "")
+
+
+def _faults() -> list[tuple[str, dict[str, float]]]:
+    """Those of this rank."""
+    found = []
+    for fault in filter(None, map(str.strip, _TEXT.split(";"))):
+        name, *pairs = fault.split()
+        values = {key: float(value) for key, value in (pair.split("=") for pair in pairs)}
+        if values.get("rank", -1) in (-1, int(os.environ["RANK"])):
+            found.append((name, values))
+    return found
+
+
+def _inject() -> None:
+    import torch
+
+    from alexnet_ddp.data.prefetch import Prefetcher
+    from alexnet_ddp.engine import TrainStep
+
+    faults = _faults()
+    call, start, finish = TrainStep.__call__, TrainStep.__post_init__, Prefetcher._finish
+    now = {"step": 0}
+
+    def active(wanted: str) -> list[dict[str, float]]:
+        return [v for name, v in faults if name == wanted and v.get("step", now["step"]) == now["step"]]
+
+    def spoilt(grad: torch.Tensor) -> torch.Tensor:
+        if active("gradient"):
+            grad = grad.clone()
+            grad.view(-1)[grad.numel() // 2] = float("nan")
+        return grad
+
+    def begin(self: TrainStep) -> None:
+        start(self)
+        parameters = list(self.ddp_model.module.parameters())
+        parameters[-2].register_hook(spoilt)
+        self.ddp_model.module.register_forward_hook(
+            lambda module, args, out: out * active("scale")[0]["factor"] if active("scale") and module.training else out
+        )
+        for fault in active("unequal"):  # before the first step: a model that was loaded on one rank only
+            parameters[int(fault["parameter"])].data += 1
+
+    def step(self: TrainStep, batches: object, k: int, *more: object) -> object:
+        now["step"] = k + 1
+        if active("stop"):
+            import signal
+
+            os.kill(os.getpid(), signal.SIGTERM)
+            more = (*more[:-1], type(more[-1])(stop=True, save=more[-1].save, error=more[-1].error))
+        for fault in active("flip"):  # one bit of one value of a parameter
+            parameter = list(self.ddp_model.module.parameters())[int(fault["parameter"])].data
+            parameter.as_strided((parameter.numel(),), (1,)).view(torch.int32)[17] ^= 1 << int(fault["bit"])
+        for fault in active("memory"):
+            import resource
+
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limit = pages * resource.getpagesize() + int(fault["mb"] * 1e6)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        return call(self, batches, k, *more)
+
+    def slow(self: Prefetcher, tasks: list) -> list[int]:
+        for fault in active("loader"):  # each batch comes so much later, which no prefetching hides
+            time.sleep(fault["ms"] / 1000)
+        return finish(self, tasks)
+
+    TrainStep.__call__, TrainStep.__post_init__, Prefetcher._finish = step, begin, slow
+
+
+if _TEXT and "RANK" in os.environ and "alexnet_ddp.train" in sys.orig_argv:
+    _inject()
