@@ -193,6 +193,12 @@ def test_a_stop_signal_reaches_torchrun_once_and_the_script_waits_for_the_save(l
     assert received == (75, [number.name.removeprefix("SIG")])
 
 
+@pytest.mark.parametrize("torchrun", [1, 138])
+def test_a_run_that_is_stopped_before_it_can_listen_is_stopped_and_has_not_failed(launcher, torchrun):
+    code, _ = launcher.signalled("launch/local.sh", signal.SIGUSR1, FAKE_EXIT=str(torchrun))
+    assert code == 75
+
+
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds left processes through /proc")
 def test_workers_that_outlive_torchrun_are_stopped_and_waited_for(launcher):
     assert launcher.run("launch/local.sh", FAKE_WORKER="1", FAKE_EXIT="137")[0] == 75
@@ -203,8 +209,8 @@ def test_a_lost_terminal_stops_the_run_as_sigterm_does(launcher):
 
 
 def test_node_gives_torchrun_the_rendezvous(launcher):
-    assert launcher.run("launch/node.sh", "a b", **NODE, NODE_RANK="0", NPROC_PER_NODE="8", MAX_RESTARTS="3") == (0, "")
-    wanted = "--nproc_per_node=8 --nnodes=2 --max-restarts=3 --rdzv-backend=c10d --rdzv-endpoint=node1:29500"
+    assert launcher.run("launch/node.sh", "a b", **NODE, NODE_RANK="0", NPROC_PER_NODE="8") == (0, "")
+    wanted = "--nproc_per_node=8 --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=node1:29500"
     assert {*wanted.split(), "--rdzv-id=run42", "--rdzv-conf=last_call_timeout=30,is_host=1"} <= set(launcher.argv)
     assert launcher.argv[-3:] == ["-m", "alexnet_ddp.train", "a b"]
 
@@ -230,7 +236,7 @@ A_NAME = "a name of letters, digits, '.', '_' and '-'; the same on every node, a
         ("RDZV_ENDPOINT", "node1:70000", AN_ENDPOINT),
         ("RDZV_ID", "a b", A_NAME),
         ("NPROC_PER_NODE", "0", "a whole number of at least 1; leave it unset for all devices of the node"),
-        ("MAX_RESTARTS", "-1", "a whole number of at least 0; leave it unset for none"),
+        ("LAST_CALL_S", "-1", "a whole number of at least 0; leave it unset for 30"),
         ("NODE_RANK", "x", "a whole number of at least 0; 0 on the host of RDZV_ENDPOINT, 1, 2, ... on the others"),
         ("NODE_RANK", "2", "less than NNODES (2); 0 on the host of RDZV_ENDPOINT"),
     ],
@@ -331,6 +337,11 @@ def test_the_job_is_not_requeued_when_slurm_has_decided_already(launcher, sbatch
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_the_batch_shell_reaches_the_tasks_as_usr1_and_requeues(launcher, sbatch, number):
     assert launcher.signalled("slurm/train.sbatch", number, FAKE_EXIT="75") == (75, ["USR1"])
+    assert launcher.lines("scontrol") == ["requeue 31007"]
+
+
+def test_a_signal_that_reaches_srun_before_it_can_listen_requeues_too(launcher, sbatch):
+    assert launcher.signalled("slurm/train.sbatch", signal.SIGUSR1, FAKE_EXIT="138") == (75, ["USR1"])
     assert launcher.lines("scontrol") == ["requeue 31007"]
 
 

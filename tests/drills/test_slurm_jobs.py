@@ -9,6 +9,7 @@ import pytest
 
 from tests.drills.batch import FINAL, Batch
 from tests.drills.harness import PROJECT
+from tests.drills.test_processes import SHIM
 
 pytestmark = pytest.mark.slurm
 
@@ -17,6 +18,7 @@ ENDS = {  # exit code: what brings it about
     65: "data.root=/nowhere",
     66: "seed=0",  # and checkpoints that are damaged
     70: "optimizer.lr=1e30",
+    93: "seed=0",  # and an image that kills who opens it
 }
 
 
@@ -26,6 +28,10 @@ def test_a_job_that_would_fail_again_is_not_requeued(slurm, images, calm, tmp_pa
     for file in damaged.glob("checkpoints/*/model.safetensors"):
         file.write_bytes(file.read_bytes()[:-1] + b"\0")
     jobs = {code: Batch(slurm, tmp_path, str(code), f"data.root={images}", why) for code, why in ENDS.items()}
+    jobs[93].env |= SHIM | {
+        "KILL_AT_OPEN": min(path.name for path in images.glob("train/*/*.jpg")),
+        "RESTART_DELAY": "0",
+    }
     try:
         for job in jobs.values():
             job.submit("--nodes=1")
