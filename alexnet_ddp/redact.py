@@ -14,7 +14,7 @@ _NAME = rf"[\w.\-]*{_WORDS}(?![a-z])[\w\-]*"
 _SECRET_NAME = re.compile(_NAME, re.IGNORECASE)
 _OVERRIDE = re.compile(rf"[~+]*({_NAME})=.*", re.IGNORECASE | re.DOTALL)
 _ASSIGNED = re.compile(  # within a text: name=value, "name": value
-    rf"({_NAME}(?:=|['\"]?: ?)(?=\S))(?:'[^']*'|\"[^\"]*\"|\[[^\]]*\]|[^\s,'\"\]}}&]+)", re.IGNORECASE
+    rf"({_NAME}(?:=|['\"]?: ?)(?=\S)(?!null\b))(?:'[^']*'|\"[^\"]*\"|\[[^\]]*\]|[^\s,'\"\]}}&]+)", re.IGNORECASE
 )
 _YAML_LINE = re.compile(rf"^([ \-]*{_NAME}:) +(?!null$).+$", re.IGNORECASE | re.MULTILINE)
 _URL = re.compile(r"(\b[a-z][a-z0-9+.\-]*://)[^/\s'\"]+@", re.IGNORECASE)

@@ -117,6 +117,8 @@ WRONG_VALUES = {
     "checkpoint.save_every_steps=0": "checkpoint.save_every_steps (0) must be greater than 0 and finite",
     "checkpoint.save_every_minutes=0": "checkpoint.save_every_minutes (0.0) must be greater than 0 and finite",
     "checkpoint.keep_last=0": "checkpoint.keep_last (0) must be greater than 0 and finite",
+    "data.max_bad_images=3": "data.max_bad_images (3) is only read by data.on_bad_image=skip; leave it out",
+    "data.on_bad_image=skip data.max_bad_images=-1": "data.max_bad_images (-1) must lie in [0, inf]",
     "device=cpu trainer.precision=bf16": (
         "trainer.precision=bf16 needs a CUDA device, but device=cpu; use trainer.precision=fp32"
     ),
@@ -196,6 +198,21 @@ def test_a_wrong_value_is_refused_with_value_rule_and_remedy(overrides):
     with pytest.raises(ConfigError) as e:
         compose(overrides.split())
     assert str(e.value) == WRONG_VALUES[overrides]
+
+
+HYDRAS_OWN = [
+    *("hydra.callbacks.x._target_=os.system", "+hydra.callbacks.x={_target_:os.system}", "~hydra.callbacks"),
+    *("hydra/launcher=joblib", "++hydra.job_logging={version:1}", "hydra.run.dir=x", "hydra.searchpath=[file://x]"),
+    "experiment@hydra.callbacks=demo",
+]
+
+
+@pytest.mark.parametrize("override", HYDRAS_OWN)
+def test_hydras_own_keys_are_refused_by_name_because_they_could_call_anything(override):
+    with pytest.raises(ConfigError) as e:
+        compose(["seed=1", override])
+    key = override.lstrip("+~").split("=")[0]
+    assert str(e.value) == f"{key} is refused: Hydra only composes here, and calls nothing; leave it out"
 
 
 @pytest.mark.parametrize("overrides", WRONG_PREPARATIONS)
@@ -380,6 +397,29 @@ def test_an_override_may_refer_to_another_key(train):
     assert (code, err) == (0, "")
     assert yaml.safe_load(out)["run"]["name"] == "seed-3"
     assert train("run.name=${seed}/x")[:3] == (64, "", "alexnet_ddp: " + WRONG_NAME)
+
+
+@pytest.mark.parametrize("option", ["--experimental-rerun=x", "--exp=x", "--config-name=x", "--run"])
+def test_an_option_that_does_more_than_show_is_refused(train, option):
+    code, _, err, left = train(option, "seed=1")
+    assert (code, left) == (64, [])
+    assert err.startswith(f"alexnet_ddp: {option.split('=')[0]} is not supported: known: --config-dir --help ")
+    assert err.count("\n") == 1
+
+
+def test_a_folder_of_further_experiments_may_be_given_and_hold_values_only(train, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nseed: 7\noptimizer: {lr: -1}\n")
+    folder = ("--config-dir", str(tmp_path))
+    line = "alexnet_ddp: optimizer.lr (-1.0) must be greater than 0 and finite\n"
+    assert train(*folder, "experiment=mine")[:3] == (64, "", line)
+    (tmp_path / "experiment/mine.yaml").write_text(
+        "# @package _global_\nhydra: {callbacks: {x: {_target_: os.abort}}}\n"
+    )
+    line = "alexnet_ddp: hydra.callbacks (x) are refused: nothing here is called by a YAML file\n"
+    assert train(*folder, "experiment=mine")[:3] == (64, "", line)
+    line = "alexnet_ddp: --config-dir (nowhere) is not a folder; give one of YAML files\n"
+    assert train("--config-dir=nowhere")[:3] == (64, "", line)
 
 
 def test_multirun_is_refused(train):

@@ -191,3 +191,16 @@ def test_an_archive_cut_short_after_it_was_indexed_names_the_image(tmp_path):
     os.remove(tmp_path / "a.tar")
     with pytest.raises(DataError, match=r"a.tar:\d+ cannot be read \(No such file or directory\)"):
         pickle.loads(pickle.dumps(index)).read(0)
+
+
+def test_a_pipe_and_a_hole_without_end_are_no_images_and_cost_neither_time_nor_memory(tmp_path):
+    folder = tmp_path / "train/cat"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "a.jpg")
+    with (folder / "b.jpg").open("wb") as file:
+        file.truncate(1 << 40)
+    index = index_folder(tmp_path, "train")
+    with pytest.raises(DataError, match=r"a.jpg cannot be read \(it is no regular file\)"):
+        index.read(0)
+    with pytest.raises(DataError, match=r"b.jpg cannot be read \(1,099,511,627,776 bytes, an image has at most"):
+        index.read(1)

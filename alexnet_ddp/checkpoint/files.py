@@ -118,17 +118,20 @@ def verify(directory: Path) -> None:
             raise Rejected(f"{name} has {found_size} bytes instead of {size}")
         if found != digest:
             raise Rejected(f"{name} does not match its SHA-256 checksum")
-        if name.endswith(".safetensors"):
-            _check_format(directory / name)
+        _check_format(directory / name)
 
 
 def _check_format(path: Path) -> None:
-    """A manifest can be forged; what is not safetensors is refused before anything else looks at it."""
+    """A manifest can be forged; what is neither safetensors nor JSON is refused before anything else looks at it."""
     try:
-        with safetensors.safe_open(path, "np"):
-            return
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, "np"):
+                return
+        json.loads(path.read_bytes())
     except safetensors.SafetensorError as error:
         raise Rejected(f"{path.name} is not a safetensors file ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise Rejected(f"{path.name} is not a JSON file ({error})") from error
 
 
 def read_state(directory: Path) -> dict:
