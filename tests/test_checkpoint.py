@@ -4,15 +4,12 @@ import contextlib
 import json
 import logging
 import math
-import multiprocessing
 import os
 import pickle
-import random
 import re
 import resource
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -555,45 +552,6 @@ def test_copies_in_a_store_that_is_no_file_system(tmp_path):
     remote.keep_only({"step-00000020"}, "memory://copies/run")
     assert remote.fetch_newest("memory://copies/run", tmp_path / "there") == step_dir(tmp_path / "there", 20)
     assert remote.fetch_newest("memory://copies/none", tmp_path / "none") is None
-
-
-# --- SIGKILL ----------------------------------------------------------------------------------------------------
-
-
-def save_for_ever(run_dir: str, ready) -> None:
-    """Goes on from the newest, saves step after step, now and then one twice."""
-    os.environ.pop("RANK", None)
-    with session(Device.cpu) as world:
-        checkpoints = Checkpoints(Path(run_dir), CheckpointConfig(keep_last=2), WHO, world)
-        state, saved = checkpoints.resume("r", allow_changes=False)
-        assert state.step == 0 or same(saved["model"], tensors(state.step, 200)["model"])
-        ready.send(state.step)
-        while True:
-            state.step += 1
-            for _ in range(1 + state.step % 2):
-                checkpoints.save(state, tensors(state.step, 200), is_last=False)
-
-
-def test_a_process_killed_at_any_moment_of_a_save_leaves_a_loadable_newest(tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    moments = random.Random(1)
-    before = -1
-    for _ in range(10):
-        parent, child = context.Pipe()
-        process = context.Process(target=save_for_ever, args=(str(tmp_path), child))
-        process.start()
-        assert parent.poll(60)
-        found = parent.recv()
-        assert found >= before  # nothing that was committed is lost
-        time.sleep(moments.uniform(0.02, 0.15))
-        process.kill()
-        process.join()
-        files.clean_up(tmp_path / "checkpoints")
-        newest = find_newest(tmp_path / "checkpoints")
-        before = 0 if newest is None else files.step_of(newest)
-        if newest is not None:
-            assert same(files.read_tensors(newest, "model"), tensors(before, 200)["model"])
-    assert before > 0
 
 
 # --- several ranks ----------------------------------------------------------------------------------------------
