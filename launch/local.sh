@@ -2,7 +2,8 @@
 # Trains on all devices of this machine:   launch/local.sh [overrides]
 #   NPROC=2    processes; default: one a CUDA device that is visible (CUDA_VISIBLE_DEVICES counts), else one
 #   PYTHON     default: .venv/bin/python, else python3
-# Exit code: the run's (0 complete, 64 configuration, 65 data, ..., 75 stopped and saved).
+# After a crash or a hang it starts the run again, RESTART_DELAY=2 seconds later.
+# Exit code: the run's (0 complete, 64 configuration, 65 data, ..., 75 stopped and saved; 93: three restarts in vain).
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 listen

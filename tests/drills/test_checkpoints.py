@@ -89,6 +89,25 @@ def writer_of(job: Job) -> int:
     raise LookupError("there is no writer now")
 
 
+def drafts(job: Job) -> set[str]:
+    """Checkpoints that are being written."""
+    return {d.name for d in (job.run_dir / "checkpoints").glob(".tmp-*")}
+
+
+def test_d03_a_run_that_is_killed_while_it_saves_ends_with_the_same_bits(new_job, calm, measured):
+    job = new_job("saving").start()
+    for _ in range(3):
+        before = drafts(job)
+        job.until(lambda before=before: drafts(job) - before, what="a checkpoint that is being written")
+        victims, starts = [writer_of(job), job.rank(0)], job.said().count("starting again")
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        job.until(lambda starts=starts: job.said().count("starting again") > starts, what="the next start")
+    assert job.wait() == 0, job.said()
+    measured["killed while saving"] = 3
+    assert_same_run(job, calm)
+
+
 def test_d04_a_writer_that_is_killed_shows_at_once_and_the_next_save_works(new_job, calm, measured):
     job = new_job("writer").start()
     job.until(lambda: list((job.run_dir / "checkpoints").glob(".tmp-*")), what="a checkpoint that is being written")
