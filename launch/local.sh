@@ -13,4 +13,4 @@ gpus=$(num_gpus "$@")
 NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
 check_number NPROC "$NPROC" 1 "leave it unset for all devices"
 
-keep_running "$NPROC" --standalone --local-addr=127.0.0.1 -m alexnet_ddp.train "$@"
+keep_running "$NPROC" --standalone --local-addr=127.0.0.1 -m alexnet_ddp.train "$@"; exit # on this line: bash would read on in a file that may be another one by then

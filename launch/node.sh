@@ -49,4 +49,4 @@ if [[ -n $NODE_RANK ]]; then
 fi
 
 keep_running "$NPROC_PER_NODE" --nnodes="$NNODES" --rdzv-backend=c10d --rdzv-endpoint="$RDZV_ENDPOINT" --rdzv-id="$RDZV_ID" \
-  --rdzv-conf="$conf" -m alexnet_ddp.train "$@"
+  --rdzv-conf="$conf" -m alexnet_ddp.train "$@"; exit # on this line: bash would read on in a file that may be another one by then
