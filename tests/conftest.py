@@ -7,6 +7,13 @@ import pytest
 from PIL import Image
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What hurts processes or needs servers runs one at a time, also where pytest-xdist has many workers."""
+    for item in items:
+        if {"drill", "slurm", "spark"} & {marker.name for marker in item.iter_markers()}:
+            item.add_marker(pytest.mark.xdist_group("alone"))
+
+
 def make_folder(root: Path, num_train: int, num_val: int, num_classes: int = 5, size: int = 72) -> Path:
     """A coloured square on noise, the colour is the class. Sizes differ, nothing divides anything."""
     rng = np.random.default_rng(3)
