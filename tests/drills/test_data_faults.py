@@ -249,7 +249,7 @@ def _rounds(batch_size):
     with session(Device.cpu) as world:
         health, steps = Health(world), range(2 * sampler.steps_per_epoch)
         for work in sampler.work(steps, world.rank, world.world_size, None):
-            health.begin(torch.zeros(()), len(work.indices), Wish())
+            health.begin(torch.zeros(()), len(work.indices), Wish(), torch.zeros(()))
             assert health.finish().num_images == len(sampler.batch(work.step))
             seen.append((work.epoch, work.indices.tolist()))
         epochs = gather_objects(seen)
