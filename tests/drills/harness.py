@@ -29,7 +29,7 @@ class Job:
         self.log = root / f"{name}.log"
         self.mark = f"{name}-{secrets.token_hex(4)}"
         self.env = {**os.environ, "PYTHONPATH": str(PROJECT), "PYTHON": sys.executable, "WANDB_MODE": "disabled"}
-        self.env |= {MARK: self.mark, "NPROC": str(ranks), **(env or {})}
+        self.env |= {MARK: self.mark, "NPROC": str(ranks), "RESTART_DELAY": "0", **(env or {})}
         self.process: subprocess.Popen | None = None
 
     def start(self, *more: str, launcher: list[str] | None = None) -> "Job":
