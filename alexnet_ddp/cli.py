@@ -52,6 +52,9 @@ def run(root: str, story: Callable[[Config, list[str]], None]) -> None:
         if show_trace:
             raise
         code = _explain(error)
+    except Exception:  # a bug: here it keeps its trace, and the others, who only lost a peer, do not speak for it
+        leave_code(1)
+        raise
     leave_code(code)
     sys.exit(code)
 

@@ -28,6 +28,7 @@ def leave_start(step: int) -> None:
     path = os.environ.get("ALEXNET_DDP_START_FILE")
     if path and os.environ.get("LOCAL_RANK", "0") == "0":
         Path(path).write_text(f"{step}\n")
+        Path(os.environ["ALEXNET_DDP_EXIT_CODE_FILE"]).write_text("")  # of workers that torchrun has replaced by us
 
 
 class RunError(Exception):

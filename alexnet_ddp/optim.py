@@ -60,7 +60,8 @@ def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> State:
 def state_to_come(cfg: OptimizerConfig, model: nn.Module) -> State:
     """Names and sizes of most that state_by_name gives from the first step on; the values mean nothing."""
     keys = ["exp_avg", "exp_avg_sq"] if isinstance(cfg, AdamWConfig) else ["momentum_buffer"]
-    return {f"{key}/{name}": parameter for key in keys for name, parameter in model.named_parameters()}
+    found = {f"{key}/{name}": parameter for key in keys for name, parameter in model.named_parameters()}
+    return found | {f"step/{name}": torch.zeros(()) for name, _ in model.named_parameters()}
 
 
 def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, state: State) -> None:

@@ -58,7 +58,10 @@ def train(cfg: Config, overrides: list[str]) -> None:
             run = Run(cfg, training, world, status, stop)
             run.prepare(watchdog, overrides)
             with run.tracker, closing(training.checkpoints):
-                run.go()
+                try:
+                    run.go()
+                finally:
+                    watchdog.phase("checkpoint")
             training.close()
 
 
@@ -146,6 +149,8 @@ class Run:
             self.save()
             raise error
         if self.cfg.trainer.on_nan is OnNan.rollback:
+            self.watchdog.phase("checkpoint")
+            self.watchdog.pause()
             self.guard.rolled_back(step, self.training.roll_back(step + 1))
 
     def log_row(self) -> None:
@@ -183,9 +188,9 @@ class Run:
             self.training.train_step.scaler.state_dict(),
         )
         is_last = self.stopping or self.budget.is_end(self.state.step)
-        self.failure = self.checkpoints.save(self.state, self.training.tensors(), is_last)
-        if is_last:
-            distributed.raise_together(self.failure, self.world)
+        self.failure = self.checkpoints.save(self.state, self.training.tensors(), is_last) or self.failure
+        if is_last or self.state.best.get("step") == self.state.step:  # these wait for the disk: so do all, here
+            distributed.raise_together(self.failure if is_last else None, self.world)
         self.save_due, self.saved_at = False, time.monotonic()
         self.status.running(self.state.step)
 

@@ -66,7 +66,7 @@ supervise() {
     [[ $status == 127 && -n $code ]] || code=$status
     [[ -n $signalled ]] || break # else: wait was cut short by a trap, the child still runs
   done
-  trap '' TERM HUP INT USR1 # what is left is short, and must not be cut
+  trap 'stopping=1' TERM HUP INT USR1 # what is left is short, and must not be cut; but it is not forgotten
   return "$code"
 }
 
@@ -98,7 +98,7 @@ end_leftovers() {
   # shellcheck disable=SC2086 # one word a process
   [[ -z $pids || -n $stopping ]] || kill -TERM $pids 2>/dev/null || true
   while [[ -n $pids ]] && ((SECONDS < deadline)); do
-    sleep 0.2
+    sleep 0.2 || true
     pids=$(processes_of_run)
   done
   # shellcheck disable=SC2086
@@ -125,7 +125,7 @@ run_torchrun() {
 # keep_running NUM_PROCESSES OPTIONS...: run_torchrun, and again after a crash or a hang, with the same arguments, until
 # three restarts in a row have found no newer checkpoint: 93. What a run has said itself (64, 75, ...) stands.
 keep_running() {
-  local code step last='' restarts=0
+  local code step last='' restarts=0 delay
   choose_python
 
   # Gradients of 244 MB are above glibc's mmap threshold: each step would map them anew, page-fault them in, and hand
@@ -147,10 +147,11 @@ keep_running() {
     # Stopped while it started, before it could listen: what was saved is saved.
     if [[ -n $stopping && $code =~ ^(1|1[0-9][0-9])$ ]]; then code=75; fi
     [[ ! $code =~ ^(0|64|65|66|70|74|75)$ && -z $stopping ]] || return "$code"
-    step=$(<"$ALEXNET_DDP_START_FILE")
-    if [[ -z $step ]]; then # it did not come as far as a step, so another start would not help
-      [[ -z $last ]] || code=76 # but one before did: the others of this run are gone, and a scheduler may know better
-      return "$code"
+    step=$(<"$ALEXNET_DDP_START_FILE") delay=${RESTART_DELAY:-2}
+    if [[ -z $step ]]; then                # it did not come as far as a step,
+      [[ -n $last ]] || return "$code"     # and none before did: another start would not help
+      ((restarts < 3)) || return 76        # the others of this run are gone, and a scheduler may know better
+      step=$last delay=$((delay * 5))      # the others may still be ending
     fi
     [[ $step == "$last" ]] || restarts=0
     last=$step restarts=$((restarts + 1))
@@ -160,7 +161,7 @@ keep_running() {
     fi
     echo "$(basename -- "$0"): exit code $code; starting again (restart $restarts of 3 from the checkpoint of step $step)" >&2
     trap 'stopping=1' TERM HUP INT USR1
-    sleep "${RESTART_DELAY:-2}" || true
+    sleep "$delay" || true
     [[ -z $stopping ]] || return 75
   done
 }

@@ -10,13 +10,14 @@ import re
 import resource
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
-from alexnet_ddp.checkpoint import files, remote
+from alexnet_ddp.checkpoint import files, remote, writer
 from alexnet_ddp.checkpoint.find import find_best, find_newest, load_model
 from alexnet_ddp.checkpoint.identity import identity
 from alexnet_ddp.checkpoint.store import Checkpoints, RunState
@@ -515,31 +516,65 @@ def test_those_of_every_so_many_epochs_are_kept(run):
 # --- copies -----------------------------------------------------------------------------------------------------
 
 
-def test_copies_lie_where_they_should_follow_what_is_kept_and_bring_back_a_lost_run(run, tmp_path, caplog):
+def test_copies_lie_where_they_should_follow_what_is_kept_and_bring_back_a_lost_run(run, tmp_path):
     url = f"file://{tmp_path}/far"
-    save(run(keep_last=1, copy_to=url), 10, 20)
-    assert names(tmp_path / "far") == ["step-00000020"]
-    files.verify(tmp_path / "far" / "step-00000020")
+    far = tmp_path / "far" / tmp_path.name  # the name of the run
+    checkpoints = run(keep_last=1, copy_to=url)
+    save(checkpoints, 10, best={"step": 10, "val/top1": 50.0})
+    checkpoints.close()  # waits for the copy
+    save(checkpoints, 20, best={"step": 10, "val/top1": 50.0})
+    checkpoints.close()
+    assert names(far) == ["step-00000010", "step-00000020"]
+    files.verify(far / "step-00000020")
     shutil.rmtree(run.at)
-    (tmp_path / "far" / "step-00000030").mkdir()  # half a copy: no manifest
-    state, saved = run(copy_to=url).resume("r", allow_changes=False)
+    (far / "step-00000030").mkdir()  # half a copy: no manifest
+    again = run(keep_last=1, copy_to=url)
+    state, saved = again.resume("r", allow_changes=False)
     assert state.step == 20
     assert same(saved["model"], tensors(20)["model"])
     assert names(run.at) == ["step-00000020"]
+    save(again, 30, best={"step": 10, "val/top1": 50.0})
+    again.close()
+    assert names(far) == ["step-00000010", "step-00000030"]  # the best one outlives the machine that had it
 
 
-def test_a_copy_that_fails_is_a_warning_and_the_checkpoints_here_stay(run, tmp_path, caplog):
+def test_a_copy_that_fails_is_a_warning_and_costs_no_checkpoint_here(run, tmp_path, caplog):
     (tmp_path / "far").write_text("a file where the folder should be")
-    save(run(keep_last=1, copy_to=f"file://{tmp_path}/far"), 10, 20)
-    assert names(run.at) == ["step-00000010", "step-00000020"]
-    assert re.search(r"checkpoint 20 is saved, but FileExistsError|NotADirectoryError", caplog.text)
+    checkpoints = run(keep_last=1, copy_to=f"file://{tmp_path}/far")
+    save(checkpoints, 10)
+    checkpoints.close()
+    assert re.search(r"the checkpoint of step 10 is saved, but (FileExists|NotADirectory)Error", caplog.text)
+    save(checkpoints, 20)
+    checkpoints.close()
+    assert "step-00000020" in names(run.at)
+
+
+def test_a_store_that_hangs_delays_no_save(tmp_path):
+    class Hanging(writer.Copier):
+        go = threading.Event()
+
+        @staticmethod
+        def _copy(order, checkpoint):
+            assert Hanging.go.wait(30)
+            assert checkpoint.exists()
+
+    copier, memory = Hanging(), memoryview(safetensors.torch.save({"w": torch.ones(2)}))
+    places = {"model": (0, len(memory)), "optimizer": (0, len(memory))}
+    for step in (1, 2, 3, 4):
+        order = writer.Order(str(tmp_path / "checkpoints"), step, places, {}, {}, 1, None, "memory://x")
+        assert writer.obey(order, memory, copier) == writer.Reply(step, seconds=pytest.approx(0, abs=5))
+    assert names(tmp_path / "checkpoints") == ["step-00000001", "step-00000004"]  # the one being copied, and the newest
+    Hanging.go.set()
+    copier.finish()
+    assert copier.warning() == ""
 
 
 def test_where_no_copy_verifies_the_run_does_not_start_afresh(run, tmp_path):
-    url = f"file://{tmp_path}/far"
-    save(run(copy_to=url), 10)
+    url, checkpoints = f"file://{tmp_path}/far", run(copy_to=f"file://{tmp_path}/far")
+    save(checkpoints, 10)
+    checkpoints.close()
     shutil.rmtree(run.at)
-    flip(tmp_path / "far" / "step-00000010" / "model.safetensors", 100)
+    flip(tmp_path / "far" / tmp_path.name / "step-00000010" / "model.safetensors", 100)
     with pytest.raises(NoCheckpoint, match=r"model.safetensors does not match its SHA-256 checksum; a run never start"):
         run(copy_to=url).resume("r", allow_changes=False)
 
@@ -549,7 +584,7 @@ def test_copies_in_a_store_that_is_no_file_system(tmp_path):
         contents = {f"{stem}.safetensors": safetensors.torch.save(group) for stem, group in tensors(step).items()}
         files.write(tmp_path / "here", step, {**contents, "state.json": b"{}"})
         remote.copy(step_dir(tmp_path / "here", step), "memory://copies/run")
-    remote.keep_only({"step-00000020"}, "memory://copies/run")
+    remote.keep_only(lambda steps: {max(steps)}, "memory://copies/run")
     assert remote.fetch_newest("memory://copies/run", tmp_path / "there") == step_dir(tmp_path / "there", 20)
     assert remote.fetch_newest("memory://copies/none", tmp_path / "none") is None
 

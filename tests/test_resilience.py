@@ -13,7 +13,8 @@ import torch
 from alexnet_ddp.config import Device
 from alexnet_ddp.distributed import session
 from alexnet_ddp.errors import DataError
-from alexnet_ddp.resilience import signals
+from alexnet_ddp.resilience import signals, watch
+from alexnet_ddp.resilience.beacon import Beacon
 from alexnet_ddp.resilience.health import Health, Undo, Verdict, Wish
 from alexnet_ddp.resilience.signals import StopSignal
 from tests.ranks import run_ranks  # its forkserver has torch loaded
@@ -143,3 +144,25 @@ def test_what_a_step_changed_by_itself_is_taken_back_where_the_step_is_bad():
         undo.back(torch.tensor(bad))
         for tensor, value in zip(tensors, expected):
             assert torch.equal(tensor.double().nan_to_num(9), torch.full_like(tensor, value).double().nan_to_num(9))
+
+
+@pytest.mark.parametrize(("jumps", "killed"), [([0, 100, 0, 0], False), ([0, 1, 1, 1, *[1] * 40], True)])
+def test_a_machine_that_slept_is_not_taken_for_hung_and_a_rank_that_stands_still_is(monkeypatch, jumps, killed):
+    """jumps: seconds that pass between two looks of the watchdog."""
+    now, looks, ended = [time.monotonic()], iter(jumps), []
+    beacon = Beacon()
+    beacon.show(30.0, "data", 12, [1, 2])
+
+    def look(*arguments):
+        jump = next(looks, None)
+        now[0] += jump or 0
+        beacon.tick()  # its threads run
+        return [[jump] if jump is None else [], [], []]
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(watch.select, "select", look)
+    monkeypatch.setattr(watch, "_end", lambda rank, seen, cause, began: ended.append(cause))
+    monkeypatch.setattr(watch, "_tell", lambda *arguments: None)
+    watched = watch.Watched(os.getpid(), 0, "here", "runs/a", os.dup(beacon.file.fileno()), 0)
+    watch.watch(watched)
+    assert ended == (["made no progress for 31 s"] if killed else [])

@@ -2,11 +2,11 @@
 
 import json
 import os
-import select
 import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import asdict
+from multiprocessing.connection import wait as poll
 from pathlib import Path
 
 from torch import Tensor
@@ -59,7 +59,7 @@ class BackgroundWriter:
 
     def reply(self, wait: bool = False) -> Reply | None:
         """The answer to the last order, once; None while there is none. A writer that died is an answer, too."""
-        if not self.is_busy or not (wait or select.select([self._process.stdout], [], [], 0)[0]):
+        if not self.is_busy or not (wait or poll([self._process.stdout], 0)):
             return None
         line, step = self._process.stdout.readline(), self._step
         self._step = None
@@ -68,16 +68,22 @@ class BackgroundWriter:
         process, self._process = self._process, None
         return Reply(step, error=f"the process that writes checkpoints ended with {_end(process)}")
 
-    def close(self) -> None:
-        """Wait for what is being written, and let the process go."""
+    def close(self) -> Reply | None:
+        """Wait for what is being written and copied, and let the process go; its last words, if there are some."""
+        last = None
         if self._process is not None:
             self.reply(wait=True)
         if self._process is not None:
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
+            line = self._process.stdout.readline()
+            last = Reply(**json.loads(line)) if line.endswith(b"\n") else None
             _end(self._process)
         self._process = None
         if self._memory is not None:
             self._memory.close()
             self._memory = None
+        return last
 
 
 def _end(process: subprocess.Popen) -> int:

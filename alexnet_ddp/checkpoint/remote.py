@@ -4,6 +4,7 @@ import hashlib
 import json
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ def copy(directory: Path, url: str) -> None:
     there = f"{root}/{directory.name}"
     fs.makedirs(there, exist_ok=True)
     expected = files.manifest_of(directory)
+    if fs.exists(f"{there}/{files.MANIFEST}"):  # the same step again
+        fs.rm_file(f"{there}/{files.MANIFEST}")
     for name in [*expected, files.MANIFEST]:
         fs.put_file(str(directory / name), f"{there}/{name}")
     for name, (size, digest) in expected.items():
@@ -23,11 +26,13 @@ def copy(directory: Path, url: str) -> None:
             raise files.Rejected(f"{there}/{name} reads back differently ({size:,} bytes were written)")
 
 
-def keep_only(names: set[str], url: str) -> None:
-    """Drop the copies of other checkpoints, their manifests first."""
+def keep_only(to_keep: Callable[[list[int]], set[int]], url: str) -> None:
+    """Drop the copies whose steps `to_keep` does not choose of all, their manifests first."""
     fs, root = _open(url)
-    for name in _listed(fs, root):
-        if name not in names:
+    steps = {name: files.step_of(Path(name)) for name in _listed(fs, root)}
+    kept = to_keep(list(steps.values()))
+    for name, step in steps.items():
+        if step not in kept:
             fs.rm_file(f"{root}/{name}/{files.MANIFEST}")
             fs.rm(f"{root}/{name}", recursive=True)
 

@@ -53,6 +53,7 @@ class Checkpoints:
     ) -> None:
         self._directory, self._cfg, self._identity, self._world = run_dir / "checkpoints", cfg, identity, world
         self._steps_per_epoch = steps_per_epoch
+        self._copies = f"{cfg.copy_to.rstrip('/')}/{run_dir.name}" if cfg.copy_to else None
         self._writer = BackgroundWriter()
         self._size = 0  # bytes of a checkpoint
         self._failures = 0  # in a row
@@ -99,7 +100,9 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for what is being written."""
         self.poll(wait=True)
-        self._writer.close()
+        last = self._writer.close()
+        if last is not None:
+            log.warning("the checkpoint of step %d is saved, but %s", last.step, last.warning)
 
     def resume(self, run_name: str, allow_changes: bool, up_to: int | None = None) -> tuple[RunState, Groups]:
         """Collective. State and tensors of the newest valid checkpoint; a fresh state without tensors for a new run.
@@ -133,7 +136,9 @@ class Checkpoints:
         """Collective. Step and tensors of the newest valid checkpoint. Raises Diverged where there is none."""
 
         def choose() -> Path:
-            self.poll(wait=True)
+            error = self.poll(wait=True)
+            if error is not None:
+                raise error
             newest = find_newest(self._directory)
             if newest is None:
                 raise Diverged(f"{self._directory} has no checkpoint yet to roll back to; lower optimizer.lr")
@@ -159,16 +164,16 @@ class Checkpoints:
 
     def _fetched(self) -> Path | None:
         """The newest copy at checkpoint.copy_to, where this machine has no checkpoint. Raises NoCheckpoint."""
-        if not self._cfg.copy_to:
+        if not self._copies:
             return None
         try:
-            fetched = remote.fetch_newest(self._cfg.copy_to, self._directory)
+            fetched = remote.fetch_newest(self._copies, self._directory)
         except (OSError, Rejected, ValueError, ImportError) as error:
             rule = "a run never starts afresh while there may be copies"
             remedy = "mend or empty checkpoint.copy_to, or choose another run.name"
             raise NoCheckpoint(f"checkpoint.copy_to ({self._cfg.copy_to}): {error}; {rule}; {remedy}") from error
         if fetched is not None:
-            log.info("fetched %s from %s", fetched.name, self._cfg.copy_to)
+            log.info("fetched %s from %s", fetched.name, self._copies)
         return fetched
 
     def _order(self, state: RunState) -> Order:
@@ -183,7 +188,7 @@ class Checkpoints:
             best=state.best,
             keep_last=self._cfg.keep_last,
             keep_every_steps=every and every * self._steps_per_epoch,
-            copy_to=self._cfg.copy_to,
+            copy_to=self._copies,
         )
 
     def poll(self, wait: bool = False, is_last: bool = False) -> RunError | None:
@@ -195,7 +200,7 @@ class Checkpoints:
         if reply.error:
             return self._failed(reply, is_last)
         if reply.warning:
-            log.warning("checkpoint %d is saved, but %s", reply.step, reply.warning)
+            log.warning("the checkpoint of step %d is saved, but %s", reply.step, reply.warning)
         self._failures = 0
         return None
 

@@ -91,7 +91,7 @@ class CheckpointConfig:
     save_every_minutes: float | None = 5.0
     keep_last: int = 2  # the best one is kept as well
     keep_every_epochs: int | None = None  # and those at the end of every so many epochs
-    copy_to: str | None = None  # URL of a folder for copies of all that is kept; fetched from where there is none here
+    copy_to: str | None = None  # URL of a folder: copies go to URL/NAME, and come from there where there is none here
 
     def __post_init__(self) -> None:
         counts = ("keep_last", "keep_every_epochs")

@@ -59,9 +59,10 @@ def watch(rank: Watched) -> None:
     """Until the rank is gone."""
     beacon, began, looked = Beacon(os.fdopen(rank.beacon, "r+b", buffering=0)), time.time(), time.monotonic()
     while not select.select([sys.stdin], [], [], _LOOK_EVERY_S)[0]:
-        now, seen = time.monotonic(), beacon.see()
+        seen, now = beacon.see(), time.monotonic()
         if now - looked > 10 * _LOOK_EVERY_S:  # we were stopped too, or the machine was asleep: nobody is late
             beacon.show(seen.limit_s, seen.phase, seen.step, seen.indices)
+            seen = beacon.see()
         looked = now
         cause = _hung(rank, seen, now)
         if cause:
