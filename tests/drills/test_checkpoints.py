@@ -129,7 +129,10 @@ def small_disk(tmp_path) -> Iterator[Path]:
         pytest.skip("needs root: it mounts a file system")
     place = tmp_path / "runs"
     place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(place)], check=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(place)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:  # root of a container, say
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
 
