@@ -29,9 +29,9 @@ def soak(seconds: float) -> dict:
     mounted = os.geteuid() == 0
     if mounted:  # a disk that can be full
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6g", "tmpfs", str(disk)], check=True)
+    images = make_folder(root / "images", 205, 21)
+    job = Job(root, "soak", f"data.root={images}", *LONG)
     try:
-        images = make_folder(root / "images", 205, 21)
-        job = Job(root, "soak", f"data.root={images}", *LONG)
         counts, first = hurt(job, seconds, disk if mounted else None)
         ran = time.monotonic() - began
         reached = last_of_an_epoch(job)
@@ -49,6 +49,7 @@ def soak(seconds: float) -> dict:
         assert not job.processes()
         assert leftovers() == before, f"left behind: {leftovers() - before}"
     finally:
+        job.end()
         if mounted:
             subprocess.run(["umount", "-l", str(disk)], check=True)
         shutil.rmtree(root)
@@ -93,7 +94,10 @@ def fill(disk: Path) -> None:
     """For about as long as a checkpoint takes."""
     ballast = disk / "ballast"
     with ballast.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - (1 << 20))
+        with contextlib.suppress(OSError):  # it is full
+            while True:
+                os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), 1 << 20)
+        file.truncate(file.seek(0, os.SEEK_END) - (4 << 20))  # rows still fit, a checkpoint does not
     time.sleep(1)
     ballast.unlink()
 
