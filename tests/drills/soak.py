@@ -15,8 +15,12 @@ from tests.conftest import make_folder
 from tests.drills.harness import Job
 
 EVERY_S = 30
+KEPT = 20  # epochs of 26 steps between two checkpoints that are kept
 LONG = ["trainer.epochs=2000", "trainer.hang_timeout_s=5", "checkpoint.save_every_steps=20", "checkpoint.keep_last=3"]
-LONG += ["checkpoint.keep_every_epochs=5", "trainer.eval_every_epochs=5"]  # an epoch of 26 steps takes two seconds
+LONG += [
+    f"checkpoint.keep_every_epochs={KEPT}",
+    "trainer.eval_every_epochs=5",
+]  # an epoch of 26 steps takes two seconds
 LONG += ["scheduler=constant"]  # any other follows the length of the run
 
 
@@ -28,7 +32,7 @@ def soak(seconds: float) -> dict:
     disk.mkdir()
     mounted = os.geteuid() == 0
     if mounted:  # a disk that can be full
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6g", "tmpfs", str(disk)], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2g", "tmpfs", str(disk)], check=True)
     images = make_folder(root / "images", 205, 21)
     job = Job(root, "soak", f"data.root={images}", *LONG)
     try:
@@ -98,13 +102,13 @@ def fill(disk: Path) -> None:
             while True:
                 os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), 1 << 20)
         file.truncate(file.seek(0, os.SEEK_END) - (4 << 20))  # rows still fit, a checkpoint does not
-    time.sleep(1)
+    time.sleep(0.5)
     ballast.unlink()
 
 
 def last_of_an_epoch(job: Job) -> int:
     """The newest checkpoint that an undisturbed run has as well, whatever else it left out."""
-    return max(int(d.name[5:]) for d in job.checkpoints() if int(d.name[5:]) % (5 * 26) == 0)
+    return max(int(d.name[5:]) for d in job.checkpoints() if int(d.name[5:]) % (KEPT * 26) == 0)
 
 
 def leftovers() -> set[str]:
