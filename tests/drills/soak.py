@@ -20,7 +20,7 @@ LONG = ["trainer.epochs=2000", "trainer.hang_timeout_s=5", "checkpoint.save_ever
 LONG += [
     f"checkpoint.keep_every_epochs={KEPT}",
     "trainer.eval_every_epochs=5",
-]  # an epoch of 26 steps takes two seconds
+]  # of two seconds each
 LONG += ["scheduler=constant"]  # any other follows the length of the run
 
 
