@@ -14,20 +14,26 @@ def build_optimizer(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optim
     match cfg:
         case SGDConfig():
             optimizer = torch.optim.SGD(groups, cfg.lr, cfg.momentum, nesterov=cfg.nesterov, fused=True)
-            reset(optimizer)
-            return optimizer
         case AdamWConfig():
-            return torch.optim.AdamW(groups, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, fused=True)
-    raise TypeError(f"no optimizer for {type(cfg).__name__}")
+            optimizer = torch.optim.AdamW(groups, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, fused=True)
+        case _:
+            raise TypeError(f"no optimizer for {type(cfg).__name__}")
+    reset(optimizer)
+    return optimizer
 
 
 def reset(optimizer: torch.optim.Optimizer) -> None:
-    """Forget all moments. SGD's are made here: a first step that found_inf cancels would leave them uninitialised."""
+    """All moments are zero. They are made here, as the first step would make them: one that found_inf cancels would
+    leave SGD's uninitialised, and what a checkpoint holds is known before there is one.
+    """
     optimizer.state.clear()
     for group in optimizer.param_groups:
-        if group.get("momentum"):
-            for parameter in group["params"]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        names = ["momentum_buffer"] if group.get("momentum") else ["exp_avg", "exp_avg_sq"] if "betas" in group else []
+        for parameter in group["params"]:
+            moments = {name: torch.zeros_like(parameter) for name in names}
+            if "betas" in group:
+                moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            optimizer.state[parameter].update(moments)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -55,13 +61,6 @@ def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> State:
             if isinstance(value, Tensor):
                 found[f"{key}/{name}"] = value
     return found
-
-
-def state_to_come(cfg: OptimizerConfig, model: nn.Module) -> State:
-    """Names and sizes of most that state_by_name gives from the first step on; the values mean nothing."""
-    keys = ["exp_avg", "exp_avg_sq"] if isinstance(cfg, AdamWConfig) else ["momentum_buffer"]
-    found = {f"{key}/{name}": parameter for key in keys for name, parameter in model.named_parameters()}
-    return found | {f"step/{name}": torch.zeros(()) for name, _ in model.named_parameters()}
 
 
 def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, state: State) -> None:

@@ -16,14 +16,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from alexnet_ddp import cli
-from alexnet_ddp.checkpoint.find import find_best, load_model
+from alexnet_ddp.checkpoint import files
+from alexnet_ddp.checkpoint.find import find_best
 from alexnet_ddp.config import Config, ConfigError, DataConfig, PredictConfig
 from alexnet_ddp.data.decode import BadImage, centre_into
 from alexnet_ddp.data.effects import normalise
 from alexnet_ddp.data.scan import SUFFIXES
 from alexnet_ddp.distributed import choose_device
 from alexnet_ddp.errors import DataError
-from alexnet_ddp.model import build_model
+from alexnet_ddp.model import build_model, load_checkpoint
 from alexnet_ddp.tracking import read_classes
 
 _BATCH = 64
@@ -69,7 +70,8 @@ def find_images(pattern: str) -> list[Path]:
 
 def _trained(cfg: Config, run_dir: Path, num_classes: int) -> nn.Module:
     model = build_model(replace(cfg.model, weights=None), num_classes, cfg.data.image_size, cfg.seed)
-    load_model(model, find_best(run_dir / "checkpoints"))
+    best = find_best(run_dir / "checkpoints")
+    load_checkpoint(model, files.read_tensors(best, "model"), str(best))
     return model
 
 

@@ -76,7 +76,7 @@ class Run:
         """Its record, its guards, its clocks."""
         cfg, world, data = self.cfg, self.world, self.training.data
         self.watchdog, self.training.train_step.on_phase = watchdog, watchdog.phase
-        self.checkpoints.prepare(self.training.tensors_to_come())
+        self.checkpoints.prepare(self.training.tensors())
         facts = {"world_size": world.world_size, "overrides": overrides, "start_step": self.state.step}
         classes = {"ids": data.train.classes, "names": data.class_names}
         budget, step = self.budget, self.state.step
@@ -183,10 +183,8 @@ class Run:
     def save(self) -> None:
         """Collective. A last checkpoint that fails ends the run; one on the way is a warning, at first."""
         self.watchdog.phase("checkpoint")
-        self.state.sums, self.state.scaler = (
-            self.training.train_step.meter.read(),
-            self.training.train_step.scaler.state_dict(),
-        )
+        self.state.sums = self.training.train_step.meter.read()
+        self.state.scaler = self.training.train_step.scaler.state_dict()
         is_last = self.stopping or self.budget.is_end(self.state.step)
         self.failure = self.checkpoints.save(self.state, self.training.tensors(), is_last) or self.failure
         if is_last or self.state.best.get("step") == self.state.step:  # these wait for the disk: so do all, here
@@ -211,11 +209,8 @@ class Run:
         self.pace.pause(time.monotonic() - began)
 
     def _headline(self) -> str:
-        data, budget, parameters = (
-            self.training.data,
-            self.budget,
-            sum(p.numel() for p in self.training.model.parameters()),
-        )
+        data, budget = self.training.data, self.budget
+        parameters = sum(p.numel() for p in self.training.model.parameters())
         counts = (len(data.train), len(data.val), len(data.class_names))
         progress = f"step {self.state.step} of {budget.total_steps} ({budget.steps_per_epoch} an epoch)"
         return headline(self.cfg, self.world, parameters, counts, progress)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from alexnet_ddp import distributed
-from alexnet_ddp.checkpoint.find import load_weights
 from alexnet_ddp.checkpoint.identity import identity
 from alexnet_ddp.checkpoint.store import Checkpoints
 from alexnet_ddp.config import AlexNet2012AugmentConfig, Config
@@ -17,8 +16,8 @@ from alexnet_ddp.data.sampler import build_sampler
 from alexnet_ddp.data.sets import open_data
 from alexnet_ddp.distributed import World
 from alexnet_ddp.engine import TrainStep, check_precision
-from alexnet_ddp.model import build_model, check_image_size
-from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name, state_to_come
+from alexnet_ddp.model import build_model, check_image_size, load_checkpoint
+from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name
 from alexnet_ddp.parallel import build_parallel
 from alexnet_ddp.schedule import Budget, build_lr_schedule
 
@@ -58,7 +57,7 @@ class Training:
         self.model = distributed.on_all(lambda: build_model(start, num_classes, size, cfg.seed), world)
         check_image_size(self.model, num_classes, cfg.data.train_image_size(0), "data.start_image_size")
         if saved:
-            load_weights(self.model, saved.pop("model"), f"the checkpoint of {cfg.run.name}")
+            load_checkpoint(self.model, saved.pop("model"), f"the checkpoint of {cfg.run.name}")
         self.model.to(world.device, memory_format=torch.channels_last)
         if cfg.trainer.compile:
             torch.compiler.config.recompile_limit = 64  # a few a size, where images grow; past 8 it would go eager
@@ -79,15 +78,10 @@ class Training:
         """What a checkpoint holds: file stem -> tensors by name."""
         return {"model": self.model.state_dict(), "optimizer": state_by_name(self.optimizer, self.model)}
 
-    def tensors_to_come(self) -> dict[str, dict[str, Tensor]]:
-        """Names and sizes of what it will hold once a step was taken."""
-        state = state_by_name(self.optimizer, self.model) or state_to_come(self._cfg.optimizer, self.model)
-        return {"model": self.model.state_dict(), "optimizer": state}
-
     def roll_back(self, step: int) -> int:
         """Weights and optimizer of the newest checkpoint, and the data from `step` on; the checkpoint's step."""
         to, tensors = self.checkpoints.newest()
-        load_weights(self.model, tensors["model"], f"the checkpoint of step {to}")
+        load_checkpoint(self.model, tensors["model"], f"the checkpoint of step {to}")
         load_state_by_name(self.optimizer, self.model, tensors["optimizer"])
         self.state.step = step
         self.batches = self._from_here()

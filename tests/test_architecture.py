@@ -8,7 +8,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "alexnet_ddp"
 ROOTS = {"train", "evaluate", "predict", "prepare"}  # one command each: know everything, known by nobody
-SHARED = {"config", "distributed", "metrics", "errors", "rng", "atomic", "redact"}  # may be imported by any room
+# may be imported by any room
+SHARED = {"companion", "config", "distributed", "metrics", "errors", "rng", "atomic", "redact"}
 MEETING = {  # below the roots, the rooms that bring others together
     "engine": {"data", "model", "optim", "parallel", "resilience"},
     "training": {"checkpoint", "data", "engine", "model", "optim", "parallel", "schedule"},

@@ -18,14 +18,14 @@ import safetensors.torch
 import torch
 
 from alexnet_ddp.checkpoint import files, remote, writer
-from alexnet_ddp.checkpoint.find import find_best, find_newest, load_model
+from alexnet_ddp.checkpoint.find import find_best, find_newest
 from alexnet_ddp.checkpoint.identity import identity
 from alexnet_ddp.checkpoint.store import Checkpoints, RunState
 from alexnet_ddp.cli import compose
 from alexnet_ddp.config import AlexNetSmallConfig, CheckpointConfig, ConfigError, Device, SGDConfig
 from alexnet_ddp.distributed import session
 from alexnet_ddp.errors import CheckpointIOError, NoCheckpoint
-from alexnet_ddp.model import build_model
+from alexnet_ddp.model import build_model, load_checkpoint
 from alexnet_ddp.optim import build_optimizer, state_by_name
 from tests.ranks import run_ranks
 
@@ -155,7 +155,8 @@ def test_names_in_the_files_are_torchvisions_and_load_into_a_fresh_model(run):
     with safetensors.safe_open(directory / "optimizer.safetensors", "pt") as file:
         assert "momentum_buffer/classifier.0.weight" in file.keys()  # noqa: SIM118
     other = build_model(AlexNetSmallConfig(), 3, 64, seed=1)
-    assert load_model(other, directory)["step"] == 1
+    load_checkpoint(other, files.read_tensors(directory, "model"), str(directory))
+    assert files.read_state(directory)["step"] == 1
     assert same(other.state_dict(), model.state_dict())
 
 

@@ -1,20 +1,16 @@
 """The run's side of writer.py: hand it a copy of the tensors, and hear later how it went."""
 
 import json
-import os
 import subprocess
-import sys
 from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing.connection import wait as poll
-from pathlib import Path
 
 from torch import Tensor
 
+from alexnet_ddp import companion
 from alexnet_ddp.checkpoint.layout import SharedMemory, needed
 from alexnet_ddp.checkpoint.writer import Order, Reply
-
-_SOURCE = Path(__file__).resolve().parents[2]
 
 Groups = dict[str, dict[str, Tensor]]  # file stem -> tensors by name
 
@@ -37,12 +33,8 @@ class BackgroundWriter:
             self.close()
             self._memory = SharedMemory(size)
         if self._process is None:
-            descriptor = self._memory.fileno()
-            env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(_SOURCE), os.getenv("PYTHONPATH"))))}
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "alexnet_ddp.checkpoint.writer", str(descriptor)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[descriptor], env=env,
-            )  # fmt: skip
+            file = self._memory.file
+            self._process = companion.start("checkpoint.writer", str(file.fileno()), [file], stdout=subprocess.PIPE)
 
     def start(self, order: Order, groups: Groups) -> None:
         """Copy the tensors, which may change when this returns, and let them be written. Not while it is busy.

@@ -3,11 +3,8 @@
 import logging
 from pathlib import Path
 
-from torch import Tensor, nn
-
 from alexnet_ddp.checkpoint import files
 from alexnet_ddp.checkpoint.files import Rejected
-from alexnet_ddp.config import ConfigError
 from alexnet_ddp.errors import NoCheckpoint
 
 log = logging.getLogger(__name__)
@@ -44,19 +41,3 @@ def find_best(directory: Path) -> Path:
         log.warning("checkpoint %s, the best one, is rejected: %s; taking %s", best.name, reason, newest.name)
         return newest
     return best
-
-
-def load_model(model: nn.Module, directory: Path) -> dict:
-    """Load the weights of a verified checkpoint into `model`; return its state.json. Raises ConfigError."""
-    load_weights(model, files.read_tensors(directory, "model"), str(directory))
-    return files.read_state(directory)
-
-
-def load_weights(model: nn.Module, weights: dict[str, Tensor], origin: str) -> None:
-    """Raises ConfigError where they are another network's."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        difference = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
-        remedy = "give the model that was trained, or another run.name"
-        raise ConfigError(f"{origin} holds another network than the configuration: {difference}; {remedy}") from error

@@ -6,13 +6,12 @@ Copying the tensors to where they lie in the files is all that a step has to wai
 
 import json
 import mmap
-import os
-import tempfile
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
+
+from alexnet_ddp.companion import shared_file
 
 _DTYPES = {
     torch.float64: "F64",
@@ -52,20 +51,10 @@ class SharedMemory:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._file = self._create()
-        self._file.truncate(size)
-        self._map = mmap.mmap(self._file.fileno(), size)
+        self.file = shared_file("checkpoint", size)
+        self._map = mmap.mmap(self.file.fileno(), size)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._bytes.zero_()  # page faults now, not within a step
-
-    @staticmethod
-    def _create() -> BinaryIO:
-        if hasattr(os, "memfd_create"):  # not /dev/shm, which containers make small
-            return os.fdopen(os.memfd_create("alexnet_ddp.checkpoint"), "r+b", buffering=0)
-        return tempfile.TemporaryFile(buffering=0)
-
-    def fileno(self) -> int:
-        return self._file.fileno()
 
     def store(self, groups: dict[str, dict[str, Tensor]]) -> dict[str, tuple[int, int]]:
         """Copy the tensors of each file; file stem -> (first byte, end). They must fit: see needed()."""
@@ -85,7 +74,7 @@ class SharedMemory:
         return places
 
     def close(self) -> None:
-        self._file.close()  # the map goes with the last tensor that looks at it
+        self.file.close()  # the map goes with the last tensor that looks at it
 
 
 def needed(groups: dict[str, dict[str, Tensor]]) -> int:

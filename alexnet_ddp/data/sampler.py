@@ -147,10 +147,6 @@ def rank_slice(n: int, rank: int, world_size: int) -> slice:
     return slice(start, start + size + (rank < rest))
 
 
-def largest_slice(n: int, world_size: int) -> int:
-    return -(-n // world_size)
-
-
 def evaluation_work(num_images: int, batch_size: int, rank: int, world_size: int) -> Iterator[Work]:
     """Whole batches of a fixed grid, dealt to the ranks in turn: what is computed together never depends on the world.
 

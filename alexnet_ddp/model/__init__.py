@@ -20,9 +20,9 @@ from alexnet_ddp.config import (
 )
 from alexnet_ddp.model.alexnet import alexnet_2012, alexnet_bn, alexnet_small
 from alexnet_ddp.model.dropout import KeyedDropout, key_dropout, set_dropout_keys
-from alexnet_ddp.model.weights import load_weights
+from alexnet_ddp.model.weights import load_checkpoint, load_weights
 
-__all__ = ["KeyedDropout", "build_model", "load_weights", "set_dropout_keys"]
+__all__ = ["KeyedDropout", "build_model", "load_checkpoint", "load_weights", "set_dropout_keys"]
 
 
 def build_model(cfg: ModelConfig, num_classes: int, image_size: int, seed: int) -> nn.Module:

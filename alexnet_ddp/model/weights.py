@@ -27,12 +27,23 @@ def load_weights(model: nn.Module, path: Path, new_head: bool = True) -> None:
         classes = f"{len(weights[changed[0]])} classes in the file, {len(own[changed[0]])} in the data"
         log.warning("model.weights: %s: the head (%s) starts afresh", classes, ", ".join(changed))
         weights |= {name: own[name] for name in changed}
+    remedy = "give the weights of this network, or the network of these weights"
+    fit(model, weights, f"model.weights ({path}) does not fit the model", remedy)
+
+
+def fit(model: nn.Module, weights: dict[str, Tensor], complaint: str, remedy: str) -> None:
+    """Load tensors by name. Raises ConfigError where they are another network's: complaint, difference, remedy."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         difference = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
-        remedy = "give the weights of this network, or the network of these weights"
-        raise ConfigError(f"model.weights ({path}) does not fit the model: {difference}; {remedy}") from error
+        raise ConfigError(f"{complaint}: {difference}; {remedy}") from error
+
+
+def load_checkpoint(model: nn.Module, weights: dict[str, Tensor], origin: str) -> None:
+    """Load the tensors of a checkpoint, all of them. Raises ConfigError where they are another network's."""
+    complaint = f"{origin} holds another network than the configuration"
+    fit(model, weights, complaint, "give the model that was trained, or another run.name")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

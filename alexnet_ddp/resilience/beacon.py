@@ -4,12 +4,12 @@ The memory has no name, so nothing is left behind, and looking at it needs nothi
 """
 
 import mmap
-import os
 import struct
-import tempfile
 import time
 from dataclasses import dataclass
 from typing import BinaryIO
+
+from alexnet_ddp.companion import shared_file
 
 WAITING = "wait for the others"  # from the first collective of a step on
 PHASES = ("start", "data", "forward", WAITING, "update", "evaluate", "checkpoint", "end")
@@ -34,9 +34,7 @@ class Beacon:
     """Written by the rank, read by its watchdog. file: what another Beacon has made."""
 
     def __init__(self, file: BinaryIO | None = None) -> None:
-        self.file = file or _create()
-        if file is None:
-            self.file.truncate(_FORMAT.size)
+        self.file = file or shared_file("beacon", _FORMAT.size)
         self._map = mmap.mmap(self.file.fileno(), _FORMAT.size)
 
     def show(self, limit_s: float, phase: str, step: int, indices: list[int]) -> None:
@@ -52,9 +50,3 @@ class Beacon:
     def see(self) -> Sighting:
         progress_at, ticked_at, limit_s, phase, count, step, *indices = _FORMAT.unpack(self._map[:])
         return Sighting(progress_at, ticked_at, limit_s, PHASES[phase], step, indices[:count])
-
-
-def _create() -> BinaryIO:
-    if hasattr(os, "memfd_create"):
-        return os.fdopen(os.memfd_create("alexnet_ddp.beacon"), "r+b", buffering=0)
-    return tempfile.TemporaryFile(buffering=0)

@@ -5,9 +5,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -17,11 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+from alexnet_ddp import companion
 from alexnet_ddp.distributed import World
 from alexnet_ddp.resilience.beacon import Beacon
 from alexnet_ddp.resilience.watch import Watched
 
-_SOURCE = Path(__file__).resolve().parents[2]
 _TICK_EVERY_S = 0.5
 _START_S = 3600.0  # an index of a large data set, a compilation, a checkpoint on a slow disk: the group's own limit
 _SLOWER = 10  # times a step's limit, for a batch of an evaluation, or for steps that may compile
@@ -43,16 +40,13 @@ class Watchdog:
         self._limit_s, self._began = _START_S, None
         if timeout_s is None:
             return
-        self._beacon, self._stacks = Beacon(), tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (as long as the rank)
+        self._beacon, self._stacks = Beacon(), companion.shared_file("stacks", 0)
         self._beacon.show(_START_S, "start", 0, [])
         faulthandler.register(signal.SIGUSR2, self._stacks, all_threads=True)
-        descriptors = [self._beacon.file.fileno(), self._stacks.fileno()]
-        watched = Watched(os.getpid(), world.rank, socket.gethostname(), str(run_dir.absolute()), *descriptors)
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(_SOURCE), os.getenv("PYTHONPATH"))))}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "alexnet_ddp.resilience.watch", json.dumps(asdict(watched))],
-            stdin=subprocess.PIPE, pass_fds=descriptors, env=env,
-        )  # fmt: skip
+        files = [self._beacon.file, self._stacks]
+        numbers = [file.fileno() for file in files]
+        watched = Watched(os.getpid(), world.rank, socket.gethostname(), str(run_dir.absolute()), *numbers)
+        self._process = companion.start("resilience.watch", json.dumps(asdict(watched)), files)
         self._ended = threading.Event()
         threading.Thread(target=self._tick, name="watchdog", daemon=True).start()
 

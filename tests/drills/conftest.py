@@ -68,6 +68,6 @@ def slurm() -> Iterator[Slurm]:
     """A cluster of two nodes, n1 and n2."""
     reason = why_not(slurm=True)
     if reason:
-        pytest.skip(reason)
+        pytest.skip(reason)  # the real thing or nothing: a laptop has no Slurm; .ci/run installs it and shows skips
     with Slurm() as cluster:
         yield cluster

@@ -126,12 +126,13 @@ def test_d04_a_writer_that_is_killed_shows_at_once_and_the_next_save_works(new_j
 def small_disk(tmp_path) -> Iterator[Path]:
     """200 MB: four checkpoints of 49 MB."""
     if os.geteuid() != 0:
+        # The real thing or nothing: a patched write would test the patch.
         pytest.skip("needs root: it mounts a file system")
     place = tmp_path / "runs"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(place)]
     done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode:  # root of a container, say
+    if done.returncode:  # root of a container may not mount; on a machine of one's own it may
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)

@@ -18,7 +18,6 @@ pytestmark = pytest.mark.drill
 
 EVERY = 5  # steps between two checkpoints of the runs that are killed
 LONG = ["trainer.epochs=16", f"checkpoint.save_every_steps={EVERY}"]
-SHIM = {"PYTHONPATH": f"{Path(__file__).parent / 'shim'}{os.pathsep}{PROJECT}"}
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +94,7 @@ def test_d05_a_rank_that_is_stopped_is_found_named_and_replaced(new_job, calm, m
 
 def test_d06_a_rank_that_hangs_with_the_gil_is_found_named_and_replaced(new_job, calm, tmp_path, measured):
     go = tmp_path / "go"
-    job = new_job("gil", "trainer.hang_timeout_s=8", env={**SHIM, "HOLD_GIL": str(go)}).start()
+    job = new_job("gil", "trainer.hang_timeout_s=8").inject(f"gil rank=1 when={go}").start()
     job.until_step(12)
     victim = job.rank(1)
     go.touch()
@@ -157,7 +156,7 @@ def test_d35_a_busy_port_is_named_with_its_holder_and_one_node_alone_takes_anoth
 
 def test_d45_an_image_that_kills_each_time_ends_after_three_restarts(new_job, images, measured):
     victim = sorted(images.glob("train/class2/*.jpg"))[20]
-    job = new_job("cursed", env={**SHIM, "KILL_AT_OPEN": f"{victim.parent.name}/{victim.name}"})
+    job = new_job("cursed").inject(f"kill at={victim.parent.name}/{victim.name}")
     began = time.monotonic()
     assert job.run(timeout_s=240) == 93, job.said()
     measured |= {"restarts": job.said().count("starting again"), "given up after, s": round(time.monotonic() - began)}

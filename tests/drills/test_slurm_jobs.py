@@ -9,7 +9,6 @@ import pytest
 
 from tests.drills.batch import FINAL, Batch
 from tests.drills.harness import PROJECT
-from tests.drills.test_processes import SHIM
 
 pytestmark = pytest.mark.slurm
 
@@ -28,10 +27,8 @@ def test_a_job_that_would_fail_again_is_not_requeued(slurm, images, calm, tmp_pa
     for file in damaged.glob("checkpoints/*/model.safetensors"):
         file.write_bytes(file.read_bytes()[:-1] + b"\0")
     jobs = {code: Batch(slurm, tmp_path, str(code), f"data.root={images}", why) for code, why in ENDS.items()}
-    jobs[93].env |= SHIM | {
-        "KILL_AT_OPEN": min(path.name for path in images.glob("train/*/*.jpg")),
-        "RESTART_DELAY": "0",
-    }
+    jobs[93].inject(f"kill at={min(path.name for path in images.glob('train/*/*.jpg'))}")
+    jobs[93].env |= {"RESTART_DELAY": "0"}
     try:
         for job in jobs.values():
             job.submit("--nodes=1")

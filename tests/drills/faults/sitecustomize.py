@@ -2,25 +2,45 @@
 
 ALEXNET_DDP_FAULT="gradient rank=1 step=7" and the like, several with ";". The program knows nothing of it, and has no
 knob for it. Steps count from 1, as in metrics.jsonl; rank=-1 means all. Without step: always.
+
+    kill at=NAME            whoever opens a file whose path ends so is killed
+    gil rank=1 when=FILE    a thread runs a catastrophic regular expression once FILE is there, which it removes first
 """
 
 import os
+import re
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 _TEXT = os.environ.get("ALEXNET_DDP_FAULT", "")
 
 
-def _faults() -> list[tuple[str, dict[str, float]]]:
+def _faults() -> list[tuple[str, dict[str, Any]]]:
     """Those of this rank."""
     found = []
     for fault in filter(None, map(str.strip, _TEXT.split(";"))):
         name, *pairs = fault.split()
-        values = {key: float(value) for key, value in (pair.split("=") for pair in pairs)}
+        texts = dict(pair.split("=") for pair in pairs)
+        values = {key: text if key in ("at", "when") else float(text) for key, text in texts.items()}
         if values.get("rank", -1) in (-1, int(os.environ["RANK"])):
             found.append((name, values))
     return found
+
+
+def _kill(event: str, arguments: tuple) -> None:
+    if event == "open" and any(name == "kill" and str(arguments[0]).endswith(v["at"]) for name, v in _faults()):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _hold_gil(go: Path) -> None:
+    while not go.exists():
+        time.sleep(0.05)
+    go.unlink()  # once: not again after a restart
+    re.match(r"(a+)+$", "a" * 60 + "b")
 
 
 def _inject() -> None:
@@ -55,8 +75,6 @@ def _inject() -> None:
     def step(self: TrainStep, batches: object, k: int, *more: object) -> object:
         now["step"] = k + 1
         if active("stop"):
-            import signal
-
             os.kill(os.getpid(), signal.SIGTERM)
             more = (*more[:-1], type(more[-1])(stop=True, save=more[-1].save, error=more[-1].error))
         for fault in active("flip"):  # one bit of one value of a parameter
@@ -76,6 +94,10 @@ def _inject() -> None:
         return finish(self, tasks)
 
     TrainStep.__call__, TrainStep.__post_init__, Prefetcher._finish = step, begin, slow
+    sys.addaudithook(_kill)
+    for name, values in faults:
+        if name == "gil":
+            threading.Thread(target=_hold_gil, args=[Path(values["when"])], daemon=True).start()
 
 
 if _TEXT and "RANK" in os.environ and "alexnet_ddp.train" in sys.orig_argv:
