@@ -45,8 +45,11 @@ def start(*overrides: str, **env: str) -> subprocess.Popen:
     """`python -m alexnet_ddp.prepare OVERRIDES`, as the leader of its own process group."""
     environment = {**os.environ, "PYTHONPATH": str(REPO), **env}
     command = [sys.executable, "-m", "alexnet_ddp.prepare", *overrides]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # as a terminal starts it: tests that run in the background are started with SIGINT ignored, and hand that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def run(*overrides: str) -> tuple[int, str, str]:
