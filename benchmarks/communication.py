@@ -3,8 +3,8 @@
     sudo python benchmarks/communication.py [--json FILE] [--plot PNG] [--repetitions N] [--all] [--quick]
 
 Makes hosts of this machine (network namespaces, one core each), joins them by links, and lets variants of one training
-take steps on them in turns. Needs root, and iproute2. Without --all: P1 to P4, six minutes. With it, an hour: also the
-communication hooks, Lightning where it is installed, 128 and 224 px, four ranks, and scaling from 1 to 4 ranks.
+take steps on them in turns. Needs root, iproute2 and 6 GB, with --all 16 GB. Without --all: P1 to P4, six minutes. With
+it, an hour: also the communication hooks, Lightning where it is installed, 128 and 224 px, four ranks, and scaling.
 
 P1  bytes a rank sends in a step, two ranks, 32 images each; the parameters must be equal to 1e-5 after these steps
 P2  seconds a step at 1 Gbit/s, 64 px        P3  at 100 Mbit/s        P4  on a link that is not shaped
@@ -19,7 +19,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from links import LINKS, Field, field, has_lightning, why_not
 from measuring import Report, in_turns, machine
 
@@ -120,6 +119,8 @@ class Bench:
 
 def largest_differences(folder: Path) -> tuple[float, float]:
     """|ours - plain| over |plain|, and over the way that plain went from the start: the largest of all tensors."""
+    import torch
+
     ours, plain, start = (torch.load(folder / f"{name}.pt", weights_only=True) for name in ("ours", "plain", "start"))
     assert ours.keys() == plain.keys()
     apart = {name: (ours[name] - plain[name]).norm() for name in plain}

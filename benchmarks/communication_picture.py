@@ -1,5 +1,7 @@
 """The picture of benchmarks/communication.py: seconds a step, by link, from its JSON file; with --all also the curves.
 
+Run by itself it prints README's table as well:
+
 python benchmarks/communication_picture.py benchmarks/results/communication.json benchmarks/results/communication.png
 """
 
@@ -33,7 +35,7 @@ def draw(turns: Turns, about: dict, file: Path) -> None:
     left = grid[0].subgridspec(len(bars), 1, height_ratios=heights, hspace=0.28)
     for place, (link, found) in zip(left, bars.items()):
         panel(figure.add_subplot(place), link, found)
-    for place, draw_one in zip(grid[1].subgridspec(len(curves), 1, hspace=0.38) if curves else (), curves):
+    for place, draw_one in zip(grid[1].subgridspec(len(curves), 1, hspace=0.3) if curves else (), curves):
         draw_one(figure.add_subplot(place), turns)
     note = f"medians; AlexNet, 32 images a rank, {about['cores']} cores of {about['cpu']}, {about['date']}"
     figure.text(0.99, 0.005, note, ha="right", va="bottom", fontsize=8, color=GREY)
@@ -98,6 +100,26 @@ def scaling(axis: object, turns: Turns) -> None:
     axis.set_ylim(0)
 
 
+def table(turns: Turns) -> str:
+    """Markdown: seconds of a step, and how many times faster than plain DDP; medians with minimum and maximum."""
+    lines = []
+    for num_ranks, size in ((k, px) for k in (2, 4) for px in (64, 128, 224)):
+        found = {link: turns.get(f"K={num_ranks}, {size} px, {link}", {}) for link in STYLES}
+        for name in dict.fromkeys(name for variants in found.values() for name in variants):
+            cells = [cell(variants, name) for variants in found.values()]
+            lines.append(f"| {num_ranks} | {size} | {label(name)} | {' | '.join(cells)} |")
+    return "\n".join([f"| ranks | px | | {' | '.join(STYLES)} |", "|---" * (3 + len(STYLES)) + "|", *lines])
+
+
+def cell(found: dict[str, list[float]], name: str) -> str:
+    if name not in found:
+        return ""
+    taken = f"{statistics.median(found[name]):.2f} s"
+    ratios = [a / b for a, b in zip(found["plain DDP"], found[name])]
+    spread = f"{statistics.median(ratios):.1f} x ({min(ratios):.1f} to {max(ratios):.1f})"
+    return taken if name == "plain DDP" else f"{taken}, {spread}"
+
+
 def finish(axis: object, title: str, what: str, ticks: list[int]) -> None:
     axis.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
     axis.set_xlabel(what, color=GREY)
@@ -118,3 +140,4 @@ def label(name: str) -> str:
 if __name__ == "__main__":
     written = json.loads(Path(sys.argv[1]).read_text())
     draw(written["turns"], written["machine"], Path(sys.argv[2]))
+    print(table(written["turns"]))
