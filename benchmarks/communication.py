@@ -3,7 +3,7 @@
     sudo python benchmarks/communication.py [--json FILE] [--plot PNG] [--repetitions N] [--all] [--quick]
 
 Makes hosts of this machine (network namespaces, one core each), joins them by links, and lets variants of one training
-take steps on them in turns. Needs root, iproute2 and 6 GB, with --all 16 GB. Without --all: P1 to P4, six minutes. With
+take steps on them in turns. Needs root, iproute2 and 8 GB, with --all 18 GB. Without --all: P1 to P4, six minutes. With
 it, an hour: also the communication hooks, Lightning where it is installed, 128 and 224 px, four ranks, and scaling.
 
 P1  bytes a rank sends in a step, two ranks, 32 images each; the parameters must be equal to 1e-5 after these steps

@@ -1,8 +1,8 @@
 """The picture of benchmarks/communication.py: seconds a step, by link, from its JSON file; with --all also the curves.
 
-Run by itself it prints README's table as well:
+    python benchmarks/communication_picture.py JSON PNG [README.md]
 
-python benchmarks/communication_picture.py benchmarks/results/communication.json benchmarks/results/communication.png
+Run by itself it prints the table as well; a file that is named third gets it, between its two marks.
 """
 
 import json
@@ -137,7 +137,22 @@ def label(name: str) -> str:
     return f"alexnet_ddp, {name.removeprefix('ours: ')}" if name.startswith("ours") else name
 
 
-if __name__ == "__main__":
+def put(text: str, file: Path) -> None:
+    """Replace what lies between the marks of `file`."""
+    marks = re.compile("(<!-- communication: [^\n]*-->\n).*(<!-- end of communication -->)", re.DOTALL)
+    changed, times = marks.subn(lambda found: f"{found[1]}{text}\n{found[2]}", file.read_text())
+    if times != 1:
+        sys.exit(f"{file} must hold the two marks of the table of communication once; it does {times} times")
+    file.write_text(changed)
+
+
+def main() -> None:
     written = json.loads(Path(sys.argv[1]).read_text())
     draw(written["turns"], written["machine"], Path(sys.argv[2]))
     print(table(written["turns"]))
+    for file in sys.argv[3:]:
+        put(table(written["turns"]), Path(file))
+
+
+if __name__ == "__main__":
+    main()

@@ -64,9 +64,14 @@ def test_the_picture_of_communication_comes_with_a_table_of_medians(tmp_path):
     titles = {"K=2, 64 px, 1 Gbit/s": turns, "K=2, 224 px, 1 Gbit/s": turns, "weak scaling, images/s": scales}
     about = {"cores": 2, "cpu": "a CPU", "date": "a day"}
     (tmp_path / "c.json").write_text(json.dumps({"turns": titles, "machine": about}))
-    command = [sys.executable, "benchmarks/communication_picture.py", str(tmp_path / "c.json"), str(tmp_path / "c.png")]
+    (tmp_path / "r.md").write_text("# A\n<!-- communication: a -->\nold\n<!-- end of communication -->\nend\n")
+    files = [str(tmp_path / name) for name in ("c.json", "c.png", "r.md")]
+    command = [sys.executable, "benchmarks/communication_picture.py", *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "r.md").read_text() == (
+        f"# A\n<!-- communication: a -->\n{done.stdout}<!-- end of communication -->\nend\n"
+    )
     assert "| 2 | 64 | plain DDP |  | 3.00 s |  |" in done.stdout
     assert "| 2 | 224 | alexnet_ddp, parallel=hybrid |  | 1.00 s, 3.0 x (2.0 to 4.0) |  |" in done.stdout
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
