@@ -87,7 +87,8 @@ def ours(more: Callable[[], bool], ask: dict) -> None:
 
 def keep(training: object, folder: Path, name: str) -> None:
     """Collective. The parameters, by torchvision's names, from rank 0."""
-    whole = {key: tensor.clone() for key, tensor in training.tensors()["model"].items()}
+    tensors = training.tensors()["model"]
+    whole = {key: t if isinstance(t, torch.Tensor) else t.part.whole(t.local) for key, t in tensors.items()}
     if os.environ["RANK"] == "0":
         torch.save(whole, folder / f"{name}.pt")
 
