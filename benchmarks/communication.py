@@ -73,7 +73,7 @@ class Bench:
         """Rows of one size and number of ranks, on all links. P2 to P4 where they are asked for."""
         teams = {name: on.team(self.ask(name, self.batch, size)) for name in variants}
         for team in teams.values():
-            team.steps(WARM_UP)
+            team.steps(WARM_UP if self.warm_up else 1)
         for link in self.links:
             on.link(LINKS[link])
             steps = BLOCK[link] if self.warm_up else 1

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from picture import INK, OURS, THEIRS
 
-GREY = "#57606a"
+PLAIN, GREY = "plain DDP", "#57606a"
 STYLES = {"unshaped": ":", "1 Gbit/s": "--", "100 Mbit/s": "-"}
 Turns = dict[str, dict[str, list[float]]]
 
@@ -46,14 +46,16 @@ def draw(turns: Turns, about: dict, file: Path) -> None:
 
 
 def panel(axis: object, link: str, found: dict[str, list[float]]) -> None:
-    """One bar a variant, with its seconds and how many times faster than the first it is."""
-    values = {label(name): statistics.median(seconds) for name, seconds in found.items()}
-    first, most = next(iter(values.values())), max(values.values())
-    axis.barh(list(values), list(values.values()), color=[colour(name) for name in found], height=0.72)
-    for row, value in enumerate(values.values()):
-        ratio = "" if row == 0 else f"   {first / value:.1f} x"
+    """One bar a variant, with its seconds and how many times faster than plain DDP it is."""
+    values = {name: statistics.median(seconds) for name, seconds in found.items()}
+    most = max(values.values())
+    axis.barh(
+        [label(name) for name in found], list(values.values()), color=[colour(name) for name in found], height=0.72
+    )
+    for row, (name, value) in enumerate(values.items()):
+        ratio = "" if name == PLAIN else f"   {statistics.median(ratios(found, name)):.1f} x"
         axis.text(value + most * 0.008, row, f"{value:.2f} s{ratio}", va="center", fontsize=9.5, color=INK)
-    axis.set_title(f"Two machines, {link}: a step at 64 px", loc="left", fontsize=11, fontweight="bold", color=INK)
+    axis.set_title(f"A step of two ranks at 64 px, {link}", loc="left", fontsize=11, fontweight="bold", color=INK)
     axis.set_xlim(0, most * 1.25)
     axis.invert_yaxis()
     axis.set_xticks([])
@@ -69,9 +71,9 @@ def by_size(axis: object, turns: Turns) -> None:
             points = {}
             for size in (64, 128, 224):
                 found = turns.get(f"K={num_ranks}, {size} px, {link}", {})
-                mine = [seconds for name, seconds in found.items() if name.startswith("ours")]
+                mine = [name for name in found if name.startswith("ours")]
                 if mine:
-                    points[size] = statistics.median(a / b for a, b in zip(found["plain DDP"], mine[0]))
+                    points[size] = statistics.median(ratios(found, mine[0]))
             if points:
                 axis.plot(*zip(*points.items()), style, marker="o", color=shade, label=f"{num_ranks} ranks, {link}")
     axis.axhline(1, color=THEIRS, linewidth=1)
@@ -88,7 +90,7 @@ def scaling(axis: object, turns: Turns) -> None:
         kind = title.split()[0]
         if kind not in ("weak", "strong"):
             continue
-        one = statistics.median(found["plain DDP, K=1"])
+        one = statistics.median(found[f"{PLAIN}, K=1"])
         lines: dict[str, dict[int, float]] = {}
         for name, rates in found.items():
             variant, num_ranks = re.fullmatch(r"(.*), K=(\d+)", name).groups()
@@ -115,9 +117,14 @@ def cell(found: dict[str, list[float]], name: str) -> str:
     if name not in found:
         return ""
     taken = f"{statistics.median(found[name]):.2f} s"
-    ratios = [a / b for a, b in zip(found["plain DDP"], found[name])]
-    spread = f"{statistics.median(ratios):.1f} x ({min(ratios):.1f} to {max(ratios):.1f})"
-    return taken if name == "plain DDP" else f"{taken}, {spread}"
+    times = ratios(found, name)
+    return (
+        taken if name == PLAIN else f"{taken}, {statistics.median(times):.1f} x ({min(times):.1f} to {max(times):.1f})"
+    )
+
+
+def ratios(found: dict[str, list[float]], name: str) -> list[float]:
+    return [theirs / mine for theirs, mine in zip(found[PLAIN], found[name])]
 
 
 def finish(axis: object, title: str, what: str, ticks: list[int]) -> None:
