@@ -55,6 +55,7 @@ from alexnet_ddp.config.run import (
     CheckpointConfig,
     DDPConfig,
     Device,
+    HybridConfig,
     LoggerConfig,
     OnNan,
     ParallelConfig,
@@ -63,6 +64,7 @@ from alexnet_ddp.config.run import (
     RunConfig,
     TrainerConfig,
     Wandb,
+    WireDtype,
 )
 from alexnet_ddp.errors import ConfigError
 
@@ -90,6 +92,7 @@ __all__ = [
     "Encoding",
     "EngineConfig",
     "FolderConfig",
+    "HybridConfig",
     "ImageNetConfig",
     "LocalEngineConfig",
     "LoggerConfig",
@@ -118,6 +121,7 @@ __all__ = [
     "TorchvisionConfig",
     "TrainerConfig",
     "Wandb",
+    "WireDtype",
 ]
 
 

@@ -20,6 +20,7 @@ from alexnet_ddp.config import (
     DDPConfig,
     DemoConfig,
     FolderConfig,
+    HybridConfig,
     ImageNetConfig,
     LocalEngineConfig,
     NoAugmentConfig,
@@ -63,7 +64,7 @@ for _group, _choices in {
         "cosine": CosineConfig,
         "poly": PolyConfig,
     },
-    "parallel": {"ddp": DDPConfig},
+    "parallel": {"ddp": DDPConfig, "hybrid": HybridConfig},
     "engine": {"local": LocalEngineConfig, "spark": SparkEngineConfig, "auto": AutoEngineConfig},
 }.items():
     for _name, _node in _choices.items():

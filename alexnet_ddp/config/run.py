@@ -44,14 +44,38 @@ class RunConfig:
         require(not bad, f"run.name ({self.name!r}) must name one directory below run.root ({self.root})")
 
 
+class WireDtype(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 @dataclass(kw_only=True)
 class ParallelConfig:
     """How replicas stay equal."""
+
+    bucket_mb: float | None = None  # of gradients that are sent together, MiB; null: torch's 25
+
+    def __post_init__(self) -> None:
+        positive("parallel", self, "bucket_mb")
 
 
 @dataclass(kw_only=True)
 class DDPConfig(ParallelConfig):
     """Gradients are summed over the ranks while the backward pass runs."""
+
+
+@dataclass(kw_only=True)
+class HybridConfig(ParallelConfig):
+    """DDP, but large linear layers are split over a group of ranks: activations travel in place of their gradients."""
+
+    bucket_mb: float | None = 2.0  # a convolution's gradient leaves while the next one's is computed
+    group_size: int | None = None  # ranks that share one set of the split layers; null: all
+    split: list[str] | None = None  # names of the layers, such as [classifier.1, classifier.4]; null: by their size
+    wire_dtype: WireDtype = WireDtype.fp32  # of the activations on the way between the ranks
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("parallel", self, "group_size")
 
 
 @dataclass(kw_only=True)
