@@ -10,6 +10,7 @@ from alexnet_ddp.config import (
     ConfigError,
     DDPConfig,
     Device,
+    Hook,
     HybridConfig,
     NoAugmentConfig,
     SGDConfig,
@@ -141,3 +142,12 @@ def test_the_norm_of_a_large_gradient_is_exact():
     gradients = [torch.randn(4096, 9216) * 1e-4, torch.randn(256, 3, 3, 3), torch.randn(7)]
     exact = [float(g.double().square().sum().sqrt()) for g in gradients]
     assert [float(n) for n in _norms(gradients)] == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize(("hook", "bound"), [(Hook.fp16, 1e-3), (Hook.bf16, 5e-3), (Hook.powersgd, 0.05)])
+def test_a_hook_changes_the_losses_within_its_bound(reference, hook, bound):
+    cfg = DDPConfig(hook=hook, powersgd_start_step=2 if hook is Hook.powersgd else None)
+    (losses, *_), (others, *_) = run_ranks(trained, 2, cfg, 7)
+    assert losses == others
+    assert losses != reference[0]
+    assert losses == pytest.approx(reference[0], rel=bound)

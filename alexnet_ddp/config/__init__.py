@@ -55,6 +55,7 @@ from alexnet_ddp.config.run import (
     CheckpointConfig,
     DDPConfig,
     Device,
+    Hook,
     HybridConfig,
     LoggerConfig,
     OnNan,
@@ -92,6 +93,7 @@ __all__ = [
     "Encoding",
     "EngineConfig",
     "FolderConfig",
+    "Hook",
     "HybridConfig",
     "ImageNetConfig",
     "LocalEngineConfig",
@@ -151,6 +153,9 @@ class Config:
         on_cpu = self.device is Device.cpu and self.trainer.precision is not Precision.fp32
         rule = "needs a CUDA device, but device=cpu; use trainer.precision=fp32"
         require(not on_cpu, f"trainer.precision={self.trainer.precision.value} {rule}")
+        powersgd = isinstance(self.parallel, DDPConfig) and self.parallel.hook is Hook.powersgd
+        rule = "remembers the errors of earlier steps, and one that is not finite would stay; use trainer.on_nan=stop"
+        require(not powersgd or self.trainer.on_nan is OnNan.stop, f"parallel.hook=powersgd {rule}")
 
     @property
     def run_dir(self) -> Path:

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-from alexnet_ddp.config import DDPConfig, HybridConfig, ParallelConfig, WireDtype
+from alexnet_ddp.config import DDPConfig, Hook, HybridConfig, ParallelConfig, WireDtype
 from alexnet_ddp.distributed import World
 from alexnet_ddp.errors import ConfigError
 from alexnet_ddp.parallel.group import Group, Part, SplitTensor
+from alexnet_ddp.parallel.hooks import ONE_BUCKET_MB, PowerSGD, register_hook
 from alexnet_ddp.parallel.layers import find_layers, split_layers
 
 # torch 2.14 renamed the option that copies rank 0's buffers before each forward pass.
@@ -34,13 +36,22 @@ def build_parallel(cfg: ParallelConfig, model: nn.Module, world: World) -> "Para
     """
     match cfg:
         case DDPConfig():
-            return ParallelModel(model, world, cfg.bucket_mb)
+            bucket_mb = cfg.bucket_mb
+            if cfg.hook is Hook.powersgd and world.device.type == "cpu":
+                bucket_mb = ONE_BUCKET_MB  # with more, its messages cross each other on gloo, and it ends the run
+            wrapped = ParallelModel(model, world, {"bucket_cap_mb": bucket_mb, "static_graph": cfg.static_graph})
+            wrapped.hook = register_hook(wrapped.ddp, cfg)
+            return wrapped
         case HybridConfig():
-            names, size = find_layers(model, cfg.split), group_size(cfg, world)
+            names, size, options = (
+                find_layers(model, cfg.split),
+                group_size(cfg, world),
+                {"bucket_cap_mb": cfg.bucket_mb},
+            )
             if size == 1:
-                return ParallelModel(model, world, cfg.bucket_mb)
+                return ParallelModel(model, world, options)
             wire = {WireDtype.fp32: torch.float32, WireDtype.bf16: torch.bfloat16}[cfg.wire_dtype]
-            return ParallelModel(model, world, cfg.bucket_mb, names, Group.of(world, size, wire))
+            return ParallelModel(model, world, options, names, Group.of(world, size, wire))
     raise TypeError(f"no parallelism for {type(cfg).__name__}")
 
 
@@ -58,7 +69,7 @@ def group_size(cfg: HybridConfig, world: World) -> int:
 class ParallelModel(nn.Module):
     """A model that learns as one over all ranks.
 
-    names: of the layers that are split over `group`; all others are replicated. `parts` says which slice of which
+    options: DDP's. names: of the layers that are split over `group`; all others are replicated. `parts` says which slice of which
     parameter this rank holds. In a forward pass all members of a group take part, each with its images.
     """
 
@@ -66,7 +77,7 @@ class ParallelModel(nn.Module):
         self,
         model: nn.Module,
         world: World,
-        bucket_mb: float | None,
+        options: dict[str, Any],
         names: list[str] | None = None,
         group: Group | None = None,
     ) -> None:
@@ -82,8 +93,9 @@ class ParallelModel(nn.Module):
             for name in self.parts if group.copies else ():
                 model.get_parameter(name).register_post_accumulate_grad_hook(self._add_up)
         ids = [world.device.index] if world.device.type == "cuda" else None
-        options = {_SYNC_BUFFERS: False} | ({} if bucket_mb is None else {"bucket_cap_mb": bucket_mb})
-        self.ddp = DistributedDataParallel(model, ids, gradient_as_bucket_view=True, **options)
+        self.hook: PowerSGD | None = None
+        options = {_SYNC_BUFFERS: False, "gradient_as_bucket_view": True, **options}
+        self.ddp = DistributedDataParallel(model, ids, **options)
 
     @property
     def model(self) -> nn.Module:
