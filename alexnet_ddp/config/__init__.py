@@ -24,6 +24,7 @@ from alexnet_ddp.config.data import (
     Shuffle,
     SyntheticConfig,
 )
+from alexnet_ddp.config.plan import LinksConfig, PlanConfig, PlanDataConfig
 from alexnet_ddp.config.prepare import (
     Action,
     AutoEngineConfig,
@@ -91,6 +92,7 @@ __all__ = [
     "EngineConfig",
     "FolderConfig",
     "ImageNetConfig",
+    "LinksConfig",
     "LocalEngineConfig",
     "LoggerConfig",
     "ModelConfig",
@@ -99,6 +101,8 @@ __all__ = [
     "OnNan",
     "OptimizerConfig",
     "ParallelConfig",
+    "PlanConfig",
+    "PlanDataConfig",
     "Policy",
     "PolyConfig",
     "Precision",

@@ -1,0 +1,78 @@
+"""Knobs of `python -m alexnet_ddp.plan`: a network, a cluster, and what is known of both."""
+
+from dataclasses import dataclass, field
+
+from alexnet_ddp.config.checks import positive, require
+from alexnet_ddp.config.recipe import ModelConfig
+from alexnet_ddp.config.run import Precision
+
+
+@dataclass(kw_only=True)
+class PlanDataConfig:
+    image_size: int = 224  # pixels
+    num_classes: int = 1_000
+    num_train: int = 1_281_167  # images of an epoch: ImageNet's
+
+    def __post_init__(self) -> None:
+        positive("data", self, "image_size", "num_classes", "num_train")
+
+
+@dataclass(kw_only=True)
+class LinksConfig:
+    """Nominal rates, in each direction; the shares that are reached are in costs/machine.py."""
+
+    inside_gb_per_s: float | None = None  # GB/s of a GPU to the others of its node; null: the GPU's in the table
+    inside_latency_us: float | None = None  # null: 5 (NCCL), 60 (gloo)
+    between_gbit_per_s: float | None = None  # Gbit/s of a node, shared by its GPUs; null: 25 on GPUs, 1 on CPUs
+    between_latency_us: float | None = None  # null: 15 (NCCL), 60 (gloo)
+
+    def __post_init__(self) -> None:
+        positive("links", self, "inside_gb_per_s", "inside_latency_us", "between_gbit_per_s", "between_latency_us")
+
+
+@dataclass(kw_only=True)
+class PlanConfig:
+    model: ModelConfig
+    data: PlanDataConfig = field(default_factory=PlanDataConfig)
+    links: LinksConfig = field(default_factory=LinksConfig)
+    nodes: int = 1
+    gpus_per_node: int = 8  # ranks of a node: on CPUs, processes
+    images_per_gpu: int | None = None  # of a step; null: from global_batch_size, or else 128
+    global_batch_size: int | None = None
+    epochs: int = 90
+    device: str = "A100"  # a GPU of the table in costs/machine.py; measure: this machine's; custom: by the next two
+    tflops: float | None = None  # TFLOP/s that training reaches (not the peak), instead of the table's
+    images_per_s: float | None = None  # of one GPU, at data.image_size with this network, instead of the table's
+    memory_gb: float | None = None  # 10^9 bytes, instead of the table's
+    precision: Precision = Precision.fp32
+    plot: str | None = None  # a .png to draw
+    json: str | None = None  # a .json to write
+
+    def __post_init__(self) -> None:
+        positive("plan", self, "nodes", "gpus_per_node", "images_per_gpu", "global_batch_size", "epochs")
+        positive("plan", self, "tflops", "images_per_s", "memory_gb")
+        weights = self.model.weights
+        require(
+            weights is None, f"model.weights ({weights}) is not read by a plan: weights cost the same; leave it out"
+        )
+        both = self.images_per_gpu is not None and self.global_batch_size is not None
+        rule = "are two ways to say one thing; give one of them"
+        require(
+            not both, f"images_per_gpu ({self.images_per_gpu}) and global_batch_size ({self.global_batch_size}) {rule}"
+        )
+        rates = [name for name in ("tflops", "images_per_s") if getattr(self, name) is not None]
+        require(len(rates) < 2, f"tflops ({self.tflops}) and images_per_s ({self.images_per_s}) {rule}")
+        rule = "is what device=measure finds out; leave it out"
+        require(self.device != "measure" or not rates, f"{' '.join(rates)} {rule}")
+        require(self.device != "custom" or rates, "device=custom needs tflops=... or images_per_s=... of one GPU")
+        world = self.nodes * self.gpus_per_node
+        enough = self.global_batch_size is None or self.global_batch_size >= world
+        rule = f"must be at least nodes * gpus_per_node ({world}); nearest: {world}"
+        require(enough, f"global_batch_size ({self.global_batch_size}) {rule}")
+
+    @property
+    def images(self) -> int:
+        """Of a step, of the rank that has most."""
+        if self.global_batch_size is not None:
+            return -(-self.global_batch_size // (self.nodes * self.gpus_per_node))
+        return self.images_per_gpu or 128
