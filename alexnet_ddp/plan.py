@@ -1,25 +1,26 @@
 """Say what a cluster will do before it is rented: each strategy's bytes, step time and efficiency, and which to take.
 
-python -m alexnet_ddp.plan nodes=2 gpus_per_node=8 device=A100 links.between_gbit_per_s=100 [plot=FILE.png json=FILE.json]
+python -m alexnet_ddp.plan nodes=2 gpus_per_node=8 device=A100 links.between_gbit_per_s=100 [plot=PNG] [json=JSON]
 """
 
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from alexnet_ddp import cli
 from alexnet_ddp.atomic import write_json
-from alexnet_ddp.config import ConfigError, Device, PlanConfig
+from alexnet_ddp.config import ConfigError, Device, PlanConfig, Precision
 from alexnet_ddp.costs import machine
-from alexnet_ddp.costs.choose import GUESSED_GBIT, USABLE, best, choose, strategies
+from alexnet_ddp.costs.choose import CLEARLY, GUESSED_GBIT, USABLE, best, choose, strategies
 from alexnet_ddp.costs.machine import Cluster
 from alexnet_ddp.costs.measure import measure_device
 from alexnet_ddp.costs.network import Network, read_network
-from alexnet_ddp.costs.picture import draw
+from alexnet_ddp.costs.picture import draw, matplotlib_pyplot
 from alexnet_ddp.costs.step import Step, Strategy, predict
 from alexnet_ddp.costs.sweep import Sweep, sweep
 from alexnet_ddp.distributed import choose_device
@@ -32,6 +33,8 @@ def main(cfg: PlanConfig, overrides: list[str]) -> None:
     """Print a table and what to take; write what plot and json name."""
     for knob, suffix in (("plot", ".png"), ("json", ".json")):
         _check_file(knob, getattr(cfg, knob), suffix)
+    if cfg.plot:
+        matplotlib_pyplot()  # or say now what is missing
     model = build_model(cfg.model, cfg.data.num_classes, cfg.data.image_size, seed=0)
     network = read_network(model, cfg.data.image_size)
     device = find_device(cfg, model, network)
@@ -44,7 +47,7 @@ def main(cfg: PlanConfig, overrides: list[str]) -> None:
     console = Console()
     console.print(table(rows, cfg, found), f"{device.name}: {device.flops_per_s / 1e12:,.3g} TFLOP/s ({device.origin})")
     for line in conclusion:
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     if cfg.plot:
         draw(swept, cfg.images, cluster.world_size, Path(cfg.plot))
     if cfg.json:
@@ -63,10 +66,11 @@ def _check_file(knob: str, name: str | None, suffix: str) -> None:
 def find_device(cfg: PlanConfig, model: nn.Module, network: Network) -> machine.Device:
     """The table's, this machine's, or the user's. Raises ConfigError for one that the table does not have."""
     if cfg.device == "measure":
-        shape = (cfg.images, cfg.data.image_size)
-        ranks = cfg.gpus_per_node
-        here = choose_device(Device.auto, 0)
-        device = measure_device(model, network, shape, cfg.precision, here, ranks)
+        shape, here = (cfg.images, cfg.data.image_size), choose_device(Device.auto, 0)
+        if here.type == "cpu" and cfg.precision is not Precision.fp32:
+            rule = "needs a GPU, and device=measure found none; use precision=fp32"
+            raise ConfigError(f"precision={cfg.precision.value} {rule}")
+        device = measure_device(model, network, shape, cfg.precision, here, cfg.gpus_per_node)
     elif cfg.device == "custom":
         device = machine.Device("custom", 0.0, float("inf"), machine.CUSTOM_BYTES_PER_S)
     else:
@@ -127,36 +131,41 @@ def table(rows: list[dict], cfg: PlanConfig, found: Step | None) -> Table:
     shown = [r for r in rows if r in rows[:2] or r in hybrids]
     world, pixels = cfg.nodes * cfg.gpus_per_node, cfg.data.image_size
     title = f"{cfg.nodes} x {cfg.gpus_per_node} ranks, {cfg.images} images each ({world * cfg.images:,}), {pixels} px"
-    made = Table("strategy", title=title)
-    names = ("MB sent", "exposed ms", "step ms", "images/s", "efficiency", "epoch", f"{cfg.epochs} epochs", "memory GB")
-    for name in names:
-        made.add_column(name, justify="right")
+    made = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    made.add_column("\nstrategy", no_wrap=True)
+    units = ("MB\nsent", "exposed\nms", "step\nms", "\nimages/s", "\neff.", "\nepoch", f"{cfg.epochs}\nepochs", "\nGB")
+    for unit in units:
+        made.add_column(unit, justify="right", no_wrap=True)
     for r in shown:
         taken = found is not None and r["strategy"] == found.strategy.name
         cells = (
-            f"{r['sent_mb']:,.1f}", f"{r['exposed_ms']:,.1f}", f"{r['step_ms']:,.1f}", f"{r['images_per_s']:,.0f}",
+            short(r["sent_mb"]), short(r["exposed_ms"]), short(r["step_ms"]), f"{r['images_per_s']:,.0f}",
             f"{r['efficiency']:.0%}", duration(r["epoch_s"]), duration(r["run_s"]), f"{r['memory_gb']:.1f}",
         )  # fmt: skip
         made.add_row(r["strategy"], *cells, style="bold green" if taken else None)
     return made
 
 
+def short(value: float) -> str:
+    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+
+
 def duration(seconds: float) -> str:
-    """The two largest units: "2 h 05 min"."""
+    """The two largest units: 2h05m."""
     if seconds < 60:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f}s"
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     if hours == 0:
-        return f"{m} min {s:02d} s"
-    return f"{hours} h {m:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24:02d} h"
+        return f"{m}m{s:02d}s"
+    return f"{hours}h{m:02d}m" if hours < 48 else f"{hours // 24}d{hours % 24:02d}h"
 
 
 def conclude(steps: list[Step], found: Step | None, network: Network, device: machine.Device) -> list[str]:
     """What to take, and why, in a line or two."""
     if found is None:
         need = min(steps, key=lambda s: s.memory_bytes).memory_bytes / 1e9
-        limit = f"{USABLE:.0%} of {device.memory_bytes / 1e9:.0f} GB"
+        limit = f"{USABLE:.0%} of {device.memory_bytes / 1e9:g} GB"
         return [f"Take a smaller batch: a GPU would need {need:.1f} GB of {limit}; lower images_per_gpu."]
     plain, half = steps[0], steps[1]
     lines = [f"Take {found.strategy.name}: {found.strategy.overrides}"]
@@ -164,7 +173,7 @@ def conclude(steps: list[Step], found: Step | None, network: Network, device: ma
         lines[0] += f" ({plain.seconds / found.seconds:.2f} times faster than ddp, the same mathematics)"
     elif not network.split:
         lines[0] += " (too few parameters in linear layers at the end for parallel=hybrid to pay)"
-    if half.seconds * 1.05 < found.seconds:
+    if half.seconds * CLEARLY < found.seconds:
         faster = found.seconds / half.seconds
         lines.append(f"{half.strategy.overrides} would be {faster:.2f} times faster, if gradients may be rounded.")
     return lines
@@ -176,9 +185,8 @@ def crossing(network: Network, swept: Sweep, images: int) -> list[str]:
         return []
     bytes_at = f"up to a global batch of {network.crossover:,.0f} images ({network.crossover / images:,.0f} ranks)"
     first = f"Crossover: hybrid over all ranks sends fewer bytes than ddp {bytes_at}."
-    faster = [
-        n for n, ddp, hybrid in zip(swept.ranks, swept.plain, swept.whole) if n > 1 and hybrid.seconds < ddp.seconds
-    ]
+    pairs = zip(swept.ranks[1:], swept.plain[1:], swept.whole[1:])
+    faster = [ranks for ranks, ddp, hybrid in pairs if hybrid.seconds < ddp.seconds]
     if not faster:
         return [first, "On these links it is never faster."]
     last = f"{faster[-1]} ranks (a global batch of {faster[-1] * images:,})"

@@ -51,24 +51,23 @@ class PlanConfig:
     def __post_init__(self) -> None:
         positive("plan", self, "nodes", "gpus_per_node", "images_per_gpu", "global_batch_size", "epochs")
         positive("plan", self, "tflops", "images_per_s", "memory_gb")
-        weights = self.model.weights
-        require(
-            weights is None, f"model.weights ({weights}) is not read by a plan: weights cost the same; leave it out"
+        weights, rule = self.model.weights, "is not read by a plan: all weights cost the same; leave it out"
+        require(weights is None, f"model.weights ({weights}) {rule}")
+        each, whole, rule = (
+            self.images_per_gpu,
+            self.global_batch_size,
+            "are two ways to say one thing; give one of them",
         )
-        both = self.images_per_gpu is not None and self.global_batch_size is not None
-        rule = "are two ways to say one thing; give one of them"
-        require(
-            not both, f"images_per_gpu ({self.images_per_gpu}) and global_batch_size ({self.global_batch_size}) {rule}"
-        )
+        both = each is not None and whole is not None
+        require(not both, f"images_per_gpu ({each}) and global_batch_size ({whole}) {rule}")
         rates = [name for name in ("tflops", "images_per_s") if getattr(self, name) is not None]
         require(len(rates) < 2, f"tflops ({self.tflops}) and images_per_s ({self.images_per_s}) {rule}")
         rule = "is what device=measure finds out; leave it out"
         require(self.device != "measure" or not rates, f"{' '.join(rates)} {rule}")
         require(self.device != "custom" or rates, "device=custom needs tflops=... or images_per_s=... of one GPU")
         world = self.nodes * self.gpus_per_node
-        enough = self.global_batch_size is None or self.global_batch_size >= world
         rule = f"must be at least nodes * gpus_per_node ({world}); nearest: {world}"
-        require(enough, f"global_batch_size ({self.global_batch_size}) {rule}")
+        require(whole is None or whole >= world, f"global_batch_size ({whole}) {rule}")
 
     @property
     def images(self) -> int:

@@ -1,4 +1,4 @@
-"""Which strategy to take: the fastest that is exact and fits, and plain data parallel where nothing is clearly faster."""
+"""Which strategy to take: the fastest that is exact and fits; plain data parallel where nothing is clearly faster."""
 
 import os
 from dataclasses import dataclass

@@ -1,9 +1,10 @@
 """What a cluster can do: its devices and its links, and every constant of the model of costs, in this one place.
 
-The constants are physical and few; none is fitted to a single published run. tests/test_costs.py states how far the model
-is from each of those runs, and from our own measurements.
+The constants are physical and few; none is fitted to a single published run. tests/test_costs.py states how far the
+model is from each of those runs, and from our own measurements.
 """
 
+import re
 from dataclasses import dataclass
 
 from alexnet_ddp.config import ConfigError, Precision
@@ -71,7 +72,7 @@ class Gpu:
 
 GPUS = {
     "K20": Gpu(3.52, 3.52, 5, 208, 8, 327, origin="98.05 h for 90 epochs on one: Krizhevsky 2014"),
-    "P40": Gpu(11.8, 11.8, 24, 346, 16),
+    "P40": Gpu(11.8, 11.8, 24, 346, 16, 3325, 3325, origin="the share of its peak that a P100 reaches"),
     "P100": Gpu(10.6, 21.2, 16, 732, 80, 2987, origin="tf_cnn_benchmarks on DGX-1, batch 512: tensorflow.org 2017"),
     "V100": Gpu(15.7, 125, 32, 900, 150, half_images_per_s=3300, origin="fp16: 512 of them / 410: Sun 2019"),
     "T4": Gpu(8.1, 65, 16, 320, 16),
@@ -85,8 +86,8 @@ GPUS = {
 
 def find_gpu(name: str) -> Gpu | None:
     """The line of a name, also of one as CUDA says it ("NVIDIA A100-SXM4-80GB")."""
-    words = name.upper().replace(" ", "").replace("GEFORCE", "")
-    return next((gpu for known, gpu in sorted(GPUS.items(), key=lambda item: -len(item[0])) if known in words), None)
+    words = re.split(r"[^A-Z0-9]+", name.upper().replace("RTX ", "RTX"))
+    return next((gpu for known, gpu in GPUS.items() if known in words), None)
 
 
 def gpu_device(name: str, precision: Precision) -> Device:

@@ -67,9 +67,12 @@ def read_network(model: nn.Module, image_size: int, split: list[str] | None = No
     """
     calls: dict[str, tuple[nn.Module, int, int]] = {}
     names = {module: name for name, module in model.named_modules() if any(True for _ in module.parameters(False))}
-    hooks = [
-        module.register_forward_hook(lambda m, x, y: calls.update({names[m]: _sizes(m, x, y)})) for module in names
-    ]
+
+    def note(module: nn.Module, inputs: tuple, output: object) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        calls[names[module]] = (module, inputs[0].numel(), first.numel())
+
+    hooks = [module.register_forward_hook(note) for module in names]
     was_training, saved = model.training, _Saved()
     meta = {name: torch.empty_like(t, device="meta") for name, t in model.state_dict().items()}
     for name, _ in model.named_parameters():
@@ -104,11 +107,6 @@ def worth_splitting(layers: list[Layer]) -> list[Layer]:
     end = list(takewhile(lambda layer: layer.is_linear, reversed(layers)))[::-1]
     is_worth = len(end) >= 2 and 2 * sum(p.parameters for p in end) >= sum(p.parameters for p in layers)
     return end if is_worth else []
-
-
-def _sizes(module: nn.Module, inputs: tuple, output: object) -> tuple[nn.Module, int, int]:
-    first = output[0] if isinstance(output, tuple) else output
-    return module, inputs[0].numel(), first.numel()
 
 
 class _Saved:

@@ -12,14 +12,12 @@ PLAIN, HALF, WHOLE, GROUPS, INK, PALE = "#57606a", "#b8bec7", "#d1540a", "#1f6fe
 
 def draw(swept: Sweep, images: int, world_size: int, file: Path) -> None:
     """Two panels. Raises ConfigError where matplotlib is not installed."""
-    pyplot = _pyplot()
+    pyplot = matplotlib_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2))
-    curves = [("ddp", swept.plain, PLAIN, "-"), ("ddp + fp16 hook", swept.half, HALF, "-")]
+    curves = [("ddp", swept.plain, PLAIN, "-"), ("ddp, fp16 hook", swept.half, HALF, "-")]
     if swept.whole:
-        curves += [
-            ("hybrid over all ranks", swept.whole, WHOLE, "-"),
-            ("hybrid, fastest group", swept.groups, GROUPS, "--"),
-        ]
+        whole, groups = "hybrid over all ranks", "hybrid, fastest group"
+        curves += [(whole, swept.whole, WHOLE, "-"), (groups, swept.groups, GROUPS, "--")]
     one = swept.plain[0].images_per_s
     for label, steps, colour, style in curves:
         drawn = {"color": colour, "linestyle": style, "linewidth": 2, "label": label}
@@ -39,7 +37,7 @@ def draw(swept: Sweep, images: int, world_size: int, file: Path) -> None:
         at = swept.crossover / images
         left.axvline(at, color=INK, linewidth=1)
         left.annotate(f" global batch {swept.crossover:,.0f}", (at, left.get_ylim()[0] * 1.3), color=INK, fontsize=9)
-    right.legend(frameon=False, fontsize=9)
+    left.legend(frameon=False, fontsize=9, loc="upper left")
     figure.tight_layout()
     figure.savefig(file, dpi=140)
     pyplot.close(figure)
@@ -49,7 +47,8 @@ def _efficiency(step: Step, one: float) -> float:
     return step.images_per_s / (step.world_size * one)
 
 
-def _pyplot() -> ModuleType:
+def matplotlib_pyplot() -> ModuleType:
+    """Raises ConfigError where it is not installed."""
     try:
         import matplotlib
     except ImportError as error:

@@ -30,7 +30,7 @@ class Strategy:
     def name(self) -> str:
         if self.group > 1:
             return f"hybrid g={self.group}"
-        return "ddp" if self.gradient_bytes == FLOAT else "ddp + fp16 hook"
+        return "ddp" if self.gradient_bytes == FLOAT else "ddp fp16"
 
     @property
     def overrides(self) -> str:

@@ -34,9 +34,8 @@ def sweep(network: Network, device: Device, cluster: Cluster, images: int) -> Sw
     def steps(strategy: Strategy) -> list[Step]:
         return [predict(network, device, size, strategy, images) for size in sizes]
 
-    found = Sweep(
-        [size.world_size for size in sizes], steps(Strategy()), steps(Strategy(gradient_bytes=2)), [], [], None
-    )
+    ranks, plain, half = [size.world_size for size in sizes], steps(Strategy()), steps(Strategy(gradient_bytes=2))
+    found = Sweep(ranks, plain, half, [], [], network.crossover)
     if not network.split:
         return found
     for size, plain in zip(sizes, found.plain):
@@ -44,7 +43,7 @@ def sweep(network: Network, device: Device, cluster: Cluster, images: int) -> Sw
         world = Strategy(group=size.world_size)
         found.whole.append(predict(network, device, size, world, images) if size.world_size > 1 else plain)
         found.groups.append(min(hybrids or [plain], key=lambda step: step.seconds))
-    return replace(found, crossover=network.crossover)
+    return found
 
 
 def _doubling(most: int) -> list[int]:
