@@ -35,11 +35,17 @@ def main(cfg: PlanConfig, overrides: list[str]) -> None:
         _check_file(knob, getattr(cfg, knob), suffix)
     if cfg.plot:
         matplotlib_pyplot()  # or say now what is missing
-    model = build_model(cfg.model, cfg.data.num_classes, cfg.data.image_size, seed=0)
+    with torch.device("cpu" if cfg.device == "measure" else "meta"):  # shapes alone, where nothing is run
+        model = build_model(cfg.model, cfg.data.num_classes, cfg.data.image_size, seed=0)
     network = read_network(model, cfg.data.image_size)
+    if not network.split and cfg.wire_dtype is not Precision.fp32:
+        rule = "is of hybrids, and this network has no large linear layers to split; leave it out"
+        raise ConfigError(f"wire_dtype ({cfg.wire_dtype.value}) {rule}")
     device = find_device(cfg, model, network)
     cluster = build_cluster(cfg, device)
-    steps = [predict(network, device, cluster, strategy, cfg.images) for strategy in strategies(network, cluster)]
+    wire_bytes = 4 if cfg.wire_dtype is Precision.fp32 else 2
+    tried = strategies(network, cluster, wire_bytes)
+    steps = [predict(network, device, cluster, strategy, cfg.images) for strategy in tried]
     found, one = best(steps, device), alone(network, device, cluster, cfg.images)
     swept = sweep(network, device, cluster, cfg.images)
     rows = [row(step, one, cfg) for step in steps]
@@ -109,7 +115,8 @@ def alone(network: Network, device: machine.Device, cluster: Cluster, images: in
 
 def row(step: Step, one: Step, cfg: PlanConfig) -> dict[str, float | str]:
     """One strategy, in the units that the keys say."""
-    epoch_s = cfg.data.num_train / step.images_per_s
+    images_per_s = cfg.all_images / step.seconds
+    epoch_s = cfg.data.num_train / images_per_s
     return {
         "strategy": step.strategy.name,
         "overrides": step.strategy.overrides,
@@ -118,8 +125,8 @@ def row(step: Step, one: Step, cfg: PlanConfig) -> dict[str, float | str]:
         "exposed_ms": step.exposed_s * 1e3,
         "update_ms": step.update_s * 1e3,
         "step_ms": step.seconds * 1e3,
-        "images_per_s": step.images_per_s,
-        "efficiency": step.images_per_s / (step.world_size * one.images_per_s),
+        "images_per_s": images_per_s,
+        "efficiency": images_per_s / (step.world_size * one.images_per_s),
         "epoch_s": epoch_s,
         "run_s": epoch_s * cfg.epochs,
         "memory_gb": step.memory_bytes / 1e9,
@@ -129,8 +136,8 @@ def row(step: Step, one: Step, cfg: PlanConfig) -> dict[str, float | str]:
 def table(rows: list[dict], cfg: PlanConfig, found: Step | None) -> Table:
     hybrids = sorted(rows[2:], key=lambda r: r["step_ms"])[:_MOST_ROWS]
     shown = [r for r in rows if r in rows[:2] or r in hybrids]
-    world, pixels = cfg.nodes * cfg.gpus_per_node, cfg.data.image_size
-    title = f"{cfg.nodes} x {cfg.gpus_per_node} ranks, {cfg.images} images each ({world * cfg.images:,}), {pixels} px"
+    batch = f"{cfg.images} images each ({cfg.all_images:,}), {cfg.data.image_size} px"
+    title = f"{cfg.nodes} x {cfg.gpus_per_node} ranks, {batch}"
     made = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     made.add_column("\nstrategy", no_wrap=True)
     units = ("MB\nsent", "exposed\nms", "step\nms", "\nimages/s", "\neff.", "\nepoch", f"{cfg.epochs}\nepochs", "\nGB")

@@ -55,6 +55,23 @@ def test_a_network_without_large_linear_layers_is_told_that_a_hybrid_does_not_pa
     assert "Take ddp: parallel=ddp (too few parameters in linear layers at the end for parallel=hybrid to pay)" in out
 
 
+def test_bf16_on_the_wire_halves_what_hybrids_exchange_and_is_said(capsys, tmp_path):
+    asked = ("nodes=2", "gpus_per_node=1", f"json={tmp_path}/plan.json")
+    found = {}
+    for wire in ("fp32", "bf16"):
+        run(*asked, f"wire_dtype={wire}")
+        found[wire] = json.loads((tmp_path / "plan.json").read_text())["rows"][-1]
+    convolutions = 4 * 2_469_696 / 1e6
+    assert found["bf16"]["sent_mb"] - convolutions == pytest.approx((found["fp32"]["sent_mb"] - convolutions) / 2)
+    assert found["bf16"]["overrides"] == "parallel=hybrid parallel.group_size=2 parallel.wire_dtype=bf16"
+
+
+def test_a_batch_that_nothing_divides_is_the_batch_that_is_counted(tmp_path):
+    run("global_batch_size=1001", f"json={tmp_path}/plan.json")
+    ddp = json.loads((tmp_path / "plan.json").read_text())["rows"][0]
+    assert ddp["images_per_s"] == pytest.approx(1001 / ddp["step_ms"] * 1e3)  # and its slowest rank has 126
+
+
 def test_what_does_not_fit_into_memory_is_not_advised(capsys):
     run("memory_gb=0.5", "gpus_per_node=1")
     assert (
@@ -72,6 +89,16 @@ def test_what_does_not_fit_into_memory_is_not_advised(capsys):
         (["tflops=3", "images_per_s=3"], r"tflops \(3.0\) and images_per_s \(3.0\) are two ways to say one thing"),
         (["images_per_gpu=3", "global_batch_size=8"], r"images_per_gpu \(3\) and global_batch_size \(8\) are two ways"),
         (["global_batch_size=3"], r"global_batch_size \(3\) must be at least nodes \* gpus_per_node \(8\); nearest: 8"),
+        (["wire_dtype=fp16"], r"wire_dtype \(fp16\) is fp32 or bf16, as parallel.wire_dtype is"),
+        (["device=custom", "tflops=3", "precision=bf16"], r"precision \(bf16\) is in tflops or images_per_s already"),
+        (
+            ["gpus_per_node=1", "links.inside_gb_per_s=9"],
+            r"links.inside_gb_per_s and .* are not read where gpus_per_node",
+        ),
+        (
+            ["model=torchvision", "model.name=resnet18", "wire_dtype=bf16"],
+            r"wire_dtype \(bf16\) is of hybrids, and this",
+        ),
         (["nodes=0"], r"plan.nodes \(0\) must be greater than 0"),
         (["links.between_gbit_per_s=0"], r"links.between_gbit_per_s \(0.0\) must be greater than 0"),
         (["model.weights=x"], r"model.weights \(x\) is not read by a plan: all weights cost the same; leave it out"),

@@ -45,12 +45,15 @@ class PlanConfig:
     images_per_s: float | None = None  # of one GPU, at data.image_size with this network, instead of the table's
     memory_gb: float | None = None  # 10^9 bytes, instead of the table's
     precision: Precision = Precision.fp32
+    wire_dtype: Precision = Precision.fp32  # of the activations that hybrids exchange: fp32 or bf16
     plot: str | None = None  # a .png to draw
     json: str | None = None  # a .json to write
 
     def __post_init__(self) -> None:
         positive("plan", self, "nodes", "gpus_per_node", "images_per_gpu", "global_batch_size", "epochs")
         positive("plan", self, "tflops", "images_per_s", "memory_gb")
+        rule = "is fp32 or bf16, as parallel.wire_dtype is"
+        require(self.wire_dtype is not Precision.fp16, f"wire_dtype ({self.wire_dtype.value}) {rule}")
         weights, rule = self.model.weights, "is not read by a plan: all weights cost the same; leave it out"
         require(weights is None, f"model.weights ({weights}) {rule}")
         each, whole, rule = (
@@ -65,6 +68,11 @@ class PlanConfig:
         rule = "is what device=measure finds out; leave it out"
         require(self.device != "measure" or not rates, f"{' '.join(rates)} {rule}")
         require(self.device != "custom" or rates, "device=custom needs tflops=... or images_per_s=... of one GPU")
+        given, rule = self.precision.value, "is in tflops or images_per_s already; leave it out"
+        require(not rates or self.precision is Precision.fp32, f"precision ({given}) {rule}")
+        inside = self.links.inside_gb_per_s or self.links.inside_latency_us
+        rule = "are not read where gpus_per_node is 1; leave them out"
+        require(self.gpus_per_node > 1 or inside is None, f"links.inside_gb_per_s and links.inside_latency_us {rule}")
         world = self.nodes * self.gpus_per_node
         rule = f"must be at least nodes * gpus_per_node ({world}); nearest: {world}"
         require(whole is None or whole >= world, f"global_batch_size ({whole}) {rule}")
@@ -75,3 +83,8 @@ class PlanConfig:
         if self.global_batch_size is not None:
             return -(-self.global_batch_size // (self.nodes * self.gpus_per_node))
         return self.images_per_gpu or 128
+
+    @property
+    def all_images(self) -> int:
+        """Of a step."""
+        return self.global_batch_size or self.images * self.nodes * self.gpus_per_node

@@ -21,13 +21,13 @@ class Choice:
     reason: str  # one line
 
 
-def strategies(network: Network, cluster: Cluster) -> list[Strategy]:
+def strategies(network: Network, cluster: Cluster, wire_bytes: int = 4) -> list[Strategy]:
     """Data parallel, the same with half the bytes, and a hybrid for each group that fills nodes or divides them."""
     found, each, world = [Strategy(), Strategy(gradient_bytes=2)], cluster.gpus_per_node, cluster.world_size
     if network.split:
         parts = min(network.split[0].outputs, *(layer.inputs for layer in network.split[1:]))
         groups = (g for g in range(2, min(parts, world) + 1) if world % g == 0)
-        found += [Strategy(group=g) for g in groups if each % g == 0 or g % each == 0]
+        found += [Strategy(group=g, activation_bytes=wire_bytes) for g in groups if each % g == 0 or g % each == 0]
     return found
 
 

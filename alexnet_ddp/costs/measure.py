@@ -11,7 +11,7 @@ from alexnet_ddp.config import Precision
 from alexnet_ddp.costs.machine import GLOO_HOST_S_PER_BYTE, GPU_OVERHEAD_S, Device
 from alexnet_ddp.costs.network import Network
 
-_STEPS, _COPIED = 5, 64_000_000  # timed, after two that are not; floats
+_STEPS, _COPIED = 5, 16_000_000  # timed, after two that are not; floats
 
 
 def measure_device(

@@ -35,7 +35,8 @@ class Strategy:
     @property
     def overrides(self) -> str:
         if self.group > 1:
-            return f"parallel=hybrid parallel.group_size={self.group}"
+            wire = "" if self.activation_bytes == FLOAT else " parallel.wire_dtype=bf16"
+            return f"parallel=hybrid parallel.group_size={self.group}{wire}"
         return "parallel=ddp" if self.gradient_bytes == FLOAT else "parallel=ddp parallel.hook=fp16"
 
 
