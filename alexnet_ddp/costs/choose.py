@@ -50,7 +50,8 @@ def choose(network: Network, device: Device, cluster: Cluster, images: int) -> C
     steps = [predict(network, device, cluster, strategy, images) for strategy in strategies(network, cluster)]
     found, plain = best(steps, device) or steps[0], steps[0]
     other = min(steps[2:] if found is plain else [plain], key=lambda s: s.seconds, default=plain)
-    return Choice(found.strategy, f"{_in_words(found)}, {_in_words(other)} (predicted, {images} images a rank)")
+    why = "; not clearly faster" if found is plain and other.seconds < plain.seconds else ""
+    return Choice(found.strategy, f"{_in_words(found)}, {_in_words(other)}{why} (predicted, {images} images a rank)")
 
 
 def _in_words(step: Step) -> str:
