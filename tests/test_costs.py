@@ -262,8 +262,8 @@ def test_the_model_is_within_15_percent_of_the_prototype_on_shaped_links(model, 
 
 
 def test_the_model_is_within_15_percent_of_the_benchmark_of_communication(model):
-    """The machine's compute rate is an input, as in device=measure: where the benchmark did not record `compute_s`, one of
-    its six figures, the hybrid's on the link that is not shaped, gives it, and the other five are predicted.
+    """The machine's compute rate is an input, as in device=measure: where the benchmark did not record `compute_s`, one
+    of its six figures, the hybrid's on the link that is not shaped, gives it, and the other five are predicted.
     """
     file = ROOT / "benchmarks/results/communication.json"
     if not file.is_file():
