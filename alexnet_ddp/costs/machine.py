@@ -1,7 +1,7 @@
 """What a cluster can do: its devices and its links, and every constant of the model of costs, in this one place.
 
-The constants are physical and few; none is fitted to a single published run. tests/test_costs.py states how far the
-model is from each of those runs, and from our own measurements.
+The constants are physical and few. Those of GPUs are not solved for from any published run; those of CPUs and gloo were
+estimated from two steps of a prototype on a link that was not shaped. tests/test_costs.py states how far the model is.
 """
 
 import re
