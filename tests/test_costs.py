@@ -247,8 +247,8 @@ def test_the_model_is_within_a_quarter_of_every_published_scaling(alexnet):
 GBIT = {"unshaped": 100.0, "1 Gbit/s": 1.0, "100 Mbit/s": 0.1}
 # Medians of five steps of a prototype: two namespaces, a core each, 64 px, 32 images a rank; DDP by the tutorial, and
 # fc6 and fc7 split, the rest under DDP, with torch's unfused SGD.
-# The unshaped pair is where the constants of a CPU and of gloo come from, so only the shaped ones are predictions; that a
-# link carries one message at a time was learnt from the hybrid's, which were 18 % and 13 % too fast without it.
+# The unshaped pair is where the constants of a CPU and of gloo come from, so only the shaped ones are predictions; that
+# a link carries one message at a time was learnt from the hybrid's, which were 18 % and 13 % too fast without it.
 PROTOTYPE = {"unshaped": (1.138, 0.604), "1 Gbit/s": (2.639, 0.841), "100 Mbit/s": (21.764, 3.117)}
 
 
