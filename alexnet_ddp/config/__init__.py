@@ -24,6 +24,7 @@ from alexnet_ddp.config.data import (
     Shuffle,
     SyntheticConfig,
 )
+from alexnet_ddp.config.plan import LinksConfig, PlanConfig, PlanDataConfig
 from alexnet_ddp.config.prepare import (
     Action,
     AutoEngineConfig,
@@ -96,6 +97,7 @@ __all__ = [
     "Hook",
     "HybridConfig",
     "ImageNetConfig",
+    "LinksConfig",
     "LocalEngineConfig",
     "LoggerConfig",
     "ModelConfig",
@@ -104,6 +106,8 @@ __all__ = [
     "OnNan",
     "OptimizerConfig",
     "ParallelConfig",
+    "PlanConfig",
+    "PlanDataConfig",
     "Policy",
     "PolyConfig",
     "Precision",
