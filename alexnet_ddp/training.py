@@ -18,7 +18,7 @@ from alexnet_ddp.distributed import World
 from alexnet_ddp.engine import TrainStep, check_precision
 from alexnet_ddp.model import build_model, check_image_size, load_checkpoint
 from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name
-from alexnet_ddp.parallel import build_parallel
+from alexnet_ddp.parallel import SplitTensor, build_parallel
 from alexnet_ddp.schedule import Budget, build_lr_schedule
 
 
@@ -62,11 +62,13 @@ class Training:
         if cfg.trainer.compile:
             torch.compiler.config.recompile_limit = 64  # a few a size, where images grow; past 8 it would go eager
             self.model.compile()
-        ddp_model = build_parallel(cfg.parallel, self.model, world)
+        self.parallel_model = build_parallel(cfg.parallel, self.model, world)
         self.optimizer = build_optimizer(cfg.optimizer, self.model)
-        load_state_by_name(self.optimizer, self.model, saved.pop("optimizer", {}))
+        load_state_by_name(self.optimizer, self.model, self.parallel_model.local(saved.pop("optimizer", {})))
         self.lr = build_lr_schedule(cfg.scheduler, cfg.optimizer.lr, self.budget)
-        self.train_step = TrainStep(ddp_model, self.optimizer, cfg.trainer, cfg.seed, world, cfg.data.image_size)
+        self.train_step = TrainStep(
+            self.parallel_model, self.optimizer, cfg.trainer, cfg.seed, world, cfg.data.image_size
+        )
         self.train_step.load(self.state.sums, self.state.scaler)
 
         augment = build_augment(cfg.augment, cfg.seed, cfg.data.image_size, cfg.data.eval_resize, data.colour_basis)
@@ -74,15 +76,17 @@ class Training:
         self.val_loader = build_loader(cfg.data, data.val, None, world.num_cores, world.device)
         self.batches = self._from_here()
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds: file stem -> tensors by name."""
-        return {"model": self.model.state_dict(), "optimizer": state_by_name(self.optimizer, self.model)}
+    def tensors(self) -> dict[str, dict[str, Tensor | SplitTensor]]:
+        """What a checkpoint holds: file stem -> tensors by name, some of which may be split over the ranks."""
+        groups = {"model": self.model.state_dict(), "optimizer": state_by_name(self.optimizer, self.model)}
+        return {stem: self.parallel_model.canonical(tensors) for stem, tensors in groups.items()}
 
     def roll_back(self, step: int) -> int:
         """Weights and optimizer of the newest checkpoint, and the data from `step` on; the checkpoint's step."""
         to, tensors = self.checkpoints.newest()
-        load_checkpoint(self.model, tensors["model"], f"the checkpoint of step {to}")
-        load_state_by_name(self.optimizer, self.model, tensors["optimizer"])
+        local = {stem: self.parallel_model.local(whole) for stem, whole in tensors.items()}
+        load_checkpoint(self.model, local["model"], f"the checkpoint of step {to}")
+        load_state_by_name(self.optimizer, self.model, local["optimizer"])
         self.state.step = step
         self.batches = self._from_here()
         return to

@@ -24,6 +24,7 @@ from alexnet_ddp.config.data import (
     Shuffle,
     SyntheticConfig,
 )
+from alexnet_ddp.config.plan import LinksConfig, PlanConfig, PlanDataConfig
 from alexnet_ddp.config.prepare import (
     Action,
     AutoEngineConfig,
@@ -55,6 +56,8 @@ from alexnet_ddp.config.run import (
     CheckpointConfig,
     DDPConfig,
     Device,
+    Hook,
+    HybridConfig,
     LoggerConfig,
     OnNan,
     ParallelConfig,
@@ -63,6 +66,7 @@ from alexnet_ddp.config.run import (
     RunConfig,
     TrainerConfig,
     Wandb,
+    WireDtype,
 )
 from alexnet_ddp.errors import ConfigError
 
@@ -90,7 +94,10 @@ __all__ = [
     "Encoding",
     "EngineConfig",
     "FolderConfig",
+    "Hook",
+    "HybridConfig",
     "ImageNetConfig",
+    "LinksConfig",
     "LocalEngineConfig",
     "LoggerConfig",
     "ModelConfig",
@@ -99,6 +106,8 @@ __all__ = [
     "OnNan",
     "OptimizerConfig",
     "ParallelConfig",
+    "PlanConfig",
+    "PlanDataConfig",
     "Policy",
     "PolyConfig",
     "Precision",
@@ -118,6 +127,7 @@ __all__ = [
     "TorchvisionConfig",
     "TrainerConfig",
     "Wandb",
+    "WireDtype",
 ]
 
 
@@ -147,6 +157,9 @@ class Config:
         on_cpu = self.device is Device.cpu and self.trainer.precision is not Precision.fp32
         rule = "needs a CUDA device, but device=cpu; use trainer.precision=fp32"
         require(not on_cpu, f"trainer.precision={self.trainer.precision.value} {rule}")
+        powersgd = isinstance(self.parallel, DDPConfig) and self.parallel.hook is Hook.powersgd
+        rule = "remembers the errors of earlier steps, and one that is not finite would stay; use trainer.on_nan=stop"
+        require(not powersgd or self.trainer.on_nan is OnNan.stop, f"parallel.hook=powersgd {rule}")
 
     @property
     def run_dir(self) -> Path:
