@@ -23,11 +23,13 @@ from links import LINKS, Field, field, has_lightning, why_not
 from measuring import Report, in_turns, machine
 
 PLAIN, FP16, POWERSGD, LIGHTNING = "plain DDP", "plain DDP, fp16 hook", "plain DDP, PowerSGD rank 1", "Lightning DDP"
-PEERS = {
+OURS_DDP = "ours: parallel=ddp"  # what is ours without being hybrid: fused update, allocator, views as buckets
+VARIANTS = {
     PLAIN: {"kind": "plain"},
     FP16: {"kind": "plain", "hook": "fp16"},
     POWERSGD: {"kind": "plain", "hook": "PowerSGD"},
     LIGHTNING: {"kind": "lightning"},
+    OURS_DDP: {"kind": "ours", "overrides": ["parallel=ddp"]},
 }
 TARGETS = {"1 Gbit/s": "P2", "100 Mbit/s": "P3", "unshaped": "P4"}
 BLOCK = {"unshaped": 4, "1 Gbit/s": 3, "100 Mbit/s": 1}  # steps of one turn
@@ -49,7 +51,7 @@ class Bench:
         return "ours: " + " ".join(self.overrides)
 
     def ask(self, variant: str, batch: int, size: int) -> dict:
-        known = PEERS | {self.ours: {"kind": "ours", "overrides": self.overrides}}
+        known = VARIANTS | {self.ours: {"kind": "ours", "overrides": self.overrides}}
         return {**known[variant], "batch": batch, "size": size}
 
     def bytes_sent(self, on: Field, folder: Path, size: int = 64) -> None:
@@ -142,7 +144,7 @@ def ceilings(on: Field, links: list[str]) -> dict[str, float]:
 
 def everything(bench: Bench) -> None:
     """What --all adds: the hooks, Lightning, larger images, four ranks, scaling."""
-    peers = [name for name in PEERS if name != LIGHTNING or has_lightning()]
+    peers = [name for name in VARIANTS if name != LIGHTNING or has_lightning()]
     if LIGHTNING not in peers:
         bench.report.skip(LIGHTNING, "it is not installed; pip install lightning")
     for num_ranks, variants in (

@@ -73,7 +73,7 @@ def by_size(axis: object, turns: Turns) -> None:
                 found = turns.get(f"K={num_ranks}, {size} px, {link}", {})
                 mine = [name for name in found if name.startswith("ours")]
                 if mine:
-                    points[size] = statistics.median(ratios(found, mine[0]))
+                    points[size] = statistics.median(ratios(found, mine[-1]))
             if points:
                 axis.plot(*zip(*points.items()), style, marker="o", color=shade, label=f"{num_ranks} ranks, {link}")
     axis.axhline(1, color=THEIRS, linewidth=1)
