@@ -20,6 +20,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from communication_picture import BYTES, draw
 from links import LINKS, Field, field, has_lightning, why_not
 from measuring import Report, in_turns, machine
 
@@ -62,7 +63,7 @@ class Bench:
         ours["overrides"] = [*ours["overrides"], "model.dropout=0"]
         team, peer = on.team(ours), on.team({"kind": "replayed"} | record)  # in this order: one records for the other
         variants = {self.ours: team.megabytes(1), PLAIN: peer.megabytes(1)}
-        found = self._turns("K=2, MB sent a step", variants, "MB")
+        found = self._turns(BYTES, variants, "MB")
         team.close()
         peer.close()
         apart, astray = largest_differences(folder)
@@ -186,8 +187,6 @@ def main() -> None:
     if asked.json:
         report.write(asked.json, about)
     if asked.plot:
-        from communication_picture import draw
-
         draw(report.turns, about, asked.plot)
 
 

@@ -15,6 +15,7 @@ from picture import INK, OURS, THEIRS
 
 PLAIN, GREY = "plain DDP", "#57606a"
 STYLES = {"unshaped": ":", "1 Gbit/s": "--", "100 Mbit/s": "-"}
+BYTES = "K=2, MB sent a step"
 Turns = dict[str, dict[str, list[float]]]
 
 
@@ -110,7 +111,17 @@ def table(turns: Turns) -> str:
         for name in dict.fromkeys(name for variants in found.values() for name in variants):
             cells = [cell(variants, name) for variants in found.values()]
             lines.append(f"| {num_ranks} | {size} | {label(name)} | {' | '.join(cells)} |")
-    return "\n".join([f"| ranks | px | | {' | '.join(STYLES)} |", "|---" * (3 + len(STYLES)) + "|", *lines])
+    head = [f"| ranks | px | | {' | '.join(STYLES)} |", "|---" * (3 + len(STYLES)) + "|"]
+    return "\n".join([*head, *lines, "", *sent(turns.get(BYTES, {}))])
+
+
+def sent(found: dict[str, list[float]]) -> list[str]:
+    """P1 in words, where it was measured."""
+    if not found:
+        return []
+    (ours,) = (name for name in found if name != PLAIN)
+    mine, theirs, times = (statistics.median(x) for x in (found[ours], found[PLAIN], ratios(found, ours)))
+    return [f"A rank of two sends {mine:.1f} MB a step, under plain DDP {theirs:.1f} MB: {times:.1f} times fewer (P1)."]
 
 
 def cell(found: dict[str, list[float]], name: str) -> str:
