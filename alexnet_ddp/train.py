@@ -210,7 +210,7 @@ class Run:
 
     def _headline(self) -> str:
         data, budget = self.training.data, self.budget
-        parameters = sum(p.numel() for p in self.training.model.parameters())
+        parameters = self.training.parallel_model.num_parameters
         counts = (len(data.train), len(data.val), len(data.class_names))
         progress = f"step {self.state.step} of {budget.total_steps} ({budget.steps_per_epoch} an epoch)"
         return headline(self.cfg, self.world, parameters, counts, progress)

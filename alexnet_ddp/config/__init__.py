@@ -53,6 +53,7 @@ from alexnet_ddp.config.recipe import (
     TorchvisionConfig,
 )
 from alexnet_ddp.config.run import (
+    AutoParallelConfig,
     CheckpointConfig,
     DDPConfig,
     Device,
@@ -81,6 +82,7 @@ __all__ = [
     "AlexNetSmallConfig",
     "AugmentConfig",
     "AutoEngineConfig",
+    "AutoParallelConfig",
     "BasicAugmentConfig",
     "CheckpointConfig",
     "Config",

@@ -13,6 +13,7 @@ from alexnet_ddp.config import (
     AlexNetConfig,
     AlexNetSmallConfig,
     AutoEngineConfig,
+    AutoParallelConfig,
     BasicAugmentConfig,
     Config,
     ConstantConfig,
@@ -66,7 +67,7 @@ for _group, _choices in {
         "cosine": CosineConfig,
         "poly": PolyConfig,
     },
-    "parallel": {"ddp": DDPConfig, "hybrid": HybridConfig},
+    "parallel": {"ddp": DDPConfig, "hybrid": HybridConfig, "auto": AutoParallelConfig},
     "engine": {"local": LocalEngineConfig, "spark": SparkEngineConfig, "auto": AutoEngineConfig},
 }.items():
     for _name, _node in _choices.items():

@@ -43,11 +43,8 @@ def build_parallel(cfg: ParallelConfig, model: nn.Module, world: World) -> "Para
             wrapped.hook = register_hook(wrapped.ddp, cfg)
             return wrapped
         case HybridConfig():
-            names, size, options = (
-                find_layers(model, cfg.split),
-                group_size(cfg, world),
-                {"bucket_cap_mb": cfg.bucket_mb},
-            )
+            names, size = find_layers(model, cfg.split), group_size(cfg, world)
+            options = {"bucket_cap_mb": cfg.bucket_mb}
             if size == 1:
                 return ParallelModel(model, world, options)
             wire = {WireDtype.fp32: torch.float32, WireDtype.bf16: torch.bfloat16}[cfg.wire_dtype]
@@ -57,7 +54,8 @@ def build_parallel(cfg: ParallelConfig, model: nn.Module, world: World) -> "Para
 
 def group_size(cfg: HybridConfig, world: World) -> int:
     """Ranks that share one set of the split layers. Raises ConfigError."""
-    size = cfg.group_size or world.world_size
+    inside_nodes = world.device.type == "cuda" and world.world_size % world.local_world_size == 0
+    size = cfg.group_size or (world.local_world_size if inside_nodes else world.world_size)
     if world.world_size % size:
         fitting = [g for g in range(1, world.world_size + 1) if world.world_size % g == 0]
         nearest = min(fitting, key=lambda g: abs(g - size))
@@ -69,8 +67,8 @@ def group_size(cfg: HybridConfig, world: World) -> int:
 class ParallelModel(nn.Module):
     """A model that learns as one over all ranks.
 
-    options: DDP's. names: of the layers that are split over `group`; all others are replicated. `parts` says which slice of which
-    parameter this rank holds. In a forward pass all members of a group take part, each with its images.
+    options: DDP's. names: of the layers that are split over `group`; all others are replicated. `parts` says which
+    slice of which parameter this rank holds. In a forward pass all members of a group take part, each with its images.
     """
 
     def __init__(
@@ -101,6 +99,12 @@ class ParallelModel(nn.Module):
     def model(self) -> nn.Module:
         """The network itself, with this rank's part of what is split."""
         return self.ddp.module
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole network."""
+        parameters = self.model.named_parameters()
+        return sum((self.parts[name].shape if name in self.parts else p.shape).numel() for name, p in parameters)
 
     def forward(self, images: Tensor, slots: int) -> Tensor:
         """Collective where layers are split. images: [n, 3, size, size] -> logits [n, classes].
