@@ -65,7 +65,8 @@ class Training:
         ddp_model = build_parallel(cfg.parallel, self.model, world)
         self.optimizer = build_optimizer(cfg.optimizer, self.model)
         load_state_by_name(self.optimizer, self.model, saved.pop("optimizer", {}))
-        self.lr = build_lr_schedule(cfg.scheduler, cfg.optimizer.lr, self.budget)
+        lr = cfg.optimizer.lr_at(cfg.trainer.global_batch_size)
+        self.lr = build_lr_schedule(cfg.scheduler, lr, self.budget)
         self.train_step = TrainStep(ddp_model, self.optimizer, cfg.trainer, cfg.seed, world, cfg.data.image_size)
         self.train_step.load(self.state.sums, self.state.scaler)
 

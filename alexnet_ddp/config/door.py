@@ -21,6 +21,7 @@ from alexnet_ddp.config import (
     DemoConfig,
     FolderConfig,
     ImageNetConfig,
+    LARSConfig,
     LocalEngineConfig,
     NoAugmentConfig,
     PolyConfig,
@@ -56,7 +57,7 @@ for _group, _choices in {
         "alexnet_small": AlexNetSmallConfig,
         "torchvision": TorchvisionConfig,
     },
-    "optimizer": {"sgd": SGDConfig, "adamw": AdamWConfig},
+    "optimizer": {"sgd": SGDConfig, "adamw": AdamWConfig, "lars": LARSConfig},
     "scheduler": {
         "constant": ConstantConfig,
         "step": StepDecayConfig,
