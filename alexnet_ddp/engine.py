@@ -14,6 +14,7 @@ from alexnet_ddp.data.effects import apply_effects
 from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.loader import Batch
 from alexnet_ddp.distributed import World, any_rank, average, raise_together, sum_over_ranks
+from alexnet_ddp.ema import EMA
 from alexnet_ddp.errors import DataError
 from alexnet_ddp.metrics import Meter, evaluation_row
 from alexnet_ddp.model import set_dropout_keys
@@ -48,6 +49,7 @@ class TrainStep:
         self.meter = Meter(self.world.device)
         self.bad: list[Skipped] = []  # images that this rank left out of the last step
         self.grad_norm: Tensor | None = None  # of the last step, before it was clipped
+        self.ema: EMA | None = None
         self.stopwatch = Stopwatch(self.world)
         self._health = Health(self.world)
         self._model = self.ddp_model.module
@@ -158,6 +160,8 @@ class TrainStep:
             self._bad.copy_(~torch.isfinite(self.grad_norm))
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.ema is not None:
+            self.ema.update(torch.isfinite(self.grad_norm))
 
 
 def cross_entropy(logits: Tensor, batch: Batch, smoothing: float, reduction: str = "sum") -> Tensor:

@@ -1,6 +1,7 @@
 """What a training is made of, as it stands at some step: data, order, budget, state, and what was built from them."""
 
 from collections.abc import Generator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -15,6 +16,7 @@ from alexnet_ddp.data.loader import Batch, build_loader
 from alexnet_ddp.data.sampler import build_sampler
 from alexnet_ddp.data.sets import open_data
 from alexnet_ddp.distributed import World
+from alexnet_ddp.ema import EMA
 from alexnet_ddp.engine import TrainStep, check_precision
 from alexnet_ddp.model import build_model, check_image_size, load_checkpoint
 from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name
@@ -69,6 +71,9 @@ class Training:
         self.lr = build_lr_schedule(cfg.scheduler, lr, self.budget)
         self.train_step = TrainStep(ddp_model, self.optimizer, cfg.trainer, cfg.seed, world, cfg.data.image_size)
         self.train_step.load(self.state.sums, self.state.scaler)
+        if cfg.trainer.ema_decay is not None:
+            self.train_step.ema = EMA(self.model, cfg.trainer.ema_decay)
+            self.train_step.ema.load(saved.pop("ema", {}))
 
         augment = build_augment(cfg.augment, cfg.seed, cfg.data.image_size, cfg.data.eval_resize, data.colour_basis)
         self.train_loader = build_loader(cfg.data, data.train, augment, world.num_cores, world.device, True)
@@ -77,13 +82,20 @@ class Training:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds: file stem -> tensors by name."""
-        return {"model": self.model.state_dict(), "optimizer": state_by_name(self.optimizer, self.model)}
+        groups = {"model": self.model.state_dict(), "optimizer": state_by_name(self.optimizer, self.model)}
+        return groups if self.train_step.ema is None else groups | {"ema": self.train_step.ema.tensors()}
+
+    def as_evaluated(self) -> AbstractContextManager[None]:
+        """Within, the model has the weights that an evaluation counts: the averages, where there are some."""
+        return nullcontext() if self.train_step.ema is None else self.train_step.ema.in_place()
 
     def roll_back(self, step: int) -> int:
         """Weights and optimizer of the newest checkpoint, and the data from `step` on; the checkpoint's step."""
         to, tensors = self.checkpoints.newest()
         load_checkpoint(self.model, tensors["model"], f"the checkpoint of step {to}")
         load_state_by_name(self.optimizer, self.model, tensors["optimizer"])
+        if self.train_step.ema is not None:
+            self.train_step.ema.load(tensors.get("ema", {}))
         self.state.step = step
         self.batches = self._from_here()
         return to

@@ -11,8 +11,8 @@ ROOTS = {"train", "evaluate", "predict", "prepare"}  # one command each: know ev
 # may be imported by any room
 SHARED = {"companion", "config", "distributed", "metrics", "errors", "rng", "atomic", "redact"}
 MEETING = {  # below the roots, the rooms that bring others together
-    "engine": {"data", "model", "optim", "parallel", "resilience"},
-    "training": {"checkpoint", "data", "engine", "model", "optim", "parallel", "schedule"},
+    "engine": {"data", "ema", "model", "optim", "parallel", "resilience"},
+    "training": {"checkpoint", "data", "ema", "engine", "model", "optim", "parallel", "schedule"},
     "replay": {"cli", "data", "engine", "model", "resilience", "training"},
     "cli": set(),
 }

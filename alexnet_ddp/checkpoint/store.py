@@ -126,7 +126,7 @@ class Checkpoints:
         record = from_main(lambda: files.read_state(newest), self._world)
         self._note_numerics(record)
         state = RunState(**{name: record[name] for name in RunState.__dataclass_fields__ if name in record})
-        stems = ["model", "optimizer"]
+        stems = self._stems(record)
         if record["identity"].get("optimizer") != self._identity.get("optimizer"):
             log.warning("another optimizer than the checkpoint's: its state starts afresh")
             stems.remove("optimizer")
@@ -145,7 +145,15 @@ class Checkpoints:
             return newest
 
         newest = from_main(choose, self._world)
-        return files.step_of(newest), self._read(newest, ["model", "optimizer"])
+        record = from_main(lambda: files.read_state(newest), self._world)
+        return files.step_of(newest), self._read(newest, self._stems(record))
+
+    def _stems(self, record: dict) -> list[str]:
+        """The files of tensors to read: what the checkpoint has of what this run needs."""
+        averaged = [who.get("trainer.ema_decay") is not None for who in (record["identity"], self._identity)]
+        if averaged == [False, True]:
+            log.warning("the checkpoint has no averaged weights (trainer.ema_decay): they begin as its weights")
+        return ["model", "optimizer", *(["ema"] if all(averaged) else [])]
 
     def _read(self, directory: Path, stems: list[str]) -> Groups:
         """Collective. Only rank 0 reads."""

@@ -10,12 +10,13 @@ def headline(cfg: Config, world: World, parameters: int, counts: tuple[int, int,
     part = -(-trainer.global_batch_size // world.world_size)  # the largest slice of a rank
     micro = min(part, trainer.micro_batch_size or part)
     first, size = cfg.data.start_image_size, cfg.data.image_size
-    rate = learning_rate(cfg.optimizer, trainer.global_batch_size)
+    rate, decay = learning_rate(cfg.optimizer, trainer.global_batch_size), trainer.ema_decay
+    weights = "" if decay is None else f"; evaluates averaged weights (trainer.ema_decay={decay})"
     growth = "" if first is None else f" growing from {first} to {size} pixels"
     return (
         f"{cfg.run.name}: {parameters:,} parameters, {num_train:,} + {num_val:,} images of {num_classes} classes"
         f"{growth}; global batch {trainer.global_batch_size} = {world.world_size} {world.device.type} rank(s) x "
-        f"{-(-part // micro)} x {micro}; {rate}; {progress}; {cfg.run_dir}"
+        f"{-(-part // micro)} x {micro}; {rate}{weights}; {progress}; {cfg.run_dir}"
     )
 
 
