@@ -59,9 +59,14 @@ def test_an_evaluation_has_the_averages_and_training_its_weights_again_even_afte
     ema = EMA(model := net(), 0.9)
     drift(model)
     mine = {n: t.clone() for n, t in model.state_dict().items()}
-    with pytest.raises(KeyError), ema.in_place():
-        assert all(torch.equal(t, ema.tensors()[n]) for n, t in model.state_dict().items())
-        raise KeyError
+
+    def evaluate() -> None:
+        with ema.in_place():
+            assert all(torch.equal(t, ema.tensors()[n]) for n, t in model.state_dict().items())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        evaluate()
     assert all(torch.equal(t, mine[n]) for n, t in model.state_dict().items())
 
 
