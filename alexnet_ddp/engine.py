@@ -8,17 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alexnet_ddp.config import ConfigError, OnNan, Precision, TrainerConfig
+from alexnet_ddp.config import OnNan, Precision, TrainerConfig
 from alexnet_ddp.data.effects import apply_effects
 from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.loader import Batch
 from alexnet_ddp.data.sampler import micro_batches
 from alexnet_ddp.distributed import World, any_rank, average, raise_together, sum_over_ranks
+from alexnet_ddp.ema import EMA
 from alexnet_ddp.errors import DataError
 from alexnet_ddp.metrics import Meter, evaluation_row
 from alexnet_ddp.model import set_dropout_keys
-from alexnet_ddp.optim import set_lr
+from alexnet_ddp.optim import norms, set_lr
 from alexnet_ddp.parallel import ParallelModel
+from alexnet_ddp.precision import autocast
 from alexnet_ddp.resilience.beacon import WAITING
 from alexnet_ddp.resilience.health import Health, Undo, Verdict, Wish
 from alexnet_ddp.resilience.signals import StopSignal
@@ -48,6 +50,7 @@ class TrainStep:
         self.meter = Meter(self.world.device)
         self.bad: list[Skipped] = []  # images that this rank left out of the last step
         self.grad_norm: Tensor | None = None  # of the last step, before it was clipped
+        self.ema: EMA | None = None
         self.stopwatch = Stopwatch(self.world)
         self._health = Health(self.world)
         self._model = self.parallel_model.model
@@ -156,13 +159,16 @@ class TrainStep:
         parameters = [p for p in self._model.parameters() if p.grad is not None]
         if correction != 1:
             torch._foreach_mul_([p.grad for p in parameters], correction)
-        self.grad_norm = self.parallel_model.grad_norm()
+        whole = self.parallel_model.whole_norms(norms([p.grad for p in parameters]), parameters)
+        self.grad_norm = torch.linalg.vector_norm(whole)
         if self.cfg.clip_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.cfg.clip_grad_norm, self.grad_norm)
         if not self.scaler.is_enabled():
             self._bad.copy_(~torch.isfinite(self.grad_norm))
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.ema is not None:
+            self.ema.update(torch.isfinite(self.grad_norm))
 
 
 def cross_entropy(logits: Tensor, batch: Batch, smoothing: float, reduction: str = "sum") -> Tensor:
@@ -235,16 +241,3 @@ def _counts(logits: Tensor, labels: Tensor) -> Tensor:
     """int64 [n, 3]: 1, correct at 1, correct at 5."""
     hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     return torch.stack([torch.ones_like(labels), hits[:, 0], hits.any(1)], dim=1)
-
-
-def check_precision(precision: Precision, world: World) -> None:
-    """Raises ConfigError for half precision without a GPU: there it is slower by one or two orders of magnitude."""
-    if precision is not Precision.fp32 and world.device.type != "cuda":
-        rule = "needs a CUDA device, this run is on the CPU; use trainer.precision=fp32"
-        raise ConfigError(f"trainer.precision={precision.value} {rule}")
-
-
-def autocast(precision: Precision, world: World) -> torch.autocast:
-    """The context of a forward pass."""
-    dtype = torch.float16 if precision is Precision.fp16 else torch.bfloat16
-    return torch.autocast(world.device.type, dtype, enabled=precision is not Precision.fp32)

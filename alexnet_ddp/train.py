@@ -169,7 +169,8 @@ class Run:
         works = evaluation_work(len(self.training.data.val), cfg.eval_batch_size, world.rank, world.world_size)
         num_classes = len(self.training.data.train.classes)
         batches = self.watchdog.evaluating(self.training.val_loader.batches(works))
-        result = evaluate(self.training.parallel_model.whole_model(), batches, cfg, num_classes, world, self.stop)
+        with self.training.as_evaluated() as model:
+            result = evaluate(model, batches, cfg, num_classes, world, self.stop)
         if result is None:
             self.stopping = True
             return

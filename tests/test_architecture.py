@@ -9,10 +9,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "alexnet_ddp"
 ROOTS = {"train", "evaluate", "predict", "prepare", "plan"}  # one command each: know everything, known by nobody
 # may be imported by any room
-SHARED = {"companion", "config", "distributed", "metrics", "errors", "rng", "atomic", "redact"}
+SHARED = {"companion", "config", "distributed", "metrics", "errors", "precision", "rng", "atomic", "redact"}
 MEETING = {  # below the roots, the rooms that bring others together
-    "engine": {"data", "model", "optim", "parallel", "resilience"},
-    "training": {"checkpoint", "costs", "data", "engine", "model", "optim", "parallel", "schedule"},
+    "engine": {"data", "ema", "model", "optim", "parallel", "resilience"},
+    "training": {"checkpoint", "costs", "data", "ema", "engine", "model", "optim", "parallel", "schedule"},
     "replay": {"cli", "data", "engine", "model", "resilience", "training"},
     "cli": set(),
 }

@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from alexnet_ddp import cli, predict
+from alexnet_ddp.checkpoint import files
 from tests.conftest import make_folder
 
 ENV = {**os.environ, "WANDB_MODE": "disabled", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -38,9 +41,9 @@ def rows(run_dir: Path, key: str) -> list[dict]:
     return [row for row in found if key in row]
 
 
-def sha_of_newest(run_dir: Path) -> str:
+def sha_of_newest(run_dir: Path, stem: str = "model") -> str:
     newest = max((run_dir / "checkpoints").glob("step-*"))
-    return hashlib.sha256((newest / "model.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256((newest / f"{stem}.safetensors").read_bytes()).hexdigest()
 
 
 def status(run_dir: Path) -> dict:
@@ -155,16 +158,37 @@ def test_stopped_and_killed_in_mid_epoch_it_ends_with_the_same_bits(undisturbed,
         assert [calm[k] for k in exact] == [disturbed[k] for k in exact]
 
 
-def test_with_every_augmentation_on_a_run_goes_on_in_mid_epoch_with_the_same_bits(image_folder, tmp_path):
+def test_with_every_augmentation_and_averages_a_run_goes_on_in_mid_epoch_with_the_same_bits(image_folder, tmp_path):
     knobs = "mixup_alpha=0.2 cutmix_alpha=1 erase=0.25 brightness=0.4 contrast=0.4 saturation=0.4 hue=0.1"
     overrides = [*SMALL, f"data.root={image_folder}", "trainer.global_batch_size=17", "scheduler=constant"]
-    overrides += [f"augment.{knob}" for knob in f"{knobs} policy=trivialaugment".split()]
+    overrides += [f"augment.{knob}" for knob in f"{knobs} policy=trivialaugment".split()] + ["trainer.ema_decay=0.9"]
     for name, max_steps in (("calm", 6), ("hit", 3), ("hit", 6)):
         done = run("train", *overrides, f"run.name={name}", f"trainer.max_steps={max_steps}", cwd=tmp_path)
         assert done.returncode == 0, done.stdout
-    assert sha_of_newest(tmp_path / "runs/hit") == sha_of_newest(tmp_path / "runs/calm")
-    calm, hit = ([r["train/loss"] for r in rows(tmp_path / f"runs/{n}", "train/loss")] for n in ("calm", "hit"))
-    assert calm == hit
+    for stem in ("model", "optimizer", "ema"):
+        assert sha_of_newest(tmp_path / "runs/hit", stem) == sha_of_newest(tmp_path / "runs/calm", stem)
+    for key in ("train/loss", "val/loss"):
+        calm, hit = ([r[key] for r in rows(tmp_path / f"runs/{n}", key)] for n in ("calm", "hit"))
+        assert calm[-1] == hit[-1]
+        assert key == "val/loss" or calm == hit
+
+
+def test_where_weights_are_averaged_they_are_what_the_run_and_evaluate_and_predict_show(image_folder, tmp_path):
+    overrides = [*SMALL, f"data.root={image_folder}", "trainer.max_steps=4", "run.name=x", "trainer.ema_decay=0.7"]
+    done = run("train", *overrides, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "; evaluates averaged weights (trainer.ema_decay=0.7); " in done.stdout
+    done = run("evaluate", "run.name=x", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    found = json.loads((tmp_path / "runs/x/evaluation.json").read_text())
+    assert found["weights"] == "averaged"
+    row = next(row for row in rows(tmp_path / "runs/x", "val/loss") if row["step"] == found["step"])  # of the best one
+    assert found["val/loss"] == pytest.approx(row["val/loss"], rel=1e-6)
+    shown = predict._trained(cli.config_of_run(tmp_path / "runs/x", []), tmp_path / "runs/x", 5).state_dict()
+    checkpoint = tmp_path / "runs/x/checkpoints" / found["checkpoint"]
+    averages, weights = (files.read_tensors(checkpoint, stem) for stem in ("ema", "model"))
+    assert all(torch.equal(t, averages[name]) for name, t in shown.items())
+    assert not torch.equal(averages["classifier.0.weight"], weights["classifier.0.weight"])
 
 
 @pytest.mark.slow

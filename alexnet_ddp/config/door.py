@@ -23,6 +23,7 @@ from alexnet_ddp.config import (
     FolderConfig,
     HybridConfig,
     ImageNetConfig,
+    LARSConfig,
     LocalEngineConfig,
     NoAugmentConfig,
     PlanConfig,
@@ -60,7 +61,7 @@ for _group, _choices in {
         "alexnet_small": AlexNetSmallConfig,
         "torchvision": TorchvisionConfig,
     },
-    "optimizer": {"sgd": SGDConfig, "adamw": AdamWConfig},
+    "optimizer": {"sgd": SGDConfig, "adamw": AdamWConfig, "lars": LARSConfig},
     "scheduler": {
         "constant": ConstantConfig,
         "step": StepDecayConfig,

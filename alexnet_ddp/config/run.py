@@ -114,6 +114,7 @@ class TrainerConfig:
     compile: bool = False  # torch.compile
     label_smoothing: float = 0.0
     clip_grad_norm: float | None = None
+    ema_decay: float | None = None  # evaluate, and predict with, a moving average of the weights; null: the weights
     on_nan: OnNan = OnNan.stop
     spike_factor: float | None = 20.0  # warn of a loss above so many medians of the steps before it; null: never
     check_every_steps: int | None = 1000  # compare the replicas so often, and before the first step; null: never
@@ -127,6 +128,8 @@ class TrainerConfig:
         positive("trainer", self, "check_every_steps")
         spike = self.spike_factor
         require(spike is None or spike > 1, f"trainer.spike_factor ({spike}) must be greater than 1, or null")
+        decay = self.ema_decay
+        require(decay is None or 0 < decay < 1, f"trainer.ema_decay ({decay}) must lie in (0, 1), or be null")
         require(0 <= self.label_smoothing < 1, f"trainer.label_smoothing ({self.label_smoothing}) must lie in [0, 1)")
 
 
