@@ -25,11 +25,14 @@ from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler
 from alexnet_ddp.data.sets import open_data
 from alexnet_ddp.engine import TrainStep
+from alexnet_ddp.errors import Diverged
 from alexnet_ddp.model import build_model
 from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name
 from alexnet_ddp.parallel import build_parallel
 from alexnet_ddp.parallel.layers import find_layers
 from alexnet_ddp.resilience.health import Wish
+from alexnet_ddp.resilience.replicas import Replicas
+from alexnet_ddp.resilience.replicas import differences as differences_of_parts
 from tests.ranks import run_ranks
 
 SGD = SGDConfig(lr=0.01, momentum=0.9, weight_decay=5e-4)
@@ -190,3 +193,30 @@ def test_powersgd_goes_on_with_the_errors_that_it_remembers():
     for whole, first, rest, forgetful in run_ranks(powersgd_goes_on, 2):
         assert [*first, *rest] == pytest.approx(whole, rel=1e-5)
         assert forgetful != pytest.approx(whole[3:], rel=1e-5)
+
+
+def replicas_that_differ():
+    """2 x 2 ranks: checked, then one value of rank 3's part of fc6 changes, and they are checked again."""
+    with distributed.session(Device.cpu) as world:
+        model = build_model(AlexNetConfig(), 5, 64, seed=0)
+        wrapped = build_parallel(HybridConfig(group_size=2), model, world)
+        replicas = Replicas(1, world)
+        replicas.check(0, lambda: {"model": wrapped.canonical(model.state_dict())})
+        if world.rank == 3:
+            model.classifier[1].weight.data[5, 7] += 1
+        with pytest.raises(Diverged) as error:
+            replicas.check(1, lambda: {"model": wrapped.canonical(model.state_dict())})
+    return str(error.value)
+
+
+def test_a_part_is_compared_with_its_copies_in_other_groups():
+    for line in run_ranks(replicas_that_differ, 4):
+        assert "the replicas differ after step 1: classifier.1.weight (" in line
+        assert "they were equal at step 0" in line
+
+
+def test_of_three_copies_of_a_part_the_odd_one_is_named():
+    sums = np.array([[1, 5], [2, 6]] * 3)  # three groups of two ranks, two tensors
+    assert not differences_of_parts(sums, 2).any()
+    sums[3, 1] = 9
+    assert np.argwhere(differences_of_parts(sums, 2)).tolist() == [[3, 1]]

@@ -399,3 +399,41 @@ def test_windows_of_shards_and_growing_images_resume_bit_equal_and_on_other_rank
     other = run("train", *overrides, "run.name=hit", "data.window_shards=3", cwd=tmp_path)
     assert other.returncode == 64, other.stdout
     assert "data.windows=" in other.stdout
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_under_another_parallelism_and_all_of_it_is_read_by_evaluate_and_predict(tmp_path):
+    """hybrid on 4 ranks, ddp on one, hybrid on 2; beside it, ddp on one all the time."""
+    images = make_folder(tmp_path / "data", 61, 21)
+    common = [*SMALL, f"data.root={images}", "trainer.epochs=2", "trainer.global_batch_size=7", "model.dropout=0.5"]
+    for name, parts in {
+        "calm": [("ddp", 0, 18)],
+        "mixed": [("hybrid", 4, 5), ("ddp", 0, 11), ("hybrid", 2, 18)],
+    }.items():
+        for parallel, ranks, max_steps in parts:
+            more = [f"run.name={name}", f"parallel={parallel}", f"trainer.max_steps={max_steps}"]
+            done = run("train", *common, *more, ranks=ranks, cwd=tmp_path)
+            assert done.returncode == 0, done.stdout
+            for root in ("evaluate", "predict"):
+                shown = run(root, f"run.name={name}", *[f"images={images}/val"] * (root == "predict"), cwd=tmp_path)
+                assert shown.returncode == 0, shown.stdout
+    calm, mixed = (rows(tmp_path / f"runs/{name}", "train/loss") for name in ("calm", "mixed"))
+    assert [row["data/index_hash"] for row in calm] == [row["data/index_hash"] for row in mixed]
+    assert [row["train/loss"] for row in mixed] == pytest.approx([row["train/loss"] for row in calm], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_under_hybrid_an_unreadable_image_ends_all_ranks_or_is_left_out_by_all(tmp_path):
+    images = make_folder(tmp_path / "data", 31, 5)
+    (images / "train/class2/00002.jpg").write_bytes(b"no image")
+    common = [*SMALL, f"data.root={images}", "trainer.epochs=1", "trainer.global_batch_size=31", "parallel=hybrid"]
+    common += ["trainer.micro_batch_size=4"]
+    stopped = run("train", *common, "run.name=stopped", ranks=3, cwd=tmp_path)
+    assert (status(tmp_path / "runs/stopped")["exit_code"], "class2/00002.jpg" in stopped.stdout) == (65, True)
+    for name, ranks, parallel in (("split", 3, "hybrid"), ("whole", 0, "ddp")):
+        more = ["data.on_bad_image=skip", f"run.name={name}", f"parallel={parallel}"]
+        done = run("train", *common, *more, ranks=ranks, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout
+    split, whole = (rows(tmp_path / f"runs/{name}", "train/loss")[0] for name in ("split", "whole"))
+    assert split["train/loss"] == pytest.approx(whole["train/loss"], rel=1e-5)
+    assert split["train/grad_norm"] == pytest.approx(whole["train/grad_norm"], rel=1e-5)
