@@ -203,6 +203,8 @@ def _show(report: Report, cfg: DoctorConfig) -> None:
         cells = map(redact, (f.check, f.found, f.needed, f.remedy))
         table.add_row(f.verdict.value, *cells, style=colours[f.verdict])
     console.print(table)
+    if warned := [f.check for f in report.findings if f.verdict is Verdict.warn]:
+        console.print(f"warnings: {', '.join(warned)}")
     if report.sums:
         table = Table("message", "time", "bus", title=f"all-reduce over {report.world_size} ranks")
         for s in report.sums:

@@ -34,7 +34,7 @@ def devices(everyone: list[Facts]) -> Finding:
     bad = Finding("devices", tell(kinds), needed, Verdict.fail if mixed else Verdict.warn, remedy)
     nodes = sum(one.is_leader for one in everyone)
     counts = by_value((one.host, one.local_world_size) for one in everyone if one.is_leader)
-    found = f"{len(everyone)} × {tell(kinds)}, {tell(counts)} on each of {nodes} nodes"
+    found = f"{len(everyone)} × {tell(kinds)}" + (f", {tell(counts)} on each of {nodes} nodes" if nodes > 1 else "")
     return Finding("devices", found, needed) if len(kinds) == 1 else bad
 
 
@@ -115,16 +115,17 @@ def threads(everyone: list[Facts]) -> Finding:
     found = "; ".join(f"{what} on {shortened(who)}" for what, who in bad.items()) or f"OMP_NUM_THREADS {tell(values)}"
     share = max(1, everyone[0].cores // everyone[0].local_world_size)
     remedy = f"unset OMP_NUM_THREADS, or set it to {share}"
-    needed = f"1 to the {everyone[0].cores} cores that a rank may use"
+    needed = f"at most {everyone[0].cores}, the cores that a rank may use"
     return Finding("threads", found, needed, Verdict.warn, remedy).unless(not bad)
 
 
 def cores(everyone: list[Facts]) -> Finding:
     """At least one core a rank."""
-    share = by_value((one.host, f"{one.cores} for {one.local_world_size} ranks") for one in everyone if one.is_leader)
+    leaders = [one for one in everyone if one.is_leader]
+    share = by_value((one.host, f"{one.cores}, for ranks: {one.local_world_size}") for one in leaders)
     few = any(one.cores < one.local_world_size for one in everyone)
     remedy = "start fewer processes on a node, or ask for more cores (--cpus-per-task)"
-    return Finding("cores", tell(share), "at least 1 a rank", Verdict.warn, remedy).unless(not few)
+    return Finding("cores", tell(share), "at least 1 for each", Verdict.warn, remedy).unless(not few)
 
 
 def open_files(everyone: list[Facts]) -> Finding:

@@ -147,7 +147,7 @@ def judge_sums(sums: list[Sum], num_bytes: int, step_s: float | None, sends_less
             "gradients", found, f"parallel={sends_less} sends less" if sends_less else "a step was not timed"
         )
     needed = f"less than the {seconds(step_s * 2 / 3)} of a backward pass"
-    remedy = "a larger trainer.global_batch_size, a faster link, or fewer bytes (parallel=)"
+    remedy = "a larger trainer.global_batch_size, a faster link, or fewer bytes (parallel=hybrid, parallel.hook=bf16)"
     lost = max(0.0, takes - step_s * 2 / 3)
     found += f": a step takes {seconds(step_s)}, and at least {seconds(step_s + lost)} with it" if lost else ""
     return Finding("gradients", found, needed, Verdict.warn, remedy).unless(takes <= step_s * 2 / 3)
@@ -189,7 +189,7 @@ def _probe(mine: int, peer: int, world: World, budget_s: float) -> Link:
         if num_bytes == 4:
             latency = statistics.median(times) / 2
         else:
-            rate = max(rate, 2 * num_bytes / min(times))
+            rate = 2 * num_bytes / statistics.median(times)  # of the largest one: small ones fit into buffers
         num_bytes = num_bytes * 8 if num_bytes > 4 else 64_000
     dist.send(head.zero_(), peer)
     return Link(mine, peer, latency, rate or 4 / latency)

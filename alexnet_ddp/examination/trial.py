@@ -35,7 +35,7 @@ class Trial:
     error: str = ""
 
 
-def images_per_s(one_pass: Callable[[], int], device: torch.device, budget_s: float = STEP_S) -> float:
+def images_per_s(one_pass: Callable[[], int], device: torch.device) -> float:
     """one_pass(): some images forward and backward; how many. The first pass only warms up."""
 
     def finish() -> None:
@@ -45,19 +45,19 @@ def images_per_s(one_pass: Callable[[], int], device: torch.device, budget_s: fl
     one_pass()
     finish()
     began, count = time.perf_counter(), 0
-    while count == 0 or time.perf_counter() - began < budget_s:
+    while count == 0 or time.perf_counter() - began < STEP_S:
         count += one_pass()
         finish()
     return count / (time.perf_counter() - began)
 
 
-def loaded_per_s(batches: Iterator[Tensor], budget_s: float = LOADER_S) -> float:
+def loaded_per_s(batches: Iterator[Tensor]) -> float:
     """Labels of batches as they come. What was filled ahead before the first one is there does not count."""
     next(batches)
     began, count = time.perf_counter(), 0
     for labels in batches:
         count += len(labels)
-        if time.perf_counter() - began > budget_s:
+        if time.perf_counter() - began > LOADER_S:
             break
     return count / (time.perf_counter() - began)
 
