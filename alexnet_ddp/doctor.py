@@ -29,7 +29,7 @@ from alexnet_ddp.data.sampler import build_sampler, rank_slice
 from alexnet_ddp.data.sets import ImageSets, open_data
 from alexnet_ddp.distributed import World
 from alexnet_ddp.engine import autocast, check_precision
-from alexnet_ddp.errors import RunError
+from alexnet_ddp.errors import RunError, out_of_memory
 from alexnet_ddp.examination import machines, meeting, network, storage, trial
 from alexnet_ddp.examination.facts import Facts, look
 from alexnet_ddp.examination.finding import Finding, Verdict, seconds, size
@@ -42,7 +42,6 @@ from alexnet_ddp.redact import redact
 log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
 
 _OPEN_S = 12.0  # to find the images: the first look at a large folder takes longer, and is a training's to wait for
-_TRIAL_BATCH = 32  # images of a pass on a CPU, where more would take too long
 
 
 @dataclass
@@ -53,6 +52,7 @@ class Report:
     sums: list[network.Sum]
     links: list[network.Link]
     world_size: int
+    is_complete: bool = False
 
     @property
     def failed(self) -> list[str]:
@@ -67,7 +67,8 @@ def main(cfg: DoctorConfig, overrides: list[str]) -> None:
     everyone, found = meeting.judge_together(store, mine, world_size, machines.before_joining, cfg.join_timeout_s)
     report = Report(found, [], [], world_size)
     failed = report.failed
-    if not failed:  # else the ranks would hang, or measure something else
+    report.is_complete = not failed
+    if report.is_complete:  # else the ranks would hang, or measure something else
         with ExitStack() as stack:
             try:
                 world = stack.enter_context(
@@ -131,6 +132,11 @@ def _try(cfg: DoctorConfig, world: World) -> Trial:
         loads = _try_loader(cfg, world, data) if data else None
     except RunError as e:
         return Trial(error=str(e))
+    except (RuntimeError, MemoryError) as e:
+        shortage = out_of_memory(e)
+        if shortage is None:
+            raise
+        return Trial(error=str(shortage))
     return replace(tried, loads=loads, images=images, error=error, peak_memory=trial.peak_memory())
 
 
@@ -147,15 +153,14 @@ def _try_model(cfg: DoctorConfig, world: World, num_classes: int) -> Trial:
     labels = torch.arange(n, device=device) % num_classes
     step = itertools.count()
 
-    def one_pass() -> int:
+    def one_pass(n: int) -> None:
         set_dropout_keys(model, cfg.seed, next(step), torch.arange(n, dtype=torch.int32, device=device))
         with autocast(cfg.trainer.precision, world):
-            logits = model(images)
-        nn.functional.cross_entropy(logits.float(), labels).backward()
-        return n
+            logits = model(images[:n])
+        nn.functional.cross_entropy(logits.float(), labels[:n]).backward()
 
     return Trial(
-        computes=trial.images_per_s(one_pass, device),
+        computes=trial.images_per_s(one_pass, n, device),
         gradient_bytes=sum(p.numel() * p.element_size() for p in parameters),
         checkpoint_bytes=sum(x.numel() * x.element_size() for x in state),
     )
@@ -163,8 +168,7 @@ def _try_model(cfg: DoctorConfig, world: World, num_classes: int) -> Trial:
 
 def _images_a_pass(cfg: DoctorConfig, world: World) -> int:
     mine = rank_slice(cfg.trainer.global_batch_size, world.rank, world.world_size)
-    n = max(1, min(mine.stop - mine.start, cfg.trainer.micro_batch_size or mine.stop))
-    return min(n, _TRIAL_BATCH) if world.device.type == "cpu" else n
+    return max(1, min(mine.stop - mine.start, cfg.trainer.micro_batch_size or mine.stop))
 
 
 def _try_loader(cfg: DoctorConfig, world: World, data: ImageSets) -> float:
@@ -205,6 +209,8 @@ def _show(report: Report, cfg: DoctorConfig) -> None:
     console.print(table)
     if warned := [f.check for f in report.findings if f.verdict is Verdict.warn]:
         console.print(f"warnings: {', '.join(warned)}")
+    if not report.is_complete:
+        console.print("links, loader and disk were not looked at: ranks like these would hang")
     if report.sums:
         table = Table("message", "time", "bus", title=f"all-reduce over {report.world_size} ranks")
         for s in report.sums:

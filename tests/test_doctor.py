@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from alexnet_ddp import cli, doctor
-from alexnet_ddp.config import ConfigError, DoctorConfig, Wandb
-from alexnet_ddp.config.door import to_plain
+from alexnet_ddp.config import Config, ConfigError, DoctorConfig, Wandb
+from alexnet_ddp.config.door import to_config, to_plain, use_schema
 from alexnet_ddp.distributed import session
 from alexnet_ddp.examination import machines, meeting, network, storage, trial
 from alexnet_ddp.examination.facts import Facts, look
@@ -47,6 +47,25 @@ def test_threads_beyond_the_cores_are_named(monkeypatch):
     assert found.remedy.startswith("unset OMP_NUM_THREADS")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert machines.threads([facts()]).verdict is Verdict.ok
+
+
+def test_tasks_of_srun_without_torchrun_are_worlds_of_one_each(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    found = machines.launcher([facts()])
+    assert (found.verdict, found.found) == (Verdict.fail, "4 tasks, in worlds of 1")
+    monkeypatch.setenv("MASTER_ADDR", "n1")
+    assert machines.launcher([facts()]).verdict is Verdict.ok
+
+
+def test_the_doctor_composes_a_run_with_knobs_of_its_own():
+    use_schema(DoctorConfig)
+    try:
+        cfg = to_config(cli._compose("doctor", ["experiment=smoke", "trainer.global_batch_size=6", "output=x.json"]))
+        with pytest.raises(ConfigError, match=r"doctor.join_timeout_s \(0\.0\) must be greater than 0"):
+            to_config(cli._compose("doctor", ["join_timeout_s=0"]))
+    finally:
+        use_schema(Config)
+    assert (cfg.output, cfg.trainer.global_batch_size, cfg.run.name) == ("x.json", 6, "smoke")
 
 
 def test_a_port_that_another_process_has_is_named_with_its_holder(monkeypatch):
@@ -110,6 +129,14 @@ def test_ranks_of_other_versions_devices_and_knobs_fail_and_are_named():
     assert "0.4 on rank 1 (elsewhere)" in versions.found
     assert "7 on rank 1 (elsewhere)" in command.found
     assert all(f.verdict is Verdict.ok for f in machines.before_joining([one, replace(one, rank=1, local_rank=1)]))
+
+
+def test_a_run_root_that_cannot_be_written_fails_with_the_reason(tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    _, writing = storage.judge_disk(storage.try_disk(tmp_path / "runs" / "x", 1_000), 1_000, config().checkpoint)
+    assert writing.verdict is Verdict.fail
+    assert "Not a directory" in writing.found
+    assert storage.judge_marks("runs", ["n2"]).verdict is Verdict.warn
 
 
 def test_data_that_a_node_does_not_have_fails(image_folder, tmp_path):

@@ -21,6 +21,7 @@ from alexnet_ddp.errors import ConfigError
 from alexnet_ddp.redact import redact
 
 VARIABLES = ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "MASTER_ADDR", "MASTER_PORT")
+VARIABLES += ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True)

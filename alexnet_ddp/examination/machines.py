@@ -18,7 +18,7 @@ def before_joining(everyone: list[Facts]) -> list[Finding]:
 def of_machines(everyone: list[Facts]) -> list[Finding]:
     """What a run asks of each machine beside that."""
     found = [threads(everyone), cores(everyone), open_files(everyone), shared_memory(everyone), data_root(everyone)]
-    return [*found, port(everyone[0], len(everyone))]
+    return [launcher(everyone), *found, port(everyone[0], len(everyone))]
 
 
 def devices(everyone: list[Facts]) -> Finding:
@@ -98,7 +98,16 @@ def _taken(one: Facts) -> str:
 
 
 def _others(one: Facts) -> str:
-    return "|".join(name for name in one.interfaces if name not in ("lo", "switch")) or "eth0"
+    return "|".join(name for name in one.interfaces if name != "lo") or "eth0"
+
+
+def launcher(everyone: list[Facts]) -> Finding:
+    """srun and mpirun start processes; only torchrun tells them of each other."""
+    tasks = max(int(everyone[0].env.get(name, "1")) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    found = f"{tasks} tasks, in worlds of {len(everyone)}" if tasks > 1 else f"a world of {len(everyone)}"
+    remedy = "start one torchrun a node: srun --ntasks-per-node=1 launch/node.sh, or slurm/train.sbatch"
+    bad = Finding("launcher", found, "all processes in one world", Verdict.fail, remedy)
+    return bad.unless(tasks == 1 or "MASTER_ADDR" in everyone[0].env)
 
 
 def threads(everyone: list[Facts]) -> Finding:

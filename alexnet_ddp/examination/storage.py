@@ -43,8 +43,8 @@ def try_disk(run_dir: Path, num_bytes: int) -> Disk:
 
 
 def existing(run_dir: Path) -> Path:
-    """The run's folder, or the one in which it would be made."""
-    return next(d for d in (run_dir.absolute(), *run_dir.absolute().parents) if d.is_dir())
+    """The run's folder, or the one in which it would be made: what there is of its path."""
+    return next(d for d in (run_dir.absolute(), *run_dir.absolute().parents) if d.exists())
 
 
 def leave_mark(run_dir: Path) -> Path | None:

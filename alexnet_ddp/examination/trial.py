@@ -35,19 +35,27 @@ class Trial:
     error: str = ""
 
 
-def images_per_s(one_pass: Callable[[], int], device: torch.device) -> float:
-    """one_pass(): some images forward and backward; how many. The first pass only warms up."""
+def images_per_s(one_pass: Callable[[int], object], most: int, device: torch.device) -> float:
+    """one_pass(n): n images forward and backward. A GPU takes `most` at once, a CPU what takes it a second or two."""
 
     def finish() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    one_pass()
-    finish()
+    def timed(n: int) -> float:
+        began = time.perf_counter()
+        one_pass(n)
+        finish()
+        return time.perf_counter() - began
+
+    n = most if device.type == "cuda" else min(4, most)
+    timed(n)  # makes the gradients, and chooses kernels
+    while timed(n) < STEP_S / 2 and n < most:
+        n = min(2 * n, most)
     began, count = time.perf_counter(), 0
     while count == 0 or time.perf_counter() - began < STEP_S:
-        count += one_pass()
-        finish()
+        timed(n)
+        count += n
     return count / (time.perf_counter() - began)
 
 
@@ -118,7 +126,7 @@ def judge_errors(errors: list[str]) -> Finding:
 def judge_loader(loads: float | None, computes: float | None, shares_cores: bool) -> Finding:
     """Images a second of the slowest rank. shares_cores: the step is computed by the cores that load."""
     if loads is None or computes is None:
-        return Finding("loader", "not timed", "as many images/s as the step takes")
+        return Finding("loader", "not timed, see images", "as many images/s as the step takes")
     found = f"{loads:,.0f} images/s a rank" + (
         f"; loading takes {100 / loads / (1 / loads + 1 / computes):.0f} % of the cores" if shares_cores else ""
     )
