@@ -3,7 +3,8 @@
     python -m alexnet_ddp.doctor [the overrides of the run]
     torchrun --nproc_per_node=8 -m alexnet_ddp.doctor experiment=alexnet data.root=DIR
 
-Less than a minute; it trains nothing and leaves nothing behind. Exit code 0 where nothing FAILs, else 64.
+Less than a minute; it trains nothing, and leaves nothing behind but the caches that a training makes too. Exit code 0
+where nothing FAILs, else 64.
 """
 
 import itertools
@@ -41,7 +42,9 @@ from alexnet_ddp.redact import redact
 
 log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
 
-_OPEN_S = 12.0  # to find the images: the first look at a large folder takes longer, and is a training's to wait for
+_OPEN_S = (
+    12.0  # to find images and to load some: the first look at a large folder takes longer; a training waits for it
+)
 
 
 @dataclass
@@ -125,19 +128,21 @@ def _try(cfg: DoctorConfig, world: World) -> Trial:
             except RunError as e:
                 error = str(e)
         distributed.any_rank(False, world)
+    tried = Trial(error=error)
     try:
         check_precision(cfg.trainer.precision, world)
-        tried = _try_model(cfg, world, len(data.train.classes) if data else 1000)
-        images = data and data.train.fingerprint()
-        loads = _try_loader(cfg, world, data) if data else None
+        tried = replace(_try_model(cfg, world, len(data.train.classes) if data else 1000), error=error)
+        if data is not None:
+            tried = replace(tried, images=data.train.fingerprint())
+            tried = replace(tried, loads=trial.within(_OPEN_S, lambda: _try_loader(cfg, world, data)))
     except RunError as e:
-        return Trial(error=str(e))
+        tried = replace(tried, error=str(e))
     except (RuntimeError, MemoryError) as e:
         shortage = out_of_memory(e)
         if shortage is None:
             raise
-        return Trial(error=str(shortage))
-    return replace(tried, loads=loads, images=images, error=error, peak_memory=trial.peak_memory())
+        tried = replace(tried, error=str(shortage))
+    return replace(tried, peak_memory=trial.peak_memory())
 
 
 def _try_model(cfg: DoctorConfig, world: World, num_classes: int) -> Trial:

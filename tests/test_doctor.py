@@ -241,6 +241,17 @@ def test_a_loader_slower_than_the_step_and_too_little_memory_are_warnings():
     assert trial.judge_memory(1_000, 2_000, "n1").verdict is Verdict.warn
 
 
+def _doctor_of_too_small_images(root: str) -> str:
+    trial.STEP_S = 0.1
+    with pytest.raises(ConfigError) as failed:
+        doctor.main(config("device=cpu", "data.image_size=16", "model=alexnet", f"run.root={root}/runs"), [])
+    return str(failed.value)
+
+
+def test_images_that_the_model_cannot_take_fail_and_the_rest_is_examined_all_the_same(tmp_path):
+    assert run_ranks(_doctor_of_too_small_images, 1, str(tmp_path)) == ["doctor: FAIL: step; the table says what to do"]
+
+
 def test_wandb_online_without_a_key_is_a_warning(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)

@@ -27,10 +27,11 @@ class Disk:
 
 
 def try_disk(run_dir: Path, num_bytes: int) -> Disk:
-    """Write up to `num_bytes` where the run will be, for 3 s at most, and delete them."""
+    """Write up to `num_bytes`, but some, where the run will be, for 3 s at most, and delete them."""
     folder = existing(run_dir)
     free = shutil.disk_usage(folder).free
-    piece, written, began = os.urandom(_PIECE), 0, time.monotonic()  # some disks compress
+    num_bytes, piece = max(1, num_bytes), os.urandom(_PIECE)  # some disks compress
+    written, began = 0, time.monotonic()
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             while written < num_bytes and time.monotonic() - began < _WRITE_S:
@@ -68,22 +69,28 @@ def sees(mark: Path) -> bool:
 
 
 def judge_disk(disk: Disk, checkpoint_bytes: int, cfg: CheckpointConfig) -> list[Finding]:
-    """Room for a checkpoint, for all that are kept, and time to write one between two."""
-    keeps = cfg.keep_last + 2  # the best one, and the one being written
-    room = f"{size(keeps * checkpoint_bytes)}: {keeps} checkpoints of {size(checkpoint_bytes)}"
-    verdict = Verdict.fail if disk.free < checkpoint_bytes else Verdict.warn
-    remedy = "make room, lower checkpoint.keep_last, or choose another run.root"
-    space = Finding("disk space", f"{size(disk.free)} free at {disk.folder}", room, verdict, remedy)
-    found = [space.unless(disk.free >= keeps * checkpoint_bytes)]
+    """Room for a checkpoint, for all that are kept, and time to write one. 0 bytes: nobody knows how many."""
     if disk.error:
-        remedy = "choose another run.root, or mend its rights or its disk"
-        return [*found, Finding("disk", f"{disk.folder}: {disk.error}", "to be written", Verdict.fail, remedy)]
+        remedy = "choose another run.root, mend its rights, or make room"
+        lacks = Finding("disk", f"{disk.folder}: {disk.error}", "to be written", Verdict.fail, remedy)
+        return [_space(disk, checkpoint_bytes, cfg), lacks]
+    if checkpoint_bytes == 0:
+        return [Finding("disk", f"{disk.folder} can be written, {size(disk.free)} free", "a checkpoint, see step")]
     takes = checkpoint_bytes / disk.bytes_per_s
     most = 60 * (cfg.save_every_minutes or 5) / 10
     said = f"{size(disk.bytes_per_s)}/s with fsync: {seconds(takes)} a checkpoint of {size(checkpoint_bytes)}"
     remedy = "choose a faster run.root, or save less often (checkpoint.save_every_minutes)"
     bad = Finding("disk", said, f"at most {seconds(most)}, a tenth of the time between two", Verdict.warn, remedy)
-    return [*found, bad.unless(takes <= most)]
+    return [_space(disk, checkpoint_bytes, cfg), bad.unless(takes <= most)]
+
+
+def _space(disk: Disk, checkpoint_bytes: int, cfg: CheckpointConfig) -> Finding:
+    keeps = cfg.keep_last + 2  # the best one, and the one being written
+    room = f"{size(keeps * checkpoint_bytes)}: {keeps} checkpoints of {size(checkpoint_bytes)}"
+    verdict = Verdict.fail if disk.free < checkpoint_bytes else Verdict.warn
+    remedy = "make room, lower checkpoint.keep_last, or choose another run.root"
+    bad = Finding("disk space", f"{size(disk.free)} free at {disk.folder}", room, verdict, remedy)
+    return bad.unless(disk.free >= keeps * checkpoint_bytes)
 
 
 def judge_marks(folder: str, blind: list[str]) -> Finding:

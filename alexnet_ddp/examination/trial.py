@@ -16,7 +16,7 @@ from alexnet_ddp.errors import DataError
 from alexnet_ddp.examination.facts import Facts
 from alexnet_ddp.examination.finding import Finding, Verdict, size
 
-_SLOW = "were not found within"
+_SLOW = "were not there within"
 STEP_S, LOADER_S = 3.0, 3.0
 
 T = TypeVar("T")
@@ -102,7 +102,7 @@ def judge(trials: list[Trial], everyone: list[Facts]) -> list[Finding]:
     found = [judge_errors([f"{one.who}: {trial.error}" for one, trial in zip(everyone, trials) if trial.error])]
     if found[0].verdict is Verdict.ok and len({trial.images for trial in trials}) > 1:
         remedy = "copy data.root anew, or use one shared folder"
-        found = [Finding("images", "ranks see different ones", "the same on every rank", Verdict.fail, remedy)]
+        found = [Finding("step", "ranks see different ones", "the same on every rank", Verdict.fail, remedy)]
     found.append(judge_loader(slowest(trials, "loads"), slowest(trials, "computes"), everyone[0].device == "cpu"))
     starts = [one.rank for one in everyone if one.is_leader]
     memory = []
@@ -117,16 +117,16 @@ def judge_errors(errors: list[str]) -> Finding:
     """What kept ranks from using the images or the model."""
     needed = "a model and images that a step can use"
     if not errors:
-        return Finding("images", "found, and the model takes them", needed)
+        return Finding("step", "found, and the model takes them", needed)
     if all(_SLOW in error for error in errors):
-        return Finding("images", errors[0], needed, Verdict.warn, "the first start waits for them; later ones do not")
-    return Finding("images", errors[0], needed, Verdict.fail, "the message says what to change")
+        return Finding("step", errors[0], needed, Verdict.warn, "the first start waits for them; later ones do not")
+    return Finding("step", errors[0], needed, Verdict.fail, "the message says what to change")
 
 
 def judge_loader(loads: float | None, computes: float | None, shares_cores: bool) -> Finding:
     """Images a second of the slowest rank. shares_cores: the step is computed by the cores that load."""
     if loads is None or computes is None:
-        return Finding("loader", "not timed, see images", "as many images/s as the step takes")
+        return Finding("loader", "not timed, see step", "as many images/s as the step takes")
     found = f"{loads:,.0f} images/s a rank" + (
         f"; loading takes {100 / loads / (1 / loads + 1 / computes):.0f} % of the cores" if shares_cores else ""
     )
