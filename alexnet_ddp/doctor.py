@@ -42,9 +42,7 @@ from alexnet_ddp.redact import redact
 
 log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
 
-_OPEN_S = (
-    12.0  # to find images and to load some: the first look at a large folder takes longer; a training waits for it
-)
+_OPEN_S = 12.0  # to find images, and to load some; a training waits longer for its first look at a large folder
 
 
 @dataclass

@@ -96,5 +96,5 @@ def _space(disk: Disk, checkpoint_bytes: int, cfg: CheckpointConfig) -> Finding:
 def judge_marks(folder: str, blind: list[str]) -> Finding:
     """blind: hosts that do not see what rank 0 writes. A run goes on from there when rank 0 moves to another node."""
     remedy = "choose a run.root on a shared disk, or checkpoint.copy_to a store that all nodes reach"
-    found = f"{shortened(blind)} do not see rank 0's {folder}" if blind else folder
+    found = f"{folder} of rank 0 is not there on {shortened(blind)}" if blind else folder
     return Finding("run.root", found, "the same on every node", Verdict.warn, remedy).unless(not blind)
