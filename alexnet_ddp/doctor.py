@@ -22,7 +22,7 @@ from torch import nn
 
 from alexnet_ddp import cli, distributed
 from alexnet_ddp.atomic import write_json
-from alexnet_ddp.config import ConfigError, DDPConfig, DoctorConfig
+from alexnet_ddp.config import ConfigError, DDPConfig, DoctorConfig, Hook, HybridConfig
 from alexnet_ddp.config.door import to_plain, use_schema
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import build_loader
@@ -31,7 +31,7 @@ from alexnet_ddp.data.sets import ImageSets, open_data
 from alexnet_ddp.distributed import World
 from alexnet_ddp.engine import autocast, check_precision
 from alexnet_ddp.errors import RunError, out_of_memory
-from alexnet_ddp.examination import machines, meeting, network, storage, trial
+from alexnet_ddp.examination import links, machines, meeting, storage, trial
 from alexnet_ddp.examination.facts import Facts, look
 from alexnet_ddp.examination.finding import Finding, Verdict, seconds, size
 from alexnet_ddp.examination.online import judge_wandb
@@ -50,8 +50,8 @@ class Report:
     """What is known so far; complete on rank 0."""
 
     findings: list[Finding]
-    sums: list[network.Sum]
-    links: list[network.Link]
+    sums: list[links.Sum]
+    links: list[links.Link]
     world_size: int
     is_complete: bool = False
 
@@ -94,9 +94,9 @@ def _examine(cfg: DoctorConfig, world: World, everyone: list[Facts], report: Rep
         return ranks[rank][1]
 
     log.info("doctor: links and sums between %d ranks on %d nodes ...", world.world_size, len(leaders))
-    report.links = network.time_links(world, leaders)
-    report.sums = network.time_sums(world)
-    skews = network.time_clocks(world, leaders)
+    report.links = links.time_links(world, leaders)
+    report.sums = links.time_sums(world)
+    skews = links.time_clocks(world, leaders)
     log.info("doctor: a step and the loader ...")
     trials = distributed.gather_objects([_try(cfg, world)])
     log.info("doctor: the disk ...")
@@ -104,11 +104,11 @@ def _examine(cfg: DoctorConfig, world: World, everyone: list[Facts], report: Rep
     if world.is_main:
         main = trials[0]
         report.findings += machines.of_machines(everyone)
-        report.findings.append(network.judge_links(report.links, host_of))
+        report.findings.append(links.judge_links(report.links, host_of))
         share = -(-cfg.trainer.global_batch_size // world.world_size)
         step_s = main.computes and share / trial.slowest(trials, "computes")
-        report.findings.append(network.judge_sums(report.sums, main.gradient_bytes, step_s, _sends_less(cfg)))
-        report.findings.append(network.judge_clocks(skews, host_of))
+        report.findings.append(links.judge_sums(report.sums, *_sent(cfg, main.gradient_bytes), step_s))
+        report.findings.append(links.judge_clocks(skews, host_of))
         report.findings += trial.judge(trials, everyone)
         disk = storage.try_disk(cfg.run_dir, main.checkpoint_bytes)
         report.findings += storage.judge_disk(disk, main.checkpoint_bytes, cfg.checkpoint)
@@ -194,9 +194,19 @@ def _who_sees_the_run(cfg: DoctorConfig, world: World) -> tuple[str, list[str]]:
     return str(storage.existing(cfg.run_dir)), blind
 
 
-def _sends_less(cfg: DoctorConfig) -> str | None:
-    """The choice of parallel= that does not send all gradients to all ranks."""
-    return None if isinstance(cfg.parallel, DDPConfig) else type(cfg.parallel).__name__.removesuffix("Config").lower()
+def _sent(cfg: DoctorConfig, gradient_bytes: int) -> tuple[int, str | None]:
+    """(bytes of gradients that a step sums over all ranks, the choice that sends another, smaller, number)."""
+    match cfg.parallel:
+        case DDPConfig(hook=Hook.none):
+            return gradient_bytes, None
+        case DDPConfig(hook=Hook.fp16 | Hook.bf16):
+            return gradient_bytes // 2, None
+        case DDPConfig():
+            return gradient_bytes, f"parallel.hook={cfg.parallel.hook.value}"
+        case HybridConfig():
+            return gradient_bytes, "parallel=hybrid"
+        case _:
+            return gradient_bytes, "parallel=auto"
 
 
 def _show(report: Report, cfg: DoctorConfig) -> None:
@@ -219,9 +229,9 @@ def _show(report: Report, cfg: DoctorConfig) -> None:
         for s in report.sums:
             table.add_row(size(s.num_bytes), seconds(s.seconds), f"{size(s.bus_rate(report.world_size))}/s")
         console.print(table)
-    if cfg.output is not None:
+    if cfg.json is not None:
         found = {"findings": report.findings, "all_reduce": report.sums, "links": report.links}
-        write_json(Path(cfg.output), redact({key: [asdict(one) for one in value] for key, value in found.items()}))
+        write_json(Path(cfg.json), redact({key: [asdict(one) for one in value] for key, value in found.items()}))
 
 
 if __name__ == "__main__":

@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from alexnet_ddp.config import ConfigError, OnNan, Precision, TrainerConfig
 from alexnet_ddp.data.effects import apply_effects
 from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.loader import Batch
+from alexnet_ddp.data.sampler import micro_batches
 from alexnet_ddp.distributed import World, any_rank, average, raise_together, sum_over_ranks
 from alexnet_ddp.errors import DataError
 from alexnet_ddp.metrics import Meter, evaluation_row
 from alexnet_ddp.model import set_dropout_keys
 from alexnet_ddp.optim import set_lr
-from alexnet_ddp.parallel import nothing_to_learn, settle_buckets
+from alexnet_ddp.parallel import ParallelModel
 from alexnet_ddp.resilience.beacon import WAITING
 from alexnet_ddp.resilience.health import Health, Undo, Verdict, Wish
 from alexnet_ddp.resilience.signals import StopSignal
@@ -35,7 +35,7 @@ class TrainStep:
     know that all is well.
     """
 
-    ddp_model: DistributedDataParallel
+    parallel_model: ParallelModel
     optimizer: torch.optim.Optimizer
     cfg: TrainerConfig
     seed: int
@@ -44,20 +44,20 @@ class TrainStep:
     on_phase: Callable[[str], None] = lambda phase: None  # told what comes next: one of resilience.beacon.PHASES
 
     def __post_init__(self) -> None:
-        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.cfg.precision is Precision.fp16)
+        self.scaler = self.parallel_model.build_scaler(self.cfg.precision is Precision.fp16)
         self.meter = Meter(self.world.device)
         self.bad: list[Skipped] = []  # images that this rank left out of the last step
         self.grad_norm: Tensor | None = None  # of the last step, before it was clipped
         self.stopwatch = Stopwatch(self.world)
         self._health = Health(self.world)
-        self._model = self.ddp_model.module
+        self._model = self.parallel_model.model
         self._statistics = [b for b in self._model.buffers() if b.is_floating_point()]
         self._undo = Undo([*self._model.buffers(), self.meter.local])
         self._bad = torch.zeros((), device=self.world.device)  # 1 where the last step's gradient was not finite
         if not self.scaler.is_enabled():  # fp16's scaler finds infinities as it searches its scale, and skips them
             self.optimizer.found_inf = self._bad  # the fused kernels look at it: no rank waits, and none applies it
         self._blank = torch.zeros(1, 3, self.image_size, self.image_size, device=self.world.device)
-        settle_buckets(self.ddp_model, self._blank)
+        self.parallel_model.settle_buckets(self._blank)
 
     def __call__(self, batches: Iterator[Batch], step: int, lr: float, num_images: int, wish: Wish) -> Verdict:
         """Collective. Step `step` (0-based) over this rank's `batches`, up to the one that says it is the last.
@@ -108,20 +108,24 @@ class TrainStep:
     ) -> tuple[Verdict, Exception | None]:
         """Leave the mean gradient in .grad, assuming that all `num_images` could be read."""
         scale = self.world.world_size / num_images  # DDP divides the sum over the ranks by world_size
-        losses, seen, is_last = torch.zeros((), device=self.world.device), 0, False
+        losses, seen, is_last, has_data = torch.zeros((), device=self.world.device), 0, False, True
+        passes = micro_batches(num_images, self.world.world_size, self.cfg.micro_batch_size)
         self.bad = []
         while not is_last:
+            slots, batch = passes.pop(0) if passes else 1, None  # a replay makes the passes of all ranks
+            is_last = not passes
             self.on_phase("data")
-            try:
-                with self.stopwatch.data():
-                    batch: Batch | None = next(batches)
-            except DataError as error:
-                batch, wish = None, replace(wish, error=error)
+            if has_data:  # without, this rank takes part in the passes that the others still make
+                try:
+                    with self.stopwatch.data():
+                        batch = next(batches)
+                    is_last = batch.work.is_last
+                except DataError as error:
+                    has_data, wish = False, replace(wish, error=error)
             self.on_phase("forward")
-            is_last = batch is None or batch.work.is_last
-            with nullcontext() if is_last else self.ddp_model.no_sync():
+            with nullcontext() if is_last else self.parallel_model.no_sync():
                 with self.stopwatch.forward():
-                    loss = self._loss_sum(batch, step)
+                    loss = self._loss_sum(batch, step, slots)
                 losses += loss.detach()
                 seen += 0 if batch is None else len(batch.labels)
                 self.bad += [] if batch is None else batch.bad
@@ -129,15 +133,16 @@ class TrainStep:
                     self.on_phase(WAITING)
                     self._health.begin(losses, seen, wish, self._bad)
                 self.scaler.scale(loss * scale).backward()
+        self.parallel_model.finish_backward()
         return self._health.finish(), wish.error
 
-    def _loss_sum(self, batch: Batch | None, step: int) -> Tensor:
+    def _loss_sum(self, batch: Batch | None, step: int, slots: int) -> Tensor:
         """The loss summed over the batch's images; a zero that DDP can differentiate where there are none."""
         if batch is None or len(batch.labels) == 0:
-            return nothing_to_learn(self.ddp_model, self._blank)
+            return self.parallel_model.nothing_to_learn(self._blank, slots)
         set_dropout_keys(self._model, self.seed, step, batch.indices)
         with autocast(self.cfg.precision, self.world):
-            logits = self.ddp_model(apply_effects(batch.images, batch.effects))
+            logits = self.parallel_model(apply_effects(batch.images, batch.effects), slots)
         loss = cross_entropy(logits.float(), batch, self.cfg.label_smoothing)
         self.meter.add(loss, logits, batch.labels)
         return loss
@@ -151,7 +156,7 @@ class TrainStep:
         parameters = [p for p in self._model.parameters() if p.grad is not None]
         if correction != 1:
             torch._foreach_mul_([p.grad for p in parameters], correction)
-        self.grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        self.grad_norm = self.parallel_model.grad_norm()
         if self.cfg.clip_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.cfg.clip_grad_norm, self.grad_norm)
         if not self.scaler.is_enabled():

@@ -122,4 +122,4 @@ class Replay:
 
     @property
     def _model(self) -> nn.Module:
-        return self.train_step.ddp_model.module
+        return self.train_step.parallel_model.model

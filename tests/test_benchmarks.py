@@ -1,11 +1,14 @@
 """The benchmarks run: their mechanics, never their figures."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import cluster
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,6 +39,51 @@ def test_the_preparation_benchmark_compares_the_engines_that_are_there(tmp_path)
     assert {"local, 1 process", "local, 2 processes"} <= figures.keys()
     assert len(figures) == 3 or written["skipped"]
     assert all(row["ratio"] > 0 and row["unit"] == "images/s" for row in written["results"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cluster.why_not() is not None, reason=str(cluster.why_not()))
+def test_the_communication_benchmark_proves_equality_and_counts_fewer_bytes(tmp_path):
+    files = ["--json", str(tmp_path / "c.json"), "--plot", str(tmp_path / "c.png")]
+    command = [sys.executable, "benchmarks/communication.py", "--quick", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "c.json").read_text())
+    rows = {row["id"]: row for row in written["results"]}
+    assert rows.keys() == {"P1", "P2", "P4"}
+    assert rows["P1"]["ratio"] > 12
+    assert rows["P1"]["theirs"] == pytest.approx(244.4, rel=0.02)  # 61.1 million gradients of four bytes
+    assert all(row["n"] == 1 and row["ratio"] > 0 for row in rows.values())
+    assert written["machine"]["link_mb_per_s"]["1 Gbit/s"] < 125
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_of_communication_comes_with_a_table_of_medians(tmp_path):
+    turns = {"plain DDP": [2.0, 3.0, 4.0], "ours: parallel=hybrid": [1.0, 1.0, 1.0]}
+    scales = {"plain DDP, K=1": [10.0], "plain DDP, K=2": [8.0], "ours: parallel=hybrid, K=1": [12.0]}
+    titles = {"K=2, 64 px, 1 Gbit/s": turns, "K=2, 224 px, 1 Gbit/s": turns, "weak scaling, images/s": scales}
+    about = {"cores": 2, "cpu": "a CPU", "date": "a day"}
+    (tmp_path / "c.json").write_text(json.dumps({"turns": titles, "machine": about}))
+    (tmp_path / "r.md").write_text("# A\n<!-- communication: a -->\nold\n<!-- end of communication -->\nend\n")
+    files = [str(tmp_path / name) for name in ("c.json", "c.png", "r.md")]
+    command = [sys.executable, "benchmarks/communication_picture.py", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "r.md").read_text() == (
+        f"# A\n<!-- communication: a -->\n{done.stdout}<!-- end of communication -->\nend\n"
+    )
+    assert "| 2 | 64 | plain DDP |  | 3.00 s |  |" in done.stdout
+    assert "| 2 | 224 | alexnet_ddp, parallel=hybrid |  | 1.00 s, 3.0 x (2.0 to 4.0) |  |" in done.stdout
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_communication_benchmark_says_what_it_needs_where_it_cannot_make_hosts():
+    env = {**os.environ, "PATH": "/nonexistent"}
+    command = [sys.executable, "benchmarks/communication.py"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 64
+    assert done.stderr.startswith("communication.py makes hosts and links of this machine, which needs ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_loader_benchmark_knows_its_parts():

@@ -287,7 +287,8 @@ def test_the_demo_experiment_is_the_default():
 
 
 @pytest.mark.parametrize(
-    ("root", "groups"), [("train", GROUPS), ("evaluate", ("data", "model")), ("prepare", PREPARE_GROUPS)]
+    ("root", "groups"),
+    [("train", GROUPS), ("evaluate", ("data", "model")), ("prepare", PREPARE_GROUPS), ("plan", ("model",))],
 )
 def test_the_help_lists_exactly_the_choices_that_exist(root, groups):
     template = yaml.safe_load((CONF_DIR / f"{root}.yaml").read_text())["hydra"]["help"]["template"]

@@ -13,10 +13,10 @@ from alexnet_ddp import cli, doctor
 from alexnet_ddp.config import Config, ConfigError, DoctorConfig, Wandb
 from alexnet_ddp.config.door import to_config, to_plain, use_schema
 from alexnet_ddp.distributed import session
-from alexnet_ddp.examination import machines, meeting, network, storage, trial
+from alexnet_ddp.examination import links, machines, meeting, storage, trial
 from alexnet_ddp.examination.facts import Facts, look
 from alexnet_ddp.examination.finding import Verdict, seconds, size
-from alexnet_ddp.examination.network import Link, Sum
+from alexnet_ddp.examination.links import Link, Sum
 from alexnet_ddp.examination.online import judge_wandb
 from tests.cluster import Hosts, why_not
 from tests.ranks import run_ranks
@@ -60,12 +60,12 @@ def test_tasks_of_srun_without_torchrun_are_worlds_of_one_each(monkeypatch):
 def test_the_doctor_composes_a_run_with_knobs_of_its_own():
     use_schema(DoctorConfig)
     try:
-        cfg = to_config(cli._compose("doctor", ["experiment=smoke", "trainer.global_batch_size=6", "output=x.json"]))
+        cfg = to_config(cli._compose("doctor", ["experiment=smoke", "trainer.global_batch_size=6", "json=x.json"]))
         with pytest.raises(ConfigError, match=r"doctor.join_timeout_s \(0\.0\) must be greater than 0"):
             to_config(cli._compose("doctor", ["join_timeout_s=0"]))
     finally:
         use_schema(Config)
-    assert (cfg.output, cfg.trainer.global_batch_size, cfg.run.name) == ("x.json", 6, "smoke")
+    assert (cfg.json, cfg.trainer.global_batch_size, cfg.run.name) == ("x.json", 6, "smoke")
 
 
 def test_a_port_that_another_process_has_is_named_with_its_holder(monkeypatch):
@@ -189,52 +189,58 @@ def test_two_jobs_on_one_port_are_named():
 @pytest.mark.parametrize("count", range(1, 8))
 def test_everybody_is_paired_with_everybody_once_and_nobody_twice_at_a_time(count):
     players = list(range(0, 10 * count, 10))
-    rounds = network.pairings(players)
+    rounds = links.pairings(players)
     met = sorted(pair for pairs in rounds for pair in pairs)
     assert met == [(a, b) for a in players for b in players if a < b]
     assert all(len({p for pair in pairs for p in pair}) == 2 * len(pairs) for pairs in rounds)
 
 
 def _measure_network() -> tuple[list[Sum], list[Link], dict[int, float]]:
-    network.SIZES, network._LINKS_S = (4_000, 64_000), 0.3
+    links.SIZES, links._LINKS_S = (4_000, 64_000), 0.3
     with session(config("device=cpu").device, timeout_s=30) as world:
-        return network.time_sums(world), network.time_links(world, [0, 1, 2]), network.time_clocks(world, [0, 1, 2])
+        return links.time_sums(world), links.time_links(world, [0, 1, 2]), links.time_clocks(world, [0, 1, 2])
 
 
 def test_links_sums_and_clocks_are_measured_between_all():
     main, *others = run_ranks(_measure_network, 3)
-    sums, links, skews = main
+    sums, found, skews = main
     assert [s.num_bytes for s in sums] == [4_000, 64_000]
-    assert sorted((link.first, link.second) for link in links) == [(0, 1), (0, 2), (1, 2)]
+    assert sorted((link.first, link.second) for link in found) == [(0, 1), (0, 2), (1, 2)]
     assert sorted(skews) == [1, 2]
-    assert network.judge_clocks(skews, str).verdict is Verdict.ok  # it is one clock
+    assert links.judge_clocks(skews, str).verdict is Verdict.ok  # it is one clock
     assert all(other[:2] == main[:2] for other in others)
 
 
 def test_the_time_of_a_sum_lies_between_the_measured_ones_and_goes_on_at_the_last_rate():
     sums = [Sum(1000, 0.1), Sum(3000, 0.5)]
     sizes = (500, 1000, 2000, 3000, 6000)
-    assert [network.seconds_for(n, sums) for n in sizes] == pytest.approx([0.1, 0.1, 0.3, 0.5, 1])
+    assert [links.seconds_for(n, sums) for n in sizes] == pytest.approx([0.1, 0.1, 0.3, 0.5, 1])
     assert sums[1].bus_rate(4) == 2 * 3 / 4 * 3000 / 0.5
 
 
 def test_a_slow_link_and_a_late_clock_are_named_with_their_nodes():
     pairs = [(a, b) for a in range(4) for b in range(a + 1, 4)]
-    assert network.judge_links([Link(a, b, 1e-4, 1e9) for a, b in pairs], "n{}".format).verdict is Verdict.ok
-    found = network.judge_links([Link(a, b, 1e-4, 1e7 if 2 in (a, b) else 1e9) for a, b in pairs], "n{}".format)
+    assert links.judge_links([Link(a, b, 1e-4, 1e9) for a, b in pairs], "n{}".format).verdict is Verdict.ok
+    found = links.judge_links([Link(a, b, 1e-4, 1e7 if 2 in (a, b) else 1e9) for a, b in pairs], "n{}".format)
     assert found.verdict is Verdict.warn
     assert "load of n2," in found.remedy
     three = [Link(0, 1, 1e-4, 1e9), Link(0, 2, 1e-4, 1e7), Link(1, 2, 1e-4, 1e7)]
-    assert "load of n2," in network.judge_links(three, "n{}".format).remedy  # most of the links are slow
-    assert network.judge_clocks({1: 0.1, 2: -3.0}, "n{}".format).found == "n2 is 3 s behind"
+    assert "load of n2," in links.judge_links(three, "n{}".format).remedy  # most of the links are slow
+    assert links.judge_clocks({1: 0.1, 2: -3.0}, "n{}".format).found == "n2 is 3 s behind"
 
 
 def test_gradients_that_a_backward_pass_cannot_hide_are_told_with_what_they_cost():
-    found = network.judge_sums([Sum(1_000_000, 0.1)], 10_000_000, 0.3, None)
+    found = links.judge_sums([Sum(1_000_000, 0.1)], 10_000_000, None, 0.3)
     assert found.verdict is Verdict.warn
     assert found.found == "10 MB a step, 1 s to sum: a step takes 300 ms, and at least 1.1 s with it"
-    assert network.judge_sums([Sum(1_000_000, 0.1)], 10_000_000, 0.3, "hybrid").verdict is Verdict.ok
-    assert network.judge_sums([Sum(1_000_000, 0.1)], 1_000_000, 0.3, None).verdict is Verdict.ok
+    assert links.judge_sums([Sum(1_000_000, 0.1)], 10_000_000, "parallel=hybrid", 0.3).verdict is Verdict.ok
+    assert links.judge_sums([Sum(1_000_000, 0.1)], 1_000_000, None, 0.3).verdict is Verdict.ok
+
+
+def test_a_hook_of_half_precision_halves_what_is_sent_and_other_choices_are_only_named():
+    sent = {choice: doctor._sent(config(*choice.split()), 100) for choice in (
+        "parallel=ddp", "parallel.hook=bf16", "parallel.hook=powersgd", "parallel=hybrid", "parallel=auto")}  # fmt: skip
+    assert list(sent.values()) == [(100, None), (50, None), *((100, name) for name in list(sent)[2:])]
 
 
 def test_a_loader_slower_than_the_step_and_too_little_memory_are_warnings():
@@ -274,8 +280,8 @@ def test_sizes_and_durations_read_as_people_say_them():
 
 
 def _doctor(root: str) -> list[str]:
-    cfg = config("device=cpu", f"run.root={root}/runs", output=f"{root}/doctor.json")
-    network.SIZES, network._LINKS_S, trial.STEP_S, trial.LOADER_S = (4_000, 64_000), 0.1, 0.1, 0.1
+    cfg = config("device=cpu", f"run.root={root}/runs", json=f"{root}/doctor.json")
+    links.SIZES, links._LINKS_S, trial.STEP_S, trial.LOADER_S = (4_000, 64_000), 0.1, 0.1, 0.1
     doctor.main(cfg, [])
     return sorted(path.name for path in Path(root).iterdir())
 

@@ -313,7 +313,7 @@ def damaged(folder, tmp_path, names):
 def test_clipping_limits_the_norm_of_the_mean_gradient(world):
     trainer = TrainerConfig(epochs=1, global_batch_size=17, clip_grad_norm=1e-3)
     _, _, step = steps(1, world, trainer=trainer)
-    norms = torch.stack([s.norm() for s in state_by_name(step.optimizer, step.ddp_model.module).values()])
+    norms = torch.stack([s.norm() for s in state_by_name(step.optimizer, step.parallel_model.model).values()])
     decay = SGD.weight_decay * sum(p.norm() for p in build_model(AlexNetSmallConfig(), 5, 64, seed=0).parameters())
     assert norms.norm() <= 1e-3 + decay
     assert step.extras()["train/grad_norm"] > 1e-3

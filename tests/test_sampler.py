@@ -13,6 +13,7 @@ from alexnet_ddp.data.sampler import (
     Windows,
     evaluation_work,
     index_hash,
+    micro_batches,
     rank_slice,
 )
 
@@ -154,7 +155,20 @@ def test_only_the_last_work_of_a_step_is_last(micro):
         assert work[3] == (following[0] != work[0])
     assert [work[0] for work in found if work[3]] == list(range(20))
     sizes = [len(indices) for step, _, indices, _ in found if step == 0]
-    assert sizes == {None: [21], 1: [1] * 21, 2: [2] * 10 + [1], 3: [3] * 7, 64: [21]}[micro]
+    # Rank 0 has 22 images: where that is one pass more, this one takes part in it without images.
+    assert sizes == {None: [21], 1: [1] * 21 + [0], 2: [2] * 10 + [1], 3: [3] * 7 + [0], 64: [21]}[micro]
+
+
+@pytest.mark.parametrize(
+    ("n", "world_size", "micro"), [*product((1, 2, 7, 64, 65), (1, 2, 3, 5, 40), (None, 1, 3, 64))]
+)
+def test_all_ranks_make_the_same_passes_and_none_is_larger_than_its_slots(n, world_size, micro):
+    slots = micro_batches(n, world_size, micro)
+    for rank in range(world_size):
+        found = works(GlobalBatchSampler(n, n, seed=0), range(1), rank, world_size, micro)
+        assert len(found) == len(slots)
+        assert all(len(indices) <= size for (_, _, indices, _), size in zip(found, slots))
+    assert sum(slots) == max(1, -(-n // world_size))
 
 
 @pytest.mark.parametrize(("batch", "world_size"), [*product((*BATCHES, 2_000), (*WORLDS, 40))])

@@ -6,13 +6,11 @@ from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing.connection import wait as poll
 
-from torch import Tensor
-
 from alexnet_ddp import companion
-from alexnet_ddp.checkpoint.layout import SharedMemory, needed
+from alexnet_ddp.checkpoint.layout import SharedMemory, Tensors
 from alexnet_ddp.checkpoint.writer import Order, Reply
 
-Groups = dict[str, dict[str, Tensor]]  # file stem -> tensors by name
+Groups = dict[str, Tensors]  # file stem -> tensors by name
 
 
 class BackgroundWriter:
@@ -37,12 +35,12 @@ class BackgroundWriter:
             self._process = companion.start("checkpoint.writer", str(file.fileno()), [file], stdout=subprocess.PIPE)
 
     def start(self, order: Order, groups: Groups) -> None:
-        """Copy the tensors, which may change when this returns, and let them be written. Not while it is busy.
+        """Copy the tensors, which may change when this returns, and let them be written. After prepare(), and not while
+        it is busy.
 
-        order.places: filled in here. Raises OSError.
+        order.places: filled in here.
         """
         assert not self.is_busy
-        self.prepare(needed(groups))
         places = self._memory.store(groups)
         self._step = order.step
         with suppress(BrokenPipeError):  # it is dead: reply() says so

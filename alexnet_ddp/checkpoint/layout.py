@@ -7,6 +7,7 @@ Copying the tensors to where they lie in the files is all that a step has to wai
 import json
 import mmap
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +27,24 @@ _DTYPES = {
 _ALIGNMENT = 64  # bytes, of a file's beginning
 
 
+class SplitTensor(Protocol):
+    """A tensor whose parts lie on several ranks. It looks like the whole one."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    nbytes: int
+
+    def element_size(self) -> int: ...
+
+    def is_floating_point(self) -> bool: ...
+
+    def collect(self, there: Tensor | None) -> None:
+        """Collective. Copy it to rank 0's memory; the other ranks pass None."""
+
+
+Tensors = dict[str, Tensor | SplitTensor]  # by name
+
+
 @dataclass(frozen=True)
 class FileLayout:
     """Where a group of tensors lies in its file."""
@@ -35,7 +54,7 @@ class FileLayout:
     size: int  # bytes
 
     @classmethod
-    def of(cls, tensors: dict[str, Tensor]) -> "FileLayout":
+    def of(cls, tensors: Tensors) -> "FileLayout":
         entries, offsets, end = {}, {}, 0
         for name, t in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):  # stays aligned
             entries[name] = {"dtype": _DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [end, end + t.nbytes]}
@@ -56,7 +75,7 @@ class SharedMemory:
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._bytes.zero_()  # page faults now, not within a step
 
-    def store(self, groups: dict[str, dict[str, Tensor]]) -> dict[str, tuple[int, int]]:
+    def store(self, groups: dict[str, Tensors]) -> dict[str, tuple[int, int]]:
         """Copy the tensors of each file; file stem -> (first byte, end). They must fit: see needed()."""
         places, start, on_gpu = {}, 0, False
         for stem, tensors in groups.items():
@@ -65,8 +84,11 @@ class SharedMemory:
             for name, tensor in tensors.items():
                 at = start + layout.offsets[name]
                 there = self._bytes[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-                there.copy_(tensor.detach(), non_blocking=True)
-                on_gpu |= tensor.is_cuda
+                if isinstance(tensor, Tensor):
+                    there.copy_(tensor.detach(), non_blocking=True)
+                    on_gpu |= tensor.is_cuda
+                else:
+                    tensor.collect(there)
             places[stem] = (start, start + layout.size)
             start += _aligned(layout.size)
         if on_gpu:
@@ -77,7 +99,7 @@ class SharedMemory:
         self.file.close()  # the map goes with the last tensor that looks at it
 
 
-def needed(groups: dict[str, dict[str, Tensor]]) -> int:
+def needed(groups: dict[str, Tensors]) -> int:
     """Bytes of the files, laid one behind the other."""
     return sum(_aligned(FileLayout.of(tensors).size) for tensors in groups.values())
 

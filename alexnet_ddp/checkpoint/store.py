@@ -6,6 +6,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from alexnet_ddp.checkpoint import files, remote
 from alexnet_ddp.checkpoint.background import BackgroundWriter, Groups
 from alexnet_ddp.checkpoint.files import Rejected
@@ -14,7 +16,7 @@ from alexnet_ddp.checkpoint.identity import check_same_run, numerics
 from alexnet_ddp.checkpoint.layout import needed
 from alexnet_ddp.checkpoint.writer import Order, Reply
 from alexnet_ddp.config import CheckpointConfig
-from alexnet_ddp.distributed import World, broadcast_tensors, from_main, on_all
+from alexnet_ddp.distributed import World, any_rank, broadcast_tensors, from_main, on_all
 from alexnet_ddp.errors import CheckpointIOError, Diverged, NoCheckpoint, RunError
 
 log = logging.getLogger(__name__)
@@ -61,26 +63,40 @@ class Checkpoints:
         self._began, self.longest_write_s = 0.0, 0.0
 
     def save(self, state: RunState, tensors: Groups, is_last: bool) -> RunError | None:
-        """Rank 0 copies the tensors and has them written; other ranks do nothing. The last one is waited for.
+        """Collective where tensors are split over ranks. Rank 0 copies the tensors and has them written; other ranks
+        give their parts. The last one is waited for.
 
         Where the one before is still being written this one is left out and counted, if it is not the best or the last.
         A failure is a warning and the run goes on; the third in a row, and that of the last checkpoint, comes back as
         the error to end with.
         """
+        split = [t for group in tensors.values() for t in group.values() if not isinstance(t, Tensor)]
+        error, ready = self._ready(state, tensors, is_last) if self._world.is_main else (None, False)
+        if split:
+            ready = any_rank(ready, self._world)
+        if not ready:
+            return error
         if not self._world.is_main:
+            for tensor in split:
+                tensor.collect(None)
             return None
+        self._writer.start(self._order(state), tensors)
+        return self.poll(wait=True, is_last=True) if is_last else error
+
+    def _ready(self, state: RunState, tensors: Groups, is_last: bool) -> tuple[RunError | None, bool]:
+        """Whether there is a writer, and memory, for a checkpoint; what became of the one before."""
         error = self.poll(wait=is_last or state.best.get("step") == state.step)
         if self._writer.is_busy:
             if not self._num_skipped:
                 log.warning("no checkpoint of step %d: checkpoints are due faster than the disk takes them", state.step)
             self._num_skipped += 1
-            return error
+            return error, False
         self._size, self._began = needed(tensors), time.monotonic()
         try:
-            self._writer.start(self._order(state), tensors)
+            self._writer.prepare(self._size)
         except OSError as e:  # no memory for the copy
-            return self._failed(Reply(state.step, error=str(e)), is_last)
-        return self.poll(wait=True, is_last=True) if is_last else error
+            return self._failed(Reply(state.step, error=str(e)), is_last), False
+        return error, True
 
     def prepare(self, tensors: Groups) -> None:
         """Collective. Have a buffer for tensors like these before the first step, so that no step waits for it.

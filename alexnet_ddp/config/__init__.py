@@ -24,6 +24,7 @@ from alexnet_ddp.config.data import (
     Shuffle,
     SyntheticConfig,
 )
+from alexnet_ddp.config.plan import LinksConfig, PlanConfig, PlanDataConfig
 from alexnet_ddp.config.prepare import (
     Action,
     AutoEngineConfig,
@@ -52,9 +53,12 @@ from alexnet_ddp.config.recipe import (
     TorchvisionConfig,
 )
 from alexnet_ddp.config.run import (
+    AutoParallelConfig,
     CheckpointConfig,
     DDPConfig,
     Device,
+    Hook,
+    HybridConfig,
     LoggerConfig,
     OnNan,
     ParallelConfig,
@@ -63,6 +67,7 @@ from alexnet_ddp.config.run import (
     RunConfig,
     TrainerConfig,
     Wandb,
+    WireDtype,
 )
 from alexnet_ddp.errors import ConfigError
 
@@ -77,6 +82,7 @@ __all__ = [
     "AlexNetSmallConfig",
     "AugmentConfig",
     "AutoEngineConfig",
+    "AutoParallelConfig",
     "BasicAugmentConfig",
     "CheckpointConfig",
     "Config",
@@ -91,7 +97,10 @@ __all__ = [
     "Encoding",
     "EngineConfig",
     "FolderConfig",
+    "Hook",
+    "HybridConfig",
     "ImageNetConfig",
+    "LinksConfig",
     "LocalEngineConfig",
     "LoggerConfig",
     "ModelConfig",
@@ -100,6 +109,8 @@ __all__ = [
     "OnNan",
     "OptimizerConfig",
     "ParallelConfig",
+    "PlanConfig",
+    "PlanDataConfig",
     "Policy",
     "PolyConfig",
     "Precision",
@@ -119,6 +130,7 @@ __all__ = [
     "TorchvisionConfig",
     "TrainerConfig",
     "Wandb",
+    "WireDtype",
 ]
 
 
@@ -148,6 +160,9 @@ class Config:
         on_cpu = self.device is Device.cpu and self.trainer.precision is not Precision.fp32
         rule = "needs a CUDA device, but device=cpu; use trainer.precision=fp32"
         require(not on_cpu, f"trainer.precision={self.trainer.precision.value} {rule}")
+        powersgd = isinstance(self.parallel, DDPConfig) and self.parallel.hook is Hook.powersgd
+        rule = "remembers the errors of earlier steps, and one that is not finite would stay; use trainer.on_nan=stop"
+        require(not powersgd or self.trainer.on_nan is OnNan.stop, f"parallel.hook=powersgd {rule}")
 
     @property
     def run_dir(self) -> Path:
@@ -159,7 +174,7 @@ class Config:
 class DoctorConfig(Config):
     """A run, and how to examine the machines that it would be on."""
 
-    output: str | None = None  # a .json file to write
+    json: str | None = None  # a file to write
     join_timeout_s: float = 30.0  # for all ranks to come, and for each message between them
 
     def __post_init__(self) -> None:

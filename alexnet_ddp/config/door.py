@@ -13,6 +13,7 @@ from alexnet_ddp.config import (
     AlexNetConfig,
     AlexNetSmallConfig,
     AutoEngineConfig,
+    AutoParallelConfig,
     BasicAugmentConfig,
     Config,
     ConstantConfig,
@@ -20,9 +21,11 @@ from alexnet_ddp.config import (
     DDPConfig,
     DemoConfig,
     FolderConfig,
+    HybridConfig,
     ImageNetConfig,
     LocalEngineConfig,
     NoAugmentConfig,
+    PlanConfig,
     PolyConfig,
     PredictConfig,
     PrepareConfig,
@@ -39,6 +42,7 @@ from alexnet_ddp.errors import ConfigError
 _store = ConfigStore.instance().store
 _store(name="schema", node=Config)
 _store(name="schema_predict", node=PredictConfig)
+_store(name="schema_plan", node=PlanConfig)
 _store(name="schema_prepare", node=PrepareConfig)
 for _group, _choices in {
     "data": {
@@ -63,7 +67,7 @@ for _group, _choices in {
         "cosine": CosineConfig,
         "poly": PolyConfig,
     },
-    "parallel": {"ddp": DDPConfig},
+    "parallel": {"ddp": DDPConfig, "hybrid": HybridConfig, "auto": AutoParallelConfig},
     "engine": {"local": LocalEngineConfig, "spark": SparkEngineConfig, "auto": AutoEngineConfig},
 }.items():
     for _name, _node in _choices.items():
@@ -75,7 +79,7 @@ def use_schema(node: type[Config]) -> None:
     _store(name="schema", node=node)
 
 
-def to_config(cfg: DictConfig) -> Config | PredictConfig | PrepareConfig:
+def to_config(cfg: DictConfig) -> Config | PlanConfig | PredictConfig | PrepareConfig:
     """The one door between Hydra and the rest: DictConfig in, plain checked dataclasses out. Raises ConfigError."""
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:

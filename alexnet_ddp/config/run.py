@@ -44,14 +44,61 @@ class RunConfig:
         require(not bad, f"run.name ({self.name!r}) must name one directory below run.root ({self.root})")
 
 
+class WireDtype(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Hook(StrEnum):
+    """What becomes of the gradients on their way between the ranks."""
+
+    none = "none"
+    fp16 = "fp16"  # rounded to 16 bits before they are added: half of the bytes
+    bf16 = "bf16"
+    powersgd = "powersgd"  # a product of two thin matrices in place of each matrix: few bytes, other mathematics
+
+
 @dataclass(kw_only=True)
 class ParallelConfig:
     """How replicas stay equal."""
 
 
 @dataclass(kw_only=True)
+class AutoParallelConfig(ParallelConfig):
+    """What alexnet_ddp.plan predicts to be fastest on these ranks: ddp, or hybrid with a group size. It says why."""
+
+
+@dataclass(kw_only=True)
 class DDPConfig(ParallelConfig):
     """Gradients are summed over the ranks while the backward pass runs."""
+
+    bucket_mb: float | None = None  # of gradients that are sent together, MiB; null: torch's 25
+    hook: Hook = Hook.none
+    powersgd_rank: int | None = None  # columns of the thin matrices; null: 4
+    powersgd_start_step: int | None = None  # before it whole gradients are sent; null: 100
+    static_graph: bool = False  # all steps use the same parameters: DDP may then search less
+
+    def __post_init__(self) -> None:
+        for name in ("powersgd_rank", "powersgd_start_step"):
+            idle = getattr(self, name) is not None and self.hook is not Hook.powersgd
+            require(not idle, f"parallel.{name} would be ignored with parallel.hook={self.hook.value}; leave it null")
+        positive("parallel", self, "bucket_mb", "powersgd_rank")
+        start = self.powersgd_start_step
+        rule = "must be at least 2: DDP lays out its buckets anew behind the first step"
+        require(start is None or start >= 2, f"parallel.powersgd_start_step ({start}) {rule}")
+
+
+@dataclass(kw_only=True)
+class HybridConfig(ParallelConfig):
+    """DDP, but large linear layers are split over a group of ranks: activations travel in place of their gradients."""
+
+    bucket_mb: float | None = 2.0  # MiB: a convolution's gradient leaves while the next one's is computed
+    group_size: int | None = None  # ranks that share one set of the split layers; null: a node's GPUs, or all CPU ranks
+    split: list[str] | None = None  # names of the layers, such as [classifier.1, classifier.4]; null: by their size
+    wire_dtype: WireDtype = WireDtype.fp32  # of the activations on the way between the ranks
+
+    def __post_init__(self) -> None:
+        positive("parallel", self, "bucket_mb", "group_size")
 
 
 @dataclass(kw_only=True)

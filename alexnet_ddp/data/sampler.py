@@ -19,12 +19,12 @@ from alexnet_ddp.data.index import SampleIndex
 
 @dataclass(frozen=True)
 class Work:
-    """One forward pass of one rank: which images. A rank with nothing to do in a step has one Work without images."""
+    """One forward pass of one rank: which images. All ranks make as many in a step; one may have no images in some."""
 
     step: int
     epoch: int
     indices: np.ndarray  # int64 [n], n <= micro_batch_size
-    is_last: bool  # of this rank in this step: its backward pass synchronises
+    is_last: bool  # of this step: its backward pass synchronises
     previous: int | None = None  # the image before these in the global batch; before its first one comes its last
 
 
@@ -91,13 +91,12 @@ class GlobalBatchSampler:
         for step in steps:
             batch = self.batch(step)
             mine = rank_slice(len(batch), rank, world_size)
-            indices = batch[mine]
-            micro = micro_batch_size or max(1, len(indices))
-            starts = range(0, max(1, len(indices)), micro)
-            for start in starts:
-                chunk = indices[start : start + micro]
+            indices, sizes, start = batch[mine], micro_batches(len(batch), world_size, micro_batch_size), 0
+            for k, size in enumerate(sizes):
+                chunk = indices[start : start + size]
                 previous = int(batch[mine.start + start - 1]) if len(chunk) else None
-                yield Work(step, step // self.steps_per_epoch, chunk, start == starts[-1], previous)
+                yield Work(step, step // self.steps_per_epoch, chunk, k == len(sizes) - 1, previous)
+                start += size
 
 
 def build_sampler(cfg: Config, index: SampleIndex) -> GlobalBatchSampler:
@@ -145,6 +144,15 @@ def rank_slice(n: int, rank: int, world_size: int) -> slice:
     size, rest = divmod(n, world_size)
     start = rank * size + min(rank, rest)
     return slice(start, start + size + (rank < rest))
+
+
+def micro_batches(n: int, world_size: int, micro_batch_size: int | None) -> list[int]:
+    """The forward passes of a global batch of n images, the same on all ranks: how many images a rank has in each, at
+    most. One with a smaller slice has one less in the last.
+    """
+    largest = rank_slice(n, 0, world_size).stop
+    micro = micro_batch_size or max(1, largest)
+    return [max(1, min(micro, largest - start)) for start in range(0, max(1, largest), micro)]
 
 
 def evaluation_work(num_images: int, batch_size: int, rank: int, world_size: int) -> Iterator[Work]:

@@ -22,15 +22,19 @@ class KeyedDropout(nn.Module):
     def __init__(self, p: float, layer: int, whole_image: bool = False) -> None:
         super().__init__()
         self.p, self.layer, self.whole_image = p, layer, whole_image
-        self.keys: Tensor | None = None  # int32 [n], set before each forward pass by set_dropout_keys
+        # int32 [n], set before each forward pass by set_dropout_keys; or what returns them, where they still travel.
+        self.keys: Tensor | Callable[[], Tensor] | None = None
+        self.first_unit = 0  # where x is a part of a layer's units
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [n, ...] -> the same shape."""
         if not self.training or self.p == 0:
             return x
         num_units = 1 if self.whole_image else x[0].numel()
-        unit = rng.mix(torch.arange(1, num_units + 1, dtype=torch.int32, device=x.device))
-        words = rng.mix(rng.mix(self.keys + self.layer)[:, None] + unit)
+        first = self.first_unit + 1
+        unit = rng.mix(torch.arange(first, first + num_units, dtype=torch.int32, device=x.device))
+        keys = self.keys() if callable(self.keys) else self.keys
+        words = rng.mix(rng.mix(keys + self.layer)[:, None] + unit)
         keep = words >= int(self.p * 2**32) - 2**31
         shape = (len(x), *[1] * (x.dim() - 1)) if self.whole_image else x.shape
         return x * (keep.view(shape) * (1 / (1 - self.p))).to(x.dtype)

@@ -15,6 +15,7 @@ from tests.conftest import make_folder
 from tests.drills.harness import Job
 
 EVERY_S = 30
+AGAIN = (75, 76)  # what a scheduler starts again: 76 where the stop signal met a rank that had just been killed
 KEPT = 20  # epochs of 26 steps between two checkpoints that are kept
 LONG = ["trainer.epochs=2000", "trainer.hang_timeout_s=5", "checkpoint.save_every_steps=20", "checkpoint.keep_last=3"]
 LONG += [
@@ -79,7 +80,7 @@ def hurt(job: Job, seconds: float, disk: Path | None) -> tuple[dict[str, int], i
     due = time.monotonic() + EVERY_S * moments.uniform(0.5, 1)
     while time.monotonic() < end:
         if job.process.poll() is not None:  # as a scheduler does
-            assert job.process.returncode == 75, job.said()[-3000:]
+            assert job.process.returncode in AGAIN, job.said()[-3000:]
             job.start()
         if time.monotonic() > due:
             name = moments.choice(sorted(faults))
@@ -90,7 +91,7 @@ def hurt(job: Job, seconds: float, disk: Path | None) -> tuple[dict[str, int], i
         time.sleep(0.05)
     if job.process.poll() is None:
         job.process.send_signal(signal.SIGTERM)
-        assert job.wait() == 75, job.said()[-3000:]
+        assert job.wait() in AGAIN, job.said()[-3000:]
     return counts, first
 
 

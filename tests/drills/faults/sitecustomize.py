@@ -64,9 +64,9 @@ def _inject() -> None:
 
     def begin(self: TrainStep) -> None:
         start(self)
-        parameters = list(self.ddp_model.module.parameters())
+        parameters = list(self.parallel_model.model.parameters())
         parameters[-2].register_hook(spoilt)
-        self.ddp_model.module.register_forward_hook(
+        self.parallel_model.model.register_forward_hook(
             lambda module, args, out: out * active("scale")[0]["factor"] if active("scale") and module.training else out
         )
         for fault in active("unequal"):  # before the first step: a model that was loaded on one rank only
@@ -78,7 +78,7 @@ def _inject() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             more = (*more[:-1], type(more[-1])(stop=True, save=more[-1].save, error=more[-1].error))
         for fault in active("flip"):  # one bit of one value of a parameter
-            parameter = list(self.ddp_model.module.parameters())[int(fault["parameter"])].data
+            parameter = list(self.parallel_model.model.parameters())[int(fault["parameter"])].data
             parameter.as_strided((parameter.numel(),), (1,)).view(torch.int32)[17] ^= 1 << int(fault["bit"])
         for fault in active("memory"):
             import resource

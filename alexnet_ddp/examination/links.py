@@ -137,20 +137,18 @@ def judge_links(links: list[Link], host_of: Callable[[int], str]) -> Finding:
     return bad.unless(not slow)
 
 
-def judge_sums(sums: list[Sum], num_bytes: int, step_s: float | None, sends_less: str | None) -> Finding:
+def judge_sums(sums: list[Sum], num_bytes: int, sends_less: str | None, step_s: float | None) -> Finding:
     """The gradients of a step, `num_bytes`, against the backward pass behind which DDP can hide them.
 
     step_s: of a step without communication, if it is known; two thirds of it are the backward pass. sends_less: the
-    choice of parallel= that does not send all of them.
+    choice that does not send all of them.
     """
     if not sums:
         return Finding("gradients", "one process", "nothing to sum")
     takes = seconds_for(num_bytes, sums)
     found = f"{size(num_bytes)} a step, {seconds(takes)} to sum"
     if step_s is None or sends_less:
-        return Finding(
-            "gradients", found, f"parallel={sends_less} sends less" if sends_less else "a step was not timed"
-        )
+        return Finding("gradients", found, f"{sends_less} sends less" if sends_less else "a step was not timed")
     needed = f"less than the {seconds(step_s * 2 / 3)} of a backward pass"
     remedy = "a larger trainer.global_batch_size, a faster link, or fewer bytes (parallel=hybrid, parallel.hook=bf16)"
     lost = max(0.0, takes - step_s * 2 / 3)

@@ -1,0 +1,235 @@
+"""How replicas stay equal: DistributedDataParallel, for all of a network or for all but its large linear layers.
+
+The loss that is differentiated is a sum over images times world_size / (images of the global batch), so that DDP's mean
+over the ranks is the mean over the global batch, however uneven the slices are.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.nn.parallel import DistributedDataParallel
+
+from alexnet_ddp.config import DDPConfig, Hook, HybridConfig, ParallelConfig, WireDtype
+from alexnet_ddp.distributed import World
+from alexnet_ddp.errors import ConfigError
+from alexnet_ddp.parallel.group import Group, Part, SplitTensor
+from alexnet_ddp.parallel.hooks import ONE_BUCKET_MB, PowerSGD, register_hook
+from alexnet_ddp.parallel.layers import find_layers, split_layers
+
+# torch 2.14 renamed the option that copies rank 0's buffers before each forward pass.
+_OPTIONS = inspect.signature(DistributedDataParallel).parameters
+_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers"
+
+
+def build_parallel(cfg: ParallelConfig, model: nn.Module, world: World) -> "ParallelModel":
+    """Collective. Wrap `model`, alike on all ranks. Later, buffers are ours to average (engine.py).
+
+    Raises ConfigError where the network, or the number of ranks, does not suit.
+    """
+    match cfg:
+        case DDPConfig():
+            bucket_mb = cfg.bucket_mb
+            if cfg.hook is Hook.powersgd and world.device.type == "cpu":
+                bucket_mb = ONE_BUCKET_MB  # with more, its messages cross each other on gloo, and it ends the run
+            wrapped = ParallelModel(model, world, {"bucket_cap_mb": bucket_mb, "static_graph": cfg.static_graph})
+            wrapped.hook = register_hook(wrapped.ddp, cfg)
+            return wrapped
+        case HybridConfig():
+            names, size = find_layers(model, cfg.split), group_size(cfg, world)
+            options = {"bucket_cap_mb": cfg.bucket_mb}
+            if size == 1:
+                return ParallelModel(model, world, options)
+            wire = {WireDtype.fp32: torch.float32, WireDtype.bf16: torch.bfloat16}[cfg.wire_dtype]
+            return ParallelModel(model, world, options, names, Group.of(world, size, wire))
+    raise TypeError(f"no parallelism for {type(cfg).__name__}")
+
+
+def group_size(cfg: HybridConfig, world: World) -> int:
+    """Ranks that share one set of the split layers. Raises ConfigError."""
+    inside_nodes = world.device.type == "cuda" and world.world_size % world.local_world_size == 0
+    size = cfg.group_size or (world.local_world_size if inside_nodes else world.world_size)
+    if world.world_size % size:
+        fitting = [g for g in range(1, world.world_size + 1) if world.world_size % g == 0]
+        nearest = min(fitting, key=lambda g: abs(g - size))
+        rule = f"must divide the number of processes ({world.world_size})"
+        raise ConfigError(f"parallel.group_size ({size}) {rule}; nearest: {nearest}")
+    return size
+
+
+class ParallelModel(nn.Module):
+    """A model that learns as one over all ranks.
+
+    options: DDP's. names: of the layers that are split over `group`; all others are replicated. `parts` says which
+    slice of which parameter this rank holds. In a forward pass all members of a group take part, each with its images.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        world: World,
+        options: dict[str, Any],
+        names: list[str] | None = None,
+        group: Group | None = None,
+    ) -> None:
+        super().__init__()
+        self._world, self._group = world, group
+        self.parts: dict[str, Part] = {}
+        self._dropouts: list[nn.Module] = []
+        self._pending: list[Callable[[], object]] = []
+        if group is not None:
+            self._skeleton = copy.deepcopy(model).to("meta")
+            self.parts, self._dropouts = split_layers(model, names, group)
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(self.parts))
+            for name in self.parts if group.copies else ():
+                model.get_parameter(name).register_post_accumulate_grad_hook(self._add_up)
+        ids = [world.device.index] if world.device.type == "cuda" else None
+        self.hook: PowerSGD | None = None
+        options = {_SYNC_BUFFERS: False, "gradient_as_bucket_view": True, **options}
+        self.ddp = DistributedDataParallel(model, ids, **options)
+
+    @property
+    def model(self) -> nn.Module:
+        """The network itself, with this rank's part of what is split."""
+        return self.ddp.module
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole network."""
+        parameters = self.model.named_parameters()
+        return sum((self.parts[name].shape if name in self.parts else p.shape).numel() for name, p in parameters)
+
+    def forward(self, images: Tensor, slots: int) -> Tensor:
+        """Collective where layers are split. images: [n, 3, size, size] -> logits [n, classes].
+
+        slots: the largest n of the ranks in this pass, the same on all.
+        """
+        if self._group is None:
+            return self.ddp(images)
+        self._group.slots = slots
+        if self._dropouts:
+            self._gather_keys(len(images))
+        return self.ddp(images)[: len(images)]
+
+    def nothing_to_learn(self, image: Tensor, slots: int = 1) -> Tensor:
+        """A loss whose gradient is zero: what a rank without images contributes. Statistics and dropout stay untouched.
+
+        image: float [1, 3, size, size], of zeros.
+        """
+        self.ddp.eval()
+        for dropout in self._dropouts:
+            dropout.train()  # the other ranks' images pass here
+            dropout.keys = None
+        loss = self(image, slots).sum() * 0.0
+        self.ddp.train()
+        return loss
+
+    def settle_buckets(self, image: Tensor) -> None:
+        """Collective. One backward pass without effect, before the first step of a process.
+
+        DDP lays out its buckets anew at the forward pass that follows its first backward pass, and a sum over three or
+        more ranks depends on the layout. A run that is resumed has to add in the order in which the undisturbed run
+        does.
+        """
+        self.nothing_to_learn(image).backward()
+        self.finish_backward()
+        self.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Around the micro-batches of a step but the last: gradients stay this rank's."""
+        with self.ddp.no_sync():
+            yield
+
+    def finish_backward(self) -> None:
+        """Collective. After the backward pass that synchronises: waits for what DDP does not wait for."""
+        for wait in self._pending:
+            wait()
+        self._pending.clear()
+
+    def build_scaler(self, enabled: bool) -> torch.amp.GradScaler:
+        """Of fp16's loss. An infinity in a part of a gradient must be known to the ranks that hold the other parts."""
+        device = self._world.device.type
+        if self._group is None:
+            return torch.amp.GradScaler(device, enabled=enabled)
+        return ShardedGradScaler(device, enabled=enabled, process_group=dist.group.WORLD)
+
+    def grad_norm(self) -> Tensor:
+        """Collective. The norm of the gradient, all parts included: a scalar on the device, the same on all ranks."""
+        named = [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
+        norms = torch.stack(_norms([grad for _, grad in named]))
+        return torch.linalg.vector_norm(self.whole_norms(norms, [name for name, _ in named]))
+
+    def whole_norms(self, norms: Tensor, names: list[str]) -> Tensor:
+        """Collective. norms: [..., n], of this rank's parts of n parameters -> of the whole parameters."""
+        split = [k for k, name in enumerate(names) if name in self.parts]
+        if not split:
+            return norms
+        squares = norms[..., split].square()
+        dist.all_reduce(squares, group=self._group.members)
+        norms = norms.clone()
+        norms[..., split] = squares.sqrt()
+        return norms
+
+    def canonical(self, tensors: dict[str, Tensor]) -> dict[str, Tensor | SplitTensor]:
+        """Tensors by name, as "weight's name" or "moment/weight's name", marked where they are parts."""
+        return {name: SplitTensor(t, part) if (part := self._part(name, t)) else t for name, t in tensors.items()}
+
+    def local(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse: whole tensors by name -> what this rank holds of them."""
+        return {name: part.of(t) if (part := self._part(name, t)) else t for name, t in tensors.items()}
+
+    def whole_model(self) -> nn.Module:
+        """Collective. The network with whole layers, for an evaluation. It shares what is not split."""
+        if self._group is None:
+            return self.model
+        state = self.model.state_dict()
+        state |= {name: part.whole(state[name]) for name, part in self.parts.items()}
+        model = copy.deepcopy(self._skeleton)
+        model.load_state_dict(state, assign=True)
+        return model
+
+    def _part(self, name: str, tensor: Tensor) -> Part | None:
+        return self.parts.get(name.rpartition("/")[2]) if tensor.dim() else None  # AdamW's count of steps is a scalar
+
+    def _gather_keys(self, count: int) -> None:
+        """The dropouts between split layers see the images of all ranks. Their keys travel while the others compute."""
+        keys, group = self._dropouts[0].keys, self._group
+        if keys is None:
+            keys = torch.zeros(count, dtype=torch.int32, device=self._world.device)
+        arrive = _Once(group.start_gather(group.padded(keys)))
+        for dropout in self._dropouts:
+            dropout.keys = arrive
+
+    def _add_up(self, parameter: Tensor) -> None:
+        """The copies of this part, in other groups, have seen other images."""
+        if self.ddp.require_backward_grad_sync:
+            work = dist.all_reduce(parameter.grad, group=self._group.copies, async_op=True)
+            self._pending.append(partial(work.wait))
+
+
+def _norms(tensors: list[Tensor]) -> list[Tensor]:
+    """Row by row on the CPU: there one sum over the 37 million values of fc6 is wrong by 0.2 %."""
+    if tensors[0].is_cuda:
+        return list(torch._foreach_norm(tensors))
+    norm = torch.linalg.vector_norm
+    return [norm(norm(t.flatten(1), dim=1)) if t.dim() > 1 else norm(t) for t in tensors]
+
+
+class _Once:
+    """Waits at the first call, and remembers."""
+
+    def __init__(self, wait: Callable[[], Tensor]) -> None:
+        self._wait, self._found = wait, None
+
+    def __call__(self) -> Tensor:
+        if self._found is None:
+            self._found = self._wait().flatten()
+        return self._found

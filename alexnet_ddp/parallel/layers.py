@@ -1,0 +1,68 @@
+"""Which layers of a network are split, and their replacement by split ones."""
+
+from torch import nn
+
+from alexnet_ddp.errors import ConfigError
+from alexnet_ddp.parallel.group import Group, Part
+from alexnet_ddp.parallel.split import ColumnLinear, RowLinear
+
+_SHARE = 0.5  # of all parameters: below, their gradients are not what a step sends most
+# Between two split layers, and no others: they treat each unit alone, so a rank needs no more than its part of them.
+_ELEMENTWISE = {"ReLU", "ReLU6", "LeakyReLU", "GELU", "SiLU", "Tanh", "Hardswish", "Identity", "KeyedDropout"}
+
+
+def find_layers(model: nn.Module, names: list[str] | None) -> list[str]:
+    """Names of the linear layers to split, in their order: two or more that follow each other in one nn.Sequential.
+
+    names: the user's choice; None: all linear layers of the last nn.Sequential that has at least two, if they hold at
+    least half of the network's parameters. Raises ConfigError.
+    """
+    chains = [chain for name, m in model.named_modules() if isinstance(m, nn.Sequential) for chain in _chains(name, m)]
+    if names is not None:
+        if not any(names == chain[k : k + len(names)] for chain in chains for k in range(len(chain))) or len(names) < 2:
+            known = "; ".join(", ".join(chain) for chain in chains) or "none in this network"
+            rule = "must be two or more linear layers that follow each other, with nothing but activations between them"
+            raise ConfigError(f"parallel.split ({', '.join(names)}) {rule}; these do: {known}")
+        return names
+    largest = max((p.numel() for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters()), default=0)
+    total = sum(p.numel() for p in model.parameters())
+    held = sum(p.numel() for name in (chains[-1] if chains else []) for p in model.get_submodule(name).parameters())
+    if held < _SHARE * total:
+        what = f"{held / 1e6:.1f} M" if chains else f"no chain of linear layers, the largest has {largest / 1e6:.1f} M"
+        rule = f"pays where linear layers that follow each other hold at least half of the parameters; here: {what}"
+        why = "of which the gradients cost less than gathering activations would"
+        raise ConfigError(f"parallel=hybrid {rule} of {total / 1e6:.1f} M, {why}; use parallel=ddp")
+    return chains[-1]
+
+
+def _chains(prefix: str, sequential: nn.Sequential) -> list[list[str]]:
+    """The runs of at least two linear layers, with nothing but elementwise modules between them."""
+    chains: list[list[str]] = [[]]
+    for name, module in sequential.named_children():
+        if isinstance(module, nn.Linear):
+            chains[-1].append(f"{prefix}.{name}" if prefix else name)
+        elif type(module).__name__ not in _ELEMENTWISE or getattr(module, "whole_image", False):
+            chains.append([])
+    return [chain for chain in chains if len(chain) > 1]
+
+
+def split_layers(model: nn.Module, names: list[str], group: Group) -> tuple[dict[str, Part], list[nn.Module]]:
+    """Replace the layers by this rank's parts of them. The parts by parameter name, and the dropouts between them."""
+    parts, dropouts = {}, []
+    prefix, _, first = names[0].rpartition(".")
+    sequential = model.get_submodule(prefix)
+    children = list(sequential.named_children())
+    inside = False
+    for name, module in children:
+        full = f"{prefix}.{name}" if prefix else name
+        if full in names:
+            is_last = full == names[-1]
+            new = ColumnLinear(module, group) if name == first else RowLinear(module, group, is_last)
+            setattr(sequential, name, new)
+            parts |= {f"{full}.{key}": part for key, part in new.parts.items()}
+            units = Part(0, module.weight.shape, group)  # this layer's outputs
+            inside = not is_last
+        elif inside and type(module).__name__ == "KeyedDropout":
+            module.first_unit = units.start()
+            dropouts.append(module)
+    return parts, dropouts

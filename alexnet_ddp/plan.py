@@ -1,0 +1,223 @@
+"""Say what a cluster will do before it is rented: each strategy's bytes, step time and efficiency, and which to take.
+
+python -m alexnet_ddp.plan nodes=2 gpus_per_node=8 device=A100 links.between_gbit_per_s=100 [plot=PNG] [json=JSON]
+"""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from alexnet_ddp import cli
+from alexnet_ddp.atomic import write_json
+from alexnet_ddp.config import ConfigError, Device, PlanConfig, Precision
+from alexnet_ddp.costs import machine
+from alexnet_ddp.costs.choose import CLEARLY, GUESSED_GBIT, USABLE, best, choose, strategies
+from alexnet_ddp.costs.machine import Cluster
+from alexnet_ddp.costs.measure import measure_device
+from alexnet_ddp.costs.network import Network, read_network
+from alexnet_ddp.costs.picture import draw, matplotlib_pyplot
+from alexnet_ddp.costs.step import Step, Strategy, predict
+from alexnet_ddp.costs.sweep import Sweep, sweep
+from alexnet_ddp.distributed import choose_device
+from alexnet_ddp.model import build_model
+
+_MOST_ROWS = 8  # hybrids in the table, the fastest; all of them are in the JSON file
+
+
+def main(cfg: PlanConfig, overrides: list[str]) -> None:
+    """Print a table and what to take; write what plot and json name."""
+    for knob, suffix in (("plot", ".png"), ("json", ".json")):
+        _check_file(knob, getattr(cfg, knob), suffix)
+    if cfg.plot:
+        matplotlib_pyplot()  # or say now what is missing
+    with torch.device("cpu" if cfg.device == "measure" else "meta"):  # shapes alone, where nothing is run
+        model = build_model(cfg.model, cfg.data.num_classes, cfg.data.image_size, seed=0)
+    network = read_network(model, cfg.data.image_size)
+    if not network.split and cfg.wire_dtype is not Precision.fp32:
+        rule = "is of hybrids, and this network has no large linear layers to split; leave it out"
+        raise ConfigError(f"wire_dtype ({cfg.wire_dtype.value}) {rule}")
+    device = find_device(cfg, model, network)
+    cluster = build_cluster(cfg, device)
+    wire_bytes = 4 if cfg.wire_dtype is Precision.fp32 else 2
+    tried = strategies(network, cluster, wire_bytes)
+    steps = [predict(network, device, cluster, strategy, cfg.images) for strategy in tried]
+    found, one = best(steps, device), alone(network, device, cluster, cfg.images)
+    swept = sweep(network, device, cluster, cfg.images)
+    rows = [row(step, one, cfg) for step in steps]
+    conclusion = [*conclude(steps, found, network, device), *crossing(network, swept, cfg.images)]
+    console = Console()
+    console.print(table(rows, cfg, found), f"{device.name}: {device.flops_per_s / 1e12:,.3g} TFLOP/s ({device.origin})")
+    for line in conclusion:
+        console.print(line, highlight=False, soft_wrap=True)
+    if cfg.plot:
+        draw(swept, cfg.images, cluster.world_size, Path(cfg.plot))
+    if cfg.json:
+        write_json(Path(cfg.json), record(cfg, network, device, cluster, rows) | {"conclusion": conclusion})
+
+
+def _check_file(knob: str, name: str | None, suffix: str) -> None:
+    if name is None:
+        return
+    if Path(name).suffix != suffix:
+        raise ConfigError(f"{knob} ({name}) must end in {suffix}; {knob}={Path(name).with_suffix(suffix)}")
+    if not Path(name).absolute().parent.is_dir():
+        raise ConfigError(f"{knob} ({name}) must lie in a directory that exists; make it first")
+
+
+def find_device(cfg: PlanConfig, model: nn.Module, network: Network) -> machine.Device:
+    """The table's, this machine's, or the user's. Raises ConfigError for one that the table does not have."""
+    if cfg.device == "measure":
+        shape, here = (cfg.images, cfg.data.image_size), choose_device(Device.auto, 0)
+        if here.type == "cpu" and cfg.precision is not Precision.fp32:
+            rule = "needs a GPU, and device=measure found none; use precision=fp32"
+            raise ConfigError(f"precision={cfg.precision.value} {rule}")
+        device = measure_device(model, network, shape, cfg.precision, here, cfg.gpus_per_node)
+    elif cfg.device == "custom":
+        device = machine.Device("custom", 0.0, float("inf"), machine.CUSTOM_BYTES_PER_S)
+    else:
+        device = machine.gpu_device(cfg.device, cfg.precision)
+    if cfg.tflops:
+        device = replace(device, flops_per_s=cfg.tflops * 1e12, origin="given: tflops")
+    if cfg.images_per_s:
+        flops = cfg.images_per_s * network.train_flops
+        device = replace(device, flops_per_s=flops, origin=f"given: {cfg.images_per_s:,g} images/s")
+    return replace(device, memory_bytes=cfg.memory_gb * 1e9) if cfg.memory_gb else device
+
+
+def build_cluster(cfg: PlanConfig, device: machine.Device) -> Cluster:
+    """The user's links, or the usual ones."""
+    links, is_cpu = cfg.links, device.host_s_per_byte > 0
+    between_gbit = links.between_gbit_per_s or GUESSED_GBIT["cpu" if is_cpu else "cuda"]
+    if is_cpu:
+        inside, between = machine.gloo_links(between_gbit)
+        if links.inside_gb_per_s:
+            inside = replace(inside, bytes_per_s=links.inside_gb_per_s * 1e9)
+    else:
+        known = machine.find_gpu(device.name)
+        inside_gb = links.inside_gb_per_s or (known.link_gb_per_s if known else machine.PCIE_GB_PER_S)
+        inside, between = machine.nccl_links(inside_gb, between_gbit)
+    if links.inside_latency_us:
+        inside = replace(inside, latency_s=links.inside_latency_us / 1e6)
+    if links.between_latency_us:
+        between = replace(between, latency_s=links.between_latency_us / 1e6)
+    return Cluster(cfg.nodes, cfg.gpus_per_node, inside, between, trees=not is_cpu)
+
+
+def alone(network: Network, device: machine.Device, cluster: Cluster, images: int) -> Step:
+    """The step of one rank by itself: what efficiency is measured by."""
+    return predict(network, device, replace(cluster, nodes=1, gpus_per_node=1), Strategy(), images)
+
+
+def row(step: Step, one: Step, cfg: PlanConfig) -> dict[str, float | str]:
+    """One strategy, in the units that the keys say."""
+    images_per_s = cfg.all_images / step.seconds
+    epoch_s = cfg.data.num_train / images_per_s
+    return {
+        "strategy": step.strategy.name,
+        "overrides": step.strategy.overrides,
+        "sent_mb": step.bytes_sent / 1e6,
+        "compute_ms": step.compute_s * 1e3,
+        "exposed_ms": step.exposed_s * 1e3,
+        "update_ms": step.update_s * 1e3,
+        "step_ms": step.seconds * 1e3,
+        "images_per_s": images_per_s,
+        "efficiency": images_per_s / (step.world_size * one.images_per_s),
+        "epoch_s": epoch_s,
+        "run_s": epoch_s * cfg.epochs,
+        "memory_gb": step.memory_bytes / 1e9,
+    }
+
+
+def table(rows: list[dict], cfg: PlanConfig, found: Step | None) -> Table:
+    hybrids = sorted(rows[2:], key=lambda r: r["step_ms"])[:_MOST_ROWS]
+    shown = [r for r in rows if r in rows[:2] or r in hybrids]
+    batch = f"{cfg.images} images each ({cfg.all_images:,}), {cfg.data.image_size} px"
+    title = f"{cfg.nodes} x {cfg.gpus_per_node} ranks, {batch}"
+    made = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    made.add_column("\nstrategy", no_wrap=True)
+    units = ("MB\nsent", "exposed\nms", "step\nms", "\nimages/s", "\neff.", "\nepoch", f"{cfg.epochs}\nepochs", "\nGB")
+    for unit in units:
+        made.add_column(unit, justify="right", no_wrap=True)
+    for r in shown:
+        taken = found is not None and r["strategy"] == found.strategy.name
+        cells = (
+            short(r["sent_mb"]), short(r["exposed_ms"]), short(r["step_ms"]), f"{r['images_per_s']:,.0f}",
+            f"{r['efficiency']:.0%}", duration(r["epoch_s"]), duration(r["run_s"]), f"{r['memory_gb']:.1f}",
+        )  # fmt: skip
+        made.add_row(r["strategy"], *cells, style="bold green" if taken else None)
+    return made
+
+
+def short(value: float) -> str:
+    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """The two largest units: 2h05m."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    if hours == 0:
+        return f"{m}m{s:02d}s"
+    return f"{hours}h{m:02d}m" if hours < 48 else f"{hours // 24}d{hours % 24:02d}h"
+
+
+def conclude(steps: list[Step], found: Step | None, network: Network, device: machine.Device) -> list[str]:
+    """What to take, and why, in a line or two."""
+    if found is None:
+        need = min(steps, key=lambda s: s.memory_bytes).memory_bytes / 1e9
+        limit = f"{USABLE:.0%} of {device.memory_bytes / 1e9:g} GB"
+        return [f"Take a smaller batch: a GPU would need {need:.1f} GB of {limit}; lower images_per_gpu."]
+    plain, half = steps[0], steps[1]
+    lines = [f"Take {found.strategy.name}: {found.strategy.overrides}"]
+    if found is not plain:
+        lines[0] += f" ({plain.seconds / found.seconds:.2f} times faster than ddp, the same mathematics)"
+    elif not network.split:
+        lines[0] += " (too few parameters in linear layers at the end for parallel=hybrid to pay)"
+    if half.seconds * CLEARLY < found.seconds:
+        faster = found.seconds / half.seconds
+        lines.append(f"{half.strategy.overrides} would be {faster:.2f} times faster, if gradients may be rounded.")
+    return lines
+
+
+def crossing(network: Network, swept: Sweep, images: int) -> list[str]:
+    """Where data parallel becomes better than a hybrid of the whole world: in bytes, and in time on these links."""
+    if network.crossover is None:
+        return []
+    bytes_at = f"up to a global batch of {network.crossover:,.0f} images ({network.crossover / images:,.0f} ranks)"
+    first = f"Crossover: hybrid over all ranks sends fewer bytes than ddp {bytes_at}."
+    pairs = zip(swept.ranks[1:], swept.plain[1:], swept.whole[1:])
+    faster = [ranks for ranks, ddp, hybrid in pairs if hybrid.seconds < ddp.seconds]
+    if not faster:
+        return [first, "On these links it is never faster."]
+    last = f"{faster[-1]} ranks (a global batch of {faster[-1] * images:,})"
+    return [first, f"On these links it is faster from {faster[0]} to {last}, of the {len(swept.ranks)} sizes tried."]
+
+
+def record(
+    cfg: PlanConfig, network: Network, device: machine.Device, cluster: Cluster, rows: list[dict]
+) -> dict[str, object]:
+    """The JSON file: everything that went in, and all rows."""
+    chosen = choose(network, device, cluster, cfg.images)
+    facts = {
+        "parameters": network.parameters,
+        "split_parameters": sum(layer.parameters for layer in network.split),
+        "split": [layer.name for layer in network.split],
+        "train_gflop_an_image": network.train_flops / 1e9,
+        "crossover_global_batch": network.crossover,
+    }
+    finite = {key: None if value == float("inf") else value for key, value in asdict(device).items()}
+    return {
+        "network": facts, "device": finite, "cluster": asdict(cluster), "images_per_gpu": cfg.images,
+        "torch": torch.__version__, "choice": {"strategy": chosen.strategy.name, "reason": chosen.reason}, "rows": rows,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    cli.run("plan", main)

@@ -1,0 +1,193 @@
+"""What gradients cost on a network: parallel=hybrid against plain DDP, on links of known speed.
+
+    sudo python benchmarks/communication.py [--json FILE] [--plot PNG] [--repetitions N] [--all] [--quick]
+
+Makes hosts of this machine (network namespaces, one core each), joins them by links, and lets variants of one training
+take steps on them in turns. Needs root, iproute2 and 8 GB, with --all 18 GB. Without --all: P1 to P4, six minutes. With
+it, an hour: also the communication hooks, Lightning where it is installed, 128 and 224 px, four ranks, and scaling.
+
+P1  bytes a rank sends in a step, two ranks, 32 images each; the parameters must be equal to 1e-5 after these steps
+P2  seconds a step at 1 Gbit/s, 64 px        P3  at 100 Mbit/s        P4  on a link that is not shaped
+
+The peer is plain_ddp.py, which has the allocator's defaults, as its users do; ours runs with the MALLOC_ settings of
+launch/. TCP is as the kernel has it, for both.
+"""
+
+import argparse
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from links import LINKS, Field, field, has_lightning, why_not
+from measuring import Report, in_turns, machine
+
+PLAIN, FP16, POWERSGD, LIGHTNING = "plain DDP", "plain DDP, fp16 hook", "plain DDP, PowerSGD rank 1", "Lightning DDP"
+PEERS = {
+    PLAIN: {"kind": "plain"},
+    FP16: {"kind": "plain", "hook": "fp16"},
+    POWERSGD: {"kind": "plain", "hook": "PowerSGD"},
+    LIGHTNING: {"kind": "lightning"},
+}
+TARGETS = {"1 Gbit/s": "P2", "100 Mbit/s": "P3", "unshaped": "P4"}
+BLOCK = {"unshaped": 4, "1 Gbit/s": 3, "100 Mbit/s": 1}  # steps of one turn
+WARM_UP = 4  # steps of a new team: DDP lays out its buckets, PowerSGD begins
+SCALING_LINK, STRONG_BATCH = "1 Gbit/s", 96  # images of a global batch, which 1 to 4 divide
+
+
+@dataclass
+class Bench:
+    report: Report
+    overrides: list[str]  # of our run
+    repetitions: int
+    batch: int  # images of a rank
+    links: list[str]
+    warm_up: bool = True
+
+    @property
+    def ours(self) -> str:
+        return "ours: " + " ".join(self.overrides)
+
+    def ask(self, variant: str, batch: int, size: int) -> dict:
+        known = PEERS | {self.ours: {"kind": "ours", "overrides": self.overrides}}
+        return {**known[variant], "batch": batch, "size": size}
+
+    def bytes_sent(self, on: Field, folder: Path, size: int = 64) -> None:
+        """P1, and the proof that both compute the same: same weights, same images, no dropout (the masks differ)."""
+        record = {"record": str(folder)}
+        ours = self.ask(self.ours, self.batch, size) | record
+        ours["overrides"] = [*ours["overrides"], "model.dropout=0"]
+        team, peer = on.team(ours), on.team({"kind": "replayed"} | record)  # in this order: one records for the other
+        variants = {self.ours: team.megabytes(1), PLAIN: peer.megabytes(1)}
+        found = self._turns("K=2, MB sent a step", variants, "MB")
+        team.close()
+        peer.close()
+        apart, astray = largest_differences(folder)
+        if apart > 1e-5 or astray > 1e-3:
+            found = f"by {apart:.1e} of their size and {astray:.1e} of their way"
+            sys.exit(f"parameters differ {found}, and may by 1e-5 and 1e-3: without equality there is no ratio")
+        what = f"sent by a rank in a step, {self.batch} images, K=2; parameters equal to {apart:.0e} relative"
+        self.report.compare("P1", what, found[self.ours], found[PLAIN], [PLAIN, "MB"])
+
+    def step_times(self, on: Field, variants: list[str], num_ranks: int, size: int) -> None:
+        """Rows of one size and number of ranks, on all links. P2 to P4 where they are asked for."""
+        teams = {name: on.team(self.ask(name, self.batch, size)) for name in variants}
+        for team in teams.values():
+            team.steps(WARM_UP if self.warm_up else 1)
+        for link in self.links:
+            on.link(LINKS[link])
+            steps = BLOCK[link] if self.warm_up else 1
+            title = f"K={num_ranks}, {size} px, {link}"
+            found = self._turns(title, {name: team.seconds(steps) for name, team in teams.items()}, "s")
+            for name in variants:
+                if name != PLAIN:
+                    mark = TARGETS[link] if (name, num_ranks, size) == (self.ours, 2, 64) else None
+                    what = f"step, {title}, {self.batch} images a rank: {name}"
+                    self.report.compare(mark, what, found[name], found[PLAIN], [PLAIN, "s"])
+        on.link(None)
+        for team in teams.values():
+            team.close()
+
+    def scaling(self, largest: int, size: int = 64) -> None:
+        """Images a second from one rank to `largest`: of so many images a rank, and of a global batch that stays."""
+        for kind in ("weak", "strong"):
+            title = f"{kind} scaling, {size} px, {SCALING_LINK}, images/s"
+            figures = self.report.turns.setdefault(title, {})
+            for num_ranks in range(1, largest + 1):
+                batch = self.batch if kind == "weak" else STRONG_BATCH // num_ranks
+                found = self._at_scale(num_ranks, batch, size)
+                figures |= {name: [batch * num_ranks / s for s in taken] for name, taken in found.items()}
+            for num_ranks in range(2, largest + 1):
+                for name in (PLAIN, self.ours):
+                    pair = [figures[f"{name}, K={k}"] for k in (num_ranks, 1)]
+                    self.report.compare(None, f"{title}, K={num_ranks}: {name}", *pair, ["itself, K=1", "images/s"])
+
+    def _at_scale(self, num_ranks: int, batch: int, size: int) -> dict[str, list[float]]:
+        with field(num_ranks) as on:
+            teams = {f"{name}, K={num_ranks}": on.team(self.ask(name, batch, size)) for name in (PLAIN, self.ours)}
+            for team in teams.values():
+                team.steps(WARM_UP)
+            on.link(LINKS[SCALING_LINK])
+            seconds = {name: team.seconds(BLOCK[SCALING_LINK]) for name, team in teams.items()}
+            return in_turns(seconds, self.repetitions, "s", self.warm_up)
+
+    def _turns(self, title: str, variants: dict, unit: str) -> dict[str, list[float]]:
+        print(f"\n{title}", flush=True)
+        self.report.turns[title] = in_turns(variants, self.repetitions, unit, self.warm_up)
+        return self.report.turns[title]
+
+
+def largest_differences(folder: Path) -> tuple[float, float]:
+    """|ours - plain| over |plain|, and over the way that plain went from the start: the largest of all tensors."""
+    import torch
+
+    ours, plain, start = (torch.load(folder / f"{name}.pt", weights_only=True) for name in ("ours", "plain", "start"))
+    assert ours.keys() == plain.keys()
+    apart = {name: (ours[name] - plain[name]).norm() for name in plain}
+    relative = [float(apart[name] / plain[name].norm()) for name in plain]
+    return max(relative), max(float(apart[name] / (plain[name] - start[name]).norm()) for name in plain)
+
+
+def ceilings(on: Field, links: list[str]) -> dict[str, float]:
+    """MB/s that a broadcast of 25 MB gets out of each link."""
+    team, found = on.team({"kind": "link", "megabytes": 25}), {}
+    for link in links:
+        on.link(LINKS[link])
+        team.steps(1)
+        found[link] = round(25 / team.steps(2)["seconds"], 1)
+    on.link(None)
+    team.close()
+    return found
+
+
+def everything(bench: Bench) -> None:
+    """What --all adds: the hooks, Lightning, larger images, four ranks, scaling."""
+    peers = [name for name in PEERS if name != LIGHTNING or has_lightning()]
+    if LIGHTNING not in peers:
+        bench.report.skip(LIGHTNING, "it is not installed; pip install lightning")
+    for num_ranks, variants in (
+        (2, peers),
+        (4, [name for name in peers if name != LIGHTNING]),
+    ):  # 4: 24 GB hold no more
+        for size in (64, 128, 224):
+            with field(num_ranks) as on:
+                bench.step_times(on, [*variants, bench.ours], num_ranks, size)
+    bench.scaling(4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--ours", nargs="+", default=["parallel=hybrid"], metavar="KEY=VALUE", help="of our run")
+    parser.add_argument("--all", action="store_true", help="also other peers, sizes, four ranks, and scaling")
+    parser.add_argument("--quick", action="store_true", help="one short turn of P1, P4 and P2: does it run?")
+    asked = parser.parse_args()
+    if reason := why_not():
+        print(f"communication.py makes hosts and links of this machine, which {reason}", file=sys.stderr)
+        sys.exit(64)
+    report = Report()
+    if asked.quick:
+        bench = Bench(report, asked.ours, 1, 4, ["unshaped", "1 Gbit/s"], warm_up=False)
+    else:
+        bench = Bench(report, asked.ours, asked.repetitions, 32, list(LINKS))
+    with field(2) as on, tempfile.TemporaryDirectory() as folder:
+        about = machine(("torch", "torchvision", "lightning")) | {"link_mb_per_s": ceilings(on, bench.links)}
+        print(about)
+        bench.bytes_sent(on, Path(folder))
+        if not asked.all:
+            bench.step_times(on, [PLAIN, bench.ours], 2, 64)
+    if asked.all:
+        everything(bench)
+    report.print_table()
+    if asked.json:
+        report.write(asked.json, about)
+    if asked.plot:
+        from communication_picture import draw
+
+        draw(report.turns, about, asked.plot)
+
+
+if __name__ == "__main__":
+    main()

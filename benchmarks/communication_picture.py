@@ -1,0 +1,165 @@
+"""The picture of benchmarks/communication.py: seconds a step, by link, from its JSON file; with --all also the curves.
+
+    python benchmarks/communication_picture.py JSON PNG [README.md]
+
+Run by itself it prints the table as well; a file that is named third gets it, between its two marks.
+"""
+
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+from picture import INK, OURS, THEIRS
+
+PLAIN, GREY = "plain DDP", "#57606a"
+STYLES = {"unshaped": ":", "1 Gbit/s": "--", "100 Mbit/s": "-"}
+Turns = dict[str, dict[str, list[float]]]
+
+
+def draw(turns: Turns, about: dict, file: Path) -> None:
+    """A panel of bars for each link; beside them, where they were measured, ratios by size and the scaling."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    bars = {link: found for link in STYLES if (found := turns.get(f"K=2, 64 px, {link}"))}
+    curves = [
+        draw_one for draw_one, wanted in ((by_size, "224 px"), (scaling, "weak")) if any(wanted in t for t in turns)
+    ]
+    heights = [len(found) + 1 for found in bars.values()]
+    figure = pyplot.figure(figsize=(14 if curves else 9, max(0.42 * sum(heights) + 0.8, 6.5 * bool(curves))))
+    grid = figure.add_gridspec(1, 1 + bool(curves), width_ratios=[1.25, 1][: 1 + bool(curves)])
+    left = grid[0].subgridspec(len(bars), 1, height_ratios=heights, hspace=0.28)
+    for place, (link, found) in zip(left, bars.items()):
+        panel(figure.add_subplot(place), link, found)
+    for place, draw_one in zip(grid[1].subgridspec(len(curves), 1, hspace=0.3) if curves else (), curves):
+        draw_one(figure.add_subplot(place), turns)
+    note = f"medians; AlexNet, 32 images a rank, {about['cores']} cores of {about['cpu']}, {about['date']}"
+    figure.text(0.99, 0.005, note, ha="right", va="bottom", fontsize=8, color=GREY)
+    figure.tight_layout(rect=(0, 0.025, 1, 1))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+def panel(axis: object, link: str, found: dict[str, list[float]]) -> None:
+    """One bar a variant, with its seconds and how many times faster than plain DDP it is."""
+    values = {name: statistics.median(seconds) for name, seconds in found.items()}
+    most = max(values.values())
+    axis.barh(
+        [label(name) for name in found], list(values.values()), color=[colour(name) for name in found], height=0.72
+    )
+    for row, (name, value) in enumerate(values.items()):
+        ratio = "" if name == PLAIN else f"   {statistics.median(ratios(found, name)):.1f} x"
+        axis.text(value + most * 0.008, row, f"{value:.2f} s{ratio}", va="center", fontsize=9.5, color=INK)
+    axis.set_title(f"A step of two ranks at 64 px, {link}", loc="left", fontsize=11, fontweight="bold", color=INK)
+    axis.set_xlim(0, most * 1.25)
+    axis.invert_yaxis()
+    axis.set_xticks([])
+    axis.tick_params(axis="y", length=0, labelcolor=INK)
+    for side in ("top", "right", "bottom"):
+        axis.spines[side].set_visible(False)
+
+
+def by_size(axis: object, turns: Turns) -> None:
+    """How many times faster than plain DDP we are, by the size of the images."""
+    for num_ranks, shade in ((2, OURS), (4, "#8250df")):
+        for link, style in STYLES.items():
+            points = {}
+            for size in (64, 128, 224):
+                found = turns.get(f"K={num_ranks}, {size} px, {link}", {})
+                mine = [name for name in found if name.startswith("ours")]
+                if mine:
+                    points[size] = statistics.median(ratios(found, mine[0]))
+            if points:
+                axis.plot(*zip(*points.items()), style, marker="o", color=shade, label=f"{num_ranks} ranks, {link}")
+    axis.axhline(1, color=THEIRS, linewidth=1)
+    finish(axis, "Times faster than plain DDP, by image size", "pixels", [64, 128, 224])
+    axis.set_yscale("log")
+    ticks = [1, 2, 4, 8, 16]
+    axis.set_yticks(ticks, [f"{tick} x" for tick in ticks])
+    axis.minorticks_off()
+
+
+def scaling(axis: object, turns: Turns) -> None:
+    """Images a second by ranks, over those of one plain process."""
+    for title, found in turns.items():
+        kind = title.split()[0]
+        if kind not in ("weak", "strong"):
+            continue
+        one = statistics.median(found[f"{PLAIN}, K=1"])
+        lines: dict[str, dict[int, float]] = {}
+        for name, rates in found.items():
+            variant, num_ranks = re.fullmatch(r"(.*), K=(\d+)", name).groups()
+            lines.setdefault(variant, {})[int(num_ranks)] = statistics.median(rates) / one
+        for name, points in lines.items():
+            style = "-" if kind == "weak" else "--"
+            axis.plot(*zip(*points.items()), style, marker="o", color=colour(name), label=f"{label(name)}, {kind}")
+    finish(axis, "Images a second at 1 Gbit/s, over plain DDP on one rank", "ranks", [1, 2, 3, 4])
+    axis.set_ylim(0)
+
+
+def table(turns: Turns) -> str:
+    """Markdown: seconds of a step, and how many times faster than plain DDP; medians with minimum and maximum."""
+    lines = []
+    for num_ranks, size in ((k, px) for k in (2, 4) for px in (64, 128, 224)):
+        found = {link: turns.get(f"K={num_ranks}, {size} px, {link}", {}) for link in STYLES}
+        for name in dict.fromkeys(name for variants in found.values() for name in variants):
+            cells = [cell(variants, name) for variants in found.values()]
+            lines.append(f"| {num_ranks} | {size} | {label(name)} | {' | '.join(cells)} |")
+    return "\n".join([f"| ranks | px | | {' | '.join(STYLES)} |", "|---" * (3 + len(STYLES)) + "|", *lines])
+
+
+def cell(found: dict[str, list[float]], name: str) -> str:
+    if name not in found:
+        return ""
+    taken = f"{statistics.median(found[name]):.2f} s"
+    times = ratios(found, name)
+    return (
+        taken if name == PLAIN else f"{taken}, {statistics.median(times):.1f} x ({min(times):.1f} to {max(times):.1f})"
+    )
+
+
+def ratios(found: dict[str, list[float]], name: str) -> list[float]:
+    return [theirs / mine for theirs, mine in zip(found[PLAIN], found[name])]
+
+
+def finish(axis: object, title: str, what: str, ticks: list[int]) -> None:
+    axis.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+    axis.set_xlabel(what, color=GREY)
+    axis.set_xticks(ticks)
+    axis.legend(frameon=False, fontsize=8, ncols=2)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
+def colour(name: str) -> str:
+    return OURS if name.startswith("ours") else THEIRS
+
+
+def label(name: str) -> str:
+    return f"alexnet_ddp, {name.removeprefix('ours: ')}" if name.startswith("ours") else name
+
+
+def put(text: str, file: Path) -> None:
+    """Replace what lies between the marks of `file`."""
+    marks = re.compile("(<!-- communication: [^\n]*-->\n).*(<!-- end of communication -->)", re.DOTALL)
+    changed, times = marks.subn(lambda found: f"{found[1]}{text}\n{found[2]}", file.read_text())
+    if times != 1:
+        sys.exit(f"{file} must hold the two marks of the table of communication once; it does {times} times")
+    file.write_text(changed)
+
+
+def main() -> None:
+    written = json.loads(Path(sys.argv[1]).read_text())
+    draw(written["turns"], written["machine"], Path(sys.argv[2]))
+    print(table(written["turns"]))
+    for file in sys.argv[3:]:
+        put(table(written["turns"]), Path(file))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""One rank of one variant of benchmarks/communication.py: a process that takes steps when it is told to.
+
+    python benchmarks/one_rank.py '{"kind": "plain", "batch": 32, "size": 64}'      # RANK, MASTER_ADDR, ... are set
+
+Every line on stdin is a number of steps, every line on stdout says what they took: seconds, and bytes that left and
+reached this host's interface. Between them the process sleeps in read(), so that variants can take turns on one core.
+The end of stdin ends it.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+INTERFACE = os.environ["GLOO_SOCKET_IFNAME"]
+
+
+class Orders:
+    """more() before every step: waits, between two blocks of steps, for the next order."""
+
+    def __init__(self) -> None:
+        self._answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # whatever a library prints is no answer
+        self._left, self._began = 0, None
+
+    def more(self) -> bool:
+        """False where no steps are wanted any more."""
+        if self._left == 0:
+            print(json.dumps(self._answer()), file=self._answers, flush=True)
+            line = sys.stdin.readline()
+            if not line:
+                return False
+            self._left, self._before, self._began = int(line), traffic(), time.perf_counter()
+        self._left -= 1
+        return True
+
+    def _answer(self) -> dict[str, float]:
+        if self._began is None:
+            return {"ready": True}
+        seconds = time.perf_counter() - self._began
+        sent, received = (after - before for after, before in zip(traffic(), self._before))
+        return {"seconds": seconds, "sent": sent, "received": received}
+
+
+def traffic() -> tuple[int, int]:
+    """Bytes that this host's interface has (sent, received): the counters of /sys/class/net/*/statistics, but those of
+    this process's own network, which a /sys that was mounted outside does not show."""
+    with open("/proc/net/dev") as file:
+        (counters,) = (line.split(":")[1].split() for line in file if line.split(":")[0].strip() == INTERFACE)
+    return int(counters[8]), int(counters[0])
+
+
+def ours(more: Callable[[], bool], ask: dict) -> None:
+    """The trainer's own step, loader and agreement of the ranks included."""
+    from alexnet_ddp import cli, distributed
+    from alexnet_ddp.resilience.health import Wish
+    from alexnet_ddp.training import Training
+
+    overrides = ["data=synthetic", "data.num_train=1000000", f"data.image_size={ask['size']}", "augment=none"]
+    overrides += ["model=alexnet", "optimizer=sgd", "optimizer.lr=0.01", "optimizer.momentum=0.9", "scheduler=constant"]
+    overrides += ["optimizer.weight_decay=1e-4", "trainer.label_smoothing=0", "trainer.clip_grad_norm=null"]
+    overrides += [f"trainer.global_batch_size={ask['batch'] * int(os.environ['WORLD_SIZE'])}", *ask["overrides"]]
+    with tempfile.TemporaryDirectory() as root:
+        cfg = cli.compose([*overrides, f"run.root={root}"])
+        with distributed.session(cfg.device) as world:
+            training = Training(cfg, world)
+            training.build()
+            if ask.get("record"):
+                keep(training, Path(ask["record"]), "start")
+                training.batches = recorded(training.batches, Path(ask["record"]), world.rank)
+            state = training.state
+            while more():
+                num_images = len(training.sampler.batch(state.step))
+                lr = training.lr(state.step)
+                training.train_step(training.batches, state.step, lr, num_images, Wish())
+                state.step += 1
+            if ask.get("record"):
+                keep(training, Path(ask["record"]), "ours")
+            training.close()
+
+
+def keep(training: object, folder: Path, name: str) -> None:
+    """Collective. The parameters, by torchvision's names, from rank 0."""
+    tensors = training.tensors()["model"]
+    whole = {key: t if isinstance(t, torch.Tensor) else t.part.whole(t.local) for key, t in tensors.items()}
+    if os.environ["RANK"] == "0":
+        torch.save(whole, folder / f"{name}.pt")
+
+
+def recorded(batches: Iterator, folder: Path, rank: int) -> Iterator:
+    """The same batches; plain DDP finds what the network sees of each in `folder`."""
+    from alexnet_ddp.data.effects import apply_effects
+
+    for step, batch in enumerate(batches):
+        torch.save((apply_effects(batch.images, batch.effects), batch.labels), folder / f"{step}-{rank}.pt")
+        yield batch
+
+
+def replayed(more: Callable[[], bool], folder: Path) -> None:
+    """Plain DDP from the weights, and on the images, that ours has recorded. Without dropout: torch's masks differ."""
+    import plain_ddp
+
+    model, rank = plain_ddp.build(dropout=0.0), os.environ["RANK"]
+    model.load_state_dict(torch.load(folder / "start.pt", weights_only=True))
+    plain_ddp.steps(more, model, lambda step: torch.load(folder / f"{step}-{rank}.pt", weights_only=True))
+    if rank == "0":
+        torch.save(model.state_dict(), folder / "plain.pt")
+
+
+def link(more: Callable[[], bool], megabytes: int) -> None:
+    """Nothing but a broadcast: what gloo gets out of the link."""
+    dist.init_process_group("gloo")
+    data = torch.zeros(megabytes * 1_000_000, dtype=torch.uint8)
+    while more():
+        dist.broadcast(data, src=0)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core a rank, also where the host has more
+    ask, more = json.loads(sys.argv[1]), Orders().more
+    match ask["kind"]:
+        case "plain":
+            import plain_ddp
+
+            plain_ddp.train(more, ask["batch"], ask["size"], ask.get("hook"))
+        case "replayed":
+            replayed(more, Path(ask["record"]))
+        case "lightning":
+            import lightning_ddp
+
+            lightning_ddp.train(more, ask["batch"], ask["size"])
+        case "ours":
+            ours(more, ask)
+        case "link":
+            link(more, ask["megabytes"])
+
+
+if __name__ == "__main__":
+    main()
