@@ -96,6 +96,7 @@ __all__ = [
     "DataConfig",
     "DemoConfig",
     "Device",
+    "DoctorConfig",
     "Encoding",
     "EngineConfig",
     "FolderConfig",
@@ -173,6 +174,19 @@ class Config:
     def run_dir(self) -> Path:
         """Every rank derives the same path."""
         return Path(self.run.root) / self.run.name
+
+
+@dataclass(kw_only=True)
+class DoctorConfig(Config):
+    """A run, and how to examine the machines that it would be on."""
+
+    json: str | None = None  # a file to write
+    join_timeout_s: float = 30.0  # for all ranks to come, and for each message between them
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("doctor", self, "join_timeout_s")
+        require(self.replay is None, f"replay ({self.replay}) is train's; leave it out")
 
 
 @dataclass(kw_only=True)

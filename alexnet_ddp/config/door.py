@@ -75,6 +75,11 @@ for _group, _choices in {
         _store(group=f"{_group}/schema", name=_name, node=_node, package=_group)
 
 
+def use_schema(node: type[Config]) -> None:
+    """In this process conf/train.yaml fills `node`, a Config with more knobs: for a root that examines a run."""
+    _store(name="schema", node=node)
+
+
 def to_config(cfg: DictConfig) -> Config | PlanConfig | PredictConfig | PrepareConfig:
     """The one door between Hydra and the rest: DictConfig in, plain checked dataclasses out. Raises ConfigError."""
     missing = sorted(OmegaConf.missing_keys(cfg))
