@@ -1,7 +1,7 @@
 """One training step, and one exact evaluation, on sums over images. The place where the rooms meet below train.py."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,18 +57,18 @@ class TrainStep:
         self._statistics = [b for b in self._model.buffers() if b.is_floating_point()]
         self._undo = Undo([*self._model.buffers(), self.meter.local])
         self._bad = torch.zeros((), device=self.world.device)  # 1 where the last step's gradient was not finite
-        if not self.scaler.is_enabled():  # fp16's scaler finds infinities as it searches its scale, and skips them
-            self.optimizer.found_inf = self._bad  # the fused kernels look at it: no rank waits, and none applies it
+        if not self.scaler.is_enabled():  # which finds infinities itself. The fused kernels look at it: no rank waits
+            self.optimizer.found_inf = self._bad
         self._blank = torch.zeros(1, 3, self.image_size, self.image_size, device=self.world.device)
+        self.parallel_model.on_wait(self._waiting)
         self.parallel_model.settle_buckets(self._blank)
 
     def __call__(self, batches: Iterator[Batch], step: int, lr: float, num_images: int, wish: Wish) -> Verdict:
         """Collective. Step `step` (0-based) over this rank's `batches`, up to the one that says it is the last.
 
-        num_images: of the global batch. Where a loss or a gradient is not finite, nothing of the step is applied. Its
-        verdict tells of a loss; of a gradient tells settle(), or the verdict of the next step, of which then nothing is
-        applied either, unless bad steps are skipped. Raises, on all ranks and with the weights as they were: DataError
-        where images could not be had, and the error of a rank's `wish`.
+        num_images: of the global batch. Where a loss or a gradient is not finite, nothing of the step is applied. The
+        verdict tells of a loss; of a gradient settle() tells, or the next step's verdict, of which then nothing is
+        applied either, unless bad steps are skipped. Raises DataError, or a wish's error; the weights stay as they were
         """
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
@@ -106,14 +106,21 @@ class TrainStep:
         """What a row carries beside loss and accuracy. Waits for the device."""
         return {} if self.grad_norm is None else {"train/grad_norm": self.grad_norm.item()}
 
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Within a forward pass: what the other ranks need longer is not this one's time, nor its fault."""
+        self.on_phase(WAITING)
+        with self.stopwatch.paused():
+            yield
+        self.on_phase("forward")
+
     def _gradients(
         self, batches: Iterator[Batch], step: int, num_images: int, wish: Wish
     ) -> tuple[Verdict, Exception | None]:
         """Leave the mean gradient in .grad, assuming that all `num_images` could be read."""
         scale = self.world.world_size / num_images  # DDP divides the sum over the ranks by world_size
-        losses, seen, is_last, has_data = torch.zeros((), device=self.world.device), 0, False, True
+        losses, seen, self.bad, is_last, has_data = torch.zeros((), device=self.world.device), 0, [], False, True
         passes = micro_batches(num_images, self.world.world_size, self.cfg.micro_batch_size)
-        self.bad = []
         while not is_last:
             slots, batch = passes.pop(0) if passes else 1, None  # a replay makes the passes of all ranks
             is_last = not passes
@@ -130,8 +137,8 @@ class TrainStep:
                 with self.stopwatch.forward():
                     loss = self._loss_sum(batch, step, slots)
                 losses += loss.detach()
-                seen += 0 if batch is None else len(batch.labels)
-                self.bad += [] if batch is None else batch.bad
+                if batch is not None:
+                    seen, self.bad = seen + len(batch.labels), self.bad + batch.bad
                 if is_last:
                     self.on_phase(WAITING)
                     self._health.begin(losses, seen, wish, self._bad)

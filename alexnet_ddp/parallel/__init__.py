@@ -7,7 +7,7 @@ over the ranks is the mean over the global batch, however uneven the slices are.
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -96,6 +96,11 @@ class ParallelModel(nn.Module):
         self.hook: PowerSGD | None = None
         options = {_SYNC_BUFFERS: False, "gradient_as_bucket_view": True, **options}
         self.ddp = DistributedDataParallel(model, ids, **options)
+
+    def on_wait(self, waiting: Callable[[], AbstractContextManager]) -> None:
+        """Enter waiting() where a forward pass waits for other ranks, as it does where layers are split."""
+        if self._group is not None:
+            self._group.waiting = waiting
 
     @property
     def model(self) -> nn.Module:
