@@ -43,17 +43,20 @@ class World:
 
 
 @contextmanager
-def session(device: Device, tf32: bool = True) -> Iterator[World]:
+def session(
+    device: Device, tf32: bool = True, store: dist.Store | None = None, timeout_s: float = 3600
+) -> Iterator[World]:
     """Join the process group that torchrun describes, or form a world of one without torchrun.
 
-    tf32: fp32 products on GPUs by TF32. Raises ConfigError where a device is asked for that is not there.
+    tf32: fp32 products on GPUs by TF32. store: where the ranks have met already. timeout_s: for the others to join, and
+    for each collective. Raises ConfigError where a device is asked for that is not there.
     """
     rank, local_rank = _env("RANK", 0), _env("LOCAL_RANK", 0)
     world_size, local_world_size = _env("WORLD_SIZE", 1), _env("LOCAL_WORLD_SIZE", 1)
     world = World(rank, local_rank, world_size, local_world_size, choose_device(device, local_rank))
     torch.set_num_threads(world.num_cores)  # torchrun's OMP_NUM_THREADS=1 would leave cores idle
     # Long enough for a first scan of ImageNet on a slow disk, which the node's other ranks wait for.
-    options: dict[str, Any] = {"backend": "gloo", "timeout": timedelta(hours=1)}
+    options: dict[str, Any] = {"backend": "gloo", "timeout": timedelta(seconds=timeout_s)}
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)  # before the group exists: NCCL binds to the current device
         torch.backends.cudnn.benchmark = True
@@ -61,7 +64,9 @@ def session(device: Device, tf32: bool = True) -> Iterator[World]:
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         options |= {"backend": "nccl", "device_id": world.device}
     if "RANK" not in os.environ:
-        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        store = store or dist.HashStore()
+    if store is not None:
+        options |= {"store": store, "rank": rank, "world_size": world_size}
     dist.init_process_group(**options)
     try:
         yield world

@@ -1,24 +1,26 @@
 """One training step, and one exact evaluation, on sums over images. The place where the rooms meet below train.py."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alexnet_ddp.config import ConfigError, OnNan, Precision, TrainerConfig
+from alexnet_ddp.config import OnNan, Precision, TrainerConfig
 from alexnet_ddp.data.effects import apply_effects
 from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.loader import Batch
 from alexnet_ddp.data.sampler import micro_batches
 from alexnet_ddp.distributed import World, any_rank, average, raise_together, sum_over_ranks
+from alexnet_ddp.ema import EMA
 from alexnet_ddp.errors import DataError
 from alexnet_ddp.metrics import Meter, evaluation_row
 from alexnet_ddp.model import set_dropout_keys
-from alexnet_ddp.optim import set_lr
+from alexnet_ddp.optim import norms, set_lr
 from alexnet_ddp.parallel import ParallelModel
+from alexnet_ddp.precision import autocast
 from alexnet_ddp.resilience.beacon import WAITING
 from alexnet_ddp.resilience.health import Health, Undo, Verdict, Wish
 from alexnet_ddp.resilience.signals import StopSignal
@@ -48,24 +50,25 @@ class TrainStep:
         self.meter = Meter(self.world.device)
         self.bad: list[Skipped] = []  # images that this rank left out of the last step
         self.grad_norm: Tensor | None = None  # of the last step, before it was clipped
+        self.ema: EMA | None = None
         self.stopwatch = Stopwatch(self.world)
         self._health = Health(self.world)
         self._model = self.parallel_model.model
         self._statistics = [b for b in self._model.buffers() if b.is_floating_point()]
         self._undo = Undo([*self._model.buffers(), self.meter.local])
         self._bad = torch.zeros((), device=self.world.device)  # 1 where the last step's gradient was not finite
-        if not self.scaler.is_enabled():  # fp16's scaler finds infinities as it searches its scale, and skips them
-            self.optimizer.found_inf = self._bad  # the fused kernels look at it: no rank waits, and none applies it
+        if not self.scaler.is_enabled():  # which finds infinities itself. The fused kernels look at it: no rank waits
+            self.optimizer.found_inf = self._bad
         self._blank = torch.zeros(1, 3, self.image_size, self.image_size, device=self.world.device)
+        self.parallel_model.on_wait(self._waiting)
         self.parallel_model.settle_buckets(self._blank)
 
     def __call__(self, batches: Iterator[Batch], step: int, lr: float, num_images: int, wish: Wish) -> Verdict:
         """Collective. Step `step` (0-based) over this rank's `batches`, up to the one that says it is the last.
 
-        num_images: of the global batch. Where a loss or a gradient is not finite, nothing of the step is applied. Its
-        verdict tells of a loss; of a gradient tells settle(), or the verdict of the next step, of which then nothing is
-        applied either, unless bad steps are skipped. Raises, on all ranks and with the weights as they were: DataError
-        where images could not be had, and the error of a rank's `wish`.
+        num_images: of the global batch. Where a loss or a gradient is not finite, nothing of the step is applied. The
+        verdict tells of a loss; of a gradient settle() tells, or the next step's verdict, of which then nothing is
+        applied either, unless bad steps are skipped. Raises DataError, or a wish's error; the weights stay as they were
         """
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
@@ -103,14 +106,21 @@ class TrainStep:
         """What a row carries beside loss and accuracy. Waits for the device."""
         return {} if self.grad_norm is None else {"train/grad_norm": self.grad_norm.item()}
 
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Within a forward pass: what the other ranks need longer is not this one's time, nor its fault."""
+        self.on_phase(WAITING)
+        with self.stopwatch.paused():
+            yield
+        self.on_phase("forward")
+
     def _gradients(
         self, batches: Iterator[Batch], step: int, num_images: int, wish: Wish
     ) -> tuple[Verdict, Exception | None]:
         """Leave the mean gradient in .grad, assuming that all `num_images` could be read."""
         scale = self.world.world_size / num_images  # DDP divides the sum over the ranks by world_size
-        losses, seen, is_last, has_data = torch.zeros((), device=self.world.device), 0, False, True
+        losses, seen, self.bad, is_last, has_data = torch.zeros((), device=self.world.device), 0, [], False, True
         passes = micro_batches(num_images, self.world.world_size, self.cfg.micro_batch_size)
-        self.bad = []
         while not is_last:
             slots, batch = passes.pop(0) if passes else 1, None  # a replay makes the passes of all ranks
             is_last = not passes
@@ -127,8 +137,8 @@ class TrainStep:
                 with self.stopwatch.forward():
                     loss = self._loss_sum(batch, step, slots)
                 losses += loss.detach()
-                seen += 0 if batch is None else len(batch.labels)
-                self.bad += [] if batch is None else batch.bad
+                if batch is not None:
+                    seen, self.bad = seen + len(batch.labels), self.bad + batch.bad
                 if is_last:
                     self.on_phase(WAITING)
                     self._health.begin(losses, seen, wish, self._bad)
@@ -156,13 +166,16 @@ class TrainStep:
         parameters = [p for p in self._model.parameters() if p.grad is not None]
         if correction != 1:
             torch._foreach_mul_([p.grad for p in parameters], correction)
-        self.grad_norm = self.parallel_model.grad_norm()
+        whole = self.parallel_model.whole_norms(norms([p.grad for p in parameters]), parameters)
+        self.grad_norm = torch.linalg.vector_norm(whole)
         if self.cfg.clip_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.cfg.clip_grad_norm, self.grad_norm)
         if not self.scaler.is_enabled():
             self._bad.copy_(~torch.isfinite(self.grad_norm))
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.ema is not None:
+            self.ema.update(torch.isfinite(self.grad_norm))
 
 
 def cross_entropy(logits: Tensor, batch: Batch, smoothing: float, reduction: str = "sum") -> Tensor:
@@ -235,16 +248,3 @@ def _counts(logits: Tensor, labels: Tensor) -> Tensor:
     """int64 [n, 3]: 1, correct at 1, correct at 5."""
     hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     return torch.stack([torch.ones_like(labels), hits[:, 0], hits.any(1)], dim=1)
-
-
-def check_precision(precision: Precision, world: World) -> None:
-    """Raises ConfigError for half precision without a GPU: there it is slower by one or two orders of magnitude."""
-    if precision is not Precision.fp32 and world.device.type != "cuda":
-        rule = "needs a CUDA device, this run is on the CPU; use trainer.precision=fp32"
-        raise ConfigError(f"trainer.precision={precision.value} {rule}")
-
-
-def autocast(precision: Precision, world: World) -> torch.autocast:
-    """The context of a forward pass."""
-    dtype = torch.float16 if precision is Precision.fp16 else torch.bfloat16
-    return torch.autocast(world.device.type, dtype, enabled=precision is not Precision.fp32)

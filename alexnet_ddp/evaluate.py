@@ -21,9 +21,10 @@ from alexnet_ddp.config import Config
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_work
 from alexnet_ddp.data.sets import ImageSets, open_data
-from alexnet_ddp.engine import Evaluation, check_precision, evaluate
+from alexnet_ddp.engine import Evaluation, evaluate
 from alexnet_ddp.errors import DataError, Preempted
 from alexnet_ddp.model import build_model, load_checkpoint, load_weights
+from alexnet_ddp.precision import check_precision
 from alexnet_ddp.resilience.signals import StopSignal
 from alexnet_ddp.tracking import read_classes
 
@@ -71,8 +72,10 @@ def _trained(cfg: Config, data: ImageSets, directory: Path) -> tuple[nn.Module, 
         rule = f"has other classes than run {cfg.run.name} was trained on, first of all {only}"
         raise DataError(f"data.root {rule}; give a root with the classes of the training")
     model = build_model(replace(cfg.model, weights=None), len(expected), cfg.data.image_size, cfg.seed)
-    load_checkpoint(model, files.read_tensors(directory, "model"), str(directory))
-    return model, {"checkpoint": directory.name, "step": files.step_of(directory)}
+    stem = files.stem_of_weights(directory)
+    load_checkpoint(model, files.read_tensors(directory, stem), str(directory))
+    origin = {"checkpoint": directory.name, "step": files.step_of(directory)}
+    return model, origin | ({"weights": "averaged"} if stem == "ema" else {})
 
 
 def _from_file(cfg: Config, data: ImageSets) -> tuple[nn.Module, dict]:

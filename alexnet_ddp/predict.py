@@ -71,7 +71,7 @@ def find_images(pattern: str) -> list[Path]:
 def _trained(cfg: Config, run_dir: Path, num_classes: int) -> nn.Module:
     model = build_model(replace(cfg.model, weights=None), num_classes, cfg.data.image_size, cfg.seed)
     best = find_best(run_dir / "checkpoints")
-    load_checkpoint(model, files.read_tensors(best, "model"), str(best))
+    load_checkpoint(model, files.read_tensors(best, files.stem_of_weights(best)), str(best))
     return model
 
 

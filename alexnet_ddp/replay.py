@@ -21,8 +21,9 @@ from alexnet_ddp.config import Config, ConfigError
 from alexnet_ddp.data.effects import apply_effects
 from alexnet_ddp.data.loader import Batch, Loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler, Work
-from alexnet_ddp.engine import TrainStep, autocast, cross_entropy
+from alexnet_ddp.engine import TrainStep, cross_entropy
 from alexnet_ddp.model import set_dropout_keys
+from alexnet_ddp.precision import autocast
 from alexnet_ddp.resilience.health import Wish
 from alexnet_ddp.training import Training
 

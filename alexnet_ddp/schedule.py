@@ -55,7 +55,7 @@ class Budget:
 
 def build_lr_schedule(cfg: SchedulerConfig, base_lr: float, budget: Budget) -> Callable[[int], float]:
     """Return lr(step) for step in [0, budget.total_steps). Warm-up rises linearly and reaches base_lr at its end."""
-    warmup_steps = round(cfg.warmup_epochs * budget.steps_per_epoch)
+    warmup_steps = cfg.warmup_steps or round(cfg.warmup_epochs * budget.steps_per_epoch)
     decay = _decay(cfg, warmup_steps, budget)
 
     def lr(step: int) -> float:

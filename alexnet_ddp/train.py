@@ -169,7 +169,8 @@ class Run:
         works = evaluation_work(len(self.training.data.val), cfg.eval_batch_size, world.rank, world.world_size)
         num_classes = len(self.training.data.train.classes)
         batches = self.watchdog.evaluating(self.training.val_loader.batches(works))
-        result = evaluate(self.training.parallel_model.whole_model(), batches, cfg, num_classes, world, self.stop)
+        with self.training.as_evaluated() as model:
+            result = evaluate(model, batches, cfg, num_classes, world, self.stop)
         if result is None:
             self.stopping = True
             return
@@ -210,7 +211,7 @@ class Run:
 
     def _headline(self) -> str:
         data, budget = self.training.data, self.budget
-        parameters = sum(p.numel() for p in self.training.model.parameters())
+        parameters = self.training.parallel_model.num_parameters
         counts = (len(data.train), len(data.val), len(data.class_names))
         progress = f"step {self.state.step} of {budget.total_steps} ({budget.steps_per_epoch} an epoch)"
         return headline(self.cfg, self.world, parameters, counts, progress)

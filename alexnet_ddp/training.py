@@ -1,25 +1,39 @@
 """What a training is made of, as it stands at some step: data, order, budget, state, and what was built from them."""
 
-from collections.abc import Generator
+import logging
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alexnet_ddp import distributed
 from alexnet_ddp.checkpoint.identity import identity
 from alexnet_ddp.checkpoint.store import Checkpoints
-from alexnet_ddp.config import AlexNet2012AugmentConfig, Config
+from alexnet_ddp.config import (
+    AlexNet2012AugmentConfig,
+    AutoParallelConfig,
+    Config,
+    DDPConfig,
+    HybridConfig,
+    ParallelConfig,
+)
+from alexnet_ddp.costs.choose import auto as choose_parallel
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import Batch, build_loader
-from alexnet_ddp.data.sampler import build_sampler
+from alexnet_ddp.data.sampler import build_sampler, micro_batches
 from alexnet_ddp.data.sets import open_data
 from alexnet_ddp.distributed import World
-from alexnet_ddp.engine import TrainStep, check_precision
+from alexnet_ddp.ema import EMA
+from alexnet_ddp.engine import TrainStep
 from alexnet_ddp.model import build_model, check_image_size, load_checkpoint
-from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name
+from alexnet_ddp.optim import LARS, build_optimizer, load_state_by_name, state_by_name
 from alexnet_ddp.parallel import SplitTensor, build_parallel
+from alexnet_ddp.precision import check_precision
 from alexnet_ddp.schedule import Budget, build_lr_schedule
+
+log = logging.getLogger(__name__)
 
 
 class Training:
@@ -62,14 +76,22 @@ class Training:
         if cfg.trainer.compile:
             torch.compiler.config.recompile_limit = 64  # a few a size, where images grow; past 8 it would go eager
             self.model.compile()
-        self.parallel_model = build_parallel(cfg.parallel, self.model, world)
+        self.parallel_model = build_parallel(self._parallel(), self.model, world)
         self.optimizer = build_optimizer(cfg.optimizer, self.model)
+        if isinstance(self.optimizer, LARS):
+            self.optimizer.whole_norms = self.parallel_model.whole_norms
         load_state_by_name(self.optimizer, self.model, self.parallel_model.local(saved.pop("optimizer", {})))
-        self.lr = build_lr_schedule(cfg.scheduler, cfg.optimizer.lr, self.budget)
+        lr = cfg.optimizer.lr_at(cfg.trainer.global_batch_size)
+        self.lr = build_lr_schedule(cfg.scheduler, lr, self.budget)
         self.train_step = TrainStep(
             self.parallel_model, self.optimizer, cfg.trainer, cfg.seed, world, cfg.data.image_size
         )
         self.train_step.load(self.state.sums, self.state.scaler)
+        if self.parallel_model.hook is not None:
+            self.parallel_model.hook.go_on(self.state.step, saved.pop("hook", {}))
+        if cfg.trainer.ema_decay is not None:
+            self.train_step.ema = EMA(self.model, cfg.trainer.ema_decay)
+            self.train_step.ema.load(self.parallel_model.local(saved.pop("ema", {})))
 
         augment = build_augment(cfg.augment, cfg.seed, cfg.data.image_size, cfg.data.eval_resize, data.colour_basis)
         self.train_loader = build_loader(cfg.data, data.train, augment, world.num_cores, world.device, True)
@@ -79,7 +101,17 @@ class Training:
     def tensors(self) -> dict[str, dict[str, Tensor | SplitTensor]]:
         """What a checkpoint holds: file stem -> tensors by name, some of which may be split over the ranks."""
         groups = {"model": self.model.state_dict(), "optimizer": state_by_name(self.optimizer, self.model)}
+        if self.train_step.ema is not None:
+            groups["ema"] = self.train_step.ema.tensors()
+        if self.parallel_model.hook is not None:
+            groups["hook"] = self.parallel_model.hook.tensors(self._world)
         return {stem: self.parallel_model.canonical(tensors) for stem, tensors in groups.items()}
+
+    @contextmanager
+    def as_evaluated(self) -> Iterator[nn.Module]:
+        """Collective. The whole model with the weights that an evaluation counts: the averages, where there are any."""
+        with nullcontext() if self.train_step.ema is None else self.train_step.ema.in_place():
+            yield self.parallel_model.whole_model()
 
     def roll_back(self, step: int) -> int:
         """Weights and optimizer of the newest checkpoint, and the data from `step` on; the checkpoint's step."""
@@ -87,6 +119,8 @@ class Training:
         local = {stem: self.parallel_model.local(whole) for stem, whole in tensors.items()}
         load_checkpoint(self.model, local["model"], f"the checkpoint of step {to}")
         load_state_by_name(self.optimizer, self.model, local["optimizer"])
+        if self.train_step.ema is not None:
+            self.train_step.ema.load(local.get("ema", {}))
         self.state.step = step
         self.batches = self._from_here()
         return to
@@ -94,6 +128,23 @@ class Training:
     def close(self) -> None:
         self.train_loader.close()
         self.val_loader.close()
+
+    def _parallel(self) -> ParallelConfig:
+        """Collective. The user's choice, or the one of the model of costs."""
+        cfg, world = self._cfg, self._world
+        if not isinstance(cfg.parallel, AutoParallelConfig):
+            return cfg.parallel
+        images = micro_batches(cfg.trainer.global_batch_size, world.world_size, cfg.trainer.micro_batch_size)[0]
+        gpu = torch.cuda.get_device_name() if world.device.type == "cuda" else None
+
+        def choose() -> tuple[int, str]:
+            size, local = cfg.data.image_size, world.local_world_size
+            choice = choose_parallel(self.model, size, images, world.world_size, local, gpu)
+            return choice.strategy.group, choice.reason
+
+        group, reason = distributed.from_main(choose, world)
+        log.info("parallel=auto takes %s", reason)
+        return HybridConfig(group_size=group) if group > 1 else DDPConfig()
 
     def _from_here(self) -> Generator[Batch]:
         steps, world = range(self.state.step, self.budget.total_steps), self._world

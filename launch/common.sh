@@ -24,6 +24,12 @@ choose_python() {
     2>/dev/null || die 64 "Python ($python) must have torch and alexnet_ddp installed; run launch/setup.sh, or set PYTHON"
 }
 
+# What to run on the processes: a training, or with COMMAND=doctor an examination of where it would be.
+choose_module() {
+  [[ ${COMMAND:-train} =~ ^(train|doctor)$ ]] || die 64 "COMMAND ($COMMAND) must be train or doctor; leave it unset to train"
+  module=alexnet_ddp.${COMMAND:-train}
+}
+
 # num_gpus [overrides]: the CUDA devices that a process started from here would see. Asks no torch: that takes seconds.
 num_gpus() {
   local all=0 visible=() listed=0 id

@@ -8,6 +8,7 @@
 #                                host name. Under srun: SLURM_NODEID
 #   NPROC_PER_NODE=8             optional; default: one process a visible CUDA device, else one
 #   LAST_CALL_S=30               optional; with MIN:MAX, how long MIN nodes wait for more of them
+#   COMMAND=doctor               optional; examines the machines instead of training on them
 #   PYTHON                       default: .venv/bin/python, else python3
 # Where a node has several networks, export GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (eth0, ib0, ...).
 set -euo pipefail
@@ -34,6 +35,7 @@ check_endpoint() {
   die 64 "RDZV_ENDPOINT (${RDZV_ENDPOINT:-not set}) must be HOST:PORT with a port from 1 to 65535; the same on every node, for example node1:29500"
 }
 
+choose_module
 check_nnodes
 check_endpoint
 [[ $RDZV_ID =~ ^[A-Za-z0-9._-]+$ ]] ||
@@ -49,4 +51,4 @@ if [[ -n $NODE_RANK ]]; then
 fi
 
 keep_running "$NPROC_PER_NODE" --nnodes="$NNODES" --rdzv-backend=c10d --rdzv-endpoint="$RDZV_ENDPOINT" --rdzv-id="$RDZV_ID" \
-  --rdzv-conf="$conf" -m alexnet_ddp.train "$@"; exit # on this line: bash would read on in a file that may be another one by then
+  --rdzv-conf="$conf" -m "$module" "$@"; exit # on this line: bash would read on in a file that may be another one by then

@@ -629,6 +629,8 @@ FIXED = {
     "trainer.precision=bf16": "trainer.precision=bf16 (was fp32)",
     "model=alexnet": "model=AlexNet (was AlexNetSmall)",
     "optimizer.lr=0.5": "optimizer.lr=0.5 (was 0.1)",
+    "optimizer.scaling=linear optimizer.base_batch_size=32": "optimizer.base_batch_size=32 (was unset)",
+    "trainer.ema_decay=0.99": "trainer.ema_decay=0.99 (was unset)",
     "scheduler=constant": "scheduler=Constant (was Cosine)",
     "scheduler.warmup_epochs=9": "scheduler.warmup_epochs=9.0 (was 1.0)",
     "augment.flip=0": "augment.flip=0.0 (was 0.5)",

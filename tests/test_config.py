@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from alexnet_ddp.cli import CONF_DIR, compose
 from alexnet_ddp.config import Config, ConfigError
 from alexnet_ddp.config.door import to_config
+from alexnet_ddp.tracking.headline import learning_rate
 from tests.ranks import run_ranks  # noqa: F401 (its forkserver has torch loaded: a process is up in a blink)
 
 GROUPS = ("data", "augment", "model", "optimizer", "scheduler", "parallel", "experiment")
@@ -101,6 +102,27 @@ WRONG_VALUES = {
         "optimizer.nesterov needs optimizer.momentum greater than 0"
     ),
     "scheduler.warmup_epochs=-1": "scheduler.warmup_epochs (-1.0) must be at least 0",
+    "scheduler.warmup_steps=-1 scheduler.warmup_epochs=0": "scheduler.warmup_steps (-1) must be at least 0",
+    "scheduler.warmup_steps=600": (
+        "scheduler.warmup_epochs (2.0) and scheduler.warmup_steps (600) exclude each other; set one of them to 0"
+    ),
+    "optimizer.scaling=linear": (
+        "optimizer.scaling (linear) and optimizer.base_batch_size (None) belong together: how the rate is scaled, and "
+        "from which batch; give both or none"
+    ),
+    "optimizer.base_batch_size=256": (
+        "optimizer.scaling (none) and optimizer.base_batch_size (256) belong together: how the rate is scaled, and "
+        "from which batch; give both or none"
+    ),
+    "optimizer.scaling=sqrt optimizer.base_batch_size=0": (
+        "optimizer.base_batch_size (0) must be greater than 0 and finite"
+    ),
+    "optimizer=lars optimizer.momentum=0": "optimizer.momentum (0.0) must lie in (0, 1)",
+    "optimizer=lars optimizer.eta=0": "optimizer.eta (0.0) must be greater than 0 and finite",
+    "optimizer=lars optimizer.variant=weights_only": (
+        "optimizer.variant=weights_only leaves biases and norms out of the decay as well; "
+        "set optimizer.decay_biases=false"
+    ),
     "scheduler=cosine scheduler.min_lr_ratio=2": "scheduler.min_lr_ratio (2.0) must lie in [0, 1]",
     "scheduler=step scheduler.milestones_epochs=[3,2]": "scheduler.milestones_epochs ([3.0, 2.0]) must rise",
     "scheduler=step scheduler.gamma=0": "scheduler.gamma (0.0) must be greater than 0 and finite",
@@ -112,6 +134,8 @@ WRONG_VALUES = {
     "trainer.eval_batch_size=-1": "trainer.eval_batch_size (-1) must be greater than 0 and finite",
     "trainer.label_smoothing=1": "trainer.label_smoothing (1.0) must lie in [0, 1)",
     "trainer.clip_grad_norm=0": "trainer.clip_grad_norm (0.0) must be greater than 0 and finite",
+    "trainer.ema_decay=1": "trainer.ema_decay (1.0) must lie in (0, 1), or be null",
+    "trainer.ema_decay=0": "trainer.ema_decay (0.0) must lie in (0, 1), or be null",
     "trainer.log_every_steps=0": "trainer.log_every_steps (0) must be greater than 0 and finite",
     "trainer.eval_every_epochs=0": "trainer.eval_every_epochs (0) must be greater than 0 and finite",
     "checkpoint.save_every_steps=0": "checkpoint.save_every_steps (0) must be greater than 0 and finite",
@@ -293,6 +317,7 @@ def test_the_demo_experiment_is_the_default():
 def test_the_help_lists_exactly_the_choices_that_exist(root, groups):
     template = yaml.safe_load((CONF_DIR / f"{root}.yaml").read_text())["hydra"]["help"]["template"]
     table = template.split("== Groups: choose with group=choice ==")[1].split("==")[0]
+    table = re.sub(r"\|\n +", "| ", table)  # a group may take two lines
     listed = {line.split()[0]: set(line.split(maxsplit=1)[1].split(" | ")) for line in table.strip().splitlines()}
     assert listed == {group: choices(group) for group in groups}
 
@@ -442,6 +467,25 @@ def test_the_configuration_imports_no_torch():
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert result.stdout == "False\n", result.stderr
+
+
+# --- large batches ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scaling", "expected"), [("linear", 0.08), ("sqrt", 0.04 / 2**0.5)])
+def test_a_rate_that_was_found_at_another_batch_is_scaled_as_it_says_and_the_run_says_so(scaling, expected):
+    found = ["optimizer.lr=0.01", "optimizer.base_batch_size=256", f"optimizer.scaling={scaling}"]
+    cfg = compose([*found, "trainer.global_batch_size=2048"])
+    assert cfg.optimizer.lr_at(2048) == pytest.approx(expected)
+    assert cfg.optimizer.lr_at(256) == pytest.approx(0.01)
+    how = {"linear": "0.01 x 2048 / 256", "sqrt": "0.01 x sqrt(2048 / 256)"}[scaling]
+    assert learning_rate(cfg.optimizer, 2048) == f"lr {expected:g} = {how}"
+
+
+def test_a_rate_is_what_it_is_at_every_batch_unless_scaling_is_asked_for():
+    cfg = compose(["optimizer.lr=0.01", "trainer.global_batch_size=8192"])
+    assert cfg.optimizer.lr_at(8192) == 0.01
+    assert learning_rate(cfg.optimizer, 8192) == "lr 0.01"
 
 
 # --- images that grow -------------------------------------------------------------------------------------------

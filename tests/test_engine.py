@@ -29,11 +29,12 @@ from alexnet_ddp.data.effects import apply_effects, normalise
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler, evaluation_work
 from alexnet_ddp.data.sets import open_data
-from alexnet_ddp.engine import TrainStep, autocast, check_precision, evaluate
+from alexnet_ddp.engine import TrainStep, evaluate
 from alexnet_ddp.errors import DataError, RunError
 from alexnet_ddp.model import build_model, set_dropout_keys
 from alexnet_ddp.optim import build_optimizer, state_by_name
 from alexnet_ddp.parallel import build_parallel
+from alexnet_ddp.precision import autocast, check_precision
 from alexnet_ddp.resilience.health import Wish
 from alexnet_ddp.resilience.signals import StopSignal
 from tests.ranks import run_ranks

@@ -171,6 +171,13 @@ def test_the_python_of_the_project_is_used_when_none_is_named(launcher):
     assert launcher.run("launch/local.sh", PYTHON="", FAKE_CODE="70", FAKE_EXIT="1")[0] == 70
 
 
+def test_the_doctor_starts_as_a_training_does_and_other_commands_are_refused(launcher):
+    launcher.run("launch/node.sh", "experiment=alexnet", COMMAND="doctor", **NODE)
+    assert launcher.argv[-3:] == ["-m", "alexnet_ddp.doctor", "experiment=alexnet"]
+    rule = "local.sh: COMMAND (rm) must be train or doctor; leave it unset to train\n"
+    assert launcher.run("launch/local.sh", COMMAND="rm") == (64, rule)
+
+
 def test_a_python_without_the_project_is_refused_with_the_remedy(launcher):
     rule = "Python (torchrun_python) must have torch and alexnet_ddp installed"
     remedy = "run launch/setup.sh, or set PYTHON"

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alexnet_ddp.config import AdamWConfig, OptimizerConfig, SGDConfig
+from alexnet_ddp import distributed
+from alexnet_ddp.config import AdamWConfig, Device, LARSConfig, LARSVariant, OptimizerConfig, SGDConfig
 from alexnet_ddp.optim import build_optimizer, load_state_by_name, set_lr, state_by_name
+from tests.ranks import run_ranks
 
 RATES = (0.1, 0.05, 0.2, 0.1, 0.02)
 
@@ -96,7 +98,14 @@ def test_frozen_parameters_and_networks_without_biases_are_fine():
     assert [len(g["params"]) for g in groups] == [1]
 
 
-@pytest.mark.parametrize("cfg", [SGDConfig(lr=0.1, weight_decay=1e-3), AdamWConfig(lr=0.1, weight_decay=0.1)])
+GOES_ON = [
+    SGDConfig(lr=0.1, weight_decay=1e-3),
+    AdamWConfig(lr=0.1, weight_decay=0.1),
+    LARSConfig(lr=0.1, weight_decay=1e-3),
+]
+
+
+@pytest.mark.parametrize("cfg", GOES_ON, ids=lambda cfg: type(cfg).__name__)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_a_fresh_optimizer_goes_on_from_named_tensors_bit_for_bit(cfg, memory_format):
     straight = net().float().to(memory_format=memory_format)
@@ -153,3 +162,155 @@ def test_loading_copies_so_that_the_source_stays_what_it_was():
     load_state_by_name(new := build_optimizer(AdamWConfig(lr=0.1), model), model, saved)
     learn(model, new, range(2, 4))
     assert all(torch.equal(t, before[name]) for name, t in saved.items())
+
+
+# --- LARS -------------------------------------------------------------------------------------------------------
+
+WEIGHTS_ONLY = {"variant": LARSVariant.weights_only, "decay_biases": False}
+
+
+def test_lars_takes_the_steps_of_the_formula_worked_out_on_paper():
+    """|w| = 5 and |g| = 10; eta 0.1 and wd 0.5: rate = 0.1 * 5 / (10 + 2.5) = 0.04. With lr 2 and momentum 0.9:
+
+    v1 = 2 * 0.04 * (g + w / 2) = 0.08 * (6 + 1.5, 8 + 2) = (0.6, 0.8);       w1 = (3, 4) - v1 = (2.4, 3.2), of norm 4
+    g2 = -g = (-6, -8), lr 1: rate = 0.1 * 4 / (10 + 2) = 1 / 30; (g2 + w1 / 2) / 30 = (-0.16, -0.64 / 3)
+    v2 = 0.9 * v1 + that = (0.54 - 0.16, 0.72 - 0.64 / 3) = (0.38, 1.52 / 3);       w2 = (2.02, 8.08 / 3)
+    """
+    w = nn.Parameter(torch.tensor([[3.0], [4.0]]))
+    optimizer = build_optimizer(LARSConfig(lr=1, eta=0.1, weight_decay=0.5), nn.ParameterList([w]))
+    for lr, g, expected in (
+        (2.0, [[6.0], [8.0]], [[2.4], [3.2]]),
+        (1.0, [[-6.0], [-8.0]], [[2.02], [8.08 / 3]]),
+    ):
+        w.grad = torch.tensor(g)
+        set_lr(optimizer, lr)
+        optimizer.step()
+        torch.testing.assert_close(w.detach(), torch.tensor(expected), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"decay_biases": False}, WEIGHTS_ONLY], ids=["authors", "no decay", "weights"])
+def test_lars_equals_its_formula_over_five_steps(knobs):
+    cfg = LARSConfig(lr=1, eta=0.02, weight_decay=0.03, bias_lr_factor=2, **knobs)
+
+    def update(p, g, lr, wd, memory, t):
+        rate = 0.02 * p.norm() / (g.norm() + wd * p.norm()) if p.norm() > 0 else 1.0
+        if p.dim() == 1 and cfg.variant is LARSVariant.weights_only:
+            rate = 1.0
+        v = memory["v"] = 0.9 * memory.get("v", 0) + lr * rate * (g + wd * p)
+        return p - v
+
+    model = net().float()  # norms have biases that are 0 at first: there the rate is 1
+    mine = [p.detach().double().clone() for p in model.parameters()]
+    memory: list[dict] = [{} for _ in mine]
+    learn(model, build_optimizer(cfg, model), range(5))
+    for step in range(5):
+        for k, g in enumerate(gradients(model, step)):
+            is_bias = mine[k].dim() <= 1
+            lr = RATES[step] * (2 if is_bias else 1)
+            wd = 0.0 if is_bias and not cfg.decay_biases else 0.03
+            mine[k] = update(mine[k], g.double(), lr, wd, memory[k], step + 1)
+    for (name, p), expected in zip(model.named_parameters(), mine):
+        torch.testing.assert_close(p.detach().double(), expected, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("always_adapt", [True, False])
+def test_lars_equals_timms_on_random_tensors(always_adapt):
+    reason = "another library's LARS to compare with: pip install timm"
+    lars = pytest.importorskip("timm.optim.lars", reason=reason).Lars
+    knobs = {} if always_adapt else WEIGHTS_ONLY
+    ours, theirs = net().float(), net().float()
+    optimizer = build_optimizer(LARSConfig(lr=0.1, eta=0.01, weight_decay=5e-4, **knobs), ours)
+    split = [[p for p in theirs.parameters() if (p.dim() > 1) is matrix] for matrix in (True, False)]
+    groups = [{"params": ps, "weight_decay": wd} for ps, wd in zip(split, (5e-4, 5e-4 if always_adapt else 0.0))]
+    reference = lars(groups, lr=0.1, momentum=0.9, trust_coeff=0.01, eps=0.0, always_adapt=always_adapt)
+    for step in range(5):
+        for a, b, g in zip(ours.parameters(), theirs.parameters(), gradients(ours, step)):
+            a.grad, b.grad = g.clone(), g.clone()
+        optimizer.step()  # at a constant rate: timm's lr multiplies v
+        reference.step()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def lars_on_half(steps: int) -> list[Tensor]:
+    """A layer of which each rank has half of the rows, beside one that every rank has."""
+    with distributed.session(Device.cpu) as world:
+        model = net().float()
+        whole = model[3].weight
+        half = slice(world.rank, None, 2) if world.world_size > 1 else slice(None)
+        model[3].weight = part = nn.Parameter(whole[half].detach().clone())
+        optimizer = build_optimizer(LARSConfig(lr=0.1, eta=0.02, weight_decay=0.03), model)
+
+        def whole_norms(norms: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+            is_split = torch.tensor([p is part for p in parameters])
+            sums = norms.square()
+            torch.distributed.all_reduce(sums)
+            return torch.where(is_split, sums.sqrt(), norms)
+
+        optimizer.whole_norms = whole_norms
+        torch.manual_seed(1)
+        for _ in range(steps):
+            for p in model.parameters():
+                p.grad = torch.randn(whole.shape)[half].clone() if p is part else torch.randn(p.shape)
+            optimizer.step()
+        return [p.detach().numpy() for p in model.parameters()]
+
+
+def test_lars_on_a_split_layer_equals_lars_on_the_whole_one():
+    first, second = run_ranks(lars_on_half, 2, 5)
+    whole = lars_on_half(5)
+    for a, b, expected in zip(first, second, whole):
+        if a.shape != expected.shape:
+            joined = torch.empty(expected.shape)
+            joined[0::2], joined[1::2] = torch.from_numpy(a), torch.from_numpy(b)
+            a = b = joined.numpy()
+        torch.testing.assert_close(torch.from_numpy(a), torch.from_numpy(expected), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(torch.from_numpy(b), torch.from_numpy(expected), rtol=1e-6, atol=1e-6)
+
+
+def test_the_norms_of_a_large_layer_are_exact():
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(1024, 4096))  # torch's own norm, in one piece on a CPU, is off by 0.02 %
+    optimizer, seen = build_optimizer(LARSConfig(lr=1), nn.ParameterList([w])), []
+    w.grad = torch.randn(1024, 4096)
+    expected = torch.stack([w.detach().double().norm(), w.grad.double().norm()])
+    optimizer.whole_norms = lambda norms, parameters: seen.append(norms) or norms
+    optimizer.step()
+    torch.testing.assert_close(seen[0].flatten().double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_lars_applies_nothing_of_a_step_that_is_not_finite(bad):
+    model = net().float()
+    learn(model, (optimizer := build_optimizer(LARSConfig(lr=0.1, weight_decay=1e-3), model)), range(2))
+    before = [t.clone() for t in (*model.parameters(), *state_by_name(optimizer, model).values())]
+    for p, g in zip(model.parameters(), gradients(model, 2)):
+        p.grad = g
+    model[3].weight.grad[0, 0] = bad
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    after = [*model.parameters(), *state_by_name(optimizer, model).values()]
+    assert all(torch.equal(a, b) for a, b in zip(after, before))
+    optimizer.found_inf.zero_()
+    learn(model, optimizer, range(2, 3))
+    assert not any(torch.equal(a, b) for a, b in zip(after, before))
+
+
+def test_lars_under_a_loss_scale_takes_the_same_steps_and_skips_those_that_overflow():
+    plain, scaled = net().float(), net().float()
+    cfg = LARSConfig(lr=0.1, eta=0.02, weight_decay=1e-3)
+    one, other = build_optimizer(cfg, plain), build_optimizer(cfg, scaled)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024)
+    for step, overflows in enumerate((False, True, False)):
+        for a, b, g in zip(plain.parameters(), scaled.parameters(), gradients(plain, step)):
+            a.grad = g.clone()
+            b.grad = g * scaler.scale(torch.ones(()))
+        if overflows:
+            scaled[3].bias.grad[0] = torch.inf
+        else:
+            one.step()
+        scaler.unscale_(other)
+        scaler.step(other)
+        scaler.update()
+    assert scaler.get_scale() == 512
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), scaled.parameters()))

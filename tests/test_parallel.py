@@ -7,6 +7,7 @@ import torch
 from alexnet_ddp import distributed
 from alexnet_ddp.config import (
     AlexNetConfig,
+    AlexNetSmallConfig,
     ConfigError,
     DDPConfig,
     Device,
@@ -24,11 +25,14 @@ from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler
 from alexnet_ddp.data.sets import open_data
 from alexnet_ddp.engine import TrainStep
+from alexnet_ddp.errors import Diverged
 from alexnet_ddp.model import build_model
-from alexnet_ddp.optim import build_optimizer
+from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name
 from alexnet_ddp.parallel import build_parallel
 from alexnet_ddp.parallel.layers import find_layers
 from alexnet_ddp.resilience.health import Wish
+from alexnet_ddp.resilience.replicas import Replicas
+from alexnet_ddp.resilience.replicas import differences as differences_of_parts
 from tests.ranks import run_ranks
 
 SGD = SGDConfig(lr=0.01, momentum=0.9, weight_decay=5e-4)
@@ -136,12 +140,12 @@ def test_a_group_size_that_does_not_divide_the_ranks_is_refused():
 
 def test_the_norm_of_a_large_gradient_is_exact():
     """One sum over all its values, which torch makes of it on CPUs, is wrong by 2e-3."""
-    from alexnet_ddp.parallel import _norms
+    from alexnet_ddp.optim import norms
 
     torch.manual_seed(0)
     gradients = [torch.randn(4096, 9216) * 1e-4, torch.randn(256, 3, 3, 3), torch.randn(7)]
     exact = [float(g.double().square().sum().sqrt()) for g in gradients]
-    assert [float(n) for n in _norms(gradients)] == pytest.approx(exact, rel=1e-5)
+    assert [float(n) for n in norms(gradients)] == pytest.approx(exact, rel=1e-5)
 
 
 @pytest.mark.parametrize(("hook", "bound"), [(Hook.fp16, 1e-3), (Hook.bf16, 5e-3), (Hook.powersgd, 0.05)])
@@ -151,3 +155,68 @@ def test_a_hook_changes_the_losses_within_its_bound(reference, hook, bound):
     assert losses == others
     assert losses != reference[0]
     assert losses == pytest.approx(reference[0], rel=bound)
+
+
+def powersgd_goes_on():
+    """Losses of six steps, and of the last three again by new objects that go on from what was saved behind step 3."""
+    cfg = DDPConfig(hook=Hook.powersgd, powersgd_start_step=2)
+    with distributed.session(Device.cpu) as world:
+        torch.set_num_threads(1)
+        data = open_data(IMAGES).train
+        sampler = GlobalBatchSampler(len(data), 17, seed=0)
+        loader = build_loader(IMAGES, data, build_augment(NoAugmentConfig(), 0, 64, 73), 1, world.device)
+
+        def go(steps, saved=None):
+            model = build_model(AlexNetSmallConfig(), 5, 64, seed=0)
+            if saved:
+                model.load_state_dict(saved["model"])
+            wrapped = build_parallel(cfg, model, world)
+            optimizer = build_optimizer(SGD, model)
+            step = TrainStep(wrapped, optimizer, TRAINER, 0, world, 64)
+            if saved:
+                load_state_by_name(optimizer, model, saved["optimizer"])
+            wrapped.hook.go_on(steps.start, saved["hook"] if saved else {})
+            batches, losses = loader.batches(sampler.work(steps, world.rank, world.world_size, None)), []
+            for k in steps:
+                step(batches, k, SGD.lr, 17, Wish())
+                losses.append(step.meter.read()["loss"])
+                step.meter.reset()
+            state = {"model": model.state_dict(), "optimizer": state_by_name(optimizer, model)}
+            return losses, {**state, "hook": wrapped.hook.tensors(world)}
+
+        first, saved = go(range(3))
+        saved = {stem: {name: t.clone() for name, t in tensors.items()} for stem, tensors in saved.items()}
+        return go(range(6))[0], first, go(range(3, 6), saved)[0], go(range(3, 6), saved | {"hook": {}})[0]
+
+
+def test_powersgd_goes_on_with_the_errors_that_it_remembers():
+    for whole, first, rest, forgetful in run_ranks(powersgd_goes_on, 2):
+        assert [*first, *rest] == pytest.approx(whole, rel=1e-5)
+        assert forgetful != pytest.approx(whole[3:], rel=1e-5)
+
+
+def replicas_that_differ():
+    """2 x 2 ranks: checked, then one value of rank 3's part of fc6 changes, and they are checked again."""
+    with distributed.session(Device.cpu) as world:
+        model = build_model(AlexNetConfig(), 5, 64, seed=0)
+        wrapped = build_parallel(HybridConfig(group_size=2), model, world)
+        replicas = Replicas(1, world)
+        replicas.check(0, lambda: {"model": wrapped.canonical(model.state_dict())})
+        if world.rank == 3:
+            model.classifier[1].weight.data[5, 7] += 1
+        with pytest.raises(Diverged) as error:
+            replicas.check(1, lambda: {"model": wrapped.canonical(model.state_dict())})
+    return str(error.value)
+
+
+def test_a_part_is_compared_with_its_copies_in_other_groups():
+    for line in run_ranks(replicas_that_differ, 4):
+        assert "the replicas differ after step 1: classifier.1.weight (" in line
+        assert "they were equal at step 0" in line
+
+
+def test_of_three_copies_of_a_part_the_odd_one_is_named():
+    sums = np.array([[1, 5], [2, 6]] * 3)  # three groups of two ranks, two tensors
+    assert not differences_of_parts(sums, 2).any()
+    sums[3, 1] = 9
+    assert np.argwhere(differences_of_parts(sums, 2)).tolist() == [[3, 1]]

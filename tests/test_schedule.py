@@ -74,6 +74,14 @@ def test_warm_up_rises_linearly_and_reaches_the_base_rate(cfg):
     assert rate(201) <= BASE
 
 
+@pytest.mark.parametrize("kind", [ConstantConfig, CosineConfig, PolyConfig, StepDecayConfig])
+def test_warm_up_may_be_counted_in_steps(kind):
+    knobs = {"milestones_epochs": [5]} if kind is StepDecayConfig else {}
+    by_steps, by_epochs = lr(kind(warmup_steps=200, **knobs)), lr(kind(warmup_epochs=2, **knobs))
+    assert [by_steps(step) for step in range(TOTAL)] == [by_epochs(step) for step in range(TOTAL)]
+    assert lr(kind(warmup_steps=4, **knobs))(2) == pytest.approx(BASE * 3 / 4)
+
+
 def test_cosine_and_poly_span_the_steps_after_warm_up():
     assert lr(CosineConfig(warmup_epochs=2))(600) == pytest.approx(BASE / 2)
     assert lr(PolyConfig(warmup_epochs=2, power=2))(600) == pytest.approx(BASE / 4)

@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from alexnet_ddp import cli, predict
+from alexnet_ddp.checkpoint import files
 from tests.conftest import make_folder
 
 ENV = {**os.environ, "WANDB_MODE": "disabled", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -38,9 +41,9 @@ def rows(run_dir: Path, key: str) -> list[dict]:
     return [row for row in found if key in row]
 
 
-def sha_of_newest(run_dir: Path) -> str:
+def sha_of_newest(run_dir: Path, stem: str = "model") -> str:
     newest = max((run_dir / "checkpoints").glob("step-*"))
-    return hashlib.sha256((newest / "model.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256((newest / f"{stem}.safetensors").read_bytes()).hexdigest()
 
 
 def status(run_dir: Path) -> dict:
@@ -155,16 +158,37 @@ def test_stopped_and_killed_in_mid_epoch_it_ends_with_the_same_bits(undisturbed,
         assert [calm[k] for k in exact] == [disturbed[k] for k in exact]
 
 
-def test_with_every_augmentation_on_a_run_goes_on_in_mid_epoch_with_the_same_bits(image_folder, tmp_path):
+def test_with_every_augmentation_and_averages_a_run_goes_on_in_mid_epoch_with_the_same_bits(image_folder, tmp_path):
     knobs = "mixup_alpha=0.2 cutmix_alpha=1 erase=0.25 brightness=0.4 contrast=0.4 saturation=0.4 hue=0.1"
     overrides = [*SMALL, f"data.root={image_folder}", "trainer.global_batch_size=17", "scheduler=constant"]
-    overrides += [f"augment.{knob}" for knob in f"{knobs} policy=trivialaugment".split()]
+    overrides += [f"augment.{knob}" for knob in f"{knobs} policy=trivialaugment".split()] + ["trainer.ema_decay=0.9"]
     for name, max_steps in (("calm", 6), ("hit", 3), ("hit", 6)):
         done = run("train", *overrides, f"run.name={name}", f"trainer.max_steps={max_steps}", cwd=tmp_path)
         assert done.returncode == 0, done.stdout
-    assert sha_of_newest(tmp_path / "runs/hit") == sha_of_newest(tmp_path / "runs/calm")
-    calm, hit = ([r["train/loss"] for r in rows(tmp_path / f"runs/{n}", "train/loss")] for n in ("calm", "hit"))
-    assert calm == hit
+    for stem in ("model", "optimizer", "ema"):
+        assert sha_of_newest(tmp_path / "runs/hit", stem) == sha_of_newest(tmp_path / "runs/calm", stem)
+    for key in ("train/loss", "val/loss"):
+        calm, hit = ([r[key] for r in rows(tmp_path / f"runs/{n}", key)] for n in ("calm", "hit"))
+        assert calm[-1] == hit[-1]
+        assert key == "val/loss" or calm == hit
+
+
+def test_where_weights_are_averaged_they_are_what_the_run_and_evaluate_and_predict_show(image_folder, tmp_path):
+    overrides = [*SMALL, f"data.root={image_folder}", "trainer.max_steps=4", "run.name=x", "trainer.ema_decay=0.7"]
+    done = run("train", *overrides, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "; evaluates averaged weights (trainer.ema_decay=0.7); " in done.stdout
+    done = run("evaluate", "run.name=x", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    found = json.loads((tmp_path / "runs/x/evaluation.json").read_text())
+    assert found["weights"] == "averaged"
+    row = next(row for row in rows(tmp_path / "runs/x", "val/loss") if row["step"] == found["step"])  # of the best one
+    assert found["val/loss"] == pytest.approx(row["val/loss"], rel=1e-6)
+    shown = predict._trained(cli.config_of_run(tmp_path / "runs/x", []), tmp_path / "runs/x", 5).state_dict()
+    checkpoint = tmp_path / "runs/x/checkpoints" / found["checkpoint"]
+    averages, weights = (files.read_tensors(checkpoint, stem) for stem in ("ema", "model"))
+    assert all(torch.equal(t, averages[name]) for name, t in shown.items())
+    assert not torch.equal(averages["classifier.0.weight"], weights["classifier.0.weight"])
 
 
 @pytest.mark.slow
@@ -375,3 +399,41 @@ def test_windows_of_shards_and_growing_images_resume_bit_equal_and_on_other_rank
     other = run("train", *overrides, "run.name=hit", "data.window_shards=3", cwd=tmp_path)
     assert other.returncode == 64, other.stdout
     assert "data.windows=" in other.stdout
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_under_another_parallelism_and_all_of_it_is_read_by_evaluate_and_predict(tmp_path):
+    """hybrid on 4 ranks, ddp on one, hybrid on 2; beside it, ddp on one all the time."""
+    images = make_folder(tmp_path / "data", 61, 21)
+    common = [*SMALL, f"data.root={images}", "trainer.epochs=2", "trainer.global_batch_size=7", "model.dropout=0.5"]
+    for name, parts in {
+        "calm": [("ddp", 0, 18)],
+        "mixed": [("hybrid", 4, 5), ("ddp", 0, 11), ("hybrid", 2, 18)],
+    }.items():
+        for parallel, ranks, max_steps in parts:
+            more = [f"run.name={name}", f"parallel={parallel}", f"trainer.max_steps={max_steps}"]
+            done = run("train", *common, *more, ranks=ranks, cwd=tmp_path)
+            assert done.returncode == 0, done.stdout
+            for root in ("evaluate", "predict"):
+                shown = run(root, f"run.name={name}", *[f"images={images}/val"] * (root == "predict"), cwd=tmp_path)
+                assert shown.returncode == 0, shown.stdout
+    calm, mixed = (rows(tmp_path / f"runs/{name}", "train/loss") for name in ("calm", "mixed"))
+    assert [row["data/index_hash"] for row in calm] == [row["data/index_hash"] for row in mixed]
+    assert [row["train/loss"] for row in mixed] == pytest.approx([row["train/loss"] for row in calm], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_under_hybrid_an_unreadable_image_ends_all_ranks_or_is_left_out_by_all(tmp_path):
+    images = make_folder(tmp_path / "data", 31, 5)
+    (images / "train/class2/00002.jpg").write_bytes(b"no image")
+    common = [*SMALL, f"data.root={images}", "trainer.epochs=1", "trainer.global_batch_size=31", "parallel=hybrid"]
+    common += ["trainer.micro_batch_size=4"]
+    stopped = run("train", *common, "run.name=stopped", ranks=3, cwd=tmp_path)
+    assert (status(tmp_path / "runs/stopped")["exit_code"], "class2/00002.jpg" in stopped.stdout) == (65, True)
+    for name, ranks, parallel in (("split", 3, "hybrid"), ("whole", 0, "ddp")):
+        more = ["data.on_bad_image=skip", f"run.name={name}", f"parallel={parallel}"]
+        done = run("train", *common, *more, ranks=ranks, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout
+    split, whole = (rows(tmp_path / f"runs/{name}", "train/loss")[0] for name in ("split", "whole"))
+    assert split["train/loss"] == pytest.approx(whole["train/loss"], rel=1e-5)
+    assert split["train/grad_norm"] == pytest.approx(whole["train/grad_norm"], rel=1e-5)

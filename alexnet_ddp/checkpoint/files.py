@@ -1,6 +1,6 @@
 """A checkpoint on disk: an immutable directory, checksummed, committed by rename. No pickle, no torch.save.
 
-    step-00000120/  model.safetensors  optimizer.safetensors  state.json  MANIFEST.json
+    step-00000120/  model.safetensors  optimizer.safetensors  [ema, hook].safetensors  state.json  MANIFEST.json
 
 torch.load and safetensors both load a flipped bit without a word, so MANIFEST.json holds the SHA-256 of every file, and
 nothing is loaded, or deleted in favour of, what was not read back and compared. Needs no torch: writer.py has none.
@@ -144,6 +144,16 @@ def read_tensors(directory: Path, stem: str) -> "dict[str, Tensor]":
     from safetensors.torch import load_file
 
     return load_file(directory / f"{stem}.safetensors")
+
+
+def stems_of(directory: Path) -> list[str]:
+    """The files of tensors, without their suffix. Raises Rejected."""
+    return [Path(name).stem for name in manifest_of(directory) if name.endswith(".safetensors")]
+
+
+def stem_of_weights(directory: Path) -> str:
+    """Which tensors evaluate and predict: the averaged weights, where the run keeps them (trainer.ema_decay)."""
+    return "ema" if "ema" in stems_of(directory) else "model"
 
 
 def clean_up(checkpoints: Path) -> None:

@@ -1,7 +1,6 @@
 """Save, resume, keep: a checkpoint is the whole run or nothing, and the newest valid one wins."""
 
 import logging
-import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from alexnet_ddp.checkpoint.files import Rejected
 from alexnet_ddp.checkpoint.find import find_newest
 from alexnet_ddp.checkpoint.identity import check_same_run, numerics
 from alexnet_ddp.checkpoint.layout import needed
+from alexnet_ddp.checkpoint.space import check_space, free_bytes
 from alexnet_ddp.checkpoint.writer import Order, Reply
 from alexnet_ddp.config import CheckpointConfig
 from alexnet_ddp.distributed import World, any_rank, broadcast_tensors, from_main, on_all
@@ -104,7 +104,11 @@ class Checkpoints:
         Raises CheckpointIOError where the disk has no room for a checkpoint.
         """
         self._size = needed(tensors)
-        on_all(lambda: self._check_space(self._size), self._world, takes_part=self._world.is_main)
+        on_all(
+            lambda: check_space(self._directory, self._size, self._cfg.keep_last),
+            self._world,
+            takes_part=self._world.is_main,
+        )
         if self._world.is_main:
             self._writer.prepare(self._size)
 
@@ -139,10 +143,10 @@ class Checkpoints:
         if newest is None:
             return RunState(), {}
         # Only rank 0 reads: the others need not see its disk.
-        record = from_main(lambda: files.read_state(newest), self._world)
+        record, there = from_main(lambda: (files.read_state(newest), files.stems_of(newest)), self._world)
         self._note_numerics(record)
         state = RunState(**{name: record[name] for name in RunState.__dataclass_fields__ if name in record})
-        stems = ["model", "optimizer"]
+        stems = self._wanted(there)
         if record["identity"].get("optimizer") != self._identity.get("optimizer"):
             log.warning("another optimizer than the checkpoint's: its state starts afresh")
             stems.remove("optimizer")
@@ -161,7 +165,15 @@ class Checkpoints:
             return newest
 
         newest = from_main(choose, self._world)
-        return files.step_of(newest), self._read(newest, ["model", "optimizer"])
+        there = from_main(lambda: files.stems_of(newest), self._world)
+        return files.step_of(newest), self._read(newest, self._wanted(there))
+
+    def _wanted(self, stems: list[str]) -> list[str]:
+        """What this run needs of the files of tensors that a checkpoint has."""
+        averages = self._identity.get("trainer.ema_decay") is not None
+        if averages and "ema" not in stems:
+            log.warning("the checkpoint has no averaged weights (trainer.ema_decay): they begin as its weights")
+        return [stem for stem in stems if stem != "ema" or averages]
 
     def _read(self, directory: Path, stems: list[str]) -> Groups:
         """Collective. Only rank 0 reads."""
@@ -223,26 +235,10 @@ class Checkpoints:
     def _failed(self, reply: Reply, is_last: bool) -> RunError | None:
         self._failures += 1
         self._num_failed += 1
-        space = f"it needs {self._size / 1e6:,.0f} MB, {_free(self._directory) / 1e6:,.0f} MB are free"
+        space = f"it needs {self._size / 1e6:,.0f} MB, {free_bytes(self._directory) / 1e6:,.0f} MB are free"
         reason = f"the checkpoint of step {reply.step} could not be written ({reply.error}); {space}"
         if is_last or self._failures >= _MAX_FAILURES:
             remedy = f"make room below {self._directory}, then start the same command again"
             return CheckpointIOError(f"{reason}; {remedy}")
         log.warning("%s; training goes on, and the checkpoints before it are untouched", reason)
         return None
-
-    def _check_space(self, size: int) -> None:
-        free, keeps = _free(self._directory), self._cfg.keep_last + 2  # the best one, and the one being written
-        if free < size:
-            rule = f"{self._directory.parent} has {free / 1e6:,.0f} MB free, a checkpoint needs {size / 1e6:,.0f} MB"
-            raise CheckpointIOError(f"{rule}; make room, or choose another run.root")
-        there = sum(f.stat().st_size for d in files.listed(self._directory) for f in d.iterdir())
-        if free + there < keeps * size:
-            rule = f"checkpoint.keep_last={self._cfg.keep_last} takes up to {keeps * size / 1e6:,.0f} MB"
-            log.warning("%s, and %s has room for %s MB", rule, self._directory, f"{(free + there) / 1e6:,.0f}")
-
-
-def _free(directory: Path) -> int:
-    """Bytes, of the file system that holds `directory`, which need not exist yet."""
-    there = next(d for d in (directory, *directory.parents) if d.exists())
-    return shutil.disk_usage(there).free

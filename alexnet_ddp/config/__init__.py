@@ -44,15 +44,19 @@ from alexnet_ddp.config.recipe import (
     AlexNetSmallConfig,
     ConstantConfig,
     CosineConfig,
+    LARSConfig,
+    LARSVariant,
     ModelConfig,
     OptimizerConfig,
     PolyConfig,
+    Scaling,
     SchedulerConfig,
     SGDConfig,
     StepDecayConfig,
     TorchvisionConfig,
 )
 from alexnet_ddp.config.run import (
+    AutoParallelConfig,
     CheckpointConfig,
     DDPConfig,
     Device,
@@ -81,6 +85,7 @@ __all__ = [
     "AlexNetSmallConfig",
     "AugmentConfig",
     "AutoEngineConfig",
+    "AutoParallelConfig",
     "BasicAugmentConfig",
     "CheckpointConfig",
     "Config",
@@ -91,12 +96,15 @@ __all__ = [
     "DataConfig",
     "DemoConfig",
     "Device",
+    "DoctorConfig",
     "Encoding",
     "EngineConfig",
     "FolderConfig",
     "Hook",
     "HybridConfig",
     "ImageNetConfig",
+    "LARSConfig",
+    "LARSVariant",
     "LinksConfig",
     "LocalEngineConfig",
     "LoggerConfig",
@@ -117,6 +125,7 @@ __all__ = [
     "ResumeConfig",
     "RunConfig",
     "SGDConfig",
+    "Scaling",
     "SchedulerConfig",
     "ShardsConfig",
     "Shuffle",
@@ -165,6 +174,19 @@ class Config:
     def run_dir(self) -> Path:
         """Every rank derives the same path."""
         return Path(self.run.root) / self.run.name
+
+
+@dataclass(kw_only=True)
+class DoctorConfig(Config):
+    """A run, and how to examine the machines that it would be on."""
+
+    json: str | None = None  # a file to write
+    join_timeout_s: float = 30.0  # for all ranks to come, and for each message between them
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("doctor", self, "join_timeout_s")
+        require(self.replay is None, f"replay ({self.replay}) is train's; leave it out")
 
 
 @dataclass(kw_only=True)

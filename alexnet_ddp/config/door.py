@@ -13,6 +13,7 @@ from alexnet_ddp.config import (
     AlexNetConfig,
     AlexNetSmallConfig,
     AutoEngineConfig,
+    AutoParallelConfig,
     BasicAugmentConfig,
     Config,
     ConstantConfig,
@@ -22,6 +23,7 @@ from alexnet_ddp.config import (
     FolderConfig,
     HybridConfig,
     ImageNetConfig,
+    LARSConfig,
     LocalEngineConfig,
     NoAugmentConfig,
     PlanConfig,
@@ -59,18 +61,23 @@ for _group, _choices in {
         "alexnet_small": AlexNetSmallConfig,
         "torchvision": TorchvisionConfig,
     },
-    "optimizer": {"sgd": SGDConfig, "adamw": AdamWConfig},
+    "optimizer": {"sgd": SGDConfig, "adamw": AdamWConfig, "lars": LARSConfig},
     "scheduler": {
         "constant": ConstantConfig,
         "step": StepDecayConfig,
         "cosine": CosineConfig,
         "poly": PolyConfig,
     },
-    "parallel": {"ddp": DDPConfig, "hybrid": HybridConfig},
+    "parallel": {"ddp": DDPConfig, "hybrid": HybridConfig, "auto": AutoParallelConfig},
     "engine": {"local": LocalEngineConfig, "spark": SparkEngineConfig, "auto": AutoEngineConfig},
 }.items():
     for _name, _node in _choices.items():
         _store(group=f"{_group}/schema", name=_name, node=_node, package=_group)
+
+
+def use_schema(node: type[Config]) -> None:
+    """In this process conf/train.yaml fills `node`, a Config with more knobs: for a root that examines a run."""
+    _store(name="schema", node=node)
 
 
 def to_config(cfg: DictConfig) -> Config | PlanConfig | PredictConfig | PrepareConfig:

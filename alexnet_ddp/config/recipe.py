@@ -1,6 +1,8 @@
 """Knobs of the network, the optimizer and the learning rate."""
 
+import math
 from dataclasses import dataclass
+from enum import StrEnum
 
 from alexnet_ddp.config.checks import MISSING, positive, require, within
 
@@ -34,6 +36,8 @@ class AlexNet2012Config(AlexNetFamilyConfig):
 class AlexNetBNConfig(AlexNetFamilyConfig):
     """You, Gitman, Ginsburg 2017: the widths of 2012 with BatchNorm before conv2 to conv5."""
 
+    norm_after_pool5: bool = False  # one more before fc6: Jia 2018, for a batch of 64K
+
 
 @dataclass(kw_only=True)
 class AlexNetSmallConfig(AlexNetFamilyConfig):
@@ -49,16 +53,47 @@ class TorchvisionConfig(ModelConfig):
         require(self.dropout is None or 0 <= self.dropout < 1, f"model.dropout ({self.dropout}) must lie in [0, 1)")
 
 
+class Scaling(StrEnum):
+    """How the learning rate follows the global batch, where it was found at another one."""
+
+    none = "none"
+    linear = "linear"  # lr * batch / base: Krizhevsky 2014, Goyal 2017
+    sqrt = "sqrt"  # lr * sqrt(batch / base): the noise of the gradient stays the same
+
+
+class LARSVariant(StrEnum):
+    """Which parameters get a rate of their own, and decay."""
+
+    all_parameters = "all_parameters"  # biases and norms too: the authors' code
+    weights_only = "weights_only"  # those with two dimensions or more: later practice
+
+
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    lr: float = MISSING  # at trainer.global_batch_size; never rescaled behind your back
+    """lr holds at trainer.global_batch_size, and is never rescaled behind your back: where a recipe's rate was found at
+    another batch, base_batch_size and scaling say so beside it. Then all that makes the rate stands in one place, is
+    part of what the run is (each of these fields, and the batch), and the first line of the run prints the outcome.
+    """
+
+    lr: float = MISSING  # at base_batch_size, where that is given
+    base_batch_size: int | None = None
+    scaling: Scaling = Scaling.none  # how lr follows from base_batch_size to trainer.global_batch_size
     weight_decay: float = 0.0
     decay_biases: bool = True  # false: one-dimensional parameters (biases, norms) do not decay
     bias_lr_factor: float = 1.0  # learning rate of biases relative to lr (2012: 2)
 
     def __post_init__(self) -> None:
-        positive("optimizer", self, "lr", "bias_lr_factor")
+        positive("optimizer", self, "lr", "bias_lr_factor", "base_batch_size")
         require(self.weight_decay >= 0, f"optimizer.weight_decay ({self.weight_decay}) must be at least 0")
+        base, scaling = self.base_batch_size, self.scaling
+        rule = "belong together: how the rate is scaled, and from which batch; give both or none"
+        both = f"optimizer.scaling ({scaling.value}) and optimizer.base_batch_size ({base}) {rule}"
+        require((base is None) == (scaling is Scaling.none), both)
+
+    def lr_at(self, global_batch_size: int) -> float:
+        """The rate of a step of so many images."""
+        ratio = global_batch_size / (self.base_batch_size or global_batch_size)
+        return self.lr * (math.sqrt(ratio) if self.scaling is Scaling.sqrt else ratio)
 
 
 @dataclass(kw_only=True)
@@ -86,11 +121,37 @@ class AdamWConfig(OptimizerConfig):
 
 
 @dataclass(kw_only=True)
-class SchedulerConfig:
-    warmup_epochs: float = 0.0  # linear from 0, before everything else
+class LARSConfig(OptimizerConfig):
+    """You, Gitman, Ginsburg 2017: each tensor's step is a share of its norm, so that batches may be large."""
+
+    momentum: float = 0.9
+    eta: float = 0.001  # the trust coefficient
+    variant: LARSVariant = LARSVariant.all_parameters
 
     def __post_init__(self) -> None:
-        require(self.warmup_epochs >= 0, f"scheduler.warmup_epochs ({self.warmup_epochs}) must be at least 0")
+        super().__post_init__()
+        positive("optimizer", self, "eta")
+        require(0 < self.momentum < 1, f"optimizer.momentum ({self.momentum}) must lie in (0, 1)")
+        decays = self.decay_biases and self.variant is LARSVariant.weights_only
+        rule = "leaves biases and norms out of the decay as well; set optimizer.decay_biases=false"
+        require(not decays, f"optimizer.variant=weights_only {rule}")
+
+
+@dataclass(kw_only=True)
+class SchedulerConfig:
+    """The rate first rises linearly from 0: for so many epochs, or for so many steps."""
+
+    warmup_epochs: float = 0.0
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        epochs, steps = self.warmup_epochs, self.warmup_steps
+        require(epochs >= 0, f"scheduler.warmup_epochs ({epochs}) must be at least 0")
+        require(steps >= 0, f"scheduler.warmup_steps ({steps}) must be at least 0")
+        rule = "exclude each other; set one of them to 0"
+        require(
+            not (epochs and steps), f"scheduler.warmup_epochs ({epochs}) and scheduler.warmup_steps ({steps}) {rule}"
+        )
 
 
 @dataclass(kw_only=True)

@@ -62,27 +62,27 @@ class Hook(StrEnum):
 class ParallelConfig:
     """How replicas stay equal."""
 
-    bucket_mb: float | None = None  # of gradients that are sent together, MiB; null: torch's 25
 
-    def __post_init__(self) -> None:
-        positive("parallel", self, "bucket_mb")
+@dataclass(kw_only=True)
+class AutoParallelConfig(ParallelConfig):
+    """What alexnet_ddp.plan predicts to be fastest on these ranks: ddp, or hybrid with a group size. It says why."""
 
 
 @dataclass(kw_only=True)
 class DDPConfig(ParallelConfig):
     """Gradients are summed over the ranks while the backward pass runs."""
 
+    bucket_mb: float | None = None  # of gradients that are sent together, MiB; null: torch's 25
     hook: Hook = Hook.none
     powersgd_rank: int | None = None  # columns of the thin matrices; null: 4
     powersgd_start_step: int | None = None  # before it whole gradients are sent; null: 100
     static_graph: bool = False  # all steps use the same parameters: DDP may then search less
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in ("powersgd_rank", "powersgd_start_step"):
             idle = getattr(self, name) is not None and self.hook is not Hook.powersgd
             require(not idle, f"parallel.{name} would be ignored with parallel.hook={self.hook.value}; leave it null")
-        positive("parallel", self, "powersgd_rank")
+        positive("parallel", self, "bucket_mb", "powersgd_rank")
         start = self.powersgd_start_step
         rule = "must be at least 2: DDP lays out its buckets anew behind the first step"
         require(start is None or start >= 2, f"parallel.powersgd_start_step ({start}) {rule}")
@@ -92,14 +92,13 @@ class DDPConfig(ParallelConfig):
 class HybridConfig(ParallelConfig):
     """DDP, but large linear layers are split over a group of ranks: activations travel in place of their gradients."""
 
-    bucket_mb: float | None = 2.0  # a convolution's gradient leaves while the next one's is computed
-    group_size: int | None = None  # ranks that share one set of the split layers; null: all
+    bucket_mb: float | None = 2.0  # MiB: a convolution's gradient leaves while the next one's is computed
+    group_size: int | None = None  # ranks that share one set of the split layers; null: a node's GPUs, or all CPU ranks
     split: list[str] | None = None  # names of the layers, such as [classifier.1, classifier.4]; null: by their size
     wire_dtype: WireDtype = WireDtype.fp32  # of the activations on the way between the ranks
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("parallel", self, "group_size")
+        positive("parallel", self, "bucket_mb", "group_size")
 
 
 @dataclass(kw_only=True)
@@ -115,6 +114,7 @@ class TrainerConfig:
     compile: bool = False  # torch.compile
     label_smoothing: float = 0.0
     clip_grad_norm: float | None = None
+    ema_decay: float | None = None  # evaluate, and predict with, a moving average of the weights; null: the weights
     on_nan: OnNan = OnNan.stop
     spike_factor: float | None = 20.0  # warn of a loss above so many medians of the steps before it; null: never
     check_every_steps: int | None = 1000  # compare the replicas so often, and before the first step; null: never
@@ -128,6 +128,8 @@ class TrainerConfig:
         positive("trainer", self, "check_every_steps")
         spike = self.spike_factor
         require(spike is None or spike > 1, f"trainer.spike_factor ({spike}) must be greater than 1, or null")
+        decay = self.ema_decay
+        require(decay is None or 0 < decay < 1, f"trainer.ema_decay ({decay}) must lie in (0, 1), or be null")
         require(0 <= self.label_smoothing < 1, f"trainer.label_smoothing ({self.label_smoothing}) must lie in [0, 1)")
 
 

@@ -47,7 +47,7 @@ def _network(cfg: ModelConfig, num_classes: int) -> nn.Module:
         case AlexNet2012Config():
             return alexnet_2012(num_classes, cfg.dropout)
         case AlexNetBNConfig():
-            return alexnet_bn(num_classes, cfg.dropout)
+            return alexnet_bn(num_classes, cfg.dropout, cfg.norm_after_pool5)
         case AlexNetSmallConfig():
             return alexnet_small(num_classes, cfg.dropout)
         case TorchvisionConfig():

@@ -63,8 +63,11 @@ def _init_2012(model: AlexNet) -> None:
         nn.init.constant_(layer.bias, 1.0 if k in ones else 0.0)
 
 
-def alexnet_bn(num_classes: int, dropout: float) -> AlexNet:
-    """You, Gitman, Ginsburg 2017: the widths and groups of 2012, BatchNorm without affine before conv2 to conv5."""
+def alexnet_bn(num_classes: int, dropout: float, norm_after_pool5: bool = False) -> AlexNet:
+    """You, Gitman, Ginsburg 2017: the widths and groups of 2012, BatchNorm without affine before conv2 to conv5.
+
+    norm_after_pool5: and before fc6, as Jia 2018.
+    """
 
     def norm(channels: int) -> nn.Module:
         return nn.BatchNorm2d(channels, affine=False)
@@ -75,6 +78,7 @@ def alexnet_bn(num_classes: int, dropout: float) -> AlexNet:
         *[*_conv(256, 384, 3), norm(384)],
         *[*_conv(384, 384, 3, groups=2), norm(384)],
         *[*_conv(384, 256, 3, groups=2), _pool()],
+        *([norm(256)] if norm_after_pool5 else []),
     )
     model = AlexNet(features, 6, _classifier(256 * 6 * 6, [4096, 4096], num_classes, dropout))
     _init_he(model)

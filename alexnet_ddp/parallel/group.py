@@ -1,6 +1,7 @@
 """The ranks that share one network, and what travels between them: rows of activations, and partial sums."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +30,7 @@ class Group:
     copies: dist.ProcessGroup | None
     wire_dtype: torch.dtype = torch.float32
     slots: int = 1  # rows that each rank has in the coming forward pass; those beyond its images are zero
+    waiting: Callable[[], AbstractContextManager] = nullcontext  # around the wait for the members in a forward pass
 
     @classmethod
     def of(cls, world: World, size: int, wire_dtype: torch.dtype) -> "Group":

@@ -38,10 +38,6 @@ class PowerSGD:
         self._state = PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=start)
         ddp.register_comm_hook(self._state, powerSGD_hook)
 
-    def begin_at(self, step: int) -> None:
-        """`step` steps are done."""
-        self._state.iter = step
-
     def tensors(self, world: World) -> dict[str, Tensor]:
         """Collective. By name; the same on all ranks, which then go on with the mean error, too."""
         errors = self._state.error_dict
@@ -50,8 +46,9 @@ class PowerSGD:
         found |= {f"p.{key}": t for key, t in self._state.p_memory_dict.items()}
         return found | {f"q.{key}": t for key, t in self._state.q_memory_dict.items()}
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """What tensors() gave."""
+    def go_on(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """`step` steps are done; tensors: what tensors() gave then."""
+        self._state.iter = step
         places = {"error": self._state.error_dict, "p": self._state.p_memory_dict, "q": self._state.q_memory_dict}
         for memory in places.values():
             memory.clear()

@@ -83,7 +83,8 @@ class _GatherImages(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
-        gathered = group.gather(group.padded(x)).flatten(0, 1)
+        with group.waiting():  # a slow rank is waited for here; behind it all go in step
+            gathered = group.gather(group.padded(x)).flatten(0, 1)
         ctx.save_for_backward(gathered, weight)
         ctx.group, ctx.count, ctx.has_bias = group, len(x), bias is not None
         return F.linear(gathered, weight, bias)

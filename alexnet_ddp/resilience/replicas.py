@@ -36,7 +36,8 @@ class Replicas:
         every, first = self._every, self._equal_at is None
         if every is None or self._world.world_size == 1 or (step % every and not first) or step == self._equal_at:
             return
-        self._compare(step, {name: t for group in tensors().values() for name, t in group.items()})
+        groups = tensors().items()  # averages have the names of the weights
+        self._compare(step, {("ema/" if stem == "ema" else "") + n: t for stem, ts in groups for n, t in ts.items()})
 
     def _compare(self, step: int, tensors: dict[str, Tensor]) -> None:
         # Integers (BatchNorm's count of batches) are left out: a rank without images in a short batch does not count.

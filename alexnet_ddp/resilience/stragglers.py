@@ -50,6 +50,13 @@ class Stopwatch:
         yield
         self._seconds["forward"] += time.monotonic() - began
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within a forward pass, around a wait for other ranks. On a GPU the host does not wait there."""
+        began = time.monotonic()
+        yield
+        self._seconds["forward"] -= 0 if self._on_gpu else time.monotonic() - began
+
     def read(self) -> list[float]:
         """Seconds by phase since the last read. The device must have passed the last forward pass."""
         self._seconds["forward"] += sum(first.elapsed_time(last) / 1000 for first, last in self._events)

@@ -1,6 +1,6 @@
 """The first line of a run: what is trained on what, and how the global batch is cut."""
 
-from alexnet_ddp.config import Config
+from alexnet_ddp.config import Config, OptimizerConfig, Scaling
 from alexnet_ddp.distributed import World
 
 
@@ -10,9 +10,22 @@ def headline(cfg: Config, world: World, parameters: int, counts: tuple[int, int,
     part = -(-trainer.global_batch_size // world.world_size)  # the largest slice of a rank
     micro = min(part, trainer.micro_batch_size or part)
     first, size = cfg.data.start_image_size, cfg.data.image_size
+    rate, decay = learning_rate(cfg.optimizer, trainer.global_batch_size), trainer.ema_decay
+    weights = "" if decay is None else f"; evaluates averaged weights (trainer.ema_decay={decay})"
     growth = "" if first is None else f" growing from {first} to {size} pixels"
     return (
         f"{cfg.run.name}: {parameters:,} parameters, {num_train:,} + {num_val:,} images of {num_classes} classes"
         f"{growth}; global batch {trainer.global_batch_size} = {world.world_size} {world.device.type} rank(s) x "
-        f"{-(-part // micro)} x {micro}; {progress}; {cfg.run_dir}"
+        f"{-(-part // micro)} x {micro}; {rate}{weights}; {progress}; {cfg.run_dir}"
     )
+
+
+def learning_rate(cfg: OptimizerConfig, global_batch_size: int) -> str:
+    """The rate of the run, and how it was scaled if it was."""
+    lr, base = f"lr {cfg.lr_at(global_batch_size):g}", cfg.base_batch_size
+    match cfg.scaling:
+        case Scaling.linear:
+            return f"{lr} = {cfg.lr:g} x {global_batch_size} / {base}"
+        case Scaling.sqrt:
+            return f"{lr} = {cfg.lr:g} x sqrt({global_batch_size} / {base})"
+    return lr
