@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.cluster import Hosts, why_not  # noqa: E402
 
-__all__ = ["LINKS", "Field", "Team", "field", "has_lightning", "why_not"]
+__all__ = ["LINKS", "OUR_MALLOC", "ROOT", "Field", "Hosts", "Team", "field", "has_lightning", "why_not"]
 
 LINKS = {"unshaped": None, "1 Gbit/s": "1gbit", "100 Mbit/s": "100mbit"}
 # What launch/ sets for our users, and nobody for those of the peers.
