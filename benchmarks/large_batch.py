@@ -61,10 +61,12 @@ def draw(curves: dict[str, dict], file: Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
     for colour, (label, found) in zip(("#1f6feb", "#d1242f"), curves.items()):
+        last = found["train/loss"][-1][0]
+        label += f" (not finite at step {last + 1})" if found["exit_code"] else ""
         left.plot(*zip(*found["train/loss"]), color=colour, label=label)
         if found["val/top1"]:
             right.plot(*zip(*found["val/top1"]), "o-", color=colour, label=label, markersize=4)
-    left.set(xlabel="step", ylabel="training loss", ylim=(1.5, 4))
+    left.set(xlabel="step", ylabel="training loss", ylim=(1.5, 3.5))
     right.set(xlabel="step", ylabel="top-1 (%)", ylim=(0, None))
     right.axhline(5, color="#57606a", linestyle=":", linewidth=1, label="chance")
     for axis in (left, right):
