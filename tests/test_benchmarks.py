@@ -105,3 +105,15 @@ def test_a_learning_curve_is_drawn_from_the_rows_of_a_run(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_large_batch_benchmark_collects_both_curves(tmp_path):
+    files = ["--json", str(tmp_path / "l.json"), "--plot", str(tmp_path / "l.png"), "--runs", str(tmp_path / "runs")]
+    command = [sys.executable, "benchmarks/large_batch.py", "--quick", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    curves = json.loads((tmp_path / "l.json").read_text())["curves"]
+    assert [found["experiment"] for found in curves.values()] == ["imagenet20_lars_4k", "imagenet20_sgd_4k"]
+    assert all(len(found["train/loss"]) == 2 and found["val/top1"] for found in curves.values())
+    assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")

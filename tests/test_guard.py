@@ -139,11 +139,14 @@ def compared() -> list[str]:
         tensors = {
             "model": {"w": torch.ones(5), "count": torch.tensor(world.rank)},
             "optimizer": {"m/w": torch.ones(5)},
+            "ema": {"w": torch.ones(5)},  # averages hide no weights
         }
         replicas, said = Replicas(10, world), []
         for step in range(4, 31):
             if step == 12 and world.rank == 1:
                 tensors["optimizer"]["m/w"][3] = 1.0000001
+            if step == 22 and world.rank == 1:
+                tensors["model"]["w"][3] = 1.0000001
             try:
                 replicas.check(step, lambda: tensors)
             except Diverged as error:
@@ -158,6 +161,7 @@ def test_replicas_are_compared_at_the_start_and_when_it_is_due():
             "the replicas differ after step 20: m/w (rank 1 of 3); they were equal at step 10: suspect the memory of "
             "that machine; remove the checkpoints after step 10 and start the same command again"
         )
+        assert said[1].startswith("the replicas differ after step 30: w, m/w (rank 1 of 3); ")
 
 
 # --- stragglers ---------------------------------------------------------------------------------------------------

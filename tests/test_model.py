@@ -127,6 +127,11 @@ def test_alexnet_bn_normalises_before_conv2_to_conv5_only_and_without_parameters
     assert not layers(model_bn.classifier, nn.BatchNorm1d, nn.BatchNorm2d)
 
 
+def test_alexnet_bn_may_normalise_after_pool5_too():
+    features = build_model(AlexNetBNConfig(norm_after_pool5=True), 10, 224, seed=0).features
+    assert [type(m).__name__ for m in features[-2:]] == ["MaxPool2d", "BatchNorm2d"]
+
+
 def test_alexnet_small_has_the_widths_of_the_article(small):
     assert [m.out_channels for m in layers(small, nn.Conv2d)] == [64, 192, 384, 256]
     assert [m.out_features for m in layers(small, nn.Linear)] == [4096, 10]

@@ -1,0 +1,80 @@
+"""A batch of 4,096: LARS, and SGD at the linearly scaled rate, on the 20 classes of experiment=imagenet20.
+
+    python benchmarks/large_batch.py --data DIR --json benchmarks/results/large_batch.json --plot large_batch.png
+    python benchmarks/large_batch.py --quick      # two steps each, on made-up images
+
+Runs the two experiments, or goes on with them where --runs has begun ones, and collects their curves. A run that
+diverges ends with 70: its curve ends there.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from measuring import machine
+
+KEYS = ("train/loss", "train/top1", "val/loss", "val/top1")
+EXPERIMENTS = {"LARS": "imagenet20_lars_4k", "SGD, linearly scaled": "imagenet20_sgd_4k"}
+QUICK = ["data=synthetic", "data.num_train=64", "data.num_val=20", "data.num_classes=20", "trainer.max_steps=2"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", metavar="DIR", help="the archives that experiment=imagenet20 reads")
+    parser.add_argument("--runs", default="runs", help="run.root")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", metavar="FILE", type=Path)
+    parser.add_argument("--plot", metavar="FILE", type=Path)
+    asked = parser.parse_args()
+    if not asked.quick and asked.data is None:
+        parser.error("--data is needed, or --quick")
+    data = [*QUICK, "trainer.global_batch_size=32"] if asked.quick else [f"data.root={asked.data}"]
+    curves = {}
+    for label, name in EXPERIMENTS.items():
+        command = [sys.executable, "-m", "alexnet_ddp.train", f"experiment={name}", *data, f"run.root={asked.runs}"]
+        code = subprocess.run(command, check=False).returncode
+        if code not in (0, 70):
+            sys.exit(code)
+        curves[label] = {"experiment": name, "exit_code": code, **curve(Path(asked.runs) / name / "metrics.jsonl")}
+        best = max((top1 for _, top1 in curves[label]["val/top1"]), default=float("nan"))
+        print(f"{label}: exit code {code}, best top-1 {best:.1f} %", flush=True)
+    if asked.json:
+        asked.json.parent.mkdir(parents=True, exist_ok=True)
+        asked.json.write_text(json.dumps({"machine": machine(), "curves": curves}, indent=1) + "\n")
+    if asked.plot:
+        draw(curves, asked.plot)
+
+
+def curve(metrics: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of each row, by key."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    return {key: [(row["step"], float(row[key])) for row in rows if key in row] for key in KEYS}
+
+
+def draw(curves: dict[str, dict], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
+    for colour, (label, found) in zip(("#1f6feb", "#d1242f"), curves.items()):
+        last = found["train/loss"][-1][0]
+        label += f" (not finite at step {last + 1})" if found["exit_code"] else ""
+        left.plot(*zip(*found["train/loss"]), color=colour, label=label)
+        if found["val/top1"]:
+            right.plot(*zip(*found["val/top1"]), "o-", color=colour, label=label, markersize=4)
+    left.set(xlabel="step", ylabel="training loss", ylim=(1.5, 3.5))
+    right.set(xlabel="step", ylabel="top-1 (%)", ylim=(0, None))
+    right.axhline(5, color="#57606a", linestyle=":", linewidth=1, label="chance")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=8)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
