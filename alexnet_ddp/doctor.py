@@ -29,7 +29,6 @@ from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import build_sampler, rank_slice
 from alexnet_ddp.data.sets import ImageSets, open_data
 from alexnet_ddp.distributed import World
-from alexnet_ddp.engine import autocast, check_precision
 from alexnet_ddp.errors import RunError, out_of_memory
 from alexnet_ddp.examination import links, machines, meeting, storage, trial
 from alexnet_ddp.examination.facts import Facts, look
@@ -38,6 +37,7 @@ from alexnet_ddp.examination.online import judge_wandb
 from alexnet_ddp.examination.trial import Trial
 from alexnet_ddp.model import build_model, set_dropout_keys
 from alexnet_ddp.optim import build_optimizer, state_by_name
+from alexnet_ddp.precision import autocast, check_precision
 from alexnet_ddp.redact import redact
 
 log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
