@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from alexnet_ddp import distributed
 from alexnet_ddp.config import (
     AlexNetConfig,
-    AlexNetSmallConfig,
     ConfigError,
     DDPConfig,
     Device,
@@ -27,6 +27,8 @@ from alexnet_ddp.data.sets import open_data
 from alexnet_ddp.engine import TrainStep
 from alexnet_ddp.errors import Diverged
 from alexnet_ddp.model import build_model
+from alexnet_ddp.model.alexnet import AlexNet
+from alexnet_ddp.model.dropout import key_dropout
 from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name
 from alexnet_ddp.parallel import build_parallel
 from alexnet_ddp.parallel.layers import find_layers
@@ -41,11 +43,28 @@ IMAGES = SyntheticConfig(image_size=64, num_train=103, num_val=10, num_classes=5
 TRAINER = TrainerConfig(epochs=4, global_batch_size=17, clip_grad_norm=0.5, label_smoothing=0.1)
 
 
-def trained(parallel, num_steps, trainer=TRAINER, dropout=0.5):
+def small_alexnet():
+    """Its shape, with fewer units, of which nothing divides anything: quick to start."""
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(3, 16, 11, 4, 2), nn.ReLU(True), nn.MaxPool2d(3, 2), nn.Conv2d(16, 13, 3), nn.ReLU(True)]
+    units = [
+        nn.Dropout(0.5),
+        nn.Linear(13 * 9, 401),
+        nn.ReLU(True),
+        nn.Dropout(0.5),
+        nn.Linear(401, 307),
+        nn.ReLU(True),
+    ]
+    model = AlexNet(nn.Sequential(*convolutions), 3, nn.Sequential(*units, nn.Linear(307, 5)))
+    key_dropout(model)
+    return model
+
+
+def trained(parallel, num_steps, trainer=TRAINER, make=small_alexnet):
     """Losses and gradient norms by step, and the whole parameters after the last one."""
     with distributed.session(Device.cpu) as world:
         torch.set_num_threads(1)
-        model = build_model(AlexNetConfig(dropout=dropout), 5, 64, seed=0)
+        model = make()
         wrapped = build_parallel(parallel, model, world)
         step = TrainStep(wrapped, build_optimizer(SGD, model), trainer, 0, world, 64)
         data = open_data(IMAGES).train
@@ -63,6 +82,10 @@ def trained(parallel, num_steps, trainer=TRAINER, dropout=0.5):
         local = sum(p.numel() for p in model.parameters())
         whole = {name: p.detach().numpy() for name, p in wrapped.whole_model().named_parameters()}
     return losses, norms, whole, local
+
+
+def alexnet():
+    return build_model(AlexNetConfig(), 5, 64, seed=0)
 
 
 def differences(one, other):
@@ -92,9 +115,9 @@ def test_hybrid_equals_ddp(reference, ranks, cfg, micro):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_hybrid_equals_ddp_after_twenty_steps(ranks):
-    (expected,) = run_ranks(trained, 1, DDPConfig(), 20)
+    (expected,) = run_ranks(trained, 1, DDPConfig(), 20, TRAINER, alexnet)
     for cfg in (HybridConfig(), HybridConfig(group_size=2)) if ranks == 4 else (HybridConfig(),):
-        for rank in run_ranks(trained, ranks, cfg, 20):
+        for rank in run_ranks(trained, ranks, cfg, 20, TRAINER, alexnet):
             assert max(differences(expected, rank)) < 1e-5
 
 
@@ -129,7 +152,7 @@ def test_the_classifier_is_found_and_a_network_without_one_is_refused():
 
 def refused_on_three_ranks():
     with distributed.session(Device.cpu) as world, pytest.raises(ConfigError) as refused:
-        build_parallel(HybridConfig(group_size=2), build_model(AlexNetConfig(), 5, 64, seed=0), world)
+        build_parallel(HybridConfig(group_size=2), small_alexnet(), world)
     return str(refused.value)
 
 
@@ -167,7 +190,7 @@ def powersgd_goes_on():
         loader = build_loader(IMAGES, data, build_augment(NoAugmentConfig(), 0, 64, 73), 1, world.device)
 
         def go(steps, saved=None):
-            model = build_model(AlexNetSmallConfig(), 5, 64, seed=0)
+            model = small_alexnet()
             if saved:
                 model.load_state_dict(saved["model"])
             wrapped = build_parallel(cfg, model, world)
@@ -198,7 +221,7 @@ def test_powersgd_goes_on_with_the_errors_that_it_remembers():
 def replicas_that_differ():
     """2 x 2 ranks: checked, then one value of rank 3's part of fc6 changes, and they are checked again."""
     with distributed.session(Device.cpu) as world:
-        model = build_model(AlexNetConfig(), 5, 64, seed=0)
+        model = small_alexnet()
         wrapped = build_parallel(HybridConfig(group_size=2), model, world)
         replicas = Replicas(1, world)
         replicas.check(0, lambda: {"model": wrapped.canonical(model.state_dict())})
