@@ -15,6 +15,7 @@ launch/. TCP is as the kernel has it, for both.
 """
 
 import argparse
+import statistics
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -145,6 +146,15 @@ def ceilings(on: Field, links: list[str]) -> dict[str, float]:
     return found
 
 
+def compute_s(on: Field, batch: int, size: int = 64) -> float:
+    """Seconds of a rank's forward and backward pass, without gradients that travel, while the other one has its own."""
+    team = on.team({"kind": "compute", "batch": batch, "size": size})
+    team.steps(1)
+    found = statistics.median(team.steps(1)["seconds"] for _ in range(5))
+    team.close()
+    return round(found, 3)
+
+
 def everything(bench: Bench) -> None:
     """What --all adds: the hooks, Lightning, larger images, four ranks, scaling."""
     peers = [name for name in VARIANTS if name != LIGHTNING or has_lightning()]
@@ -178,6 +188,7 @@ def main() -> None:
         bench = Bench(report, asked.ours, asked.repetitions, 32, list(LINKS))
     with field(2) as on, tempfile.TemporaryDirectory() as folder:
         about = machine(("torch", "torchvision", "lightning")) | {"link_mb_per_s": ceilings(on, bench.links)}
+        about["compute_s"] = compute_s(on, bench.batch)
         print(about)
         bench.bytes_sent(on, Path(folder))
         if not asked.all:

@@ -89,7 +89,7 @@ class Field:
         env = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
         env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
         env |= {"PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        env |= OUR_MALLOC if ask["kind"] == "ours" else {}
+        env |= OUR_MALLOC if ask["kind"] in ("ours", "compute") else {}
         command = [sys.executable, str(Path(__file__).with_name("one_rank.py")), json.dumps(ask)]
         return subprocess.Popen(
             self._hosts.command(f"n{rank + 1}", *command),

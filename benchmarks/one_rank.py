@@ -113,6 +113,17 @@ def replayed(more: Callable[[], bool], folder: Path) -> None:
         torch.save(model.state_dict(), folder / "plain.pt")
 
 
+def compute(more: Callable[[], bool], batch: int, size: int) -> None:
+    """Forward and backward passes, and nothing that travels."""
+    import plain_ddp
+
+    model, loss_fn = plain_ddp.build(), torch.nn.CrossEntropyLoss()
+    images, labels = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
+    while more():
+        model.zero_grad()
+        loss_fn(model(images), labels).backward()
+
+
 def link(more: Callable[[], bool], megabytes: int) -> None:
     """Nothing but a broadcast: what gloo gets out of the link."""
     dist.init_process_group("gloo")
@@ -139,6 +150,8 @@ def main() -> None:
             lightning_ddp.train(more, ask["batch"], ask["size"])
         case "ours":
             ours(more, ask)
+        case "compute":
+            compute(more, ask["batch"], ask["size"])
         case "link":
             link(more, ask["megabytes"])
 
