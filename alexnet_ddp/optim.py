@@ -11,7 +11,13 @@ from alexnet_ddp.config import AdamWConfig, LARSConfig, LARSVariant, OptimizerCo
 State = dict[str, Tensor]
 
 
-def build_optimizer(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+# (norms [2, n] of what this rank holds of n weights and gradients, the n parameters) -> those of the whole tensors.
+WholeNorms = Callable[[Tensor, list[nn.Parameter]], Tensor]
+
+
+def build_optimizer(
+    cfg: OptimizerConfig, model: nn.Module, whole_norms: WholeNorms = lambda norms, parameters: norms
+) -> torch.optim.Optimizer:
     """One fused pass over the parameters. Groups carry `lr_factor`; set_lr multiplies it."""
     groups = _groups(cfg, model)
     match cfg:
@@ -22,7 +28,7 @@ def build_optimizer(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optim
         case LARSConfig():
             for group in groups:
                 group["adapts"] = cfg.variant is LARSVariant.all_parameters or group["params"][0].dim() > 1
-            optimizer = LARS(groups, cfg.lr, cfg.momentum, cfg.eta)
+            optimizer = LARS(groups, cfg.lr, cfg.momentum, cfg.eta, whole_norms)
         case _:
             raise TypeError(f"no optimizer for {type(cfg).__name__}")
     reset(optimizer)
@@ -94,11 +100,9 @@ class LARS(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # GradScaler then sets found_inf, and leaves it to us
 
-    def __init__(self, groups: list[dict], lr: float, momentum: float, eta: float) -> None:
+    def __init__(self, groups: list[dict], lr: float, momentum: float, eta: float, whole_norms: WholeNorms) -> None:
         super().__init__(groups, {"lr": lr, "momentum": momentum, "eta": eta})
-        # (norms [2, n] of weights and gradients here, the n parameters) -> those of the whole tensors, where a rank
-        # holds a part of some. Called once a step.
-        self.whole_norms: Callable[[Tensor, list[nn.Parameter]], Tensor] = lambda norms, parameters: norms
+        self._whole_norms = whole_norms  # called once a step
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -106,7 +110,7 @@ class LARS(torch.optim.Optimizer):
         owners = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         parameters = [p for p, _ in owners]
         here = torch.stack([norms(parameters), norms([p.grad for p in parameters])])
-        whole = self.whole_norms(here, parameters)
+        whole = self._whole_norms(here, parameters)
         for (parameter, group), w, g in zip(owners, *whole.unbind()):
             self._update(parameter, group, w, g)
 

@@ -28,7 +28,7 @@ from alexnet_ddp.distributed import World
 from alexnet_ddp.ema import EMA
 from alexnet_ddp.engine import TrainStep
 from alexnet_ddp.model import build_model, check_image_size, load_checkpoint
-from alexnet_ddp.optim import LARS, build_optimizer, load_state_by_name, state_by_name
+from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name
 from alexnet_ddp.parallel import SplitTensor, build_parallel
 from alexnet_ddp.precision import check_precision
 from alexnet_ddp.schedule import Budget, build_lr_schedule
@@ -77,9 +77,7 @@ class Training:
             torch.compiler.config.recompile_limit = 64  # a few a size, where images grow; past 8 it would go eager
             self.model.compile()
         self.parallel_model = build_parallel(self._parallel(), self.model, world)
-        self.optimizer = build_optimizer(cfg.optimizer, self.model)
-        if isinstance(self.optimizer, LARS):
-            self.optimizer.whole_norms = self.parallel_model.whole_norms
+        self.optimizer = build_optimizer(cfg.optimizer, self.model, self.parallel_model.whole_norms)
         load_state_by_name(self.optimizer, self.model, self.parallel_model.local(saved.pop("optimizer", {})))
         lr = cfg.optimizer.lr_at(cfg.trainer.global_batch_size)
         self.lr = build_lr_schedule(cfg.scheduler, lr, self.budget)

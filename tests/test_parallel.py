@@ -13,6 +13,7 @@ from alexnet_ddp.config import (
     Device,
     Hook,
     HybridConfig,
+    LARSConfig,
     NoAugmentConfig,
     SGDConfig,
     SyntheticConfig,
@@ -24,6 +25,7 @@ from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler
 from alexnet_ddp.data.sets import open_data
+from alexnet_ddp.ema import EMA
 from alexnet_ddp.engine import TrainStep
 from alexnet_ddp.errors import Diverged
 from alexnet_ddp.model import build_model
@@ -60,26 +62,30 @@ def small_alexnet():
     return model
 
 
-def trained(parallel, num_steps, trainer=TRAINER, make=small_alexnet):
+def trained(parallel, num_steps, trainer=TRAINER, make=small_alexnet, optimizer=SGD):
     """Losses and gradient norms by step, and the whole parameters after the last one."""
     with distributed.session(Device.cpu) as world:
         torch.set_num_threads(1)
         model = make()
         wrapped = build_parallel(parallel, model, world)
-        step = TrainStep(wrapped, build_optimizer(SGD, model), trainer, 0, world, 64)
+        step = TrainStep(wrapped, build_optimizer(optimizer, model, wrapped.whole_norms), trainer, 0, world, 64)
+        if trainer.ema_decay is not None:
+            step.ema = EMA(model, trainer.ema_decay)
         data = open_data(IMAGES).train
         sampler = GlobalBatchSampler(len(data), trainer.global_batch_size, seed=0)
         loader = build_loader(IMAGES, data, build_augment(NoAugmentConfig(), 0, 64, 73), 1, world.device)
         batches = loader.batches(sampler.work(range(num_steps), world.rank, world.world_size, trainer.micro_batch_size))
         losses, norms = [], []
         for k in range(num_steps):
-            step(batches, k, SGD.lr, len(sampler.batch(k)), Wish())
+            step(batches, k, optimizer.lr, len(sampler.batch(k)), Wish())
             sums = step.meter.read()
             losses.append(sums["loss"] / sums["images"])
             norms.append(float(step.grad_norm))
             step.meter.reset()
         loader.close()
         local = sum(p.numel() for p in model.parameters())
+        if step.ema is not None:
+            step.ema._fill(step.ema._average)
         whole = {name: p.detach().numpy() for name, p in wrapped.whole_model().named_parameters()}
     return losses, norms, whole, local
 
@@ -110,6 +116,22 @@ def test_hybrid_equals_ddp(reference, ranks, cfg, micro):
     for rank in run_ranks(trained, ranks, cfg, 7, trainer):
         assert max(differences(reference, rank)) < 1e-5
         assert rank[3] < reference[3] * (0.6 if ranks != 3 else 0.4)  # it holds its part, and no more
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_rates_of_lars_and_averaged_weights_are_those_of_whole_layers(ranks):
+    lars = LARSConfig(lr=2.0, eta=0.01, weight_decay=5e-4)
+    trainer = TrainerConfig(**{**vars(TRAINER), "ema_decay": 0.5})
+    (expected,) = run_ranks(trained, 1, DDPConfig(), 7, trainer, small_alexnet, lars)
+    for rank in run_ranks(trained, ranks, HybridConfig(), 7, trainer, small_alexnet, lars):
+        assert max(differences(expected, rank)) < 1e-5
+
+
+@pytest.mark.parametrize("cfg", [DDPConfig(static_graph=True), DDPConfig(bucket_mb=0.1)], ids=["static", "buckets"])
+def test_a_static_graph_and_the_size_of_a_bucket_change_nothing(reference, cfg):
+    trainer = TrainerConfig(**{**vars(TRAINER), "micro_batch_size": 3})
+    for rank in run_ranks(trained, 2, cfg, 7, trainer):
+        assert max(differences(reference, rank)) < 1e-5
 
 
 @pytest.mark.slow
