@@ -1,7 +1,8 @@
 """The world of a run: who am I, how many are we, and how do we agree.
 
-With parallel.py the only room that talks to torch.distributed. A single process is a world of one, so nothing
-downstream asks "are we distributed?". A function that all ranks must call begins with "Collective."
+With parallel/, and with the links that doctor examines, the only room that talks to torch.distributed. A single process
+is a world of one, so nothing downstream asks "are we distributed?". A function that all ranks must call begins with
+"Collective."
 """
 
 import os
@@ -22,6 +23,9 @@ T = TypeVar("T")
 
 # How gloo, NCCL and the store say that the other end does not answer; gloo raises plain RuntimeErrors.
 _LOST = re.compile(r"^Dist(Backend|Network|Store)Error|gloo/|Connection (closed|reset)|Broken pipe", re.MULTILINE)
+
+# Of a collective: long enough for a first scan of ImageNet on a slow disk, which the node's other ranks wait for.
+TIMEOUT = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
@@ -44,19 +48,18 @@ class World:
 
 @contextmanager
 def session(
-    device: Device, tf32: bool = True, store: dist.Store | None = None, timeout_s: float = 3600
+    device: Device, tf32: bool = True, store: dist.Store | None = None, timeout: timedelta = TIMEOUT
 ) -> Iterator[World]:
     """Join the process group that torchrun describes, or form a world of one without torchrun.
 
-    tf32: fp32 products on GPUs by TF32. store: where the ranks have met already. timeout_s: for the others to join, and
+    tf32: fp32 products on GPUs by TF32. store: where the ranks have met already. timeout: for the others to join, and
     for each collective. Raises ConfigError where a device is asked for that is not there.
     """
     rank, local_rank = _env("RANK", 0), _env("LOCAL_RANK", 0)
     world_size, local_world_size = _env("WORLD_SIZE", 1), _env("LOCAL_WORLD_SIZE", 1)
     world = World(rank, local_rank, world_size, local_world_size, choose_device(device, local_rank))
     torch.set_num_threads(world.num_cores)  # torchrun's OMP_NUM_THREADS=1 would leave cores idle
-    # Long enough for a first scan of ImageNet on a slow disk, which the node's other ranks wait for.
-    options: dict[str, Any] = {"backend": "gloo", "timeout": timedelta(seconds=timeout_s)}
+    options: dict[str, Any] = {"backend": "gloo", "timeout": timeout}
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)  # before the group exists: NCCL binds to the current device
         torch.backends.cudnn.benchmark = True

@@ -16,7 +16,7 @@ from alexnet_ddp.data.sampler import micro_batches
 from alexnet_ddp.distributed import World, any_rank, average, raise_together, sum_over_ranks
 from alexnet_ddp.ema import EMA
 from alexnet_ddp.errors import DataError
-from alexnet_ddp.metrics import Meter, evaluation_row
+from alexnet_ddp.metrics import Meter, evaluation_row, hits
 from alexnet_ddp.model import set_dropout_keys
 from alexnet_ddp.optim import norms, set_lr
 from alexnet_ddp.parallel import ParallelModel
@@ -46,7 +46,7 @@ class TrainStep:
     on_phase: Callable[[str], None] = lambda phase: None  # told what comes next: one of resilience.beacon.PHASES
 
     def __post_init__(self) -> None:
-        self.scaler = self.parallel_model.build_scaler(self.cfg.precision is Precision.fp16)
+        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.cfg.precision is Precision.fp16)
         self.meter = Meter(self.world.device)
         self.bad: list[Skipped] = []  # images that this rank left out of the last step
         self.grad_norm: Tensor | None = None  # of the last step, before it was clipped
@@ -61,7 +61,8 @@ class TrainStep:
             self.optimizer.found_inf = self._bad
         self._blank = torch.zeros(1, 3, self.image_size, self.image_size, device=self.world.device)
         self.parallel_model.on_wait(self._waiting)
-        self.parallel_model.settle_buckets(self._blank)
+        with autocast(self.cfg.precision, self.world):
+            self.parallel_model.settle_buckets(self._blank)
 
     def __call__(self, batches: Iterator[Batch], step: int, lr: float, num_images: int, wish: Wish) -> Verdict:
         """Collective. Step `step` (0-based) over this rank's `batches`, up to the one that says it is the last.
@@ -139,8 +140,9 @@ class TrainStep:
                 losses += loss.detach()
                 if batch is not None:
                     seen, self.bad = seen + len(batch.labels), self.bad + batch.bad
-                if is_last:
+                if is_last or self.parallel_model.is_split:
                     self.on_phase(WAITING)
+                if is_last:
                     self._health.begin(losses, seen, wish, self._bad)
                 self.scaler.scale(loss * scale).backward()
         self.parallel_model.finish_backward()
@@ -149,7 +151,8 @@ class TrainStep:
     def _loss_sum(self, batch: Batch | None, step: int, slots: int) -> Tensor:
         """The loss summed over the batch's images; a zero that DDP can differentiate where there are none."""
         if batch is None or len(batch.labels) == 0:
-            return self.parallel_model.nothing_to_learn(self._blank, slots)
+            with autocast(self.cfg.precision, self.world):  # what the ranks exchange must be alike
+                return self.parallel_model.nothing_to_learn(self._blank, slots)
         set_dropout_keys(self._model, self.seed, step, batch.indices)
         with autocast(self.cfg.precision, self.world):
             logits = self.parallel_model(apply_effects(batch.images, batch.effects), slots)
@@ -163,6 +166,7 @@ class TrainStep:
         The gradient is the same on all ranks, and so is its norm: each decides alike without asking.
         """
         self.scaler.unscale_(self.optimizer)
+        self.parallel_model.agree_on_infinities(self.scaler, self.optimizer)
         parameters = [p for p in self._model.parameters() if p.grad is not None]
         if correction != 1:
             torch._foreach_mul_([p.grad for p in parameters], correction)
@@ -220,7 +224,7 @@ def evaluate(
                 with autocast(cfg.precision, world):
                     logits = model(apply_effects(batch.images, batch.effects)).float()
                 meter.add(F.cross_entropy(logits, batch.labels, reduction="sum"), logits, batch.labels)
-                per_class.index_add_(0, batch.labels, _counts(logits, batch.labels))
+                per_class.index_add_(0, batch.labels, hits(logits, batch.labels))
     except DataError as e:
         error = e
     if _must_leave(stop, error, world):
@@ -242,9 +246,3 @@ def _must_leave(stop: StopSignal, error: DataError | None, world: World) -> bool
     if leave:
         raise_together(error, world)
     return leave
-
-
-def _counts(logits: Tensor, labels: Tensor) -> Tensor:
-    """int64 [n, 3]: 1, correct at 1, correct at 5."""
-    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    return torch.stack([torch.ones_like(labels), hits[:, 0], hits.any(1)], dim=1)

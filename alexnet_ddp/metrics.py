@@ -22,11 +22,8 @@ class Meter:
 
     def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
         """loss_sum: a scalar, summed over the n images; logits: [n, classes]; labels: int64 [n]. Waits for nothing."""
-        top = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices
-        hits = top == labels[:, None]
-        images = torch.full_like(self.local[0], len(labels))
-        counts = [loss_sum.detach().double(), hits[:, 0].sum(), hits.sum(), images]
-        self.local += torch.stack(counts)
+        images, correct1, correct5 = hits(logits.detach(), labels).sum(0)
+        self.local += torch.stack([loss_sum.detach().double(), correct1, correct5, images])
 
     def read(self) -> dict[str, float]:
         """Collective. The sums over all ranks since the last reset(). Waits for the device."""
@@ -39,6 +36,12 @@ class Meter:
 
     def reset(self) -> None:
         self._total.zero_()
+
+
+def hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """int64 [n, 3]: 1, correct at 1, correct at 5."""
+    found = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return torch.stack([torch.ones_like(labels), found[:, 0], found.any(1)], dim=1)
 
 
 def train_row(sums: dict[str, float]) -> dict[str, float]:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from alexnet_ddp import cli, distributed
-from alexnet_ddp.config import Config, ConfigError
+from alexnet_ddp.config import Config, ConfigError, DDPConfig, OnNan
 from alexnet_ddp.data.effects import apply_effects
 from alexnet_ddp.data.loader import Batch, Loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler, Work
@@ -33,7 +33,8 @@ _SHOWN = 5  # images
 def replay(cfg: Config, overrides: list[str]) -> None:
     """What `cfg.replay` has recorded."""
     record = read_record(Path(cfg.replay))
-    cfg = cli.config_of_run(cfg.run_dir, [*overrides, "trainer.on_nan=skip"])
+    cfg = cli.config_of_run(cfg.run_dir, overrides)
+    cfg = replace(cfg, parallel=DDPConfig(), trainer=replace(cfg.trainer, on_nan=OnNan.skip))  # a world of one
     with distributed.session(cfg.device, cfg.trainer.tf32) as world:
         if world.world_size > 1:
             raise ConfigError(f"replay takes one process, not {world.world_size}; start it without torchrun")

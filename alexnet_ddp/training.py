@@ -73,10 +73,11 @@ class Training:
         if saved:
             load_checkpoint(self.model, saved.pop("model"), f"the checkpoint of {cfg.run.name}")
         self.model.to(world.device, memory_format=torch.channels_last)
+        parallel = self._parallel()
         if cfg.trainer.compile:
             torch.compiler.config.recompile_limit = 64  # a few a size, where images grow; past 8 it would go eager
             self.model.compile()
-        self.parallel_model = build_parallel(self._parallel(), self.model, world)
+        self.parallel_model = build_parallel(parallel, self.model, world)
         self.optimizer = build_optimizer(cfg.optimizer, self.model, self.parallel_model.whole_norms)
         load_state_by_name(self.optimizer, self.model, self.parallel_model.local(saved.pop("optimizer", {})))
         lr = cfg.optimizer.lr_at(cfg.trainer.global_batch_size)
@@ -132,7 +133,11 @@ class Training:
         cfg, world = self._cfg, self._world
         if not isinstance(cfg.parallel, AutoParallelConfig):
             return cfg.parallel
-        images = micro_batches(cfg.trainer.global_batch_size, world.world_size, cfg.trainer.micro_batch_size)[0]
+        if cfg.trainer.compile:
+            log.info("parallel=auto takes ddp: trainer.compile=true does not go with a hybrid")
+            return DDPConfig()
+        # All of a step's: a hybrid exchanges activations in each of its passes, ddp its gradients once.
+        images = micro_batches(cfg.trainer.global_batch_size, world.world_size, None)[0]
         gpu = torch.cuda.get_device_name() if world.device.type == "cuda" else None
 
         def choose() -> tuple[int, str]:

@@ -27,10 +27,10 @@ from alexnet_ddp.data.sampler import GlobalBatchSampler
 from alexnet_ddp.data.sets import open_data
 from alexnet_ddp.ema import EMA
 from alexnet_ddp.engine import TrainStep
-from alexnet_ddp.errors import Diverged
+from alexnet_ddp.errors import Diverged, RunError
 from alexnet_ddp.model import build_model
 from alexnet_ddp.model.alexnet import AlexNet
-from alexnet_ddp.model.dropout import key_dropout
+from alexnet_ddp.model.dropout import key_dropout, set_dropout_keys
 from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name
 from alexnet_ddp.parallel import build_parallel
 from alexnet_ddp.parallel.layers import find_layers
@@ -173,14 +173,82 @@ def test_the_classifier_is_found_and_a_network_without_one_is_refused():
 
 
 def refused_on_three_ranks():
-    with distributed.session(Device.cpu) as world, pytest.raises(ConfigError) as refused:
-        build_parallel(HybridConfig(group_size=2), small_alexnet(), world)
-    return str(refused.value)
+    chain = nn.Sequential(nn.Linear(9, 2), nn.ReLU(), nn.Linear(2, 9))
+    with distributed.session(Device.cpu) as world:
+        with pytest.raises(RunError) as indivisible:
+            build_parallel(HybridConfig(group_size=2), small_alexnet(), world)
+        with pytest.raises(RunError) as narrow:
+            build_parallel(HybridConfig(split=["0", "2"]), chain, world)
+    assert indivisible.value.exit_code == narrow.value.exit_code == 64
+    return str(indivisible.value), str(narrow.value)
 
 
-def test_a_group_size_that_does_not_divide_the_ranks_is_refused():
-    for line in run_ranks(refused_on_three_ranks, 3):
-        assert line == "parallel.group_size (2) must divide the number of processes (3); nearest: 1"
+def test_a_group_size_that_does_not_suit_is_refused_on_all_ranks():
+    for indivisible, narrow in run_ranks(refused_on_three_ranks, 3):
+        assert indivisible == "parallel.group_size (2) must divide the number of processes (3); nearest: 1"
+        rule = "must be at most 2, the fewest units of a split layer, for each rank to have one"
+        assert narrow == f"parallel.group_size (3) {rule}; use a divisor of 3, or parallel=ddp"
+
+
+def dropout_behind_the_split_layers():
+    """VGG's classifier has one: with two layers split it sees this rank's images alone."""
+    with distributed.session(Device.cpu) as world:
+        torch.manual_seed(0)
+        hidden = [nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU()]
+        model = nn.Sequential(*hidden, nn.Dropout(0.5), nn.Linear(7, 3))
+        key_dropout(model)
+        wrapped = build_parallel(HybridConfig(split=["0", "2"]), model, world)
+        mine = slice(0, 3) if world.rank == 0 else slice(3, 5)
+        set_dropout_keys(model, 0, 0, torch.arange(5, dtype=torch.int32)[mine])
+        return wrapped(torch.rand(5, 9)[mine], 3).shape
+
+
+def test_a_dropout_behind_the_split_layers_sees_the_images_of_its_rank():
+    assert run_ranks(dropout_behind_the_split_layers, 2) == [(3, 3), (2, 3)]
+
+
+def halves_on_a_rank():
+    """Rank 1 has no image in this pass."""
+    with distributed.session(Device.cpu) as world:
+        model, blank = small_alexnet(), torch.zeros(1, 3, 64, 64)
+        wrapped = build_parallel(HybridConfig(), model, world)
+        with torch.autocast("cpu", torch.bfloat16):
+            wrapped.settle_buckets(blank)
+            if world.rank == 0:
+                set_dropout_keys(model, 0, 0, torch.arange(1, dtype=torch.int32))
+                loss = wrapped(torch.ones(1, 3, 64, 64), 1).float().sum()
+            else:
+                loss = wrapped.nothing_to_learn(blank, 1)
+        loss.backward()
+        wrapped.finish_backward()
+        return {p.grad.dtype for p in model.parameters()}, float(loss.detach())
+
+
+def test_under_autocast_a_rank_without_images_exchanges_what_the_others_do():
+    (dtypes, loss), (others, nothing) = run_ranks(halves_on_a_rank, 2)
+    assert dtypes | others == {torch.float32}
+    assert np.isfinite(loss)
+    assert nothing == 0
+
+
+def infinity_on_rank_1():
+    with distributed.session(Device.cpu) as world:
+        model = small_alexnet()
+        wrapped = build_parallel(HybridConfig(), model, world).eval()
+        optimizer, scaler = build_optimizer(SGD, model), torch.amp.GradScaler("cpu")
+        before = [p.detach().clone() for p in model.parameters()]
+        scaler.scale(wrapped(torch.ones(1, 3, 64, 64), 1).sum()).backward()
+        if world.rank == 1:
+            model.classifier[1].weight.grad[0, 0] = float("inf")
+        scaler.unscale_(optimizer)
+        wrapped.agree_on_infinities(scaler, optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        return scaler.get_scale(), all(torch.equal(p, kept) for p, kept in zip(model.parameters(), before))
+
+
+def test_an_infinity_in_one_part_of_a_gradient_leaves_all_parts_as_they_were():
+    assert run_ranks(infinity_on_rank_1, 2) == [(2.0**15, True)] * 2
 
 
 def test_the_norm_of_a_large_gradient_is_exact():
@@ -265,3 +333,5 @@ def test_of_three_copies_of_a_part_the_odd_one_is_named():
     assert not differences_of_parts(sums, 2).any()
     sums[3, 1] = 9
     assert np.argwhere(differences_of_parts(sums, 2)).tolist() == [[3, 1]]
+    two = differences_of_parts(sums[:4], 2)  # of two that differ, nobody knows which is right
+    assert two[:, 1].tolist() == [0, 1, 0, 2]

@@ -169,6 +169,14 @@ class Config:
         powersgd = isinstance(self.parallel, DDPConfig) and self.parallel.hook is Hook.powersgd
         rule = "remembers the errors of earlier steps, and one that is not finite would stay; use trainer.on_nan=stop"
         require(not powersgd or self.trainer.on_nan is OnNan.stop, f"parallel.hook=powersgd {rule}")
+        rule = "remembers errors of gradients whose scale changes, as fp16's does; use trainer.precision=bf16"
+        require(not powersgd or self.trainer.precision is not Precision.fp16, f"parallel.hook=powersgd {rule}")
+        if isinstance(self.parallel, HybridConfig):
+            narrow = self.parallel.wire_dtype is WireDtype.bf16 and self.trainer.precision is not Precision.fp32
+            rule = f"would be ignored: trainer.precision={self.trainer.precision.value} has no wider activations"
+            require(not narrow, f"parallel.wire_dtype=bf16 {rule}; leave it fp32")
+            rule = "cannot compile what waits for other ranks within a layer; use parallel=ddp, or leave it false"
+            require(not self.trainer.compile, f"trainer.compile=true: parallel=hybrid {rule}")
 
     @property
     def run_dir(self) -> Path:

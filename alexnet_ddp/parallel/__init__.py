@@ -14,14 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-from alexnet_ddp.config import DDPConfig, Hook, HybridConfig, ParallelConfig, WireDtype
-from alexnet_ddp.distributed import World
+from alexnet_ddp.config import DDPConfig, HybridConfig, ParallelConfig, WireDtype
+from alexnet_ddp.distributed import World, from_main
 from alexnet_ddp.errors import ConfigError
 from alexnet_ddp.parallel.group import Group, Part, SplitTensor
-from alexnet_ddp.parallel.hooks import ONE_BUCKET_MB, PowerSGD, register_hook
+from alexnet_ddp.parallel.hooks import PowerSGD, bucket_size, register_hook
 from alexnet_ddp.parallel.layers import find_layers, split_layers
 
 # torch 2.14 renamed the option that copies rank 0's buffers before each forward pass.
@@ -36,14 +35,13 @@ def build_parallel(cfg: ParallelConfig, model: nn.Module, world: World) -> "Para
     """
     match cfg:
         case DDPConfig():
-            bucket_mb = cfg.bucket_mb
-            if cfg.hook is Hook.powersgd and world.device.type == "cpu":
-                bucket_mb = ONE_BUCKET_MB  # with more, its messages cross each other on gloo, and it ends the run
-            wrapped = ParallelModel(model, world, {"bucket_cap_mb": bucket_mb, "static_graph": cfg.static_graph})
-            wrapped.hook = register_hook(wrapped.ddp, cfg)
+            options = {"bucket_cap_mb": bucket_size(cfg, world), "static_graph": cfg.static_graph}
+            wrapped = ParallelModel(model, world, options)
+            wrapped.hook = register_hook(wrapped.ddp, cfg, world)
             return wrapped
         case HybridConfig():
-            names, size = find_layers(model, cfg.split), group_size(cfg, world)
+            names = find_layers(model, cfg.split)
+            size = from_main(lambda: group_size(cfg, model, names, world), world)
             options = {"bucket_cap_mb": cfg.bucket_mb}
             if size == 1:
                 return ParallelModel(model, world, options)
@@ -52,8 +50,8 @@ def build_parallel(cfg: ParallelConfig, model: nn.Module, world: World) -> "Para
     raise TypeError(f"no parallelism for {type(cfg).__name__}")
 
 
-def group_size(cfg: HybridConfig, world: World) -> int:
-    """Ranks that share one set of the split layers. Raises ConfigError."""
+def group_size(cfg: HybridConfig, model: nn.Module, names: list[str], world: World) -> int:
+    """Ranks that share one set of the split layers. Raises ConfigError. Rank 0 decides: nodes may differ."""
     inside_nodes = world.device.type == "cuda" and world.world_size % world.local_world_size == 0
     size = cfg.group_size or (world.local_world_size if inside_nodes else world.world_size)
     if world.world_size % size:
@@ -61,6 +59,11 @@ def group_size(cfg: HybridConfig, world: World) -> int:
         nearest = min(fitting, key=lambda g: abs(g - size))
         rule = f"must divide the number of processes ({world.world_size})"
         raise ConfigError(f"parallel.group_size ({size}) {rule}; nearest: {nearest}")
+    first, *others = (model.get_submodule(name) for name in names)
+    units = min(first.out_features, *(layer.in_features for layer in others))
+    if size > units:
+        rule = f"must be at most {units}, the fewest units of a split layer, for each rank to have one"
+        raise ConfigError(f"parallel.group_size ({size}) {rule}; use a divisor of {world.world_size}, or parallel=ddp")
     return size
 
 
@@ -84,6 +87,7 @@ class ParallelModel(nn.Module):
         self.parts: dict[str, Part] = {}
         self._dropouts: list[nn.Module] = []
         self._split: set[nn.Parameter] = set()
+        self._masks: dict[tuple[bool, ...], Tensor] = {}
         self._pending: list[Callable[[], object]] = []
         if group is not None:
             self._skeleton = copy.deepcopy(model).to("meta")
@@ -108,6 +112,10 @@ class ParallelModel(nn.Module):
         return self.ddp.module
 
     @property
+    def is_split(self) -> bool:
+        return self._group is not None
+
+    @property
     def num_parameters(self) -> int:
         """Of the whole network."""
         parameters = self.model.named_parameters()
@@ -120,10 +128,10 @@ class ParallelModel(nn.Module):
         """
         if self._group is None:
             return self.ddp(images)
-        self._group.slots = slots
+        self._group.count, self._group.slots = len(images), slots
         if self._dropouts:
             self._gather_keys(len(images))
-        return self.ddp(images)[: len(images)]
+        return self.ddp(images)
 
     def nothing_to_learn(self, image: Tensor, slots: int = 1) -> Tensor:
         """A loss whose gradient is zero: what a rank without images contributes. Statistics and dropout stay untouched.
@@ -134,7 +142,7 @@ class ParallelModel(nn.Module):
         for dropout in self._dropouts:
             dropout.train()  # the other ranks' images pass here
             dropout.keys = None
-        loss = self(image, slots).sum() * 0.0
+        loss = self(image, slots).float().sum() * 0.0
         self.ddp.train()
         return loss
 
@@ -161,23 +169,24 @@ class ParallelModel(nn.Module):
             wait()
         self._pending.clear()
 
-    def build_scaler(self, enabled: bool) -> torch.amp.GradScaler:
-        """Of fp16's loss. An infinity in a part of a gradient must be known to the ranks that hold the other parts."""
-        device = self._world.device.type
-        if self._group is None:
-            return torch.amp.GradScaler(device, enabled=enabled)
-        return ShardedGradScaler(device, enabled=enabled, process_group=dist.group.WORLD)
+    def agree_on_infinities(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+        """Collective. After unscale_(): an infinity in a part of a gradient is known to who holds the other parts."""
+        if self._group is not None and scaler.is_enabled():
+            for found in scaler._found_inf_per_device(optimizer).values():
+                dist.all_reduce(found, op=dist.ReduceOp.MAX)
 
     def whole_norms(self, norms: Tensor, parameters: list[nn.Parameter]) -> Tensor:
         """Collective. norms: [..., n], of what this rank holds of n parameters or their gradients -> of all of them."""
-        split = [k for k, p in enumerate(parameters) if p in self._split]
-        if not split:
+        which = tuple(p in self._split for p in parameters)
+        if not any(which):
             return norms
-        squares = norms[..., split].square()
-        dist.all_reduce(squares, group=self._group.members)
-        norms = norms.clone()
-        norms[..., split] = squares.sqrt()
-        return norms
+        if which not in self._masks:  # on the device, once: a step waits for no copy
+            self._masks[which] = torch.tensor(which, device=norms.device)
+        mask = self._masks[which]
+        squares = norms.square() * mask
+        dist.all_reduce(squares)  # over all groups, which have the same: no rank differs from another by a rounding
+        squares /= self._group.world_size // self._group.size
+        return torch.where(mask, squares.sqrt(), norms)
 
     def canonical(self, tensors: dict[str, Tensor]) -> dict[str, Tensor | SplitTensor]:
         """Tensors by name, as "weight's name" or "moment/weight's name", marked where they are parts."""

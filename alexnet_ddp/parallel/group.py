@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from alexnet_ddp.distributed import World
+from alexnet_ddp.distributed import TIMEOUT, World
 
 # torch 2.14 renamed them.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -29,7 +29,8 @@ class Group:
     members: dist.ProcessGroup
     copies: dist.ProcessGroup | None
     wire_dtype: torch.dtype = torch.float32
-    slots: int = 1  # rows that each rank has in the coming forward pass; those beyond its images are zero
+    count: int = 1  # images that this rank has in the coming forward pass
+    slots: int = 1  # rows that each rank has in it; those beyond its images are zero
     waiting: Callable[[], AbstractContextManager] = nullcontext  # around the wait for the members in a forward pass
 
     @classmethod
@@ -38,10 +39,10 @@ class Group:
         num_groups = world.world_size // size
         members = copies = None
         for first in range(0, world.world_size, size):  # every rank must take part in the making of every group
-            made = dist.new_group(list(range(first, first + size)))
+            made = dist.new_group(list(range(first, first + size)), timeout=TIMEOUT)
             members = made if first <= world.rank < first + size else members
         for position in range(size if num_groups > 1 else 0):
-            made = dist.new_group(list(range(position, world.world_size, size)))
+            made = dist.new_group(list(range(position, world.world_size, size)), timeout=TIMEOUT)
             copies = made if world.rank % size == position else copies
         return cls(size, world.rank % size, world.world_size, members, copies, wire_dtype)
 

@@ -51,10 +51,10 @@ class RowLinear(nn.Module):
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
-        """x: [size * slots, units of this rank] -> the same of the next units; or the logits, [slots, outputs]."""
+        """x: [size * slots, units of this rank] -> the same of the next units; or [n, outputs] of its images."""
         x, weight, bias = _cast(x, self.weight, self.bias)
         if self.is_last:
-            logits = _ScatterImages.apply(x, weight, self.group)
+            logits = _ScatterImages.apply(x, weight, self.group)[: self.group.count]
             return logits if bias is None else logits + bias
         out = _ScatterUnits.apply(x, weight, self.outputs)
         return out.clone() if bias is None else out + bias  # not a view: what follows may work in place

@@ -67,8 +67,10 @@ def differences(sums: np.ndarray, size: int) -> np.ndarray:
     the ranks that hold the same part; 0 where all is well.
     """
     copies = sums.reshape(-1, size, sums.shape[1])  # [groups, members, tensors]
-    usual = np.sort(copies, axis=0)[len(copies) // 2]  # what most have lies in the middle
-    return (copies - usual).reshape(sums.shape)
+    usual = np.sort(copies, axis=0)[len(copies) // 2]  # what most have lies in the middle, if most agree
+    nobody = np.arange(1, len(copies) + 1)[:, None, None]  # all differ from each other: nobody is to blame
+    agree = 2 * (copies == usual).sum(axis=0) > len(copies)
+    return np.where(agree, copies - usual, nobody).reshape(sums.shape)
 
 
 def checksum(tensor: Tensor, weights: Tensor) -> Tensor:
