@@ -65,7 +65,7 @@ def main(cfg: DoctorConfig, overrides: list[str]) -> None:
     """Facts, a meeting at the store, measurements by all ranks, a table. Raises ConfigError where something FAILs."""
     mine = look(cfg, to_plain(cfg))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    store = meeting.meet(mine, timedelta(seconds=cfg.join_timeout_s))
+    store = meeting.meet(mine, cfg.join_timeout_s)
     everyone, found = meeting.judge_together(store, mine, world_size, machines.before_joining, cfg.join_timeout_s)
     report = Report(found, [], [], world_size)
     failed = report.failed
@@ -74,7 +74,7 @@ def main(cfg: DoctorConfig, overrides: list[str]) -> None:
         with ExitStack() as stack:
             try:
                 world = stack.enter_context(
-                    distributed.session(cfg.device, cfg.trainer.tf32, store, cfg.join_timeout_s)
+                    distributed.session(cfg.device, cfg.trainer.tf32, store, timedelta(seconds=cfg.join_timeout_s))
                 )
             except RuntimeError as error:
                 raise meeting.cannot_join(mine, error) from error

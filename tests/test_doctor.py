@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -197,7 +198,7 @@ def test_everybody_is_paired_with_everybody_once_and_nobody_twice_at_a_time(coun
 
 def _measure_network() -> tuple[list[Sum], list[Link], dict[int, float]]:
     links.SIZES, links._LINKS_S = (4_000, 64_000), 0.3
-    with session(config("device=cpu").device, timeout_s=30) as world:
+    with session(config("device=cpu").device, timeout=timedelta(seconds=30)) as world:
         return links.time_sums(world), links.time_links(world, [0, 1, 2]), links.time_clocks(world, [0, 1, 2])
 
 
