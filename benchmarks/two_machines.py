@@ -2,7 +2,7 @@
 
     sudo python benchmarks/two_machines.py data.root=DIR [KEY=VALUE ...] [--json FILE] [--repetitions N] [--quick]
 
-Trains experiment=imagenet20 (DIR holds its archives) with batches of 128 three times in turns: one process on one core;
+Trains experiment=imagenet20 (DIR holds its archives) with batches of 256 for 3 epochs, three times in turns: one process on one core;
 two hosts of one core each, joined by a link of 1 Gbit/s, with parallel=hybrid; and the same with parallel=ddp. Seconds
 are those of the whole commands, start and evaluations included. The hosts are network namespaces: root, and iproute2.
 """
@@ -20,7 +20,7 @@ from time import monotonic
 from links import OUR_MALLOC, ROOT, Hosts, why_not
 from measuring import Report, machine
 
-RECIPE = ["experiment=imagenet20", "trainer.global_batch_size=128", "optimizer.lr=1.2e-3", "scheduler.warmup_epochs=1"]
+RECIPE = ["experiment=imagenet20", "trainer.global_batch_size=256", "optimizer.lr=1.7e-3", "trainer.epochs=3"]
 QUIET = ["logger.progress=false", "logger.tensorboard=false", "trainer.log_every_steps=50"]
 ONE, HYBRID, DDP = "one process on one core", "two hosts, parallel=hybrid", "two hosts, parallel=ddp"
 TEAMS = {ONE: (1, "ddp"), HYBRID: (2, "hybrid"), DDP: (2, "ddp")}
