@@ -2,9 +2,10 @@
 
     sudo python benchmarks/two_machines.py data.root=DIR [KEY=VALUE ...] [--json FILE] [--repetitions N] [--quick]
 
-Trains experiment=imagenet20 (DIR holds its archives) with batches of 256 for 3 epochs, three times in turns: one process on one core;
-two hosts of one core each, joined by a link of 1 Gbit/s, with parallel=hybrid; and the same with parallel=ddp. Seconds
-are those of the whole commands, start and evaluations included. The hosts are network namespaces: root, and iproute2.
+Trains experiment=imagenet20 (DIR holds its archives) for 3 epochs with batches of 256, in three ways that take turns:
+one process on one core; two hosts of one core each, joined by a link of 1 Gbit/s, with parallel=hybrid; and the same
+with parallel=ddp. Seconds are those of the whole commands, start and evaluations included. The hosts are network
+namespaces: root, and iproute2.
 """
 
 import argparse
