@@ -11,7 +11,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from picture import INK, OURS, THEIRS
+from picture import INK, OURS, THEIRS, frame
 
 PLAIN, GREY = "plain DDP", "#57606a"
 STYLES = {"unshaped": ":", "1 Gbit/s": "--", "100 Mbit/s": "-"}
@@ -56,13 +56,7 @@ def panel(axis: object, link: str, found: dict[str, list[float]]) -> None:
     for row, (name, value) in enumerate(values.items()):
         ratio = "" if name == PLAIN else f"   {statistics.median(ratios(found, name)):.1f} x"
         axis.text(value + most * 0.008, row, f"{value:.2f} s{ratio}", va="center", fontsize=9.5, color=INK)
-    axis.set_title(f"A step of two ranks at 64 px, {link}", loc="left", fontsize=11, fontweight="bold", color=INK)
-    axis.set_xlim(0, most * 1.25)
-    axis.invert_yaxis()
-    axis.set_xticks([])
-    axis.tick_params(axis="y", length=0, labelcolor=INK)
-    for side in ("top", "right", "bottom"):
-        axis.spines[side].set_visible(False)
+    frame(axis, f"A step of two ranks at 64 px, {link}", most * 1.25)
 
 
 def by_size(axis: object, turns: Turns) -> None:

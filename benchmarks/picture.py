@@ -61,8 +61,13 @@ def panel(axis: object, title: str, found: dict[str, float]) -> None:
     for row, value in enumerate(found.values()):
         ratio = "" if value == first else f"   {value / first:.1f} x"
         axis.text(value + most * 0.008, row, f"{value:,.0f}{ratio}", va="center", fontsize=9.5, color=INK)
-    axis.set_title(f"{title}, images a second", loc="left", fontsize=11, fontweight="bold", color=INK)
-    axis.set_xlim(0, most * 1.16)
+    frame(axis, f"{title}, images a second", most * 1.16)
+
+
+def frame(axis: object, title: str, limit: float) -> None:
+    """Of bars with their figures beside them: a title, and no more."""
+    axis.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+    axis.set_xlim(0, limit)
     axis.invert_yaxis()
     axis.set_xticks([])
     axis.tick_params(axis="y", length=0, labelcolor=INK)

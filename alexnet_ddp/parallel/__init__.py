@@ -6,9 +6,8 @@ over the ranks is the mean over the global batch, however uneven the slices are.
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -157,11 +156,9 @@ class ParallelModel(nn.Module):
         self.finish_backward()
         self.zero_grad(set_to_none=True)
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         """Around the micro-batches of a step but the last: gradients stay this rank's."""
-        with self.ddp.no_sync():
-            yield
+        return self.ddp.no_sync()
 
     def finish_backward(self) -> None:
         """Collective. After the backward pass that synchronises: waits for what DDP does not wait for."""
@@ -222,7 +219,7 @@ class ParallelModel(nn.Module):
         """The copies of this part, in other groups, have seen other images."""
         if self.ddp.require_backward_grad_sync:
             work = dist.all_reduce(parameter.grad, group=self._group.copies, async_op=True)
-            self._pending.append(partial(work.wait))
+            self._pending.append(work.wait)
 
 
 class _Once:
