@@ -164,6 +164,7 @@ def mixed_losses_on_a_rank(num_steps, trainer, root):
         return steps(num_steps, world, AlexNetSmallConfig(), trainer, data, how=EVERYTHING)[0]
 
 
+@pytest.mark.slow
 def test_mixed_and_jittered_batches_have_the_same_losses_at_one_two_and_three_ranks(image_folder):
     whole = TrainerConfig(epochs=1, global_batch_size=51, label_smoothing=0.1)
     micro = TrainerConfig(epochs=1, global_batch_size=51, micro_batch_size=17, label_smoothing=0.1)

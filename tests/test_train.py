@@ -173,6 +173,7 @@ def test_with_every_augmentation_and_averages_a_run_goes_on_in_mid_epoch_with_th
         assert key == "val/loss" or calm == hit
 
 
+@pytest.mark.slow
 def test_where_weights_are_averaged_they_are_what_the_run_and_evaluate_and_predict_show(image_folder, tmp_path):
     overrides = [*SMALL, f"data.root={image_folder}", "trainer.max_steps=4", "run.name=x", "trainer.ema_decay=0.7"]
     done = run("train", *overrides, cwd=tmp_path)
