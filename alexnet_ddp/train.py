@@ -23,6 +23,7 @@ from alexnet_ddp.engine import evaluate
 from alexnet_ddp.errors import Preempted, RunError, leave_start
 from alexnet_ddp.metrics import Pace, train_row
 from alexnet_ddp.replay import replay
+from alexnet_ddp.resilience.beacon import WAITING
 from alexnet_ddp.resilience.deadline import Deadline
 from alexnet_ddp.resilience.guard import Guard
 from alexnet_ddp.resilience.health import Wish
@@ -134,6 +135,8 @@ class Run:
         for bad in verdict.bad_steps(step):
             self.leave_behind(bad)
         self.save_due = verdict.save or self.budget.save_due(self.state.step)
+        if not self.meet(self.looks_at_weights(self.state.step)):  # a stop, or a save by time, waits until the ranks do
+            self.stopping = self.save_due = False
         if verdict.num_images < num_images:
             self._set_aside("train", self.training.train_step.bad)
         if self.state.step == step + 1:  # else back behind the step before: this one was not applied, and comes again
@@ -141,11 +144,21 @@ class Run:
             self.pace.add(num_images, verdict.num_images)
             self.tracker.advance(self.state.step)
 
+    def looks_at_weights(self, step: int) -> bool:
+        """Where a run needs equal ranks by its configuration, whoever interrupts it."""
+        budget = self.budget
+        return self.replicas.due(step) or budget.eval_due(step) or budget.save_due(step) or budget.is_end(step)
+
+    def meet(self, planned: bool) -> bool:
+        """Collective. See Training.meet."""
+        return self.training.meet(planned, partial(self.watchdog.phase, WAITING))
+
     def leave_behind(self, step: int) -> None:
         """Collective. Step `step` was bad and was not applied: end, go on, or go back, as trainer.on_nan says."""
         error = self.guard.bad(step)
         if error is not None:
             self.state.step, self.stopping = step, True
+            self.meet(planned=True)
             self.save()
             raise error
         if self.cfg.trainer.on_nan is OnNan.rollback:

@@ -1,7 +1,7 @@
 """What a training is made of, as it stands at some step: data, order, budget, state, and what was built from them."""
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -12,6 +12,7 @@ from alexnet_ddp import distributed
 from alexnet_ddp.checkpoint.identity import identity
 from alexnet_ddp.checkpoint.store import Checkpoints
 from alexnet_ddp.config import (
+    AUTO,
     AlexNet2012AugmentConfig,
     AutoParallelConfig,
     Config,
@@ -19,7 +20,8 @@ from alexnet_ddp.config import (
     HybridConfig,
     ParallelConfig,
 )
-from alexnet_ddp.costs.choose import auto as choose_parallel
+from alexnet_ddp.costs.choose import choose_guessing, guess
+from alexnet_ddp.costs.network import read_network
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import Batch, build_loader
 from alexnet_ddp.data.sampler import build_sampler, micro_batches
@@ -29,7 +31,8 @@ from alexnet_ddp.ema import EMA
 from alexnet_ddp.engine import TrainStep
 from alexnet_ddp.model import build_model, check_image_size, load_checkpoint
 from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name
-from alexnet_ddp.parallel import SplitTensor, build_parallel
+from alexnet_ddp.parallel import LocalSGD, SplitTensor, build_parallel
+from alexnet_ddp.parallel.layers import find_layers
 from alexnet_ddp.precision import check_precision
 from alexnet_ddp.schedule import Budget, build_lr_schedule
 
@@ -103,8 +106,22 @@ class Training:
         if self.train_step.ema is not None:
             groups["ema"] = self.train_step.ema.tensors()
         if self.parallel_model.hook is not None:
-            groups["hook"] = self.parallel_model.hook.tensors(self._world)
+            groups |= {"hook": found} if (found := self.parallel_model.hook.tensors(self._world)) else {}
         return {stem: self.parallel_model.canonical(tensors) for stem, tensors in groups.items()}
+
+    def meet(self, planned: bool, progress: Callable[[], None]) -> bool:
+        """True where the ranks are equal: always, but under local SGD between two of its meetings.
+
+        planned: they must be. progress: called where a meeting gets on.
+        """
+        hook = self.parallel_model.hook
+        if not isinstance(hook, LocalSGD):
+            return True
+
+        def learnt() -> list[Tensor]:
+            return [t for tensors in self.tensors().values() for t in tensors.values() if t.is_floating_point()]
+
+        return hook.meet(self.state.step, planned, learnt, progress)
 
     @contextmanager
     def as_evaluated(self) -> Iterator[nn.Module]:
@@ -120,6 +137,8 @@ class Training:
         load_state_by_name(self.optimizer, self.model, local["optimizer"])
         if self.train_step.ema is not None:
             self.train_step.ema.load(local.get("ema", {}))
+        if self.parallel_model.hook is not None:
+            self.parallel_model.hook.go_on(step, {})
         self.state.step = step
         self.batches = self._from_here()
         return to
@@ -129,9 +148,10 @@ class Training:
         self.val_loader.close()
 
     def _parallel(self) -> ParallelConfig:
-        """Collective. The user's choice, or the one of the model of costs."""
+        """Collective. The user's choice, or the one of the model of costs where that is left to it."""
         cfg, world = self._cfg, self._world
-        if not isinstance(cfg.parallel, AutoParallelConfig):
+        is_hybrid = isinstance(cfg.parallel, HybridConfig)
+        if not isinstance(cfg.parallel, AutoParallelConfig) and not (is_hybrid and cfg.parallel.group_size == AUTO):
             return cfg.parallel
         if cfg.trainer.compile:
             log.info("parallel=auto takes ddp: trainer.compile=true does not go with a hybrid")
@@ -141,11 +161,16 @@ class Training:
         gpu = torch.cuda.get_device_name() if world.device.type == "cuda" else None
 
         def choose() -> tuple[int, str]:
-            size, local = cfg.data.image_size, world.local_world_size
-            choice = choose_parallel(self.model, size, images, world.world_size, local, gpu)
+            names = find_layers(self.model, cfg.parallel.split) if is_hybrid else None
+            network = read_network(self.model, cfg.data.image_size, names)
+            machines = guess(world.world_size, world.local_world_size, gpu, cfg.trainer.precision)
+            choice = choose_guessing(network, *machines, images, must_split=is_hybrid)
             return choice.strategy.group, choice.reason
 
         group, reason = distributed.from_main(choose, world)
+        if is_hybrid:
+            log.info("parallel.group_size=auto takes %s", reason)
+            return replace(cfg.parallel, group_size=group)
         log.info("parallel=auto takes %s", reason)
         return HybridConfig(group_size=group) if group > 1 else DDPConfig()
 

@@ -21,6 +21,7 @@ MEETING = {  # below the roots, the rooms that bring others together
     "engine": {"data", "ema", "model", "optim", "parallel", "resilience"},
     "training": {"checkpoint", "costs", "data", "ema", "engine", "model", "optim", "parallel", "schedule"},
     "replay": {"cli", "data", "engine", "model", "resilience", "training"},
+    "costs": {"parallel"},  # which layers a hybrid splits
     "cli": set(),
 }
 ONLY_IN = {  # library -> the modules that may know that it exists

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 from torch import nn
 
-from alexnet_ddp.config import AlexNetBNConfig, AlexNetSmallConfig, ConfigError, Precision
-from alexnet_ddp.costs.choose import auto, best, choose, guess, strategies
+from alexnet_ddp.config import AlexNetBNConfig, AlexNetSmallConfig, ConfigError, Precision, TorchvisionConfig
+from alexnet_ddp.costs.choose import best, choose, choose_guessing, guess, strategies
 from alexnet_ddp.costs.machine import (
     CPU_BYTES_PER_S,
     GLOO_LATENCY_US,
@@ -41,7 +40,7 @@ FAST = Link(1e15, 0.0)
 
 def shapes(name: str) -> nn.Module:
     with torch.device("meta"):
-        return torchvision.models.get_model(name)
+        return build_model(TorchvisionConfig(name=name), 1000, 224, 0)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +144,7 @@ def test_rings_that_share_a_nodes_link_share_its_rate():
 
 def two_layers(first: int, second: int) -> Network:
     """1 s forward and 1 s backward each, of one image on a device of one FLOP/s."""
-    layers = [Layer(str(k), n, 1.0, 1.0, 10, 10, False) for k, n in enumerate((first, second))]
+    layers = [Layer(str(k), n, 1.0, 1.0, 10, 10) for k, n in enumerate((first, second))]
     return Network(tuple(layers), (), 0)
 
 
@@ -299,7 +298,7 @@ def test_a_device_is_measured_by_a_short_run():
 
 
 def test_two_nodes_on_ethernet_take_the_hybrid_and_say_why(model):
-    found = auto(model, 64, 32, world_size=2, local_world_size=1)
+    found = choose_guessing(read_network(model, 64), *guess(2, 1, None), 32, must_split=False)
     assert found.strategy == Strategy(group=2)
     assert found.reason.startswith("hybrid g=2: ")
     assert "13.5 MB a rank, ddp: " in found.reason
@@ -308,11 +307,25 @@ def test_two_nodes_on_ethernet_take_the_hybrid_and_say_why(model):
 
 
 def test_ddp_is_taken_where_there_is_nothing_to_send_or_to_split_or_to_win(model, alexnet):
-    assert auto(model, 64, 32, 1, 1).reason == "ddp: a world of one sends nothing"
-    resnet = auto(shapes("resnet18"), 224, 32, 16, 8)
+    assert choose(alexnet, *guess(1, 1, None), 32).reason == "ddp: a world of one sends nothing"
+    resnet = choose(read_network(shapes("resnet18"), 224), *guess(16, 8, None), 32)
     assert resnet.strategy == PLAIN
     assert resnet.reason.startswith("ddp: no linear layers at the end hold half of the parameters")
     assert choose(alexnet, gpu_device("A100", Precision.fp32), guess(8, 8, "A100")[1], 128).strategy == PLAIN
+
+
+def test_where_a_hybrid_is_asked_for_its_fastest_group_is_taken_and_ddp_named_beside_it(alexnet):
+    device, cluster = guess(16, 8, "A100")
+    found = choose(alexnet, device, cluster, 128, must_split=True)
+    hybrids = [s for s in strategies(alexnet, cluster) if s.group > 1]
+    assert found.strategy == min(hybrids, key=lambda s: predict(alexnet, device, cluster, s, 128).seconds)
+    assert ", ddp: " in found.reason
+    assert choose(alexnet, *guess(1, 1, "A100"), 128, must_split=True).strategy == PLAIN
+
+
+def test_the_rate_of_a_gpu_is_that_of_the_precision():
+    full, half = (guess(8, 8, "A100", precision)[0] for precision in (Precision.fp32, Precision.bf16))
+    assert half.flops_per_s == 2 * full.flops_per_s
 
 
 def test_groups_divide_nodes_or_fill_them_and_every_unit_has_a_place(alexnet):

@@ -38,6 +38,7 @@ from alexnet_ddp.resilience.health import Wish
 from alexnet_ddp.resilience.replicas import Replicas
 from alexnet_ddp.resilience.replicas import differences as differences_of_parts
 from tests.ranks import run_ranks
+from tests.test_train import run
 
 SGD = SGDConfig(lr=0.01, momentum=0.9, weight_decay=5e-4)
 IMAGES = SyntheticConfig(image_size=64, num_train=103, num_val=10, num_classes=5)
@@ -188,6 +189,22 @@ def test_a_group_size_that_does_not_suit_is_refused_on_all_ranks():
         assert indivisible == "parallel.group_size (2) must divide the number of processes (3); nearest: 1"
         rule = "must be at most 2, the fewest units of a split layer, for each rank to have one"
         assert narrow == f"parallel.group_size (3) {rule}; use a divisor of 3, or parallel=ddp"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("choice", "taken"),
+    [
+        (["parallel=auto", "model=alexnet"], "parallel=auto takes hybrid g=2: "),
+        (["parallel=auto", "model=torchvision", "model.name=resnet18"], "parallel=auto takes ddp: no linear layers"),
+        (["parallel=hybrid", "parallel.group_size=auto", "model=alexnet"], "parallel.group_size=auto takes hybrid g=2"),
+    ],
+)
+def test_what_the_plan_predicts_is_taken_and_said(choice, taken, tmp_path):
+    sizes = ["data=synthetic", "data.image_size=64", "trainer.global_batch_size=8", "trainer.max_steps=1"]
+    done = run("train", *sizes, *choice, "checkpoint.save_every_steps=null", ranks=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert taken in done.stdout
 
 
 def dropout_behind_the_split_layers():

@@ -56,6 +56,7 @@ from alexnet_ddp.config.recipe import (
     TorchvisionConfig,
 )
 from alexnet_ddp.config.run import (
+    AUTO,
     AutoParallelConfig,
     CheckpointConfig,
     DDPConfig,
@@ -75,6 +76,7 @@ from alexnet_ddp.config.run import (
 from alexnet_ddp.errors import ConfigError
 
 __all__ = [
+    "AUTO",
     "Action",
     "AdamWConfig",
     "AlexNet2012AugmentConfig",

@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from alexnet_ddp.config.checks import MISSING, positive, require
+
+AUTO = "auto"  # where a number may stand, and the program finds it
 
 
 class Device(StrEnum):
@@ -56,6 +59,7 @@ class Hook(StrEnum):
     fp16 = "fp16"  # rounded to 16 bits before they are added: half of the bytes
     bf16 = "bf16"
     powersgd = "powersgd"  # a product of two thin matrices in place of each matrix: few bytes, other mathematics
+    post_local_sgd = "post_local_sgd"  # ranks learn alone, or by nodes, and become their mean every few steps
 
 
 @dataclass(kw_only=True)
@@ -76,13 +80,22 @@ class DDPConfig(ParallelConfig):
     hook: Hook = Hook.none
     powersgd_rank: int | None = None  # columns of the thin matrices; null: 4
     powersgd_start_step: int | None = None  # before it whole gradients are sent; null: 100
+    local_sgd_period: int | None = None  # steps from one mean of all ranks to the next; null: 8
+    local_sgd_start_step: int | None = None  # before it all ranks learn together; null: 100
+    local_sgd_group: int | None = None  # ranks that go on together; null: those of a node, each alone on one node
     static_graph: bool = False  # all steps use the same parameters: DDP may then search less
 
     def __post_init__(self) -> None:
-        for name in ("powersgd_rank", "powersgd_start_step"):
-            idle = getattr(self, name) is not None and self.hook is not Hook.powersgd
-            require(not idle, f"parallel.{name} would be ignored with parallel.hook={self.hook.value}; leave it null")
-        positive("parallel", self, "bucket_mb", "powersgd_rank")
+        of_powersgd = ("powersgd_rank", "powersgd_start_step")
+        of_local_sgd = ("local_sgd_period", "local_sgd_start_step", "local_sgd_group")
+        for hook, names in ((Hook.powersgd, of_powersgd), (Hook.post_local_sgd, of_local_sgd)):
+            for name in names:
+                idle = getattr(self, name) is not None and self.hook is not hook
+                rule = f"would be ignored with parallel.hook={self.hook.value}; leave it null"
+                require(not idle, f"parallel.{name} {rule}")
+        positive("parallel", self, "bucket_mb", "powersgd_rank", "local_sgd_period", "local_sgd_group")
+        start = self.local_sgd_start_step
+        require(start is None or start >= 0, f"parallel.local_sgd_start_step ({start}) must not be negative")
         start = self.powersgd_start_step
         rule = "must be at least 2: DDP lays out its buckets anew behind the first step"
         require(start is None or start >= 2, f"parallel.powersgd_start_step ({start}) {rule}")
@@ -93,12 +106,17 @@ class HybridConfig(ParallelConfig):
     """DDP, but large linear layers are split over a group of ranks: activations travel in place of their gradients."""
 
     bucket_mb: float | None = 2.0  # MiB: a convolution's gradient leaves while the next one's is computed
-    group_size: int | None = None  # ranks that share one set of the split layers; null: a node's GPUs, or all CPU ranks
+    # Ranks that share one set of the split layers. null: a node's GPUs, or all CPU ranks; auto: what plan predicts best
+    group_size: Any = None
     split: list[str] | None = None  # names of the layers, such as [classifier.1, classifier.4]; null: by their size
     wire_dtype: WireDtype = WireDtype.fp32  # of the activations on the way between the ranks
 
     def __post_init__(self) -> None:
-        positive("parallel", self, "bucket_mb", "group_size")
+        size = self.group_size
+        is_number = isinstance(size, int) and not isinstance(size, bool) and size > 0
+        rule = "must be a number of ranks greater than 0, auto, or null"
+        require(size in (None, AUTO) or is_number, f"parallel.group_size ({size}) {rule}")
+        positive("parallel", self, "bucket_mb")
 
 
 @dataclass(kw_only=True)

@@ -3,11 +3,9 @@
 import os
 from dataclasses import dataclass
 
-from torch import nn
-
 from alexnet_ddp.config import Precision
 from alexnet_ddp.costs.machine import Cluster, Device, cpu_device, find_gpu, gloo_links, gpu_device, nccl_links
-from alexnet_ddp.costs.network import Network, read_network
+from alexnet_ddp.costs.network import Network
 from alexnet_ddp.costs.step import Step, Strategy, predict
 
 CLEARLY = 1.05  # times faster than ddp, before another strategy is worth its words
@@ -40,16 +38,18 @@ def best(steps: list[Step], device: Device) -> Step | None:
     return plain if plain.strategy.group == 1 and plain.seconds < CLEARLY * fastest.seconds else fastest
 
 
-def choose(network: Network, device: Device, cluster: Cluster, images: int) -> Choice:
-    """For steps of `images` images a rank."""
+def choose(network: Network, device: Device, cluster: Cluster, images: int, must_split: bool = False) -> Choice:
+    """For steps of `images` images a rank. must_split: among hybrids alone, if the ranks are more than one."""
     if not network.split:
         rule = "no linear layers at the end hold half of the parameters, so there is nothing that pays to split"
         return Choice(Strategy(), f"ddp: {rule}")
     if cluster.world_size == 1:
         return Choice(Strategy(), "ddp: a world of one sends nothing")
     steps = [predict(network, device, cluster, strategy, images) for strategy in strategies(network, cluster)]
-    found, plain = best(steps, device) or steps[0], steps[0]
-    other = min(steps[2:] if found is plain else [plain], key=lambda s: s.seconds, default=plain)
+    plain, hybrids = steps[0], steps[2:]
+    candidates = hybrids if must_split and hybrids else steps
+    found = best(candidates, device) or candidates[0]
+    other = min(hybrids if found is plain else [plain], key=lambda s: s.seconds, default=plain)
     why = "; not clearly faster" if found is plain and other.seconds < plain.seconds else ""
     return Choice(found.strategy, f"{_in_words(found)}, {_in_words(other)}{why} (predicted, {images} images a rank)")
 
@@ -58,25 +58,26 @@ def _in_words(step: Step) -> str:
     return f"{step.strategy.name}: {step.seconds * 1e3:,.0f} ms a step with {step.bytes_sent / 1e6:,.1f} MB a rank"
 
 
-def guess(world_size: int, local_world_size: int, gpu_name: str | None) -> tuple[Device, Cluster]:
+def guess(
+    world_size: int, local_world_size: int, gpu_name: str | None, precision: Precision = Precision.fp32
+) -> tuple[Device, Cluster]:
     """What these ranks probably run on, without measuring. gpu_name: as CUDA says it; None: CPUs under gloo."""
     each = local_world_size if world_size % local_world_size == 0 else 1
     if gpu_name is None:
         cores = max(1, len(os.sched_getaffinity(0)) // local_world_size)
         return cpu_device(cores), Cluster(world_size // each, each, *gloo_links(GUESSED_GBIT["cpu"]), trees=False)
     known = find_gpu(gpu_name)
-    device = gpu_device(gpu_name if known else "A100", Precision.fp32)
+    device = gpu_device(gpu_name if known else "A100", precision)
     links = nccl_links(known.link_gb_per_s if known else 16, GUESSED_GBIT["cuda"])
     return device, Cluster(world_size // each, each, *links)
 
 
-def auto(
-    model: nn.Module, image_size: int, images: int, world_size: int, local_world_size: int, gpu_name: str | None = None
-) -> Choice:
-    """What parallel=auto takes, and why. It looks at this node: let rank 0 decide, and broadcast what it says."""
-    device, cluster = guess(world_size, local_world_size, gpu_name)
-    found = choose(read_network(model, image_size), device, cluster, images)
+def choose_guessing(network: Network, device: Device, cluster: Cluster, images: int, must_split: bool) -> Choice:
+    """What parallel=auto and parallel.group_size=auto take, and why, on what guess() has found. It looked at this node:
+    let rank 0 decide, and broadcast what it says.
+    """
+    found = choose(network, device, cluster, images, must_split)
     if cluster.nodes == 1:
         return found
-    gbit = GUESSED_GBIT["cpu" if gpu_name is None else "cuda"]
+    gbit = GUESSED_GBIT["cuda" if cluster.trees else "cpu"]
     return Choice(found.strategy, f"{found.reason}; guessed {gbit:g} Gbit/s between nodes")

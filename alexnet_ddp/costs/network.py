@@ -4,11 +4,12 @@ Read off shapes on the meta device: nothing is computed, whatever the size.
 """
 
 from dataclasses import dataclass
-from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from alexnet_ddp.parallel.layers import worth_splitting
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,6 @@ class Layer:
     backward_flops: float  # twice the forward; once for the first layer, whose input needs no gradient
     inputs: int  # floats an image
     outputs: int
-    is_linear: bool
 
 
 @dataclass(frozen=True)
@@ -93,20 +93,14 @@ def read_network(model: nn.Module, image_size: int, split: list[str] | None = No
         flops = counts.get(name, 0) if leaf else 0
         own = sum(p.numel() for p in module.parameters(recurse=False))
         backward = 2 * flops if layers else flops
-        layers.append(Layer(name, own, flops, backward, inputs, outputs, isinstance(module, nn.Linear)))
+        layers.append(Layer(name, own, flops, backward, inputs, outputs))
     rest = sum(p.numel() for p in model.parameters()) - sum(layer.parameters for layer in layers)
     flops = counter.get_total_flops() - sum(layer.flops for layer in layers)
     if rest or flops:  # what no module's own forward pass tells, such as attention: as if ready last
-        layers.insert(0, Layer("others", rest, flops, 2 * flops, 0, 0, False))
-    chosen = worth_splitting(layers) if split is None else [layer for layer in layers if layer.name in split]
-    return Network(tuple(layers), tuple(chosen), saved.floats - sum(t.numel() for t in meta.values() if saved.has(t)))
-
-
-def worth_splitting(layers: list[Layer]) -> list[Layer]:
-    """The linear layers at the end, if they are two or more and hold half of the parameters; else none."""
-    end = list(takewhile(lambda layer: layer.is_linear, reversed(layers)))[::-1]
-    is_worth = len(end) >= 2 and 2 * sum(p.parameters for p in end) >= sum(p.parameters for p in layers)
-    return end if is_worth else []
+        layers.insert(0, Layer("others", rest, flops, 2 * flops, 0, 0))
+    names = worth_splitting(model) if split is None else split
+    chosen = tuple(layer for layer in layers if layer.name in names)
+    return Network(tuple(layers), chosen, saved.floats - sum(t.numel() for t in meta.values() if saved.has(t)))
 
 
 class _Saved:

@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from alexnet_ddp.config import DDPConfig, HybridConfig, ParallelConfig, WireDtype
 from alexnet_ddp.distributed import World, from_main
 from alexnet_ddp.errors import ConfigError
-from alexnet_ddp.parallel.group import Group, Part, SplitTensor
-from alexnet_ddp.parallel.hooks import PowerSGD, bucket_size, register_hook
+from alexnet_ddp.parallel.group import Group, Part, SplitTensor, require_divisor
+from alexnet_ddp.parallel.hooks import LocalSGD, PowerSGD, bucket_size, register_hook
 from alexnet_ddp.parallel.layers import find_layers, split_layers
 
 # torch 2.14 renamed the option that copies rank 0's buffers before each forward pass.
@@ -53,11 +53,7 @@ def group_size(cfg: HybridConfig, model: nn.Module, names: list[str], world: Wor
     """Ranks that share one set of the split layers. Raises ConfigError. Rank 0 decides: nodes may differ."""
     inside_nodes = world.device.type == "cuda" and world.world_size % world.local_world_size == 0
     size = cfg.group_size or (world.local_world_size if inside_nodes else world.world_size)
-    if world.world_size % size:
-        fitting = [g for g in range(1, world.world_size + 1) if world.world_size % g == 0]
-        nearest = min(fitting, key=lambda g: abs(g - size))
-        rule = f"must divide the number of processes ({world.world_size})"
-        raise ConfigError(f"parallel.group_size ({size}) {rule}; nearest: {nearest}")
+    require_divisor("parallel.group_size", size, world)
     first, *others = (model.get_submodule(name) for name in names)
     units = min(first.out_features, *(layer.in_features for layer in others))
     if size > units:
@@ -96,7 +92,7 @@ class ParallelModel(nn.Module):
             for parameter in self._split if group.copies else ():
                 parameter.register_post_accumulate_grad_hook(self._add_up)
         ids = [world.device.index] if world.device.type == "cuda" else None
-        self.hook: PowerSGD | None = None
+        self.hook: PowerSGD | LocalSGD | None = None
         options = {_SYNC_BUFFERS: False, "gradient_as_bucket_view": True, **options}
         self.ddp = DistributedDataParallel(model, ids, **options)
 
@@ -167,13 +163,22 @@ class ParallelModel(nn.Module):
         self._pending.clear()
 
     def agree_on_infinities(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
-        """Collective. After unscale_(): an infinity in a part of a gradient is known to who holds the other parts."""
-        if self._group is not None and scaler.is_enabled():
+        """Collective. After unscale_(): an infinity in a part of a gradient is known to who holds the other parts, and
+        under local SGD one in a rank's own gradient to all.
+        """
+        if (self._group is not None or self._is_apart) and scaler.is_enabled():
             for found in scaler._found_inf_per_device(optimizer).values():
                 dist.all_reduce(found, op=dist.ReduceOp.MAX)
 
     def whole_norms(self, norms: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-        """Collective. norms: [..., n], of what this rank holds of n parameters or their gradients -> of all of them."""
+        """Collective. norms: [..., n], of what this rank holds of n parameters or their gradients -> of all of them.
+
+        Under local SGD, the root mean square over the ranks: no rank decides by its own gradient alone.
+        """
+        if self._is_apart:
+            squares = norms.square()
+            dist.all_reduce(squares)
+            return (squares / self._world.world_size).sqrt()
         which = tuple(p in self._split for p in parameters)
         if not any(which):
             return norms
@@ -202,6 +207,10 @@ class ParallelModel(nn.Module):
         model = copy.deepcopy(self._skeleton)
         model.load_state_dict(state, assign=True)
         return model
+
+    @property
+    def _is_apart(self) -> bool:
+        return isinstance(self.hook, LocalSGD) and self.hook.is_apart
 
     def _part(self, name: str, tensor: Tensor) -> Part | None:
         return self.parts.get(name.rpartition("/")[2]) if tensor.dim() else None  # AdamW's count of steps is a scalar

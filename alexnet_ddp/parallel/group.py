@@ -10,10 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_ddp.distributed import TIMEOUT, World
+from alexnet_ddp.errors import ConfigError
 
 # torch 2.14 renamed them.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+def require_divisor(knob: str, size: int, world: World) -> None:
+    """Raises ConfigError where the ranks cannot form groups of `size`."""
+    if world.world_size % size:
+        fitting = [g for g in range(1, world.world_size + 1) if world.world_size % g == 0]
+        nearest = min(fitting, key=lambda g: abs(g - size))
+        raise ConfigError(
+            f"{knob} ({size}) must divide the number of processes ({world.world_size}); nearest: {nearest}"
+        )
 
 
 @dataclass

@@ -1,15 +1,19 @@
 """What becomes of the gradients on their way between the ranks: DDP's communication hooks, by name."""
 
 import logging
+from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from alexnet_ddp.config import ConfigError, DDPConfig, Hook
-from alexnet_ddp.distributed import World, average
+from alexnet_ddp.distributed import World, average, from_main
+from alexnet_ddp.parallel.group import require_divisor
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +30,8 @@ def bucket_size(cfg: DDPConfig, world: World) -> float | None:
     return _ONE_BUCKET_MB  # with more, its messages cross each other, and gloo ends the run
 
 
-def register_hook(ddp: DistributedDataParallel, cfg: DDPConfig, world: World) -> "PowerSGD | None":
-    """fp16, bf16: gradients are rounded, summed in 16 bits, and widened again: half of the bytes."""
+def register_hook(ddp: DistributedDataParallel, cfg: DDPConfig, world: World) -> "PowerSGD | LocalSGD | None":
+    """Collective. fp16, bf16: gradients are rounded, summed in 16 bits, and widened again: half of the bytes."""
     match cfg.hook:
         case Hook.none:
             return None
@@ -37,6 +41,8 @@ def register_hook(ddp: DistributedDataParallel, cfg: DDPConfig, world: World) ->
             ddp.register_comm_hook(None, default_hooks.bf16_compress_hook)
         case Hook.powersgd:
             return PowerSGD(ddp, cfg, world)
+        case Hook.post_local_sgd if world.world_size > 1:
+            return LocalSGD(ddp, cfg, world)
     return None
 
 
@@ -79,3 +85,57 @@ class PowerSGD:
         for name, tensor in tensors.items():
             kind, key = name.split(".")
             places[kind][int(key)] = tensor.clone()
+
+
+class LocalSGD:
+    """Lin, Stich, Patel, Jaggi 2020: from a step on, a rank learns from the images of its own group alone, and every
+    `period` steps the ranks meet: what they have learnt becomes its mean over all of them.
+
+    The optimizer's moments are averaged with the weights (Yu, Jin, Yang 2019): behind a meeting the ranks are equal,
+    and can be saved, evaluated and compared as under plain DDP. With a period of 1 it is the mathematics of plain DDP
+    for SGD, whose update is linear in the gradient.
+    """
+
+    def __init__(self, ddp: DistributedDataParallel, cfg: DDPConfig, world: World) -> None:
+        self._world, self._period = world, cfg.local_sgd_period or 8
+        self._start = 100 if cfg.local_sgd_start_step is None else cfg.local_sgd_start_step
+        size = from_main(lambda: _local_group(cfg, world), world)
+        self._state = PostLocalSGDState(None, dist.new_subgroups(size)[0], self._start)
+        ddp.register_comm_hook(self._state, post_localSGD_hook)
+        self._met = 0
+
+    @property
+    def is_apart(self) -> bool:
+        """True from the step on at which the ranks' gradients may differ."""
+        return self._state.iter >= self._start
+
+    def tensors(self, world: World) -> dict[str, Tensor]:
+        """Nothing to remember behind a meeting."""
+        return {}
+
+    def go_on(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """`step` steps are done, and the ranks are equal."""
+        self._state.iter = self._met = step
+
+    def meet(self, step: int, planned: bool, tensors: Callable[[], list[Tensor]], progress: Callable[[], None]) -> bool:
+        """Collective. After `step` steps: make `tensors` equal, where it is time or planned. True if they are equal."""
+        if step <= self._start or step <= self._met:
+            return True
+        if step % self._period and not planned:
+            return False
+        for tensor in tensors():  # one by one: no copy of all, and a slow link is seen to move
+            progress()
+            average([tensor], self._world)
+        self._met = step
+        return True
+
+
+def _local_group(cfg: DDPConfig, world: World) -> int:
+    """Ranks that learn together between two meetings. Raises ConfigError. Rank 0 decides: nodes may differ."""
+    several_nodes = world.local_world_size < world.world_size and world.world_size % world.local_world_size == 0
+    size = cfg.local_sgd_group or (world.local_world_size if several_nodes else 1)
+    require_divisor("parallel.local_sgd_group", size, world)
+    rule = f"is all of the {world.world_size} processes, which then never learn apart; use less, or parallel.hook=none"
+    if size == world.world_size:
+        raise ConfigError(f"parallel.local_sgd_group ({size}) {rule}")
+    return size

@@ -14,25 +14,43 @@ _ELEMENTWISE = {"ReLU", "ReLU6", "LeakyReLU", "GELU", "SiLU", "Tanh", "Hardswish
 def find_layers(model: nn.Module, names: list[str] | None) -> list[str]:
     """Names of the linear layers to split, in their order: two or more that follow each other in one nn.Sequential.
 
-    names: the user's choice; None: all linear layers of the last nn.Sequential that has at least two, if they hold at
-    least half of the network's parameters. Raises ConfigError.
+    names: the user's choice; None: worth_splitting(). Raises ConfigError.
     """
-    chains = [chain for name, m in model.named_modules() if isinstance(m, nn.Sequential) for chain in _chains(name, m)]
+    chains = _all_chains(model)
     if names is not None:
         if not any(names == chain[k : k + len(names)] for chain in chains for k in range(len(chain))) or len(names) < 2:
             known = "; ".join(", ".join(chain) for chain in chains) or "none in this network"
             rule = "must be two or more linear layers that follow each other, with nothing but activations between them"
             raise ConfigError(f"parallel.split ({', '.join(names)}) {rule}; these do: {known}")
         return names
-    largest = max((p.numel() for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters()), default=0)
-    total = sum(p.numel() for p in model.parameters())
-    held = sum(p.numel() for name in (chains[-1] if chains else []) for p in model.get_submodule(name).parameters())
-    if held < _SHARE * total:
-        what = f"{held / 1e6:.1f} M" if chains else f"no chain of linear layers, the largest has {largest / 1e6:.1f} M"
-        rule = f"pays where linear layers that follow each other hold at least half of the parameters; here: {what}"
+    found = worth_splitting(model)
+    if not found:
+        linear = [p.numel() for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters()]
+        here = f"no chain of linear layers, the largest has {max(linear, default=0) / 1e6:.1f} M"
+        if chains:
+            here = f"{_count(model, chains[-1]) / 1e6:.1f} M"
+        rule = f"pays where linear layers that follow each other hold at least half of the parameters; here: {here}"
         why = "of which the gradients cost less than gathering activations would"
+        total = sum(p.numel() for p in model.parameters())
         raise ConfigError(f"parallel=hybrid {rule} of {total / 1e6:.1f} M, {why}; use parallel=ddp")
-    return chains[-1]
+    return found
+
+
+def worth_splitting(model: nn.Module) -> list[str]:
+    """All linear layers of the last nn.Sequential that has at least two, one behind the other, if they hold at least
+    half of the network's parameters; else none.
+    """
+    chains = _all_chains(model)
+    total = sum(p.numel() for p in model.parameters())
+    return chains[-1] if chains and _count(model, chains[-1]) >= _SHARE * total else []
+
+
+def _count(model: nn.Module, names: list[str]) -> int:
+    return sum(p.numel() for name in names for p in model.get_submodule(name).parameters())
+
+
+def _all_chains(model: nn.Module) -> list[list[str]]:
+    return [chain for name, m in model.named_modules() if isinstance(m, nn.Sequential) for chain in _chains(name, m)]
 
 
 def _chains(prefix: str, sequential: nn.Sequential) -> list[list[str]]:

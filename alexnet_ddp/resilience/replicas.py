@@ -29,12 +29,15 @@ class Replicas:
         positions = torch.arange(_PIECE_ON_GPU if on_gpu else _PIECE, dtype=torch.int32, device=world.device)
         self._weights = rng.mix(positions) | 1
 
+    def due(self, step: int) -> bool:
+        return self._every is not None and step % self._every == 0
+
     def check(self, step: int, tensors: Callable[[], dict[str, dict[str, Tensor]]]) -> None:
         """Collective. Where a comparison is due after `step` steps, as it is before the first one, raises Diverged on
         all ranks if the tensors differ, and names which and where.
         """
-        every, first = self._every, self._equal_at is None
-        if every is None or self._world.world_size == 1 or (step % every and not first) or step == self._equal_at:
+        is_due = self.due(step) or (self._every is not None and self._equal_at is None)
+        if not is_due or self._world.world_size == 1 or step == self._equal_at:
             return
         groups = tensors().items()  # averages have the names of the weights
         self._compare(step, {("ema/" if stem == "ema" else "") + n: t for stem, ts in groups for n, t in ts.items()})

@@ -1,0 +1,199 @@
+"""parallel.hook=post_local_sgd: plain DDP where it promises that, and torch's SGD on each rank's images where not."""
+
+import dataclasses
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from alexnet_ddp import distributed
+from alexnet_ddp.config import ConfigError, DDPConfig, Device, Hook, NoAugmentConfig, TrainerConfig
+from alexnet_ddp.data.augment import build_augment
+from alexnet_ddp.data.effects import apply_effects
+from alexnet_ddp.data.loader import build_loader
+from alexnet_ddp.data.sampler import GlobalBatchSampler
+from alexnet_ddp.data.sets import open_data
+from alexnet_ddp.engine import TrainStep
+from alexnet_ddp.errors import RunError
+from alexnet_ddp.model.dropout import set_dropout_keys
+from alexnet_ddp.optim import build_optimizer, state_by_name
+from alexnet_ddp.parallel import build_parallel
+from alexnet_ddp.resilience.health import Wish
+from tests.ranks import run_ranks
+from tests.test_parallel import IMAGES, SGD, small_alexnet
+from tests.test_train import SMALL, rows, run, sha_of_newest, start_and_hit, undisturbed  # noqa: F401
+
+TRAINER = TrainerConfig(epochs=4, global_batch_size=17)
+
+
+def local(period: int, start: int = 0, group: int | None = None) -> DDPConfig:
+    names = {"local_sgd_period": period, "local_sgd_start_step": start, "local_sgd_group": group}
+    return DDPConfig(hook=Hook.post_local_sgd, **names)
+
+
+def batches_of(rank: int, world_size: int, num_steps: int):
+    """A rank's batches, and the images of the global batch, step by step."""
+    data = open_data(IMAGES).train
+    sampler = GlobalBatchSampler(len(data), TRAINER.global_batch_size, seed=0)
+    loader = build_loader(IMAGES, data, build_augment(NoAugmentConfig(), 0, 64, 73), 1, torch.device("cpu"))
+    batches = loader.batches(sampler.work(range(num_steps), rank, world_size, None))
+    for step in range(num_steps):
+        yield next(batches), len(sampler.batch(step))
+    loader.close()
+
+
+def trained(cfg: DDPConfig, num_steps: int) -> tuple[list[bool], dict[str, np.ndarray]]:
+    """After which steps the ranks were equal; this rank's weights and moments after the last one."""
+    with distributed.session(Device.cpu) as world:
+        torch.set_num_threads(1)
+        model = small_alexnet()
+        wrapped = build_parallel(cfg, model, world)
+        optimizer = build_optimizer(SGD, model)
+        step = TrainStep(wrapped, optimizer, TRAINER, 0, world, 64)
+
+        def learnt():
+            return model.state_dict() | state_by_name(optimizer, model)
+
+        met = []
+        if wrapped.hook is not None:
+            wrapped.hook.go_on(0, {})
+        for k, (batch, num_images) in enumerate(batches_of(world.rank, world.world_size, num_steps)):
+            step(iter([batch]), k, SGD.lr, num_images, Wish())
+            if wrapped.hook is not None:
+                met.append(wrapped.hook.meet(k + 1, False, lambda: list(learnt().values()), lambda: None))
+        return met, {name: t.numpy().copy() for name, t in learnt().items()}
+
+
+def apart(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+    """The largest |a - b| / |a| of a tensor."""
+    return max(np.linalg.norm(one[n] - other[n]) / np.linalg.norm(one[n]) for n in one)
+
+
+def simulated(num_ranks: int, period: int, start: int, num_steps: int) -> list[dict[str, np.ndarray]]:
+    """In one process, with torch's SGD: each rank's weights, which become their mean."""
+    torch.set_num_threads(1)
+    models = [small_alexnet() for _ in range(num_ranks)]
+    optimizers = [torch.optim.SGD(m.parameters(), SGD.lr, SGD.momentum, weight_decay=SGD.weight_decay) for m in models]
+    work = [batches_of(rank, num_ranks, num_steps) for rank in range(num_ranks)]
+    for step in range(num_steps):
+        for model, batches in zip(models, work):
+            batch, num_images = next(batches)
+            set_dropout_keys(model, 0, step, batch.indices)
+            model.zero_grad()
+            if len(batch.labels):
+                logits = model(apply_effects(batch.images, batch.effects))
+                (F.cross_entropy(logits, batch.labels, reduction="sum") * num_ranks / num_images).backward()
+            else:
+                for p in model.parameters():
+                    p.grad = torch.zeros_like(p)
+        if step < start:
+            average([[p.grad for p in m.parameters()] for m in models])
+        for optimizer in optimizers:
+            optimizer.step()
+        if step + 1 <= start or (step + 1) % period == 0:
+            average([[p.data for p in m.parameters()] for m in models])
+            average([[o.state[p]["momentum_buffer"] for p in m.parameters()] for m, o in zip(models, optimizers)])
+    found = []
+    for model, optimizer in zip(models, optimizers):
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        moments = {f"momentum_buffer/{n}": optimizer.state[p]["momentum_buffer"] for n, p in model.named_parameters()}
+        found.append({name: t.numpy() for name, t in (weights | moments).items()})
+    return found
+
+
+def average(tensors: list[list[torch.Tensor]]) -> None:
+    for copies in zip(*tensors):
+        mean = torch.stack(copies).mean(0)
+        for copy in copies:
+            copy.copy_(mean)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_with_a_mean_at_every_step_it_is_plain_ddp(ranks):
+    ((_, expected),) = run_ranks(trained, 1, DDPConfig(), 7)
+    for met, found in run_ranks(trained, ranks, local(period=1), 7):
+        assert met == [True] * 7
+        assert apart(expected, found) < 1e-5
+
+
+def test_between_two_means_each_rank_is_torchs_sgd_on_its_own_images():
+    """Seven steps: two together, then alone, equal after the third and the sixth."""
+    expected = simulated(2, period=3, start=2, num_steps=7)
+    found = run_ranks(trained, 2, local(period=3, start=2), 7)
+    assert [met for met, _ in found] == [[True, True, True, False, False, True, False]] * 2
+    assert apart(expected[0], expected[1]) > 1e-3  # each has learnt from other images since
+    for (_, one), other in zip(found, expected):
+        assert apart(other, one) < 1e-5
+
+
+def test_the_ranks_of_a_group_go_on_together():
+    found = [learnt for _, learnt in run_ranks(trained, 4, local(period=5, group=2), 3)]
+    assert apart(found[0], found[1]) == apart(found[2], found[3]) == 0
+    assert apart(found[0], found[2]) > 1e-3
+
+
+def an_infinite_gradient_on_rank_1():
+    with distributed.session(Device.cpu) as world:
+        torch.set_num_threads(1)
+        model = small_alexnet()
+        wrapped = build_parallel(local(period=5), model, world)
+        step = TrainStep(wrapped, build_optimizer(SGD, model), TRAINER, 0, world, 64)
+        wrapped.hook.go_on(0, {})
+        if world.rank == 1:
+            model.classifier[1].weight.register_hook(lambda gradient: gradient * float("inf"))
+        before = [p.detach().clone() for p in model.parameters()]
+        batch, num_images = next(batches_of(world.rank, world.world_size, 1))
+        step(iter([batch]), 0, SGD.lr, num_images, Wish())
+        return step.settle(), all(torch.equal(p, kept) for p, kept in zip(model.parameters(), before))
+
+
+def test_a_step_that_is_bad_on_one_rank_is_applied_on_none():
+    assert run_ranks(an_infinite_gradient_on_rank_1, 2) == [(True, True)] * 2
+
+
+def refused(group: int) -> str:
+    with distributed.session(Device.cpu) as world, pytest.raises(RunError) as error:
+        build_parallel(local(period=5, group=group), small_alexnet(), world)
+    assert error.value.exit_code == 64
+    return str(error.value)
+
+
+def test_groups_that_do_not_suit_are_refused_on_all_ranks():
+    indivisible = "parallel.local_sgd_group (2) must divide the number of processes (3); nearest: 1"
+    assert run_ranks(refused, 3, 2) == [indivisible] * 3
+    whole = "parallel.local_sgd_group (2) is all of the 2 processes, which then never learn apart"
+    assert all(line.startswith(whole) for line in run_ranks(refused, 2, 2))
+
+
+def test_its_knobs_belong_to_it():
+    with pytest.raises(ConfigError, match=r"parallel.local_sgd_period would be ignored with parallel.hook=none"):
+        DDPConfig(local_sgd_period=4)
+    with pytest.raises(ConfigError, match=r"parallel.local_sgd_period \(0\) must be greater than 0"):
+        local(period=0)
+    with pytest.raises(ConfigError, match=r"parallel.local_sgd_start_step \(-1\) must not be negative"):
+        local(period=2, start=-1)
+    assert dataclasses.asdict(local(period=2))["local_sgd_period"] == 2
+
+
+@pytest.mark.slow
+def test_stopped_between_two_means_it_ends_with_the_same_bits(undisturbed, tmp_path):  # noqa: F811
+    """A stop, and a save by time, wait for the next mean; an epoch's end, of 26 steps, is one whatever the period."""
+    overrides, runs = undisturbed
+    local_sgd = ["parallel.hook=post_local_sgd", "parallel.local_sgd_period=4", "parallel.local_sgd_start_step=3"]
+    overrides = [*overrides, *local_sgd, "checkpoint.save_every_steps=20"]
+    calm = run("train", *overrides, "run.name=local", ranks=2, cwd=tmp_path)
+    assert calm.returncode == 0, calm.stdout
+    hit = [*overrides, "run.name=hit"]
+    while start_and_hit(signal.SIGTERM, [*hit, "checkpoint.save_every_minutes=0.01"], runs / "hit", 3, ranks=2):
+        newest = max((runs / "hit" / "checkpoints").glob("step-*"))
+        assert int(newest.name.split("-")[1]) % 4 == 0 or int(newest.name.split("-")[1]) in (1, 2, 3, 26, 52)
+    assert rows(runs / "hit", "train/loss")[-1]["step"] == 52
+    losses = [{r["step"]: r["train/loss"] for r in rows(runs / name, "train/loss")} for name in ("local", "hit")]
+    assert losses[0] == losses[1]
+    for stem in ("model", "optimizer"):
+        assert sha_of_newest(runs / "local", stem) == sha_of_newest(runs / "hit", stem)
+    plain = {r["step"]: r["train/loss"] for r in rows(runs / "calm", "train/loss")}
+    assert [losses[0][k] == plain[k] for k in (1, 2, 3)] == [True] * 3  # together, until the fourth step
+    assert any(losses[0][k] != plain[k] for k in range(6, 53))
