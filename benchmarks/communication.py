@@ -18,6 +18,7 @@ import argparse
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,6 +48,7 @@ class Bench:
     repetitions: int
     batch: int  # images of a rank
     links: list[str]
+    keep: Callable[[], None]  # what was found so far: --all takes over an hour
     warm_up: bool = True
 
     @property
@@ -93,6 +95,7 @@ class Bench:
         on.link(None)
         for team in teams.values():
             team.close()
+        self.keep()
 
     def scaling(self, largest: int, size: int = 64) -> None:
         """Images a second from one rank to `largest`: of so many images a rank, and of a global batch that stays."""
@@ -107,6 +110,7 @@ class Bench:
                 for name in (PLAIN, self.ours):
                     pair = [figures[f"{name}, K={k}"] for k in (num_ranks, 1)]
                     self.report.compare(None, f"{title}, K={num_ranks}: {name}", *pair, ["itself, K=1", "images/s"])
+            self.keep()
 
     def _at_scale(self, num_ranks: int, batch: int, size: int) -> dict[str, list[float]]:
         with field(num_ranks) as on:
@@ -161,12 +165,19 @@ def everything(bench: Bench) -> None:
     if LIGHTNING not in peers:
         bench.report.skip(LIGHTNING, "it is not installed; pip install lightning")
     fewer = replace(bench, repetitions=min(3, bench.repetitions))  # beyond the targets
-    for num_ranks, variants in ((2, peers), (4, [PLAIN, FP16])):  # a rank takes 1.5 GB, and all are there at once
-        for size in (64, 128, 224):
+
+    def at(num_ranks: int, *sizes: int) -> None:
+        for size in sizes:
             with field(num_ranks) as on:
                 now = bench if (num_ranks, size) == (2, 64) else fewer
+                variants = peers if num_ranks == 2 else [PLAIN, FP16]  # a rank takes 1.5 GB, and all are there at once
                 now.step_times(on, [*variants, bench.ours], num_ranks, size)
+
+    at(2, 64)
     fewer.scaling(4)
+    at(4, 64, 128)
+    at(2, 128, 224)
+    at(4, 224)
 
 
 def main() -> None:
@@ -181,13 +192,18 @@ def main() -> None:
     if reason := why_not():
         print(f"communication.py makes hosts and links of this machine, which {reason}", file=sys.stderr)
         sys.exit(64)
-    report = Report()
+    report, about = Report(), {}
+
+    def keep() -> None:
+        if asked.json:
+            report.write(asked.json, about)
+
     if asked.quick:
-        bench = Bench(report, asked.ours, 1, 4, ["unshaped", "1 Gbit/s"], warm_up=False)
+        bench = Bench(report, asked.ours, 1, 4, ["unshaped", "1 Gbit/s"], keep, warm_up=False)
     else:
-        bench = Bench(report, asked.ours, asked.repetitions, 32, list(LINKS))
+        bench = Bench(report, asked.ours, asked.repetitions, 32, list(LINKS), keep)
     with field(2) as on, tempfile.TemporaryDirectory() as folder:
-        about = machine(("torch", "torchvision", "lightning")) | {"link_mb_per_s": ceilings(on, bench.links)}
+        about |= machine(("torch", "torchvision", "lightning")) | {"link_mb_per_s": ceilings(on, bench.links)}
         about["compute_s"] = compute_s(on, bench.batch)
         print(about)
         bench.bytes_sent(on, Path(folder))
@@ -196,8 +212,6 @@ def main() -> None:
     if asked.all:
         everything(bench)
     report.print_table()
-    if asked.json:
-        report.write(asked.json, about)
     if asked.plot:
         draw(report.turns, about, asked.plot)
 
