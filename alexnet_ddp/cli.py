@@ -14,7 +14,8 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
 
@@ -23,6 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from alexnet_ddp import config
 from alexnet_ddp.config import Config, RunConfig
 from alexnet_ddp.config.door import to_config
 from alexnet_ddp.errors import ConfigError, PeerFailed, RunError, leave_code
@@ -150,8 +152,17 @@ def _explain(error: Exception) -> int:
 def _hydra_line(error: Exception) -> str:
     """What Hydra says in several lines and an exception chain, without its own advice, as one line."""
     text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
+    unknown = re.search(r"Could not override '([^']+)'(?:.|\n)*Key '([^']+)' not in '(\w+)'", text)
+    if unknown is not None:
+        path, key, owner = unknown.groups()
+        known = sorted(field.name for field in fields(getattr(config, owner)))
+        near = get_close_matches(key, known, 1)
+        return f"{path} is not a key; " + (f"nearest: {near[0]}" if near else f"known here: {', '.join(known)}")
+    text = text.replace("No match in the defaults list", "this command has no such group")
     text = re.sub(
-        r"Config search path:(.|\n)*|To append to your config.*|See https?:.*|(full_key|\w+_type)[=:].*", "", text
+        r"Config search path:(.|\n)*|To append to your (config|default).*|See https?:.*|(full_key|\w+_type)[=:].*",
+        "",
+        text,
     )
     return "; ".join(line.strip().rstrip(".") for line in text.splitlines() if line.strip()).replace(":; ", ": ")
 

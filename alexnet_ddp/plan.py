@@ -174,12 +174,14 @@ def conclude(steps: list[Step], found: Step | None, network: Network, device: ma
         need = min(steps, key=lambda s: s.memory_bytes).memory_bytes / 1e9
         limit = f"{USABLE:.0%} of {device.memory_bytes / 1e9:g} GB"
         return [f"Take a smaller batch: a GPU would need {need:.1f} GB of {limit}; lower images_per_gpu."]
-    plain, half = steps[0], steps[1]
+    plain, half, *hybrids = steps
     lines = [f"Take {found.strategy.name}: {found.strategy.overrides}"]
     if found is not plain:
         lines[0] += f" ({plain.seconds / found.seconds:.2f} times faster than ddp, the same mathematics)"
     elif not network.split:
         lines[0] += " (too few parameters in linear layers at the end for parallel=hybrid to pay)"
+    elif hybrids and (gain := found.seconds / (near := min(hybrids, key=lambda s: s.seconds)).seconds - 1) > 0:
+        lines[0] += f" ({near.strategy.name} would be {gain:.1%} faster: not clearly)"
     if half.seconds * CLEARLY < found.seconds:
         faster = found.seconds / half.seconds
         lines.append(f"{half.strategy.overrides} would be {faster:.2f} times faster, if gradients may be rounded.")
@@ -190,14 +192,16 @@ def crossing(network: Network, swept: Sweep, images: int) -> list[str]:
     """Where data parallel becomes better than a hybrid of the whole world: in bytes, and in time on these links."""
     if network.crossover is None:
         return []
-    bytes_at = f"up to a global batch of {network.crossover:,.0f} images ({network.crossover / images:,.0f} ranks)"
+    most = int(network.crossover)
+    bytes_at = f"up to a global batch of {most:,} images ({most // images:,} ranks)"
     first = f"Crossover: hybrid over all ranks sends fewer bytes than ddp {bytes_at}."
     pairs = zip(swept.ranks[1:], swept.plain[1:], swept.whole[1:])
     faster = [ranks for ranks, ddp, hybrid in pairs if hybrid.seconds < ddp.seconds]
     if not faster:
         return [first, "On these links it is never faster."]
-    last = f"{faster[-1]} ranks (a global batch of {faster[-1] * images:,})"
-    return [first, f"On these links it is faster from {faster[0]} to {last}, of the {len(swept.ranks)} sizes tried."]
+    from_to = f"from {faster[0]} to {faster[-1]}" if len(faster) > 1 else f"on {faster[0]}"
+    at = f"{from_to} ranks (a global batch of {faster[-1] * images:,})"
+    return [first, f"On these links it is faster {at}, of the {len(swept.ranks)} sizes tried."]
 
 
 def record(

@@ -14,6 +14,7 @@ from alexnet_ddp import cli, doctor
 from alexnet_ddp.config import Config, ConfigError, DoctorConfig, Wandb
 from alexnet_ddp.config.door import to_config, to_plain, use_schema
 from alexnet_ddp.distributed import session
+from alexnet_ddp.errors import RunError
 from alexnet_ddp.examination import links, machines, meeting, storage, trial
 from alexnet_ddp.examination.facts import Facts, look
 from alexnet_ddp.examination.finding import Verdict, seconds, size
@@ -260,6 +261,36 @@ def _doctor_of_too_small_images(root: str) -> str:
 
 def test_images_that_the_model_cannot_take_fail_and_the_rest_is_examined_all_the_same(tmp_path):
     assert run_ranks(_doctor_of_too_small_images, 1, str(tmp_path)) == ["doctor: FAIL: step; the table says what to do"]
+
+
+def _doctor_of_a_run_that_cannot_be_parallel(root: str, *overrides: str) -> tuple[str, str]:
+    trial.STEP_S = trial.LOADER_S = links._LINKS_S = 0.1
+    links.SIZES = (4_000, 64_000)
+    with pytest.raises(RunError) as failed:
+        doctor.main(config("device=cpu", *overrides, f"run.root={root}/runs", json=f"{root}/doctor.json"), [])
+    table = Path(root, "doctor.json")
+    rows = json.loads(table.read_text())["findings"] if table.exists() else []
+    return str(failed.value), " ".join(row["found"] for row in rows if row["check"] == "step")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (
+            ["parallel=hybrid", "parallel.group_size=3"],
+            "parallel.group_size (3) must divide the number of processes (2)",
+        ),
+        (["parallel=hybrid", "model=torchvision", "model.name=resnet18"], "parallel=hybrid pays where linear layers"),
+        (
+            ["parallel.hook=post_local_sgd", "parallel.local_sgd_group=2"],
+            "parallel.local_sgd_group (2) is all of the 2",
+        ),
+    ],
+)
+def test_a_choice_of_parallelism_that_would_not_start_fails(tmp_path, overrides, reason):
+    (line, found), _ = run_ranks(_doctor_of_a_run_that_cannot_be_parallel, 2, str(tmp_path), *overrides)
+    assert line == "doctor: FAIL: step; the table says what to do"
+    assert reason in found
 
 
 def test_wandb_online_without_a_key_is_a_warning(monkeypatch, tmp_path):

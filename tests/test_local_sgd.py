@@ -161,7 +161,7 @@ def refused(group: int) -> str:
 
 
 def test_groups_that_do_not_suit_are_refused_on_all_ranks():
-    indivisible = "parallel.local_sgd_group (2) must divide the number of processes (3); nearest: 1"
+    indivisible = "parallel.local_sgd_group (2) must divide the number of processes (3); nearest: 1 or 3"
     assert run_ranks(refused, 3, 2) == [indivisible] * 3
     whole = "parallel.local_sgd_group (2) is all of the 2 processes, which then never learn apart"
     assert all(line.startswith(whole) for line in run_ranks(refused, 2, 2))

@@ -389,6 +389,15 @@ def test_a_malicious_pickle_is_refused_and_nothing_in_it_runs(tmp_path, containe
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize(
+    "text", ["junk\n", "hi\n", "<html><body>404</body></html>", "version https://git-lfs\noid sha256:4\n"]
+)
+def test_a_text_file_instead_of_weights_is_refused(tmp_path, text):
+    (tmp_path / "w.pth").write_text(text)
+    with pytest.raises(ConfigError, match="is refused: it holds more than tensors, or is no torch file"):
+        load_weights(net(), tmp_path / "w.pth")
+
+
 def test_the_malicious_pickle_of_these_tests_really_would_run(tmp_path):
     pickle.loads(pickle.dumps(Bomb(tmp_path / "it ran")))
     assert (tmp_path / "it ran").exists()

@@ -186,7 +186,7 @@ def refused_on_three_ranks():
 
 def test_a_group_size_that_does_not_suit_is_refused_on_all_ranks():
     for indivisible, narrow in run_ranks(refused_on_three_ranks, 3):
-        assert indivisible == "parallel.group_size (2) must divide the number of processes (3); nearest: 1"
+        assert indivisible == "parallel.group_size (2) must divide the number of processes (3); nearest: 1 or 3"
         rule = "must be at most 2, the fewest units of a split layer, for each rank to have one"
         assert narrow == f"parallel.group_size (3) {rule}; use a divisor of 3, or parallel=ddp"
 

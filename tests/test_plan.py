@@ -21,7 +21,7 @@ def test_two_nodes_are_told_what_to_take_and_where_the_strategies_cross(capsys, 
     out = capsys.readouterr().out
     assert "2 x 1 ranks, 128 images each (256), 224 px" in out
     assert "Take hybrid g=2: parallel=hybrid parallel.group_size=2 (" in out
-    assert "fewer bytes than ddp up to a global batch of 4,097 images (32 ranks)." in out
+    assert "fewer bytes than ddp up to a global batch of 4,096 images (32 ranks)." in out
     assert "On these links it is faster from 2 to " in out
     written = json.loads((tmp_path / "plan.json").read_text())
     assert [row["strategy"] for row in written["rows"]] == ["ddp", "ddp fp16", "hybrid g=2"]
@@ -84,6 +84,7 @@ def test_what_does_not_fit_into_memory_is_not_advised(capsys):
     ("overrides", "message"),
     [
         (["device=B7"], r"device \(B7\) is not in the table of GPUs: K20, .*; give one of them, measure, or custom"),
+        (["device=T4", "precision=bf16"], r"precision \(bf16\) is not what a T4 has; use fp16 or fp32"),
         (["device=custom"], r"device=custom needs tflops=... or images_per_s=... of one GPU"),
         (["device=measure", "tflops=3"], r"tflops is what device=measure finds out; leave it out"),
         (["tflops=3", "images_per_s=3"], r"tflops \(3.0\) and images_per_s \(3.0\) are two ways to say one thing"),

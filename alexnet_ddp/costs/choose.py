@@ -4,7 +4,16 @@ import os
 from dataclasses import dataclass
 
 from alexnet_ddp.config import Precision
-from alexnet_ddp.costs.machine import Cluster, Device, cpu_device, find_gpu, gloo_links, gpu_device, nccl_links
+from alexnet_ddp.costs.machine import (
+    Cluster,
+    Device,
+    cpu_device,
+    find_gpu,
+    gloo_links,
+    gpu_device,
+    has_bf16,
+    nccl_links,
+)
 from alexnet_ddp.costs.network import Network
 from alexnet_ddp.costs.step import Step, Strategy, predict
 
@@ -67,6 +76,8 @@ def guess(
         cores = max(1, len(os.sched_getaffinity(0)) // local_world_size)
         return cpu_device(cores), Cluster(world_size // each, each, *gloo_links(GUESSED_GBIT["cpu"]), trees=False)
     known = find_gpu(gpu_name)
+    if known is not None and not has_bf16(known) and precision is Precision.bf16:
+        precision = Precision.fp32  # torch emulates it
     device = gpu_device(gpu_name if known else "A100", precision)
     links = nccl_links(known.link_gb_per_s if known else 16, GUESSED_GBIT["cuda"])
     return device, Cluster(world_size // each, each, *links)

@@ -83,6 +83,8 @@ GPUS = {
     "H200": Gpu(495, 989, 141, 4800, 450),
 }
 
+_WITHOUT_BF16 = [GPUS[name] for name in ("K20", "P40", "P100", "V100", "T4")]  # as their data sheets say
+
 
 def find_gpu(name: str) -> Gpu | None:
     """The line of a name, also of one as CUDA says it ("NVIDIA A100-SXM4-80GB")."""
@@ -90,12 +92,18 @@ def find_gpu(name: str) -> Gpu | None:
     return next((gpu for known, gpu in GPUS.items() if known in words), None)
 
 
+def has_bf16(gpu: Gpu) -> bool:
+    return gpu not in _WITHOUT_BF16
+
+
 def gpu_device(name: str, precision: Precision) -> Device:
-    """Raises ConfigError for a name that the table does not have."""
+    """Raises ConfigError for a name that the table does not have, and for a precision that the GPU does not."""
     gpu = find_gpu(name)
     if gpu is None:
         remedy = "give one of them, measure, or custom with images_per_s=..."
         raise ConfigError(f"device ({name}) is not in the table of GPUs: {', '.join(GPUS)}; {remedy}")
+    if precision is Precision.bf16 and not has_bf16(gpu):
+        raise ConfigError(f"precision (bf16) is not what a {name} has; use fp16 or fp32")
     half = precision is not Precision.fp32
     measured = gpu.half_images_per_s if half else gpu.images_per_s
     flops = measured * ALEXNET_FLOPS if measured else SUSTAINED * 1e12 * (gpu.half_tflops if half else gpu.tflops)

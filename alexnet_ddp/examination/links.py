@@ -147,8 +147,10 @@ def judge_sums(sums: list[Sum], num_bytes: int, sends_less: str | None, step_s: 
         return Finding("gradients", "one process", "nothing to sum")
     takes = seconds_for(num_bytes, sums)
     found = f"{size(num_bytes)} a step, {seconds(takes)} to sum"
-    if step_s is None or sends_less:
-        return Finding("gradients", found, f"{sends_less} sends less" if sends_less else "a step was not timed")
+    if sends_less:
+        return Finding("gradients", f"{sends_less} sends less than the {found}", "nothing")
+    if step_s is None:
+        return Finding("gradients", found, "a step was not timed")
     needed = f"less than the {seconds(step_s * 2 / 3)} of a backward pass"
     remedy = "a larger trainer.global_batch_size, a faster link, or fewer bytes (parallel=hybrid, parallel.hook=bf16)"
     lost = max(0.0, takes - step_s * 2 / 3)

@@ -56,11 +56,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, LookupError, AttributeError, TypeError) as error:  # of torch's unpickler, on text
         rule = "it holds more than tensors, or is no torch file; nothing in it was run"
         raise ConfigError(f"model.weights ({path}) is refused: {rule}; save model.state_dict()") from error
     except (safetensors.SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), "it ends too early")  # an EOFError says nothing
+        reason = str(error).partition("\n")[0].split(". ")[0] or "it ends too early"  # without torch's advice
         raise ConfigError(f"model.weights ({path}) cannot be read: {reason}; copy the file again") from error
     by_name = isinstance(weights, dict) and all(
         isinstance(n, str) and isinstance(w, Tensor) for n, w in weights.items()

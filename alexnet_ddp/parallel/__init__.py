@@ -15,12 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from alexnet_ddp.config import DDPConfig, HybridConfig, ParallelConfig, WireDtype
+from alexnet_ddp.config import AUTO, DDPConfig, Hook, HybridConfig, ParallelConfig, WireDtype
 from alexnet_ddp.distributed import World, from_main
-from alexnet_ddp.errors import ConfigError
-from alexnet_ddp.parallel.group import Group, Part, SplitTensor, require_divisor
-from alexnet_ddp.parallel.hooks import LocalSGD, PowerSGD, bucket_size, register_hook
-from alexnet_ddp.parallel.layers import find_layers, split_layers
+from alexnet_ddp.parallel.group import Group, Part, SplitTensor
+from alexnet_ddp.parallel.hooks import LocalSGD, PowerSGD, bucket_size, local_group, register_hook
+from alexnet_ddp.parallel.layers import find_layers, group_size, split_layers
 
 # torch 2.14 renamed the option that copies rank 0's buffers before each forward pass.
 _OPTIONS = inspect.signature(DistributedDataParallel).parameters
@@ -49,17 +48,17 @@ def build_parallel(cfg: ParallelConfig, model: nn.Module, world: World) -> "Para
     raise TypeError(f"no parallelism for {type(cfg).__name__}")
 
 
-def group_size(cfg: HybridConfig, model: nn.Module, names: list[str], world: World) -> int:
-    """Ranks that share one set of the split layers. Raises ConfigError. Rank 0 decides: nodes may differ."""
-    inside_nodes = world.device.type == "cuda" and world.world_size % world.local_world_size == 0
-    size = cfg.group_size or (world.local_world_size if inside_nodes else world.world_size)
-    require_divisor("parallel.group_size", size, world)
-    first, *others = (model.get_submodule(name) for name in names)
-    units = min(first.out_features, *(layer.in_features for layer in others))
-    if size > units:
-        rule = f"must be at most {units}, the fewest units of a split layer, for each rank to have one"
-        raise ConfigError(f"parallel.group_size ({size}) {rule}; use a divisor of {world.world_size}, or parallel=ddp")
-    return size
+def check_parallel(cfg: ParallelConfig, model: nn.Module, world: World) -> None:
+    """Raises ConfigError where build_parallel would. No rank waits for another."""
+    match cfg:
+        case DDPConfig():
+            bucket_size(cfg, world)
+            if cfg.hook is Hook.post_local_sgd and world.world_size > 1:
+                local_group(cfg, world)
+        case HybridConfig():
+            names = find_layers(model, cfg.split)
+            if cfg.group_size != AUTO:
+                group_size(cfg, model, names, world)
 
 
 class ParallelModel(nn.Module):

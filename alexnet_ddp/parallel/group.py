@@ -21,7 +21,8 @@ def require_divisor(knob: str, size: int, world: World) -> None:
     """Raises ConfigError where the ranks cannot form groups of `size`."""
     if world.world_size % size:
         fitting = [g for g in range(1, world.world_size + 1) if world.world_size % g == 0]
-        nearest = min(fitting, key=lambda g: abs(g - size))
+        below, above = [g for g in fitting if g < size][-1:], [g for g in fitting if g > size][:1]
+        nearest = " or ".join(map(str, below + above))
         raise ConfigError(
             f"{knob} ({size}) must divide the number of processes ({world.world_size}); nearest: {nearest}"
         )

@@ -99,7 +99,7 @@ class LocalSGD:
     def __init__(self, ddp: DistributedDataParallel, cfg: DDPConfig, world: World) -> None:
         self._world, self._period = world, cfg.local_sgd_period or 8
         self._start = 100 if cfg.local_sgd_start_step is None else cfg.local_sgd_start_step
-        size = from_main(lambda: _local_group(cfg, world), world)
+        size = from_main(lambda: local_group(cfg, world), world)
         self._state = PostLocalSGDState(None, dist.new_subgroups(size)[0], self._start)
         ddp.register_comm_hook(self._state, post_localSGD_hook)
         self._met = 0
@@ -130,7 +130,7 @@ class LocalSGD:
         return True
 
 
-def _local_group(cfg: DDPConfig, world: World) -> int:
+def local_group(cfg: DDPConfig, world: World) -> int:
     """Ranks that learn together between two meetings. Raises ConfigError. Rank 0 decides: nodes may differ."""
     several_nodes = world.local_world_size < world.world_size and world.world_size % world.local_world_size == 0
     size = cfg.local_sgd_group or (world.local_world_size if several_nodes else 1)

@@ -1,9 +1,11 @@
-"""Which layers of a network are split, and their replacement by split ones."""
+"""Which layers of a network are split, over how many ranks, and their replacement by split ones."""
 
 from torch import nn
 
+from alexnet_ddp.config import HybridConfig
+from alexnet_ddp.distributed import World
 from alexnet_ddp.errors import ConfigError
-from alexnet_ddp.parallel.group import Group, Part
+from alexnet_ddp.parallel.group import Group, Part, require_divisor
 from alexnet_ddp.parallel.split import ColumnLinear, RowLinear
 
 _SHARE = 0.5  # of all parameters: below, their gradients are not what a step sends most
@@ -62,6 +64,19 @@ def _chains(prefix: str, sequential: nn.Sequential) -> list[list[str]]:
         elif type(module).__name__ not in _ELEMENTWISE or getattr(module, "whole_image", False):
             chains.append([])
     return [chain for chain in chains if len(chain) > 1]
+
+
+def group_size(cfg: HybridConfig, model: nn.Module, names: list[str], world: World) -> int:
+    """Ranks that share one set of the split layers. Raises ConfigError. Rank 0 decides: nodes may differ."""
+    inside_nodes = world.device.type == "cuda" and world.world_size % world.local_world_size == 0
+    size = cfg.group_size or (world.local_world_size if inside_nodes else world.world_size)
+    require_divisor("parallel.group_size", size, world)
+    first, *others = (model.get_submodule(name) for name in names)
+    units = min(first.out_features, *(layer.in_features for layer in others))
+    if size > units:
+        rule = f"must be at most {units}, the fewest units of a split layer, for each rank to have one"
+        raise ConfigError(f"parallel.group_size ({size}) {rule}; use a divisor of {world.world_size}, or parallel=ddp")
+    return size
 
 
 def split_layers(model: nn.Module, names: list[str], group: Group) -> tuple[dict[str, Part], list[nn.Module]]:
