@@ -59,14 +59,19 @@ def draw(curves: dict[str, dict], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5), constrained_layout=True)
     for colour, (label, found) in zip(("#1f6feb", "#d1242f"), curves.items()):
         last = found["train/loss"][-1][0]
         label += f" (not finite at step {last + 1})" if found["exit_code"] else ""
         left.plot(*zip(*found["train/loss"]), color=colour, label=label)
         if found["val/top1"]:
             right.plot(*zip(*found["val/top1"]), "o-", color=colour, label=label, markersize=4)
-    left.set(xlabel="step", ylabel="training loss", ylim=(1.5, 3.5))
+    left.set(xlabel="step", ylabel="training loss, logarithmic")
+    left.set_yscale("log")
+    left.set_ylim(1.5, 100)
+    left.set_yticks([2, 3, 5, 10, 20, 50, 100], ["2", "3", "5", "10", "20", "50", "100"])
+    left.minorticks_off()
+    figure.suptitle("Batches of 4,096 images, 20 classes of ImageNet, 32 px", fontsize=11)
     right.set(xlabel="step", ylabel="top-1 (%)", ylim=(0, None))
     right.axhline(5, color="#57606a", linestyle=":", linewidth=1, label="chance")
     for axis in (left, right):
