@@ -23,7 +23,7 @@ from torch import nn
 
 from alexnet_ddp import cli, distributed
 from alexnet_ddp.atomic import write_json
-from alexnet_ddp.config import ConfigError, DDPConfig, DoctorConfig, Hook, HybridConfig
+from alexnet_ddp.config import AutoParallelConfig, ConfigError, DDPConfig, DoctorConfig, Hook, HybridConfig
 from alexnet_ddp.config.door import to_plain, use_schema
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import build_loader
@@ -39,6 +39,7 @@ from alexnet_ddp.examination.trial import Trial
 from alexnet_ddp.model import build_model, set_dropout_keys
 from alexnet_ddp.optim import build_optimizer, state_by_name
 from alexnet_ddp.parallel import check_parallel
+from alexnet_ddp.parallel.layers import worth_splitting
 from alexnet_ddp.precision import autocast, check_precision
 from alexnet_ddp.redact import redact
 
@@ -109,7 +110,7 @@ def _examine(cfg: DoctorConfig, world: World, everyone: list[Facts], report: Rep
         report.findings.append(links.judge_links(report.links, host_of))
         share = -(-cfg.trainer.global_batch_size // world.world_size)
         step_s = main.computes and share / trial.slowest(trials, "computes")
-        report.findings.append(links.judge_sums(report.sums, *_sent(cfg, main.gradient_bytes), step_s))
+        report.findings.append(links.judge_sums(report.sums, *_sent(cfg, main), step_s))
         report.findings.append(links.judge_clocks(skews, host_of))
         report.findings += trial.judge(trials, everyone)
         disk = storage.try_disk(cfg.run_dir, main.checkpoint_bytes)
@@ -168,6 +169,7 @@ def _try_model(cfg: DoctorConfig, world: World, num_classes: int) -> Trial:
     return Trial(
         computes=trial.images_per_s(one_pass, n, device),
         gradient_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        can_split=bool(worth_splitting(model)),
         checkpoint_bytes=sum(x.numel() * x.element_size() for x in state),
     )
 
@@ -197,13 +199,16 @@ def _who_sees_the_run(cfg: DoctorConfig, world: World) -> tuple[str, list[str]]:
     return str(storage.existing(cfg.run_dir)), blind
 
 
-def _sent(cfg: DoctorConfig, gradient_bytes: int) -> tuple[int, str | None]:
+def _sent(cfg: DoctorConfig, tried: Trial) -> tuple[int, str | None]:
     """(bytes of gradients that a step sums over all ranks, the choice that sends another, smaller, number)."""
+    gradient_bytes = tried.gradient_bytes
     match cfg.parallel:
         case DDPConfig(hook=Hook.none):
             return gradient_bytes, None
         case DDPConfig(hook=Hook.fp16 | Hook.bf16):
             return gradient_bytes // 2, None
+        case AutoParallelConfig() if not tried.can_split:  # it takes ddp
+            return gradient_bytes, None
         case DDPConfig():
             return gradient_bytes, f"parallel.hook={cfg.parallel.hook.value}"
         case HybridConfig():

@@ -163,7 +163,7 @@ class TrainStep:
     def _apply(self, correction: float) -> None:
         """Update the weights, if the gradient is finite. `correction` is not 1 where bad images were skipped.
 
-        The gradient is the same on all ranks, and so is its norm: each decides alike without asking.
+        The gradient's norm is the same on all ranks (see ParallelModel.whole_norms): each decides alike.
         """
         self.scaler.unscale_(self.optimizer)
         self.parallel_model.agree_on_infinities(self.scaler, self.optimizer)

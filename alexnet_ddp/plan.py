@@ -180,7 +180,8 @@ def conclude(steps: list[Step], found: Step | None, network: Network, device: ma
         lines[0] += f" ({plain.seconds / found.seconds:.2f} times faster than ddp, the same mathematics)"
     elif not network.split:
         lines[0] += " (too few parameters in linear layers at the end for parallel=hybrid to pay)"
-    elif hybrids and (gain := found.seconds / (near := min(hybrids, key=lambda s: s.seconds)).seconds - 1) > 0:
+    elif (near := best(hybrids, device)) is not None and near.seconds < found.seconds:
+        gain = found.seconds / near.seconds - 1
         lines[0] += f" ({near.strategy.name} would be {gain:.1%} faster: not clearly)"
     if half.seconds * CLEARLY < found.seconds:
         faster = found.seconds / half.seconds
@@ -193,7 +194,7 @@ def crossing(network: Network, swept: Sweep, images: int) -> list[str]:
     if network.crossover is None:
         return []
     most = int(network.crossover)
-    bytes_at = f"up to a global batch of {most:,} images ({most // images:,} ranks)"
+    bytes_at = f"up to a global batch of {most:,} images" + (f" ({most // images:,} ranks)" if most >= images else "")
     first = f"Crossover: hybrid over all ranks sends fewer bytes than ddp {bytes_at}."
     pairs = zip(swept.ranks[1:], swept.plain[1:], swept.whole[1:])
     faster = [ranks for ranks, ddp, hybrid in pairs if hybrid.seconds < ddp.seconds]
@@ -208,7 +209,8 @@ def record(
     cfg: PlanConfig, network: Network, device: machine.Device, cluster: Cluster, rows: list[dict]
 ) -> dict[str, object]:
     """The JSON file: everything that went in, and all rows."""
-    chosen = choose(network, device, cluster, cfg.images)
+    wire_bytes = 4 if cfg.wire_dtype is Precision.fp32 else 2
+    chosen = choose(network, device, cluster, cfg.images, wire_bytes=wire_bytes)
     facts = {
         "parameters": network.parameters,
         "split_parameters": sum(layer.parameters for layer in network.split),

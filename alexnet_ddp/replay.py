@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from alexnet_ddp import cli, distributed
-from alexnet_ddp.config import Config, ConfigError, DDPConfig, OnNan
+from alexnet_ddp.config import Config, ConfigError, DDPConfig, Hook, OnNan
 from alexnet_ddp.data.effects import apply_effects
 from alexnet_ddp.data.loader import Batch, Loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler, Work
@@ -34,14 +34,16 @@ def replay(cfg: Config, overrides: list[str]) -> None:
     """What `cfg.replay` has recorded."""
     record = read_record(Path(cfg.replay))
     cfg = cli.config_of_run(cfg.run_dir, overrides)
+    parallel = cfg.parallel
     cfg = replace(cfg, parallel=DDPConfig(), trainer=replace(cfg.trainer, on_nan=OnNan.skip))  # a world of one
+    exact = not isinstance(parallel, DDPConfig) or parallel.hook not in (Hook.powersgd, Hook.post_local_sgd)
     with distributed.session(cfg.device, cfg.trainer.tf32) as world:
         if world.world_size > 1:
             raise ConfigError(f"replay takes one process, not {world.world_size}; start it without torchrun")
         training = Training(cfg, world, up_to=record["step"] - 1)
         training.build()
         loader, name = training.train_loader, training.data.train.name
-        again = Replay(training.train_step, training.sampler, loader, training.lr, name)
+        again = Replay(training.train_step, training.sampler, loader, training.lr, name, exact)
         for line in again.lines(record, training.state.step):
             print(line, flush=True)
         training.close()
@@ -61,13 +63,14 @@ def read_record(path: Path) -> dict[str, Any]:
 
 @dataclass
 class Replay:
-    """A run that stands at an earlier step, in a world of one. name(i): of image i."""
+    """A run that stands at an earlier step, in a world of one. name(i): of image i. exact: it learnt as this does."""
 
     train_step: TrainStep
     sampler: GlobalBatchSampler
     loader: Loader
     lr: Callable[[int], float]
     name: Callable[[int], str]
+    exact: bool = True
 
     def lines(self, record: dict[str, Any], start: int) -> Iterator[str]:
         """Go from step `start` to the recorded one; what there is to say about it."""
@@ -89,7 +92,9 @@ class Replay:
         worst = bad or sorted(losses, key=losses.__getitem__, reverse=True)
         what = "not finite" if bad else "largest losses"
         yield f"{what}: " + ", ".join(f"{self.name(i)} ({losses[i]:.4g})" for i in worst[:_SHOWN])
-        if agree and math.isfinite(loss) and math.isfinite(norm) and "not finite" in record["reason"]:
+        if not self.exact:
+            yield "the run's parallel.hook is not replayed: its weights were not these to the last digit"
+        elif agree and math.isfinite(loss) and math.isfinite(norm) and "not finite" in record["reason"]:
             yield "all is finite here: not these images and weights, but the machine that ran the step is to blame"
 
     def _works(self, steps: range, world_size: int) -> Iterator[Work]:

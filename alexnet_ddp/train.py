@@ -157,8 +157,8 @@ class Run:
         """Collective. Step `step` was bad and was not applied: end, go on, or go back, as trainer.on_nan says."""
         error = self.guard.bad(step)
         if error is not None:
-            self.state.step, self.stopping = step, True
             self.meet(planned=True)
+            self.state.step, self.stopping = step, True
             self.save()
             raise error
         if self.cfg.trainer.on_nan is OnNan.rollback:

@@ -19,6 +19,8 @@ from alexnet_ddp.config import (
     DDPConfig,
     HybridConfig,
     ParallelConfig,
+    Precision,
+    WireDtype,
 )
 from alexnet_ddp.costs.choose import choose_guessing, guess
 from alexnet_ddp.costs.network import read_network
@@ -110,7 +112,7 @@ class Training:
         return {stem: self.parallel_model.canonical(tensors) for stem, tensors in groups.items()}
 
     def meet(self, planned: bool, progress: Callable[[], None]) -> bool:
-        """True where the ranks are equal: always, but under local SGD between two of its meetings.
+        """Collective. True where the ranks are equal: always, but under local SGD between two of its meetings.
 
         planned: they must be. progress: called where a meeting gets on.
         """
@@ -118,8 +120,11 @@ class Training:
         if not isinstance(hook, LocalSGD):
             return True
 
-        def learnt() -> list[Tensor]:
-            return [t for tensors in self.tensors().values() for t in tensors.values() if t.is_floating_point()]
+        def learnt() -> list[Tensor]:  # buffers are averaged after each step
+            weights = {name: p.detach() for name, p in self.model.named_parameters()}
+            moments = [t for t in state_by_name(self.optimizer, self.model).values() if t.dim()]
+            averages = self.train_step.ema.tensors() if self.train_step.ema is not None else {}
+            return [*weights.values(), *moments, *(averages[name] for name in weights if averages)]
 
         return hook.meet(self.state.step, planned, learnt, progress)
 
@@ -164,7 +169,9 @@ class Training:
             names = find_layers(self.model, cfg.parallel.split) if is_hybrid else None
             network = read_network(self.model, cfg.data.image_size, names)
             machines = guess(world.world_size, world.local_world_size, gpu, cfg.trainer.precision)
-            choice = choose_guessing(network, *machines, images, must_split=is_hybrid)
+            narrow = cfg.trainer.precision is not Precision.fp32
+            narrow |= is_hybrid and cfg.parallel.wire_dtype is WireDtype.bf16
+            choice = choose_guessing(network, *machines, images, is_hybrid, 2 if narrow else 4)
             return choice.strategy.group, choice.reason
 
         group, reason = distributed.from_main(choose, world)

@@ -298,7 +298,7 @@ def test_a_device_is_measured_by_a_short_run():
 
 
 def test_two_nodes_on_ethernet_take_the_hybrid_and_say_why(model):
-    found = choose_guessing(read_network(model, 64), *guess(2, 1, None), 32, must_split=False)
+    found = choose_guessing(read_network(model, 64), *guess(2, 1, None), 32, False, 4)
     assert found.strategy == Strategy(group=2)
     assert found.reason.startswith("hybrid g=2: ")
     assert "13.5 MB a rank, ddp: " in found.reason
@@ -315,7 +315,8 @@ def test_ddp_is_taken_where_there_is_nothing_to_send_or_to_split_or_to_win(model
 
 
 def test_where_a_hybrid_is_asked_for_its_fastest_group_is_taken_and_ddp_named_beside_it(alexnet):
-    device, cluster = guess(16, 8, "A100")
+    device, cluster = guess(8, 8, "A100")
+    assert choose(alexnet, device, cluster, 128).strategy == PLAIN
     found = choose(alexnet, device, cluster, 128, must_split=True)
     hybrids = [s for s in strategies(alexnet, cluster) if s.group > 1]
     assert found.strategy == min(hybrids, key=lambda s: predict(alexnet, device, cluster, s, 128).seconds)

@@ -241,9 +241,11 @@ def test_gradients_that_a_backward_pass_cannot_hide_are_told_with_what_they_cost
 
 def test_a_hook_of_half_precision_halves_what_is_sent_and_other_choices_are_only_named():
     half = ("parallel=ddp", "parallel.hook=bf16")
-    less = ("parallel.hook=powersgd", "parallel=hybrid", "parallel=auto")
-    sent = [doctor._sent(config(choice), 100) for choice in (*half, *less)]
+    less = ("parallel.hook=powersgd", "parallel.hook=post_local_sgd", "parallel=hybrid", "parallel=auto")
+    tried = trial.Trial(gradient_bytes=100)
+    sent = [doctor._sent(config(choice), tried) for choice in (*half, *less)]
     assert sent == [(100, None), (50, None), *((100, choice) for choice in less)]
+    assert doctor._sent(config("parallel=auto"), replace(tried, can_split=False)) == (100, None)  # it takes ddp
 
 
 def test_a_loader_slower_than_the_step_and_too_little_memory_are_warnings():

@@ -7,7 +7,7 @@ import torch
 
 from alexnet_ddp.config import Config, ConfigError
 
-# Free to change: they move work or watch it, but leave every update what it is.
+# Free to change: they move work or watch it, but leave every update what it is (hooks: almost).
 _FREE_SECTIONS = {"run", "replay", "device", "checkpoint", "resume", "logger", "parallel"}
 _FREE = {
     *(

@@ -47,17 +47,21 @@ def best(steps: list[Step], device: Device) -> Step | None:
     return plain if plain.strategy.group == 1 and plain.seconds < CLEARLY * fastest.seconds else fastest
 
 
-def choose(network: Network, device: Device, cluster: Cluster, images: int, must_split: bool = False) -> Choice:
+def choose(
+    network: Network, device: Device, cluster: Cluster, images: int, must_split: bool = False, wire_bytes: int = 4
+) -> Choice:
     """For steps of `images` images a rank. must_split: among hybrids alone, if the ranks are more than one."""
     if not network.split:
         rule = "no linear layers at the end hold half of the parameters, so there is nothing that pays to split"
         return Choice(Strategy(), f"ddp: {rule}")
     if cluster.world_size == 1:
         return Choice(Strategy(), "ddp: a world of one sends nothing")
-    steps = [predict(network, device, cluster, strategy, images) for strategy in strategies(network, cluster)]
+    steps = [
+        predict(network, device, cluster, strategy, images) for strategy in strategies(network, cluster, wire_bytes)
+    ]
     plain, hybrids = steps[0], steps[2:]
     candidates = hybrids if must_split and hybrids else steps
-    found = best(candidates, device) or candidates[0]
+    found = best(candidates, device) or min(candidates, key=lambda s: s.memory_bytes)
     other = min(hybrids if found is plain else [plain], key=lambda s: s.seconds, default=plain)
     why = "; not clearly faster" if found is plain and other.seconds < plain.seconds else ""
     return Choice(found.strategy, f"{_in_words(found)}, {_in_words(other)}{why} (predicted, {images} images a rank)")
@@ -83,12 +87,14 @@ def guess(
     return device, Cluster(world_size // each, each, *links)
 
 
-def choose_guessing(network: Network, device: Device, cluster: Cluster, images: int, must_split: bool) -> Choice:
+def choose_guessing(
+    network: Network, device: Device, cluster: Cluster, images: int, must_split: bool, wire_bytes: int
+) -> Choice:
     """What parallel=auto and parallel.group_size=auto take, and why, on what guess() has found. It looked at this node:
     let rank 0 decide, and broadcast what it says.
     """
-    found = choose(network, device, cluster, images, must_split)
+    found = choose(network, device, cluster, images, must_split, wire_bytes)
     if cluster.nodes == 1:
         return found
-    gbit = GUESSED_GBIT["cuda" if cluster.trees else "cpu"]
+    gbit = GUESSED_GBIT["cpu" if device.host_s_per_byte else "cuda"]
     return Choice(found.strategy, f"{found.reason}; guessed {gbit:g} Gbit/s between nodes")

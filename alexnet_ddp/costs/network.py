@@ -98,8 +98,8 @@ def read_network(model: nn.Module, image_size: int, split: list[str] | None = No
     flops = counter.get_total_flops() - sum(layer.flops for layer in layers)
     if rest or flops:  # what no module's own forward pass tells, such as attention: as if ready last
         layers.insert(0, Layer("others", rest, flops, 2 * flops, 0, 0))
-    names = worth_splitting(model) if split is None else split
-    chosen = tuple(layer for layer in layers if layer.name in names)
+    wanted = worth_splitting(model) if split is None else split
+    chosen = tuple(layer for layer in layers if layer.name in wanted)
     return Network(tuple(layers), chosen, saved.floats - sum(t.numel() for t in meta.values() if saved.has(t)))
 
 

@@ -31,6 +31,7 @@ class Trial:
     peak_memory: int = 0  # bytes
     gradient_bytes: int = 0
     checkpoint_bytes: int = 0
+    can_split: bool = True  # a hybrid pays
     images: str | None = None  # names the training images
     error: str = ""
 

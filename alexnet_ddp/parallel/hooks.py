@@ -1,7 +1,7 @@
 """What becomes of the gradients on their way between the ranks: DDP's communication hooks, by name."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -12,12 +12,13 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 
 from alexnet_ddp.config import ConfigError, DDPConfig, Hook
-from alexnet_ddp.distributed import World, average, from_main
+from alexnet_ddp.distributed import TIMEOUT, World, average, from_main
 from alexnet_ddp.parallel.group import require_divisor
 
 log = logging.getLogger(__name__)
 
 _ONE_BUCKET_MB = 1e6
+_PIECE = 4_000_000  # values of a message of a meeting
 
 
 def bucket_size(cfg: DDPConfig, world: World) -> float | None:
@@ -92,22 +93,17 @@ class LocalSGD:
     `period` steps the ranks meet: what they have learnt becomes its mean over all of them.
 
     The optimizer's moments are averaged with the weights (Yu, Jin, Yang 2019): behind a meeting the ranks are equal,
-    and can be saved, evaluated and compared as under plain DDP. With a period of 1 it is the mathematics of plain DDP
-    for SGD, whose update is linear in the gradient.
+    and can be saved, evaluated and compared as under plain DDP. With a period of 1 and without clipping it is the
+    mathematics of plain DDP for SGD, whose update is linear in the gradient.
     """
 
     def __init__(self, ddp: DistributedDataParallel, cfg: DDPConfig, world: World) -> None:
         self._world, self._period = world, cfg.local_sgd_period or 8
         self._start = 100 if cfg.local_sgd_start_step is None else cfg.local_sgd_start_step
         size = from_main(lambda: local_group(cfg, world), world)
-        self._state = PostLocalSGDState(None, dist.new_subgroups(size)[0], self._start)
+        self._state = PostLocalSGDState(None, dist.new_subgroups(size, timeout=TIMEOUT)[0], self._start)
         ddp.register_comm_hook(self._state, post_localSGD_hook)
-        self._met = 0
-
-    @property
-    def is_apart(self) -> bool:
-        """True from the step on at which the ranks' gradients may differ."""
-        return self._state.iter >= self._start
+        self.go_on(0, {})
 
     def tensors(self, world: World) -> dict[str, Tensor]:
         """Nothing to remember behind a meeting."""
@@ -116,18 +112,38 @@ class LocalSGD:
     def go_on(self, step: int, tensors: dict[str, Tensor]) -> None:
         """`step` steps are done, and the ranks are equal."""
         self._state.iter = self._met = step
+        self.is_apart = step >= self._start  # in the coming step the ranks' gradients may differ
 
     def meet(self, step: int, planned: bool, tensors: Callable[[], list[Tensor]], progress: Callable[[], None]) -> bool:
-        """Collective. After `step` steps: make `tensors` equal, where it is time or planned. True if they are equal."""
+        """Collective. After `step` steps: make `tensors` equal, where it is time or planned. True if they are equal.
+
+        progress: called before each message.
+        """
+        self.is_apart = step >= self._start
         if step <= self._start or step <= self._met:
             return True
         if step % self._period and not planned:
             return False
-        for tensor in tensors():  # one by one: no copy of all, and a slow link is seen to move
+        for piece in _pieces(tensors()):
             progress()
-            average([tensor], self._world)
+            average(piece, self._world)
         self._met = step
         return True
+
+
+def _pieces(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Small ones together and rows of large ones apart: few messages, none of which is long on a slow link."""
+    piece, held = [], 0
+    for tensor in tensors:
+        rows = max(1, _PIECE * len(tensor) // max(1, tensor.numel()))
+        for part in tensor.split(rows):
+            if piece and held + part.numel() > _PIECE:
+                yield piece
+                piece, held = [], 0
+            piece.append(part)
+            held += part.numel()
+    if piece:
+        yield piece
 
 
 def local_group(cfg: DDPConfig, world: World) -> int:

@@ -38,7 +38,7 @@ class Deadline:
             time.sleep(pause)
             now = time_left()
             left = left - pause if now is None else now
-        log.info("Slurm ends this job in %.0f s: saving at the next step", left)
+        log.info("Slurm ends this job in %.0f s: saving as soon as the ranks are equal", left)
         self._stop.received = True
 
 

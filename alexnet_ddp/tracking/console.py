@@ -1,6 +1,5 @@
 """What the user sees: a progress bar on a terminal, plain lines elsewhere. Its one rule: it never stops the run."""
 
-import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -46,8 +45,12 @@ class PlainConsole:
         return
 
     def say(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # the reader of a pipe has gone: the run goes on, unseen
+        try:
             print(redact(text), flush=True)
+        except BrokenPipeError:  # the reader of a pipe has gone: the run goes on, unseen, also by Python's last flush
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError:  # a full disk, for a while
+            return
 
     def close(self, exit_code: int) -> None:
         return
