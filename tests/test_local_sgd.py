@@ -200,7 +200,7 @@ def test_stopped_between_two_means_it_ends_with_the_same_bits(tmp_path):
     calm = run("train", *overrides, "run.name=calm", ranks=2, cwd=tmp_path)
     assert calm.returncode == 0, calm.stdout
     runs, hit = tmp_path / "runs", [*overrides, "run.name=hit", "checkpoint.save_every_minutes=0.01"]
-    while start_and_hit(signal.SIGTERM, hit, runs / "hit", 3, ranks=2):
+    while start_and_hit(signal.SIGTERM, hit, runs / "hit", 9, ranks=2):
         newest = int(max((runs / "hit" / "checkpoints").glob("step-*")).name.split("-")[1])
         assert newest % 4 == 0 or newest in (1, 2, 3, 10, 26, 30, 50, 52)
     assert rows(runs / "hit", "train/loss")[-1]["step"] == 52
