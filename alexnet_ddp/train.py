@@ -196,12 +196,15 @@ class Run:
 
     def save(self) -> None:
         """Collective. A last checkpoint that fails ends the run; one on the way is a warning, at first."""
-        self.watchdog.phase("checkpoint")
+        self.watchdog.phase(WAITING)
         self.state.sums = self.training.train_step.meter.read()
         self.state.scaler = self.training.train_step.scaler.state_dict()
+        self.watchdog.phase("checkpoint")
         is_last = self.stopping or self.budget.is_end(self.state.step)
         self.failure = self.checkpoints.save(self.state, self.training.tensors(), is_last) or self.failure
         if is_last or self.state.best.get("step") == self.state.step:  # these wait for the disk: so do all, here
+            if self.world.is_main:  # its own wait is over: a rank that is lost is missed as in a step
+                self.watchdog.phase(WAITING)
             distributed.raise_together(self.failure if is_last else None, self.world)
         self.save_due, self.saved_at = False, time.monotonic()
         self.status.running(self.state.step)

@@ -20,7 +20,7 @@ from alexnet_ddp.resilience.beacon import Beacon
 from alexnet_ddp.resilience.watch import Watched
 
 _TICK_EVERY_S = 0.5
-_START_S = 3600.0  # an index of a large data set, a compilation, a checkpoint on a slow disk: the group's own limit
+_LIMITS_S = {"start": 3600.0, "checkpoint": 900.0}  # an index of a large data set, a compilation; a slow disk
 _SLOWER = 10  # times a step's limit, for a batch of an evaluation, or for steps that may compile
 _STEPS = 100  # whose 95th percentile counts
 
@@ -37,11 +37,11 @@ class Watchdog:
         self._timeout_s, self._step, self._indices = timeout_s, 0, []
         self._factor = _SLOWER if may_compile else 1
         self._steps: deque[float] = deque(maxlen=_STEPS)
-        self._limit_s, self._began = _START_S, None
+        self._limit_s, self._began = _LIMITS_S["start"], None
         if timeout_s is None:
             return
         self._beacon, self._stacks = Beacon(), companion.shared_file("stacks", 0)
-        self._beacon.show(_START_S, "start", 0, [])
+        self._beacon.show(_LIMITS_S["start"], "start", 0, [])
         faulthandler.register(signal.SIGUSR2, self._stacks, all_threads=True)
         files = [self._beacon.file, self._stacks]
         numbers = [file.fileno() for file in files]
@@ -63,7 +63,7 @@ class Watchdog:
     def phase(self, name: str) -> None:
         """Progress: what comes next is one of beacon.PHASES."""
         if self._timeout_s is not None:
-            limit_s = _START_S if name in ("start", "checkpoint") else self._limit_s
+            limit_s = _LIMITS_S.get(name, self._limit_s)
             self._beacon.show(limit_s * (_SLOWER if name == "evaluate" else 1), name, self._step, self._indices)
 
     def evaluating(self, batches: Iterable[T]) -> Iterator[T]:
