@@ -158,6 +158,7 @@ def test_stopped_and_killed_in_mid_epoch_it_ends_with_the_same_bits(undisturbed,
         assert [calm[k] for k in exact] == [disturbed[k] for k in exact]
 
 
+@pytest.mark.slow
 def test_with_every_augmentation_and_averages_a_run_goes_on_in_mid_epoch_with_the_same_bits(image_folder, tmp_path):
     knobs = "mixup_alpha=0.2 cutmix_alpha=1 erase=0.25 brightness=0.4 contrast=0.4 saturation=0.4 hue=0.1"
     overrides = [*SMALL, f"data.root={image_folder}", "trainer.global_batch_size=17", "scheduler=constant"]
@@ -248,6 +249,7 @@ def test_a_change_that_is_allowed_goes_on_with_a_fresh_optimizer_and_another_net
     assert "the checkpoint of changed holds another network than the configuration: " in other.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_saves_the_state_before_and_one_process_replays_the_step(image_folder, tmp_path):
     overrides = [*SMALL, f"data.root={image_folder}", "run.name=d", "trainer.epochs=9", "trainer.global_batch_size=17"]
     overrides += ["optimizer.lr=1e12", "scheduler=constant", "trainer.clip_grad_norm=null"]
