@@ -28,7 +28,7 @@ def draw(turns: Turns, about: dict, file: Path) -> None:
 
     bars = {link: found for link in STYLES if (found := turns.get(f"K=2, 64 px, {link}"))}
     curves = [
-        draw_one for draw_one, wanted in ((by_size, "224 px"), (scaling, "weak")) if any(wanted in t for t in turns)
+        draw_one for draw_one, wanted in ((by_size, "128 px"), (scaling, "weak")) if any(wanted in t for t in turns)
     ]
     heights = [len(found) + 1 for found in bars.values()]
     figure = pyplot.figure(figsize=(14 if curves else 9, max(0.42 * sum(heights) + 0.8, 6.5 * bool(curves))))
@@ -94,7 +94,7 @@ def scaling(axis: object, turns: Turns) -> None:
             style = "-" if kind == "weak" else "--"
             axis.plot(*zip(*points.items()), style, marker="o", color=colour(name), label=f"{label(name)}, {kind}")
     finish(axis, "Images a second at 1 Gbit/s, over plain DDP on one rank", "ranks", [1, 2, 3, 4])
-    axis.set_ylim(0)
+    axis.set_ylim(0, 1.35 * axis.get_ylim()[1])
 
 
 def table(turns: Turns) -> str:
@@ -133,10 +133,10 @@ def ratios(found: dict[str, list[float]], name: str) -> list[float]:
 
 
 def finish(axis: object, title: str, what: str, ticks: list[int]) -> None:
-    axis.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+    axis.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
     axis.set_xlabel(what, color=GREY)
     axis.set_xticks(ticks)
-    axis.legend(frameon=False, fontsize=8, ncols=2)
+    axis.legend(frameon=False, fontsize=8)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
 
