@@ -81,6 +81,7 @@ def world():
         yield alone
 
 
+@pytest.mark.slow
 def test_twenty_steps_of_alexnet_equal_a_plain_torch_loop(world):
     trainer = TrainerConfig(epochs=1, global_batch_size=7)
     ours, parameters, _ = steps(20, world, AlexNetConfig(), trainer)
@@ -236,7 +237,7 @@ def same(a, b):
     return all(np.array_equal(a.get(name, np.zeros_like(b[name])), b[name]) for name in b)
 
 
-@pytest.mark.parametrize("optimizer_cfg", [SGD, AdamWConfig(lr=0.01)])
+@pytest.mark.parametrize("optimizer_cfg", [SGD, pytest.param(AdamWConfig(lr=0.01), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_nothing_of_a_bad_step_is_applied_on_any_rank_and_the_next_one_is(what, optimizer_cfg):
     """Parameters, moments, BatchNorm's statistics and counts, the sums of the row. Also in the first step of all."""

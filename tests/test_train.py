@@ -136,6 +136,7 @@ def undisturbed(tmp_path_factory) -> tuple[list[str], Path]:
     return overrides, root / "runs"
 
 
+@pytest.mark.xdist_group("undisturbed")
 def test_stopped_and_killed_in_mid_epoch_it_ends_with_the_same_bits(undisturbed, tmp_path):
     """SIGTERM twice in the first epoch, on two ranks."""
     overrides, root = undisturbed
@@ -194,6 +195,7 @@ def test_where_weights_are_averaged_they_are_what_the_run_and_evaluate_and_predi
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("undisturbed")
 def test_killed_without_a_word_it_goes_on_from_the_last_checkpoint(undisturbed, tmp_path):
     """And on another world size it sees the same images with the same losses."""
     overrides, root = undisturbed
@@ -212,6 +214,7 @@ def test_killed_without_a_word_it_goes_on_from_the_last_checkpoint(undisturbed, 
     )
 
 
+@pytest.mark.xdist_group("undisturbed")
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(undisturbed, tmp_path):
     overrides, root = undisturbed
     run_dir = root / "damaged"
@@ -236,6 +239,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(undisturbed, t
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("undisturbed")
 def test_a_change_that_is_allowed_goes_on_with_a_fresh_optimizer_and_another_network_is_refused(undisturbed, tmp_path):
     overrides, root = undisturbed
     shutil.copytree(root / "calm", root / "changed")
