@@ -14,8 +14,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import fields, replace
-from difflib import get_close_matches
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -26,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from alexnet_ddp import config
 from alexnet_ddp.config import Config, RunConfig
-from alexnet_ddp.config.door import to_config
+from alexnet_ddp.config.door import to_config, unknown_key
 from alexnet_ddp.errors import ConfigError, PeerFailed, RunError, leave_code
 from alexnet_ddp.redact import HIDDEN, redact
 
@@ -152,13 +151,10 @@ def _explain(error: Exception) -> int:
 def _hydra_line(error: Exception) -> str:
     """What Hydra says in several lines and an exception chain, without its own advice, as one line."""
     text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
-    unknown = re.search(r"Could not override '([^']+)'(?:.|\n)*Key '([^']+)' not in '(\w+)'", text)
+    unknown = re.search(r"Could not override '([^']+)'(?:.|\n)*Key '[^']+' not in '(\w+)'", text)
     if unknown is not None:
-        path, key, owner = unknown.groups()
-        known = sorted(field.name for field in fields(getattr(config, owner)))
-        near = get_close_matches(key, known, 1)
-        return f"{path} is not a key; " + (f"nearest: {near[0]}" if near else f"known here: {', '.join(known)}")
-    text = text.replace("No match in the defaults list", "this command has no such group")
+        return unknown_key(unknown[1], getattr(config, unknown[2]))
+    text = text.replace("No match in the defaults list", "This command has no such group; see --help")
     text = re.sub(
         r"Config search path:(.|\n)*|To append to your (config|default).*|See https?:.*|(full_key|\w+_type)[=:].*",
         "",

@@ -43,8 +43,7 @@ def main(cfg: PlanConfig, overrides: list[str]) -> None:
         raise ConfigError(f"wire_dtype ({cfg.wire_dtype.value}) {rule}")
     device = find_device(cfg, model, network)
     cluster = build_cluster(cfg, device)
-    wire_bytes = 4 if cfg.wire_dtype is Precision.fp32 else 2
-    tried = strategies(network, cluster, wire_bytes)
+    tried = strategies(network, cluster, cfg.wire_bytes)
     steps = [predict(network, device, cluster, strategy, cfg.images) for strategy in tried]
     found, one = best(steps, device), alone(network, device, cluster, cfg.images)
     swept = sweep(network, device, cluster, cfg.images)
@@ -209,8 +208,7 @@ def record(
     cfg: PlanConfig, network: Network, device: machine.Device, cluster: Cluster, rows: list[dict]
 ) -> dict[str, object]:
     """The JSON file: everything that went in, and all rows."""
-    wire_bytes = 4 if cfg.wire_dtype is Precision.fp32 else 2
-    chosen = choose(network, device, cluster, cfg.images, wire_bytes=wire_bytes)
+    chosen = choose(network, device, cluster, cfg.images, wire_bytes=cfg.wire_bytes)
     facts = {
         "parameters": network.parameters,
         "split_parameters": sum(layer.parameters for layer in network.split),

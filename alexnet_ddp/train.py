@@ -135,7 +135,9 @@ class Run:
         for bad in verdict.bad_steps(step):
             self.leave_behind(bad)
         self.save_due = verdict.save or self.budget.save_due(self.state.step)
-        if not self.meet(self.looks_at_weights(self.state.step)):  # a stop, or a save by time, waits until the ranks do
+        if not self.meet(
+            self.needs_equal_ranks(self.state.step)
+        ):  # a stop, or a save by time, waits until the ranks do
             self.stopping = self.save_due = False
         if verdict.num_images < num_images:
             self._set_aside("train", self.training.train_step.bad)
@@ -144,8 +146,8 @@ class Run:
             self.pace.add(num_images, verdict.num_images)
             self.tracker.advance(self.state.step)
 
-    def looks_at_weights(self, step: int) -> bool:
-        """Where a run needs equal ranks by its configuration, whoever interrupts it."""
+    def needs_equal_ranks(self, step: int) -> bool:
+        """By its configuration, whoever interrupts it: it compares, evaluates, saves or ends after `step` steps."""
         budget = self.budget
         return self.replicas.due(step) or budget.eval_due(step) or budget.save_due(step) or budget.is_end(step)
 

@@ -107,8 +107,9 @@ class Training:
         groups = {"model": self.model.state_dict(), "optimizer": state_by_name(self.optimizer, self.model)}
         if self.train_step.ema is not None:
             groups["ema"] = self.train_step.ema.tensors()
-        if self.parallel_model.hook is not None:
-            groups |= {"hook": found} if (found := self.parallel_model.hook.tensors(self._world)) else {}
+        hook = self.parallel_model.hook
+        if hook is not None and (remembered := hook.tensors(self._world)):
+            groups["hook"] = remembered
         return {stem: self.parallel_model.canonical(tensors) for stem, tensors in groups.items()}
 
     def meet(self, planned: bool, progress: Callable[[], None]) -> bool:

@@ -1,6 +1,7 @@
 """The door between Hydra and the rest: YAML and a command line come in, plain checked dataclasses go out."""
 
 from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -91,11 +92,19 @@ def to_config(cfg: DictConfig) -> Config | PlanConfig | PredictConfig | PrepareC
 
 def _refuse_unknown(cfg: DictConfig, prefix: str) -> None:
     """`+key=value` adds a key that nothing would read."""
-    known = {f.name for f in fields(OmegaConf.get_type(cfg))}
+    owner = OmegaConf.get_type(cfg)
+    known = {f.name for f in fields(owner)}
     for key in cfg:
-        require(key in known, f"{prefix}{key} is not a key; known here: {', '.join(sorted(known))}")
+        require(key in known, unknown_key(f"{prefix}{key}", owner))
         if isinstance(cfg[key], DictConfig) and is_dataclass(OmegaConf.get_type(cfg[key])):
             _refuse_unknown(cfg[key], f"{prefix}{key}.")
+
+
+def unknown_key(path: str, owner: type) -> str:
+    """The line for a key that the dataclass `owner` does not have."""
+    known = sorted(f.name for f in fields(owner))
+    near = get_close_matches(path.rpartition(".")[2], known, 1)
+    return f"{path} is not a key; " + (f"nearest: {near[0]}" if near else f"known here: {', '.join(known)}")
 
 
 def to_yaml(cfg: Config) -> str:

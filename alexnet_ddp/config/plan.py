@@ -85,6 +85,11 @@ class PlanConfig:
         return self.images_per_gpu or 128
 
     @property
+    def wire_bytes(self) -> int:
+        """Of an activation between the ranks of a hybrid."""
+        return 4 if self.wire_dtype is Precision.fp32 else 2
+
+    @property
     def all_images(self) -> int:
         """Of a step."""
         return self.global_batch_size or self.images * self.nodes * self.gpus_per_node

@@ -14,8 +14,10 @@ _SAME_EVENT_S = 5.0  # a launcher and a scheduler both pass on one signal; later
 
 
 class StopSignal:
-    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a stop at the next step at which the ranks are
-    equal. Another, seconds later, exits at once."""
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a stop at the next step that leaves the ranks equal.
+
+    Another, seconds later, exits at once.
+    """
 
     def __init__(self) -> None:
         self.received = False  # resilience/deadline.py sets it too, which no signal is a repetition of
