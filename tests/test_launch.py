@@ -92,8 +92,8 @@ class Launcher:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # bash cannot trap a signal that was ignored when it started, as SIGINT is in background jobs
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            # bash cannot trap a signal that was ignored when it started, as SIGINT is in background jobs, SIGHUP by nohup
+            preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
         )
 
     def run(self, script: str, *arguments: str, **env: str) -> tuple[int, str]:
