@@ -92,7 +92,7 @@ class Launcher:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # bash cannot trap a signal that was ignored when it started, as SIGINT is in background jobs, SIGHUP by nohup
+            # bash cannot trap a signal that was ignored when it started: SIGINT in background jobs, SIGHUP under nohup
             preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
         )
 
