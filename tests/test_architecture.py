@@ -63,10 +63,10 @@ def test_module_keeps_its_place(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_nothing_grows_too_long(path):
-    assert path.read_text().count("\n") <= 250, "split it, or cut it"
+    assert path.read_text().count("\n") <= 600, "split the module by subject, or cut it"
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"
+            assert node.end_lineno - node.lineno < 60, f"{node.name} has more than 60 lines"
             count = len([a for a in [*node.args.args, *node.args.kwonlyargs] if a.arg not in ("self", "cls")])
             assert count <= 6, f"{node.name} has {count} parameters"
 
@@ -121,5 +121,5 @@ def test_the_top_level_is_what_the_readers_expect():
     visible = {name for name in top if not name.startswith(".")}
     assert visible <= {
         *("pyproject.toml", "README.md", "SECURITY.md", "LICENSE", "conf", "alexnet_ddp", "launch", "tests", "slurm"),
-        "benchmarks",
+        *("benchmarks", "docs", "CHANGELOG.md", "CONTRIBUTING.md"),
     }
