@@ -34,6 +34,8 @@ _PACKAGE = Path(__file__).resolve().parent
 CONF_DIR = next(d for d in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if d.is_dir())
 # Hydra's options that only show something. --experimental-rerun would unpickle a file.
 _SHOWING = ("--help", "-h", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--hydra-help", "--version")
+# Hydra 1.3 warns if version_base is missing, Hydra 1.4 warns if it is given. Both then behave in the same way.
+HYDRA_BASE = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
 _NOT_SUPPORTED = dict.fromkeys(("--multirun", "-m"), "start one process group per run")
 
 
@@ -72,7 +74,7 @@ def _composed(root: str) -> list[tuple[DictConfig, list[str]]]:
             reason = _NOT_SUPPORTED.get(option, f"known: --config-dir {' '.join(_SHOWING)}")
             raise ConfigError(f"{option} is not supported: {reason}")
     if options:
-        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=root)(lambda cfg: None)()
+        hydra.main(**HYDRA_BASE, config_path=str(CONF_DIR), config_name=root)(lambda cfg: None)()
         return []
     return [(_compose(root, rest, own.config_dir), rest)]
 
@@ -91,7 +93,7 @@ def _compose(root: str, overrides: list[str], more: str | None = None) -> DictCo
             raise ConfigError(f"--config-dir ({more}) is not a folder; give one of YAML files")
         overrides = [*overrides, f"hydra.searchpath=['file://{os.path.abspath(more)}']"]
     try:
-        with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        with hydra.initialize_config_dir(str(CONF_DIR), **HYDRA_BASE):
             cfg = hydra.compose(config_name=root, overrides=overrides, return_hydra_config=True)
     except ValueError as error:  # Hydra's own, of `group=null`
         raise ConfigError(str(error).splitlines()[0].rstrip(".")) from error
@@ -156,7 +158,8 @@ def _hydra_line(error: Exception) -> str:
         return unknown_key(unknown[1], getattr(config, unknown[2]))
     text = text.replace("No match in the defaults list", "This command has no such group; see --help")
     text = re.sub(
-        r"Config search path:(.|\n)*|To append to your (config|default).*|See https?:.*|(full_key|\w+_type)[=:].*",
+        r"Config search path:(.|\n)*|Error when parsing index: .*|"  # the second one: from Hydra 1.4 on
+        r"To append to your (config|default).*|See https?:.*|(full_key|\w+_type)[=:].*",
         "",
         text,
     )

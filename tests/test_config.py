@@ -14,7 +14,7 @@ import yaml
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from alexnet_ddp.cli import CONF_DIR, compose
+from alexnet_ddp.cli import CONF_DIR, HYDRA_BASE, compose
 from alexnet_ddp.config import Config, ConfigError
 from alexnet_ddp.config.door import to_config
 from alexnet_ddp.tracking.headline import learning_rate
@@ -243,7 +243,7 @@ def test_hydras_own_keys_are_refused_by_name_because_they_could_call_anything(ov
 def test_a_wrong_preparation_is_refused_with_value_rule_and_remedy(overrides):
     with (
         pytest.raises((ConfigError, HydraException, OmegaConfBaseException)) as e,
-        hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"),
+        hydra.initialize_config_dir(str(CONF_DIR), **HYDRA_BASE),
     ):
         to_config(hydra.compose(config_name="prepare", overrides=overrides.split()))
     assert WRONG_PREPARATIONS[overrides] in f"{e.value} {e.value.__cause__}"
