@@ -1,8 +1,11 @@
 """The built-in data set: equal to the byte, whole or absent, and not to be learnt by a linear model."""
 
+import hashlib
 import json
 import os
+import re
 import threading
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -28,6 +31,23 @@ def test_an_image_is_a_function_of_split_and_index_alone():
     backwards = [demo_jpeg("train", i) for i in reversed(range(20))]
     assert forwards == backwards[::-1]
     assert len({*forwards, *(demo_jpeg("val", i) for i in range(20))}) == 40
+
+
+def test_pixels_and_files_have_the_recorded_checksums():
+    """They do not depend on the CPU or on the version of a library. If this fails, raise demo.VERSION."""
+    pixels, jpegs = hashlib.sha256(), hashlib.sha256()
+    for split in ("train", "val"):
+        for i in range(50):
+            pixels.update(demo_image(split, i).tobytes())
+            jpegs.update(demo_jpeg(split, i))
+    assert (demo.VERSION, pixels.hexdigest()) == (2, "e7302908dd029aa68d07e8ea6af4deaa958d8050ee78865ccf326687bb729e23")
+    assert jpegs.hexdigest() == "4ea7d1d577b5a51c3c1a1449806108c191661b6066aba6ddac66bc86f70f665c"
+
+
+def test_no_library_for_images_draws():
+    """OpenCV 4.10 and 4.13 draw different pixels for the same calls, and so may any other version."""
+    source = Path(demo.__file__).read_text()
+    assert not re.search(r"^\s*(import|from) (cv2|PIL|scipy)", source, re.MULTILINE)
 
 
 def test_two_sets_are_equal_to_the_byte_and_have_the_promised_layout(tmp_path, small):
@@ -119,6 +139,16 @@ def test_a_file_in_the_place_is_refused(tmp_path, small):
     with pytest.raises(DataError, match=r"must be absent, empty"):
         ensure_demo(tmp_path / "a")
     assert (tmp_path / "a").read_text() == "mine"
+
+
+def test_a_complete_set_of_version_1_is_used_as_it_is(tmp_path, small):
+    """A run that began on it resumes on the same images."""
+    ensure_demo(tmp_path / "a")
+    marker = json.loads((tmp_path / "a" / demo.MARKER).read_text())
+    (tmp_path / "a" / demo.MARKER).write_text(json.dumps({**marker, "version": 1}))
+    before = files(tmp_path / "a")
+    ensure_demo(tmp_path / "a")
+    assert files(tmp_path / "a") == before
 
 
 def test_another_version_is_refused(tmp_path, small):
