@@ -7,11 +7,23 @@ import pytest
 from PIL import Image
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="repeat the drills as often as README's table says")
+
+
+@pytest.fixture
+def full(request: pytest.FixtureRequest) -> bool:
+    """True with --full. Otherwise a drill that repeats a fault repeats it a few times, which takes seconds."""
+    return request.config.getoption("full")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What hurts processes or needs servers runs one at a time, also where pytest-xdist has many workers."""
+    """Tests that share a server, and drills of one file, run one after the other in the same worker."""
     for item in items:
-        if {"drill", "slurm", "spark"} & {marker.name for marker in item.iter_markers()}:
-            item.add_marker(pytest.mark.xdist_group("alone"))
+        markers = {marker.name for marker in item.iter_markers()}
+        if markers & {"drill", "slurm", "spark"}:
+            server = next(iter(markers & {"slurm", "spark"}), None)
+            item.add_marker(pytest.mark.xdist_group(server or item.path.stem))
 
 
 def make_folder(root: Path, num_train: int, num_val: int, num_classes: int = 5, size: int = 72) -> Path:

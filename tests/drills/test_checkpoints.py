@@ -46,10 +46,11 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_d03_two_hundred_kills_during_a_save_leave_a_loadable_checkpoint(tmp_path, measured):
-    """The run and its writer at once, as where a machine goes down, at random moments of saves of 8 MB."""
+def test_d03_kills_during_a_save_leave_a_loadable_checkpoint(tmp_path, measured, full):
+    """The run and its writer are killed together, as when a machine goes down, at random moments of saves of 8 MB."""
     moments, loadable, drafts, newest = random.Random(3), 0, 0, 0
-    for _ in range(200):
+    kills = 200 if full else 25
+    for _ in range(kills):
         here, there = SPAWN.Pipe()
         process = SPAWN.Process(target=save_for_ever, args=(str(tmp_path), there))
         process.start()
@@ -74,9 +75,9 @@ def test_d03_two_hundred_kills_during_a_save_leave_a_loadable_checkpoint(tmp_pat
             assert all((tensor == step).all() for tensor in files.read_tensors(found, "optimizer").values())
         loadable += found is not None or begun == 1
         newest = step
-    measured |= {"kills": 200, "loadable": loadable, "drafts left and cleaned": drafts}
-    assert loadable == 200
-    assert drafts > 20, "hardly any of the kills met a save"
+    measured |= {"kills": kills, "loadable": loadable, "drafts left and cleaned": drafts}
+    assert loadable == kills
+    assert drafts > kills / 10, "hardly any of the kills met a save"
 
 
 def writer_of(job: Job) -> int:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,23 @@ from tests.drills.harness import PROJECT, Job, assert_same_run
 pytestmark = pytest.mark.drill
 
 EVERY = 5  # steps between two checkpoints of the runs that are killed
-LONG = ["trainer.epochs=16", f"checkpoint.save_every_steps={EVERY}"]
+
+
+@dataclass
+class Kills:
+    times: int
+    overrides: list[str]  # of a run that is long enough for so many
+    calm: Job  # that run without a fault
 
 
 @pytest.fixture(scope="module")
-def long_calm(images, tmp_path_factory) -> Job:
-    """416 steps without a fault."""
-    job = Job(tmp_path_factory.mktemp("calm"), "long", f"data.root={images}", *LONG)
+def kills(images, tmp_path_factory, request) -> Kills:
+    """20 kills in 416 steps, or without --full 5 in 104."""
+    times, epochs = (20, 16) if request.config.getoption("full") else (5, 4)
+    overrides = [f"trainer.epochs={epochs}", f"checkpoint.save_every_steps={EVERY}"]
+    job = Job(tmp_path_factory.mktemp("calm"), "long", f"data.root={images}", *overrides)
     assert job.run() == 0, job.said()
-    return job
+    return Kills(times, overrides, job)
 
 
 def alive(pid: int) -> bool:
@@ -69,10 +78,10 @@ def step_of(job: Job) -> int:
 
 
 @pytest.mark.parametrize("rank", [pytest.param(1, id="D01"), pytest.param(0, id="D02")])
-def test_d01_d02_a_rank_that_is_killed_is_replaced_and_nothing_changes(rank, new_job, long_calm, measured):
-    job = new_job("killed", *LONG)
-    kill_often(job, rank, 20, measured)
-    assert_same_run(job, long_calm)
+def test_d01_d02_a_rank_that_is_killed_is_replaced_and_nothing_changes(rank, new_job, kills, measured):
+    job = new_job("killed", *kills.overrides)
+    kill_often(job, rank, kills.times, measured)
+    assert_same_run(job, kills.calm)
 
 
 def test_d05_a_rank_that_is_stopped_is_found_named_and_replaced(new_job, calm, measured):
