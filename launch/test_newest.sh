@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Tests the project with the newest versions of its light dependencies, pre-releases included:   launch/test_newest.sh [pytest arguments]
+# It makes a temporary environment. torch, torchvision and whatever is not upgraded come from .venv, which stays as it is.
+# Without arguments it runs the tests that depend most on these libraries, two to four minutes on two cores.
+set -euo pipefail
+. "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+
+tests=(config plan redact demo decode augment index policy imagenet quarantine shards packing_formats tracking
+  tracking_record tracking_wandb checkpoint metrics optim)
+packages=(hydra-core omegaconf numpy pillow opencv-python-headless rich wandb tensorboard safetensors simplejpeg scipy fsspec)
+
+"$project_dir/launch/setup.sh"
+cd "$project_dir"
+venv=.venv/bin/python
+folder=$(mktemp -d "${TMPDIR:-/tmp}/alexnet_ddp.newest.XXXXXX")
+trap 'rm -rf "$folder"' EXIT
+
+# Upper bounds of pyproject.toml hold: a version beyond them is not supported yet.
+"$venv" - "${packages[@]}" >"$folder/requirements.txt" <<'PYTHON'
+import re, sys, tomllib
+
+listed = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]
+print(*(line for line in listed if re.match(r"[\w-]+", line)[0] in sys.argv[1:]), sep="\n")
+PYTHON
+PIP_ROOT_USER_ACTION=ignore "$venv" -m pip install --quiet --disable-pip-version-check --no-input --pre --upgrade \
+  --target "$folder/packages" --requirement "$folder/requirements.txt"
+
+# The environment sees the upgraded packages first, then this checkout and the packages of .venv.
+"$venv" -m venv --without-pip "$folder/venv"
+site=$("$folder/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+"$venv" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$folder/old"
+printf '%s\n' "$folder/packages" "$project_dir" "$(<"$folder/old")" >"$site/newest.pth"
+
+"$folder/venv/bin/python" - "${packages[@]}" <<'PYTHON'
+import importlib.metadata, sys
+
+print("newest:", *(f"{name} {importlib.metadata.version(name)}" for name in sys.argv[1:]))
+PYTHON
+if (($# == 0)); then
+  set -- "${tests[@]/#/tests/test_}"
+  set -- "${@/%/.py}"
+fi
+"$folder/venv/bin/python" -m pytest "$@"
