@@ -1,14 +1,27 @@
-"""Real gloo processes for tests: run_ranks(fn, world_size) calls fn in each and returns what they returned."""
+"""Real processes for tests, forked from one that has imported torch already.
 
+run_ranks(fn, world_size) calls fn in each and returns what they returned; run_command() runs a command of the package.
+"""
+
+import atexit
 import multiprocessing
 import os
+import runpy
 import socket
+import sys
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
+from pathlib import Path
+from subprocess import CompletedProcess
+from tempfile import TemporaryDirectory
 from typing import Any
 
 SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["torch", "torchvision", "alexnet_ddp.engine", "alexnet_ddp.checkpoint.store"])
+SPAWN.set_forkserver_preload(
+    ["torch", "torch._dynamo", "torchvision", "alexnet_ddp.engine", "alexnet_ddp.checkpoint.store"]
+)
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
@@ -16,9 +29,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
 
     A rank that raises fails the test with its trace; so does one that does not end in time.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _free_port()
     pipes, processes = [], []
     for rank in range(world_size):
         parent, child = SPAWN.Pipe()
@@ -42,9 +53,71 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
 
 
 def _rank(pipe: Any, fn: Callable[..., Any], args: tuple, rank: int, world_size: int, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= _torchrun_env(rank, world_size, port)
     try:
         pipe.send((fn(*args), None))
     except BaseException:
         pipe.send((None, traceback.format_exc()))
+
+
+def run_command(module: str, arguments: list[str], ranks: int, cwd: Path, env: dict[str, str]) -> CompletedProcess:
+    """`python -m MODULE ARGUMENTS`, or with ranks > 0 as many processes with torchrun's environment.
+
+    Each process saves the seconds that importing torch takes. Use a real command line if the start of the interpreter,
+    a launcher or a signal is the subject. stdout contains stderr. Returns the code of the process; of several ranks 0
+    or 1, as torchrun does, which stops the others if one fails.
+    """
+    port = _free_port() if ranks else 0
+    rank_envs = [_torchrun_env(rank, ranks, port) | {"OMP_NUM_THREADS": "1"} for rank in range(ranks)] or [{}]
+    with TemporaryDirectory() as folder:
+        out = Path(folder, "out")
+        out.touch()
+        more = [(str(out), module, arguments, str(cwd), env | rank_env) for rank_env in rank_envs]
+        processes = [SPAWN.Process(target=_command, args=args) for args in more]
+        for process in processes:
+            process.start()
+        try:
+            _wait_for_all(processes, timeout_s=180)
+            codes = [process.exitcode for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        assert None not in codes, f"{module} did not end in 180 s:\n{out.read_text()}"
+        return CompletedProcess([module, *arguments], int(any(codes)) if ranks else codes[0], out.read_text())
+
+
+def _wait_for_all(processes: list[Any], timeout_s: float) -> None:
+    """Until all have ended, or the time is over. If one fails, the others get SIGTERM."""
+    end, running = time.monotonic() + timeout_s, list(processes)
+    while running and time.monotonic() < end:
+        wait([process.sentinel for process in running], end - time.monotonic())
+        if any(process.exitcode for process in processes):
+            for process in running:
+                process.terminate()
+        running = [process for process in running if process.exitcode is None]
+
+
+def _command(out: str, module: str, arguments: list[str], cwd: str, env: dict[str, str]) -> None:
+    descriptor = os.open(out, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ |= env
+    sys.argv[1:] = arguments
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves them out
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _torchrun_env(rank: int, world_size: int, port: int) -> dict[str, str]:
+    env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    return env | {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

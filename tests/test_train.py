@@ -16,6 +16,7 @@ import torch
 from alexnet_ddp import cli, predict
 from alexnet_ddp.checkpoint import files
 from tests.conftest import make_folder
+from tests.ranks import run_command
 
 ENV = {**os.environ, "WANDB_MODE": "disabled", "PYTHONPATH": str(Path(__file__).parents[1])}
 SMALL = ["data=folder", "data.image_size=64", "trainer.log_every_steps=1", "logger.tensorboard=false"]
@@ -29,10 +30,7 @@ def command(root: str, *overrides: str, ranks: int = 0) -> list[str]:
 def run(root: str, *overrides: str, ranks: int = 0, cwd: Path, env: dict | None = None) -> subprocess.CompletedProcess:
     # HOME's cache is not touched: see conftest.private_cache
     full = {**ENV, "XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"], **(env or {})}
-    return subprocess.run(
-        command(root, *overrides, ranks=ranks), cwd=cwd, env=full, timeout=180, check=False, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    return run_command(f"alexnet_ddp.{root}", list(overrides), ranks, cwd, full)
 
 
 def rows(run_dir: Path, key: str) -> list[dict]:
