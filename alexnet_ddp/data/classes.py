@@ -23,10 +23,11 @@ class ClassOrder:
 
     choice: str = NAME  # as the user wrote it
     names: tuple[str, ...] | None = None  # the classes in order, if they are stated
+    is_binding: bool = True  # False: other classes than `names` are ordered by name, and the caller compares them
 
     def arrange(self, found: list[str], where: str) -> list[str]:
         """The class names `found`, in order. Raises DataError, naming `where` they are from, if they do not fit."""
-        if self.names is not None:
+        if self.names is not None and (self.is_binding or set(self.names) == set(found)):
             return self._as_stated(found, where)
         if self.choice == NAME:
             return sorted(found)
