@@ -18,6 +18,7 @@ from alexnet_ddp.atomic import write_json
 from alexnet_ddp.checkpoint import files
 from alexnet_ddp.checkpoint.find import find_best
 from alexnet_ddp.config import Config
+from alexnet_ddp.data.classes import class_difference
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_work
 from alexnet_ddp.data.sets import ImageSets, open_data
@@ -40,7 +41,8 @@ def main(cfg: Config, overrides: list[str]) -> None:
         cfg = cli.config_of_run(cfg.run_dir, overrides)
     with distributed.session(cfg.device, cfg.trainer.tf32) as world:
         check_precision(cfg.trainer.precision, world)
-        data = distributed.first_on_node(lambda: open_data(cfg.data), world)
+        trained = distributed.on_all(lambda: read_classes(cfg.run_dir)["ids"], world) if of_run else None
+        data = distributed.first_on_node(lambda: open_data(cfg.data, trained=trained), world)
         if of_run:
             directory = distributed.from_main(lambda: find_best(cfg.run_dir / "checkpoints"), world)
             model, origin = distributed.on_all(lambda: _trained(cfg, data, directory), world)
@@ -68,9 +70,10 @@ def _trained(cfg: Config, data: ImageSets, directory: Path) -> tuple[nn.Module, 
     """A checkpoint's network; the data must have the classes that it was trained on."""
     expected, found = read_classes(cfg.run_dir)["ids"], data.val.classes
     if expected != found:
-        only = sorted(set(expected) ^ set(found))[:5]
-        rule = f"has other classes than run {cfg.run.name} was trained on, first of all {only}"
-        raise DataError(f"data.root {rule}; give a root with the classes of the training")
+        remedy = "give a root with the classes of the training"
+        differ = class_difference(f"run {cfg.run.name}", expected, "data.root", found, remedy)
+        differ = differ or f"they have another order; {remedy} in its order"
+        raise DataError(f"data.root has other classes than run {cfg.run.name} was trained on: {differ}")
     model = build_model(replace(cfg.model, weights=None), len(expected), cfg.data.image_size, cfg.seed)
     stem = files.stem_of_weights(directory)
     load_checkpoint(model, files.read_tensors(directory, stem), str(directory))

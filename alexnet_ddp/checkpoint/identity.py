@@ -19,7 +19,7 @@ _FREE = {
         "data.limit_val",
         "model.weights",
     ),
-    *("data.num_train", "data.num_val", "data.num_classes"),  # the fingerprint covers them
+    *("data.num_train", "data.num_val", "data.num_classes", "data.class_order"),  # the fingerprint covers them
     *("data.shuffle", "data.window_shards", "data.cache_dir", "data.cache_gb"),  # `windows` covers them
     *("trainer.epochs", "trainer.max_steps", "trainer.micro_batch_size", "trainer.eval_batch_size", "trainer.compile"),
     *("trainer.tf32", "trainer.log_every_steps", "trainer.eval_every_epochs", "trainer.hang_timeout_s"),

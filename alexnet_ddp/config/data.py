@@ -63,11 +63,13 @@ class DataConfig:
 @dataclass(kw_only=True)
 class FolderConfig(DataConfig):
     root: str = MISSING  # holds train/CLASS/* and val/CLASS/*
+    class_order: str = "name"  # of the labels: name | numeric | a text file with one class name a line
 
 
 @dataclass(kw_only=True)
 class ImageNetConfig(DataConfig):
     root: str = MISSING  # holds the ILSVRC2012 archives as distributed, or the extracted train/ and val/
+    class_order: str = "name"  # as for data=folder
 
 
 class Shuffle(StrEnum):

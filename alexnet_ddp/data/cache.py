@@ -36,15 +36,15 @@ class NodeCache:
     limit: int | None
 
     @cached_property
-    def _wanted(self) -> SimpleQueue[tuple[str, str]]:
+    def _wanted(self) -> SimpleQueue[tuple[str, str, int]]:
         """What to fetch in the background. Daemon threads do it: the end of a run does not wait for them."""
-        wanted: SimpleQueue[tuple[str, str]] = SimpleQueue()
+        wanted: SimpleQueue[tuple[str, str, int]] = SimpleQueue()
 
         def fetch() -> None:
             while True:
-                name, sha256 = wanted.get()
+                name, sha256, size = wanted.get()
                 with suppress(OSError):  # shows when the file is asked for
-                    self.get(name, sha256)
+                    self.get(name, sha256, size)
                 self._asked.discard(sha256)
 
         for _ in range(_FETCHERS):
@@ -55,30 +55,39 @@ class NodeCache:
     def _asked(self) -> set[str]:
         return set()
 
-    def open(self, name: str, sha256: str) -> int:
-        """A file descriptor, for reading; the file is fetched first where it is not here. Raises OSError."""
+    def open(self, name: str, sha256: str, size: int) -> int:
+        """A file descriptor, for reading; the file is fetched first if it is not here. Raises OSError."""
         while True:
-            path = self.get(name, sha256)
+            path = self.get(name, sha256, size)
             try:
                 return os.open(path, os.O_RDONLY)
             except FileNotFoundError:  # another process needed the room just now
                 continue
 
-    def get(self, name: str, sha256: str) -> Path:
-        """The local file."""
-        path = Path(self.directory, sha256)
-        if not self._touch(path):
+    def path(self, sha256: str) -> Path:
+        """Where the file is, once it is fetched."""
+        return Path(self.directory, sha256)
+
+    def drop(self, name: str, sha256: str) -> None:
+        """Remove a file that is not what was fetched: the next get fetches it again."""
+        log.warning("%s, fetched from %s, was changed or damaged: fetching it again", self.path(sha256), name)
+        self.path(sha256).unlink(missing_ok=True)
+
+    def get(self, name: str, sha256: str, size: int | None = None) -> Path:
+        """The local file. One that is not of `size` bytes, if that is known, is fetched again."""
+        path = self.path(sha256)
+        if not self._touch(path, size):
             with self._alone(f"{sha256}.lock"):
-                if not self._touch(path):  # another process has fetched it meanwhile
+                if not self._touch(path, size):  # another process has fetched it meanwhile
                     self._fetch(name, sha256, path)
                     self._make_room(path)
         return path
 
-    def will_need(self, name: str, sha256: str) -> None:
+    def will_need(self, name: str, sha256: str, size: int) -> None:
         """Begin to fetch it, without waiting; an error shows when the file is asked for."""
         if sha256 not in self._asked and not Path(self.directory, sha256).exists():
             self._asked.add(sha256)
-            self._wanted.put((name, sha256))
+            self._wanted.put((name, sha256, size))
 
     def _fetch(self, name: str, sha256: str, path: Path) -> None:
         for attempt in range(_ATTEMPTS):
@@ -106,10 +115,14 @@ class NodeCache:
         finally:
             draft.unlink(missing_ok=True)
 
-    def _touch(self, path: Path) -> bool:
+    def _touch(self, path: Path, size: int | None) -> bool:
         """Note that the file was used, if it is there. The time of the last change says so: access times may be off."""
         try:
-            if time.time() - path.stat().st_mtime > 1:
+            found = path.stat()
+            if size is not None and found.st_size != size:
+                log.warning("%s has %s bytes instead of %s: fetching it again", path, found.st_size, size)
+                return False
+            if time.time() - found.st_mtime > 1:
                 os.utime(path)
             return True
         except FileNotFoundError:

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from alexnet_ddp.data import scan
-from alexnet_ddp.data.index import SampleIndex, check_same_classes, class_difference, index_folder
+from alexnet_ddp.data.classes import BY_NAME, ClassOrder, class_difference
+from alexnet_ddp.data.index import SampleIndex, check_same_classes, index_folder, names_digest
 from alexnet_ddp.data.tars import ArchiveStore, Member, tar_members
 from alexnet_ddp.errors import DataError
 
@@ -40,8 +41,8 @@ class Devkit(NamedTuple):
     truth: list[int]  # the ILSVRC2012_ID of ILSVRC2012_val_0000000i.JPEG at i - 1
 
 
-def open_imagenet(root: Path) -> tuple[SampleIndex, SampleIndex, list[str]]:
-    """(train, val, names of the classes for humans) of an ImageNet directory. Classes are sorted WordNet ids.
+def open_imagenet(root: Path, order: ClassOrder = BY_NAME) -> tuple[SampleIndex, SampleIndex, list[str]]:
+    """(train, val, names of the classes for humans) of an ImageNet directory. Classes are WordNet ids.
 
     Either split comes from its archive if that is there, else from its folder: `root` may hold the three archives,
     or train/CLASS/* and val/CLASS/*, or one of each; with both, the archive is read. The validation archive needs the
@@ -51,24 +52,25 @@ def open_imagenet(root: Path) -> tuple[SampleIndex, SampleIndex, list[str]]:
     root = Path(os.path.abspath(root))
     _check_pieces(root)
     devkit = read_devkit(root / DEVKIT) if (root / DEVKIT).is_file() else None
-    train = _train_archive(root / TRAIN)[0] if (root / TRAIN).is_file() else index_folder(root, "train")
+    train = _train_archive(root / TRAIN, order)[0] if (root / TRAIN).is_file() else index_folder(root, "train", order)
     val = _val_archive(root / VAL, devkit, train.classes)[0] if devkit and (root / VAL).is_file() else None
-    val = val or index_folder(root, "val")
+    val = val or index_folder(root, "val", order)
     check_same_classes(train, val)
     words = devkit.words if devkit else {}
     return train, val, [words.get(wnid, wnid) for wnid in train.classes]
 
 
-def open_archive(root: Path, split: str) -> tuple[SampleIndex, list[str], list[str]]:
+def open_archive(root: Path, split: str, order: ClassOrder = BY_NAME) -> tuple[SampleIndex, list[str], list[str]]:
     """(images, their file names, names of the classes for humans) of one split, to be packed. Raises DataError.
 
     The last image of a class may be cut short: it is listed with the bytes there are.
     """
     devkit = read_devkit(root / DEVKIT) if split == "val" or (root / DEVKIT).is_file() else None
     if split == "train":
-        index, names = _train_archive(root / TRAIN, may_be_cut=True)
+        index, names = _train_archive(root / TRAIN, order, may_be_cut=True)
     else:
-        index, names = _val_archive(root / VAL, devkit, sorted(devkit.words), may_be_cut=True)
+        classes = order.arrange(list(devkit.words), str(root / DEVKIT))
+        index, names = _val_archive(root / VAL, devkit, classes, may_be_cut=True)
     words = devkit.words if devkit else {}
     return index, names, [words.get(wnid, wnid) for wnid in index.classes]
 
@@ -149,24 +151,30 @@ def _places(images: list[Member]) -> scan.Arrays:
     }
 
 
-def _train_archive(path: Path, may_be_cut: bool = False) -> tuple[SampleIndex, list[str]]:
-    """(images, their file names where the last may be cut)"""
-    found = scan.cached("train" + "-cut" * may_be_cut, path, lambda stamps: _scan_train(path, stamps, may_be_cut))
+def _train_archive(path: Path, order: ClassOrder, may_be_cut: bool = False) -> tuple[SampleIndex, list[str]]:
+    """(images, their file names if the last may be cut)"""
+
+    def build(stamps: scan.Stamps) -> scan.Arrays:
+        return _scan_train(path, stamps, order, may_be_cut)
+
+    found = scan.cached("train" + "-cut" * may_be_cut, path, build, order.key())
     scan.report(found)
     store = ArchiveStore(str(path), found["offsets"], found["sizes"])
-    return SampleIndex(scan.from_json(found["classes"]), found["labels"], store), scan.from_json(found["names"])
+    classes, digest = scan.from_json(found["classes"]), scan.from_json(found["digest"])
+    return SampleIndex(classes, found["labels"], store, digest), scan.from_json(found["names"])
 
 
-def _scan_train(path: Path, stamps: scan.Stamps, may_be_cut: bool) -> scan.Arrays:
+def _scan_train(path: Path, stamps: scan.Stamps, order: ClassOrder, may_be_cut: bool) -> scan.Arrays:
     ignored, places, counts, names = scan.Ignored(), [], [], []
     with _opened(path, stamps) as (fd, size), ThreadPoolExecutor(_THREADS) as pool:
         files = {m: m.name.rsplit("/", 1)[-1] for m in tar_members(fd, path, 0, size)}
         tars = [m for m, name in files.items() if ignored.accepts(name, str(path), (".tar",))]
-        tars.sort(key=lambda m: Path(m.name).stem)
-        classes = [Path(m.name).stem for m in tars]
-        if not classes or len(set(classes)) < len(classes):
-            got = scan.listed(classes) or "none"
+        of = {Path(m.name).stem: m for m in tars}
+        if not of or len(of) < len(tars):
+            got = scan.listed(sorted(Path(m.name).stem for m in tars)) or "none"
             raise DataError(f"{path} must hold one .tar for each class, got {got}; copy it again from its source")
+        classes = order.arrange(list(of), str(path))
+        tars = [of[name] for name in classes]
 
         def look(tar: Member) -> tuple[list[Member], scan.Ignored]:
             mine = scan.Ignored()
@@ -176,29 +184,31 @@ def _scan_train(path: Path, stamps: scan.Stamps, may_be_cut: bool) -> scan.Array
         for images, left_out in scan.watched(pool.map(look, tars), len(tars), f"indexing {path.name}"):
             places.append(_places(images))
             counts.append(len(images))
-            names += [image.name for image in images] if may_be_cut else []  # a start of training does without them
+            names += [image.name for image in images]
             ignored.merge(left_out)
     if 0 in counts:
         raise DataError(f"{path} holds no images of {classes[counts.index(0)]}; copy it again from its source")
     joined = {name: np.concatenate([place[name] for place in places]) for name in ("offsets", "sizes")}
     labels = np.repeat(np.arange(len(tars), dtype=np.int32), counts)
-    lists = {"classes": classes, "names": names, "notes": ignored.notes()}
+    digest = names_digest(f"{classes[label]}/{name}" for label, name in zip(labels.tolist(), names))
+    names = names if may_be_cut else []  # a start of training does without them
+    lists = {"classes": classes, "names": names, "notes": ignored.notes(), "digest": digest}
     return joined | {"labels": labels} | {key: scan.to_json(value) for key, value in lists.items()}
 
 
 def _val_archive(
     path: Path, devkit: Devkit, classes: list[str], may_be_cut: bool = False
 ) -> tuple[SampleIndex, list[str]]:
-    """(images, their file names where the last may be cut)"""
+    """(images, their file names)"""
     what = "val" + "-cut" * may_be_cut
     found = scan.cached(what, path, lambda stamps: _scan_val(path, len(devkit.truth), stamps, may_be_cut))
     scan.report(found)
     labels = _val_labels(path, found["numbers"], devkit, classes)
     order = np.lexsort((found["numbers"], labels))  # numbers have eight digits: their order is the names'
     store = ArchiveStore(str(path), found["offsets"], found["sizes"])
-    numbers = found["numbers"][order].tolist() if may_be_cut else []
-    names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in numbers]
-    return SampleIndex(classes, labels[order], store.take(order)), names
+    labels, names = labels[order], [f"ILSVRC2012_val_{number:08d}.JPEG" for number in found["numbers"][order].tolist()]
+    digest = names_digest(f"{classes[label]}/{name}" for label, name in zip(labels.tolist(), names))
+    return SampleIndex(classes, labels, store.take(order), digest), names
 
 
 def _scan_val(path: Path, expected: int, stamps: scan.Stamps, may_be_cut: bool) -> scan.Arrays:
@@ -216,9 +226,10 @@ def _scan_val(path: Path, expected: int, stamps: scan.Stamps, may_be_cut: bool) 
 
 def _val_labels(path: Path, numbers: np.ndarray, devkit: Devkit, classes: list[str]) -> np.ndarray:
     """int32 [N]: the position in `classes` of each image, by its number."""
-    differ = class_difference(DEVKIT, list(devkit.words), "the training set", classes)
+    remedy = f"take all files of {path.parent} from one release"
+    differ = class_difference(DEVKIT, list(devkit.words), "the training set", classes, remedy)
     if differ:
-        raise DataError(f"the classes differ: {differ}; take all files of {path.parent} from one release")
+        raise DataError(f"the classes differ: {differ}")
     unknown = sorted(set(devkit.truth) - set(devkit.wnids))
     if unknown:
         ids = scan.listed([str(i) for i in unknown])

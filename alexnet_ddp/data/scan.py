@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import stat
 import time
 import uuid
 from collections import Counter
@@ -26,7 +25,7 @@ Arrays = dict[str, np.ndarray]
 Stamps = dict[str, list[int]]
 T = TypeVar("T")
 
-_FORMAT = 2  # of the cached arrays: another number, another file
+_FORMAT = 3  # of the cached arrays: another number, another file
 _FRESH_NS = 2_000_000_000  # what changed so recently may change again within one tick of the file system's clock
 
 log = logging.getLogger(__name__)
@@ -102,31 +101,43 @@ def from_json(array: np.ndarray) -> Any:
 
 
 def stamp(path: str | Path) -> list[int]:
-    """[size in bytes (0 for a folder), mtime in ns] of what is there now."""
-    found = os.stat(path)
-    return [found.st_size if stat.S_ISREG(found.st_mode) else 0, found.st_mtime_ns]
+    """[size in bytes, mtime in ns, ctime in ns, inode] of a file or folder.
 
-
-def cached(kind: str, path: Path, build: Callable[[Stamps], Arrays]) -> Arrays:
-    """The arrays `build` makes of `path`, from the user's cache while nothing they were made of has changed.
-
-    `build` puts the `stamp` of each file or folder it looks at into the dict it is given, before it looks. A cache
-    that is damaged or cannot be written costs a line in the log and the time to build again, never the run. Any
-    number of processes may do this at once: files appear by rename, complete.
+    Modification times can be set (tar, rsync and cp -p do so), so they alone do not show that another file or folder
+    took the place of the first. A file system that changes inode numbers with each mount costs a new scan, no more.
     """
-    file = _cache_file(kind, path)
+    found = os.stat(path)
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def cached(
+    kind: str,
+    path: Path,
+    build: Callable[[Stamps], Arrays],
+    variant: str = "",
+    is_current: Callable[[Arrays], bool] = lambda arrays: True,
+) -> Arrays:
+    """The arrays that `build` makes of `path`, from the user's cache if nothing they were made of has changed.
+
+    `build` puts the `stamp` of each file or folder it reads into the dict it is given, before it reads. `variant` names
+    the options of `build`. `is_current` checks what no stamp shows. A cache that is damaged or cannot be written costs
+    a line in the log and the time to build again, never the run. Any number of processes may do this at once: files
+    appear by rename, complete.
+    """
+    file = _cache_file(kind, path, variant)
     arrays = _load(file) if file else None
-    if arrays is None:
+    if arrays is None or not is_current(arrays):
         stamps: Stamps = {}
         begin = time.time_ns()
         arrays = build(stamps)
-        if file and all(mtime < begin - _FRESH_NS for _, mtime in stamps.values()):
+        if file and all(mtime < begin - _FRESH_NS for _, mtime, *_ in stamps.values()):
             _save(file, arrays | {"stamps": to_json(stamps)})
     return arrays
 
 
-def _cache_file(kind: str, path: Path) -> Path | None:
-    key = hashlib.sha256(f"{_FORMAT}\0{kind}\0".encode() + os.fsencode(os.path.abspath(path))).hexdigest()
+def _cache_file(kind: str, path: Path, variant: str) -> Path | None:
+    what = f"{_FORMAT}\0{kind}\0{variant}\0".encode(errors="surrogateescape")
+    key = hashlib.sha256(what + os.fsencode(os.path.abspath(path))).hexdigest()
     given = os.environ.get("XDG_CACHE_HOME", "")
     try:
         base = Path(given) if os.path.isabs(given) else Path.home() / ".cache"

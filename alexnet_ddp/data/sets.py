@@ -1,5 +1,6 @@
 """What a run trains on, and what it is evaluated on: any `data=` choice becomes two indices."""
 
+import hashlib
 import json
 import logging
 from dataclasses import dataclass
@@ -9,8 +10,12 @@ import numpy as np
 
 from alexnet_ddp import rng
 from alexnet_ddp.config import DataConfig, DemoConfig, FolderConfig, ImageNetConfig, ShardsConfig, SyntheticConfig
+from alexnet_ddp.data.classes import BY_NAME, NAME, ClassOrder, numeric_order_note, read_order, same_looking
 from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.index import SampleIndex, check_same_classes, index_folder
+from alexnet_ddp.data.scan import listed
+from alexnet_ddp.data.shard_check import check_file
+from alexnet_ddp.data.shard_index import read_index
 from alexnet_ddp.data.shards import open_shards
 from alexnet_ddp.data.storage import Storage, absolute
 
@@ -33,6 +38,11 @@ class SyntheticStore:
 
     pixels: np.ndarray  # uint8 [image bytes + 4096]
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """None has a size in bytes: image i is the same in all synthetic data."""
+        return np.zeros(0, np.int64)
+
     def take(self, positions: np.ndarray) -> "SyntheticStore":
         return self
 
@@ -46,9 +56,11 @@ class SyntheticStore:
         return []
 
 
-def open_data(cfg: DataConfig, may_make: bool = False) -> ImageSets:
-    """Find the images that `cfg` names; make the built-in ones where `may_make`. Raises DataError.
+def open_data(cfg: DataConfig, may_make: bool = False, trained: list[str] | None = None) -> ImageSets:
+    """Find the images that `cfg` names; make the built-in ones if `may_make`. Raises DataError.
 
+    trained: the classes of a run in the order of its labels. Folders and archives that have these classes get this
+    order instead of data.class_order, whose file may be gone.
     May write files, a cache at least: see first_on_node. Imports what a choice needs where it is chosen: a start is
     mostly imports.
     """
@@ -59,13 +71,13 @@ def open_data(cfg: DataConfig, may_make: bool = False) -> ImageSets:
 
             if may_make:
                 ensure_demo(Path(cfg.root))
-            train, val, names = _open_folder(Path(cfg.root))
+            train, val, names = _open_folder(Path(cfg.root), BY_NAME)
         case FolderConfig():
-            train, val, names = _open_folder(Path(cfg.root))
+            train, val, names = _open_folder(Path(cfg.root), _order(cfg.class_order, trained))
         case ImageNetConfig():
             from alexnet_ddp.data.imagenet import open_imagenet
 
-            train, val, names = open_imagenet(Path(cfg.root))
+            train, val, names = open_imagenet(Path(cfg.root), _order(cfg.class_order, trained))
         case ShardsConfig():
             train, val, names = open_shards(cfg)
             basis = colour_basis(Storage(absolute(cfg.root)))
@@ -75,11 +87,25 @@ def open_data(cfg: DataConfig, may_make: bool = False) -> ImageSets:
         case _:
             raise TypeError(f"no data for {type(cfg).__name__}")
     check_same_classes(train, val)
+    _warn_of_names(train.classes, trained is None and getattr(cfg, "class_order", NAME) == NAME)
     return ImageSets(train.subset(cfg.limit_train), val.subset(cfg.limit_val), names, basis)
 
 
-def _open_folder(root: Path) -> tuple[SampleIndex, SampleIndex, list[str]]:
-    train, val = index_folder(root, "train"), index_folder(root, "val")
+def _order(choice: str, trained: list[str] | None) -> ClassOrder:
+    return read_order(choice) if trained is None else ClassOrder(names=tuple(trained), is_binding=False)
+
+
+def _warn_of_names(classes: list[str], by_name: bool) -> None:
+    note = numeric_order_note(classes) if by_name else None
+    if note:
+        log.warning("%s; for that order give data.class_order=numeric (to prepare: class_order=numeric)", note)
+    twins = same_looking(classes)
+    if twins:
+        log.warning("several classes are named %s, in different Unicode forms: are they one class?", listed(twins))
+
+
+def _open_folder(root: Path, order: ClassOrder) -> tuple[SampleIndex, SampleIndex, list[str]]:
+    train, val = index_folder(root, "train", order), index_folder(root, "val", order)
     return train, val, train.classes
 
 
@@ -94,9 +120,14 @@ def _synthetic(cfg: SyntheticConfig, n: int) -> SampleIndex:
 
 def colour_basis(root: Storage) -> tuple[np.ndarray, np.ndarray] | None:
     """(eigenvalues [3], eigenvectors [3, 3] as columns) of the RGB values in [0, 1] of the packed training images."""
+    name = "train.stats.json"
     try:
-        found = json.loads(root.read("train.stats.json"))
+        content = root.read(name)
+        index = read_index(root)
+        if index is not None:
+            check_file(root, name, index.splits["train"], hashlib.sha256(content).hexdigest())
+        found = json.loads(content)
         return np.array(found["eigenvalues"]), np.array(found["eigenvectors"])
     except (OSError, ValueError, KeyError) as error:
-        log.warning("%s cannot be read (%s): colour noise is ImageNet's", root.path("train.stats.json"), error)
+        log.warning("%s cannot be read (%s): colour noise is ImageNet's", root.path(name), error)
         return None

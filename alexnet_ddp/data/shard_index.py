@@ -31,16 +31,19 @@ def read_index(storage: Storage) -> ShardIndex | None:
         found = json.loads(content)
         if found["format"] != FORMAT:
             raise ValueError(f"format {found['format']} instead of {FORMAT}")
-        for entry in found["splits"].values():
-            _check_names(entry)
+        for split, entry in found["splits"].items():
+            _check_names(split, entry)
         return ShardIndex(found["classes"], found["class_names"], found["splits"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         path = storage.path(INDEX)
         raise DataError(f"{path} is damaged ({error}); remove it and prepare again: whole shards stay") from error
 
 
-def _check_names(entry: dict[str, Any]) -> None:
+def _check_names(split: str, entry: dict[str, Any]) -> None:
     """Names become paths below root, hashes become names in the node's cache. Raises ValueError."""
+    missing = {f"{split}.{kind}" for kind in ("samples.npy", "names.txt", "stats.json")} - entry["files"].keys()
+    if missing:
+        raise ValueError(f"it has no SHA-256 of {min(missing)}")
     for shard in entry["shards"]:
         if not re.fullmatch(r"[\w\-]+\.tar", shard["name"]):
             raise ValueError(f"a shard is named {shard['name']!r}")

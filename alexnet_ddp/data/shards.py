@@ -23,6 +23,7 @@ import numpy as np
 from alexnet_ddp.config import ConfigError, ShardsConfig, Shuffle
 from alexnet_ddp.data.cache import NodeCache
 from alexnet_ddp.data.index import SampleIndex
+from alexnet_ddp.data.shard_check import REMEDY, check_split, wrong_shards
 from alexnet_ddp.data.shard_index import INDEX, ShardIndex, read_index
 from alexnet_ddp.data.storage import Storage, absolute
 from alexnet_ddp.data.tars import pread, will_need
@@ -49,12 +50,13 @@ class Shards:
     storage: Storage
     names: list[str]
     sha256: list[str]
+    sizes: list[int]  # bytes
     cache: NodeCache | None
 
     def open(self, shard: int) -> int:
         """A file descriptor, for reading. Raises OSError."""
         if self.cache is not None:
-            return self.cache.open(self.names[shard], self.sha256[shard])
+            return self.cache.open(self.names[shard], self.sha256[shard], self.sizes[shard])
         return os.open(self.storage.path(self.names[shard]), os.O_RDONLY)
 
 
@@ -73,6 +75,11 @@ class ShardStore:
     @property
     def nbytes(self) -> int:
         return self.samples.nbytes
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """int64 [N]: bytes of each image; of raw images, which all have one size, the CRC-32 instead."""
+        return self.samples["crc32" if self.raw_size else "size"].astype(np.int64)
 
     @property
     def shards(self) -> np.ndarray:
@@ -104,7 +111,8 @@ class ShardStore:
         wanted = self.samples[indices]
         if self.files.cache is not None:
             for shard in np.unique(wanted["shard"]).tolist():
-                self.files.cache.will_need(self.files.names[shard], self.files.sha256[shard])
+                files = self.files
+                files.cache.will_need(files.names[shard], files.sha256[shard], files.sizes[shard])
             return
         for shard, offset, size in zip(*(wanted[name].tolist() for name in ("shard", "offset", "size"))):
             will_need(self._descriptor(shard), offset, size)
@@ -191,7 +199,7 @@ def _cache(cfg: ShardsConfig, storage: Storage, index: ShardIndex) -> NodeCache 
 def open_split(storage: Storage, index: ShardIndex, split: str, cache: NodeCache | None) -> SampleIndex:
     """One split of finished shards. Raises DataError."""
     entry, name = index.splits[split], f"{split}.samples.npy"
-    files = Shards(storage, *([shard[key] for shard in entry["shards"]] for key in ("name", "sha256")), cache)
+    files = Shards(storage, *([shard[key] for shard in entry["shards"]] for key in ("name", "sha256", "bytes")), cache)
     if cache is None:
         for shard in entry["shards"]:
             size = storage.size(shard["name"])
@@ -199,16 +207,38 @@ def open_split(storage: Storage, index: ShardIndex, split: str, cache: NodeCache
                 there = "is not there" if size is None else f"has {size:,} bytes instead of {shard['bytes']:,}"
                 raise DataError(f"{storage.path(shard['name'])} {there}; copy it again, or prepare it again")
     try:
-        path = Path(storage.path(name)) if cache is None else cache.get(name, entry["files"][name])
+        path = Path(storage.path(name)) if cache is None else _samples_of(cache, name, entry["files"][name])
         samples = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise DataError(f"{storage.path(name)} cannot be read ({error}); prepare the shards again") from error
     if samples.dtype != SAMPLE or len(samples) != entry["images"]:
-        raise DataError(f"{storage.path(name)} is not the one that {INDEX} was written for; prepare the shards again")
+        raise DataError(f"{storage.path(name)} is not the one that {INDEX} was written for; {REMEDY}")
+    if cache is None:
+        check_split(storage, entry, split, samples)
+    else:
+        _refresh(cache, files, samples)
     raw_size = entry["recipe"]["size"] if entry["recipe"]["encoding"] == "raw" else None
     return SampleIndex(
-        index.classes, np.ascontiguousarray(samples["label"]), ShardStore(files, samples, raw_size)
+        index.classes, np.ascontiguousarray(samples["label"]), ShardStore(files, samples, raw_size),
+        entry["files"][f"{split}.names.txt"],
     )  # fmt: skip
+
+
+def _samples_of(cache: NodeCache, name: str, sha256: str) -> Path:
+    """The local file, fetched again if it was changed after it was fetched. Raises OSError."""
+    path = cache.get(name, sha256)
+    if Storage(cache.directory).sha256(sha256) != sha256:
+        cache.drop(name, sha256)
+        path = cache.get(name, sha256)
+    return path
+
+
+def _refresh(cache: NodeCache, files: Shards, samples: np.ndarray) -> None:
+    """Shards in the node's cache that were changed after they were fetched are removed, and so fetched again."""
+    paths = [str(cache.path(sha256)) for sha256 in files.sha256]
+    here = [shard for shard, path in enumerate(paths) if os.path.exists(path)]
+    for shard in wrong_shards(samples, paths, here):
+        cache.drop(files.names[shard], files.sha256[shard])
 
 
 def _allow_open_files(count: int) -> None:

@@ -1,5 +1,6 @@
 """Images that are packed already, as a source: finished shards of ours, or any tars in WebDataset layout."""
 
+import hashlib
 import io
 import logging
 import os
@@ -10,6 +11,7 @@ import numpy as np
 
 from alexnet_ddp.data import scan
 from alexnet_ddp.data.packing.listing import Source
+from alexnet_ddp.data.shard_check import check_file, check_split
 from alexnet_ddp.data.shard_index import read_index
 from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.data.tars import Member, tar_members
@@ -30,8 +32,13 @@ def shards_source(storage: Storage, split: str) -> Source:
     entry = index.splits[split]
     if entry["recipe"]["encoding"] == "raw":
         raise DataError(f"source ({storage.root}) holds raw pixels, which are not packed again; give its own source")
-    samples = np.load(io.BytesIO(storage.read(f"{split}.samples.npy")), allow_pickle=False)
-    names = storage.read(f"{split}.names.txt").decode(errors="surrogateescape").split("\n")[:-1]
+    content = {kind: storage.read(f"{split}.{kind}") for kind in ("samples.npy", "names.txt")}
+    for kind, data in content.items():
+        check_file(storage, f"{split}.{kind}", entry, hashlib.sha256(data).hexdigest())
+    samples = np.load(io.BytesIO(content["samples.npy"]), allow_pickle=False)
+    if storage.is_local:
+        check_split(storage, entry, split, samples)
+    names = content["names.txt"].decode(errors="surrogateescape").split("\n")[:-1]
     files = [shard["name"] for shard in entry["shards"]]
     places = [
         samples[name].astype(kind) for name, kind in (("shard", np.int32), ("offset", np.int64), ("size", np.int64))
