@@ -5,7 +5,7 @@
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-tests=(config plan redact demo decode augment index policy imagenet quarantine shards packing_formats tracking
+tests=(versions config plan redact demo decode augment index policy imagenet quarantine shards packing_formats tracking
   tracking_record tracking_wandb checkpoint metrics optim)
 packages=(hydra-core omegaconf numpy pillow opencv-python-headless rich wandb tensorboard safetensors simplejpeg scipy fsspec)
 

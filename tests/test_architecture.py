@@ -2,7 +2,6 @@
 
 import ast
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -110,14 +109,6 @@ def test_objects_are_pickled_only_between_the_ranks_of_a_run():
 def test_the_config_is_the_only_schema_and_the_tree_has_no_junk_rooms():
     names = {p.stem for p in FILES} | {p.name for p in PACKAGE.iterdir()}
     assert not names & {"utils", "misc", "helpers", "common", "core"}
-
-
-def test_every_dependency_has_a_lower_and_an_upper_bound():
-    text = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
-    groups = [text["build-system"]["requires"], text["project"]["dependencies"]]
-    groups += text["project"]["optional-dependencies"].values()
-    for requirement in (requirement for group in groups for requirement in group):
-        assert re.fullmatch(r"[\w-]+>=[\d.]+,<[\d.]+", requirement), requirement
 
 
 def test_the_top_level_is_what_the_readers_expect():

@@ -12,9 +12,11 @@ from torch import Tensor
 from alexnet_ddp.distributed import TIMEOUT, World
 from alexnet_ddp.errors import ConfigError
 
-# torch 2.14 renamed them.
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+# torch 2.14 renamed them, and a later version removes the old names.
+if hasattr(dist, "all_gather_single"):
+    _all_gather, _reduce_scatter = dist.all_gather_single, dist.reduce_scatter_single
+else:
+    _all_gather, _reduce_scatter = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
 
 
 def require_divisor(knob: str, size: int, world: World) -> None:
