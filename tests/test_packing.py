@@ -122,7 +122,7 @@ def larger_packed(larger, tmp_path_factory):
 
 @pytest.fixture
 def endless(larger, tmp_path):
-    """The same images, but Pillow needs a minute to read the header of one: whatever the machine does, it is not done."""
+    """The same images, but Pillow reads the header of one for a minute: whatever the machine does, it is not done."""
     source = Path(shutil.copytree(larger, tmp_path / "endless"))
     slow = sorted(source.glob("train/*/*"))[100]
     slow.write_bytes(b"P5 #")
