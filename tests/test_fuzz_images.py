@@ -203,12 +203,13 @@ def counts() -> list:
 
 @pytest.mark.parametrize("count", counts())
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_damaged_file_is_an_image_or_a_bad_image_on_every_path(kind, count):
+def test_a_damaged_file_is_an_image_or_a_bad_image_on_every_path(kind, count, caplog):
     bases = BASES["accepted"]()[kind]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a warning that is not ignored fails as any other exception
         outcomes = fuzz(kind, bases, count)
     assert outcomes["an image"]  # so the mutations reach the decoders
+    assert not caplog.records
     print(f"{kind}: {count:,} mutations of {len(bases)} files on {len(PATHS)} paths: {dict(outcomes)}")
 
 
@@ -221,7 +222,7 @@ def test_a_damaged_file_of_another_format_never_reaches_its_decoder(kind, count,
         if name not in FORMATS:
             monkeypatch.setitem(Image.OPEN, name, (lambda *_, name=name: asked.append(name), accepts))
     outcomes = fuzz(kind, BASES["refused"]()[kind], count)
-    assert set(outcomes) <= {"not_an_image", "empty"}
+    assert not outcomes["an image"]  # a damaged file may begin like one of another format: DIB has no signature
     assert not asked
     print(f"{kind}: {count:,} mutations on {len(PATHS)} paths: {dict(outcomes)}")
 

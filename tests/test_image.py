@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import resource
 import socket
 import struct
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageFile
 
+import alexnet_ddp
 from alexnet_ddp.config import AlexNet2012AugmentConfig, BasicAugmentConfig, Encoding, FolderConfig, OnBadImage
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.decode import BadImage, centre_into, crop_into, size_of
@@ -246,6 +248,14 @@ def test_a_postscript_file_never_starts_ghostscript(tmp_path, monkeypatch):
         with pytest.raises((BadImage, Refused)):
             path(data)
     assert not log.exists()
+
+
+def test_only_one_module_opens_images():
+    package = Path(alexnet_ddp.__file__).parent
+    opens = r"\bImage\.open\(|\bim(read|decode)\("
+    files = [path for path in package.rglob("*.py") if re.search(opens, path.read_text())]
+    assert not files
+    assert "formats=FORMATS" in (package / "data/image.py").read_text()
 
 
 # Pillow's global settings, and what its readers raise

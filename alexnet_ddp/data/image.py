@@ -5,6 +5,7 @@ PIL is imported when the first image is opened: importing it takes time, and the
 """
 
 import io
+import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -118,6 +119,9 @@ def _prepared_pillow() -> "type[Image]":
     # catch_warnings() is not safe with threads. Adding the filter again would make other warnings appear again.
     if warnings.filters[:1] != [_IGNORE_PILLOW]:
         warnings.filterwarnings("ignore", module=r"PIL\.")
+    log = logging.getLogger("PIL")  # its messages are about damaged files, but do not name them
+    if log.level == logging.NOTSET:
+        log.setLevel(logging.CRITICAL)
     return Image
 
 

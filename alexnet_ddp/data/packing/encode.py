@@ -62,7 +62,7 @@ def encode(data: bytes, recipe: Recipe) -> Encoded:
     out, blocks = io.BytesIO(), restarts.interval(small.width)
     small.save(out, "JPEG", quality=recipe.quality, subsampling="4:2:0", comment=b"", restart_marker_blocks=blocks)
     encoded = restarts.with_table(out.getvalue(), blocks)
-    return Encoded(encoded, np.asarray(Image.open(io.BytesIO(encoded))))
+    return Encoded(encoded, np.asarray(to_rgb(open_image(encoded))))
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
