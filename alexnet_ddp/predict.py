@@ -21,6 +21,7 @@ from alexnet_ddp.checkpoint.find import find_best
 from alexnet_ddp.config import Config, ConfigError, DataConfig, PredictConfig
 from alexnet_ddp.data.decode import BadImage, centre_into
 from alexnet_ddp.data.effects import normalise
+from alexnet_ddp.data.image import read_file
 from alexnet_ddp.data.scan import SUFFIXES
 from alexnet_ddp.distributed import choose_device
 from alexnet_ddp.errors import DataError
@@ -84,7 +85,7 @@ def _probabilities(
         shown, slots = [], np.empty((_BATCH, cfg.image_size, cfg.image_size, 3), np.uint8)
         for path in paths[start : start + _BATCH]:
             try:
-                centre_into(slots[len(shown)], path.read_bytes(), cfg.eval_resize)
+                centre_into(slots[len(shown)], read_file(str(path)), cfg.eval_resize)
                 shown.append(path)
             except (BadImage, OSError) as error:
                 bad.append(f"{path}: {error}")

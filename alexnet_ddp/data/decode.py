@@ -4,40 +4,29 @@ Training: simplejpeg (libjpeg-turbo) and cv2, which release the GIL; Pillow for 
 Evaluation: Pillow, exactly as torchvision's classification preset does it.
 """
 
-import io
 import math
 import threading
-from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 import simplejpeg
 
-from alexnet_ddp.config.data import MAX_PIXELS, MAX_SIDE
 from alexnet_ddp.data import restarts
-
-if TYPE_CHECKING:
-    from PIL import Image  # when it runs, where it is needed: a start is imports, and JPEGs to train on need none
+from alexnet_ddp.data.image import DECODE_ERROR, BadImage, check_size, open_image, scaled_size, to_rgb, without_far_ends
 
 _thread = threading.local()
 cv2.setNumThreads(1)  # the loader's threads are the parallelism
-
-
-class BadImage(ValueError):
-    """The bytes are no image that can be used; the message says why, `kind` in a word or two what sort of reason."""
-
-    def __init__(self, reason: str, kind: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
 
 
 def size_of(data: bytes) -> tuple[int, int]:
     """(width, height) in pixels, from the header alone. Raises BadImage."""
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        width, height = _open(data).size
-    return _checked(width, height)
+    except MemoryError:
+        raise
+    except Exception:  # Pillow opens more formats, and finds the reason if it is none of them
+        return open_image(data).size
+    return check_size(width, height)
 
 
 def crop_into(slot: np.ndarray, data: bytes, box: tuple[int, int, int, int], flip: bool) -> None:
@@ -47,9 +36,10 @@ def crop_into(slot: np.ndarray, data: bytes, box: tuple[int, int, int, int], fli
         data, box = part.data, (box[0] - part.left, box[1] - part.top, *box[2:])
     image, scale = _decode_reduced(data, box, slot.shape[0])
     left, top, width, height = (round(value * scale) for value in box)
-    if top + height > image.shape[0] + 1 or left + width > image.shape[1] + 1:
-        raise BadImage("damaged: it is smaller than its index says", "damaged")
-    resize_into(slot, image[top : top + max(1, height), left : left + max(1, width)], flip)
+    crop = image[top : top + max(1, height), left : left + max(1, width)]
+    if top + height > image.shape[0] + 1 or left + width > image.shape[1] + 1 or not crop.size:
+        raise BadImage("damaged: it is smaller than its index says", DECODE_ERROR)
+    resize_into(slot, crop, flip)
 
 
 def resize_into(slot: np.ndarray, crop: np.ndarray, flip: bool) -> None:
@@ -62,14 +52,14 @@ def resize_into(slot: np.ndarray, crop: np.ndarray, flip: bool) -> None:
 
 
 def centre_into(slot: np.ndarray, data: bytes, resize: int) -> None:
-    """Shorter side to `resize` (bilinear, antialiased), centre crop: torchvision's preset, the same pixels."""
+    """Shorter side to `resize` (bilinear, antialiased), centre crop: torchvision's preset, the same pixels.
+
+    A very long image loses its ends first, see without_far_ends.
+    """
     from PIL import Image
 
-    image = _to_rgb(_open(data))
-    size = slot.shape[0]
-    short, long = sorted(image.size)
-    scaled = (resize, int(resize * long / short))
-    width, height = scaled if image.width <= image.height else scaled[::-1]
+    image, size = without_far_ends(to_rgb(open_image(data))), slot.shape[0]
+    width, height = scaled_size(image.size, resize)
     left, top = round((width - size) / 2.0), round((height - size) / 2.0)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     slot[...] = np.asarray(image.crop((left, top, left + size, top + size)))
@@ -82,6 +72,7 @@ def _decode_reduced(data: bytes, box: tuple[int, int, int, int], size: int) -> t
     """
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        check_size(width, height)  # of packed images, only the index has been asked so far
         if space not in ("YCbCr", "Gray", "RGB"):
             raise ValueError(f"colour space {space}")
         rows = _rows_to_decode(box[1] + box[3], height)
@@ -97,8 +88,10 @@ def _decode_reduced(data: bytes, box: tuple[int, int, int, int], size: int) -> t
         shape = image.shape[:2]
         eighths = next(m for m in (8, 4, 3, 2, 1) if (-(-rows * m // 8), -(-width * m // 8)) == shape)
         return image, eighths / 8
-    except ValueError:  # Pillow reads more kinds, and says better what is wrong with the rest
-        return np.asarray(_to_rgb(_open(data))), 1.0
+    except (BadImage, MemoryError):
+        raise
+    except Exception:  # Pillow reads more kinds, and says better what is wrong with the rest
+        return np.asarray(to_rgb(open_image(data))), 1.0
 
 
 def scratch(size: int) -> bytearray:
@@ -134,31 +127,3 @@ def _height_position(data: bytes) -> int | None:
             return None
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return None
-
-
-def _open(data: bytes) -> "Image.Image":
-    from PIL import Image
-
-    Image.MAX_IMAGE_PIXELS = None  # _checked says what is wrong with a giant, Pillow only that something is
-    if not data:
-        raise BadImage("the file is empty", "empty")
-    try:
-        image = Image.open(io.BytesIO(data))
-    except (OSError, ValueError) as error:
-        raise BadImage(f"not an image ({type(error).__name__})", "not an image") from error
-    _checked(*image.size)
-    return image
-
-
-def _to_rgb(image: "Image.Image") -> "Image.Image":
-    try:
-        return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BadImage(f"damaged: {error}", "damaged") from error
-
-
-def _checked(width: int, height: int) -> tuple[int, int]:
-    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        limit = f"the limit is {MAX_SIDE} a side and {MAX_PIXELS} in all"
-        raise BadImage(f"{width} x {height} pixels; {limit}", "too large")
-    return width, height

@@ -4,11 +4,9 @@ The order is (label, file name), whatever holds the bytes, so the same data as f
 set, and a position in it means the same image on every rank and after every restart.
 """
 
-import errno
 import hashlib
 import json
 import os
-import stat
 from array import array
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from alexnet_ddp import rng
-from alexnet_ddp.config.data import MAX_BYTES
 from alexnet_ddp.data import scan
 from alexnet_ddp.data.classes import BY_NAME, ClassOrder, class_difference
+from alexnet_ddp.data.image import read_file
 from alexnet_ddp.data.tars import ArchiveStore
 from alexnet_ddp.errors import DataError
 
@@ -61,13 +59,7 @@ class FileStore:
         return self.pack(self.root, map(self.path, positions.tolist()), self.sizes[positions])
 
     def read(self, i: int) -> bytes:
-        with open(self.name(i), "rb", buffering=0, opener=_open_at_once) as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise OSError(errno.EINVAL, "it is no regular file")
-            if found.st_size > MAX_BYTES:
-                raise OSError(errno.EFBIG, f"{found.st_size:,} bytes, an image has at most {MAX_BYTES:,}")
-            return file.read()
+        return read_file(self.name(i))
 
     def name(self, i: int) -> str:
         return f"{self.root}/{self.path(i)}"
@@ -123,10 +115,6 @@ class SampleIndex:
         digest.update(self.labels.astype("<i4").tobytes())
         digest.update(self.store.sizes.astype("<i8").tobytes())
         return f"v2:{digest.hexdigest()}"
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a pipe that nobody writes to would wait for ever
 
 
 def _nothing(indices: np.ndarray) -> None:

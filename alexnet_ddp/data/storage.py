@@ -4,9 +4,11 @@ The one rule: a name is there whole or not at all. Here that is a draft and a re
 An OSError names the file, and has an errno where the machine is at fault: nothing here calls that a bad image.
 """
 
+import errno
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -20,6 +22,28 @@ from alexnet_ddp.errors import ConfigError
 
 SCRATCH = "_tmp"  # the folder of drafts, below root
 _CHUNK = 1 << 22  # bytes read at once
+
+
+class NotAFile(OSError):
+    """What should be read is a pipe, a device, a folder, a link without a target or too large: no disk has failed."""
+
+    def __str__(self) -> str:
+        return self.strerror
+
+
+def read_regular(path: str, offset: int = 0, size: int | None = None, largest: int | None = None) -> bytes:
+    """Up to `size` bytes from `offset` of a regular file, by default all of it. Never waits for a pipe.
+
+    Raises NotAFile for anything else, for a link without a target, and for a file of more than `largest` bytes.
+    """
+    with _naming(path), _open_at_once(path) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise NotAFile(errno.EINVAL, "it is no regular file")
+        if largest is not None and found.st_size > largest:
+            raise NotAFile(errno.EFBIG, f"{found.st_size:,} bytes, an image has at most {largest:,}")
+        file.seek(offset)
+        return _read(file, found.st_size - offset if size is None else size)
 
 
 def absolute(url: str) -> str:
@@ -71,12 +95,12 @@ class Storage:
         except FileNotFoundError:
             return None
 
-    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
-        """The whole file, or up to `size` bytes from `offset`."""
+    def read(self, name: str, offset: int = 0, size: int | None = None, largest: int | None = None) -> bytes:
+        """The whole file, or up to `size` bytes from `offset`. Raises NotAFile as read_regular does."""
         if self.is_local:
-            with _naming(self.path(name)), open(self.path(name), "rb", buffering=0) as file:
-                file.seek(offset)
-                return _read(file, os.fstat(file.fileno()).st_size - offset if size is None else size)
+            return read_regular(self.path(name), offset, size, largest)
+        if size is None and largest is not None:
+            return self._read_small(name, offset, largest)
         fs, top = self._far
         return fs.cat_file(f"{top}/{name}", offset or None, None if size is None else offset + size)
 
@@ -150,6 +174,18 @@ class Storage:
             digest.update(chunk)
         return digest.hexdigest()
 
+    def _read_small(self, name: str, offset: int, largest: int) -> bytes:
+        """A remote file from `offset`, without fetching much more than `largest` bytes."""
+        try:
+            data = self.read(name, offset, largest + 1)
+        except Exception:
+            if self.size(name) == 0:  # stores answer with an error if a range of an empty file is asked for
+                return b""
+            raise
+        if len(data) > largest:
+            raise NotAFile(errno.EFBIG, f"an image has at most {largest:,} bytes", self.path(name))
+        return data
+
     def _open(self, name: str) -> Any:
         if self.is_local:
             return open(self.path(name), "rb", buffering=0)
@@ -177,6 +213,18 @@ def _naming(path: str) -> Iterator[None]:
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = path
+        raise
+
+
+def _open_at_once(path: str) -> BinaryIO:
+    """Open `path`, without waiting for somebody to write to it."""
+    try:
+        return open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    except OSError as error:
+        if error.errno in (errno.EISDIR, errno.ENXIO):  # a folder; a socket
+            raise NotAFile(error.errno, "it is no regular file", path) from error
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG) and os.path.islink(path):
+            raise NotAFile(error.errno, "it is a link without a target", path) from error
         raise
 
 

@@ -3,6 +3,7 @@
 The sidecar comes last, so a shard with a sidecar is whole, whoever wrote it, and however often.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -12,12 +13,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from alexnet_ddp.data.packing.encode import TRUNCATED, Encoded, Refused, encode, fingerprint, square
+from alexnet_ddp.config.data import MAX_BYTES
+from alexnet_ddp.data.image import BOMB, TRUNCATED, UNREADABLE
+from alexnet_ddp.data.packing.encode import Encoded, Refused, encode, fingerprint, square
 from alexnet_ddp.data.packing.plan import ShardTask
 from alexnet_ddp.data.packing.source import WHOLE
 from alexnet_ddp.data.packing.statistics import Statistics
 from alexnet_ddp.data.shards import SAMPLE
-from alexnet_ddp.data.storage import Storage
+from alexnet_ddp.data.storage import NotAFile, Storage
 from alexnet_ddp.data.tars import TarWriter
 from alexnet_ddp.errors import DataError
 
@@ -129,9 +132,14 @@ def _brief(summary: Summary) -> Summary:
 
 
 def _read(source: Storage, task: ShardTask, k: int) -> bytes:
-    """The bytes of image k of the task. Raises Refused where its archive ends too early."""
+    """The bytes of image k of the task. Raises Refused for what is no file, is too large, or ends too early."""
     if task.offsets[k] == WHOLE:
-        return source.read(task.files[k])
+        try:
+            return source.read(task.files[k], 0, None, MAX_BYTES)
+        except NotAFile as error:
+            raise Refused(BOMB if error.errno == errno.EFBIG else UNREADABLE) from None
+    if task.sizes[k] > MAX_BYTES:
+        raise Refused(BOMB)
     data = source.read(task.files[k], task.offsets[k], task.sizes[k])
     if len(data) < task.sizes[k]:
         raise Refused(TRUNCATED)

@@ -1,0 +1,179 @@
+"""Open an image, check it and convert it to RGB. No other module shows untrusted bytes to Pillow.
+
+Training, evaluation, prediction and preparation use it, so they accept the same files and see the same pixels.
+PIL is imported when the first image is opened: importing it takes time, and the fast JPEG path does not need it.
+"""
+
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from alexnet_ddp.config.data import MAX_BYTES, MAX_PIXELS, MAX_SIDE
+from alexnet_ddp.data.storage import read_regular
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF", "AVIF")  # JPEG includes MPO
+
+# The codes of bad images. They are written to the quarantine, so they never change.
+EMPTY, NOT_AN_IMAGE, TRUNCATED, DECODE_ERROR = "empty", "not_an_image", "truncated", "decode_error"
+BOMB, SAMPLE_TYPE, UNREADABLE = "bomb", "sample_type", "unreadable"
+_KINDS = {TRUNCATED: "damaged", DECODE_ERROR: "damaged", BOMB: "too large"}  # the others: with spaces
+
+_MAX_RATIO = 16  # an image that is longer than this many times its shorter side loses its ends before it is resized
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
+_SIGNED = 2  # a value of the tag SampleFormat
+_WHITE_IS_ZERO = 0  # a value of the tag PhotometricInterpretation
+_IGNORE_PILLOW = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+
+
+class BadImage(ValueError):
+    """The bytes are not an image that can be used. The message says why."""
+
+    def __init__(self, reason: str, code: str) -> None:
+        super().__init__(reason)
+        self.code = code  # one of the codes above
+
+    @property
+    def kind(self) -> str:
+        """The code in a word or two, for the quarantine of a run."""
+        return _KINDS.get(self.code, self.code.replace("_", " "))
+
+
+def read_file(path: str) -> bytes:
+    """The bytes of an image file. Raises NotAFile for what cannot be one, OSError if the machine is at fault."""
+    return read_regular(path, largest=MAX_BYTES)
+
+
+def check_size(width: int, height: int) -> tuple[int, int]:
+    """(width, height) in pixels. Raises BadImage outside of the limits."""
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        limit = f"the limit is {MAX_SIDE} a side and {MAX_PIXELS} in all"
+        raise BadImage(f"{width} x {height} pixels; {limit}", BOMB)
+    if min(width, height) < 1:
+        raise BadImage(f"{width} x {height} pixels; an image has at least one", DECODE_ERROR)
+    return width, height
+
+
+def open_image(data: bytes) -> "Image.Image":
+    """The image with its header checked; its pixels are not decoded yet. Raises BadImage."""
+    if not data:
+        raise BadImage("the file is empty", EMPTY)
+    if len(data) > MAX_BYTES:
+        raise BadImage(f"{len(data):,} bytes, an image has at most {MAX_BYTES:,}", BOMB)
+    pillow = _prepared_pillow()
+    with _decoding():
+        image = pillow.open(io.BytesIO(data), formats=FORMATS)
+    check_size(*image.size)
+    if image.mode == "F":  # there is no largest value to scale by
+        raise BadImage("floating-point samples; convert them to unsigned integers of 8 or 16 bits", SAMPLE_TYPE)
+    return image
+
+
+def to_rgb(image: "Image.Image") -> "Image.Image":
+    """Decode an image of open_image to RGB with 8 bits. Raises BadImage.
+
+    Integer samples of any depth are scaled by the largest value of their type: 16 bits are divided by 257, rounded.
+    Pillow reduces colour images with 16 bits itself: it keeps the upper 8 bits, which differs by one level at most.
+    """
+    with _decoding():
+        image.load()
+        if image.mode.startswith("I") or _is_signed(image):
+            image = _scaled_grey(image)
+        image = image.convert("RGB")
+    check_size(*image.size)
+    return image
+
+
+def without_far_ends(image: "Image.Image") -> "Image.Image":
+    """Keep the middle of a very long image: resizing all of it would need gigabytes, and a centre crop follows."""
+    (width, height), longest = image.size, _MAX_RATIO * min(image.size)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
+
+
+def scaled_size(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:
+    """(width, height) with the shorter one as given, rounded as torchvision's Resize does."""
+    width, height = size
+    long = int(shorter_side * max(size) / min(size))
+    return (shorter_side, long) if width <= height else (long, shorter_side)
+
+
+def _prepared_pillow() -> "type[Image]":
+    """PIL.Image, with the formats registered and without the global settings that another library may have made."""
+    # Image.open() would import all plugins of Pillow if it did not find one of ours.
+    from PIL import AvifImagePlugin, Image, ImageFile, TiffImagePlugin, WebPImagePlugin  # noqa: F401
+
+    Image.preinit()  # the other formats
+    Image.MAX_IMAGE_PIXELS = None  # check_size has the same task, and names the size
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    # catch_warnings() is not safe with threads. Adding the filter again would make other warnings appear again.
+    if warnings.filters[:1] != [_IGNORE_PILLOW]:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+    log = logging.getLogger("PIL")  # its messages are about damaged files, but do not name them
+    if log.level == logging.NOTSET:
+        log.setLevel(logging.CRITICAL)
+    return Image
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Untrusted bytes in memory make decoders raise nearly anything: all of it means that the image is bad."""
+    try:
+        yield
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:
+        raise _as_bad_image(error) from error
+
+
+def _as_bad_image(error: Exception) -> BadImage:
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        accepted = f"accepted formats are {', '.join(FORMATS)}"
+        return BadImage(f"not an image ({type(error).__name__}); {accepted}", NOT_AN_IMAGE)
+    text, name = ascii(str(error))[1:-1][:120], type(error).__name__
+    if not text or " at 0x" in text:  # the address of an object differs from run to run
+        text = name
+    elif not isinstance(error, (OSError, ValueError, SyntaxError)):  # these are Pillow's own messages
+        text = f"{name}: {text}"
+    return BadImage(f"damaged: {text}", TRUNCATED if "truncated" in text.lower() else DECODE_ERROR)
+
+
+def _is_signed(image: "Image.Image") -> bool:
+    return _SIGNED in _tag(image, _SAMPLE_FORMAT, ())
+
+
+def _scaled_grey(image: "Image.Image") -> "Image.Image":
+    """Mode L from integer samples of more than 8 bits, or from signed ones, by the largest value of their type."""
+    from PIL import Image
+
+    signed, (bits, *_) = _is_signed(image), _tag(image, _BITS_PER_SAMPLE, (16,))
+    samples = np.asarray(image)
+    if bits == 8:  # Pillow reads signed bytes as unsigned ones
+        samples = samples.view(np.int8)
+    elif bits == 32 and not signed:  # Pillow keeps them in signed integers
+        samples = samples.view(np.uint32)
+    if signed and samples.min() < 0:
+        raise BadImage("negative samples; convert them to unsigned integers of 8 or 16 bits", SAMPLE_TYPE)
+    levels = np.multiply(samples, 255 / (2 ** (bits - signed) - 1), dtype=np.float32)
+    grey = np.rint(levels, out=levels).astype(np.uint8)
+    if _tag(image, _PHOTOMETRIC, None) == _WHITE_IS_ZERO:  # Pillow inverts only up to 8 bits
+        grey = 255 - grey
+    return Image.fromarray(grey)
+
+
+def _tag(image: "Image.Image", tag: int, default: object) -> object:
+    """The value of a TIFF tag; `default` if there is none, and for other formats."""
+    tags = getattr(image, "tag_v2", None) if image.format == "TIFF" else None
+    return default if tags is None else tags.get(tag, default)
