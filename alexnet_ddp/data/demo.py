@@ -22,6 +22,7 @@ import numpy as np
 from numpy.random import Generator, Philox
 from numpy.typing import NDArray
 
+from alexnet_ddp.environment import num_usable_cores
 from alexnet_ddp.errors import DataError
 
 VERSION = 1
@@ -115,7 +116,7 @@ def _write(root: Path) -> None:
         split, index = job
         (root / split / CLASSES[index % len(CLASSES)] / f"{index:05d}.jpg").write_bytes(demo_jpeg(split, index))
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(4, num_usable_cores())) as pool:
         for _ in pool.map(write, [(split, index) for split, count in COUNTS.items() for index in range(count)]):
             pass
     (root / MARKER).write_text(json.dumps(_marker(), indent=2) + "\n")
