@@ -89,8 +89,8 @@ def _exit(number: int, can_continue: bool) -> None:
         os._exit(code)
 
 
-class before_exit:  # noqa: N801 (a context manager, written out because contextlib is slow to import)
-    """Within it, action() is called before a stop signal ends the process."""
+class before_exit:
+    """Within it, action() is called before a stop signal ends the process. (contextlib is slow to import.)"""
 
     def __init__(self, action: Callable[[], object]) -> None:
         self._action = action
