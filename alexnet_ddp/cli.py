@@ -23,10 +23,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from alexnet_ddp import config
+from alexnet_ddp import config, startup
 from alexnet_ddp.config import Config, RunConfig
 from alexnet_ddp.config.door import to_config, unknown_key
-from alexnet_ddp.errors import ConfigError, PeerFailed, RunError, leave_code
+from alexnet_ddp.errors import ConfigError, PeerFailed, RunError, leave_code, speaks_for_all
 from alexnet_ddp.redact import HIDDEN, redact
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -58,6 +58,7 @@ def run(root: str, story: Callable[[Config, list[str]], None]) -> None:
     except Exception:  # a bug: here it keeps its trace, and the others, who only lost a peer, do not speak for it
         leave_code(1)
         raise
+    startup.ignore_stop()
     leave_code(code)
     sys.exit(code)
 
@@ -144,7 +145,7 @@ def config_of_run(run_dir: Path, overrides: list[str]) -> Config:
 def _explain(error: Exception) -> int:
     """Print one line on the rank that has to say it; return the exit code."""
     own = isinstance(error, RunError)
-    mine = os.environ.get("RANK", "0") == "0" and not isinstance(error, PeerFailed)
+    mine = speaks_for_all() and not isinstance(error, PeerFailed)
     if mine or (own and error.only_here):
         print(redact(f"alexnet_ddp: {error if own else _hydra_line(error)}"), file=sys.stderr, flush=True)
     return error.exit_code if own else ConfigError.exit_code
@@ -175,7 +176,7 @@ class _Say(logging.Handler):
     """What the package logs on rank 0, as plain lines on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if os.environ.get("RANK", "0") == "0":
+        if speaks_for_all():
             prefix = "warning: " if record.levelno >= logging.WARNING else ""
             print(
                 prefix + redact(record.getMessage()), file=sys.stderr, flush=True

@@ -4,11 +4,14 @@ They import no torch, so they start in a tenth of a second, and find this packag
 """
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from alexnet_ddp.startup import STOP_SIGNALS
 
 _SOURCE = Path(__file__).resolve().parents[1]
 
@@ -28,8 +31,14 @@ def start(module: str, argument: str, files: list[BinaryIO], **pipes: Any) -> su
 
     That pipe is its lifeline: it closes when this process ends, by whatever means. Raises OSError.
     """
+    # Ctrl-C and Slurm send stop signals to these processes too. They end when the rank does, so they inherit a mask
+    # that blocks the signals from their first instruction on.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     path = os.pathsep.join(filter(None, (str(_SOURCE), os.getenv("PYTHONPATH"))))
-    return subprocess.Popen(
-        [sys.executable, "-m", f"alexnet_ddp.{module}", argument],
-        stdin=subprocess.PIPE, pass_fds=[f.fileno() for f in files], env={**os.environ, "PYTHONPATH": path}, **pipes,
-    )  # fmt: skip
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", f"alexnet_ddp.{module}", argument], stdin=subprocess.PIPE,
+            pass_fds=[f.fileno() for f in files], env={**os.environ, "PYTHONPATH": path}, **pipes,
+        )  # fmt: skip
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from alexnet_ddp.config import Device
+from alexnet_ddp.environment import num_usable_cores, read_ranks
 from alexnet_ddp.errors import ConfigError, PeerFailed, PeerLost, RunError
 
 T = TypeVar("T")
@@ -43,7 +44,7 @@ class World:
     @property
     def num_cores(self) -> int:
         """This rank's share of the node's cores, at least 1."""
-        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+        return max(1, num_usable_cores() // self.local_world_size)
 
 
 @contextmanager
@@ -55,9 +56,9 @@ def session(
     tf32: fp32 products on GPUs by TF32. store: where the ranks have met already. timeout: for the others to join, and
     for each collective. Raises ConfigError where a device is asked for that is not there.
     """
-    rank, local_rank = _env("RANK", 0), _env("LOCAL_RANK", 0)
-    world_size, local_world_size = _env("WORLD_SIZE", 1), _env("LOCAL_WORLD_SIZE", 1)
-    world = World(rank, local_rank, world_size, local_world_size, choose_device(device, local_rank))
+    ranks = read_ranks(os.environ)
+    device = choose_device(device, ranks.local_rank)
+    world = World(ranks.rank, ranks.local_rank, ranks.world_size, ranks.local_world_size, device)
     torch.set_num_threads(world.num_cores)  # torchrun's OMP_NUM_THREADS=1 would leave cores idle
     options: dict[str, Any] = {"backend": "gloo", "timeout": timeout}
     if world.device.type == "cuda":
@@ -69,7 +70,7 @@ def session(
     if "RANK" not in os.environ:
         store = store or dist.HashStore()
     if store is not None:
-        options |= {"store": store, "rank": rank, "world_size": world_size}
+        options |= {"store": store, "rank": world.rank, "world_size": world.world_size}
     dist.init_process_group(**options)
     try:
         yield world
@@ -101,13 +102,6 @@ def choose_device(choice: Device, local_rank: int) -> torch.device:
         error.only_here = local_rank == count  # the first one without speaks: no process group exists yet
         raise error
     return torch.device("cuda", local_rank)
-
-
-def _env(name: str, default: int) -> int:
-    value = os.environ.get(name, str(default))
-    if not value.isdecimal():
-        raise ConfigError(f"{name} ({value!r}) in the environment must be a number; start with torchrun")
-    return int(value)
 
 
 def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,11 @@ Less than a minute; it trains nothing, and leaves nothing behind but the caches 
 where nothing FAILs, else 64.
 """
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from alexnet_ddp import startup
+
+    startup.begin("doctor")
+
 import itertools
 import logging
 import os

@@ -69,7 +69,8 @@ class TrainStep:
 
         num_images: of the global batch. Where a loss or a gradient is not finite, nothing of the step is applied. The
         verdict tells of a loss; of a gradient settle() tells, or the next step's verdict, of which then nothing is
-        applied either, unless bad steps are skipped. Raises DataError, or a wish's error; the weights stay as they were
+        applied either, unless bad steps are skipped. If no image could be read (verdict.is_empty), nothing is applied.
+        Raises DataError, or a wish's error; the weights stay as they were.
         """
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
@@ -81,8 +82,10 @@ class TrainStep:
             self._undo.back(torch.ones_like(self._bad))
             self._bad.zero_()
             return verdict
-        if verdict.num_images == 0:
-            raise DataError(f"none of the {num_images} images of step {step + 1} could be read{_such_as(self.bad)}")
+        if verdict.is_empty:
+            self._bad.zero_()  # the verdict has reported the step before
+            self.grad_norm = None
+            return verdict
         self.on_phase("update")
         self._apply(num_images / verdict.num_images)
         self.on_phase(WAITING)

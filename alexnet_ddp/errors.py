@@ -5,7 +5,13 @@ A message says the value, the rule and the remedy. Anything else that is raised 
 
 import os
 import re
+import sys
 from pathlib import Path
+
+
+def speaks_for_all() -> bool:
+    """True in the process that prints what concerns all ranks."""
+    return os.environ.get("RANK", "") in ("", "0")
 
 
 def leave_code(code: int) -> None:
@@ -18,9 +24,12 @@ def leave_code(code: int) -> None:
     if not path:
         return
     file, is_first = Path(path), os.environ.get("LOCAL_RANK", "0") == "0"
-    reason = (file.read_text().strip() if file.exists() else "").replace(str(PeerLost.exit_code), "")
-    if (is_first and code != PeerLost.exit_code) or (code and not reason):
-        file.write_text(f"{code}\n")
+    try:
+        reason = (file.read_text().strip() if file.exists() else "").replace(str(PeerLost.exit_code), "")
+        if (is_first and code != PeerLost.exit_code) or (code and not reason):
+            file.write_text(f"{code}\n")
+    except OSError as error:  # the process still ends with its own code
+        print(f"warning: {file} could not be written ({error.strerror}), so a launch script reports 1", file=sys.stderr)
 
 
 def leave_start(step: int) -> None:

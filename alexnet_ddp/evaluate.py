@@ -4,6 +4,11 @@ python -m alexnet_ddp.evaluate run.name=X [data.root=DIR]
 python -m alexnet_ddp.evaluate model=alexnet model.weights=FILE data=imagenet data.root=DIR
 """
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from alexnet_ddp import startup
+
+    startup.begin("evaluate")
+
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +41,7 @@ _MOST_CLASSES = 40  # in the table; all of them are in evaluation.json
 
 def main(cfg: Config, overrides: list[str]) -> None:
     """Evaluate the best checkpoint of run.name, or model.weights where the command line names a file."""
-    of_run, stop = cfg.model.weights is None, StopSignal()
+    of_run = cfg.model.weights is None
     if of_run:
         cfg = cli.config_of_run(cfg.run_dir, overrides)
     with distributed.session(cfg.device, cfg.trainer.tf32) as world:
@@ -52,7 +57,7 @@ def main(cfg: Config, overrides: list[str]) -> None:
         loader = build_loader(cfg.data, data.val, None, world.num_cores, world.device)
         works = evaluation_work(len(data.val), cfg.trainer.eval_batch_size, world.rank, world.world_size)
         batches, num_classes = loader.batches(works), len(data.val.classes)
-        result = evaluate(model, batches, cfg.trainer, num_classes, world, stop)
+        result = evaluate(model, batches, cfg.trainer, num_classes, world, StopSignal())
         if result is None:
             raise Preempted("stopped before the evaluation was complete; start it again")
         bad = sorted(one.reason for one in distributed.gather_objects(result.bad))

@@ -3,6 +3,11 @@
 python -m alexnet_ddp.plan nodes=2 gpus_per_node=8 device=A100 links.between_gbit_per_s=100 [plot=PNG] [json=JSON]
 """
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from alexnet_ddp import startup
+
+    startup.begin("plan")
+
 from dataclasses import asdict, replace
 from pathlib import Path
 

@@ -3,6 +3,11 @@
 python -m alexnet_ddp.predict run.name=X images=PATH_OR_GLOB_OR_DIR [output=FILE.jsonl]
 """
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from alexnet_ddp import startup
+
+    startup.begin("predict")
+
 import glob
 import json
 from collections.abc import Iterator

@@ -6,6 +6,11 @@
 Read `prepare` top to bottom: list, plan, write, verify, commit.
 """
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from alexnet_ddp import startup
+
+    startup.begin("prepare")
+
 import logging
 import signal
 from collections.abc import Iterator
@@ -19,7 +24,7 @@ from alexnet_ddp.data.index import class_difference
 from alexnet_ddp.data.packing import describe, report
 from alexnet_ddp.data.packing.claim import bytes_needed, check_places, check_room, claimed
 from alexnet_ddp.data.packing.commit import commit, damaged_files, quarantine_lines, withdraw
-from alexnet_ddp.data.packing.local import STOP_SIGNALS, local_engine
+from alexnet_ddp.data.packing.local import local_engine
 from alexnet_ddp.data.packing.plan import Plan, ShardTask, make_plan
 from alexnet_ddp.data.packing.source import open_source, splits_of
 from alexnet_ddp.data.packing.verify import verify
@@ -28,6 +33,7 @@ from alexnet_ddp.data.packing.write import is_intact, read_quarantine, read_side
 from alexnet_ddp.data.shard_index import ShardIndex, read_index
 from alexnet_ddp.data.storage import SCRATCH, Storage, absolute
 from alexnet_ddp.errors import DataError, MachineError, Preempted
+from alexnet_ddp.startup import STOP_SIGNALS
 
 log = logging.getLogger("alexnet_ddp")
 

@@ -6,6 +6,11 @@ Read it top to bottom, and training.py beside it: config, world, data, budget, r
 steps and evaluation here.
 """
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from alexnet_ddp import startup
+
+    startup.begin("train")
+
 import logging
 import time
 from collections.abc import Callable
@@ -20,7 +25,7 @@ from alexnet_ddp.data.quarantine import Quarantine
 from alexnet_ddp.data.sampler import describe_batch, evaluation_work, index_hash, rank_slice
 from alexnet_ddp.distributed import World
 from alexnet_ddp.engine import evaluate
-from alexnet_ddp.errors import Preempted, RunError, leave_start
+from alexnet_ddp.errors import DataError, PeerFailed, Preempted, RunError, leave_start
 from alexnet_ddp.metrics import Pace, train_row
 from alexnet_ddp.replay import replay
 from alexnet_ddp.resilience.beacon import WAITING
@@ -32,6 +37,7 @@ from alexnet_ddp.resilience.replicas import Replicas
 from alexnet_ddp.resilience.signals import StopSignal
 from alexnet_ddp.resilience.stragglers import Stragglers
 from alexnet_ddp.resilience.watchdog import Watchdog
+from alexnet_ddp.startup import before_exit
 from alexnet_ddp.tracking import RunInfo, RunStatus, build_tracker, headline, make_run_dir, run_status
 from alexnet_ddp.training import Training
 
@@ -43,20 +49,19 @@ def train(cfg: Config, overrides: list[str]) -> None:
     if cfg.replay is not None:
         replay(cfg, overrides)
         return
-    stop = StopSignal()
     tf32 = cfg.trainer.tf32
     with distributed.session(cfg.device, tf32) as world, run_status(cfg.run_dir, world.is_main) as status:
         distributed.from_main(lambda: make_run_dir(cfg.run_dir), world)
         lock = distributed.on_all(lambda: lock_run(cfg.run_dir), world, takes_part=world.is_main)
         watchdog = Watchdog(cfg.trainer.hang_timeout_s, cfg.run_dir, world, cfg.trainer.compile)
-        with lock or nullcontext(), watchdog:
+        with lock or nullcontext(), watchdog, before_exit(lambda: watchdog.phase("end")):
             training = Training(cfg, world)
             status.running(training.state.step)
             if training.is_complete:
                 log.info("run %s is complete after %d steps: %s", cfg.run.name, training.state.step, cfg.run_dir)
                 return
             training.build()
-            run = Run(cfg, training, world, status, stop)
+            run = Run(cfg, training, world, status, StopSignal())  # until here a stop signal ends the process at once
             run.prepare(watchdog, overrides)
             with run.tracker, closing(training.checkpoints):
                 try:
@@ -107,7 +112,7 @@ class Run:
             if self.row_due:
                 self.log_row()
             if eval_due:
-                self._pausing(self.evaluate)
+                self._pausing(self.evaluate_or_save)
             if self.save_due or self.stopping:
                 self._pausing(self.save)
             if self.stopping:
@@ -141,6 +146,8 @@ class Run:
             self.stopping = self.save_due = False
         if verdict.num_images < num_images:
             self._set_aside("train", self.training.train_step.bad)
+        if verdict.is_empty and self.state.step == step + 1:
+            self.skip_empty(step)
         if self.state.step == step + 1:  # else back behind the step before: this one was not applied, and comes again
             self.row_due = self.budget.log_due(self.state.step)
             self.pace.add(num_images, verdict.num_images)
@@ -168,6 +175,17 @@ class Run:
             self.watchdog.pause()
             self.guard.rolled_back(step, self.training.roll_back(step + 1))
 
+    def skip_empty(self, step: int) -> None:
+        """No rank could read an image of step `step`. Raises DataError if that is true of a whole epoch, or of all."""
+        budget, limit = self.budget, None
+        if self.state.step % budget.steps_per_epoch == 0:
+            limit = budget.steps_per_epoch
+        elif budget.is_end(self.state.step):
+            limit = budget.total_steps
+        error = self.guard.empty(step, limit)
+        if error is not None:
+            raise error
+
     def log_row(self) -> None:
         """Collective. The one place that waits for the device."""
         row = train_row(self.training.train_step.meter.read()) | {"train/lr": self.training.lr(self.state.step - 1)}
@@ -177,6 +195,15 @@ class Run:
         row |= self.training.train_step.extras() | pace | self.guard.row() | self.checkpoints.row()
         row |= self.stragglers.row(self.training.train_step.stopwatch.read(), steps, pace["time/step_s"] * steps)
         self._log(row)
+
+    def evaluate_or_save(self) -> None:
+        """Collective. If the evaluation fails for its data, save the training before the run ends."""
+        try:
+            self.evaluate()
+        except (DataError, PeerFailed):  # evaluate() raises on all ranks together
+            self.stopping = True  # waits until the checkpoint is complete
+            self.save()
+            raise
 
     def evaluate(self) -> None:
         """Collective. Where a stop was asked for, the evaluation is left and made anew when the run goes on."""

@@ -4,10 +4,21 @@
 
 project_dir=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
+# A closed standard stream becomes /dev/null: the next file that is opened would get its number.
+{ : <&0; } 2>/dev/null || exec </dev/null
+{ : >&1; } 2>/dev/null || exec >/dev/null
+{ : >&2; } 2>/dev/null || exec 2>/dev/null
+
+warn() { # warn MESSAGE: on stderr; a full disk there does not end the script
+  printf '%s: %s\n' "$(basename -- "$0")" "$1" >&2 || true
+}
+
 die() { # die CODE MESSAGE
-  printf '%s: %s\n' "$(basename -- "$0")" "$2" >&2
+  warn "$2"
   exit "$1"
 }
+
+stopped_while_starting="stopped while it started; nothing is lost: start the same command again"
 
 # check_number NAME VALUE MIN REMEDY
 check_number() {
@@ -21,7 +32,10 @@ choose_python() {
   if [[ -z $python && -x $project_dir/.venv/bin/python ]]; then python=$project_dir/.venv/bin/python; fi
   python=${python:-python3}
   "$python" -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") and u.find_spec("alexnet_ddp")))' \
-    2>/dev/null || die 64 "Python ($python) must have torch and alexnet_ddp installed; run launch/setup.sh, or set PYTHON"
+    2>/dev/null || {
+    [[ -z ${stopping:-} ]] || return 0 # Ctrl-C ended this Python; supervise will start nothing
+    die 64 "Python ($python) must have torch and alexnet_ddp installed; run launch/setup.sh, or set PYTHON"
+  }
 }
 
 # What to run on the processes: a training, or with COMMAND=doctor an examination of where it would be.
@@ -86,7 +100,17 @@ listen() {
 
 pass_on() { # pass_on SIGNAL
   signalled=$1 stopping=1
-  [[ -z $child ]] || kill -s "${forward_as:-$1}" "$child" 2>/dev/null || true
+  [[ -n $child ]] || return 0
+  local name=${forward_as:-$1}
+  # SIGINT makes Python print a trace while Python itself starts. SIGTERM then ends it without one.
+  if [[ $name == INT ]] && ! catches_term "$child"; then name=TERM; fi
+  kill -s "$name" "$child" 2>/dev/null || true
+}
+
+catches_term() { # catches_term PID: true also if there is no /proc
+  local mask
+  mask=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$1/status" 2>/dev/null) || true
+  [[ -z $mask ]] || ((16#$mask >> 14 & 1))
 }
 
 # processes_of_run: ids of what was started with this run's exit code file in its environment (nothing without /proc).
@@ -117,15 +141,31 @@ run_torchrun() {
   local nproc=$1 code=0 written
   shift
   : >"$ALEXNET_DDP_EXIT_CODE_FILE"
-  # By default torchrun neither handles SIGUSR1 nor survives it.
+  # By default torchrun neither handles SIGUSR1 nor survives it. launch/torchrun.py makes SIGTERM of SIGINT.
   supervise "$python" "$project_dir/launch/torchrun.py" --nproc_per_node="$nproc" \
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "$@" || code=$?
+    --signals-to-handle=SIGTERM,SIGHUP,SIGQUIT,SIGUSR1 "$@" || code=$?
   ((code == 0)) || end_leftovers
 
   written=$(<"$ALEXNET_DDP_EXIT_CODE_FILE")
   # A 0 of local rank 0 does not hide that another process failed.
   if [[ $written =~ ^[0-9]{1,3}$ ]] && ((10#$written > 0)); then code=$((10#$written)); fi
   return "$code"
+}
+
+# make_files: $files, a folder for a few bytes: in TMPDIR or /tmp, and somewhere else if the disk is full there.
+make_files() {
+  local place
+  for place in "${TMPDIR:-/tmp}" /dev/shm "${XDG_RUNTIME_DIR:-/run}" "${HOME:-/}" "$PWD"; do
+    files=$(mktemp -d "$place/alexnet_ddp.XXXXXX" 2>/dev/null) || continue
+    if printf '75\n' 2>/dev/null >"$files/trial"; then return; fi
+    rm -rf "$files"
+  done
+  die 74 "no folder for temporary files: ${TMPDIR:-/tmp} cannot be written; free some space there, or set TMPDIR"
+}
+
+# num_cores: cores that a process started from here may use, with the CPU quotas of its control groups.
+num_cores() {
+  "$python" -c 'from alexnet_ddp.environment import num_usable_cores; print(num_usable_cores())' 2>/dev/null || nproc
 }
 
 # keep_running NUM_PROCESSES OPTIONS...: run_torchrun, and again after a crash or a hang, with the same arguments, until
@@ -143,15 +183,18 @@ keep_running() {
   # leaves. A torch that does not know this variable waits 30 s.
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-150}
 
-  files=$(mktemp -d "${TMPDIR:-/tmp}/alexnet_ddp.XXXXXX")
+  make_files
   trap 'rm -rf "$files"' EXIT
   export ALEXNET_DDP_EXIT_CODE_FILE=$files/exit_code ALEXNET_DDP_START_FILE=$files/start
   while :; do
     code=0
     : >"$ALEXNET_DDP_START_FILE"
     run_torchrun "$@" || code=$?
-    # Stopped while it started, before it could listen: what was saved is saved.
-    if [[ -n $stopping && $code =~ ^(1|1[0-9][0-9])$ ]]; then code=75; fi
+    # Stopped before it could listen: the checkpoints are as they were.
+    if [[ -n $stopping && $code =~ ^(1|75|1[0-9][0-9])$ ]]; then
+      code=75
+      [[ -s $ALEXNET_DDP_EXIT_CODE_FILE ]] || warn "$stopped_while_starting" # otherwise the run has explained it
+    fi
     [[ ! $code =~ ^(0|64|65|66|70|74|75)$ && -z $stopping ]] || return "$code"
     step=$(<"$ALEXNET_DDP_START_FILE") delay=${RESTART_DELAY:-2}
     if [[ -z $step ]]; then                # it did not come as far as a step,
@@ -162,13 +205,16 @@ keep_running() {
     [[ $step == "$last" ]] || restarts=0
     last=$step restarts=$((restarts + 1))
     if ((restarts > 3)); then
-      echo "$(basename -- "$0"): exit code $code, and no newer checkpoint after three restarts; failure.json in the run's folder says where" >&2
+      warn "exit code $code, and no newer checkpoint after three restarts; failure.json in the run's folder says where"
       return 93
     fi
-    echo "$(basename -- "$0"): exit code $code; starting again (restart $restarts of 3 from the checkpoint of step $step)" >&2
+    warn "exit code $code; starting again (restart $restarts of 3 from the checkpoint of step $step)"
     trap 'stopping=1' TERM HUP INT USR1
     sleep "$delay" || true
-    [[ -z $stopping ]] || return 75
+    if [[ -n $stopping ]]; then
+      warn "stopped before the restart; the same command continues from the checkpoint of step $step"
+      return 75
+    fi
   done
 }
 

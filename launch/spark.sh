@@ -17,11 +17,12 @@ set -euo pipefail
 WORKERS=${WORKERS:-2} MEMORY=${MEMORY:-1g} HOST=${HOST:-127.0.0.1} PORT=${PORT:-7077} MASTER=${MASTER:-}
 check_number WORKERS "$WORKERS" 1 "leave it unset for 2"
 check_number PORT "$PORT" 1 "leave it unset for 7077"
-CORES=${CORES:-$(($(nproc) / WORKERS > 0 ? $(nproc) / WORKERS : 1))}
+choose_python
+cores=$(num_cores)
+CORES=${CORES:-$((cores / WORKERS > 0 ? cores / WORKERS : 1))}
 check_number CORES "$CORES" 1 "leave it unset to share this machine's out"
 [[ $MEMORY =~ ^[1-9][0-9]*[mg]$ ]] || die 64 "MEMORY ($MEMORY) must be a number with m or g; for example MEMORY=2g"
 
-choose_python
 # Prints where Spark and Java are, or one line that says what is missing.
 places=$("$python" -c '
 import sys

@@ -1,7 +1,14 @@
 """torchrun, quiet about an end that the run has explained in one line itself. TORCHRUN_LOG=1 brings its words back."""
 
+if __name__ == "__main__":  # before the other imports, which take seconds; it ends with torchrun's own handlers
+    from alexnet_ddp import startup
+
+    startup.exit_on_stop(can_continue=True)
+    startup.make_streams_safe()
+
 import logging
 import os
+import signal
 import sys
 
 from port import check_port  # beside this file
@@ -9,11 +16,16 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
-from alexnet_ddp.resilience.signals import end_with_parent
-
 EXPLAINED = (1, *range(64, 94))  # the trace of a bug, and alexnet_ddp/errors.py
 
-end_with_parent()
+
+def stop(number: int, frame: object) -> None:
+    """SIGINT would make a worker print a trace if its Python has just started; SIGTERM does not."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+startup.end_with_parent()
+signal.signal(signal.SIGINT, stop)
 check_port(sys.argv[1:])
 if not os.environ.get("TORCHRUN_LOG"):
     logging.disable(logging.ERROR)

@@ -17,6 +17,7 @@ ROOTS = {
 }  # one command each: know everything, known by nobody
 # may be imported by any room
 SHARED = {"companion", "config", "distributed", "metrics", "errors", "precision", "rng", "atomic", "redact"}
+SHARED |= {"environment", "startup"}
 MEETING = {  # below the roots, the rooms that bring others together
     "engine": {"data", "ema", "model", "optim", "parallel", "resilience"},
     "training": {"checkpoint", "costs", "data", "ema", "engine", "model", "optim", "parallel", "schedule"},

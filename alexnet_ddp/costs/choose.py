@@ -1,6 +1,5 @@
 """Which strategy to take: the fastest that is exact and fits; plain data parallel where nothing is clearly faster."""
 
-import os
 from dataclasses import dataclass
 
 from alexnet_ddp.config import Precision
@@ -16,6 +15,7 @@ from alexnet_ddp.costs.machine import (
 )
 from alexnet_ddp.costs.network import Network
 from alexnet_ddp.costs.step import Step, Strategy, predict
+from alexnet_ddp.environment import num_usable_cores
 
 CLEARLY = 1.05  # times faster than ddp, before another strategy is worth its words
 GUESSED_GBIT = {"cpu": 1.0, "cuda": 25.0}  # between nodes, where nobody says
@@ -77,7 +77,7 @@ def guess(
     """What these ranks probably run on, without measuring. gpu_name: as CUDA says it; None: CPUs under gloo."""
     each = local_world_size if world_size % local_world_size == 0 else 1
     if gpu_name is None:
-        cores = max(1, len(os.sched_getaffinity(0)) // local_world_size)
+        cores = max(1, num_usable_cores() // local_world_size)
         return cpu_device(cores), Cluster(world_size // each, each, *gloo_links(GUESSED_GBIT["cpu"]), trees=False)
     known = find_gpu(gpu_name)
     if known is not None and not has_bf16(known) and precision is Precision.bf16:

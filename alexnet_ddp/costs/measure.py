@@ -10,6 +10,7 @@ from torch import nn
 from alexnet_ddp.config import Precision
 from alexnet_ddp.costs.machine import GLOO_HOST_S_PER_BYTE, GPU_OVERHEAD_S, Device
 from alexnet_ddp.costs.network import Network
+from alexnet_ddp.environment import num_usable_cores
 
 _STEPS, _COPIED = 5, 16_000_000  # timed, after two that are not; floats
 
@@ -18,7 +19,7 @@ def measure_device(
     model: nn.Module, network: Network, shape: tuple[int, int], precision: Precision, device: torch.device, ranks: int
 ) -> Device:
     """One of `ranks` ranks on this machine. shape: images a step, and their size in pixels. Dropout is left out."""
-    is_gpu, cores = device.type == "cuda", len(os.sched_getaffinity(0))
+    is_gpu, cores = device.type == "cuda", num_usable_cores()
     if not is_gpu:
         torch.set_num_threads(max(1, cores // ranks))
     model = model.to(device, memory_format=torch.channels_last).eval()

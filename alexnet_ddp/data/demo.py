@@ -23,6 +23,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from alexnet_ddp import rng
+from alexnet_ddp.environment import num_usable_cores
 from alexnet_ddp.errors import DataError
 
 VERSION = 2
@@ -158,7 +159,7 @@ def _write(root: Path) -> None:
         split, index = job
         (root / split / CLASSES[index % len(CLASSES)] / f"{index:05d}.jpg").write_bytes(demo_jpeg(split, index))
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(4, num_usable_cores())) as pool:
         for _ in pool.map(write, [(split, index) for split, count in COUNTS.items() for index in range(count)]):
             pass
     (root / MARKER).write_text(json.dumps(_marker(VERSION), indent=2) + "\n")

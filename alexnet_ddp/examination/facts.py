@@ -17,6 +17,7 @@ import torchvision
 from alexnet_ddp import __version__
 from alexnet_ddp.config import Config, DemoConfig
 from alexnet_ddp.distributed import choose_device
+from alexnet_ddp.environment import num_usable_cores, read_ranks
 from alexnet_ddp.errors import ConfigError
 from alexnet_ddp.redact import redact
 
@@ -59,12 +60,12 @@ class Facts:
 
 def look(cfg: Config, knobs: dict) -> Facts:
     """The facts of this rank. knobs: `cfg` as JSON's types."""
-    local_rank = _number("LOCAL_RANK", 0)
-    device, name, count = _device(cfg, local_rank)
+    ranks = read_ranks(os.environ)
+    device, name, count = _device(cfg, ranks.local_rank)
     return Facts(
-        rank=_number("RANK", 0),
-        local_rank=local_rank,
-        local_world_size=_number("LOCAL_WORLD_SIZE", 1),
+        rank=ranks.rank,
+        local_rank=ranks.local_rank,
+        local_world_size=ranks.local_world_size,
         host=socket.gethostname(),
         network=_network(),
         address=_address(),
@@ -73,7 +74,7 @@ def look(cfg: Config, knobs: dict) -> Facts:
         device_name=name,
         num_devices=count,
         versions=_versions(),
-        cores=len(os.sched_getaffinity(0)),
+        cores=num_usable_cores(),
         files_limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         memory=free_memory(),
         shm=shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0,
@@ -94,13 +95,6 @@ def free_memory() -> int:
         taken = int((group / "memory.current").read_text()) - int(used["inactive_file"])  # the page cache gives way
         free = min(free, max(0, limit - taken))
     return free
-
-
-def _number(name: str, default: int) -> int:
-    value = os.environ.get(name, str(default))
-    if not value.isdecimal():
-        raise ConfigError(f"{name} ({value!r}) in the environment must be a number; start with torchrun")
-    return int(value)
 
 
 def _device(cfg: Config, local_rank: int) -> tuple[str, str, int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from alexnet_ddp.atomic import write_json
 from alexnet_ddp.config import OnNan, TrainerConfig
 from alexnet_ddp.distributed import World
-from alexnet_ddp.errors import Diverged
+from alexnet_ddp.errors import DataError, Diverged
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Guard:
     ) -> None:
         self._cfg, self._counts, self._describe, self._path, self._world = cfg, counts, describe, path, world
         self._losses: deque[float] = deque(maxlen=_HISTORY)
-        self._in_spike = False
+        self._in_spike = self._warned_empty = False
         self._loss_of: dict[int, float] = {}  # of the last two steps
 
     def bad(self, step: int) -> Diverged | None:
@@ -62,6 +62,24 @@ class Guard:
         if times >= _MAX_IN_A_ROW:
             raise Diverged(f"step {step + 1} led back to the checkpoint of step {to} for the {times}th time; {_REMEDY}")
         log.warning("the weights are those of step %d again; the data goes on with step %d", to, step + 2)
+
+    def empty(self, step: int, limit: int | None) -> DataError | None:
+        """No image of step `step` (0-based) could be read on any rank, so it was skipped. Count it.
+
+        limit: so many empty steps in a row end the run, if this step completes an epoch or the run.
+        """
+        counts = self._counts
+        in_a_row = 1 + (counts.get("empty_in_a_row", 0) if counts.get("empty_last") == step - 1 else 0)
+        counts.update(empty_last=step, empty_in_a_row=in_a_row, skipped=counts.get("skipped", 0) + 1)
+        listed = self._path.with_name("quarantine.jsonl")
+        if limit is not None and in_a_row >= limit:
+            remedy = f"fix or replace the files that {listed} lists, and start the same command again"
+            return DataError(f"no image of the last {limit} step(s) could be read; {remedy}")
+        if not self._warned_empty:
+            self._warned_empty = True
+            fact = f"no image of step {step + 1} could be read, so the step was skipped"
+            log.warning("%s; train/num_skipped_steps counts further ones, and %s lists the images", fact, listed)
+        return None
 
     def watch(self, step: int, loss: float) -> None:
         """Look at the loss of step `step` (0-based), the mean over its global batch, for a spike."""

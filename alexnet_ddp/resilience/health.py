@@ -4,6 +4,7 @@ A signal or a fault reaches one rank; the decision what to do about it is made b
 acts.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,7 +33,12 @@ class Verdict:
     failed: bool  # a rank has an error
     save: bool  # the time for a checkpoint has come
     num_images: int  # that the ranks have really seen
-    loss: float  # mean over these images
+    loss: float  # mean over these images; nan if there are none
+
+    @property
+    def is_empty(self) -> bool:
+        """No rank could read an image of this step, so there was nothing to learn and nothing was applied."""
+        return self.num_images == 0 and not self.diverged
 
     def bad_steps(self, step: int) -> list[int]:
         """Which steps are known since this verdict, of `step`, to be bad."""
@@ -75,7 +81,7 @@ class Health:
             self._wait()
             self._host.copy_(self._vector)
         stop, diverged, failed, save, num_images, late, loss_sum = self._host.tolist()
-        loss = loss_sum / max(1, num_images)
+        loss = loss_sum / num_images if num_images else math.nan
         return Verdict(stop > 0, diverged > 0, late > 0, failed > 0, save > 0, round(num_images), loss)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from alexnet_ddp.distributed import lost_peer
 from alexnet_ddp.errors import ConfigError, Preempted, RunError, out_of_memory
+from alexnet_ddp.startup import before_exit
 from alexnet_ddp.tracking.record import write_status
 
 log = logging.getLogger(__name__)
@@ -21,6 +22,10 @@ class RunStatus:
     def running(self, step: int) -> None:
         self._step, self._started = step, True
         self._write("running")
+
+    def stopped_while_starting(self) -> None:
+        if self._started:
+            self._write("preempted", Preempted.exit_code, "stopped while it started; nothing is lost")
 
     def is_someone_elses(self, error: RunError) -> bool:
         """A command that was refused before it began has nothing to say about a run that was here before it."""
@@ -42,7 +47,8 @@ def run_status(run_dir: Path, is_main: bool) -> Iterator[RunStatus]:
     """Around a whole run: whatever way it ends, status.json says so."""
     status = RunStatus(run_dir, is_main)
     try:
-        yield status
+        with before_exit(status.stopped_while_starting):
+            yield status
     except BaseException as caught:
         error = out_of_memory(caught) or lost_peer(caught) or caught
         if not isinstance(error, RunError):

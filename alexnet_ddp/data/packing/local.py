@@ -12,15 +12,16 @@ from functools import partial
 from typing import Any
 
 from alexnet_ddp.data.packing.watch import Engine
+from alexnet_ddp.environment import num_usable_cores
 from alexnet_ddp.errors import MachineError
+from alexnet_ddp.startup import STOP_SIGNALS
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _LOOK_EVERY_S = 1.0  # that a worker looks whether its parent lives
 
 
 def local_engine(workers: int | None) -> Engine:
     """run_local with so many processes; None: one for each core that this process may use."""
-    return partial(run_local, workers or len(os.sched_getaffinity(0)))
+    return partial(run_local, workers or num_usable_cores())
 
 
 def run_local(workers: int, fn: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
