@@ -41,7 +41,7 @@ from alexnet_ddp.examination.facts import Facts, look
 from alexnet_ddp.examination.finding import Finding, Verdict, seconds, size
 from alexnet_ddp.examination.online import judge_wandb
 from alexnet_ddp.examination.trial import Trial
-from alexnet_ddp.model import build_model, set_dropout_keys
+from alexnet_ddp.model import build_model, set_dropout_keys, without_weights
 from alexnet_ddp.optim import build_optimizer, state_by_name
 from alexnet_ddp.parallel import check_parallel
 from alexnet_ddp.parallel.layers import worth_splitting
@@ -153,7 +153,7 @@ def _try(cfg: DoctorConfig, world: World) -> Trial:
 
 def _try_model(cfg: DoctorConfig, world: World, num_classes: int) -> Trial:
     """A forward and backward pass over random images, as many as a rank sees at once in a step."""
-    model = build_model(replace(cfg.model, weights=None), num_classes, cfg.data.image_size, cfg.seed)
+    model = build_model(without_weights(cfg.model), num_classes, cfg.data.image_size, cfg.seed)
     check_parallel(cfg.parallel, model, world)
     model.to(world.device, memory_format=torch.channels_last).train()
     optimizer = build_optimizer(cfg.optimizer, model)

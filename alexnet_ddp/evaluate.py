@@ -10,7 +10,6 @@ if __name__ == "__main__":  # before the other imports, which take seconds
     startup.begin("evaluate")
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,15 +20,24 @@ from torch import nn
 from alexnet_ddp import cli, distributed
 from alexnet_ddp.atomic import write_json
 from alexnet_ddp.checkpoint import files
-from alexnet_ddp.checkpoint.find import find_best
-from alexnet_ddp.config import Config
+from alexnet_ddp.checkpoint.find import find_best, weights_of_run
+from alexnet_ddp.config import Config, ConfigError, Head
 from alexnet_ddp.data.classes import class_difference
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_work
 from alexnet_ddp.data.sets import ImageSets, open_data
 from alexnet_ddp.engine import Evaluation, evaluate
 from alexnet_ddp.errors import DataError, Preempted
-from alexnet_ddp.model import build_model, load_checkpoint, load_weights
+from alexnet_ddp.model import (
+    ClassChange,
+    build_model,
+    follow_classes,
+    head_parameters,
+    load_checkpoint,
+    load_weights,
+    wanted_transform,
+    without_weights,
+)
 from alexnet_ddp.precision import check_precision
 from alexnet_ddp.resilience.signals import StopSignal
 from alexnet_ddp.tracking import read_classes
@@ -52,7 +60,8 @@ def main(cfg: Config, overrides: list[str]) -> None:
             directory = distributed.from_main(lambda: find_best(cfg.run_dir / "checkpoints"), world)
             model, origin = distributed.on_all(lambda: _trained(cfg, data, directory), world)
         else:
-            model, origin = distributed.on_all(lambda: _from_file(cfg, data), world)
+            weights = distributed.from_main(lambda: weights_of_run(cfg.model.weights, cfg.run.root), world)
+            model, origin = distributed.on_all(lambda: _from_file(cfg, data, weights), world)
         model.to(world.device, memory_format=torch.channels_last)
         loader = build_loader(cfg.data, data.val, None, world.num_cores, world.device)
         works = evaluation_work(len(data.val), cfg.trainer.eval_batch_size, world.rank, world.world_size)
@@ -72,25 +81,36 @@ def main(cfg: Config, overrides: list[str]) -> None:
 
 
 def _trained(cfg: Config, data: ImageSets, directory: Path) -> tuple[nn.Module, dict]:
-    """A checkpoint's network; the data must have the classes that it was trained on."""
-    expected, found = read_classes(cfg.run_dir)["ids"], data.val.classes
-    if expected != found:
-        remedy = "give a root with the classes of the training"
-        differ = class_difference(f"run {cfg.run.name}", expected, "data.root", found, remedy)
-        differ = differ or f"they have another order; {remedy} in its order"
+    """A checkpoint's network; the data must have the classes that it was trained on, in any order."""
+    state = files.read_state(directory)
+    known = files.classes_of(directory, state) or read_classes(cfg.run_dir)
+    expected, found = known["ids"], data.val.classes
+    differ = class_difference(
+        f"run {cfg.run.name}", expected, "data.root", found, "give a root with the classes of the training"
+    )
+    if differ:
         raise DataError(f"data.root has other classes than run {cfg.run.name} was trained on: {differ}")
-    model = build_model(replace(cfg.model, weights=None), len(expected), cfg.data.image_size, cfg.seed)
+    start = without_weights(cfg.model, state.get("transform_input", False))
+    model = build_model(start, len(expected), cfg.data.image_size, cfg.seed)
     stem = files.stem_of_weights(directory)
-    load_checkpoint(model, files.read_tensors(directory, stem), str(directory))
+    tensors = files.read_tensors(directory, stem)
+    if expected != found:
+        change, own = ClassChange(expected, found), model.state_dict()
+        tensors = follow_classes(tensors, change, {name: own[name] for name in head_parameters(model)})
+        log.info("the data has %s than the training: rows of the head follow their class names", change)
+    load_checkpoint(model, tensors, str(directory))
     origin = {"checkpoint": directory.name, "step": files.step_of(directory)}
     return model, origin | ({"weights": "averaged"} if stem == "ema" else {})
 
 
-def _from_file(cfg: Config, data: ImageSets) -> tuple[nn.Module, dict]:
-    weights, bare = Path(cfg.model.weights), replace(cfg.model, weights=None)
-    model = build_model(bare, len(data.val.classes), cfg.data.image_size, cfg.seed)
-    load_weights(model, weights, new_head=False)
-    return model, {"weights": str(weights)}
+def _from_file(cfg: Config, data: ImageSets, weights: str) -> tuple[nn.Module, dict]:
+    """weights: the file that cfg.model.weights names."""
+    if cfg.model.head is Head.new:
+        raise ConfigError("model.head=new would evaluate a head that has learnt nothing; leave it auto")
+    classes = data.val.classes
+    model = build_model(without_weights(cfg.model), len(classes), cfg.data.image_size, cfg.seed)
+    load_weights(model, Path(weights), classes, head=None, transform_input=wanted_transform(cfg.model))
+    return model, {"weights": weights}
 
 
 def _record(result: Evaluation, names: list[str], origin: dict) -> dict:

@@ -29,7 +29,7 @@ from alexnet_ddp.costs.picture import draw, matplotlib_pyplot
 from alexnet_ddp.costs.step import Step, Strategy, predict
 from alexnet_ddp.costs.sweep import Sweep, sweep
 from alexnet_ddp.distributed import choose_device
-from alexnet_ddp.model import build_model
+from alexnet_ddp.model import build_model, without_weights
 
 _MOST_ROWS = 8  # hybrids in the table, the fastest; all of them are in the JSON file
 
@@ -41,7 +41,7 @@ def main(cfg: PlanConfig, overrides: list[str]) -> None:
     if cfg.plot:
         matplotlib_pyplot()  # or say now what is missing
     with torch.device("cpu" if cfg.device == "measure" else "meta"):  # shapes alone, where nothing is run
-        model = build_model(cfg.model, cfg.data.num_classes, cfg.data.image_size, seed=0)
+        model = build_model(without_weights(cfg.model), cfg.data.num_classes, cfg.data.image_size, seed=0)
     network = read_network(model, cfg.data.image_size)
     if not network.split and cfg.wire_dtype is not Precision.fp32:
         rule = "is of hybrids, and this network has no large linear layers to split; leave it out"

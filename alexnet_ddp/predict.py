@@ -11,7 +11,6 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 import glob
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from alexnet_ddp.data.image import read_file
 from alexnet_ddp.data.scan import SUFFIXES
 from alexnet_ddp.distributed import choose_device
 from alexnet_ddp.errors import DataError
-from alexnet_ddp.model import build_model, load_checkpoint
+from alexnet_ddp.model import build_model, load_checkpoint, without_weights
 from alexnet_ddp.tracking import read_classes
 
 _BATCH = 64
@@ -43,8 +42,9 @@ def main(ask: PredictConfig, overrides: list[str]) -> None:
         raise ConfigError(f"output ({ask.output}) must lie in a directory that exists; make it first")
     paths = find_images(ask.images)
     cfg = cli.config_of_run(run_dir, [])
-    names, device = read_classes(run_dir)["names"], choose_device(ask.device, 0)
-    model = _trained(cfg, run_dir, len(names)).to(device).eval()
+    device = choose_device(ask.device, 0)
+    model, names = _trained(cfg, run_dir)
+    model = model.to(device).eval()
     bad: list[str] = []
     table = Table("image", "classes and their probabilities")
     lines: list[str] = []
@@ -74,11 +74,15 @@ def find_images(pattern: str) -> list[Path]:
     return found
 
 
-def _trained(cfg: Config, run_dir: Path, num_classes: int) -> nn.Module:
-    model = build_model(replace(cfg.model, weights=None), num_classes, cfg.data.image_size, cfg.seed)
+def _trained(cfg: Config, run_dir: Path) -> tuple[nn.Module, list[str]]:
+    """The network of the best checkpoint, and the names of its classes: later ones of the run may have others."""
     best = find_best(run_dir / "checkpoints")
+    state = files.read_state(best)
+    names = (files.classes_of(best, state) or read_classes(run_dir))["names"]
+    start = without_weights(cfg.model, state.get("transform_input", False))
+    model = build_model(start, len(names), cfg.data.image_size, cfg.seed)
     load_checkpoint(model, files.read_tensors(best, files.stem_of_weights(best)), str(best))
-    return model
+    return model, names
 
 
 @torch.inference_mode()

@@ -5,11 +5,14 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from alexnet_ddp import distributed
-from alexnet_ddp.checkpoint.identity import identity
+from alexnet_ddp.checkpoint.background import Groups
+from alexnet_ddp.checkpoint.find import weights_of_run
+from alexnet_ddp.checkpoint.identity import DataFacts, first_fingerprint, identity
 from alexnet_ddp.checkpoint.store import Checkpoints
 from alexnet_ddp.config import (
     AUTO,
@@ -25,13 +28,23 @@ from alexnet_ddp.config import (
 from alexnet_ddp.costs.choose import choose_guessing, guess
 from alexnet_ddp.costs.network import read_network
 from alexnet_ddp.data.augment import build_augment
+from alexnet_ddp.data.index import SampleIndex
 from alexnet_ddp.data.loader import Batch, build_loader
 from alexnet_ddp.data.sampler import build_sampler, micro_batches
-from alexnet_ddp.data.sets import open_data
+from alexnet_ddp.data.sets import ImageSets, open_data
 from alexnet_ddp.distributed import World
 from alexnet_ddp.ema import EMA
 from alexnet_ddp.engine import TrainStep
-from alexnet_ddp.model import build_model, check_image_size, load_checkpoint
+from alexnet_ddp.model import (
+    ClassChange,
+    build_model,
+    check_image_size,
+    follow_classes,
+    head_parameters,
+    load_checkpoint,
+    transforms_input,
+    without_weights,
+)
 from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name
 from alexnet_ddp.parallel import LocalSGD, SplitTensor, build_parallel
 from alexnet_ddp.parallel.layers import find_layers
@@ -58,10 +71,13 @@ class Training:
         if isinstance(cfg.augment, AlexNet2012AugmentConfig):
             basis = self.data.colour_basis
             who["augment.colour_basis"] = basis and [part.tolist() for part in basis]
-        shape = {"evaluation": self.data.val.fingerprint(), "budget": str(self.budget)}
-        shape |= {name: getattr(cfg.trainer, name) for name in ("eval_batch_size", "on_nan", "check_every_steps")}
-        distributed.require_same(who | shape, world)
-        self.checkpoints = Checkpoints(cfg.run_dir, cfg.checkpoint, who, world, self.sampler.steps_per_epoch)
+        facts = _data_facts(self.data)
+        # What ranks must have alike; images first, in words, since a fingerprint alone names no difference.
+        alike = {"training images": _described(self.data.train), "validation images": _described(self.data.val)}
+        alike |= {key: value for key, value in who.items() if key != "data"} | {"budget": str(self.budget)}
+        alike |= {name: getattr(cfg.trainer, name) for name in ("eval_batch_size", "on_nan", "check_every_steps")}
+        distributed.require_same(alike, world)
+        self.checkpoints = Checkpoints(cfg.run_dir, cfg.checkpoint, who, world, self.sampler.steps_per_epoch, facts)
         self.state, self._saved = self.checkpoints.resume(cfg.run.name, cfg.resume.allow_changes, up_to)
 
     @property
@@ -71,11 +87,17 @@ class Training:
     def build(self) -> None:
         """What a step needs, from the configuration or from the checkpoint."""
         cfg, world, data, saved = self._cfg, self._world, self.data, self._saved
-        start = replace(cfg.model, weights=None) if saved else cfg.model  # a checkpoint has all the weights
-        num_classes, size = len(data.train.classes), cfg.data.image_size
-        self.model = distributed.on_all(lambda: build_model(start, num_classes, size, cfg.seed), world)
+        classes, size = data.train.classes, cfg.data.image_size
+        start = without_weights(cfg.model, self.state.transform_input)  # a checkpoint has all the weights
+        if not saved and cfg.model.weights is not None:
+            weights = distributed.from_main(lambda: weights_of_run(cfg.model.weights, cfg.run.root), world)
+            start = replace(cfg.model, weights=weights)
+        num_classes = len(classes)
+        self.model = distributed.on_all(lambda: build_model(start, num_classes, size, cfg.seed, classes), world)
+        self.state.transform_input = transforms_input(self.model)
         check_image_size(self.model, num_classes, cfg.data.train_image_size(0), "data.start_image_size")
         if saved:
+            saved = self._saved = self._by_class(saved, self.model, say=True)
             load_checkpoint(self.model, saved.pop("model"), f"the checkpoint of {cfg.run.name}")
         self.model.to(world.device, memory_format=torch.channels_last)
         parallel = self._parallel()
@@ -138,6 +160,10 @@ class Training:
     def roll_back(self, step: int) -> int:
         """Weights and optimizer of the newest checkpoint, and the data from `step` on; the checkpoint's step."""
         to, tensors = self.checkpoints.newest()
+        cfg, num_classes = self._cfg, len(self.data.train.classes)
+        if self.checkpoints.classes_read not in (None, self.data.train.classes):  # saved before the classes changed
+            fresh = build_model(without_weights(cfg.model), num_classes, cfg.data.image_size, cfg.seed)
+            tensors = self._by_class(tensors, fresh)
         local = {stem: self.parallel_model.local(whole) for stem, whole in tensors.items()}
         load_checkpoint(self.model, local["model"], f"the checkpoint of step {to}")
         load_state_by_name(self.optimizer, self.model, local["optimizer"])
@@ -152,6 +178,23 @@ class Training:
     def close(self) -> None:
         self.train_loader.close()
         self.val_loader.close()
+
+    def _by_class(self, groups: Groups, fresh: nn.Module, say: bool = False) -> Groups:
+        """A checkpoint's tensors with the head's rows at the places of their classes in the data.
+
+        fresh: the network as initialised. Rows keep their positions if the checkpoint's classes are not known.
+        """
+        then, now = self.checkpoints.classes_read, self.data.train.classes
+        if then is None or then == now:
+            return groups
+        change = ClassChange(then, now)
+        if say:
+            log.warning("classes: %s: rows of the head follow their class names", change)
+            if groups.pop("hook", None):
+                log.warning("what parallel.hook remembers belongs to the earlier rows: it starts afresh")
+        names, own = head_parameters(fresh), fresh.state_dict()
+        rows = {name: own[name].to(self._world.device) for name in names}
+        return {stem: follow_classes(tensors, change, rows) for stem, tensors in groups.items()}
 
     def _parallel(self) -> ParallelConfig:
         """Collective. The user's choice, or the one of the model of costs where that is left to it."""
@@ -186,3 +229,15 @@ class Training:
         steps, world = range(self.state.step, self.budget.total_steps), self._world
         works = self.sampler.work(steps, world.rank, world.world_size, self._cfg.trainer.micro_batch_size)
         return self.train_loader.batches(works)
+
+
+def _data_facts(data: ImageSets) -> DataFacts:
+    classes, labels = data.train.classes, data.train.labels
+    counts = np.bincount(labels, minlength=len(classes)).tolist()
+    names = {"ids": classes, "names": data.class_names}
+    return DataFacts(names, counts, first_fingerprint(classes, labels), data.val.fingerprint())
+
+
+def _described(index: SampleIndex) -> str:
+    """Enough to tell two sets of images apart, and to see how they differ."""
+    return f"{len(index)} images of {len(index.classes)} classes with fingerprint {index.fingerprint()[:24]}"

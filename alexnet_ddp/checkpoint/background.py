@@ -34,14 +34,14 @@ class BackgroundWriter:
             file = self._memory.file
             self._process = companion.start("checkpoint.writer", str(file.fileno()), [file], stdout=subprocess.PIPE)
 
-    def start(self, order: Order, groups: Groups) -> None:
+    def start(self, order: Order, groups: Groups, metadata: dict[str, str]) -> None:
         """Copy the tensors, which may change when this returns, and let them be written. After prepare(), and not while
         it is busy.
 
-        order.places: filled in here.
+        order.places: filled in here. metadata: for the header of each file.
         """
         assert not self.is_busy
-        places = self._memory.store(groups)
+        places = self._memory.store(groups, metadata)
         self._step = order.step
         with suppress(BrokenPipeError):  # it is dead: reply() says so
             self._process.stdin.write(json.dumps({**asdict(order), "places": places}).encode() + b"\n")

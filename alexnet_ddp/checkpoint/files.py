@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import safetensors
 
 from alexnet_ddp.atomic import sync_directory
@@ -26,10 +27,16 @@ SCHEMA_VERSION = 1
 MANIFEST = "MANIFEST.json"
 _NAME = re.compile(r"step-(\d+)")
 _PIECE = 1 << 24  # bytes
+_FINITE = {"model", "ema", "optimizer"}  # file stems; parallel/hooks.py checks what a hook remembers
+_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
 class Rejected(Exception):
     """A checkpoint directory that must not be loaded; the message names file and reason."""
+
+
+class NotFinite(Rejected):
+    """The files are as they were written, but a weight or a moment is NaN or infinite."""
 
 
 def step_of(directory: Path) -> int:
@@ -107,7 +114,7 @@ def manifest_of(directory: Path) -> dict[str, tuple[int, str]]:
 
 
 def verify(directory: Path) -> None:
-    """Raises Rejected unless every file of the manifest is there, byte for byte."""
+    """Raises Rejected unless every file of the manifest is there, byte for byte, and all weights are finite."""
     for name, (size, digest) in manifest_of(directory).items():
         try:
             with open(directory / name, "rb") as file:
@@ -119,6 +126,8 @@ def verify(directory: Path) -> None:
         if found != digest:
             raise Rejected(f"{name} does not match its SHA-256 checksum")
         _check_format(directory / name)
+        if name.endswith(".safetensors") and Path(name).stem in _FINITE:
+            _check_finite(directory / name)
 
 
 def _check_format(path: Path) -> None:
@@ -134,9 +143,42 @@ def _check_format(path: Path) -> None:
         raise Rejected(f"{path.name} is not a JSON file ({error})") from error
 
 
+def _check_finite(path: Path) -> None:
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
+    if path.stat().st_size == start:
+        return
+    data = np.memmap(path, np.uint8, "r", start)
+    for name, entry in header.items():
+        dtype = _FLOATS.get(entry.get("dtype"))
+        if dtype is None:  # integers, and the file's metadata
+            continue
+        begin, end = entry["data_offsets"]
+        for at in range(begin, end, _PIECE):
+            values = data[at : min(end, at + _PIECE)].view(dtype)
+            # numpy has no bfloat16: there, an exponent of ones is infinite or NaN.
+            bad = (values & 0x7F80) == 0x7F80 if dtype is np.uint16 else ~np.isfinite(values)
+            if bad.any():
+                raise NotFinite(f"{path.name} has values that are not finite (in {name})")
+
+
 def read_state(directory: Path) -> dict:
     """state.json of a verified checkpoint."""
     return json.loads((directory / "state.json").read_bytes())
+
+
+def classes_of(directory: Path, state: dict) -> dict[str, list[str]] | None:
+    """Ids (folder names) and names of a checkpoint's classes, in the order of the labels; None if they are not known.
+
+    state: its state.json. Those of older versions name no classes; the run's classes.json does.
+    """
+    if state.get("classes"):
+        return state["classes"]
+    try:
+        return json.loads((directory.parent.parent / "classes.json").read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def read_tensors(directory: Path, stem: str) -> "dict[str, Tensor]":

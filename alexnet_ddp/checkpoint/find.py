@@ -5,7 +5,7 @@ from pathlib import Path
 
 from alexnet_ddp.checkpoint import files
 from alexnet_ddp.checkpoint.files import Rejected
-from alexnet_ddp.errors import NoCheckpoint
+from alexnet_ddp.errors import ConfigError, NoCheckpoint
 
 log = logging.getLogger(__name__)
 
@@ -41,3 +41,28 @@ def find_best(directory: Path) -> Path:
         log.warning("checkpoint %s, the best one, is rejected: %s; taking %s", best.name, reason, newest.name)
         return newest
     return best
+
+
+def weights_of_run(weights: str, root: str) -> str:
+    """The file of a run's best weights if `weights` is runs/NAME, run:NAME (below `root`) or a checkpoint's directory.
+
+    Anything else comes back as it is. Raises ConfigError if there is no such run, NoCheckpoint if it has no weights.
+    """
+    directory = Path(root) / weights.removeprefix("run:") if weights.startswith("run:") else Path(weights)
+    if files.is_name(directory.name) and directory.is_dir():
+        try:
+            files.verify(directory)
+        except Rejected as reason:
+            raise ConfigError(f"model.weights ({weights}) is refused: {reason}; give another checkpoint") from reason
+        checkpoint = directory
+    elif (directory / "checkpoints").is_dir():
+        checkpoint = find_best(directory / "checkpoints")
+    elif weights.startswith("run:"):
+        known = ", ".join(sorted(d.parent.name for d in Path(root).glob("*/checkpoints"))) or "none"
+        raise ConfigError(f"model.weights ({weights}): {root} has no such trained run; there are: {known}")
+    else:
+        return weights
+    stem = files.stem_of_weights(checkpoint)
+    kind = "averaged weights" if stem == "ema" else "weights"
+    log.info("model.weights=%s takes the %s of %s", weights, kind, checkpoint)
+    return str(checkpoint / f"{stem}.safetensors")

@@ -54,8 +54,9 @@ class FileLayout:
     size: int  # bytes
 
     @classmethod
-    def of(cls, tensors: Tensors) -> "FileLayout":
-        entries, offsets, end = {}, {}, 0
+    def of(cls, tensors: Tensors, metadata: dict[str, str]) -> "FileLayout":
+        """metadata: what the header says beside the tensors."""
+        entries, offsets, end = {"__metadata__": metadata} if metadata else {}, {}, 0
         for name, t in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):  # stays aligned
             entries[name] = {"dtype": _DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [end, end + t.nbytes]}
             offsets[name], end = end, end + t.nbytes
@@ -75,11 +76,11 @@ class SharedMemory:
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._bytes.zero_()  # page faults now, not within a step
 
-    def store(self, groups: dict[str, Tensors]) -> dict[str, tuple[int, int]]:
+    def store(self, groups: dict[str, Tensors], metadata: dict[str, str]) -> dict[str, tuple[int, int]]:
         """Copy the tensors of each file; file stem -> (first byte, end). They must fit: see needed()."""
         places, start, on_gpu = {}, 0, False
         for stem, tensors in groups.items():
-            layout = FileLayout.of(tensors)
+            layout = FileLayout.of(tensors, metadata)
             self._map[start : start + len(layout.header)] = layout.header
             for name, tensor in tensors.items():
                 at = start + layout.offsets[name]
@@ -99,9 +100,9 @@ class SharedMemory:
         self.file.close()  # the map goes with the last tensor that looks at it
 
 
-def needed(groups: dict[str, Tensors]) -> int:
+def needed(groups: dict[str, Tensors], metadata: dict[str, str]) -> int:
     """Bytes of the files, laid one behind the other."""
-    return sum(_aligned(FileLayout.of(tensors).size) for tensors in groups.values())
+    return sum(_aligned(FileLayout.of(tensors, metadata).size) for tensors in groups.values())
 
 
 def _aligned(size: int) -> int:

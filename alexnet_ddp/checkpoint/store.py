@@ -1,5 +1,6 @@
 """Save, resume, keep: a checkpoint is the whole run or nothing, and the newest valid one wins."""
 
+import json
 import logging
 import time
 from dataclasses import asdict, dataclass, field
@@ -11,7 +12,7 @@ from alexnet_ddp.checkpoint import files, remote
 from alexnet_ddp.checkpoint.background import BackgroundWriter, Groups
 from alexnet_ddp.checkpoint.files import Rejected
 from alexnet_ddp.checkpoint.find import find_newest
-from alexnet_ddp.checkpoint.identity import check_same_run, numerics
+from alexnet_ddp.checkpoint.identity import DataFacts, check_same_run, numerics
 from alexnet_ddp.checkpoint.layout import needed
 from alexnet_ddp.checkpoint.space import check_space, free_bytes
 from alexnet_ddp.checkpoint.writer import Order, Reply
@@ -34,6 +35,7 @@ class RunState:
     sums: dict[str, float] = field(default_factory=dict)  # of the training row that is being collected
     scaler: dict[str, float] = field(default_factory=dict)  # of fp16's loss scale
     bad_steps: dict[str, int] = field(default_factory=dict)  # how many were skipped, ...: see resilience/guard.py
+    transform_input: bool = False  # of the network: see model/weights.py
 
     def note_evaluation(self, top1: float) -> None:
         """The best one is the first of the highest."""
@@ -52,9 +54,11 @@ class Checkpoints:
         identity: dict[str, object],
         world: World,
         steps_per_epoch: int = 1,
+        data: DataFacts | None = None,
     ) -> None:
         self._directory, self._cfg, self._identity, self._world = run_dir / "checkpoints", cfg, identity, world
-        self._steps_per_epoch = steps_per_epoch
+        self._steps_per_epoch, self._data = steps_per_epoch, data
+        self.classes_read: list[str] | None = None  # ids of the classes of the checkpoint that was read last
         self._copies = f"{cfg.copy_to.rstrip('/')}/{run_dir.name}" if cfg.copy_to else None
         self._writer = BackgroundWriter()
         self._size = 0  # bytes of a checkpoint
@@ -80,7 +84,7 @@ class Checkpoints:
             for tensor in split:
                 tensor.collect(None)
             return None
-        self._writer.start(self._order(state), tensors)
+        self._writer.start(self._order(state), tensors, self._metadata(state))
         return self.poll(wait=True, is_last=True) if is_last else error
 
     def _ready(self, state: RunState, tensors: Groups, is_last: bool) -> tuple[RunError | None, bool]:
@@ -91,7 +95,7 @@ class Checkpoints:
                 log.warning("no checkpoint of step %d: checkpoints are due faster than the disk takes them", state.step)
             self._num_skipped += 1
             return error, False
-        self._size, self._began = needed(tensors), time.monotonic()
+        self._size, self._began = needed(tensors, self._metadata(state)), time.monotonic()
         try:
             self._writer.prepare(self._size)
         except OSError as e:  # no memory for the copy
@@ -103,7 +107,7 @@ class Checkpoints:
 
         Raises CheckpointIOError where the disk has no room for a checkpoint.
         """
-        self._size = needed(tensors)
+        self._size = needed(tensors, self._metadata(RunState()))
         on_all(
             lambda: check_space(self._directory, self._size, self._cfg.keep_last),
             self._world,
@@ -136,20 +140,22 @@ class Checkpoints:
                 files.clean_up(self._directory)
             newest = find_newest(self._directory, up_to) or (self._fetched() if up_to is None else None)
             if newest is not None and not allow_changes:
-                check_same_run(run_name, files.read_state(newest)["identity"], self._identity)
+                check_same_run(run_name, newest, self._identity, self._data)
             return newest
 
         newest = from_main(choose, self._world)
         if newest is None:
             return RunState(), {}
         # Only rank 0 reads: the others need not see its disk.
-        record, there = from_main(lambda: (files.read_state(newest), files.stems_of(newest)), self._world)
+        record, there = self._record(newest)
         self._note_numerics(record)
         state = RunState(**{name: record[name] for name in RunState.__dataclass_fields__ if name in record})
         stems = self._wanted(there)
         if record["identity"].get("optimizer") != self._identity.get("optimizer"):
             log.warning("another optimizer than the checkpoint's: its state starts afresh")
             stems.remove("optimizer")
+        if self._data and self.classes_read and set(self.classes_read) != set(self._data.classes["ids"]):
+            state.best, state.evaluated_at = {}, None  # numbers of other classes
         return state, self._read(newest, stems)
 
     def newest(self) -> tuple[int, Groups]:
@@ -165,8 +171,27 @@ class Checkpoints:
             return newest
 
         newest = from_main(choose, self._world)
-        there = from_main(lambda: files.stems_of(newest), self._world)
+        _, there = self._record(newest)
         return files.step_of(newest), self._read(newest, self._wanted(there))
+
+    def _record(self, directory: Path) -> tuple[dict, list[str]]:
+        """Collective. The checkpoint's state.json and the stems of its files of tensors."""
+
+        def read() -> tuple[dict, list[str]]:
+            state = files.read_state(directory)
+            return state | {"classes": files.classes_of(directory, state)}, files.stems_of(directory)
+
+        record, stems = from_main(read, self._world)
+        self.classes_read = (record["classes"] or {}).get("ids")
+        return record, stems
+
+    def _metadata(self, state: RunState) -> dict[str, str]:
+        """What the files of tensors say beside them, for whoever loads one alone. All values are strings."""
+        metadata = {"format": "pt", "transform_input": str(state.transform_input).lower()}
+        if self._data is not None:
+            ids, names = self._data.classes["ids"], self._data.classes["names"]
+            metadata |= {"classes": json.dumps(ids), "class_names": json.dumps(names)}
+        return metadata
 
     def _wanted(self, stems: list[str]) -> list[str]:
         """What this run needs of the files of tensors that a checkpoint has."""
@@ -207,6 +232,7 @@ class Checkpoints:
     def _order(self, state: RunState) -> Order:
         record = {**asdict(state), "identity": self._identity, "numerics": numerics()}
         record["world_size"] = self._world.world_size
+        record |= asdict(self._data) if self._data is not None else {}
         every = self._cfg.keep_every_epochs
         return Order(
             directory=str(self._directory.absolute()),
@@ -235,6 +261,10 @@ class Checkpoints:
     def _failed(self, reply: Reply, is_last: bool) -> RunError | None:
         self._failures += 1
         self._num_failed += 1
+        if reply.not_finite:
+            rule = f"the weights after step {reply.step} are not finite, and were not saved ({reply.error})"
+            remedy = "lower optimizer.lr or clip gradients; the checkpoints before it are untouched"
+            return Diverged(f"{rule}; {remedy}")
         space = f"it needs {self._size / 1e6:,.0f} MB, {free_bytes(self._directory) / 1e6:,.0f} MB are free"
         reason = f"the checkpoint of step {reply.step} could not be written ({reply.error}); {space}"
         if is_last or self._failures >= _MAX_FAILURES:

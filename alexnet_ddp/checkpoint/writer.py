@@ -44,6 +44,7 @@ class Order:
 class Reply:
     step: int
     error: str = ""  # why there is no such checkpoint
+    not_finite: bool = False  # that is why: its weights are not finite
     warning: str = ""  # it is there, but old ones are too, or its copy is not
     seconds: float = 0.0
 
@@ -55,7 +56,7 @@ def obey(order: Order, memory: memoryview, copier: "Copier") -> Reply:
     try:
         written = files.write(directory, order.step, {**contents, "state.json": _json(order.state)})
     except (OSError, Rejected) as error:
-        return Reply(order.step, error=str(error))
+        return Reply(order.step, error=str(error), not_finite=isinstance(error, files.NotFinite))
     warnings = [copier.warning()]
     copier.offer(order, written)
     if os.getppid() == _RUN:  # else the run may go on in another process, which knows better what is old

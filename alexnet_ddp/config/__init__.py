@@ -44,6 +44,7 @@ from alexnet_ddp.config.recipe import (
     AlexNetSmallConfig,
     ConstantConfig,
     CosineConfig,
+    Head,
     LARSConfig,
     LARSVariant,
     ModelConfig,
@@ -102,6 +103,7 @@ __all__ = [
     "Encoding",
     "EngineConfig",
     "FolderConfig",
+    "Head",
     "Hook",
     "HybridConfig",
     "ImageNetConfig",
@@ -162,6 +164,8 @@ class Config:
     replay: str | None = None  # a replay.json: go through that step of run.name once more, and train nothing
 
     def __post_init__(self) -> None:
+        new_head = self.model.head is Head.new and self.model.weights is None
+        require(not new_head, "model.head=new would be ignored without model.weights; leave it auto")
         grow, epochs = self.data.grow_epochs, self.trainer.epochs
         rule = f"must be less than trainer.epochs ({epochs}), to end at data.image_size"
         require(grow is None or grow < epochs, f"data.grow_epochs ({grow}) {rule}")

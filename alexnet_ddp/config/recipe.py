@@ -7,11 +7,19 @@ from enum import StrEnum
 from alexnet_ddp.config.checks import MISSING, positive, require, within
 
 
+class Head(StrEnum):
+    """Which rows of the classifier layer start from their initialisation when model.weights is given."""
+
+    auto = "auto"  # those of classes that the file does not have; all, if only the number of classes is known to differ
+    new = "new"  # all
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     """The number of classes is the data's."""
 
-    weights: str | None = None  # a .safetensors or torch file with torchvision's names to start from
+    weights: str | None = None  # what to start from: a .safetensors or torch file, or a run: runs/NAME, run:NAME
+    head: Head = Head.auto
 
 
 @dataclass(kw_only=True)
@@ -48,6 +56,8 @@ class AlexNetSmallConfig(AlexNetFamilyConfig):
 class TorchvisionConfig(ModelConfig):
     name: str = MISSING  # torchvision.models.list_models(module=torchvision.models)
     dropout: float | None = None  # null: the network's own
+    # Of googlenet and inception_v3: scale inputs as for torchvision's own weights; null: as model.weights needs it
+    transform_input: bool | None = None
 
     def __post_init__(self) -> None:
         require(self.dropout is None or 0 <= self.dropout < 1, f"model.dropout ({self.dropout}) must lie in [0, 1)")

@@ -3,6 +3,7 @@
 Parameter names are torchvision's, so its weight files load and ours load elsewhere.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,19 +16,36 @@ from alexnet_ddp.config import (
     AlexNetConfig,
     AlexNetSmallConfig,
     ConfigError,
+    Head,
     ModelConfig,
     TorchvisionConfig,
 )
 from alexnet_ddp.model.alexnet import alexnet_2012, alexnet_bn, alexnet_small
 from alexnet_ddp.model.dropout import KeyedDropout, key_dropout, set_dropout_keys
+from alexnet_ddp.model.head import ClassChange, follow_classes, head_parameters
 from alexnet_ddp.model.weights import load_checkpoint, load_weights
 
-__all__ = ["KeyedDropout", "build_model", "load_checkpoint", "load_weights", "set_dropout_keys"]
+__all__ = [
+    "ClassChange",
+    "KeyedDropout",
+    "build_model",
+    "follow_classes",
+    "head_parameters",
+    "load_checkpoint",
+    "load_weights",
+    "set_dropout_keys",
+    "transforms_input",
+    "wanted_transform",
+    "without_weights",
+]
 
 
-def build_model(cfg: ModelConfig, num_classes: int, image_size: int, seed: int) -> nn.Module:
-    """The network of `cfg`, initialised from `seed`, on the CPU; weights loaded where `cfg` names a file.
+def build_model(
+    cfg: ModelConfig, num_classes: int, image_size: int, seed: int, classes: list[str] | None = None
+) -> nn.Module:
+    """The network of `cfg`, initialised from `seed`, on the CPU; weights loaded if `cfg` names a file.
 
+    classes: folder names in the order of the labels; rows of the weights' head follow them.
     Raises ConfigError for an unknown name, an image that is too small, weights that do not fit.
     """
     with torch.random.fork_rng(devices=[]):  # the only use of a generator: initial weights, the same on all ranks
@@ -35,9 +53,25 @@ def build_model(cfg: ModelConfig, num_classes: int, image_size: int, seed: int) 
         model = _network(cfg, num_classes)
         key_dropout(model)
         if cfg.weights is not None:
-            load_weights(model, Path(cfg.weights))
+            load_weights(model, Path(cfg.weights), classes, cfg.head, wanted_transform(cfg))
     check_image_size(model, num_classes, image_size, "data.image_size")
     return model
+
+
+def without_weights(cfg: ModelConfig, transform_input: bool = False) -> ModelConfig:
+    """`cfg` for a network whose weights come from a checkpoint; transform_input: as the checkpoint's was built."""
+    if isinstance(cfg, TorchvisionConfig) and cfg.transform_input is None and transform_input:
+        return replace(cfg, weights=None, head=Head.auto, transform_input=True)
+    return replace(cfg, weights=None, head=Head.auto)
+
+
+def wanted_transform(cfg: ModelConfig) -> bool | None:
+    return cfg.transform_input if isinstance(cfg, TorchvisionConfig) else None
+
+
+def transforms_input(model: nn.Module) -> bool:
+    """Whether the network scales its inputs as torchvision's own weights of GoogLeNet and Inception expect."""
+    return isinstance(model, torchvision.models.GoogLeNet | torchvision.models.Inception3) and model.transform_input
 
 
 def _network(cfg: ModelConfig, num_classes: int) -> nn.Module:
@@ -64,7 +98,10 @@ def _torchvision(cfg: TorchvisionConfig, num_classes: int) -> nn.Module:
     if cfg.dropout is not None:
         options["dropout"] = cfg.dropout
     if cfg.name in ("googlenet", "inception_v3"):
-        options |= {"aux_logits": False, "init_weights": True}
+        options |= {"aux_logits": False, "init_weights": True, "transform_input": bool(cfg.transform_input)}
+    elif cfg.transform_input is not None:
+        rule = f"is not an option of {cfg.name}"
+        raise ConfigError(f"model.transform_input ({str(cfg.transform_input).lower()}) {rule}; leave it null")
     try:
         return torchvision.models.get_model(cfg.name, **options)
     except TypeError as error:

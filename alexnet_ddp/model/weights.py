@@ -1,70 +1,174 @@
-"""Weight files from elsewhere. No code in them ever runs."""
+"""Weights into a network: from files of other programs, from other runs, from checkpoints."""
 
 import logging
-import pickle
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torchvision.models import GoogLeNet, Inception3
 
-from alexnet_ddp.config import ConfigError
+from alexnet_ddp.config import ConfigError, Head
+from alexnet_ddp.model.head import ClassChange, follow_classes, head_parameters
+from alexnet_ddp.model.naming import find_network
+from alexnet_ddp.model.weight_files import WeightsFile, read_weights_file
 
 log = logging.getLogger(__name__)
 
+_SHOWN = 3  # names in a message
+_AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # classifiers of Inception and GoogLeNet that only training uses
 
-def load_weights(model: nn.Module, path: Path, new_head: bool = True) -> None:
-    """Load a .safetensors or torch file by name. Raises ConfigError where names or shapes differ.
 
-    new_head: where only the number of classes differs, leave the last layer as initialised, with a warning.
+def load_weights(
+    model: nn.Module,
+    path: Path,
+    classes: list[str] | None = None,
+    head: Head | None = Head.auto,
+    transform_input: bool | None = None,
+) -> None:
+    """Load a file of weights by name. Raises ConfigError if names or shapes differ, or a value is not finite.
+
+    classes: of the data, in the order of the labels; if the file names its classes, the head's rows follow them.
+    head: which rows may stay as initialised (Head); None: none, the file must have each class.
+    transform_input: GoogLeNet and Inception only; None: as the file says, see _set_input_transform.
     """
-    weights = read_weights(path)
+    file = read_weights_file(path)
+    complaint = f"model.weights ({path})"
     own = model.state_dict()
-    head = [name for name, _ in model.named_parameters()][-2:]
-    changed = [n for n in head if n in weights and weights[n].shape != own[n].shape]
-    if changed and new_head:
-        classes = f"{len(weights[changed[0]])} classes in the file, {len(own[changed[0]])} in the data"
-        log.warning("model.weights: %s: the head (%s) starts afresh", classes, ", ".join(changed))
-        weights |= {name: own[name] for name in changed}
+    found = find_network(file.content, own, complaint)
+    weights, notes = found.tensors, []
+    if found.place:
+        notes.append(f"takes {found.place}")
+    if found.example:
+        notes.append(f"names such as {found.example} are read as this network's")
+    notes += [found.remark] * bool(found.remark)
+    if isinstance(model, GoogLeNet | Inception3):
+        notes += _set_input_transform(model, weights, file, transform_input)
+        weights = {name: t for name, t in weights.items() if not name.startswith(_AUXILIARY) or name in own}
+    if notes:
+        log.info("%s: %s", complaint, "; ".join(notes))
+    weights = _fit_head(model, weights, file.classes, classes, head, complaint)
     remedy = "give the weights of this network, or the network of these weights"
-    fit(model, weights, f"model.weights ({path}) does not fit the model", remedy)
+    _refuse_nonfinite(weights, own, complaint)
+    fit(model, weights, f"{complaint} does not fit the model", remedy, found.versions)
 
 
-def fit(model: nn.Module, weights: dict[str, Tensor], complaint: str, remedy: str) -> None:
-    """Load tensors by name. Raises ConfigError where they are another network's: complaint, difference, remedy."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        difference = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
-        raise ConfigError(f"{complaint}: {difference}; {remedy}") from error
+def fit(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    complaint: str,
+    remedy: str,
+    versions: dict[str, Any] | None = None,
+) -> None:
+    """Load tensors by name. Raises ConfigError if they are another network's: complaint, difference, remedy.
+
+    versions: as torch.save records them; MNASNet does not load without.
+    """
+    own = model.state_dict()
+    wrong = [name for name, t in weights.items() if name in own and t.shape != own[name].shape]
+    fitting = OrderedDict((name, t) for name, t in weights.items() if name not in wrong)
+    for name, t in own.items():  # torch before 0.4.1 had no such counts
+        if name.endswith("num_batches_tracked"):
+            fitting.setdefault(name, torch.zeros_like(t))
+    fitting._metadata = versions or {"": own._metadata[""]}
+    result = model.load_state_dict(fitting, strict=False)
+    missing = [name for name in result.missing_keys if name not in wrong]
+    shapes = [f"{n}: {_shape(weights[n])} there, {_shape(own[n])} here" for n in wrong]
+    parts = (("missing", missing), ("unknown", result.unexpected_keys), ("of another shape", shapes))
+    difference = "; ".join(f"{len(names):,} {what} ({_first(names)})" for what, names in parts if names)
+    if difference:
+        raise ConfigError(f"{complaint}: of {len(own):,} tensors {difference}; {remedy}")
 
 
 def load_checkpoint(model: nn.Module, weights: dict[str, Tensor], origin: str) -> None:
-    """Load the tensors of a checkpoint, all of them. Raises ConfigError where they are another network's."""
+    """Load the tensors of a checkpoint, all of them. Raises ConfigError if they are another network's."""
     complaint = f"{origin} holds another network than the configuration"
     fit(model, weights, complaint, "give the model that was trained, or another run.name")
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors by name. Raises ConfigError for a file that is missing, damaged, or holds anything but tensors."""
-    if not path.is_file():
-        raise ConfigError(
-            f"model.weights ({path}) is not a file; give a .safetensors or a torch file of tensors by name"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, LookupError, AttributeError, TypeError) as error:  # of torch's unpickler, on text
-        rule = "it holds more than tensors, or is no torch file; nothing in it was run"
-        raise ConfigError(f"model.weights ({path}) is refused: {rule}; save model.state_dict()") from error
-    except (safetensors.SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = str(error).partition("\n")[0].split(". ")[0] or "it ends too early"  # without torch's advice
-        raise ConfigError(f"model.weights ({path}) cannot be read: {reason}; copy the file again") from error
-    by_name = isinstance(weights, dict) and all(
-        isinstance(n, str) and isinstance(w, Tensor) for n, w in weights.items()
-    )
-    if not by_name:
-        raise ConfigError(f"model.weights ({path}) holds more than tensors by name; save model.state_dict()")
-    return weights
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"
+
+
+def _fit_head(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    then: list[str] | None,
+    now: list[str] | None,
+    head: Head | None,
+    complaint: str,
+) -> dict[str, Tensor]:
+    """The head's rows for the classes of the data: by name if the file has names, else by their positions."""
+    names = head_parameters(model)
+    fresh = {name: t for name, t in model.state_dict().items() if name in names}
+    there = [name for name in names if name in weights]
+    if head is Head.new:
+        log.info("model.head=new: the head (%s) starts from its initialisation", ", ".join(names))
+        return weights | fresh
+    if not there:
+        return weights  # fit() says what is missing
+    if then is not None and now is not None and len(weights[there[0]]) == len(then):
+        return _by_name(weights, ClassChange(then, now), fresh, head, complaint)
+    changed = [name for name in there if weights[name].shape != fresh[name].shape]
+    if not changed:
+        if now is not None:
+            order = ", ".join(f"{k} = {name}" for k, name in enumerate(now[:_SHOWN]))
+            more = ", ..." if len(now) > _SHOWN else ""
+            log.info("%s names no classes: its rows are taken in the order of the data's: %s%s", complaint, order, more)
+        return weights
+    if head is None or weights[changed[0]].shape[1:] != fresh[changed[0]].shape[1:]:
+        return weights  # fit() says what differs
+    counts = f"{len(weights[changed[0]])} classes in the file, {len(fresh[changed[0]])} in the data"
+    log.warning("model.weights: %s: the head (%s) starts afresh", counts, ", ".join(changed))
+    return weights | fresh
+
+
+def _by_name(
+    weights: dict[str, Tensor], change: ClassChange, fresh: dict[str, Tensor], head: Head | None, complaint: str
+) -> dict[str, Tensor]:
+    if change.then == change.now:
+        return weights
+    if head is None and not change.is_reorder:
+        remedy = "give a data.root with the classes of the weights"
+        raise ConfigError(f"{complaint} has other classes than the data: {change}; {remedy}")
+    level = logging.INFO if change.is_reorder else logging.WARNING
+    hint = "" if change.is_reorder else "; model.head=new replaces all rows"
+    log.log(level, "%s: classes: %s: rows of the head follow their class names%s", complaint, change, hint)
+    return follow_classes(weights, change, fresh)
+
+
+def _refuse_nonfinite(weights: dict[str, Tensor], own: dict[str, Tensor], complaint: str) -> None:
+    """A buffer that is not finite in a network that was just built may be so in the file."""
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() or name not in own or torch.isfinite(tensor).all():
+            continue
+        if torch.isfinite(own[name]).all():
+            num_bad = int((~torch.isfinite(tensor)).sum())
+            rule = f"{num_bad:,} of {tensor.numel():,} values of {name} are not finite"
+            raise ConfigError(f"{complaint} is refused: {rule}; give weights from before the training diverged")
+
+
+def _set_input_transform(
+    model: GoogLeNet | Inception3, weights: dict[str, Tensor], file: WeightsFile, wanted: bool | None
+) -> list[str]:
+    """torchvision's own weights of these two expect inputs scaled by transform_input. What was decided, in words.
+
+    A file of ours records it. Others do not: auxiliary classifiers are taken as a sign of torchvision's own weights.
+    """
+    has_auxiliary = any(name.startswith(_AUXILIARY) for name in weights)
+    if wanted is not None:
+        model.transform_input = wanted
+    elif "transform_input" in file.facts:
+        model.transform_input = file.facts["transform_input"] == "true"
+    else:
+        model.transform_input = has_auxiliary
+    notes = ["without its auxiliary classifiers"] if has_auxiliary else []
+    if has_auxiliary and wanted is None and model.transform_input:
+        rule = "inputs are transformed as for torchvision's own weights"
+        notes.append(f"{rule}; model.transform_input=false if these were trained without")
+    return notes

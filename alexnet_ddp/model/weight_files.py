@@ -1,0 +1,184 @@
+"""Reads files of weights in the forms in which other programs write them. No code in a file ever runs."""
+
+import io
+import json
+import pickle
+import pickletools
+import re
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from alexnet_ddp.errors import ConfigError
+
+# Classes that hold data beside the weights (arguments, paths, numbers). Each is replaced by Ignored, so that even
+# these run no code of their own; a file that names anything else is refused.
+_DATA = re.compile(
+    r"argparse\.Namespace|types\.SimpleNamespace|pathlib\.(_local\.)?\w+|datetime\.\w+|uuid\.UUID|decimal\.Decimal"
+    r"|collections\.(defaultdict|deque)|builtins\.(int|float|str|bool|dict|list|tuple|frozenset|slice|range)"
+    r"|numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|ndarray|dtype|dtypes\.\w+|\w+_|float\d+|u?int\d+)"
+    r"|typing\.\w+|torch\.torch_version\.TorchVersion|torch\.optim\.[\w.]+"
+    r"|(omegaconf|yacs|easydict|ml_collections|pytorch_lightning|lightning\w*|composer|timm)\.[\w.]+"
+)
+_LEGACY_PICKLES = 4  # of torch.save before 1.6: magic number, protocol, system, content
+
+# What a file is that holds no weights for torch: its first bytes -> its name.
+_KINDS = (
+    (re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE), "an HTML page", "download the file itself"),
+    (re.compile(rb"version https://git-lfs"), "a Git LFS pointer", "fetch the file itself with `git lfs pull`"),
+    (re.compile(rb"\x89HDF"), "a Keras or HDF5 file", "convert it to a torch state_dict"),
+    (re.compile(rb"GGUF"), "a GGUF file", "convert it to a torch state_dict"),
+    (re.compile(rb"....TFL3", re.DOTALL), "a TensorFlow Lite file", "convert it to a torch state_dict"),
+    (re.compile(rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|\x28\xb5\x2f\xfd"), "a compressed file", "unpack it first"),
+    (re.compile(rb"\x93NUMPY"), "a NumPy array", "save model.state_dict() with torch.save"),
+    (re.compile(rb"\s*[{\[]\s*[\"{\[\]}]"), "a JSON file", "give the file of weights that belongs to it"),
+)
+_SUFFIXES = {
+    ".onnx": ("an ONNX file", "save the network's state_dict() with torch.save"),
+    ".pb": ("a TensorFlow graph", "convert it to a torch state_dict"),
+    ".h5": ("a Keras file", "convert it to a torch state_dict"),
+    ".keras": ("a Keras file", "convert it to a torch state_dict"),
+    ".tflite": ("a TensorFlow Lite file", "convert it to a torch state_dict"),
+    ".index": ("a part of a TensorFlow checkpoint", "convert it to a torch state_dict"),
+}
+
+
+class Ignored:
+    """Stands for an object of a file that is no tensor: takes whatever it is given and keeps nothing."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> "Ignored":
+        return super().__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+    def append(self, item: object) -> None:
+        pass
+
+    def extend(self, items: object) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """What a file holds: tensors by name, maybe nested in dicts, and what the program that wrote it says of them."""
+
+    path: Path
+    content: dict[Any, Any]
+    classes: list[str] | None = None  # class folder names in the order of the head's rows
+    facts: dict[str, str] = field(default_factory=dict)  # other entries of a safetensors file's metadata
+
+
+def read_weights_file(path: Path) -> WeightsFile:
+    """Raises ConfigError, in one line, for a file that is missing, damaged or of another kind."""
+    if not path.is_file():
+        what = "is a directory" if path.is_dir() else "is not a file"
+        remedy = "give a .safetensors or a torch file of tensors by name, or runs/NAME"
+        raise ConfigError(f"{_named(path)} {what}; {remedy}")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        raise ConfigError(f"{_named(path)} cannot be read: {error.strerror}; check its permissions") from error
+    if not start:
+        raise ConfigError(f"{_named(path)} cannot be read: it is empty; copy the file again")
+    if _is_safetensors(start):
+        return _read_safetensors(path)
+    _refuse_other_kinds(path, start)
+    content = _read_torch(path)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{_named(path)} holds no tensors by name; save model.state_dict()")
+    return WeightsFile(path, content)
+
+
+def _named(path: Path) -> str:
+    return f"model.weights ({path})"
+
+
+def _is_safetensors(start: bytes) -> bool:
+    """The length of the header in 8 bytes, then the header, which is JSON."""
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 40
+
+
+def _read_safetensors(path: Path) -> WeightsFile:
+    try:
+        content = safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, "pt") as file:
+            facts = file.metadata() or {}
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    try:
+        classes = json.loads(facts.pop("classes", "null"))
+    except ValueError:
+        classes = None
+    known = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    return WeightsFile(path, content, classes if known else None, facts)
+
+
+def _refuse_other_kinds(path: Path, start: bytes) -> None:
+    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    if names and not any(name.endswith("data.pkl") for name in names):
+        known = "a NumPy archive" if any(name.endswith(".npy") for name in names) else "a zip file without torch's data"
+        raise ConfigError(f"{_named(path)} is {known}; save model.state_dict() with torch.save")
+    if any("/code/" in name or name.endswith("constants.pkl") for name in names):
+        remedy = "load it with torch.jit.load elsewhere and save its state_dict() with torch.save"
+        raise ConfigError(f"{_named(path)} is a TorchScript program, which is not run here; {remedy}")
+    for pattern, kind, remedy in _KINDS:
+        if pattern.match(start):
+            raise ConfigError(f"{_named(path)} is {kind}, not a file of weights; {remedy}")
+    kind, remedy = _SUFFIXES.get(path.suffix.lower(), ("", ""))
+    if kind and not names and not start.startswith(b"\x80"):
+        raise ConfigError(f"{_named(path)} is {kind}, not a file of weights for torch; {remedy}")
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        names = _globals(path)
+        data = sorted(name for name in names if _DATA.fullmatch(name))
+        with torch.serialization.safe_globals([(Ignored, name) for name in data]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, LookupError, AttributeError, TypeError) as error:  # torch's unpickler, on text
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        rule = "it holds more than tensors, or is no torch file"
+        if found is not None:
+            rule = f"it holds more than tensors and plain data ({found[1]})"
+            rule += ", a whole module" if re.match(r"torch\.nn\.|torchvision\.models\.", found[1]) else ""
+        rule += "; nothing in it was run"
+        raise ConfigError(f"{_named(path)} is refused: {rule}; save model.state_dict()") from error
+    except (RuntimeError, OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ConfigError:
+    reason = str(error).partition("\n")[0].split(". ")[0] or "it ends too early"  # without torch's advice
+    return ConfigError(f"{_named(path)} cannot be read: {reason}; copy the file again")
+
+
+def _globals(path: Path) -> set[str]:
+    """The classes and functions that the pickles in a torch file name, as module.name; nothing is unpickled."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            return _globals_of(io.BytesIO(archive.read(name)), 1)
+    with open(path, "rb") as file:
+        return _globals_of(file, _LEGACY_PICKLES)
+
+
+def _globals_of(file: Any, num_pickles: int) -> set[str]:
+    found: set[str] = set()
+    for _ in range(num_pickles):
+        for op, argument, _position in pickletools.genops(file):
+            if op.name == "GLOBAL":
+                found.add(argument.replace(" ", "."))
+    return found
