@@ -7,7 +7,7 @@ first image is read. YAML gives values, these classes give them meaning; a knob 
 from dataclasses import dataclass
 from pathlib import Path
 
-from alexnet_ddp.config.checks import MISSING, positive, require
+from alexnet_ddp.config.checks import MAX_SEED, MISSING, positive, require, within
 from alexnet_ddp.config.data import (
     AlexNet2012AugmentConfig,
     AugmentConfig,
@@ -162,6 +162,7 @@ class Config:
     replay: str | None = None  # a replay.json: go through that step of run.name once more, and train nothing
 
     def __post_init__(self) -> None:
+        within("", self, 0, MAX_SEED, "seed")
         grow, epochs = self.data.grow_epochs, self.trainer.epochs
         rule = f"must be less than trainer.epochs ({epochs}), to end at data.image_size"
         require(grow is None or grow < epochs, f"data.grow_epochs ({grow}) {rule}")
@@ -195,7 +196,7 @@ class DoctorConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("doctor", self, "join_timeout_s")
+        positive("", self, "join_timeout_s")
         require(self.replay is None, f"replay ({self.replay}) is train's; leave it out")
 
 
@@ -210,4 +211,4 @@ class PredictConfig:
     top_k: int = 5
 
     def __post_init__(self) -> None:
-        positive("predict", self, "top_k")
+        positive("", self, "top_k")
