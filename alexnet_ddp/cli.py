@@ -23,9 +23,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from alexnet_ddp import config, startup
+from alexnet_ddp import startup
 from alexnet_ddp.config import Config, RunConfig
-from alexnet_ddp.config.door import to_config, unknown_key
+from alexnet_ddp.config.advice import dashed, one_line
+from alexnet_ddp.config.door import to_config
+from alexnet_ddp.config.files import refuse_numbers_as_text
+from alexnet_ddp.config.overrides import quoted, to_hydra
+from alexnet_ddp.config.schema import ROOTS, group_names, options
 from alexnet_ddp.errors import ConfigError, PeerFailed, RunError, leave_code, speaks_for_all
 from alexnet_ddp.redact import HIDDEN, redact
 
@@ -36,7 +40,8 @@ CONF_DIR = next(d for d in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if d.is
 _SHOWING = ("--help", "-h", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--hydra-help", "--version")
 # Hydra 1.3 warns if version_base is missing, Hydra 1.4 warns if it is given. Both then behave in the same way.
 HYDRA_BASE = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
-_NOT_SUPPORTED = dict.fromkeys(("--multirun", "-m"), "start one process group per run")
+_SWEEPS = ("--multirun", "-m")
+_HYDRAS = ("--config-name", "-cn", "--config-path", "-cp", "--run", "-r", "--shell-completion", "-sc", "--exp")
 
 
 def run(root: str, story: Callable[[Config, list[str]], None]) -> None:
@@ -54,7 +59,7 @@ def run(root: str, story: Callable[[Config, list[str]], None]) -> None:
     except (HydraException, OmegaConfBaseException, RunError) as error:
         if show_trace:
             raise
-        code = _explain(error)
+        code = _explain(error, root)
     except Exception:  # a bug: here it keeps its trace, and the others, who only lost a peer, do not speak for it
         leave_code(1)
         raise
@@ -64,40 +69,64 @@ def run(root: str, story: Callable[[Config, list[str]], None]) -> None:
 
 
 def _composed(root: str) -> list[tuple[DictConfig, list[str]]]:
-    """What Hydra makes of conf/`root`.yaml and the command line: one configuration, or none where it only shows one."""
-    sys.argv[1:] = map(_quoted, sys.argv[1:])
+    """What Hydra makes of conf/`root`.yaml and the command line: one configuration, or none if it only shows one."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd")
     own, rest = parser.parse_known_args(sys.argv[1:])
+    rest = [_undashed(argument, root) for argument in rest]
     options = [argument.split("=")[0] for argument in rest if argument.startswith("-")]
-    for option in options:
+    for option, argument in zip(options, [argument for argument in rest if argument.startswith("-")]):
         if option not in _SHOWING:
-            reason = _NOT_SUPPORTED.get(option, f"known: --config-dir {' '.join(_SHOWING)}")
-            raise ConfigError(f"{option} is not supported: {reason}")
+            following = rest[rest.index(argument) + 1 :]
+            raise ConfigError(_refusal(argument, following[0] if following else None, root))
     if options:
+        shown = [to_hydra(part, ROOTS[root]) if "=" in part and part[0] != "-" else part for part in rest]
+        sys.argv[1:] = shown + [f"--config-dir={own.config_dir}"] * (own.config_dir is not None)
         hydra.main(**HYDRA_BASE, config_path=str(CONF_DIR), config_name=root)(lambda cfg: None)()
         return []
     return [(_compose(root, rest, own.config_dir), rest)]
 
 
+def _undashed(argument: str, root: str) -> str:
+    """--optimizer.lr=0.1 as optimizer.lr=0.1: wandb's sweep agent writes it so."""
+    name, equals, _ = argument.removeprefix("--").partition("=")
+    is_key = "." in name or name in options(ROOTS[root]) or name in group_names(ROOTS[root])
+    return argument[2:] if argument.startswith("--") and equals and is_key else argument
+
+
+def _refusal(argument: str, following: str | None, root: str) -> str:
+    """The line for an argument that begins with a dash and is no option of ours."""
+    name, equals, value = argument.partition("=")
+    if name in _SWEEPS:
+        command = f"for seed in 1 2; do python -m alexnet_ddp.{root} seed=$seed run.name=seed-$seed; done"
+        return f"{name} (a sweep) is not supported; start one run per value: {command}"
+    if name.startswith("--experimental") or name in _HYDRAS:
+        return f"{name} is not supported: known: --config-dir {' '.join(_SHOWING)}"
+    is_value = following is not None and "=" not in following and not following.startswith("-")
+    return dashed(name, value if equals else following if is_value else None, ROOTS[root])
+
+
 def _compose(root: str, overrides: list[str], more: str | None = None) -> DictConfig:
     """Hydra composes and does no more: its own main() would call whatever a configuration names in `hydra`.
 
-    more: a folder of further YAML files. Raises ConfigError where `hydra` is touched, for nothing would read it.
+    more: a folder of further YAML files. Raises ConfigError if `hydra` is touched, because nothing would read it.
     """
     for override in overrides:
         key = override.split("=")[0].lstrip("+~")
         if re.match(r"hydra\b|.*@hydra\b", key):
             raise ConfigError(f"{key} is refused: Hydra only composes here, and calls nothing; leave it out")
+    overrides = [to_hydra(override, ROOTS[root]) for override in overrides]
     if more is not None:
         if not os.path.isdir(more):
             raise ConfigError(f"--config-dir ({more}) is not a folder; give one of YAML files")
-        overrides = [*overrides, f"hydra.searchpath=['file://{os.path.abspath(more)}']"]
+        overrides = [*overrides, f"hydra.searchpath=[{quoted('file://' + os.path.abspath(more))}]"]
     try:
         with hydra.initialize_config_dir(str(CONF_DIR), **HYDRA_BASE):
             cfg = hydra.compose(config_name=root, overrides=overrides, return_hydra_config=True)
     except ValueError as error:  # Hydra's own, of `group=null`
         raise ConfigError(str(error).splitlines()[0].rstrip(".")) from error
+    folders = [CONF_DIR] if more is None else [CONF_DIR, Path(more)]
+    refuse_numbers_as_text(folders, root, cfg.hydra.runtime.choices, ROOTS[root])
     callbacks = OmegaConf.select(cfg, "hydra.callbacks")
     if callbacks:
         raise ConfigError(
@@ -106,12 +135,6 @@ def _compose(root: str, overrides: list[str], more: str | None = None) -> DictCo
     with open_dict(cfg):
         del cfg["hydra"]
     return cfg
-
-
-def _quoted(override: str) -> str:
-    """engine.master=local[2,4] as Hydra wants it: its grammar has no '[' within a word."""
-    found = re.fullmatch(r"([^-=][^=]*=)([A-Za-z][\w./+-]*\[.*)", override, re.DOTALL)
-    return "{}'{}'".format(found[1], found[2].replace("'", r"\'")) if found else override
 
 
 def compose(overrides: list[str]) -> Config:
@@ -132,8 +155,10 @@ def config_of_run(run_dir: Path, overrides: list[str]) -> Config:
             f"there are: {', '.join(known) or 'none'}; give run.name, and run.root where it is not {run_dir.parent}"
         )
         raise ConfigError(f"there is no trained run {run_dir.name} in {run_dir.parent.absolute()}; {remedy}") from error
-    given = {override.split("=")[0] for override in overrides}
-    recorded = [override for override in recorded if override.split("=")[0] not in given or "=" not in override]
+    given = {override.split("=")[0].lstrip("+") for override in overrides}
+    recorded = [
+        override for override in recorded if override.split("=")[0].lstrip("+") not in given or "=" not in override
+    ]
     for override in recorded:
         if HIDDEN in override:
             key = override.split("=")[0]
@@ -142,29 +167,15 @@ def config_of_run(run_dir: Path, overrides: list[str]) -> Config:
     return replace(cfg, run=RunConfig(name=run_dir.name, root=str(run_dir.parent)))
 
 
-def _explain(error: Exception) -> int:
+def _explain(error: Exception, root: str) -> int:
     """Print one line on the rank that has to say it; return the exit code."""
     own = isinstance(error, RunError)
     mine = speaks_for_all() and not isinstance(error, PeerFailed)
     if mine or (own and error.only_here):
-        print(redact(f"alexnet_ddp: {error if own else _hydra_line(error)}"), file=sys.stderr, flush=True)
+        text = redact(f"alexnet_ddp: {error if own else one_line(error, ROOTS[root])}")
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        print(line, file=sys.stderr, flush=True)
     return error.exit_code if own else ConfigError.exit_code
-
-
-def _hydra_line(error: Exception) -> str:
-    """What Hydra says in several lines and an exception chain, without its own advice, as one line."""
-    text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
-    unknown = re.search(r"Could not override '([^']+)'(?:.|\n)*Key '[^']+' not in '(\w+)'", text)
-    if unknown is not None:
-        return unknown_key(unknown[1], getattr(config, unknown[2]))
-    text = text.replace("No match in the defaults list", "This command has no such group; see --help")
-    text = re.sub(
-        r"Config search path:(.|\n)*|Error when parsing index: .*|"  # the second one: from Hydra 1.4 on
-        r"To append to your (config|default).*|See https?:.*|(full_key|\w+_type)[=:].*",
-        "",
-        text,
-    )
-    return "; ".join(line.strip().rstrip(".") for line in text.splitlines() if line.strip()).replace(":; ", ": ")
 
 
 def _show_trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -13,8 +13,11 @@ _WORDS = r"(?:(?<![a-z])(?:key|token|credential|sig)|api_?key|passw(?:or)?d|secr
 _NAME = rf"[\w.\-]*{_WORDS}(?![a-z])[\w\-]*"
 _SECRET_NAME = re.compile(_NAME, re.IGNORECASE)
 _OVERRIDE = re.compile(rf"[~+]*({_NAME})=.*", re.IGNORECASE | re.DOTALL)
+_EXAMPLE = (
+    r"(?!(?:null|value|\.\.\.)(?![^\s,;'\"\]}])|(?:\[|['\"])value1,)"  # Hydra's advice: key=value, key=[value1,value2]
+)
 _ASSIGNED = re.compile(  # within a text: name=value, "name": value
-    rf"({_NAME}(?:=|['\"]?: ?)(?=\S)(?!null\b))(?:'[^']*'|\"[^\"]*\"|\[[^\]]*\]|[^\s,'\"\]}}&]+)", re.IGNORECASE
+    rf"({_NAME}(?:=|['\"]?: ?)(?=\S){_EXAMPLE})(?:'[^']*'|\"[^\"]*\"|\[[^\]]*\]|[^\s,'\"\]}}&]+)", re.IGNORECASE
 )
 _YAML_LINE = re.compile(rf"^([ \-]*{_NAME}:) +(?!null$).+$", re.IGNORECASE | re.MULTILINE)
 _URL = re.compile(r"(\b[a-z][a-z0-9+.\-]*://)[^/\s'\"]+@", re.IGNORECASE)

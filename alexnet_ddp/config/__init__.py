@@ -7,7 +7,7 @@ first image is read. YAML gives values, these classes give them meaning; a knob 
 from dataclasses import dataclass
 from pathlib import Path
 
-from alexnet_ddp.config.checks import MISSING, positive, require
+from alexnet_ddp.config.checks import MAX_SEED, MISSING, positive, require, within
 from alexnet_ddp.config.data import (
     AlexNet2012AugmentConfig,
     AugmentConfig,
@@ -166,6 +166,7 @@ class Config:
     def __post_init__(self) -> None:
         new_head = self.model.head is Head.new and self.model.weights is None
         require(not new_head, "model.head=new would be ignored without model.weights; leave it auto")
+        within("", self, 0, MAX_SEED, "seed")
         grow, epochs = self.data.grow_epochs, self.trainer.epochs
         rule = f"must be less than trainer.epochs ({epochs}), to end at data.image_size"
         require(grow is None or grow < epochs, f"data.grow_epochs ({grow}) {rule}")
@@ -199,7 +200,7 @@ class DoctorConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("doctor", self, "join_timeout_s")
+        positive("", self, "join_timeout_s")
         require(self.replay is None, f"replay ({self.replay}) is train's; leave it out")
 
 
@@ -214,4 +215,4 @@ class PredictConfig:
     top_k: int = 5
 
     def __post_init__(self) -> None:
-        positive("predict", self, "top_k")
+        positive("", self, "top_k")

@@ -50,8 +50,8 @@ class PlanConfig:
     json: str | None = None  # a .json to write
 
     def __post_init__(self) -> None:
-        positive("plan", self, "nodes", "gpus_per_node", "images_per_gpu", "global_batch_size", "epochs")
-        positive("plan", self, "tflops", "images_per_s", "memory_gb")
+        positive("", self, "nodes", "gpus_per_node", "images_per_gpu", "global_batch_size", "epochs")
+        positive("", self, "tflops", "images_per_s", "memory_gb")
         rule = "is fp32 or bf16, as parallel.wire_dtype is"
         require(self.wire_dtype is not Precision.fp16, f"wire_dtype ({self.wire_dtype.value}) {rule}")
         weights, rule = self.model.weights, "is not read by a plan: all weights cost the same; leave it out"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from alexnet_ddp.config.checks import MISSING, positive, require, within
+from alexnet_ddp.config.checks import MAX_SEED, MISSING, positive, require, within
 from alexnet_ddp.config.data import AugmentConfig
 
 
@@ -110,11 +110,12 @@ class PrepareConfig:
     output: str | None = None  # action=sheet: a .png file; null: root/SPLIT.sheet.png
 
     def __post_init__(self) -> None:
-        positive("prepare", self, "image_size")
-        within("prepare", self, 4, 20_000, "shorter_side", "size", "mean_image")
-        within("prepare", self, 1, 999_999, "num_shards")
-        within("prepare", self, 1, 100, "quality")
-        within("prepare", self, 0, 2**63 - 1, "shuffle_seed")
+        positive("", self, "image_size")
+        within("", self, 4, 20_000, "shorter_side", "size", "mean_image")
+        within("", self, 1, 999_999, "num_shards")
+        within("", self, 1, 100, "quality")
+        within("", self, 0, 2**63 - 1, "shuffle_seed")
+        within("", self, 0, MAX_SEED, "seed")
         self._refuse_what_the_encoding_ignores()
         rule = "must be at least 0"
         require(self.max_quarantine >= 0, f"max_quarantine ({self.max_quarantine}) {rule}")
@@ -135,4 +136,4 @@ class PrepareConfig:
             value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
             reader = "jpeg" if is_raw else "raw"
             rule = f"is only read by encoding={reader}, this is {self.encoding.value}; leave it out"
-            require(value == default, f"prepare.{name} ({value}) {rule}")
+            require(value == default, f"{name} ({value}) {rule}")

@@ -1,11 +1,13 @@
 """Knobs of a run: its name, its length, its batches, its checkpoints, its loggers."""
 
+import os
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from alexnet_ddp.config.checks import MISSING, positive, require
+from alexnet_ddp.config.checks import MISSING, positive, require, shown
 
+_MAX_NAME = 200  # bytes; a file name may have 255, and drafts of a file add up to 40 to its name
 AUTO = "auto"  # where a number may stand, and the program finds it
 
 
@@ -44,7 +46,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         bad = not self.name or self.name in (".", "..") or "/" in self.name
-        require(not bad, f"run.name ({self.name!r}) must name one directory below run.root ({self.root})")
+        require(not bad, f"run.name ({shown(self.name)!r}) must name one directory below run.root ({self.root})")
+        rule = "must not begin or end with a space: it could not be told from another name"
+        require(self.name == self.name.strip(), f"run.name ({self.name!r}) {rule}")
+        size = len(os.fsencode(self.name))
+        rule = f"is {size} bytes long; a run has a directory of that name, give at most {_MAX_NAME}"
+        require(size <= _MAX_NAME, f"run.name ({shown(self.name)}) {rule}")
 
 
 class WireDtype(StrEnum):
