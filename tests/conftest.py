@@ -22,6 +22,7 @@ def full(request: pytest.FixtureRequest) -> bool:
     return request.config.getoption("full")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share a server, and drills of one file, run one after the other in the same worker."""
     for item in items:
