@@ -28,8 +28,10 @@ PIP_ROOT_USER_ACTION=ignore "$venv" -m pip install --quiet --disable-pip-version
 # The environment sees the upgraded packages first, then this checkout and the packages of .venv.
 "$venv" -m venv --without-pip "$folder/venv"
 site=$("$folder/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-"$venv" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$folder/old"
-printf '%s\n' "$folder/packages" "$project_dir" "$(<"$folder/old")" >"$site/newest.pth"
+{
+  printf '%s\n' "$folder/packages" "$project_dir"
+  "$venv" -c 'import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")'
+} >"$site/newest.pth"
 
 "$folder/venv/bin/python" - "${packages[@]}" <<'PYTHON'
 import importlib.metadata, sys

@@ -89,13 +89,14 @@ def run_command(module: str, arguments: list[str], ranks: int, cwd: Path, env: d
 
 def _wait_for_all(processes: list[Any], timeout_s: float) -> None:
     """Until all have ended, or the time is over. If one fails, the others get SIGTERM."""
-    end, running = time.monotonic() + timeout_s, list(processes)
+    end, running, stopped = time.monotonic() + timeout_s, list(processes), False
     while running and time.monotonic() < end:
         wait([process.sentinel for process in running], end - time.monotonic())
-        if any(process.exitcode for process in processes):
+        running = [process for process in running if process.exitcode is None]
+        if any(process.exitcode for process in processes) and not stopped:
+            stopped = True  # once: a second signal would end a run without a checkpoint
             for process in running:
                 process.terminate()
-        running = [process for process in running if process.exitcode is None]
 
 
 def _command(out: str, module: str, arguments: list[str], cwd: str, env: dict[str, str]) -> None:
