@@ -7,7 +7,7 @@ import uuid
 
 import pytest
 
-from alexnet_ddp.data.storage import Storage, absolute
+from alexnet_ddp.data.storage import NotAFile, Storage, absolute
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -34,6 +34,18 @@ def test_what_is_written_is_read(storage):
     assert storage.sha256("a/b.bin").startswith("84d89877f0d4041e")
     assert storage.exists("a/b.bin")
     assert not storage.exists("a/c.bin")
+
+
+def test_a_file_above_a_limit_is_refused(storage):
+    storage.write("a.bin", b"0123456789")
+    storage.write("empty", b"")
+    assert storage.read("a.bin", 0, None, 10) == b"0123456789"
+    assert storage.read("empty", 0, None, 10) == b""
+    with pytest.raises(NotAFile, match="an image has at most 9"):
+        storage.read("a.bin", 0, None, 9)
+    with pytest.raises(FileNotFoundError) as caught:
+        storage.read("b.bin", 0, None, 9)
+    assert not isinstance(caught.value, NotAFile)
 
 
 def test_listing_and_removing(storage):

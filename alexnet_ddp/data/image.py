@@ -87,9 +87,7 @@ def to_rgb(image: "Image.Image") -> "Image.Image":
         image.load()
         if image.mode.startswith("I") or _is_signed(image):
             image = _scaled_grey(image)
-        image = image.convert("RGB")
-    check_size(*image.size)
-    return image
+        return image.convert("RGB")
 
 
 def without_far_ends(image: "Image.Image") -> "Image.Image":
@@ -168,7 +166,8 @@ def _scaled_grey(image: "Image.Image") -> "Image.Image":
         raise BadImage("negative samples; convert them to unsigned integers of 8 or 16 bits", SAMPLE_TYPE)
     levels = np.multiply(samples, 255 / (2 ** (bits - signed) - 1), dtype=np.float32)
     grey = np.rint(levels, out=levels).astype(np.uint8)
-    if _tag(image, _PHOTOMETRIC, None) == _WHITE_IS_ZERO:  # Pillow inverts only up to 8 bits
+    if image.format == "TIFF" and _tag(image, _PHOTOMETRIC, _WHITE_IS_ZERO) == _WHITE_IS_ZERO:
+        # Pillow inverts up to 8 bits only; it has the same default.
         grey = 255 - grey
     return Image.fromarray(grey)
 
