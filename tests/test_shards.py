@@ -155,7 +155,7 @@ DAMAGE = {
     "samples cut": (lambda root: os.truncate(root / "val.samples.npy", 300), "val.samples.npy cannot be read"),
     "samples of another": (
         lambda root: shutil.copy(root / "val.samples.npy", root / "train.samples.npy"),
-        "train.samples.npy is not the one that index.json was written for; prepare the shards again",
+        "train.samples.npy is not the one that index.json was written for; copy all files again from one",
     ),
 }
 
