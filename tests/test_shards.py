@@ -259,7 +259,7 @@ MIXED = {
     "index and samples are new, shards are old": (["index.json", "*.samples.npy"], r"train-000000.tar \(other bytes"),
     "all but a shard is new": (
         ["*.json", "*.npy", "*.txt", "*0000.tar", "val-*.tar", "train-000001.tar"],
-        r"root/train-000002.tar \(other bytes at \d+\) do not match train.samples.npy and index.json; copy all files again",
+        r"root/train-000002.tar \(other bytes at \d+\) do not match train.samples.npy and index.json; copy",
     ),
     "only a shard is new": (["val-000001.tar"], r"val-000001.tar \(other bytes at [\d,]+\) do not match val.samples"),
     "only the index is new": (["index.json"], r"train.samples.npy is not the one that index.json was written for"),
