@@ -20,7 +20,7 @@ from typing import Any
 
 from alexnet_ddp import cli
 from alexnet_ddp.config import Action, ConfigError, LocalEngineConfig, PrepareConfig, Split
-from alexnet_ddp.data.index import class_difference
+from alexnet_ddp.data.classes import NAME, class_difference, numeric_order_note, read_order, same_looking
 from alexnet_ddp.data.packing import describe, report
 from alexnet_ddp.data.packing.claim import bytes_needed, check_places, check_room, claimed
 from alexnet_ddp.data.packing.commit import commit, damaged_files, quarantine_lines, withdraw
@@ -30,6 +30,7 @@ from alexnet_ddp.data.packing.source import open_source, splits_of
 from alexnet_ddp.data.packing.verify import verify
 from alexnet_ddp.data.packing.watch import Engine, watched
 from alexnet_ddp.data.packing.write import is_intact, read_quarantine, read_sidecar, write_shard
+from alexnet_ddp.data.scan import listed
 from alexnet_ddp.data.shard_index import ShardIndex, read_index
 from alexnet_ddp.data.storage import SCRATCH, Storage, absolute
 from alexnet_ddp.errors import DataError, MachineError, Preempted
@@ -61,8 +62,10 @@ def prepare(cfg: PrepareConfig) -> None:
     """Each split in turn: list, plan, write what is missing, verify, commit."""
     root = absolute(cfg.root)
     check_places(absolute(cfg.source), root, cfg.engine)
-    plans = [make_plan(cfg, root, split, open_source(cfg.source, split)) for split in _splits(cfg)]
+    order = read_order(cfg.class_order)
+    plans = [make_plan(cfg, root, split, open_source(cfg.source, split, order)) for split in _splits(cfg)]
     _check_classes(plans, read_index(Storage(root)))
+    _warn_of_names(cfg, plans[0].source.classes)
     for plan in plans:
         _check_replaceable(plan, cfg)
     works = [(plan, list(plan.tasks())) for plan in plans]
@@ -174,13 +177,25 @@ def _check_classes(plans: list[Plan], index: ShardIndex | None) -> None:
     """The labels of all splits must mean the same."""
     first = plans[0].source.classes
     for plan in plans[1:]:
-        differ = class_difference(plans[0].split, first, plan.split, plan.source.classes)
+        differ = class_difference(plans[0].split, first, plan.split, plan.source.classes, "add or remove them")
         if differ:
-            rule = f"must have the same classes, but {differ}; add or remove them"
-            raise DataError(f"{plans[0].split} and {plan.split} {rule}")
-    others = set(index.splits) - {plan.split for plan in plans} if index else set()
+            raise DataError(f"{plans[0].split} and {plan.split} must have the same classes, but {differ}")
+    others = ", ".join(sorted(set(index.splits) - {plan.split for plan in plans})) if index else ""
     if others and index.classes != first:
-        raise DataError(f"{plans[0].root} holds {', '.join(sorted(others))} shards of other classes; give another root")
+        differ = class_difference(f"{others} there", index.classes, "the source", first)
+        remedy = "give another root" if differ else "give another root, or the class_order of those shards"
+        what = "other classes" if differ else "another class order"
+        detail = f" ({differ})" if differ else ""
+        raise DataError(f"{plans[0].root} holds {others} shards of {what}; {remedy}{detail}")
+
+
+def _warn_of_names(cfg: PrepareConfig, classes: list[str]) -> None:
+    note = numeric_order_note(classes) if cfg.class_order == NAME else None
+    if note:
+        log.warning("%s; for that order give class_order=numeric", note)
+    twins = same_looking(classes)
+    if twins:
+        log.warning("several classes are named %s, in different Unicode forms: are they one class?", listed(twins))
 
 
 def _check_replaceable(plan: Plan, cfg: PrepareConfig) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 from alexnet_ddp.config import ShardsConfig
 from alexnet_ddp.data.index import SampleIndex, index_folder
 from alexnet_ddp.data.sets import open_data
+from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.data.tars import ArchiveStore
 
 SHORTER_SIDE = 256
@@ -137,6 +138,7 @@ class Materials:
             samples["label"] = np.arange(total) // (total // classes)
             np.save(out / f"{split}.samples.npy", samples)
             index["splits"][split]["images"] = total
+            index["splits"][split]["files"][f"{split}.samples.npy"] = Storage(str(out)).sha256(f"{split}.samples.npy")
         (out / "index.json").write_text(json.dumps(index))
         return out
 

@@ -184,3 +184,26 @@ def test_a_cache_pickles_without_its_threads(tmp_path):
     far_away = NodeCache(Storage("faraway:///x"), str(tmp_path), None)
     assert far_away._wanted.empty()  # starts its threads
     assert pickle.loads(pickle.dumps(far_away)) == far_away
+
+
+@pytest.mark.parametrize("damage", ["cut", "first image", "last image", "samples"])
+def test_a_file_of_the_cache_that_was_damaged_is_fetched_again(shards, tmp_path, damage, caplog):
+    index = open_data(far(shards, tmp_path)).train
+    data = [index.read(i) for i in range(len(index))]
+    store = index.store
+    rows = np.flatnonzero(store.shards == 1)
+    offsets = store.samples["offset"][rows]
+    path = tmp_path / "cache" / store.files.sha256[1]
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:700])
+    elif damage == "samples":
+        path = next(p for p in (tmp_path / "cache").iterdir() if p.read_bytes().startswith(b"\x93NUMPY"))
+        path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    else:
+        at = int(offsets.min() if damage == "first image" else offsets.max()) + 100
+        content = bytearray(path.read_bytes())
+        content[at] ^= 1
+        path.write_bytes(content)
+    again = open_data(far(shards, tmp_path)).train
+    assert [again.read(i) for i in range(len(again))] == data
+    assert "fetching it again" in caplog.text

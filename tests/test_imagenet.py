@@ -248,3 +248,25 @@ def test_names_in_archives_never_become_paths_and_other_files_are_reported(root,
     assert {p for p in tmp_path.rglob("*") if "cache" not in p.parts} == before
     assert "ignored 5 entries (hidden)" in caplog.text
     assert "ignored 4 entries (other types)" in caplog.text
+
+
+@pytest.mark.parametrize("name", [TRAIN, VAL])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_an_archive_with_the_size_and_time_of_another_is_scanned_again(root, tmp_path, name, in_place):
+    first = open_imagenet(root)
+    path, other = root / name, tmp_path / "other.tar"
+    status, data = path.stat(), bytearray(path.read_bytes())
+    with tarfile.open(path) as archive:
+        at = archive.getmembers()[0].offset_data if name == TRAIN else 0  # the header of an image
+    header = tarfile.TarInfo.frombuf(bytes(data[at : at + 512]), "utf-8", "strict")
+    header.size -= 1
+    data[at : at + 512] = header.tobuf(tarfile.GNU_FORMAT)
+    (path if in_place else other).write_bytes(data)
+    if not in_place:
+        os.replace(other, path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    second = open_imagenet(root)
+    k = [TRAIN, VAL].index(name)
+    assert second[k].fingerprint() != first[k].fingerprint()
+    assert second[1 - k].fingerprint() == first[1 - k].fingerprint()

@@ -2,8 +2,10 @@
 
 import os
 import pickle
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -119,16 +121,21 @@ def test_subset_is_fixed_sorted_and_keeps_the_classes(tmp_path):
     assert index.subset(None) is index.subset(33) is index.subset(99) is index
 
 
-def test_fingerprint_follows_classes_and_labels_but_not_paths(tmp_path):
+def test_fingerprint_follows_classes_labels_names_and_sizes_but_not_where_the_images_lie(tmp_path):
     one = index_folder(small(tmp_path / "x"), "train")
     assert one.fingerprint() == index_folder(small(tmp_path / "y"), "train").fingerprint()
-    assert len(one.fingerprint()) == 64
+    assert re.fullmatch("v2:[0-9a-f]{64}", one.fingerprint())
+    (small(tmp_path / "name") / "train/cat/cat_3.jpg").rename(tmp_path / "name/train/cat/cat_3a.jpg")
+    (small(tmp_path / "size") / "train/cat/cat_3.jpg").write_bytes(b"more bytes than before")
     others = [
         one.subset(32),
-        SampleIndex(["cat", "dog", "fox"], one.labels, one.store),
-        SampleIndex(one.classes, one.labels[::-1].copy(), one.store),
+        replace(one, classes=["cat", "dog", "fox"]),
+        replace(one, labels=one.labels[::-1].copy()),
+        *(index_folder(tmp_path / other, "train") for other in ("name", "size")),
+        *(index_folder(tmp_path / other, "train").subset(32) for other in ("name", "size")),
     ]
-    assert len({one.fingerprint(), *(other.fingerprint() for other in others)}) == 4
+    assert len({one.fingerprint(), *(other.fingerprint() for other in others)}) == 8
+    assert one.subset(32).fingerprint() == index_folder(tmp_path / "y", "train").subset(32).fingerprint()
 
 
 def test_imagenets_size_takes_less_than_100_megabytes_and_a_few_seconds():

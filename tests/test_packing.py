@@ -18,7 +18,7 @@ from alexnet_ddp.data.packing.source import open_source
 from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.errors import DataError, MachineError
 from alexnet_ddp.prepare import prepare
-from tests.archives import DEVKIT, VAL, age_tree, extract, lay_out, make_archives
+from tests.archives import DEVKIT, VAL, age_tree, extract, jpeg, lay_out, make_archives
 from tests.conftest import make_folder
 from tests.packing import act, config, hashes, hit, members_of_group, pack, run, start, times
 
@@ -372,6 +372,18 @@ def test_names_that_are_no_utf8_are_kept(folder, tmp_path):
     os.rename(os.fsencode(some), strange)
     root = pack(tree, tmp_path / "root")
     assert b"/z\xff.JPEG\n" in (root / "train.names.txt").read_bytes()
+
+
+def test_an_image_that_was_replaced_by_one_of_another_size_is_packed_again(folder, tmp_path):
+    tree = Path(shutil.copytree(folder, tmp_path / "tree"))
+    root = pack(tree, tmp_path / "root")
+    before = hashes(root)
+    some = sorted((tree / "train").rglob("*.JPEG"))[5]
+    some.write_bytes(jpeg(7, 7) + b"trailing")
+    pack(tree, root)
+    after = hashes(root)
+    assert after == hashes(pack(tree, tmp_path / "fresh"))
+    assert len([name for name in before if name.endswith(".tar") and before[name] != after[name]]) == 1
 
 
 # --- before anything is written -------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from alexnet_ddp.data import index as index_module
 from alexnet_ddp.data import scan
 from alexnet_ddp.data.index import index_folder
 from alexnet_ddp.data.tars import Member, tar_members
@@ -44,6 +45,78 @@ def test_what_changed_just_now_is_not_cached(tmp_path, cache):
     os.utime(tmp_path / "train" / "dog")
     index_folder(tmp_path, "train")
     assert not cache.exists()
+
+
+def times_of(root: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (root, *root.rglob("*"))}
+
+
+def set_times(times: dict[Path, int]) -> None:
+    """As tar, rsync -a and cp -p restore them."""
+    for path, mtime in times.items():
+        if path.exists():
+            os.utime(path, ns=(mtime, mtime))
+
+
+@pytest.mark.parametrize("how", ["added", "removed", "renamed", "moved away and made again"])
+def test_other_content_under_the_same_folder_times_is_noticed(tmp_path, how):
+    folder = small(tmp_path) / "train/cat"
+    first, times = index_folder(tmp_path, "train"), times_of(tmp_path / "train")
+    if how == "added":
+        (folder / "more.jpg").write_bytes(b"x")
+    elif how == "removed":
+        (folder / "cat_3.jpg").unlink()
+    elif how == "renamed":
+        (folder / "cat_3.jpg").rename(folder / "a.jpg")
+    else:
+        folder.rename(tmp_path / "old")
+        lay_out(tmp_path, *(f"train/cat/other_{i}.jpg" for i in range(11)))
+    set_times(times)
+    found = index_folder(tmp_path, "train")
+    assert names(found) == [str(path) for path in sorted((tmp_path / "train").rglob("*.jpg"))]
+    assert found.fingerprint() != first.fingerprint()
+
+
+@pytest.mark.parametrize("checked", [50_000, 1])
+def test_a_file_that_is_written_again_in_place_is_noticed(tmp_path, monkeypatch, checked):
+    """Its folder's times stay. Of a large index a sample is compared, here all."""
+    monkeypatch.setattr(index_module, "_CHECKED", checked)
+    monkeypatch.setattr(index_module, "_SAMPLED", 33)
+    first = index_folder(small(tmp_path), "train")
+    before = times_of(tmp_path / "train")
+    (tmp_path / "train/dog/dog_7.jpg").write_bytes(b"another image")
+    set_times(before)
+    second = index_folder(tmp_path, "train")
+    assert second.fingerprint() != first.fingerprint()
+    assert second.store.sizes[names(second).index(f"{tmp_path}/train/dog/dog_7.jpg")] == len(b"another image")
+
+
+def test_of_a_large_index_an_evenly_spread_sample_is_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "_CHECKED", 1)
+    monkeypatch.setattr(index_module, "_SAMPLED", 5)
+    first, compared = index_folder(small(tmp_path), "train"), []
+    size_of = index_module._size_of
+    monkeypatch.setattr(index_module, "_size_of", lambda path: compared.append(path) or size_of(path))
+    second = index_folder(tmp_path, "train")
+    assert compared == names(first)[::6]
+    assert names(second) == names(first)
+
+
+def test_files_added_on_a_file_system_without_folder_times_are_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(scan, "stamp", lambda path: [0, 1, 1, 1])
+    first = index_folder(small(tmp_path), "train")
+    (tmp_path / "train/cat/more.jpg").write_bytes(b"x")
+    assert len(index_folder(tmp_path, "train")) == len(first) + 1
+    lay_out(tmp_path, "train/fox/1.jpg")
+    assert index_folder(tmp_path, "train").classes == ["cat", "dog", "emu", "fox"]
+
+
+def test_a_link_that_leads_nowhere_is_listed_and_named_when_it_is_read(tmp_path):
+    (small(tmp_path) / "train/cat/cat_99.jpg").symlink_to(tmp_path / "nowhere")
+    for _ in range(2):
+        found = index_folder(tmp_path, "train")
+        with pytest.raises(DataError, match=r"cat_99.jpg cannot be read \(No such file"):
+            found.read(names(found).index(f"{tmp_path}/train/cat/cat_99.jpg"))
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "garbage", "pickle"])

@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from alexnet_ddp.config import BasicAugmentConfig, FolderConfig, ImageNetConfig, OnBadImage, ShardsConfig
+from alexnet_ddp.data import shard_check
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import Work
 from alexnet_ddp.data.sets import open_data
 from alexnet_ddp.data.shard_index import INDEX
 from alexnet_ddp.data.shards import open_shards
+from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.errors import DataError
 from tests.archives import extract, make_archives
 from tests.packing import pack
@@ -155,7 +157,7 @@ DAMAGE = {
     "samples cut": (lambda root: os.truncate(root / "val.samples.npy", 300), "val.samples.npy cannot be read"),
     "samples of another": (
         lambda root: shutil.copy(root / "val.samples.npy", root / "train.samples.npy"),
-        "train.samples.npy is not the one that index.json was written for; prepare the shards again",
+        "train.samples.npy is not the one that index.json was written for; copy all files again from one",
     ),
 }
 
@@ -224,8 +226,112 @@ def test_a_run_with_colour_noise_is_another_run_where_the_colours_are_others(pac
     stats = json.loads((root / "train.stats.json").read_bytes())
     (root / "train.stats.json").write_text(json.dumps(stats | {"eigenvalues": [0.2, 0.1, 0.01]}))
     done = run("train", *overrides, "trainer.max_steps=2", cwd=tmp_path)
+    assert done.returncode == 65
+    assert "train.stats.json is not the one that index.json was written for; copy all files again" in done.stdout
+    index = json.loads((root / INDEX).read_bytes())
+    index["splits"]["train"]["files"]["train.stats.json"] = Storage(str(root)).sha256("train.stats.json")
+    (root / INDEX).write_text(json.dumps(index))
+    done = run("train", *overrides, "trainer.max_steps=2", cwd=tmp_path)
     assert done.returncode == 64
     assert "run.name=a was started as another run: augment.colour_basis=[[0.2, 0.1, 0.01], [" in done.stdout
     (root / "train.stats.json").unlink()
     done = run("train", *overrides, "trainer.max_steps=2", cwd=tmp_path)
     assert "augment.colour_basis=unset (was [[" in done.stdout
+
+
+# --- files of two preparations in one folder ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two(archives, tmp_path_factory) -> tuple[Path, Path]:
+    """Raw shards of the same counts, sizes and class names from other images. Do not change them."""
+    top = tmp_path_factory.mktemp("two")
+    tree = extract(archives, top / "tree")
+    one = pack(tree, top / "one", encoding="raw", size=24)
+    paths = sorted((tree / "train").rglob("*.JPEG")) + sorted((tree / "val").rglob("*.JPEG"))
+    data = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, data[1:] + data[:1]):
+        path.write_bytes(content)
+    return one, pack(tree, top / "two", encoding="raw", size=24)
+
+
+MIXED = {
+    "index and samples are new, shards are old": (["index.json", "*.samples.npy"], r"train-000000.tar \(other bytes"),
+    "all but a shard is new": (
+        ["*.json", "*.npy", "*.txt", "*0000.tar", "val-*.tar", "train-000001.tar"],
+        r"root/train-000002.tar \(other bytes at \d+\) do not match train.samples.npy and index.json; copy",
+    ),
+    "only a shard is new": (["val-000001.tar"], r"val-000001.tar \(other bytes at [\d,]+\) do not match val.samples"),
+    "only the index is new": (["index.json"], r"train.samples.npy is not the one that index.json was written for"),
+    "only the samples are new": (
+        ["val.samples.npy"],
+        r"val.samples.npy is not the one that index.json was written for",
+    ),
+    "only the colours are new": (["train.stats.json"], r"train.stats.json is not the one that index.json was written"),
+    "train is new, val is old": (
+        ["train*", "index.json"],
+        r"val.samples.npy is not the one that index.json was written",
+    ),
+}
+
+
+def mixed(two: tuple[Path, Path], root: Path, patterns: list[str]) -> Path:
+    """The first of two, and over it the files of the second that match, with the times of the first."""
+    shutil.copytree(two[0], root)
+    for path in {path for pattern in patterns for path in two[1].glob(pattern)}:
+        times = (root / path.name).stat()
+        shutil.copy(path, root / path.name)
+        os.utime(root / path.name, ns=(times.st_atime_ns, times.st_mtime_ns))
+    return root
+
+
+def test_two_preparations_have_files_of_the_same_sizes(two):
+    one, other = ({path.name: path.stat().st_size for path in top.glob("*.tar")} for top in two)
+    assert one == other
+    sets = [opened(root)[:2] for root in two]
+    assert sets[0][0].fingerprint() != sets[1][0].fingerprint()
+
+
+@pytest.mark.parametrize("mixture", MIXED)
+def test_files_of_two_preparations_are_refused(two, tmp_path, mixture):
+    patterns, message = MIXED[mixture]
+    root = mixed(two, tmp_path / "root", patterns)
+    with pytest.raises(DataError, match=message) as caught:
+        open_data(ShardsConfig(root=str(root)))
+    assert "\n" not in str(caught.value)
+
+
+def test_files_of_another_preparation_are_noticed_after_a_start_that_found_all_right(two, tmp_path):
+    root = Path(shutil.copytree(two[0], tmp_path / "root"))
+    for path in root.iterdir():
+        os.utime(path, ns=(10**18, 10**18))
+    opened(root)
+    status = (root / "train-000001.tar").stat()
+    shutil.copy(two[1] / "train-000001.tar", root)
+    os.utime(root / "train-000001.tar", ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(DataError, match=r"train-000001.tar \(other bytes at"):
+        opened(root)
+
+
+def test_what_was_found_right_is_not_read_again(two, tmp_path, monkeypatch):
+    root = Path(shutil.copytree(two[0], tmp_path / "root"))
+    for path in root.iterdir():
+        os.utime(path, ns=(10**18, 10**18))
+    opened(root)
+    monkeypatch.setattr(shard_check, "wrong_shards", lambda *_: pytest.fail("read again"))
+    opened(root)
+
+
+def test_shards_of_two_preparations_are_no_source_either(two, tmp_path, archives):
+    jpeg = [pack(archives, tmp_path / name, **EXACT, shuffle_seed=seed) for seed, name in enumerate(("a", "b"))]
+    shutil.copy(jpeg[1] / "train.names.txt", jpeg[0])
+    with pytest.raises(DataError, match=r"train.names.txt (is not|cannot)"):
+        pack(mixed((jpeg[1], jpeg[0]), tmp_path / "mixed", ["*.samples.npy", "train-000002.tar"]), tmp_path / "out")
+
+
+def test_shards_that_hold_other_bytes_than_the_images_are_another_data_set(archives, packed, tmp_path):
+    train = open_data(ImageNetConfig(root=str(archives))).train.fingerprint()
+    assert opened(packed)[0].fingerprint() == train
+    small = pack(archives, tmp_path / "small", shorter_side=8)
+    raw = pack(archives, tmp_path / "raw", encoding="raw", size=24)
+    assert len({train, opened(small)[0].fingerprint(), opened(raw)[0].fingerprint()}) == 3

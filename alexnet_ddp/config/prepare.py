@@ -86,6 +86,7 @@ class PrepareConfig:
     root: str = MISSING  # where the shards are, or will be: a directory or an fsspec URL
     other: str | None = None  # action=diff: the shards to compare with
     split: Split = Split.all
+    class_order: str = "name"  # of the labels: name | numeric | a text file with one class name a line
     engine: EngineConfig
 
     # The recipe. encoding=raw has size alone, jpeg the three above it.
@@ -125,6 +126,9 @@ class PrepareConfig:
                 given, default = getattr(self, name), type(self).__dataclass_fields__[name].default
                 require(given == default, f"{name} ({given}) {rule}")
             require(self.source is not None, "source is required; give the directory or URL of the images: source=...")
+        else:
+            rule = f"is not read by action={self.action.value}: finished shards hold their labels; leave it out"
+            require(self.class_order == "name", f"class_order ({self.class_order}) {rule}")
         if self.output is not None:
             require(self.output.endswith(".png"), f"output ({self.output}) must end with .png: it is a picture")
         if self.action is Action.diff:

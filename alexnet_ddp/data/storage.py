@@ -120,14 +120,19 @@ class Storage:
 
     def tree(self, folder: str) -> list[str]:
         """All files below `folder`, sorted, relative to it."""
+        return list(self.tree_sizes(folder))
+
+    def tree_sizes(self, folder: str) -> dict[str, int]:
+        """All files below `folder`, sorted, relative to it, and their sizes in bytes (0 if a store does not tell)."""
         if self.is_local:
             top = self.path(folder)
-            found = (f"{where}/{name}" for where, _, names in os.walk(top, followlinks=True) for name in names)
+            paths = (f"{where}/{name}" for where, _, names in os.walk(top, followlinks=True) for name in names)
+            found = {path: os.stat(path).st_size for path in paths}
         else:
             fs, root = self._far
             top = f"{root}/{folder}".rstrip("/")
-            found = fs.find(top)
-        return sorted(path[len(top) + 1 :] for path in found)
+            found = {path: info.get("size") or 0 for path, info in fs.find(top, detail=True).items()}
+        return {path[len(top) + 1 :]: found[path] for path in sorted(found)}
 
     @contextmanager
     def create(self, name: str) -> Iterator[BinaryIO]:

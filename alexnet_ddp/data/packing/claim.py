@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from alexnet_ddp.config import ConfigError, Encoding, EngineConfig
+from alexnet_ddp.data.packing.listing import WHOLE
 from alexnet_ddp.data.packing.plan import ShardTask
 from alexnet_ddp.data.shards import NPY_HEADER
 from alexnet_ddp.data.storage import Storage
@@ -61,7 +62,7 @@ def bytes_needed(tasks: Iterable[ShardTask]) -> int | None:
         recipe = task.recipe
         if recipe.encoding is Encoding.raw:
             sizes: Iterable[int] = [NPY_HEADER + recipe.size**2 * 3] * task.images
-        elif recipe.keep_original and recipe.shorter_side is None and min(task.sizes) > 0:
+        elif recipe.keep_original and recipe.shorter_side is None and task.offsets[0] != WHOLE:
             sizes = task.sizes  # an image in another format than JPEG may grow
         else:
             return None

@@ -16,14 +16,14 @@ class Source:
     """The images of a split."""
 
     root: str  # absolute, or a URL
-    classes: list[str]  # sorted
+    classes: list[str]  # in the order of the labels
     class_names: list[str]  # for people, in the order of the classes
     labels: np.ndarray  # int32 [N]
     names: list[str]  # [N]: CLASS/FILE
     files: list[str]  # relative to root
     file_of: np.ndarray  # int32 [N]: position in files
     offsets: np.ndarray  # int64 [N]
-    sizes: np.ndarray  # int64 [N], in bytes
+    sizes: np.ndarray  # int64 [N], in bytes; 0 if unknown
 
     def __len__(self) -> int:
         return len(self.names)

@@ -45,6 +45,11 @@ class ShardTask:
         return len(self.rows)
 
     @property
+    def source_sizes(self) -> str | None:
+        """A digest of the sizes of its images in the source; None if they are unknown."""
+        return hashlib.sha256(json.dumps(self.sizes).encode()).hexdigest() if any(self.sizes) else None
+
+    @property
     def sidecar(self) -> str:
         return f"{self.state}/{self.stem}"
 

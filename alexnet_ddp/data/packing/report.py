@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from alexnet_ddp.data.index import class_difference
+from alexnet_ddp.data.classes import class_difference
 from alexnet_ddp.data.scan import listed
 from alexnet_ddp.data.shard_index import INDEX, ShardIndex, read_index
 from alexnet_ddp.data.storage import Storage
@@ -66,7 +66,8 @@ def diff(root: str, other: str) -> None:
         return
     lines = []
     if mine.classes != theirs.classes:
-        lines.append(f"classes: {class_difference('root', mine.classes, 'other', theirs.classes)}")
+        difference = class_difference("root", mine.classes, "other", theirs.classes)
+        lines.append(f"classes: {difference or 'the same, in another order'}")
     elif mine.class_names != theirs.class_names:
         lines.append("classes: the names for people differ")
     lines += [f"only root has {split}" for split in mine.splits.keys() - theirs.splits.keys()]

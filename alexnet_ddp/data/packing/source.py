@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from alexnet_ddp.data import imagenet, scan
+from alexnet_ddp.data.classes import BY_NAME, ClassOrder
 from alexnet_ddp.data.index import SampleIndex, index_folder
 from alexnet_ddp.data.packing.listing import WHOLE, Source
 from alexnet_ddp.data.packing.packed import shards_source, tar_names, tars_source
 from alexnet_ddp.data.shard_index import read_index
 from alexnet_ddp.data.storage import Storage, absolute
 from alexnet_ddp.data.tars import ArchiveStore
-from alexnet_ddp.errors import DataError
+from alexnet_ddp.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +31,17 @@ def splits_of(root: str) -> list[str]:
     return found
 
 
-def open_source(root: str, split: str) -> Source:
-    """List the images of `split`. Raises DataError."""
+def open_source(root: str, split: str, order: ClassOrder = BY_NAME) -> Source:
+    """List the images of `split`. Raises DataError, or ConfigError if `order` would be ignored."""
     storage = Storage(absolute(root))
     kind = _kind(storage, split)
     if kind == "archive":
-        return _archive(Path(storage.root), split)
+        return _archive(Path(storage.root), split, order)
     if kind == "folder":
-        return _folder(storage, split) if storage.is_local else _remote_folder(storage, split)
+        return _folder(storage, split, order) if storage.is_local else _remote_folder(storage, split, order)
+    if kind and order != BY_NAME:
+        rule = f"would be ignored: the {kind} of source ({root}) hold the labels; leave it out"
+        raise ConfigError(f"class_order ({order.choice}) {rule}")
     if kind == "shards":
         return shards_source(storage, split)
     if kind == "tars":
@@ -58,8 +62,8 @@ def _kind(storage: Storage, split: str) -> str | None:
     return "tars" if tar_names(storage, split) else None
 
 
-def _archive(root: Path, split: str) -> Source:
-    index, plain, class_names = imagenet.open_archive(root, split)
+def _archive(root: Path, split: str, order: ClassOrder) -> Source:
+    index, plain, class_names = imagenet.open_archive(root, split, order)
     store = index.store
     assert isinstance(store, ArchiveStore)
     names = [f"{index.classes[label]}/{name}" for label, name in zip(index.labels.tolist(), plain)]
@@ -68,26 +72,28 @@ def _archive(root: Path, split: str) -> Source:
     return Source(str(root), index.classes, class_names, index.labels, names, files, one, store.offsets, store.sizes)
 
 
-def _folder(storage: Storage, split: str) -> Source:
-    index: SampleIndex = index_folder(Path(storage.root), split)
+def _folder(storage: Storage, split: str, order: ClassOrder) -> Source:
+    index: SampleIndex = index_folder(Path(storage.root), split, order)
     paths = [index.store.path(i) for i in range(len(index))]
-    return _of_files(storage.root, split, index.classes, index.labels, paths)
+    return _of_files(storage.root, split, index.classes, index.labels, paths, index.store.sizes)
 
 
-def _remote_folder(storage: Storage, split: str) -> Source:
+def _remote_folder(storage: Storage, split: str, order: ClassOrder) -> Source:
     """As index_folder, but by one listing of the store."""
     ignored = scan.Ignored()
-    paths = [path for path in storage.tree(split) if _is_image(path, split, ignored)]
+    sizes = storage.tree_sizes(split)
+    paths = [path for path in sizes if _is_image(path, split, ignored)]
     for note in ignored.notes():
         log.warning(note)
     if not paths:
         raise DataError(f"{storage.path(split)} holds no CLASS/* images; lay them out as {split}/CLASS/*")
     of = [path.split("/", 1)[0] for path in paths]
-    classes = sorted(set(of))
+    classes = order.arrange(list(set(of)), storage.path(split))
     label = {name: i for i, name in enumerate(classes)}
-    order = sorted(range(len(paths)), key=lambda i: (of[i], *paths[i].rsplit("/", 1)))
-    labels = np.array([label[of[i]] for i in order], np.int32)
-    return _of_files(storage.root, split, classes, labels, [paths[i] for i in order])
+    places = sorted(range(len(paths)), key=lambda i: (label[of[i]], *paths[i].rsplit("/", 1)))
+    labels = np.array([label[of[i]] for i in places], np.int32)
+    paths = [paths[i] for i in places]
+    return _of_files(storage.root, split, classes, labels, paths, np.array([sizes[path] for path in paths], np.int64))
 
 
 def _is_image(path: str, split: str, ignored: scan.Ignored) -> bool:
@@ -101,8 +107,9 @@ def _is_image(path: str, split: str, ignored: scan.Ignored) -> bool:
     return False
 
 
-def _of_files(root: str, split: str, classes: list[str], labels: np.ndarray, paths: list[str]) -> Source:
+def _of_files(
+    root: str, split: str, classes: list[str], labels: np.ndarray, paths: list[str], sizes: np.ndarray
+) -> Source:
     n = len(paths)
-    whole, unknown = np.full(n, WHOLE, np.int64), np.zeros(n, np.int64)
-    files = [f"{split}/{path}" for path in paths]
-    return Source(root, classes, classes, labels, paths, files, np.arange(n, dtype=np.int32), whole, unknown)
+    whole, files = np.full(n, WHOLE, np.int64), [f"{split}/{path}" for path in paths]
+    return Source(root, classes, classes, labels, paths, files, np.arange(n, dtype=np.int32), whole, sizes)

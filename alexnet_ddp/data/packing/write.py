@@ -70,6 +70,7 @@ def write_shard(task: ShardTask) -> Summary:
         "bytes": tar.size,
         "sha256": sha256,
         "idx_sha256": hashlib.sha256(lines).hexdigest(),
+        "source_sizes": task.source_sizes,
         "statistics": vars(statistics),
         "quarantine": quarantine,
     }
@@ -83,9 +84,15 @@ def write_shard(task: ShardTask) -> Summary:
 
 
 def read_sidecar(root: Storage, task: ShardTask) -> Summary | None:
-    """The summary of a shard that is written already; None if it must be written (again)."""
+    """The summary of a shard that is written already; None if it must be written (again).
+
+    So it must if an image of the source now has another size. Sidecars of older versions do not record the sizes.
+    """
     summary = _sidecar(root, task)
     if summary is None:
+        return None
+    then, now = summary.get("source_sizes"), task.source_sizes
+    if then is not None and now is not None and then != now:
         return None
     if root.size(f"{task.stem}.tar") != summary["bytes"] or root.size(f"{task.stem}.idx") is None:
         return None
