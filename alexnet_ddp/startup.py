@@ -25,8 +25,8 @@ def begin(command: str) -> None:
     From here on a stop signal ends the process with one line, whatever it is importing or waiting for, until
     another handler is installed: see StopSignal.
     """
+    make_streams_safe()  # first, because a pipe would get the number of a closed stream
     exit_on_stop(can_continue=command in _CAN_CONTINUE)
-    make_streams_safe()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
     if command not in _FORMS_A_WORLD:

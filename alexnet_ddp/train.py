@@ -13,11 +13,12 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 
 from alexnet_ddp import cli, distributed
+from alexnet_ddp.checkpoint.store import RunState
 from alexnet_ddp.config import Config, OnNan
 from alexnet_ddp.config.door import to_plain, to_yaml
 from alexnet_ddp.data.fill import Skipped
@@ -61,14 +62,28 @@ def train(cfg: Config, overrides: list[str]) -> None:
                 log.info("run %s is complete after %d steps: %s", cfg.run.name, training.state.step, cfg.run_dir)
                 return
             training.build()
-            run = Run(cfg, training, world, status, StopSignal())  # until here a stop signal ends the process at once
-            run.prepare(watchdog, overrides)
-            with run.tracker, closing(training.checkpoints):
-                try:
-                    run.go()
-                finally:
-                    watchdog.phase("checkpoint")
+            stop = StopSignal()  # until here a stop signal ends the process at once
+            run = Run(cfg, training, world, status, stop)
+            with lost_peers_explained(stop, training.state):
+                run.prepare(watchdog, overrides)
+                with run.tracker, closing(training.checkpoints):
+                    try:
+                        run.go()
+                    finally:
+                        watchdog.phase("checkpoint")
             training.close()
+
+
+@contextmanager
+def lost_peers_explained(stop: StopSignal, state: RunState) -> Iterator[None]:
+    """A rank that ends at a stop signal before its first step is not lost: others may have got the signal later."""
+    start = state.step
+    try:
+        yield
+    except Exception as error:
+        if stop.received and state.step == start and distributed.lost_peer(error) is not None:
+            raise Preempted("stopped while it started; nothing is lost: start the same command again") from error
+        raise
 
 
 class Run:

@@ -3,8 +3,8 @@
 if __name__ == "__main__":  # before the other imports, which take seconds; it ends with torchrun's own handlers
     from alexnet_ddp import startup
 
-    startup.exit_on_stop(can_continue=True)
     startup.make_streams_safe()
+    startup.exit_on_stop(can_continue=True)
 
 import logging
 import os
