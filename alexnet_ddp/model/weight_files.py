@@ -147,9 +147,9 @@ def _read_torch(path: Path) -> Any:
     try:
         names = _globals(path)
         data = sorted(name for name in names if _DATA.fullmatch(name))
-        with torch.serialization.safe_globals([(Ignored, name) for name in data]):
-            with open(path, "rb") as file:  # given a path, torch.load goes by the suffix
-                return torch.load(file, map_location="cpu", weights_only=True)
+        allowed = torch.serialization.safe_globals([(Ignored, name) for name in data])
+        with allowed, open(path, "rb") as file:  # given a path, torch.load goes by the suffix
+            return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, LookupError, AttributeError, TypeError) as error:  # torch's unpickler, on text
         found = re.search(r"GLOBAL (\S+)", str(error))
         rule = "it holds more than tensors, or is no torch file"
