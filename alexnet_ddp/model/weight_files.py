@@ -133,7 +133,7 @@ def _refuse_other_kinds(path: Path, start: bytes) -> None:
         known = "a NumPy archive" if any(name.endswith(".npy") for name in names) else "a zip file without torch's data"
         raise ConfigError(f"{_named(path)} is {known}; save model.state_dict() with torch.save")
     if any("/code/" in name or name.endswith("constants.pkl") for name in names):
-        remedy = "load it with torch.jit.load elsewhere and save its state_dict() with torch.save"
+        remedy = "save its state_dict() with torch.save in a program that may run it"
         raise ConfigError(f"{_named(path)} is a TorchScript program, which is not run here; {remedy}")
     for pattern, kind, remedy in _KINDS:
         if pattern.match(start):
