@@ -178,6 +178,30 @@ def test_forty_flipped_bits_spread_over_all_files_are_all_rejected_by_name(run):
     files.verify(directory)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("stem", ["model", "ema", "optimizer"])
+def test_a_checkpoint_with_a_value_that_is_not_finite_is_not_written_and_an_older_one_is_rejected(
+    run, stem, dtype, caplog, monkeypatch
+):
+    save(run(), 7)
+    groups = {**tensors(8), "ema": {"fc.weight": torch.ones(3)}}
+    groups[stem]["late"] = torch.ones(5, 5, dtype=dtype)
+    groups[stem]["late"][4, 4] = -math.inf if stem == "ema" else math.nan
+    error = run().save(RunState(step=8), groups, is_last=True)
+    assert error.exit_code == 70
+    assert f"the weights after step 8 are not finite, and were not saved ({stem}.safetensors has" in str(error)
+    assert names(run.at) == ["step-00000007"]
+    contents = {f"{s}.safetensors": safetensors.torch.save(groups[s]) for s in groups} | {"state.json": b"{}"}
+    with monkeypatch.context() as old:  # a version that did not look
+        old.setattr(files, "_check_finite", lambda path: None)
+        files.write(run.at, 8, contents)
+    assert find_newest(run.at).name == "step-00000007"
+    assert f"step-00000008 is rejected: {stem}.safetensors has values that are not finite (in late)" in caplog.text
+    shutil.rmtree(step_dir(run.at, 7))
+    with pytest.raises(NoCheckpoint, match="none of the 1 checkpoints"):
+        find_newest(run.at)
+
+
 def test_every_single_flipped_bit_of_a_manifests_head_is_rejected(run):
     save(run(), 7)
     manifest = step_dir(run.at, 7) / "MANIFEST.json"
@@ -674,7 +698,7 @@ def test_what_decides_an_update_is_in_the_identity_and_refused_with_the_differen
     text = str(e.value)
     assert text.startswith("run.name=mine was started as another run: ")
     assert FIXED[override] in text
-    assert text.endswith("; choose another run.name, or go on regardless with resume.allow_changes=true")
+    assert text.endswith("; choose another run.name, or continue with resume.allow_changes=true")
     assert "\n" not in text
     assert run(who=changed).resume("mine", allow_changes=True)[0].step == 10
 

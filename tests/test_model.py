@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import pickle
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -347,17 +348,20 @@ def test_another_number_of_classes_starts_the_head_afresh_and_says_so(tmp_path, 
 
 def test_another_number_of_classes_is_refused_where_the_head_matters(tmp_path):
     with pytest.raises(ConfigError, match="does not fit the model"):
-        load_weights(net(classes=7), save(net(classes=4), tmp_path / "w.safetensors"), new_head=False)
+        load_weights(net(classes=7), save(net(classes=4), tmp_path / "w.safetensors"), head=None)
 
 
-def test_weights_of_another_network_are_refused_with_the_difference(tmp_path):
+def test_weights_of_another_network_are_refused_with_counts_and_the_first_names(tmp_path):
     path = save(net(hidden=5), tmp_path / "w.safetensors")
     with pytest.raises(ConfigError) as e:
         load_weights(net(hidden=6), path)
-    assert str(e.value).startswith(f"model.weights ({path}) does not fit the model: size mismatch for 0.weight")
-    path = save(nn.Linear(3, 4), tmp_path / "v.pth")
-    with pytest.raises(ConfigError, match=r'does not fit the model: Missing key.* "0\.weight"') as e:
+    rule = "of 4 tensors 3 of another shape (0.weight: 5x3 there, 6x3 here, 0.bias: 5 there, 6 here, 2.weight: "
+    assert f"model.weights ({path}) does not fit the model: {rule}" in str(e.value)
+    path = save(torchvision.models.resnet18(num_classes=4), tmp_path / "v.pth")
+    with pytest.raises(ConfigError) as e:
         load_weights(net(), path)
+    first = "4 missing (0.weight, 0.bias, 2.weight, ...); 122 unknown (conv1.weight, bn1.weight, bn1.bias, ...)"
+    assert f"of 4 tensors {first}; give the weights of this network" in str(e.value)
     assert "\n" not in str(e.value)
 
 
@@ -384,17 +388,15 @@ def test_a_malicious_pickle_is_refused_and_nothing_in_it_runs(tmp_path, containe
     with pytest.raises(ConfigError) as e:
         load_weights(net(), path)
     assert not mark.exists()
-    refused = "is refused: it holds more than tensors, or is no torch file; nothing in it was run"
-    assert str(e.value).startswith(f"model.weights ({path}) {'cannot be read' if container == 'renamed' else refused}")
+    assert re.search(r"\) is refused: it holds more than tensors.*; nothing in it was run; save ", str(e.value)), e
+    assert str(path) in str(e.value)
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize(
-    "text", ["junk\n", "hi\n", "<html><body>404</body></html>", "version https://git-lfs\noid sha256:4\n"]
-)
+@pytest.mark.parametrize("text", ["junk\n", "hi\n"])
 def test_a_text_file_instead_of_weights_is_refused(tmp_path, text):
     (tmp_path / "w.pth").write_text(text)
-    with pytest.raises(ConfigError, match="is refused: it holds more than tensors, or is no torch file"):
+    with pytest.raises(ConfigError, match=r"\) (is refused|cannot be read): "):
         load_weights(net(), tmp_path / "w.pth")
 
 
@@ -405,7 +407,7 @@ def test_the_malicious_pickle_of_these_tests_really_would_run(tmp_path):
 
 def test_a_missing_weight_file_is_named(tmp_path):
     path = tmp_path / "none.pth"
-    line = f"model.weights ({path}) is not a file; give a .safetensors or a torch file of tensors by name"
+    line = f"model.weights ({path}) is not a file; give a .safetensors or a torch file of tensors by name, or runs/NAME"
     with pytest.raises(ConfigError) as e:
         load_weights(net(), path)
     assert str(e.value) == line
@@ -423,8 +425,8 @@ def test_a_damaged_weight_file_is_refused_in_one_line(tmp_path, suffix, damage):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("content", [{"model": net().state_dict(), "epoch": 3}, [torch.zeros(2)], {0: torch.zeros(2)}])
+@pytest.mark.parametrize("content", [[torch.zeros(2)], {0: torch.zeros(2)}, {"epoch": 3}])
 def test_a_torch_file_of_anything_but_tensors_by_name_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "w.pt")
-    with pytest.raises(ConfigError, match=r"holds more than tensors by name; save model\.state_dict\(\)$"):
+    with pytest.raises(ConfigError, match=r"holds no tensors by name; save model\.state_dict\(\)$"):
         load_weights(net(), tmp_path / "w.pt")

@@ -130,9 +130,9 @@ def _removed_bad_images(run_dir: Path) -> str:
     gone = [name for name in names if not Path(name).exists()]
     if not gone:
         return ""
-    why = "every image has its place in the order of an epoch, so a removed one changes the batches"
-    back = "put them back (data.on_bad_image=skip leaves them out)"
-    return f"; {len(gone)} of those that {path} lists as bad were removed: {_names(gone)}: {why}; {back}"
+    why = "the order of an epoch counts bad images too, so a removed one changes the batches"
+    back = "put them back, data.on_bad_image=skip leaves them out"
+    return f"; removed, of those that {path} lists as bad: {_names(gone)}; {why}; {back}"
 
 
 def _names(names: list[str]) -> str:

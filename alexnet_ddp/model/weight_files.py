@@ -6,6 +6,7 @@ import pickle
 import pickletools
 import re
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def _refuse_other_kinds(path: Path, start: bytes) -> None:
         known = "a NumPy archive" if any(name.endswith(".npy") for name in names) else "a zip file without torch's data"
         raise ConfigError(f"{_named(path)} is {known}; save model.state_dict() with torch.save")
     if any("/code/" in name or name.endswith("constants.pkl") for name in names):
-        remedy = "load it with torch.jit.load elsewhere and save its state_dict() with torch.save"
+        remedy = "save its state_dict() with torch.save in a program that may run it"
         raise ConfigError(f"{_named(path)} is a TorchScript program, which is not run here; {remedy}")
     for pattern, kind, remedy in _KINDS:
         if pattern.match(start):
@@ -146,8 +147,9 @@ def _read_torch(path: Path) -> Any:
     try:
         names = _globals(path)
         data = sorted(name for name in names if _DATA.fullmatch(name))
-        with torch.serialization.safe_globals([(Ignored, name) for name in data]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        allowed = torch.serialization.safe_globals([(Ignored, name) for name in data])
+        with allowed, open(path, "rb") as file:  # given a path, torch.load goes by the suffix
+            return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, LookupError, AttributeError, TypeError) as error:  # torch's unpickler, on text
         found = re.search(r"GLOBAL (\S+)", str(error))
         rule = "it holds more than tensors, or is no torch file"
@@ -177,8 +179,9 @@ def _globals(path: Path) -> set[str]:
 
 def _globals_of(file: Any, num_pickles: int) -> set[str]:
     found: set[str] = set()
-    for _ in range(num_pickles):
-        for op, argument, _position in pickletools.genops(file):
-            if op.name == "GLOBAL":
-                found.add(argument.replace(" ", "."))
+    with suppress(ValueError):  # not a pickle, or fewer of them: torch.load says so
+        for _ in range(num_pickles):
+            for op, argument, _position in pickletools.genops(file):
+                if op.name == "GLOBAL":
+                    found.add(argument.replace(" ", "."))
     return found
