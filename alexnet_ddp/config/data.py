@@ -87,6 +87,7 @@ class ShardsConfig(DataConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive("data", self, "window_shards", "cache_gb")
+        within("data", self, 0, 1e9, "cache_gb")
         if self.shuffle is Shuffle.window:
             self.window_shards = self.window_shards or 16
         rule = "is only read by data.shuffle=window, this is full; leave it out"
