@@ -63,7 +63,7 @@ def test_the_doctor_composes_a_run_with_knobs_of_its_own():
     use_schema(DoctorConfig)
     try:
         cfg = to_config(cli._compose("doctor", ["experiment=smoke", "trainer.global_batch_size=6", "json=x.json"]))
-        with pytest.raises(ConfigError, match=r"doctor.join_timeout_s \(0\.0\) must be greater than 0"):
+        with pytest.raises(ConfigError, match=r"join_timeout_s \(0\.0\) must be greater than 0"):
             to_config(cli._compose("doctor", ["join_timeout_s=0"]))
     finally:
         use_schema(Config)

@@ -100,7 +100,7 @@ def test_what_does_not_fit_into_memory_is_not_advised(capsys):
             ["model=torchvision", "model.name=resnet18", "wire_dtype=bf16"],
             r"wire_dtype \(bf16\) is of hybrids, and this",
         ),
-        (["nodes=0"], r"plan.nodes \(0\) must be greater than 0"),
+        (["nodes=0"], r"nodes \(0\) must be greater than 0"),
         (["links.between_gbit_per_s=0"], r"links.between_gbit_per_s \(0.0\) must be greater than 0"),
         (["model.weights=x"], r"model.weights \(x\) is not read by a plan: all weights cost the same; leave it out"),
         (["plot=plan.jpg"], r"plot \(plan.jpg\) must end in .png; plot=plan.png"),

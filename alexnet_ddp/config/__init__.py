@@ -201,6 +201,7 @@ class DoctorConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive("", self, "join_timeout_s")
+        within("", self, 0, 1_000_000, "join_timeout_s")
         require(self.replay is None, f"replay ({self.replay}) is train's; leave it out")
 
 

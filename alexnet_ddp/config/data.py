@@ -36,6 +36,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         positive("data", self, "image_size", "num_threads", "limit_train", "limit_val")
+        within("data", self, 1, MAX_SIDE, "image_size", "eval_resize")
         within("data", self, 0, math.inf, "max_bad_images")
         skips, rule = self.on_bad_image is OnBadImage.skip, "is only read by data.on_bad_image=skip; leave it out"
         require(skips or self.max_bad_images is None, f"data.max_bad_images ({self.max_bad_images}) {rule}")
@@ -88,6 +89,7 @@ class ShardsConfig(DataConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive("data", self, "window_shards", "cache_gb")
+        within("data", self, 0, 1e9, "cache_gb")
         if self.shuffle is Shuffle.window:
             self.window_shards = self.window_shards or 16
         rule = "is only read by data.shuffle=window, this is full; leave it out"

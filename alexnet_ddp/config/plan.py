@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from alexnet_ddp.config.checks import positive, require
+from alexnet_ddp.config.checks import positive, require, within
+from alexnet_ddp.config.data import MAX_SIDE
 from alexnet_ddp.config.recipe import ModelConfig
 from alexnet_ddp.config.run import Precision
 
@@ -15,6 +16,7 @@ class PlanDataConfig:
 
     def __post_init__(self) -> None:
         positive("data", self, "image_size", "num_classes", "num_train")
+        within("data", self, 1, MAX_SIDE, "image_size")
 
 
 @dataclass(kw_only=True)

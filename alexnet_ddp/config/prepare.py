@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Any
 
 from alexnet_ddp.config.checks import MAX_SEED, MISSING, positive, require, within
-from alexnet_ddp.config.data import AugmentConfig
+from alexnet_ddp.config.data import MAX_SIDE, AugmentConfig
 
 
 class Action(StrEnum):
@@ -112,6 +112,7 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         positive("", self, "image_size")
+        within("", self, 1, MAX_SIDE, "image_size")
         within("", self, 4, 20_000, "shorter_side", "size", "mean_image")
         within("", self, 1, 999_999, "num_shards")
         within("", self, 1, 100, "quality")

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from alexnet_ddp.config.checks import MISSING, positive, require, shown
+from alexnet_ddp.config.checks import MISSING, positive, require, shown, within
 
 _MAX_NAME = 200  # bytes; a file name may have 255, and drafts of a file add up to 40 to its name
+_MAX_BUCKET_MB = 1_000_000  # torch counts bytes in 64 bits
 AUTO = "auto"  # where a number may stand, and the program finds it
 
 
@@ -100,6 +101,7 @@ class DDPConfig(ParallelConfig):
                 idle = getattr(self, name) is not None and self.hook is not hook
                 rule = f"would be ignored with parallel.hook={self.hook.value}; leave it null"
                 require(not idle, f"parallel.{name} {rule}")
+        within("parallel", self, 0, _MAX_BUCKET_MB, "bucket_mb")
         positive("parallel", self, "bucket_mb", "powersgd_rank", "local_sgd_period", "local_sgd_group")
         start = self.local_sgd_start_step
         require(start is None or start >= 0, f"parallel.local_sgd_start_step ({start}) must not be negative")
@@ -123,6 +125,7 @@ class HybridConfig(ParallelConfig):
         is_number = isinstance(size, int) and not isinstance(size, bool) and size > 0
         rule = "must be a number of ranks greater than 0, auto, or null"
         require(size in (None, AUTO) or is_number, f"parallel.group_size ({size}) {rule}")
+        within("parallel", self, 0, _MAX_BUCKET_MB, "bucket_mb")
         positive("parallel", self, "bucket_mb")
 
 
