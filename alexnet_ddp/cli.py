@@ -27,6 +27,7 @@ from alexnet_ddp import config
 from alexnet_ddp.config import Config, RunConfig
 from alexnet_ddp.config.door import to_config, unknown_key
 from alexnet_ddp.errors import ConfigError, PeerFailed, RunError, leave_code
+from alexnet_ddp.printable import say
 from alexnet_ddp.redact import HIDDEN, redact
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -144,7 +145,7 @@ def _explain(error: Exception) -> int:
     own = isinstance(error, RunError)
     mine = os.environ.get("RANK", "0") == "0" and not isinstance(error, PeerFailed)
     if mine or (own and error.only_here):
-        print(redact(f"alexnet_ddp: {error if own else _hydra_line(error)}"), file=sys.stderr, flush=True)
+        say(redact(f"alexnet_ddp: {error if own else _hydra_line(error)}"), sys.stderr)
     return error.exit_code if own else ConfigError.exit_code
 
 
@@ -165,7 +166,8 @@ def _hydra_line(error: Exception) -> str:
 
 def _show_trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Of a bug, as Python shows it, but without secrets."""
-    print(redact("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="", flush=True)
+    for line in redact("".join(traceback.format_exception(kind, error, trace))).splitlines():
+        say(line, sys.stderr)
 
 
 class _Say(logging.Handler):
@@ -174,6 +176,4 @@ class _Say(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if os.environ.get("RANK", "0") == "0":
             prefix = "warning: " if record.levelno >= logging.WARNING else ""
-            print(
-                prefix + redact(record.getMessage()), file=sys.stderr, flush=True
-            )  # sys.stderr of now: a progress bar's
+            say(prefix + redact(record.getMessage()), sys.stderr)  # sys.stderr of now: a progress bar's

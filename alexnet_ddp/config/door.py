@@ -1,7 +1,5 @@
 """The door between Hydra and the rest: YAML and a command line come in, plain checked dataclasses go out."""
 
-import os
-import re
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 
@@ -41,6 +39,7 @@ from alexnet_ddp.config import (
     TorchvisionConfig,
 )
 from alexnet_ddp.config.checks import require
+from alexnet_ddp.config.name import derived_name
 from alexnet_ddp.errors import ConfigError
 
 _store = ConfigStore.instance().store
@@ -48,7 +47,7 @@ _store(name="schema", node=Config)
 _store(name="schema_predict", node=PredictConfig)
 _store(name="schema_plan", node=PlanConfig)
 _store(name="schema_prepare", node=PrepareConfig)
-_GROUPS = {
+for _group, _choices in {
     "data": {
         "demo": DemoConfig,
         "folder": FolderConfig,
@@ -73,8 +72,7 @@ _GROUPS = {
     },
     "parallel": {"ddp": DDPConfig, "hybrid": HybridConfig, "auto": AutoParallelConfig},
     "engine": {"local": LocalEngineConfig, "spark": SparkEngineConfig, "auto": AutoEngineConfig},
-}
-for _group, _choices in _GROUPS.items():
+}.items():
     for _name, _node in _choices.items():
         _store(group=f"{_group}/schema", name=_name, node=_node, package=_group)
 
@@ -90,24 +88,9 @@ def to_config(cfg: DictConfig) -> Config | PlanConfig | PredictConfig | PrepareC
     if missing:
         raise ConfigError(f"{missing[0]} is required and has no value; give it on the command line: {missing[0]}=...")
     if "run" in cfg and "data" in cfg and cfg.run.name is None:
-        cfg.run.name = _derived_name(cfg)
+        cfg.run.name = derived_name(cfg)
     _refuse_unknown(cfg, "")
     return OmegaConf.to_object(cfg)
-
-
-def _derived_name(cfg: DictConfig) -> str:
-    """DATA-MODEL, such as photos-resnet18: the same command gets the same name, and so resumes."""
-    data, model = (_choice_of(group, cfg[group]) for group in ("data", "model"))
-    root = str(cfg.data.get("root") or data)
-    url, _, path = root.partition("?")[0].rpartition("://")
-    place = path.rpartition("@")[2].rstrip("/") if url else os.path.abspath(root)  # no credentials of a URL
-    words = place.rpartition("/")[2], str(cfg.model.name if model == "torchvision" else model)
-    return "-".join(re.sub(r"[^\w.]+", "-", word).strip("-.")[:60] or "data" for word in words)
-
-
-def _choice_of(group: str, cfg: DictConfig) -> str:
-    owner = OmegaConf.get_type(cfg)
-    return next(name for name, node in _GROUPS[group].items() if node is owner)
 
 
 def _refuse_unknown(cfg: DictConfig, prefix: str) -> None:

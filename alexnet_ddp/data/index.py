@@ -138,6 +138,16 @@ def index_folder(root: Path, split: str) -> SampleIndex:
     return SampleIndex(scan.from_json(found["classes"]), found["labels"], store)
 
 
+def list_images(top: str) -> tuple[list[str], list[str]]:
+    """(the images below the folder `top`, notes about what was left out), by the rules that training follows."""
+    ignored = scan.Ignored()
+    try:
+        folders = _image_folders(top.rstrip("/") or "/", {}, ignored)
+    except OSError as error:
+        raise DataError(f"{error.filename or top} cannot be read ({error.strerror}); check its permissions") from error
+    return [os.path.join(folder, name) for folder, names in folders for name in names], ignored.notes()
+
+
 def _scan_split(top: str, stamps: scan.Stamps) -> scan.Arrays:
     ignored, counts = scan.Ignored(), []
     classes = _class_names(top, stamps, ignored)
