@@ -31,6 +31,7 @@ from alexnet_ddp.config.files import refuse_numbers_as_text
 from alexnet_ddp.config.overrides import quoted, to_hydra
 from alexnet_ddp.config.schema import ROOTS, group_names, options
 from alexnet_ddp.errors import ConfigError, PeerFailed, RunError, leave_code, speaks_for_all
+from alexnet_ddp.printable import say
 from alexnet_ddp.redact import HIDDEN, redact
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -172,15 +173,14 @@ def _explain(error: Exception, root: str) -> int:
     own = isinstance(error, RunError)
     mine = speaks_for_all() and not isinstance(error, PeerFailed)
     if mine or (own and error.only_here):
-        text = redact(f"alexnet_ddp: {error if own else one_line(error, ROOTS[root])}")
-        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-        print(line, file=sys.stderr, flush=True)
+        say(redact(f"alexnet_ddp: {error if own else one_line(error, ROOTS[root])}"), sys.stderr)
     return error.exit_code if own else ConfigError.exit_code
 
 
 def _show_trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Of a bug, as Python shows it, but without secrets."""
-    print(redact("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="", flush=True)
+    for line in redact("".join(traceback.format_exception(kind, error, trace))).splitlines():
+        say(line, sys.stderr)
 
 
 class _Say(logging.Handler):
@@ -189,6 +189,4 @@ class _Say(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if speaks_for_all():
             prefix = "warning: " if record.levelno >= logging.WARNING else ""
-            print(
-                prefix + redact(record.getMessage()), file=sys.stderr, flush=True
-            )  # sys.stderr of now: a progress bar's
+            say(prefix + redact(record.getMessage()), sys.stderr)  # sys.stderr of now: a progress bar's

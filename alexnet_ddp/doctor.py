@@ -22,8 +22,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from alexnet_ddp import cli, distributed
@@ -46,7 +44,9 @@ from alexnet_ddp.optim import build_optimizer, state_by_name
 from alexnet_ddp.parallel import check_parallel
 from alexnet_ddp.parallel.layers import worth_splitting
 from alexnet_ddp.precision import autocast, check_precision
+from alexnet_ddp.printable import say
 from alexnet_ddp.redact import redact
+from alexnet_ddp.terminal import Console, Table
 
 log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
 
@@ -223,10 +223,11 @@ def _sent(cfg: DoctorConfig, tried: Trial) -> tuple[int, str | None]:
 
 
 def _show(report: Report, cfg: DoctorConfig) -> None:
-    """The table, and JSON where asked for."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
+    """JSON, if the user asks for it, and the table."""
+    if cfg.json is not None:
+        found = {"findings": report.findings, "all_reduce": report.sums, "links": report.links}
+        write_json(Path(cfg.json), redact({key: [asdict(one) for one in value] for key, value in found.items()}))
+    console = Console(width=160)
     table = Table("", "check", "found", "needed", "remedy")
     colours = {Verdict.ok: "green", Verdict.warn: "yellow", Verdict.fail: "bold red"}
     for f in report.findings:
@@ -234,17 +235,14 @@ def _show(report: Report, cfg: DoctorConfig) -> None:
         table.add_row(f.verdict.value, *cells, style=colours[f.verdict])
     console.print(table)
     if warned := [f.check for f in report.findings if f.verdict is Verdict.warn]:
-        console.print(f"warnings: {', '.join(warned)}")
+        say(f"warnings: {', '.join(warned)}")
     if not report.is_complete:
-        console.print("links, loader and disk were not looked at: ranks like these would hang")
+        say("links, loader and disk were not looked at: ranks like these would hang")
     if report.sums:
         table = Table("message", "time", "bus", title=f"all-reduce over {report.world_size} ranks")
         for s in report.sums:
             table.add_row(size(s.num_bytes), seconds(s.seconds), f"{size(s.bus_rate(report.world_size))}/s")
         console.print(table)
-    if cfg.json is not None:
-        found = {"findings": report.findings, "all_reduce": report.sums, "links": report.links}
-        write_json(Path(cfg.json), redact({key: [asdict(one) for one in value] for key, value in found.items()}))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ import logging
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from alexnet_ddp import cli, distributed
@@ -39,7 +37,9 @@ from alexnet_ddp.model import (
     without_weights,
 )
 from alexnet_ddp.precision import check_precision
+from alexnet_ddp.printable import say
 from alexnet_ddp.resilience.signals import StopSignal
+from alexnet_ddp.terminal import Console, Table
 from alexnet_ddp.tracking import read_classes
 
 log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
@@ -73,11 +73,11 @@ def main(cfg: Config, overrides: list[str]) -> None:
         if bad:
             log.warning("%d images could not be read and do not count, such as %s", len(bad), bad[0])
         if world.is_main:
-            _report(result, data.class_names, origin)
-            if of_run:
+            if of_run:  # before anything is printed: the reader of a pipe may go
                 write_json(
                     cfg.run_dir / "evaluation.json", _record(result, data.class_names, origin | {"bad_images": bad})
                 )
+            _report(result, data.class_names, origin)
 
 
 def _trained(cfg: Config, data: ImageSets, directory: Path) -> tuple[nn.Module, dict]:
@@ -129,13 +129,12 @@ def _report(result: Evaluation, names: list[str], origin: dict) -> None:
     rows.sort(key=lambda row: row[2])
     for name, n, top1, top5 in rows[:_MOST_CLASSES]:
         table.add_row(name, f"{n:,}", f"{top1:.1f}", f"{top5:.1f}")
-    console = Console()
-    console.print(table)
+    Console().print(table)
     if len(rows) > _MOST_CLASSES:
-        console.print(f"... and {len(rows) - _MOST_CLASSES} better classes")
+        say(f"... and {len(rows) - _MOST_CLASSES} better classes")
     row = result.row
-    console.print(f"top-1 {row['val/top1']:.2f} %  top-5 {row['val/top5']:.2f} %  loss {row['val/loss']:.4f}  ", end="")
-    console.print(f"({row['val/correct1']:,} and {row['val/correct5']:,} of {row['val/num_images']:,} images)")
+    counts = f"({row['val/correct1']:,} and {row['val/correct5']:,} of {row['val/num_images']:,} images)"
+    say(f"top-1 {row['val/top1']:.2f} %  top-5 {row['val/top5']:.2f} %  loss {row['val/loss']:.4f}  {counts}")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from alexnet_ddp import cli
@@ -30,6 +27,8 @@ from alexnet_ddp.costs.step import Step, Strategy, predict
 from alexnet_ddp.costs.sweep import Sweep, sweep
 from alexnet_ddp.distributed import choose_device
 from alexnet_ddp.model import build_model, without_weights
+from alexnet_ddp.printable import say
+from alexnet_ddp.terminal import Console, Table
 
 _MOST_ROWS = 8  # hybrids in the table, the fastest; all of them are in the JSON file
 
@@ -54,14 +53,13 @@ def main(cfg: PlanConfig, overrides: list[str]) -> None:
     swept = sweep(network, device, cluster, cfg.images)
     rows = [row(step, one, cfg) for step in steps]
     conclusion = [*conclude(steps, found, network, device), *crossing(network, swept, cfg.images)]
-    console = Console()
-    console.print(table(rows, cfg, found), f"{device.name}: {device.flops_per_s / 1e12:,.3g} TFLOP/s ({device.origin})")
-    for line in conclusion:
-        console.print(line, highlight=False, soft_wrap=True)
     if cfg.plot:
         draw(swept, cfg.images, cluster.world_size, Path(cfg.plot))
     if cfg.json:
         write_json(Path(cfg.json), record(cfg, network, device, cluster, rows) | {"conclusion": conclusion})
+    Console().print(table(rows, cfg, found))
+    for line in (f"{device.name}: {device.flops_per_s / 1e12:,.3g} TFLOP/s ({device.origin})", *conclusion):
+        say(line)
 
 
 def _check_file(knob: str, name: str | None, suffix: str) -> None:
@@ -142,7 +140,7 @@ def table(rows: list[dict], cfg: PlanConfig, found: Step | None) -> Table:
     shown = [r for r in rows if r in rows[:2] or r in hybrids]
     batch = f"{cfg.images} images each ({cfg.all_images:,}), {cfg.data.image_size} px"
     title = f"{cfg.nodes} x {cfg.gpus_per_node} ranks, {batch}"
-    made = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    made = Table(title=title, is_compact=True)
     made.add_column("\nstrategy", no_wrap=True)
     units = ("MB\nsent", "exposed\nms", "step\nms", "\nimages/s", "\neff.", "\nepoch", f"{cfg.epochs}\nepochs", "\nGB")
     for unit in units:

@@ -10,13 +10,13 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
 import glob
 import json
+import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from alexnet_ddp import cli
@@ -26,13 +26,17 @@ from alexnet_ddp.config import Config, ConfigError, DataConfig, PredictConfig
 from alexnet_ddp.data.decode import BadImage, centre_into
 from alexnet_ddp.data.effects import normalise
 from alexnet_ddp.data.image import read_file
-from alexnet_ddp.data.scan import SUFFIXES
+from alexnet_ddp.data.index import list_images
 from alexnet_ddp.distributed import choose_device
 from alexnet_ddp.errors import DataError
 from alexnet_ddp.model import build_model, load_checkpoint, without_weights
+from alexnet_ddp.terminal import Console, Table
 from alexnet_ddp.tracking import read_classes
 
+log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
+
 _BATCH = 64
+_MOST_NAMED = 5  # bad files in the last line; the others get a line each
 
 
 def main(ask: PredictConfig, overrides: list[str]) -> None:
@@ -51,27 +55,45 @@ def main(ask: PredictConfig, overrides: list[str]) -> None:
     for path, probabilities in _probabilities(model, paths, cfg.data, device, bad):
         top = probabilities.topk(min(ask.top_k, len(names)))
         found = [{"class": names[i], "probability": p} for p, i in zip(top.values.tolist(), top.indices.tolist())]
-        table.add_row(str(path), "  ".join(f"{entry['class']} {entry['probability']:.3f}" for entry in found))
-        lines.append(json.dumps({"image": str(path), "predictions": found}) + "\n")
-    if ask.output:
+        table.add_row(path, "  ".join(f"{entry['class']} {entry['probability']:.3f}" for entry in found))
+        lines.append(json.dumps({"image": path, "predictions": found}) + "\n")
+    if ask.output:  # before anything is printed: the reader of a pipe may go
         Path(ask.output).write_text("".join(lines))
     if lines:
         Console().print(table)
+    for line in bad[_MOST_NAMED:]:
+        log.warning(line)
     if bad:
-        raise DataError(f"{len(bad)} of {len(paths)} files are no images: {'; '.join(bad[:5])}")
+        raise DataError(f"{len(bad)} of {len(paths)} files are no images: {'; '.join(bad[:_MOST_NAMED])}")
 
 
-def find_images(pattern: str) -> list[Path]:
-    """The image files that a path, a directory (with what is below it) or a glob names, sorted. Raises DataError."""
-    path = Path(pattern)
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.lower().endswith(SUFFIXES))
+def find_images(pattern: str) -> list[str]:
+    """The images below a directory, as training finds them; or a file; or the files that a glob matches.
+
+    A file that is named, by itself or by a glob, is taken whatever its suffix. Raises DataError.
+    """
+    if os.path.isdir(pattern):
+        found, notes = list_images(pattern)
     else:
-        found = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(pattern, recursive=True))
-        found = [p for p in found if p.is_file()]
+        matched = [pattern] if os.path.lexists(pattern) else _matches(pattern)
+        found = [path for path in matched if os.path.isfile(path)]
+        others = [path for path in matched if not os.path.isfile(path)]
+        notes = [f"ignored {len(others):,} entries (not regular files), such as {others[0]}"] if others else []
     if not found:
-        raise DataError(f"images ({pattern}) names no image; give a file, a directory, or a glob in quotes")
+        why = f" ({'; '.join(notes)})" if notes else ""
+        raise DataError(f"images ({pattern}) names no image{why}; give a file, a directory, or a glob in quotes")
+    for note in notes:
+        log.warning(note)
     return found
+
+
+def _matches(pattern: str) -> list[str]:
+    """What a glob matches, sorted. Leading folders that exist are taken literally, brackets included."""
+    folder, rest = pattern, ""
+    while folder and not os.path.isdir(folder):
+        folder, name = os.path.split(folder)
+        rest = os.path.join(name, rest) if rest else name
+    return sorted(glob.glob(os.path.join(glob.escape(folder), rest), recursive=True))
 
 
 def _trained(cfg: Config, run_dir: Path) -> tuple[nn.Module, list[str]]:
@@ -87,14 +109,14 @@ def _trained(cfg: Config, run_dir: Path) -> tuple[nn.Module, list[str]]:
 
 @torch.inference_mode()
 def _probabilities(
-    model: nn.Module, paths: list[Path], cfg: DataConfig, device: torch.device, bad: list[str]
-) -> Iterator[tuple[Path, Tensor]]:
+    model: nn.Module, paths: list[str], cfg: DataConfig, device: torch.device, bad: list[str]
+) -> Iterator[tuple[str, Tensor]]:
     """Each readable image with its softmax, float [num_classes] on the CPU; the others go to `bad` with the reason."""
     for start in range(0, len(paths), _BATCH):
         shown, slots = [], np.empty((_BATCH, cfg.image_size, cfg.image_size, 3), np.uint8)
         for path in paths[start : start + _BATCH]:
             try:
-                centre_into(slots[len(shown)], read_file(str(path)), cfg.eval_resize)
+                centre_into(slots[len(shown)], read_file(path), cfg.eval_resize)
                 shown.append(path)
             except (BadImage, OSError) as error:
                 bad.append(f"{path}: {error}")

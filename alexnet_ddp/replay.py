@@ -24,6 +24,7 @@ from alexnet_ddp.data.sampler import GlobalBatchSampler, Work
 from alexnet_ddp.engine import TrainStep, cross_entropy
 from alexnet_ddp.model import set_dropout_keys
 from alexnet_ddp.precision import autocast
+from alexnet_ddp.printable import say
 from alexnet_ddp.resilience.health import Wish
 from alexnet_ddp.training import Training
 
@@ -45,7 +46,7 @@ def replay(cfg: Config, overrides: list[str]) -> None:
         loader, name = training.train_loader, training.data.train.name
         again = Replay(training.train_step, training.sampler, loader, training.lr, name, exact)
         for line in again.lines(record, training.state.step):
-            print(line, flush=True)
+            say(line)
         training.close()
 
 

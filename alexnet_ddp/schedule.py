@@ -17,6 +17,8 @@ from alexnet_ddp.config import (
     TrainerConfig,
 )
 
+_WARMUP_SHARE = 0.05  # of the run, if scheduler.warmup_epochs is null
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -55,7 +57,7 @@ class Budget:
 
 def build_lr_schedule(cfg: SchedulerConfig, base_lr: float, budget: Budget) -> Callable[[int], float]:
     """Return lr(step) for step in [0, budget.total_steps). Warm-up rises linearly and reaches base_lr at its end."""
-    warmup_steps = cfg.warmup_steps or round(cfg.warmup_epochs * budget.steps_per_epoch)
+    warmup_steps = count_warmup_steps(cfg, budget)
     decay = _decay(cfg, warmup_steps, budget)
 
     def lr(step: int) -> float:
@@ -64,6 +66,13 @@ def build_lr_schedule(cfg: SchedulerConfig, base_lr: float, budget: Budget) -> C
         return base_lr * decay(step)
 
     return lr
+
+
+def count_warmup_steps(cfg: SchedulerConfig, budget: Budget) -> int:
+    """Steps of the linear rise: as given, or a share of the run that holds for runs of any length."""
+    if cfg.warmup_epochs is None:
+        return cfg.warmup_steps or round(_WARMUP_SHARE * budget.total_steps)
+    return cfg.warmup_steps or round(cfg.warmup_epochs * budget.steps_per_epoch)
 
 
 def _decay(cfg: SchedulerConfig, warmup_steps: int, budget: Budget) -> Callable[[int], float]:

@@ -38,6 +38,7 @@ from alexnet_ddp.resilience.replicas import Replicas
 from alexnet_ddp.resilience.signals import StopSignal
 from alexnet_ddp.resilience.stragglers import Stragglers
 from alexnet_ddp.resilience.watchdog import Watchdog
+from alexnet_ddp.schedule import count_warmup_steps
 from alexnet_ddp.startup import before_exit
 from alexnet_ddp.tracking import RunInfo, RunStatus, build_tracker, headline, make_run_dir, run_status
 from alexnet_ddp.training import Training
@@ -274,7 +275,8 @@ class Run:
         parameters = self.training.parallel_model.num_parameters
         counts = (len(data.train), len(data.val), len(data.class_names))
         progress = f"step {self.state.step} of {budget.total_steps} ({budget.steps_per_epoch} an epoch)"
-        return headline(self.cfg, self.world, parameters, counts, progress)
+        warmup_steps = count_warmup_steps(self.cfg.scheduler, budget)
+        return headline(self.cfg, self.world, parameters, counts, warmup_steps, progress)
 
 
 if __name__ == "__main__":

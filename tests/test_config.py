@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -348,6 +349,56 @@ def test_the_header_of_an_experiment_says_its_command_and_what_to_expect(name):
 
 def test_the_demo_experiment_is_the_default():
     assert compose(["experiment=demo"]) == compose([])
+
+
+# --- the default recipe of each data choice ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "epochs", "lr", "min_scale"),
+    [("folder", 30, 0.025, 0.35), ("shards", 30, 0.025, 0.35), ("imagenet", 90, 0.1, 0.08)],
+)
+def test_own_images_get_a_recipe_of_their_own_and_not_the_demos(data, epochs, lr, min_scale):
+    cfg = compose([f"data={data}", "data.root=x"])
+    assert (cfg.trainer.epochs, cfg.augment.min_scale) == (epochs, min_scale)
+    assert cfg.optimizer.lr_at(cfg.trainer.global_batch_size) == pytest.approx(lr)
+    assert cfg.scheduler.warmup_epochs is None
+
+
+@pytest.mark.parametrize("data", ["folder", "shards", "imagenet"])
+def test_the_values_of_the_default_recipe_belong_to_its_own_optimizer_and_augmentation(data):
+    cfg = compose([f"data={data}", "data.root=x", "optimizer=adamw", "augment=none"])
+    demo = compose(["optimizer=adamw", "augment=none"])
+    assert (cfg.optimizer, cfg.augment) == (demo.optimizer, demo.augment)
+    assert cfg.trainer.epochs == compose([f"data={data}", "data.root=x"]).trainer.epochs
+
+
+def test_the_command_line_and_an_experiment_win_over_the_default_recipe():
+    own = ["data=folder", "data.root=x"]
+    cfg = compose([*own, "optimizer.lr=0.3", "trainer.epochs=3", "scheduler.warmup_epochs=1"])
+    assert (cfg.optimizer.lr, cfg.trainer.epochs, cfg.scheduler.warmup_epochs) == (0.3, 3, 1)
+    assert compose([*own, "scheduler.warmup_steps=7"]).scheduler.warmup_steps == 7
+    experiment = compose(["experiment=alexnet", *own])
+    published = compose(["experiment=alexnet", "data.root=x"])
+    assert replace(experiment, data=published.data) == published
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ("", "demo"),
+        ("model=torchvision model.name=resnet18", "demo-resnet18"),
+        ("data=folder data.root=/a/photos/", "photos-alexnet_small"),
+        ("data=imagenet data.root=/ model=alexnet_bn", "data-alexnet_bn"),
+        ("data=shards data.root='s3://me:CANARY@host/my set?key=CANARY'", "my-set-alexnet_small"),
+        ("data=shards data.root='s3://me:CANARY@host'", "host-alexnet_small"),
+        ("data=synthetic", "synthetic-alexnet_small"),
+        (f"data=folder data.root={'x' * 300} model=torchvision model.name=a/b", f"{'x' * 60}-a-b"),
+        ("data=folder data.root=x run.name=mine", "mine"),
+    ],
+)
+def test_a_run_without_a_name_is_named_after_its_data_and_its_network(overrides, name):
+    assert compose(re.findall(r"(?:'[^']*'|\S)+", overrides)).run.name == name
 
 
 @pytest.mark.parametrize(

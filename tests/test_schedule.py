@@ -5,7 +5,7 @@ import math
 import pytest
 
 from alexnet_ddp.config import ConstantConfig, CosineConfig, PolyConfig, SchedulerConfig, StepDecayConfig, TrainerConfig
-from alexnet_ddp.schedule import Budget, build_lr_schedule
+from alexnet_ddp.schedule import Budget, build_lr_schedule, count_warmup_steps
 
 BASE = 0.4
 TOTAL = 1000  # 10 epochs of 100 steps
@@ -47,6 +47,13 @@ def test_cosine_goes_from_one_over_a_half_towards_its_floor():
     floored = lr(CosineConfig(min_lr_ratio=0.1))
     assert floored(500) == pytest.approx(BASE * 0.55)
     assert floored(999) == pytest.approx(BASE * 0.1, rel=1e-4)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 5), (3, 15), (90, 450)])
+def test_a_warm_up_that_is_null_is_5_percent_of_a_run_of_any_length(epochs, steps):
+    budget = Budget.plan(TrainerConfig(epochs=epochs, global_batch_size=64), 100)
+    assert count_warmup_steps(CosineConfig(warmup_epochs=None), budget) == steps
+    assert count_warmup_steps(CosineConfig(warmup_epochs=None, warmup_steps=7), budget) == 7
 
 
 def test_poly_falls_with_its_power():

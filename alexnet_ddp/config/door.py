@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from alexnet_ddp.config import Config, PlanConfig, PredictConfig, PrepareConfig
 from alexnet_ddp.config.advice import in_other_choices
 from alexnet_ddp.config.checks import check_finite, check_value, require
+from alexnet_ddp.config.name import derived_name
 from alexnet_ddp.config.schema import store
 from alexnet_ddp.errors import ConfigError
 
@@ -23,6 +24,8 @@ def to_config(cfg: DictConfig) -> Config | PlanConfig | PredictConfig | PrepareC
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ConfigError(f"{missing[0]} is required and has no value; give it on the command line: {missing[0]}=...")
+    if "run" in cfg and "data" in cfg and cfg.run.name is None:
+        cfg.run.name = derived_name(cfg)
     _refuse_unknown(cfg, "", OmegaConf.get_type(cfg))
     for path, value in _leaves(OmegaConf.to_container(cfg, resolve=True), ""):
         check_value(path, value)

@@ -151,12 +151,12 @@ class LARSConfig(OptimizerConfig):
 class SchedulerConfig:
     """The rate first rises linearly from 0: for so many epochs, or for so many steps."""
 
-    warmup_epochs: float = 0.0
+    warmup_epochs: float | None = 0.0  # null: 5 % of the run, unless warmup_steps is given
     warmup_steps: int = 0
 
     def __post_init__(self) -> None:
         epochs, steps = self.warmup_epochs, self.warmup_steps
-        require(epochs >= 0, f"scheduler.warmup_epochs ({epochs}) must be at least 0")
+        require(epochs is None or epochs >= 0, f"scheduler.warmup_epochs ({epochs}) must be at least 0")
         require(steps >= 0, f"scheduler.warmup_steps ({steps}) must be at least 0")
         rule = "exclude each other; set one of them to 0"
         require(

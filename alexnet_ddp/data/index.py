@@ -146,6 +146,15 @@ def index_folder(root: Path, split: str, order: ClassOrder = BY_NAME) -> SampleI
     return SampleIndex(scan.from_json(found["classes"]), found["labels"], _store(top, found), names)
 
 
+def list_images(top: str) -> tuple[list[str], list[str]]:
+    """(the images below the folder `top`, notes about what was left out), by the rules that training follows."""
+    try:
+        listed = _list_class(top.rstrip("/") or "/")
+    except OSError as error:
+        raise DataError(f"{error.filename or top} cannot be read ({error.strerror}); check its permissions") from error
+    return listed.paths, listed.ignored.notes()
+
+
 def _store(top: Path, found: scan.Arrays) -> FileStore:
     return FileStore(str(top), found["blob"], found["ends"], found["sizes"])
 

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from alexnet_ddp.printable import printable
+
 # torchvision's ImageFolder takes the same ones.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -75,11 +77,10 @@ def listed(names: list[str]) -> str:
 
 def watched(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """Pass `items` on. If that takes more than a second, and stderr is a terminal, a progress bar shows it."""
-    from rich.console import Console  # slow to import
-    from rich.progress import Progress
+    from alexnet_ddp.terminal import progress_bar  # slow to import
 
-    bar = Progress(console=Console(stderr=True), transient=True)
-    task, begin = bar.add_task(what, total=total), time.monotonic()
+    bar = progress_bar()
+    task, begin = bar.add_task(printable(what), total=total), time.monotonic()
     try:
         for item in items:
             yield item

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from alexnet_ddp.atomic import write_json
 from alexnet_ddp.errors import PeerLost, leave_code
+from alexnet_ddp.printable import say
 from alexnet_ddp.resilience.beacon import WAITING, Beacon, Sighting
 
 _LOOK_EVERY_S = 0.2
@@ -104,7 +105,7 @@ def _end(rank: Watched, seen: Sighting, cause: str, began: float) -> None:
         stacks.write_bytes(written)
         failure = Failure(**{**asdict(failure), "stacks": str(stacks)})
     except OSError as error:
-        print(f"alexnet_ddp: {stacks} could not be written: {error}", file=sys.stderr)
+        say(f"alexnet_ddp: {stacks} could not be written: {error}", sys.stderr)
     _tell(rank, failure, began)
     leave_code(PeerLost.exit_code)
     os.kill(rank.pid, signal.SIGKILL)
@@ -113,13 +114,13 @@ def _end(rank: Watched, seen: Sighting, cause: str, began: float) -> None:
 def _tell(rank: Watched, failure: Failure, began: float) -> None:
     """Say it, and write failure.json, unless another rank has said since `began` what went wrong."""
     path = Path(rank.run_dir) / "failure.json"
-    print(failure.line(), file=sys.stderr, flush=True)
+    say(failure.line(), sys.stderr)
     try:
         if not (path.exists() and path.stat().st_mtime > began):
             now = datetime.now(UTC).isoformat(timespec="seconds")
             write_json(path, {**asdict(failure), "time": now})
     except OSError as error:  # the disk may be what is wrong
-        print(f"alexnet_ddp: {path} could not be written: {error}", file=sys.stderr)
+        say(f"alexnet_ddp: {path} could not be written: {error}", sys.stderr)
 
 
 def _is_stopped(pid: int) -> bool:

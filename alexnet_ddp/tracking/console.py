@@ -3,15 +3,18 @@
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
-from rich.console import Console as RichConsole
 from rich.console import Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TimeElapsedColumn
 from rich.text import Text
 
+from alexnet_ddp.printable import printable, say
 from alexnet_ddp.redact import redact
+from alexnet_ddp.terminal import BarColumn, MofNCompleteColumn, TimeRemainingColumn, column
+from alexnet_ddp.terminal import Console as TerminalConsole
 
 
 class Console(Protocol):
@@ -45,12 +48,8 @@ class PlainConsole:
         return
 
     def say(self, text: str) -> None:
-        try:
-            print(redact(text), flush=True)
-        except BrokenPipeError:  # the reader of a pipe has gone: the run goes on, unseen, also by Python's last flush
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except OSError:  # a full disk, for a while
-            return
+        with suppress(OSError):  # a full disk, for a while
+            say(redact(text))
 
     def close(self, exit_code: int) -> None:
         return
@@ -64,11 +63,11 @@ class BarConsole:
         self._steps_per_epoch = max(1, steps_per_epoch)
         self._train = self._eval = ""
         self._gone = False
-        remaining = (TextColumn("ETA"), TimeRemainingColumn())
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
+        remaining = (column("ETA"), TimeRemainingColumn())
+        columns = (column("step"), MofNCompleteColumn(), BarColumn(), column("{task.description}"))
         self._bar = Progress(*columns, TimeElapsedColumn(), *remaining, speed_estimate_period=60)
         self._task = self._bar.add_task("", total=total_steps, completed=start_step)
-        self._console = RichConsole(highlight=False, markup=False, emoji=False)
+        self._console = TerminalConsole()
         self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
 
     def _render(self) -> Group:
@@ -94,7 +93,7 @@ class BarConsole:
             self._show(lambda: self._console.show_cursor(True))  # Live hides it; a killed process could not undo that
 
     def say(self, text: str) -> None:
-        self._show(lambda: self._console.print(Text(redact(text)), soft_wrap=True))
+        self._show(lambda: self._console.print(Text(printable(redact(text))), soft_wrap=True))
 
     def close(self, exit_code: int) -> None:
         self._show(self._live.stop)

@@ -5,14 +5,14 @@ import json
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from alexnet_ddp.data.packing.commit import duplicates
 from alexnet_ddp.data.packing.report import committed, names_of
 from alexnet_ddp.data.scan import listed
 from alexnet_ddp.data.shard_index import ShardIndex
 from alexnet_ddp.data.storage import Storage
+from alexnet_ddp.printable import say
+from alexnet_ddp.terminal import Console, Table
 
 _SHOWN = 5  # groups of duplicates
 
@@ -26,7 +26,7 @@ def stats(root: str) -> None:
     table = Table("", *columns)
     for row in next(iter(columns.values())):
         table.add_row(row, *(column[row] for column in columns.values()))
-    print(root)
+    say(root)
     Console().print(table)
     for split, it in found.items():
         _say(f"{split}: {len(it['duplicates']):,} images are there more than once", it["duplicates"])
@@ -69,11 +69,11 @@ def _numbers(values: list[float]) -> str:
 
 
 def _say(line: str, groups: list[list[str]]) -> None:
-    print(line)
+    say(line)
     for group in groups[:_SHOWN]:
-        print(f"  {listed(group)}".encode(errors="backslashreplace").decode())
+        say(f"  {listed(group)}")
     if len(groups) > _SHOWN:
-        print(f"  and {len(groups) - _SHOWN:,} more groups, in SPLIT.stats.json")
+        say(f"  and {len(groups) - _SHOWN:,} more groups, in SPLIT.stats.json")
 
 
 def _across_splits(storage: Storage, index: ShardIndex) -> None:
@@ -82,7 +82,7 @@ def _across_splits(storage: Storage, index: ShardIndex) -> None:
     for k, split in enumerate(index.splits):
         content = _contents(storage, split, index.splits[split])
         if content is None:
-            print(f"duplicates across splits: unknown, since the sidecars of {split} in _state/ are gone")
+            say(f"duplicates across splits: unknown, since the sidecars of {split} in _state/ are gone")
             return
         contents.append(content)
         names += [f"{split}:{name}" for name in names_of(storage, split)]

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from alexnet_ddp.data.classes import class_difference
 from alexnet_ddp.data.scan import listed
 from alexnet_ddp.data.shard_index import INDEX, ShardIndex, read_index
 from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.errors import DataError
+from alexnet_ddp.printable import say
+from alexnet_ddp.terminal import Console, Table
 
 
 def committed(root: Storage) -> ShardIndex:
@@ -38,20 +37,20 @@ def summary(root: str) -> None:
             f"{entry['bytes'] / 1e6:,.1f}",
             f"{entry['quarantined']:,}",
         )
-    print(root)
+    say(root)
     Console().print(table)
     for split, entry in index.splits.items():
         recipe = " ".join(f"{name}={value}" for name, value in entry["recipe"].items() if value is not None)
-        print(f"{split}: {recipe}")
+        say(f"{split}: {recipe}")
         if entry["quarantined"]:
-            print(f"{split}: bad images were left out, see {root}/{split}.quarantine.jsonl")
+            say(f"{split}: bad images were left out, see {root}/{split}.quarantine.jsonl")
 
 
 def inspect(root: str) -> None:
     summary(root)
     for split, entry in committed(Storage(root)).splits.items():
         counts = [shard["images"] for shard in entry["shards"]]
-        print(f"{split}: {min(counts):,} to {max(counts):,} images a shard; written by {entry['encoder']}")
+        say(f"{split}: {min(counts):,} to {max(counts):,} images a shard; written by {entry['encoder']}")
 
 
 def diff(root: str, other: str) -> None:
@@ -62,7 +61,7 @@ def diff(root: str, other: str) -> None:
     one, two = Storage(root), Storage(other)
     mine, theirs = committed(one), committed(two)
     if mine == theirs:
-        print(f"{root} and {other} are identical, byte for byte")
+        say(f"{root} and {other} are identical, byte for byte")
         return
     lines = []
     if mine.classes != theirs.classes:
@@ -74,7 +73,8 @@ def diff(root: str, other: str) -> None:
     lines += [f"only other has {split}" for split in theirs.splits.keys() - mine.splits.keys()]
     for split in sorted(mine.splits.keys() & theirs.splits.keys()):
         lines += [f"{split}: {line}" for line in _split_differences(one, two, mine.splits[split], theirs.splits[split])]
-    print("\n".join(lines).encode(errors="backslashreplace").decode())
+    for line in lines:
+        say(line)
     raise DataError(f"{root} and {other} differ")
 
 

@@ -18,6 +18,7 @@ from alexnet_ddp.data.sets import colour_basis
 from alexnet_ddp.data.shards import open_split
 from alexnet_ddp.data.storage import Storage, absolute
 from alexnet_ddp.errors import DataError
+from alexnet_ddp.printable import say
 
 _COLUMNS, _ROWS = 8, 6
 _GAP, _LINE, _HEAD = 10, 20, 34  # pixels: between cells, of a class name, of the title
@@ -43,7 +44,7 @@ def sheet(cfg: PrepareConfig) -> None:
         Path(target).write_bytes(out.getvalue())
     else:
         Storage(folder).write(name, out.getvalue())
-    print(target)
+    say(target)
 
 
 def draw(pixels: list[np.ndarray | None], names: list[str], title: str) -> Image.Image:

@@ -14,6 +14,7 @@ from alexnet_ddp.data.packing.watch import Engine, watched
 from alexnet_ddp.data.scan import listed
 from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.errors import DataError
+from alexnet_ddp.printable import say
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def verify(root: str, engine: Engine) -> None:
         remedy = "the command that prepared them writes them again"
         raise DataError(f"{root}: {listed(sorted(set(broken)))} broken; {remedy}")
     total = sum(entry["bytes"] for entry in index.splits.values())
-    print(f"{root}: {len(checks):,} shards, {total / 1e6:,.1f} MB: every byte is what was written")
+    say(f"{root}: {len(checks):,} shards, {total / 1e6:,.1f} MB: every byte is what was written")
 
 
 def check_shard(check: Check) -> dict[str, Any]:
