@@ -93,7 +93,14 @@ def _matches(pattern: str) -> list[str]:
     while folder and not os.path.isdir(folder):
         folder, name = os.path.split(folder)
         rest = os.path.join(name, rest) if rest else name
-    return sorted(glob.glob(os.path.join(glob.escape(folder), rest), recursive=True))
+    found = sorted(glob.glob(os.path.join(glob.escape(folder), rest), recursive=True))
+    for path in found if "**" in rest else ():
+        parents = [os.path.realpath(parent) for parent in Path(os.path.abspath(path)).parents]
+        if len(set(parents)) < len(parents):  # glob follows such a link 40 times
+            raise DataError(
+                f"{path} is below a link to a folder that contains it; remove that link, or name the folders"
+            )
+    return found
 
 
 def _trained(cfg: Config, run_dir: Path) -> tuple[nn.Module, list[str]]:

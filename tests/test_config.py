@@ -347,6 +347,15 @@ def test_the_header_of_an_experiment_says_its_command_and_what_to_expect(name):
     assert "Expected" in text
 
 
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_takes_the_place_of_the_default_recipe(name):
+    cfg = compose(
+        [f"experiment={name}", "data.root=somewhere"] if name not in ("demo", "smoke") else [f"experiment={name}"]
+    )
+    assert cfg.scheduler.warmup_epochs is not None
+    assert not getattr(cfg.optimizer, "nesterov", False)
+
+
 def test_the_demo_experiment_is_the_default():
     assert compose(["experiment=demo"]) == compose([])
 
@@ -367,9 +376,9 @@ def test_own_images_get_a_recipe_of_their_own_and_not_the_demos(data, epochs, lr
 
 @pytest.mark.parametrize("data", ["folder", "shards", "imagenet"])
 def test_the_values_of_the_default_recipe_belong_to_its_own_optimizer_and_augmentation(data):
-    cfg = compose([f"data={data}", "data.root=x", "optimizer=adamw", "augment=none"])
-    demo = compose(["optimizer=adamw", "augment=none"])
-    assert (cfg.optimizer, cfg.augment) == (demo.optimizer, demo.augment)
+    cfg = compose([f"data={data}", "data.root=x", "optimizer=adamw", "scheduler=step", "augment=none"])
+    demo = compose(["optimizer=adamw", "scheduler=step", "augment=none"])
+    assert (cfg.optimizer, cfg.scheduler, cfg.augment) == (demo.optimizer, demo.scheduler, demo.augment)
     assert cfg.trainer.epochs == compose([f"data={data}", "data.root=x"]).trainer.epochs
 
 

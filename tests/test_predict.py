@@ -49,6 +49,11 @@ def test_a_folder_that_links_to_itself_is_refused(photos):
     os.symlink("..", "photos/sub/up")
     with pytest.raises(DataError, match="links to a folder that contains it, without end; remove that link"):
         find_images("photos")
+    with pytest.raises(DataError, match="is below a link to a folder that contains it; remove that link"):
+        find_images("photos/**/*.jpg")
+    os.unlink("photos/sub/up")
+    assert find_images("photos/**/*.jpeg") == ["photos/sub/c.jpeg"]
+    assert find_images(f"{os.getcwd()}/./photos/**/*.jpeg") == [f"{os.getcwd()}/./photos/sub/c.jpeg"]
 
 
 @pytest.mark.parametrize("name", ["photos/e.jfif", "photos/._a.jpg", "photos/notes.txt", "./photos/a.jpg"])
