@@ -15,14 +15,16 @@ venv=.venv/bin/python
 folder=$(mktemp -d "${TMPDIR:-/tmp}/alexnet_ddp.newest.XXXXXX")
 trap 'rm -rf "$folder"' EXIT
 
-# Upper bounds of pyproject.toml hold: a version beyond them is not supported yet.
+# Upper bounds of pyproject.toml hold: a version beyond them is not supported yet. A lower bound with .dev0 makes pip
+# accept pre-releases of this package; --pre would accept those of everything that these packages need, too.
 "$venv" - "${packages[@]}" >"$folder/requirements.txt" <<'PYTHON'
 import re, sys, tomllib
 
 listed = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]
-print(*(line for line in listed if re.match(r"[\w-]+", line)[0] in sys.argv[1:]), sep="\n")
+wanted = [line for line in listed if re.match(r"[\w-]+", line)[0] in sys.argv[1:]]
+print(*(re.sub(r">=([\d.]+)", r">=\1.dev0", line) for line in wanted), sep="\n")
 PYTHON
-PIP_ROOT_USER_ACTION=ignore "$venv" -m pip install --quiet --disable-pip-version-check --no-input --pre --upgrade \
+PIP_ROOT_USER_ACTION=ignore "$venv" -m pip install --quiet --disable-pip-version-check --no-input --upgrade \
   --target "$folder/packages" --requirement "$folder/requirements.txt"
 
 # The environment sees the upgraded packages first, then this checkout and the packages of .venv.
