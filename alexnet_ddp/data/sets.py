@@ -119,15 +119,22 @@ def _synthetic(cfg: SyntheticConfig, n: int) -> SampleIndex:
 
 
 def colour_basis(root: Storage) -> tuple[np.ndarray, np.ndarray] | None:
-    """(eigenvalues [3], eigenvectors [3, 3] as columns) of the RGB values in [0, 1] of the packed training images."""
+    """(eigenvalues [3], eigenvectors [3, 3] as columns) of the RGB values in [0, 1] of the packed training images.
+
+    None with a warning if their file is gone. Raises DataError if it is from another preparation.
+    """
     name = "train.stats.json"
     try:
         content = root.read(name)
-        index = read_index(root)
-        if index is not None:
-            check_file(root, name, index.splits["train"], hashlib.sha256(content).hexdigest())
+    except OSError as error:
+        log.warning("%s cannot be read (%s): colour noise is ImageNet's", root.path(name), error)
+        return None
+    index = read_index(root)
+    if index is not None:
+        check_file(root, name, index.splits["train"], hashlib.sha256(content).hexdigest())
+    try:
         found = json.loads(content)
         return np.array(found["eigenvalues"]), np.array(found["eigenvectors"])
-    except (OSError, ValueError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         log.warning("%s cannot be read (%s): colour noise is ImageNet's", root.path(name), error)
         return None
