@@ -1,6 +1,8 @@
 """Class names: the order of the labels, and names that only look the same."""
 
+import json
 import logging
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from alexnet_ddp.data.sets import ImageSets, open_data
 from alexnet_ddp.errors import DataError
 from tests.archives import extract, lay_out, make_archives
 from tests.packing import act, pack
+from tests.test_train import SMALL, run
 
 NUMBERS = ["1", "2", "10", "11"]
 
@@ -180,3 +183,29 @@ def test_each_comparison_of_class_names_knows_unicode_forms(tmp_path, caplog):
     caplog.clear()
     open_data(FolderConfig(root=str(root)))
     assert f"several classes are named {CAFE}, in different Unicode forms" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_run_keeps_its_class_order_and_refuses_other_images_of_the_same_count(tmp_path, image_folder):
+    root, classes = Path(shutil.copytree(image_folder, tmp_path / "data")), [f"class{k}" for k in (3, 1, 4, 0, 2)]
+    stated(tmp_path, *classes)
+    common = ["data=folder", "data.root=data", "run.name=a", *SMALL[2:], "data.image_size=64"]
+    common += ["trainer.global_batch_size=24", "data.class_order=order.txt"]
+    done = run("train", *common, "trainer.max_steps=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert json.loads((tmp_path / "runs/a/classes.json").read_bytes())["ids"] == classes
+    (tmp_path / "order.txt").unlink()
+    done = run("evaluate", "run.name=a", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert list(json.loads((tmp_path / "runs/a/evaluation.json").read_bytes())["per_class"]) == classes
+    stated(tmp_path, *sorted(classes))
+    done = run("train", *common, "trainer.max_steps=2", cwd=tmp_path)
+    assert done.returncode == 64, done.stdout
+    stated(tmp_path, *classes)
+    some = sorted((root / "train/class1").iterdir())[0]
+    some.write_bytes(sorted((root / "train/class1").iterdir())[1].read_bytes())
+    done = run("train", *common, "trainer.max_steps=2", cwd=tmp_path)
+    assert done.returncode == 64, done.stdout
+    assert "v2:" in done.stdout
+    done = run("train", *common, "trainer.max_steps=2", "resume.allow_changes=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout

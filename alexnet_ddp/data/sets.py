@@ -1,6 +1,5 @@
 """What a run trains on, and what it is evaluated on: any `data=` choice becomes two indices."""
 
-import hashlib
 import json
 import logging
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from alexnet_ddp.data.classes import BY_NAME, NAME, ClassOrder, numeric_order_no
 from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.index import SampleIndex, check_same_classes, index_folder
 from alexnet_ddp.data.scan import listed
-from alexnet_ddp.data.shard_check import check_file
-from alexnet_ddp.data.shard_index import read_index
 from alexnet_ddp.data.shards import open_shards
 from alexnet_ddp.data.storage import Storage, absolute
 
@@ -120,14 +117,9 @@ def _synthetic(cfg: SyntheticConfig, n: int) -> SampleIndex:
 
 def colour_basis(root: Storage) -> tuple[np.ndarray, np.ndarray] | None:
     """(eigenvalues [3], eigenvectors [3, 3] as columns) of the RGB values in [0, 1] of the packed training images."""
-    name = "train.stats.json"
     try:
-        content = root.read(name)
-        index = read_index(root)
-        if index is not None:
-            check_file(root, name, index.splits["train"], hashlib.sha256(content).hexdigest())
-        found = json.loads(content)
+        found = json.loads(root.read("train.stats.json"))
         return np.array(found["eigenvalues"]), np.array(found["eigenvectors"])
     except (OSError, ValueError, KeyError) as error:
-        log.warning("%s cannot be read (%s): colour noise is ImageNet's", root.path(name), error)
+        log.warning("%s cannot be read (%s): colour noise is ImageNet's", root.path("train.stats.json"), error)
         return None

@@ -33,7 +33,7 @@ def check_split(storage: Storage, entry: dict[str, Any], split: str, samples: np
     """
 
     def build(stamps: scan.Stamps) -> scan.Arrays:
-        small = [f"{split}.samples.npy", f"{split}.names.txt"]
+        small = [f"{split}.samples.npy", f"{split}.names.txt", *stats_of(storage, split)]
         shards = [storage.path(shard["name"]) for shard in entry["shards"]]
         stamps |= {path: scan.stamp(path) for path in (*map(storage.path, small), *shards)}
         for name in small:
@@ -50,6 +50,12 @@ def check_split(storage: Storage, entry: dict[str, Any], split: str, samples: np
         scan.cached("shards", Path(storage.path(f"{split}.samples.npy")), build, what)
     except OSError as error:
         raise DataError(f"{error.filename or storage.root} cannot be read ({error.strerror}); {REMEDY}") from error
+
+
+def stats_of(storage: Storage, split: str) -> list[str]:
+    """The file of the colours, if it is there: training does without it, but not with another preparation's."""
+    name = f"{split}.stats.json"
+    return [name] if storage.size(name) is not None else []
 
 
 def check_file(storage: Storage, name: str, entry: dict[str, Any], sha256: str) -> None:

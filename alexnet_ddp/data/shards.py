@@ -23,7 +23,7 @@ import numpy as np
 from alexnet_ddp.config import ConfigError, ShardsConfig, Shuffle
 from alexnet_ddp.data.cache import NodeCache
 from alexnet_ddp.data.index import SampleIndex
-from alexnet_ddp.data.shard_check import REMEDY, check_split, wrong_shards
+from alexnet_ddp.data.shard_check import REMEDY, check_file, check_split, stats_of, wrong_shards
 from alexnet_ddp.data.shard_index import INDEX, ShardIndex, read_index
 from alexnet_ddp.data.storage import Storage, absolute
 from alexnet_ddp.data.tars import pread, will_need
@@ -217,6 +217,8 @@ def open_split(storage: Storage, index: ShardIndex, split: str, cache: NodeCache
         check_split(storage, entry, split, samples)
     else:
         _refresh(cache, files, samples)
+        for small in stats_of(storage, split):
+            check_file(storage, small, entry, storage.sha256(small))
     raw_size = entry["recipe"]["size"] if entry["recipe"]["encoding"] == "raw" else None
     return SampleIndex(
         index.classes, np.ascontiguousarray(samples["label"]), ShardStore(files, samples, raw_size),
