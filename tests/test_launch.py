@@ -206,6 +206,32 @@ def test_a_run_that_is_stopped_before_it_can_listen_is_stopped_and_has_not_faile
     assert code == 75
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="sees through /proc what a process catches")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_stop_before_anything_listens_is_one_line_and_no_trace(launcher, number):
+    starts = f"import signal, time; open({str(launcher.record / 'ready')!r}, 'w'); time.sleep(20)"  # has no handler yet
+    launcher.put("torchrun_python", text=f"""[[ $1 != -c ]] || exit 0; exec '{sys.executable}' -c "{starts}" """)
+    process = launcher.start("launch/local.sh")
+    while not (launcher.record / "ready").exists():
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    line = "local.sh: stopped while it started; nothing is lost: start the same command again\n"
+    assert (process.returncode, errors) == (75, line)
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full 2>/dev/full"])
+def test_a_closed_or_full_stream_does_not_change_the_exit_code(launcher, streams):
+    command = ["bash", "-c", f"'{launcher.project}/launch/local.sh' {streams}"]
+    for code, env in ((70, {"FAKE_CODE": "70", "FAKE_EXIT": "1"}), (64, {"NPROC": "x"})):
+        done = subprocess.run(command, env=launcher.env | env, timeout=30, capture_output=True, check=False)
+        assert done.returncode == code
+
+
+def test_a_temporary_folder_that_cannot_be_written_is_replaced_by_another(launcher, tmp_path):
+    assert launcher.run("launch/local.sh", TMPDIR=str(tmp_path / "none"), FAKE_CODE="70", FAKE_EXIT="1") == (70, "")
+
+
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds left processes through /proc")
 def test_workers_that_outlive_torchrun_are_stopped_and_waited_for(launcher):
     assert launcher.run("launch/local.sh", FAKE_WORKER="1", FAKE_EXIT="137")[0] == 75
