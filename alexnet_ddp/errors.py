@@ -8,6 +8,8 @@ import re
 import sys
 from pathlib import Path
 
+from alexnet_ddp.printable import say
+
 
 def speaks_for_all() -> bool:
     """True in the process that prints what concerns all ranks."""
@@ -29,7 +31,7 @@ def leave_code(code: int) -> None:
         if (is_first and code != PeerLost.exit_code) or (code and not reason):
             file.write_text(f"{code}\n")
     except OSError as error:  # the process still ends with its own code
-        print(f"warning: {file} could not be written ({error.strerror}), so a launch script reports 1", file=sys.stderr)
+        say(f"warning: {file} could not be written ({error.strerror}), so a launch script reports 1", sys.stderr)
 
 
 def leave_start(step: int) -> None:

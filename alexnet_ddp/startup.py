@@ -33,11 +33,12 @@ def begin(command: str) -> None:
         return
     from alexnet_ddp.environment import read_ranks
     from alexnet_ddp.errors import ConfigError, leave_code
+    from alexnet_ddp.printable import say
 
     try:
         read_ranks(os.environ)
     except ConfigError as error:
-        print(f"alexnet_ddp: {error}", file=sys.stderr)
+        say(f"alexnet_ddp: {error}", sys.stderr)
         leave_code(error.exit_code)
         sys.exit(error.exit_code)
 
@@ -74,6 +75,7 @@ def _exit_when_stopped(reader: int, can_continue: bool) -> None:
 def _exit(number: int, can_continue: bool) -> None:
     """Exit now. Files are replaced by renaming, so none is left incomplete."""
     from alexnet_ddp.errors import Preempted, leave_code, speaks_for_all
+    from alexnet_ddp.printable import say
 
     line, code = f"stopped by {signal.Signals(number).name}", 128 + number
     if can_continue:
@@ -84,7 +86,7 @@ def _exit(number: int, can_continue: bool) -> None:
             action()
         leave_code(code)
         if speaks_for_all():
-            print(f"alexnet_ddp: {line}", file=sys.stderr, flush=True)
+            say(f"alexnet_ddp: {line}", sys.stderr)
     finally:
         os._exit(code)
 
@@ -146,8 +148,10 @@ class _NeverFailing(io.FileIO):
             return super().write(data)
         except OSError as error:
             if not self.has_failed and not isinstance(error, BrokenPipeError) and self.fileno() == 1:
+                from alexnet_ddp.printable import say
+
                 self.has_failed = True
-                print(f"warning: some output could not be written to stdout ({error.strerror})", file=sys.stderr)
+                say(f"warning: some output could not be written to stdout ({error.strerror})", sys.stderr)
             return len(data)
 
 

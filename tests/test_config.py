@@ -45,7 +45,8 @@ def header(path: Path) -> str:
 # --- knobs ------------------------------------------------------------------------------------------------------
 
 DATA_KEYS = (
-    "data.cache_dir, data.cache_gb, data.eval_resize, data.grow_epochs, data.image_size, data.limit_train, "
+    "data.cache_dir, data.cache_gb, data.class_order, data.eval_resize, data.grow_epochs, data.image_size, "
+    "data.limit_train, "
     "data.limit_val, data.max_bad_images, data.num_classes, data.num_threads, data.num_train, data.num_val, "
     "data.on_bad_image, data.root, data.shuffle, data.start_image_size, data.window_shards"
 )
@@ -402,7 +403,7 @@ def test_the_command_line_and_an_experiment_win_over_the_default_recipe():
         ("data=shards data.root='s3://me:CANARY@host/my set?key=CANARY'", "my-set-alexnet_small"),
         ("data=shards data.root='s3://me:CANARY@host'", "host-alexnet_small"),
         ("data=synthetic", "synthetic-alexnet_small"),
-        (f"data=folder data.root={'x' * 300} model=torchvision model.name=a/b", f"{'x' * 60}-a-b"),
+        (f"data=folder data.root={'x' * 200} model=torchvision model.name=a/b", f"{'x' * 60}-a-b"),
         ("data=folder data.root=x run.name=mine", "mine"),
     ],
 )

@@ -371,7 +371,7 @@ def test_advice_is_no_secret(advice):
 
 
 # Which commands read the options that a module's messages name.
-OWNERS = {"plan": ["plan"], "costs": ["plan", "train"], "prepare": ["prepare"], "packing": ["prepare", "train"]}
+OWNERS = {"plan": ["plan", "train"], "costs": ["plan", "train"], "prepare": ["prepare"], "packing": ["prepare", "train"]}
 OWNERS |= {"predict": ["predict", "train"], "doctor": ["doctor"], "examination": ["doctor", "prepare"]}
 
 
@@ -386,7 +386,7 @@ def test_every_option_that_a_message_names_exists(path):
     docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docs]
     for text in texts:
-        for option in named.findall(text) if isinstance(text, str) else []:
+        for option in named.findall(text) if isinstance(text, str) and " " in text else []:
             assert option in known or option.endswith((".py", ".json", ".npy", ".yaml")), f"{option} in {text!r}"
 
 

@@ -122,7 +122,7 @@ def one_line(error: Exception, root: type) -> str:
             if made is not None:
                 return made
     text = re.sub(
-        r"Config search path:(.|\n)*|Error when parsing index: .*|"  # the second one: from Hydra 1.4 on
+        r"Config search path:(?s:.*)|Error when parsing index: .*|"  # the second one: from Hydra 1.4 on
         r"To append to your (config|default).*|See https?:.*|(full_key|\w+_type)[=:].*",
         "",
         text,
@@ -151,7 +151,7 @@ def _joined(key: str, name: str) -> str:
 _MAINS = ("train", "evaluate", "predict", "plan", "prepare", "doctor", None)
 _LINES = [
     (
-        r"Could not override '(?P<key>[^']+)'(?:.|\n)*Key '(?P<name>[^']+)' not in '(?P<owner>\w+)'",
+        r"Could not override '(?P<key>[^']+)'(?s:.*?)Key '(?P<name>[^']+)' not in '(?P<owner>\w+)'",
         lambda found, root: in_other_choices(_joined(found["key"], found["name"]), found["owner"], root),
     ),
     (
@@ -159,17 +159,17 @@ _LINES = [
         r"Available options in '(?P<group>[^']+)':\n(?P<available>(?:\t.*\n?)+)",
         _missing_choice,
     ),
-    (r"Value '(?P<value>(?:.|\n)*)' (?:of type|is not a valid)(?:.|\n)*full_key: (?P<key>\S+)", _wrong_type),
-    (r"Invalid value '(?P<value>(?:.|\n)*)', expected one of(?:.|\n)*full_key: (?P<key>\S+)", _wrong_type),
+    (r"Value '(?P<value>(?s:.*?))' (?:of type|is not a valid)(?s:.*?)full_key: (?P<key>\S+)", _wrong_type),
+    (r"Invalid value '(?P<value>(?s:.*?))', expected one of(?s:.*?)full_key: (?P<key>\S+)", _wrong_type),
     (r"field '(?P<key>\S+)' is not Optional", _wrong_type),
     (
-        r"Interpolation key '(?P<to>[^']*)' not found(?:.|\n)*full_key: (?P<key>\S+)",
+        r"Interpolation key '(?P<to>[^']*)' not found(?s:.*?)full_key: (?P<key>\S+)",
         lambda found, root: (
             f"{found['key']} refers to {found['to']}, which is not a key; a literal ${{ is written \\${{"
         ),
     ),
     (
-        r"Environment variable '(?P<name>[^']*)' not found(?:.|\n)*full_key: (?P<key>\S+)",
+        r"Environment variable '(?P<name>[^']*)' not found(?s:.*?)full_key: (?P<key>\S+)",
         lambda found, root: f"{found['key']} refers to the environment variable {found['name']}, which is not set",
     ),
 ]

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError
 
-from alexnet_ddp.config.advice import no_value, one_value, unknown
+from alexnet_ddp.config.advice import no_value, one_value, type_line, unknown
 from alexnet_ddp.config.checks import require, shown
 from alexnet_ddp.config.schema import Option, group_names, groups, options, sections
 from alexnet_ddp.errors import ConfigError
@@ -22,6 +22,7 @@ from alexnet_ddp.errors import ConfigError
 _OVERRIDE = re.compile(r"(\+{0,2})([^=+~][^=]*)=(.*)", re.DOTALL)
 # Hydra's rule for a quoted value: backslashes count only before a quote.
 _QUOTED = re.compile(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)\"""", re.DOTALL)
+_LONGEST_NUMBER = 500  # characters; no number, boolean or name of a choice needs more
 _ITEM = re.compile(r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\$\{[^}]*\}|[^,])+""", re.DOTALL)
 
 
@@ -41,7 +42,7 @@ def to_hydra(override: str, root: type) -> str:
         require(not is_null, f"{key}=null is refused; choices: {', '.join(groups(root).get(key, ()))}")
         return _checked(f"{sign}{key}={_choice(value)}", root)
     if option is not None:
-        return _checked(f"{sign}{key}={_value(key, value, option)}", root)
+        return _checked(f"{sign}{key}={_value(key, value, option, root)}", root)
     is_mapping = key in sections(root) and value.lstrip().startswith("{")
     if is_mapping or "/" in key or "@" in key or (sign == "+" and "." not in key):
         return _checked(override, root)
@@ -88,7 +89,7 @@ def _choice(value: str) -> str:
     return value if in_grammar else quoted(value)
 
 
-def _value(key: str, value: str, option: Option) -> str:
+def _value(key: str, value: str, option: Option, root: type) -> str:
     is_null = value.lower() == "null"
     if is_null and (option.is_optional or not option.is_text):
         return value
@@ -101,6 +102,8 @@ def _value(key: str, value: str, option: Option) -> str:
     text = _unquoted(value)
     is_many = "," in value and text == value and "${" not in value and not option.is_text
     require(not is_many, one_value(key, value))
+    if len(text) > _LONGEST_NUMBER and not option.is_text and "${" not in text:
+        raise ConfigError(type_line(key, text, root))
     return quoted(text)
 
 

@@ -42,7 +42,7 @@ class Wandb(StrEnum):
 class RunConfig:
     """A run is its name: the same name is the same directory, and goes on where it was."""
 
-    name: str | None = None  # null: derived from the data and the model, see name.py
+    name: str = MISSING  # by default DATA-MODEL, see name.py
     root: str = "runs"  # the run's directory is root/name
 
     def __post_init__(self) -> None:
