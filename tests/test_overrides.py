@@ -371,7 +371,12 @@ def test_advice_is_no_secret(advice):
 
 
 # Which commands read the options that a module's messages name.
-OWNERS = {"plan": ["plan", "train"], "costs": ["plan", "train"], "prepare": ["prepare"], "packing": ["prepare", "train"]}
+OWNERS = {
+    "plan": ["plan", "train"],
+    "costs": ["plan", "train"],
+    "prepare": ["prepare"],
+    "packing": ["prepare", "train"],
+}
 OWNERS |= {"predict": ["predict", "train"], "doctor": ["doctor"], "examination": ["doctor", "prepare"]}
 
 

@@ -95,7 +95,8 @@ def nearest(key: str, root: type) -> list[str]:
     if begins and section not in sections(root) and section not in group_names(root):
         return begins[:3]
     found = [inside[name] for name in get_close_matches(leaf, inside, 1)]
-    found = found or get_close_matches(f"{section}.{leaf}" if section else leaf, names, 1, 0.75)
+    if not found and not inside:  # with a right section, its length alone would make any name similar
+        found = get_close_matches(f"{section}.{leaf}" if section else leaf, names, 1, 0.75)
     return found or [path for name in get_close_matches(leaf, leaves, 1, 0.75) for path in leaves[name]][:3]
 
 
