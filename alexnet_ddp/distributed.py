@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from alexnet_ddp.config import Device
-from alexnet_ddp.environment import num_usable_cores, read_ranks
+from alexnet_ddp.environment import num_usable_cores, read_ranks, refuse_lone_tasks
 from alexnet_ddp.errors import ConfigError, PeerFailed, PeerLost, RunError
 
 T = TypeVar("T")
@@ -57,6 +57,7 @@ def session(
     for each collective. Raises ConfigError where a device is asked for that is not there.
     """
     ranks = read_ranks(os.environ)
+    refuse_lone_tasks(os.environ)
     device = choose_device(device, ranks.local_rank)
     world = World(ranks.rank, ranks.local_rank, ranks.world_size, ranks.local_world_size, device)
     torch.set_num_threads(world.num_cores)  # torchrun's OMP_NUM_THREADS=1 would leave cores idle

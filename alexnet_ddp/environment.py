@@ -31,7 +31,10 @@ class Ranks:
 def read_ranks(env: Mapping[str, str]) -> Ranks:
     """Ranks from torchrun's variables; a world of one if RANK is not set. Raises ConfigError if they contradict."""
     if "RANK" not in env:
-        _refuse_tasks_without_rank(env)
+        for name, alone in (("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
+            if name in env and _number(env, name) != alone:
+                rule = "is set, but RANK is not"
+                raise ConfigError(f"{name} ({env[name]}) in the environment {rule}; {_LAUNCHERS}, or unset {name}")
         return Ranks()
     rank, world_size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
     alone = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"} if world_size == 1 else {}
@@ -50,12 +53,10 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
     return Ranks(rank, local_rank, world_size, local_world_size)
 
 
-def _refuse_tasks_without_rank(env: Mapping[str, str]) -> None:
-    """Several processes without RANK would each train alone, or wait for each other forever."""
-    for name, alone in (("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
-        if name in env and _number(env, name) != alone:
-            rule = "is set, but RANK is not"
-            raise ConfigError(f"{name} ({env[name]}) in the environment {rule}; {_LAUNCHERS}, or unset {name}")
+def refuse_lone_tasks(env: Mapping[str, str]) -> None:
+    """Raises ConfigError if srun or mpirun started several tasks without torchrun: each would run alone."""
+    if "RANK" in env:
+        return
     remedy = "start one task a node with launch/node.sh, as slurm/train.sbatch does, or one task for a run alone"
     for name, launcher in _NUM_TASKS.items():
         count = env.get(name, "")

@@ -31,12 +31,13 @@ def begin(command: str) -> None:
         end_with_parent()
     if command not in _FORMS_A_WORLD:
         return
-    from alexnet_ddp.environment import read_ranks
+    from alexnet_ddp.environment import read_ranks, refuse_lone_tasks
     from alexnet_ddp.errors import ConfigError, leave_code
     from alexnet_ddp.printable import say
 
     try:
         read_ranks(os.environ)
+        refuse_lone_tasks(os.environ)
     except ConfigError as error:
         say(f"alexnet_ddp: {error}", sys.stderr)
         leave_code(error.exit_code)

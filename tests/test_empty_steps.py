@@ -110,6 +110,7 @@ def test_local_sgd_and_a_hybrid_skip_a_step_too(tmp_path, more):
     assert rows(tmp_path / "runs")[-1]["train/num_skipped_steps"] == 1
 
 
+@pytest.mark.slow
 def test_a_skipped_step_changes_nothing_and_its_count_survives_a_resume(tmp_path):
     root, runs = make_images(tmp_path / "images"), tmp_path / "runs"
     spoil(root, 1)

@@ -7,17 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_ddp.environment import Ranks, num_usable_cores, read_ranks
+from alexnet_ddp.environment import Ranks, num_usable_cores, read_ranks, refuse_lone_tasks
 from alexnet_ddp.errors import ConfigError
 
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
 TORCHRUN |= {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 
 
+def check(env: dict[str, str]) -> None:
+    read_ranks(env)
+    refuse_lone_tasks(env)
+
+
 def test_torchruns_variables_are_the_ranks():
     assert read_ranks(TORCHRUN) == Ranks(1, 1, 4, 2)
     several_tasks = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "OMPI_COMM_WORLD_SIZE": "2"}
     assert read_ranks(TORCHRUN | several_tasks) == Ranks(1, 1, 4, 2)
+    refuse_lone_tasks(TORCHRUN | several_tasks)
     alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     assert read_ranks(alone) == Ranks()
 
@@ -33,6 +39,7 @@ def test_torchruns_variables_are_the_ranks():
     ],
 )
 def test_one_process_is_a_world_of_one(env):
+    refuse_lone_tasks(env)
     assert read_ranks(env) == Ranks()
 
 
@@ -65,7 +72,7 @@ def test_one_process_is_a_world_of_one(env):
 )  # fmt: skip
 def test_a_contradiction_is_refused_with_its_value_and_the_remedy(env, line):
     with pytest.raises(ConfigError) as error:
-        read_ranks(env)
+        check(env)
     assert str(error.value).startswith(line)
     assert "; start" in str(error.value)
 
