@@ -642,7 +642,7 @@ FREE = [
     *("data.on_bad_image=skip", "trainer.epochs=99", "trainer.max_steps=5", "trainer.micro_batch_size=4"),
     *("trainer.eval_batch_size=7", "trainer.compile=true", "trainer.log_every_steps=1", "trainer.eval_every_epochs=3"),
     *("checkpoint.keep_last=9", "checkpoint.save_every_steps=3", "resume.allow_changes=true", "logger.wandb=offline"),
-    *("logger.tensorboard=false", "logger.progress=false", "model.weights=some.file"),
+    *("logger.tensorboard=false", "logger.progress=false", "model.weights=some.file", "model.head=new"),
 ]
 FIXED = {
     "seed=1": "seed=1 (was 0)",

@@ -237,10 +237,8 @@ def test_evaluate_maps_classes_by_name_and_refuses_others(tmp_path, world, caplo
     model, _ = evaluate._trained(cfg, other_order(cfg), checkpoint)
     for name in HEAD:
         assert torch.equal(model.state_dict()[name], then[name].flip(0))
-    line = (
-        "the data has the same 3 classes in another order than the training: rows of the head follow their class names"
-    )
-    assert caplog.messages[-1] == line + "class names"
+    rule = "the data has the same 3 classes in another order than the training: "
+    assert caplog.messages[-1] == rule + "rows of the head follow their class names"
     by_run = weights_of_run("run:r", str(tmp_path / "runs"))
     assert by_run == weights_of_run(str(tmp_path / "runs/r"), "elsewhere") == str(checkpoint / "ema.safetensors")
     model, _ = evaluate._from_file(cfg, other_order(cfg), by_run)

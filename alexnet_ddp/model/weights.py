@@ -66,7 +66,7 @@ def fit(
     versions: as torch.save records them; MNASNet does not load without.
     """
     own = model.state_dict()
-    wrong = [name for name, t in weights.items() if name in own and t.shape != own[name].shape]
+    wrong = [name for name, t in own.items() if name in weights and t.shape != weights[name].shape]
     fitting = OrderedDict((name, t) for name, t in weights.items() if name not in wrong)
     for name, t in own.items():  # torch before 0.4.1 had no such counts
         if name.endswith("num_batches_tracked"):
