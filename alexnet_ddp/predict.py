@@ -77,7 +77,8 @@ def find_images(pattern: str) -> list[str]:
     else:
         matched = [pattern] if os.path.lexists(pattern) else _matches(pattern)
         found = [path for path in matched if os.path.isfile(path)]
-        others = [path for path in matched if not os.path.isfile(path)]
+        is_deep = "**" in pattern  # it matches folders on its way to the files
+        others = [p for p in matched if not os.path.isfile(p) and not (is_deep and os.path.isdir(p))]
         notes = [f"ignored {len(others):,} entries (not regular files), such as {others[0]}"] if others else []
     if not found:
         why = f" ({'; '.join(notes)})" if notes else ""
