@@ -23,6 +23,7 @@ from alexnet_ddp.redact import redact
 
 VARIABLES = ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "MASTER_ADDR", "MASTER_PORT")
 VARIABLES += ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+_ALONE = {"WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Facts:
 
 def look(cfg: Config, knobs: dict) -> Facts:
     """The facts of this rank. knobs: `cfg` as JSON's types."""
-    ranks = read_ranks(os.environ)
+    ranks = read_ranks(_ALONE | os.environ)  # what is missing is refused when the command starts
     device, name, count = _device(cfg, ranks.local_rank)
     return Facts(
         rank=ranks.rank,
