@@ -48,7 +48,6 @@ _HYDRAS = ("--config-name", "-cn", "--config-path", "-cp", "--run", "-r", "--she
 def run(root: str, story: Callable[[Config, list[str]], None]) -> None:
     """Compose conf/`root`.yaml with the command line, call story(config, overrides), and exit with the run's code."""
     show_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
     logger = logging.getLogger("alexnet_ddp")
     logger.setLevel(logging.INFO)
     logger.addHandler(_Say())
@@ -83,6 +82,7 @@ def _composed(root: str) -> list[tuple[DictConfig, list[str]]]:
     if options:
         shown = [to_hydra(part, ROOTS[root]) if "=" in part and part[0] != "-" else part for part in rest]
         sys.argv[1:] = shown + [f"--config-dir={own.config_dir}"] * (own.config_dir is not None)
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra.main() then raises its errors instead of printing them
         hydra.main(**HYDRA_BASE, config_path=str(CONF_DIR), config_name=root)(lambda cfg: None)()
         return []
     return [(_compose(root, rest, own.config_dir), rest)]

@@ -247,7 +247,7 @@ def test_evaluate_maps_classes_by_name_and_refuses_others(tmp_path, world, caplo
     _, names = predict._trained(cfg, tmp_path / "runs/r")
     assert names == ["a", "m", "q"]
     rename(data, "a", "z")
-    with pytest.raises(DataError, match=r"has other classes than run r was trained on, first of all \['a', 'z'\]"):
+    with pytest.raises(DataError, match=r"trained on: only run r has a; only data.root has z; give a root"):
         evaluate._trained(cfg, open_data(cfg.data), checkpoint)
     with pytest.raises(ConfigError, match=r"has other classes than the data: 2 kept \(m, q\), 1 dropped \(a\), 1 new"):
         evaluate._from_file(cfg, open_data(cfg.data), by_run)

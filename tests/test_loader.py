@@ -25,6 +25,7 @@ from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.decode import centre_into, crop_into, size_of
 from alexnet_ddp.data.effects import Effects
 from alexnet_ddp.data.fill import Skipped
+from alexnet_ddp.data.image import FORMATS
 from alexnet_ddp.data.index import index_folder
 from alexnet_ddp.data.loader import Loader, build_loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler, Work, evaluation_work
@@ -451,9 +452,10 @@ def gone(index, i: int) -> Path:
 def test_a_bad_image_is_a_data_error_with_path_reason_and_remedy(damaged, augment):
     loader, index = real_loader(damaged, augment=augment)
     remedy = "remove or mend it, or leave it out with data.on_bad_image=skip"
+    formats = ", ".join(FORMATS)
     vanished = gone(index, 30)
     for i, message in {
-        11: f"{index.name(11)}: not an image (UnidentifiedImageError); {remedy}",
+        11: f"{index.name(11)}: not an image (UnidentifiedImageError); accepted formats are {formats}; {remedy}",
         12: f"{index.name(12)}: damaged: image file is truncated",
         30: f"{vanished} cannot be read (No such file or directory)",
     }.items():

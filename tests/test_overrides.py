@@ -257,6 +257,7 @@ def test_a_value_that_nothing_can_take_is_one_short_line(end, argument):
     assert said.isprintable()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("root", ROOTS)
 def test_no_number_option_takes_more_than_64_bits_or_what_is_no_number(root):
     use_schema(ROOTS[root] if root == "doctor" else Config)

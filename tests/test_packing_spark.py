@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_ddp.cli import _quoted
 from alexnet_ddp.config import AutoEngineConfig, ConfigError, Encoding, PrepareConfig, SparkEngineConfig
 from alexnet_ddp.config.data import BasicAugmentConfig
 from alexnet_ddp.data.packing import java, spark, spark_tasks
@@ -71,11 +70,6 @@ def test_settings_of_spark_may_be_nested_or_dotted():
         SparkEngineConfig(conf={"memory": "4g"})
     with pytest.raises(ConfigError, match=r"engine\.conf \(4g\) must be a mapping"):
         SparkEngineConfig(conf="4g")
-
-
-def test_a_bracket_within_a_word_reaches_hydra_quoted():
-    given = ["engine.master=local[2,4]", "+a.b=d/x[1]'s", "x=[1,2]", "x=glob([a*])", "--cfg=job[", "x=a", "y='l[2]'"]
-    assert [_quoted(text) for text in given] == ["engine.master='local[2,4]'", r"+a.b='d/x[1]\'s'", *given[2:]]
 
 
 # --- which Java

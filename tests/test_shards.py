@@ -256,7 +256,14 @@ def two(archives, tmp_path_factory) -> tuple[Path, Path]:
 
 
 MIXED = {
-    "index and samples are new, shards are old": (["index.json", "*.samples.npy"], r"train-000000.tar \(other bytes"),
+    "index and samples are new, shards are old": (
+        ["index.json", "*.samples.npy"],
+        r"train.stats.json is not the one that index.json was written for; copy all",
+    ),
+    "index, samples and statistics are new, shards are old": (
+        ["*.json", "*.npy", "*.txt"],
+        r"train-000000.tar \(other bytes",
+    ),
     "all but a shard is new": (
         ["*.json", "*.npy", "*.txt", "*0000.tar", "val-*.tar", "train-000001.tar"],
         r"root/train-000002.tar \(other bytes at [\d,]+\) do not match train.samples.npy and index.json; copy",

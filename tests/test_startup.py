@@ -22,7 +22,9 @@ def python(code: str, command: str = "train", **popen) -> subprocess.Popen:
     env = {name: value for name, value in os.environ.items() if name not in NEEDS_NO_TORCH}
     text = f"import sys, time\nfrom alexnet_ddp import startup\nstartup.begin({command!r})\n{code}"
     env |= {"PYTHONPATH": str(PROJECT)} | popen.pop("env", {})
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | popen
+    # Under nohup, SIGHUP is ignored in the tests too, and children inherit that.
+    heed_hup = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | heed_hup | popen
     return subprocess.Popen([sys.executable, "-c", text], env=env, text=True, **options)
 
 

@@ -22,6 +22,10 @@ class Run:
     def define_metric(self, *a, **k): step("define")
     def log(self, *a, **k): step("log")
     def finish(self, **k): step("finish")
+# One worker runs these tests: the fixtures start real wandb processes, which takes 20 s.
+pytestmark = pytest.mark.xdist_group("wandb")
+
+
 def step(name):
     if os.environ["FAKE"] == name: raise ValueError("fake\\nerror in " + name)
     if os.environ["FAKE"] == "hang-" + name: time.sleep(60)

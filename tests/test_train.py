@@ -135,6 +135,7 @@ def undisturbed(tmp_path_factory) -> tuple[list[str], Path]:
 
 
 @pytest.mark.xdist_group("undisturbed")
+@pytest.mark.slow
 def test_stopped_and_killed_in_mid_epoch_it_ends_with_the_same_bits(undisturbed, tmp_path):
     """SIGTERM twice in the first epoch, on two ranks."""
     overrides, root = undisturbed
@@ -271,6 +272,7 @@ def test_a_run_that_diverges_saves_the_state_before_and_one_process_replays_the_
     assert "replay takes one process, not 2; start it without torchrun" in two.stdout
 
 
+@pytest.mark.slow
 def test_ranks_that_were_started_differently_are_refused(image_folder, tmp_path):
     """Each node of a cluster is started by its own command line."""
     shim = "import os, sys; sys.argv.append('optimizer.lr=0.0' + str(1 + int(os.environ['RANK'])))\n"
@@ -328,6 +330,7 @@ def test_archives_and_the_folders_extracted_from_them_train_to_the_same_rows(tmp
     archives = make_archives(tmp_path / "archives", classes=3, per_class=11, num_val=10)
     extract(archives, tmp_path / "tree")
     common = ["data.image_size=64", "trainer.max_steps=6", "trainer.global_batch_size=8", *SMALL[2:]]
+    common.append("augment.min_scale=0.08")  # the default recipes of the two differ in this value
     first = run("train", "data=imagenet", f"data.root={archives}", "run.name=a", *common, cwd=tmp_path)
     second = run("train", "data=folder", f"data.root={tmp_path}/tree", "run.name=b", *common, cwd=tmp_path)
     assert first.returncode == second.returncode == 0, first.stdout + second.stdout

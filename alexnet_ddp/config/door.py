@@ -21,11 +21,12 @@ def use_schema(node: type[Config]) -> None:
 
 def to_config(cfg: DictConfig) -> Config | PlanConfig | PredictConfig | PrepareConfig:
     """The one door between Hydra and the rest: DictConfig in, plain checked dataclasses out. Raises ConfigError."""
-    if "run" in cfg and "data" in cfg and OmegaConf.is_missing(cfg.run, "name"):
-        cfg.run.name = derived_name(cfg)
-    missing = sorted(OmegaConf.missing_keys(cfg))
+    has_default_name = "run" in cfg and "data" in cfg and OmegaConf.is_missing(cfg.run, "name")
+    missing = sorted(OmegaConf.missing_keys(cfg) - ({"run.name"} if has_default_name else set()))
     if missing:
         raise ConfigError(f"{missing[0]} is required and has no value; give it on the command line: {missing[0]}=...")
+    if has_default_name:
+        cfg.run.name = derived_name(cfg)
     _refuse_unknown(cfg, "", OmegaConf.get_type(cfg))
     for path, value in _leaves(OmegaConf.to_container(cfg, resolve=True), ""):
         check_value(path, value)

@@ -60,6 +60,7 @@ def find_network(content: dict[Any, Any], own: Iterable[str], complaint: str) ->
         _Candidate(place, prefix, count, group)
         for place, group in plain.items()
         for prefix, count in _prefixes(group, own).items()
+        if not prefix or 2 * count >= len(own)  # the names of a part of another network are no prefix
     ]
     if not candidates:
         place = max(groups, key=lambda place: len(groups[place]))
