@@ -13,6 +13,9 @@ from alexnet_ddp.tracking import wandb_sink
 from alexnet_ddp.tracking.wandb_sink import wandb_mode
 from tests.test_tracking import rows, start_program, tracker
 
+# One worker runs these tests: the fixtures start real wandb processes, which takes 20 s.
+pytestmark = pytest.mark.xdist_group("wandb")
+
 FAKE_WANDB = """
 import os, time
 class Settings:
@@ -22,10 +25,6 @@ class Run:
     def define_metric(self, *a, **k): step("define")
     def log(self, *a, **k): step("log")
     def finish(self, **k): step("finish")
-# One worker runs these tests: the fixtures start real wandb processes, which takes 20 s.
-pytestmark = pytest.mark.xdist_group("wandb")
-
-
 def step(name):
     if os.environ["FAKE"] == name: raise ValueError("fake\\nerror in " + name)
     if os.environ["FAKE"] == "hang-" + name: time.sleep(60)
