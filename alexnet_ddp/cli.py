@@ -99,8 +99,11 @@ def _refusal(argument: str, following: str | None, root: str) -> str:
     """The line for an argument that begins with a dash and is no option of ours."""
     name, equals, value = argument.partition("=")
     if name in _SWEEPS:
-        command = f"for seed in 1 2; do python -m alexnet_ddp.{root} seed=$seed run.name=seed-$seed; done"
-        return f"{name} (a sweep) is not supported; start one run per value: {command}"
+        command = "start one command per value"
+        if root == "train":
+            command = "start one run per value: for seed in 1 2; do python -m alexnet_ddp.train seed=$seed "
+            command += "run.name=seed-$seed; done"
+        return f"{name} (a sweep) is not supported; {command}"
     if name.startswith("--experimental") or name in _HYDRAS:
         return f"{name} is not supported: known: --config-dir {' '.join(_SHOWING)}"
     is_value = following is not None and "=" not in following and not following.startswith("-")

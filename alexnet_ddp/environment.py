@@ -1,4 +1,4 @@
-"""What the environment of a process says: its rank, and the cores that it may use. Needs no torch."""
+"""Rank and usable cores of this process, read from its environment. Needs no torch."""
 
 import math
 import os

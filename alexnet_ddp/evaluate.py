@@ -10,6 +10,7 @@ if __name__ == "__main__":  # before the other imports, which take seconds
     startup.begin("evaluate")
 
 import logging
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def main(cfg: Config, overrides: list[str]) -> None:
             model, origin = distributed.on_all(lambda: _trained(cfg, data, directory), world)
         else:
             weights = distributed.from_main(lambda: weights_of_run(cfg.model.weights, cfg.run.root), world)
-            model, origin = distributed.on_all(lambda: _from_file(cfg, data, weights), world)
+            model, origin = distributed.on_all(lambda: _from_file(cfg, data, *weights), world)
         model.to(world.device, memory_format=torch.channels_last)
         loader = build_loader(cfg.data, data.val, None, world.num_cores, world.device)
         works = evaluation_work(len(data.val), cfg.trainer.eval_batch_size, world.rank, world.world_size)
@@ -103,20 +104,25 @@ def _trained(cfg: Config, data: ImageSets, directory: Path) -> tuple[nn.Module, 
     return model, origin | ({"weights": "averaged"} if stem == "ema" else {})
 
 
-def _from_file(cfg: Config, data: ImageSets, weights: str) -> tuple[nn.Module, dict]:
-    """weights: the file that cfg.model.weights names."""
+def _from_file(cfg: Config, data: ImageSets, weights: str, known: list[str] | None) -> tuple[nn.Module, dict]:
+    """weights: the file that cfg.model.weights names. known: its classes, if it is a run's."""
     if cfg.model.head is Head.new:
         raise ConfigError("model.head=new would evaluate a head that has learnt nothing; leave it auto")
     classes = data.val.classes
     model = build_model(without_weights(cfg.model), len(classes), cfg.data.image_size, cfg.seed)
-    load_weights(model, Path(weights), classes, head=None, transform_input=wanted_transform(cfg.model))
+    load_weights(model, Path(weights), classes, None, wanted_transform(cfg.model), known)
     return model, {"weights": weights}
 
 
 def _record(result: Evaluation, names: list[str], origin: dict) -> dict:
-    """The keys of metrics.jsonl's evaluation rows, where they come from, and each class."""
+    """The keys of metrics.jsonl's evaluation rows, where they come from, and each class by its name.
+
+    If classes share a name, their labels are added to it.
+    """
     counts = result.per_class.tolist()
-    classes = {name: dict(zip(("num_images", "correct1", "correct5"), row)) for name, row in zip(names, counts)}
+    known = Counter(names)  # two WordNet ids are both "crane"
+    keys = [f"{name} ({label})" if known[name] > 1 else name for label, name in enumerate(names)]
+    classes = {key: dict(zip(("num_images", "correct1", "correct5"), row)) for key, row in zip(keys, counts)}
     return {**origin, **result.row, "per_class": classes}
 
 

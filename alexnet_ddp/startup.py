@@ -17,6 +17,7 @@ _FORMS_A_WORLD = ("train", "evaluate", "doctor")
 _CAN_CONTINUE = ("train", "evaluate", "prepare")  # the same command continues or starts again: 75, also under Slurm
 
 _before_exit: list[Callable[[], object]] = []
+_noticed: set[int] = set()  # signals that arrived while _noted was their handler
 
 
 def begin(command: str) -> None:
@@ -37,7 +38,8 @@ def begin(command: str) -> None:
 
     try:
         read_ranks(os.environ)
-        refuse_lone_tasks(os.environ)
+        if command != "doctor":  # which reports it in its table
+            refuse_lone_tasks(os.environ)
     except ConfigError as error:
         say(f"alexnet_ddp: {error}", sys.stderr)
         leave_code(error.exit_code)
@@ -64,12 +66,14 @@ def exit_on_stop(can_continue: bool) -> None:
 
 def _noted(number: int, frame: object) -> None:
     """Python needs a handler to write a signal's number to the wakeup pipe; the thread acts on it."""
+    _noticed.add(number)
 
 
 def _exit_when_stopped(reader: int, can_continue: bool) -> None:
     while True:
         (number,) = os.read(reader, 1)
-        if signal.getsignal(number) is _noted:  # otherwise another handler has replaced it
+        # Otherwise another handler has replaced it, and has had this signal. It may have been replaced just now.
+        if number in _noticed or signal.getsignal(number) is _noted:
             _exit(number, can_continue)
 
 

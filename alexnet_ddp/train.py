@@ -213,7 +213,7 @@ class Run:
         self._log(row)
 
     def evaluate_or_save(self) -> None:
-        """Collective. If the evaluation fails for its data, save the training before the run ends."""
+        """Collective. If the evaluation fails because of bad data, save the training before the run ends."""
         try:
             self.evaluate()
         except (DataError, PeerFailed):  # evaluate() raises on all ranks together

@@ -87,13 +87,13 @@ class Training:
     def build(self) -> None:
         """What a step needs, from the configuration or from the checkpoint."""
         cfg, world, data, saved = self._cfg, self._world, self.data, self._saved
-        classes, size = data.train.classes, cfg.data.image_size
+        classes, size, known = data.train.classes, cfg.data.image_size, None
         start = without_weights(cfg.model, self.state.transform_input)  # a checkpoint has all the weights
         if not saved and cfg.model.weights is not None:
-            weights = distributed.from_main(lambda: weights_of_run(cfg.model.weights, cfg.run.root), world)
+            weights, known = distributed.from_main(lambda: weights_of_run(cfg.model.weights, cfg.run.root), world)
             start = replace(cfg.model, weights=weights)
         num_classes = len(classes)
-        self.model = distributed.on_all(lambda: build_model(start, num_classes, size, cfg.seed, classes), world)
+        self.model = distributed.on_all(lambda: build_model(start, num_classes, size, cfg.seed, classes, known), world)
         self.state.transform_input = transforms_input(self.model)
         check_image_size(self.model, num_classes, cfg.data.train_image_size(0), "data.start_image_size")
         if saved:

@@ -4,7 +4,7 @@
 #   COMMAND=doctor   examines this machine instead: alexnet_ddp/doctor.py
 #   PYTHON     default: .venv/bin/python, else python3
 # After a crash or a hang it starts the run again, RESTART_DELAY=2 seconds later.
-# Exit code: the run's (0 complete, 64 configuration, 65 data, ..., 75 stopped and saved; 93: three restarts in vain).
+# Exit code: the run's (0 complete, 64 configuration, 65 data, ..., 75 stopped, what was trained is saved; 93: three restarts in vain).
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 listen

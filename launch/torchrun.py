@@ -16,7 +16,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
-EXPLAINED = (1, *range(64, 94))  # the trace of a bug, and alexnet_ddp/errors.py
+# The trace of a bug, alexnet_ddp/errors.py, and a command that a stop signal ended.
+EXPLAINED = (1, *range(64, 94), 128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 def stop(number: int, frame: object) -> None:

@@ -240,8 +240,10 @@ def test_evaluate_maps_classes_by_name_and_refuses_others(tmp_path, world, caplo
     rule = "the data has the same 3 classes in another order than the training: "
     assert caplog.messages[-1] == rule + "rows of the head follow their class names"
     by_run = weights_of_run("run:r", str(tmp_path / "runs"))
-    assert by_run == weights_of_run(str(tmp_path / "runs/r"), "elsewhere") == str(checkpoint / "ema.safetensors")
-    model, _ = evaluate._from_file(cfg, other_order(cfg), by_run)
+    assert by_run == weights_of_run(str(tmp_path / "runs/r"), "elsewhere")
+    file, known = by_run
+    assert (file, sorted(known)) == (str(checkpoint / "ema.safetensors"), sorted(other_order(cfg).val.classes))
+    model, _ = evaluate._from_file(cfg, other_order(cfg), *by_run)
     for name in HEAD:
         assert torch.equal(model.state_dict()[name], then[name].flip(0))
     _, names = predict._trained(cfg, tmp_path / "runs/r")
@@ -250,7 +252,7 @@ def test_evaluate_maps_classes_by_name_and_refuses_others(tmp_path, world, caplo
     with pytest.raises(DataError, match=r"trained on: only run r has a; only data.root has z; give a root"):
         evaluate._trained(cfg, open_data(cfg.data), checkpoint)
     with pytest.raises(ConfigError, match=r"has other classes than the data: 2 kept \(m, q\), 1 dropped \(a\), 1 new"):
-        evaluate._from_file(cfg, open_data(cfg.data), by_run)
+        evaluate._from_file(cfg, open_data(cfg.data), *by_run)
 
 
 def test_a_new_run_starts_from_the_best_weights_of_another_by_class_name(tmp_path, world):

@@ -117,6 +117,15 @@ def test_an_evaluation_uses_the_order_of_the_run_without_the_file(tmp_path):
     assert other.val.classes == sorted(NUMBERS)  # evaluate compares them
 
 
+def test_the_order_of_a_run_does_not_hide_that_a_stated_order_does_not_fit(tmp_path):
+    root = str(numbered(tmp_path / "data"))
+    order = ["10", "2", "1", "12"]
+    open_data(FolderConfig(root=root), trained=order)  # cached, sorted by name
+    open_data(FolderConfig(root=root, class_order="gone.txt"), trained=order)
+    with pytest.raises(DataError, match="does not fit"):
+        open_data(FolderConfig(root=root, class_order=stated(tmp_path, *order)))
+
+
 def test_archives_folders_and_shards_in_a_stated_order_are_the_same_data(tmp_path):
     archives = make_archives(tmp_path / "archives")
     tree, wnids = extract(archives, tmp_path / "tree"), open_data(ImageNetConfig(root=str(archives))).train.classes

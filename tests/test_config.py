@@ -403,7 +403,7 @@ def test_the_command_line_and_an_experiment_win_over_the_default_recipe():
         ("data=shards data.root='s3://me:CANARY@host/my set?key=CANARY'", "my-set-alexnet_small"),
         ("data=shards data.root='s3://me:CANARY@host'", "host-alexnet_small"),
         ("data=synthetic", "synthetic-alexnet_small"),
-        (f"data=folder data.root={'x' * 200} model=torchvision model.name=a/b", f"{'x' * 60}-a-b"),
+        (f"data=folder data.root={'x' * 200} model=torchvision model.name=a/b", f"{'x' * 90}-a-b"),
         ("data=folder data.root=x run.name=mine", "mine"),
     ],
 )

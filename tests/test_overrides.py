@@ -249,6 +249,17 @@ TOO_MUCH = {
 }
 
 
+def test_what_has_a_meaning_for_hydra_is_refused_in_our_words(end):
+    assert line_of(end, "train", "experiment=null") == (
+        "experiment=null is refused; leave experiment out for its default"
+    )
+    assert line_of(end, "train", "run.name=???").startswith("run.name (???) is OmegaConf's mark of a value")
+    assert "chosen by data=..." in line_of(end, "train", "experiment=default/folder", "data=folder", "data.root=x")
+    assert line_of(end, "plan", "nodes=1,2") == "nodes=1,2: nodes takes one value; start one command per value"
+    assert line_of(end, "plan", "-m", "nodes=1") == "-m (a sweep) is not supported; start one command per value"
+    assert line_of(end, "train", "~/data").startswith("'~/data' is not OPTION=VALUE")
+
+
 @pytest.mark.parametrize("argument", TOO_MUCH, ids=range(len(TOO_MUCH)))
 def test_a_value_that_nothing_can_take_is_one_short_line(end, argument):
     said = line_of(end, "train", argument)

@@ -112,11 +112,15 @@ def test_files_added_on_a_file_system_without_folder_times_are_noticed(tmp_path,
 
 
 def test_a_link_that_leads_nowhere_is_listed_and_named_when_it_is_read(tmp_path):
-    (small(tmp_path) / "train/cat/cat_99.jpg").symlink_to(tmp_path / "nowhere")
+    cat = small(tmp_path) / "train/cat"
+    (cat / "cat_99.jpg").symlink_to(tmp_path / "nowhere")
+    (cat / "loop.jpg").symlink_to(cat / "loop.jpg")
     for _ in range(2):
         found = index_folder(tmp_path, "train")
         with pytest.raises(DataError, match=r"cat_99.jpg cannot be read \(it is a link without a target\)"):
             found.read(names(found).index(f"{tmp_path}/train/cat/cat_99.jpg"))
+        with pytest.raises(DataError, match=r"loop.jpg cannot be read"):
+            found.read(names(found).index(f"{tmp_path}/train/cat/loop.jpg"))
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "garbage", "pickle"])

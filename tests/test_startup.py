@@ -70,6 +70,12 @@ def test_another_handler_takes_over(tmp_path):
     assert (process.communicate(timeout=60)[1], process.returncode) == ("", 9)
 
 
+def test_a_signal_just_before_another_handler_takes_over_is_not_lost():
+    code = "import os\nfrom alexnet_ddp.resilience.signals import StopSignal\nos.kill(os.getpid(), 15)\nStopSignal()\n"
+    process = python(code + "time.sleep(20)")
+    assert (process.communicate(timeout=60)[1].count("\n"), process.returncode) == (1, 75)
+
+
 def test_nohup_keeps_sighup_away():
     process = python(
         "print('ready', flush=True)\ntime.sleep(1)\nsys.exit(9)",

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -209,6 +210,43 @@ def test_values_that_are_not_finite_are_refused_with_the_name_of_the_tensor(tmp_
         loaded(bad, tmp_path / "w.pth")
     rule = f"1 of {bad[name].numel()} values of {name} are not finite"
     assert f"model.weights ({tmp_path}/w.pth) is refused: {rule}" in str(e.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_weights_are_refused_and_narrow_ones_are_checked(tmp_path, dtype):
+    narrow = {name: t.to(dtype) if t.is_floating_point() else t for name, t in small().state_dict().items()}
+    safetensors.torch.save_file(narrow, tmp_path / "w.safetensors")
+    if dtype.is_floating_point:
+        load_weights(small(1), tmp_path / "w.safetensors")
+        return
+    with pytest.raises(ConfigError, match="holds int8 values, as quantised weights do; give floating-point weights"):
+        load_weights(small(1), tmp_path / "w.safetensors")
+
+
+def test_every_damage_of_a_torch_file_is_one_line(tmp_path):
+    torch.save(small().state_dict(), tmp_path / "good.pth")
+    good, path, refused = (tmp_path / "good.pth").read_bytes(), tmp_path / "bad.pth", 0
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        data = bytearray(good)
+        for at in len(data) - 1 - rng.integers(0, min(900, len(data)), 3):  # the directory of the zip is at its end
+            data[at] = rng.integers(0, 256)
+        path.write_bytes(data)
+        with suppress(ConfigError):
+            load_weights(small(1), path)
+            refused -= 1
+        refused += 1
+    assert refused > 100
+
+
+def test_another_network_with_other_classes_is_a_line_about_shapes(tmp_path):
+    path = with_classes(["a", "b", "c"], tmp_path / "w.safetensors")
+    other = nn.Sequential(nn.Flatten(), nn.Linear(7, 3))
+    with pytest.raises(ConfigError, match="does not fit the model"):
+        load_weights(other, path, ["a", "b", "d"])
+    rows = {"1.weight": torch.ones(3, 5)}
+    kept = follow_classes(rows, ClassChange(["a", "b", "c"], ["a", "b", "d"]), {"1.weight": torch.zeros(3, 7)})
+    assert torch.equal(kept["1.weight"], rows["1.weight"])
 
 
 def test_a_buffer_that_is_infinite_by_construction_is_accepted(tmp_path):

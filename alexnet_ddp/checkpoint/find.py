@@ -43,10 +43,11 @@ def find_best(directory: Path) -> Path:
     return best
 
 
-def weights_of_run(weights: str, root: str) -> str:
-    """The file of a run's best weights if `weights` is runs/NAME, run:NAME (below `root`) or a checkpoint's directory.
+def weights_of_run(weights: str, root: str) -> tuple[str, list[str] | None]:
+    """The file of a run's best weights, and the ids of its classes if they are known.
 
-    Anything else comes back as it is. Raises ConfigError if there is no such run, NoCheckpoint if it has no weights.
+    weights: runs/NAME, run:NAME (below `root`) or a checkpoint's directory; anything else comes back as it is.
+    Raises ConfigError if there is no such run, NoCheckpoint if it has no weights.
     """
     directory = Path(root) / weights.removeprefix("run:") if weights.startswith("run:") else Path(weights)
     if files.is_name(directory.name) and directory.is_dir():
@@ -61,8 +62,9 @@ def weights_of_run(weights: str, root: str) -> str:
         known = ", ".join(sorted(d.parent.name for d in Path(root).glob("*/checkpoints"))) or "none"
         raise ConfigError(f"model.weights ({weights}): {root} has no such trained run; there are: {known}")
     else:
-        return weights
+        return weights, None
     stem = files.stem_of_weights(checkpoint)
     kind = "averaged weights" if stem == "ema" else "weights"
     log.info("model.weights=%s takes the %s of %s", weights, kind, checkpoint)
-    return str(checkpoint / f"{stem}.safetensors")
+    known = files.classes_of(checkpoint, files.read_state(checkpoint))
+    return str(checkpoint / f"{stem}.safetensors"), known and known["ids"]

@@ -41,9 +41,10 @@ _OFF = (None, 0, "none")  # values of a knob that leaves everything as it was be
 
 
 def identity(cfg: Config, fingerprint: str, windows: str | None = None) -> dict[str, object]:
-    """Flat, JSON: every knob that decides an update, and the fingerprints of the training images and of their windows.
+    """Flat, JSON: every option that decides an update, and the fingerprints of the training images and their windows.
 
-    The same images as folders, archives or shards are the same; windows are not, for they follow the shards.
+    The same files in folders, archives or shards have the same fingerprint; resized or raw shards have another one.
+    Windows follow the shards.
     """
     flat: dict[str, object] = {"data": fingerprint} | ({"data.windows": windows} if windows else {})
     for section, values in asdict(cfg).items():
@@ -115,7 +116,8 @@ def data_difference(then: dict[str, list[str]] | None, record: dict, now: DataFa
         totals = f"{sum(before.values()):,} training images then, {sum(counts.values()):,} now"
         return f"{totals} ({_names(differ)}){_removed_bad_images(run_dir)}"
     if before:
-        return "the training images differ: as many in each class, but other files or sizes"
+        differ = "the training images differ: as many in each class, but other files or sizes"
+        return f"{differ} (resized or raw shards are other files, too)"
     return "the number of training images differs"
 
 

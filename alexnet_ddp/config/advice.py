@@ -8,7 +8,7 @@ from typing import Any
 from alexnet_ddp.config.checks import shown
 from alexnet_ddp.config.schema import group_names, groups, options, sections
 
-# Names of other frameworks, and the last part of ours.
+# Option names of other frameworks, and the last part of ours.
 _SYNONYMS = {
     "batch_size": "global_batch_size",
     "learning_rate": "lr",
@@ -71,9 +71,10 @@ def dashed(argument: str, value: str | None, root: type) -> str:
     return f"{argument} is not supported; write {' or '.join(f'{key}={shown}' for key in near)}"
 
 
-def one_value(key: str, value: str) -> str:
+def one_value(key: str, value: str, root: type) -> str:
     """The line for several values of one option."""
-    return f"{key}={shown(value)}: {key} takes one value; start one run per value, each with its own run.name"
+    remedy = "run per value, each with its own run.name" if "run.name" in options(root) else "command per value"
+    return f"{key}={shown(value)}: {key} takes one value; start one {remedy}"
 
 
 def nearest(key: str, root: type) -> list[str]:
@@ -151,6 +152,13 @@ def _joined(key: str, name: str) -> str:
 
 _MAINS = ("train", "evaluate", "predict", "plan", "prepare", "doctor", None)
 _LINES = [
+    (
+        r"Error resolving interpolation '\$\{(data|model|augment|optimizer|scheduler)\}'",
+        lambda found, root: (
+            "the files in conf/experiment/default are chosen by data=...; leave out experiment=default/..., "
+            "and copy the values into an experiment of your own"
+        ),
+    ),
     (
         r"Could not override '(?P<key>[^']+)'(?s:.*?)Key '(?P<name>[^']+)' not in '(?P<owner>\w+)'",
         lambda found, root: in_other_choices(_joined(found["key"], found["name"]), found["owner"], root),

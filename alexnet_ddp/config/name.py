@@ -1,4 +1,4 @@
-"""The name of a run that was given none."""
+"""The default name of a run."""
 
 import os
 import re
@@ -6,7 +6,7 @@ import re
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-_MOST = 60  # characters of each half
+_MOST = 90  # bytes of each half
 
 
 def derived_name(cfg: DictConfig) -> str:
@@ -16,7 +16,11 @@ def derived_name(cfg: DictConfig) -> str:
     url, _, path = root.partition("?")[0].rpartition("://")
     place = path.rpartition("@")[2].rstrip("/") if url else os.path.abspath(root)  # no credentials of a URL
     words = place.rpartition("/")[2], str(cfg.model.name if model == "torchvision" else model)
-    return "-".join(re.sub(r"[^\w.]+", "-", word).strip("-.")[:_MOST] or "data" for word in words)
+    return "-".join(_shortened(re.sub(r"[^\w.]+", "-", word).strip("-.")) or "data" for word in words)
+
+
+def _shortened(word: str) -> str:
+    return word.encode()[:_MOST].decode(errors="ignore")
 
 
 def _choice_of(group: str, cfg: DictConfig) -> str:

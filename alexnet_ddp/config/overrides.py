@@ -29,6 +29,7 @@ _ITEM = re.compile(r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\$\{[^}]*\}|[^,])+
 def to_hydra(override: str, root: type) -> str:
     """The override in Hydra's grammar, for the command whose configuration is `root`. Raises ConfigError."""
     if override.startswith("~"):
+        require("/" not in override.partition("=")[0], no_value(override, root))
         return override
     found = _OVERRIDE.fullmatch(override)
     if found is None or found[2] != found[2].strip():
@@ -38,8 +39,9 @@ def to_hydra(override: str, root: type) -> str:
     if key in options(root) or key in group_names(root):
         sign = ""  # + adds a key, and this one exists
     if key in group_names(root):
-        is_null = value.lower() == "null" and key in groups(root)
-        require(not is_null, f"{key}=null is refused; choices: {', '.join(groups(root).get(key, ()))}")
+        choices = ", ".join(groups(root).get(key, ()))
+        remedy = f"choices: {choices}" if choices else f"leave {key} out for its default"
+        require(value.lower() != "null", f"{key}=null is refused; {remedy}")
         return _checked(f"{sign}{key}={_choice(value)}", root)
     if option is not None:
         return _checked(f"{sign}{key}={_value(key, value, option, root)}", root)
@@ -100,8 +102,9 @@ def _value(key: str, value: str, option: Option, root: type) -> str:
     if not option.is_scalar or option.item is not None:
         return value
     text = _unquoted(value)
+    require(text != "???", f"{key} (???) is OmegaConf's mark of a value that is missing; give another text")
     is_many = "," in value and text == value and "${" not in value and not option.is_text
-    require(not is_many, one_value(key, value))
+    require(not is_many, one_value(key, value, root))
     if len(text) > _LONGEST_NUMBER and not option.is_text and "${" not in text:
         raise ConfigError(type_line(key, text, root))
     return quoted(text)
@@ -148,7 +151,7 @@ def _checked(override: str, root: type) -> str:
     except HydraException as error:
         rule = "is not in Hydra's grammar for mappings and lists"
         raise ConfigError(f"{key} ({shown(value)}) {rule}; write {key}={_example(key, root)}") from error
-    require(not parsed.is_sweep_override(), one_value(key, value))
+    require(not parsed.is_sweep_override(), one_value(key, value, root))
     for path, read in misread(parsed.value(), key, root):
         raise ConfigError(f"{path} is a text, but {override} gives the {_type(read)} {read}; write {path}=...")
     return override

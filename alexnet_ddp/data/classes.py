@@ -44,7 +44,7 @@ class ClassOrder:
 
     def key(self) -> str:
         """Differs if the order may differ."""
-        return self.choice if self.names is None else "\n".join(("", *self.names))
+        return self.choice if self.names is None else "\n".join((str(self.is_binding), *self.names))
 
     def _as_stated(self, found: list[str], where: str) -> list[str]:
         remedy = f"list exactly the classes of {where}, one a line"

@@ -4,6 +4,7 @@ The order is (label, file name), whatever holds the bytes, so the same data as f
 set, and a position in it means the same image on every rank and after every restart.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -215,7 +216,7 @@ def _class_names(top: str, stamps: scan.Stamps, ignored: scan.Ignored) -> list[s
     stamps[top] = scan.stamp(top)
     classes, stray = [], []
     with os.scandir(top) as entries:
-        for name, is_folder in sorted((entry.name, entry.is_dir()) for entry in entries):
+        for name, is_folder in sorted((entry.name, _is_folder(entry)) for entry in entries):
             if is_folder and name.startswith("."):
                 ignored.add("hidden", f"{top}/{name}")
             elif is_folder:
@@ -260,7 +261,7 @@ def _list_class(top: str) -> _Listed:
         with os.scandir(folder) as entries:
             for entry in entries:
                 count += 1
-                if not entry.is_dir():
+                if not _is_folder(entry):
                     if listed.ignored.accepts(entry.name, folder):
                         images.append((entry.name, _entry_size(entry)))
                 elif entry.name.startswith("."):
@@ -275,11 +276,25 @@ def _list_class(top: str) -> _Listed:
     return listed
 
 
+_LEADS_NOWHERE = (errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG)  # of a link: it is a bad image, not a bad folder
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno in _LEADS_NOWHERE:
+            return False
+        raise
+
+
 def _entry_size(entry: os.DirEntry) -> int:
     try:
         return entry.stat().st_size
-    except FileNotFoundError:
-        return _NO_FILE
+    except OSError as error:
+        if error.errno in _LEADS_NOWHERE:
+            return _NO_FILE
+        raise
 
 
 def check_same_classes(train: SampleIndex, val: SampleIndex) -> None:

@@ -41,11 +41,17 @@ __all__ = [
 
 
 def build_model(
-    cfg: ModelConfig, num_classes: int, image_size: int, seed: int, classes: list[str] | None = None
+    cfg: ModelConfig,
+    num_classes: int,
+    image_size: int,
+    seed: int,
+    classes: list[str] | None = None,
+    weights_classes: list[str] | None = None,
 ) -> nn.Module:
     """The network of `cfg`, initialised from `seed`, on the CPU; weights loaded if `cfg` names a file.
 
     classes: folder names in the order of the labels; rows of the weights' head follow them.
+    weights_classes: those of the weights, if their file does not name them.
     Raises ConfigError for an unknown name, an image that is too small, weights that do not fit.
     """
     with torch.random.fork_rng(devices=[]):  # the only use of a generator: initial weights, the same on all ranks
@@ -53,7 +59,7 @@ def build_model(
         model = _network(cfg, num_classes)
         key_dropout(model)
         if cfg.weights is not None:
-            load_weights(model, Path(cfg.weights), classes, cfg.head, wanted_transform(cfg))
+            load_weights(model, Path(cfg.weights), classes, cfg.head, wanted_transform(cfg), weights_classes)
     check_image_size(model, num_classes, image_size, "data.image_size")
     return model
 

@@ -74,8 +74,9 @@ def follow_classes(tensors: dict[str, Tensor], change: ClassChange, fresh: dict[
     moved = {}
     for name, tensor in tensors.items():
         moment, _, parameter = name.rpartition("/")
-        if parameter in fresh and tensor.dim() and len(tensor) == len(change.then):
-            start = fresh[parameter]
+        start = fresh.get(parameter)
+        # Another network's head has other columns: it stays as it is, and loading it names the difference.
+        if start is not None and tensor.dim() and tensor.shape == (len(change.then), *start.shape[1:]):
             tensor = change.move(tensor, torch.zeros_like(start) if moment else start)
         moved[name] = tensor
     return moved

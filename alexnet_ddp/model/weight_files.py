@@ -5,6 +5,7 @@ import json
 import pickle
 import pickletools
 import re
+import struct
 import zipfile
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -127,8 +128,19 @@ def _read_safetensors(path: Path) -> WeightsFile:
     return WeightsFile(path, content, classes if known else None, facts)
 
 
+def _zip_names(path: Path) -> list[str]:
+    """The files in a zip archive; none if it is another kind of file. Raises ConfigError if it is damaged."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return []
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error) as error:
+        raise _unreadable(path, error) from error
+
+
 def _refuse_other_kinds(path: Path, start: bytes) -> None:
-    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    names = _zip_names(path)
     if names and not any(name.endswith("data.pkl") for name in names):
         known = "a NumPy archive" if any(name.endswith(".npy") for name in names) else "a zip file without torch's data"
         raise ConfigError(f"{_named(path)} is {known}; save model.state_dict() with torch.save")

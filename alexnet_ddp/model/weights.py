@@ -26,12 +26,14 @@ def load_weights(
     classes: list[str] | None = None,
     head: Head | None = Head.auto,
     transform_input: bool | None = None,
+    weights_classes: list[str] | None = None,
 ) -> None:
     """Load a file of weights by name. Raises ConfigError if names or shapes differ, or a value is not finite.
 
     classes: of the data, in the order of the labels; if the file names its classes, the head's rows follow them.
     head: which rows may stay as initialised (Head); None: none, the file must have each class.
     transform_input: GoogLeNet and Inception only; None: as the file says, see _set_input_transform.
+    weights_classes: those of the file, if it does not name them.
     """
     file = read_weights_file(path)
     complaint = f"model.weights ({path})"
@@ -48,7 +50,7 @@ def load_weights(
         weights = {name: t for name, t in weights.items() if not name.startswith(_AUXILIARY) or name in own}
     if notes:
         log.info("%s: %s", complaint, "; ".join(notes))
-    weights = _fit_head(model, weights, file.classes, classes, head, complaint)
+    weights = _fit_head(model, weights, file.classes or weights_classes, classes, head, complaint)
     remedy = "give the weights of this network, or the network of these weights"
     _refuse_nonfinite(weights, own, complaint)
     fit(model, weights, f"{complaint} does not fit the model", remedy, found.versions)
@@ -145,7 +147,13 @@ def _by_name(
 def _refuse_nonfinite(weights: dict[str, Tensor], own: dict[str, Tensor], complaint: str) -> None:
     """A buffer that is not finite in a network that was just built may be so in the file."""
     for name, tensor in weights.items():
-        if not tensor.is_floating_point() or name not in own or torch.isfinite(tensor).all():
+        if name not in own or not own[name].is_floating_point():
+            continue
+        if not tensor.is_floating_point():
+            rule = f"{name} holds {str(tensor.dtype).removeprefix('torch.')} values, as quantised weights do"
+            raise ConfigError(f"{complaint} is refused: {rule}; give floating-point weights")
+        tensor = tensor.float() if tensor.element_size() == 1 else tensor  # isfinite() does not know float8
+        if torch.isfinite(tensor).all():
             continue
         if torch.isfinite(own[name]).all():
             num_bad = int((~torch.isfinite(tensor)).sum())

@@ -41,10 +41,13 @@ class Encoded:
     pixels: np.ndarray  # uint8 [height, width, 3]: what Pillow decodes `data` to
 
 
+_CONVERSION = 2  # of data/image.py: another number if it makes other pixels of the same bytes
+
+
 def fingerprint() -> str:
-    """What the bytes of a shard depend on beside recipe and source: this machine's Pillow and its JPEG library."""
+    """What the bytes of a shard depend on beside recipe and source: Pillow, its JPEG library and our conversion."""
     turbo = features.version("libjpeg_turbo") or features.version("jpg")
-    return f"Pillow {PIL.__version__}, libjpeg {turbo}"
+    return f"Pillow {PIL.__version__}, libjpeg {turbo}, conversion {_CONVERSION}"
 
 
 def encode(data: bytes, recipe: Recipe) -> Encoded:
