@@ -34,6 +34,12 @@ def leave_code(code: int) -> None:
         say(f"warning: {file} could not be written ({error.strerror}), so a launch script reports 1", sys.stderr)
 
 
+def was_asked_to_stop() -> bool:
+    """False if a launch script runs this process and has had no stop signal: then torchrun ends it for another reason."""
+    path = os.environ.get("ALEXNET_DDP_EXIT_CODE_FILE")
+    return not path or os.path.exists(f"{path}.stop")
+
+
 def leave_start(step: int) -> None:
     """Tell the launch script that the run goes on from the checkpoint of `step`: its measure of progress."""
     path = os.environ.get("ALEXNET_DDP_START_FILE")

@@ -26,7 +26,7 @@ from alexnet_ddp.data.quarantine import Quarantine
 from alexnet_ddp.data.sampler import describe_batch, evaluation_work, index_hash, rank_slice
 from alexnet_ddp.distributed import World
 from alexnet_ddp.engine import evaluate
-from alexnet_ddp.errors import DataError, PeerFailed, Preempted, RunError, leave_start
+from alexnet_ddp.errors import DataError, PeerFailed, Preempted, RunError, leave_start, was_asked_to_stop
 from alexnet_ddp.metrics import Pace, train_row
 from alexnet_ddp.replay import replay
 from alexnet_ddp.resilience.beacon import WAITING
@@ -82,7 +82,8 @@ def lost_peers_explained(stop: StopSignal, state: RunState) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if stop.received and state.step == start and distributed.lost_peer(error) is not None:
+        is_first = state.step == start and was_asked_to_stop()
+        if stop.received and is_first and distributed.lost_peer(error) is not None:
             raise Preempted("stopped while it started; nothing is lost: start the same command again") from error
         raise
 

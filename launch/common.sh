@@ -101,6 +101,8 @@ listen() {
 pass_on() { # pass_on SIGNAL
   signalled=$1 stopping=1
   [[ -n $child ]] || return 0
+  # The run looks for this file: torchrun sends SIGTERM also if another rank has failed.
+  [[ -z ${ALEXNET_DDP_EXIT_CODE_FILE:-} ]] || : >"$ALEXNET_DDP_EXIT_CODE_FILE.stop" || true
   local name=${forward_as:-$1}
   # SIGINT makes Python print a trace while Python itself starts. SIGTERM then ends it without one.
   if [[ $name == INT ]] && ! catches_term "$child"; then name=TERM; fi

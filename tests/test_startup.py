@@ -185,7 +185,8 @@ def test_a_stop_signal_at_any_moment_is_one_line_and_a_true_code(command, tmp_pa
         context = f"{command} {number.name} after {delay:.2f} s: {process.returncode}\n{errors}"
         assert process.returncode in codes, context
         assert "Traceback" not in errors, context
-        assert errors.count("\n") <= 1 or process.returncode in (0, 64), context
+        lines = [line for line in errors.splitlines() if not line.startswith("warning: ")]
+        assert len(lines) <= 1 or process.returncode in (0, 64), context
         saved = list((tmp_path / "runs/s/checkpoints").glob("step-*"))
         assert ("and saved" in errors) <= bool(saved), context
         status = tmp_path / "runs/s/status.json"

@@ -1,5 +1,6 @@
 """Drills D20 to D26: images that are broken, gone, giant or odd; classes that differ; numbers that do not divide."""
 
+import hashlib
 import io
 import json
 import os
@@ -291,6 +292,7 @@ def repack(root: Path, sizes: list[int]) -> None:
         (root / f"train-{k:06d}.tar").write_bytes(out.getvalue())
         shards.append(entry["shards"][k] | {"images": size, "bytes": len(out.getvalue()), "sha256": digest})
     np.save(root / "train.samples.npy", new)
+    entry["files"]["train.samples.npy"] = hashlib.sha256((root / "train.samples.npy").read_bytes()).hexdigest()
     entry["shards"] = shards
     (root / INDEX).write_text(json.dumps(index))
 
