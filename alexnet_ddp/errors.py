@@ -35,7 +35,7 @@ def leave_code(code: int) -> None:
 
 
 def was_asked_to_stop() -> bool:
-    """False if a launch script runs this process and has had no stop signal: then torchrun ends it for another reason."""
+    """False if a launch script runs this process and had no stop signal: torchrun ends it for another reason."""
     path = os.environ.get("ALEXNET_DDP_EXIT_CODE_FILE")
     return not path or os.path.exists(f"{path}.stop")
 
