@@ -197,7 +197,7 @@ def command(pid: int) -> bytes:
 
 
 def test_two_trainings_of_one_run_at_once_are_refused(new_job):
-    job = new_job("twice", ranks=1).start()
+    job = new_job("twice", "trainer.epochs=50", ranks=1).start()  # it still runs when the second one has started
     job.until_step(2)
     again = [sys.executable, "-m", "alexnet_ddp.train", f"run.root={job.root}/runs", "run.name=twice", *job.overrides]
     done = subprocess.run(again, cwd=job.root, env=job.env, capture_output=True, text=True, timeout=60, check=False)
