@@ -255,7 +255,7 @@ def test_d39_a_configuration_cannot_call_what_it_names(images, calm, tmp_path, m
     by_name = {
         ("+optimizer._target_=os.system",): "optimizer._target_ is not a key",
         ("optimizer._target_=evil.run",): "optimizer._target_ is not a key",
-        ("++model={_target_:evil.run}",): "Key '_target_' not in 'AlexNetSmallConfig'",
+        ("++model={_target_:evil.run}",): "model._target_ is not a key",
         ("+hydra.callbacks.x._target_=evil.run",): "hydra.callbacks.x._target_ is refused",
         ("hydra/launcher=evil",): "hydra/launcher is refused",
         ("hydra.job_logging={version:1,formatters:{f:{():evil.run}}}",): "hydra.job_logging is refused",
