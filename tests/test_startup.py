@@ -112,7 +112,8 @@ def test_importing_the_package_changes_no_handler_and_no_stream():
     code = "import signal, sys\nbefore = signal.getsignal(2), signal.getsignal(15), sys.stdout\n"
     code += "import alexnet_ddp.startup, alexnet_ddp.resilience.signals, alexnet_ddp.companion\n"
     code += "assert before == (signal.getsignal(2), signal.getsignal(15), sys.stdout)"
-    subprocess.run([sys.executable, "-c", code], cwd=PROJECT, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, timeout=60, check=False)
+    assert done.returncode == 0
 
 
 # --- output that is lost ----------------------------------------------------------------------------------------

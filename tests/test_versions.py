@@ -34,7 +34,9 @@ def test_the_collectives_that_torch_deprecates_are_not_needed(monkeypatch):
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         monkeypatch.delattr(dist, name, raising=False)
     spec = importlib.util.spec_from_file_location("group_of_a_newer_torch", group.__file__)
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module._all_gather is dist.all_gather_single
 
 
 @pytest.mark.filterwarnings("error")
