@@ -83,8 +83,15 @@ def test_a_missing_variable_of_a_rank_is_named(name):
         read_ranks({key: value for key, value in TORCHRUN.items() if key != name})
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "doctor"])
-@pytest.mark.parametrize("env", [{"WORLD_SIZE": "2"}, {"RANK": ""}, {"RANK": "1"}, {"SLURM_STEP_NUM_TASKS": "2"}])
+LONE_RANKS = [{"WORLD_SIZE": "2"}, {"RANK": ""}, {"RANK": "1"}]
+LONE_TASKS = [("train", {"SLURM_STEP_NUM_TASKS": "2"}), ("evaluate", {"SLURM_STEP_NUM_TASKS": "2"})]
+
+
+# The doctor reports lone tasks in its table: see test_doctor.py.
+@pytest.mark.parametrize(
+    ("command", "env"),
+    [*((command, env) for command in ("train", "evaluate", "doctor") for env in LONE_RANKS), *LONE_TASKS],
+)
 def test_a_command_refuses_before_it_imports_torch(tmp_path, command, env):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     package = str(Path(__file__).parents[1])

@@ -68,9 +68,6 @@ def wandb_run(file):
     }
 
 
-pytestmark = pytest.mark.xdist_group("wandb")  # its module fixtures are made once
-
-
 @pytest.fixture(scope="module")
 def resumed_offline(tmp_path_factory):
     """A run that is killed after step 40 with a checkpoint at 30, and goes on from there to 60."""
