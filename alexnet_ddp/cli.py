@@ -23,26 +23,54 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from alexnet_ddp import startup
 from alexnet_ddp.config import Config, RunConfig
 from alexnet_ddp.config.advice import dashed, one_line
 from alexnet_ddp.config.door import to_config
 from alexnet_ddp.config.files import refuse_numbers_as_text
 from alexnet_ddp.config.overrides import quoted, to_hydra
 from alexnet_ddp.config.schema import ROOTS, group_names, options
-from alexnet_ddp.errors import ConfigError, PeerFailed, RunError, leave_code, speaks_for_all
-from alexnet_ddp.printable import say
-from alexnet_ddp.redact import HIDDEN, redact
+from alexnet_ddp.runtime import startup
+from alexnet_ddp.runtime.errors import (
+    ConfigError,
+    PeerFailed,
+    RunError,
+    speaks_for_all,
+    write_exit_code,
+)
+from alexnet_ddp.runtime.printing import say
+from alexnet_ddp.runtime.redaction import HIDDEN, redact
 
 _PACKAGE = Path(__file__).resolve().parent
 # In a wheel conf/ lies in the package, in a checkout beside it.
 CONF_DIR = next(d for d in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if d.is_dir())
 # Hydra's options that only show something. --experimental-rerun would unpickle a file.
-_SHOWING = ("--help", "-h", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--hydra-help", "--version")
+_SHOWING = (
+    "--help",
+    "-h",
+    "--cfg",
+    "-c",
+    "--resolve",
+    "--package",
+    "-p",
+    "--info",
+    "-i",
+    "--hydra-help",
+    "--version",
+)
 # Hydra 1.3 warns if version_base is missing, Hydra 1.4 warns if it is given. Both then behave in the same way.
 HYDRA_BASE = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
 _SWEEPS = ("--multirun", "-m")
-_HYDRAS = ("--config-name", "-cn", "--config-path", "-cp", "--run", "-r", "--shell-completion", "-sc", "--exp")
+_HYDRAS = (
+    "--config-name",
+    "-cn",
+    "--config-path",
+    "-cp",
+    "--run",
+    "-r",
+    "--shell-completion",
+    "-sc",
+    "--exp",
+)
 
 
 def run(root: str, story: Callable[[Config, list[str]], None]) -> None:
@@ -60,11 +88,13 @@ def run(root: str, story: Callable[[Config, list[str]], None]) -> None:
         if show_trace:
             raise
         code = _explain(error, root)
-    except Exception:  # a bug: here it keeps its trace, and the others, who only lost a peer, do not speak for it
-        leave_code(1)
+    except (
+        Exception
+    ):  # a bug: here it keeps its trace, and the others, who only lost a peer, do not speak for it
+        write_exit_code(1)
         raise
     startup.ignore_stop()
-    leave_code(code)
+    write_exit_code(code)
     sys.exit(code)
 
 
@@ -75,14 +105,20 @@ def _composed(root: str) -> list[tuple[DictConfig, list[str]]]:
     own, rest = parser.parse_known_args(sys.argv[1:])
     rest = [_undashed(argument, root) for argument in rest]
     options = [argument.split("=")[0] for argument in rest if argument.startswith("-")]
-    for option, argument in zip(options, [argument for argument in rest if argument.startswith("-")]):
+    for option, argument in zip(
+        options, [argument for argument in rest if argument.startswith("-")]
+    ):
         if option not in _SHOWING:
             following = rest[rest.index(argument) + 1 :]
             raise ConfigError(_refusal(argument, following[0] if following else None, root))
     if options:
-        shown = [to_hydra(part, ROOTS[root]) if "=" in part and part[0] != "-" else part for part in rest]
+        shown = [
+            to_hydra(part, ROOTS[root]) if "=" in part and part[0] != "-" else part for part in rest
+        ]
         sys.argv[1:] = shown + [f"--config-dir={own.config_dir}"] * (own.config_dir is not None)
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra.main() then raises its errors instead of printing them
+        os.environ["HYDRA_FULL_ERROR"] = (
+            "1"  # hydra.main() then raises its errors instead of printing them
+        )
         hydra.main(**HYDRA_BASE, config_path=str(CONF_DIR), config_name=root)(lambda cfg: None)()
         return []
     return [(_compose(root, rest, own.config_dir), rest)]
@@ -118,7 +154,9 @@ def _compose(root: str, overrides: list[str], more: str | None = None) -> DictCo
     for override in overrides:
         key = override.split("=")[0].lstrip("+~")
         if re.match(r"hydra\b|.*@hydra\b", key):
-            raise ConfigError(f"{key} is refused: Hydra only composes here, and calls nothing; leave it out")
+            raise ConfigError(
+                f"{key} is refused: Hydra only composes here, and calls nothing; leave it out"
+            )
     overrides = [to_hydra(override, ROOTS[root]) for override in overrides]
     if more is not None:
         if not os.path.isdir(more):
@@ -152,21 +190,28 @@ def config_of_run(run_dir: Path, overrides: list[str]) -> Config:
     It stays the run in `run_dir`, whatever its record says.
     """
     try:
-        recorded = [str(override) for override in json.loads((run_dir / "run.json").read_bytes())["overrides"]]
+        recorded = [
+            str(override)
+            for override in json.loads((run_dir / "run.json").read_bytes())["overrides"]
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         known = sorted(d.parent.name for d in run_dir.parent.glob("*/run.json"))
-        remedy = (
-            f"there are: {', '.join(known) or 'none'}; give run.name, and run.root where it is not {run_dir.parent}"
-        )
-        raise ConfigError(f"there is no trained run {run_dir.name} in {run_dir.parent.absolute()}; {remedy}") from error
+        remedy = f"there are: {', '.join(known) or 'none'}; give run.name, and run.root where it is not {run_dir.parent}"
+        raise ConfigError(
+            f"there is no trained run {run_dir.name} in {run_dir.parent.absolute()}; {remedy}"
+        ) from error
     given = {override.split("=")[0].lstrip("+") for override in overrides}
     recorded = [
-        override for override in recorded if override.split("=")[0].lstrip("+") not in given or "=" not in override
+        override
+        for override in recorded
+        if override.split("=")[0].lstrip("+") not in given or "=" not in override
     ]
     for override in recorded:
         if HIDDEN in override:
             key = override.split("=")[0]
-            raise ConfigError(f"{key} of {run_dir.name} holds a secret, which is not recorded; give {key}=... again")
+            raise ConfigError(
+                f"{key} of {run_dir.name} holds a secret, which is not recorded; give {key}=... again"
+            )
     cfg = compose(recorded + overrides)
     return replace(cfg, run=RunConfig(name=run_dir.name, root=str(run_dir.parent)))
 
@@ -180,7 +225,9 @@ def _explain(error: Exception, root: str) -> int:
     return error.exit_code if own else ConfigError.exit_code
 
 
-def _show_trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _show_trace(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
     """Of a bug, as Python shows it, but without secrets."""
     for line in redact("".join(traceback.format_exception(kind, error, trace))).splitlines():
         say(line, sys.stderr)
@@ -192,4 +239,6 @@ class _Say(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if speaks_for_all():
             prefix = "warning: " if record.levelno >= logging.WARNING else ""
-            say(prefix + redact(record.getMessage()), sys.stderr)  # sys.stderr of now: a progress bar's
+            say(
+                prefix + redact(record.getMessage()), sys.stderr
+            )  # sys.stderr of now: a progress bar's

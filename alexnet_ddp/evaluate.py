@@ -5,7 +5,7 @@ python -m alexnet_ddp.evaluate model=alexnet model.weights=FILE data=imagenet da
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
-    from alexnet_ddp import startup
+    from alexnet_ddp.runtime import startup
 
     startup.begin("evaluate")
 
@@ -16,17 +16,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from alexnet_ddp import cli, distributed
-from alexnet_ddp.atomic import write_json
+from alexnet_ddp import cli
 from alexnet_ddp.checkpoint import files
 from alexnet_ddp.checkpoint.find import find_best, weights_of_run
 from alexnet_ddp.config import Config, ConfigError, Head
-from alexnet_ddp.data.classes import class_difference
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_work
-from alexnet_ddp.data.sets import ImageSets, open_data
-from alexnet_ddp.engine import Evaluation, evaluate
-from alexnet_ddp.errors import DataError, Preempted
+from alexnet_ddp.data.sources.classes import class_difference
+from alexnet_ddp.data.sources.sets import ImageSets, open_data
 from alexnet_ddp.model import (
     ClassChange,
     build_model,
@@ -37,11 +34,15 @@ from alexnet_ddp.model import (
     wanted_transform,
     without_weights,
 )
-from alexnet_ddp.precision import check_precision
-from alexnet_ddp.printable import say
-from alexnet_ddp.resilience.signals import StopSignal
-from alexnet_ddp.terminal import Console, Table
+from alexnet_ddp.runtime import distributed
+from alexnet_ddp.runtime.errors import DataError, Preempted
+from alexnet_ddp.runtime.files import write_json
+from alexnet_ddp.runtime.printing import say
+from alexnet_ddp.runtime.signals import StopSignal
+from alexnet_ddp.runtime.terminal import Console, Table
 from alexnet_ddp.tracking import read_classes
+from alexnet_ddp.training.precision import check_precision
+from alexnet_ddp.training.step import Evaluation, evaluate
 
 log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
 
@@ -55,28 +56,37 @@ def main(cfg: Config, overrides: list[str]) -> None:
         cfg = cli.config_of_run(cfg.run_dir, overrides)
     with distributed.session(cfg.device, cfg.trainer.tf32) as world:
         check_precision(cfg.trainer.precision, world)
-        trained = distributed.on_all(lambda: read_classes(cfg.run_dir)["ids"], world) if of_run else None
+        trained = (
+            distributed.on_all(lambda: read_classes(cfg.run_dir)["ids"], world) if of_run else None
+        )
         data = distributed.first_on_node(lambda: open_data(cfg.data, trained=trained), world)
         if of_run:
             directory = distributed.from_main(lambda: find_best(cfg.run_dir / "checkpoints"), world)
             model, origin = distributed.on_all(lambda: _trained(cfg, data, directory), world)
         else:
-            weights = distributed.from_main(lambda: weights_of_run(cfg.model.weights, cfg.run.root), world)
+            weights = distributed.from_main(
+                lambda: weights_of_run(cfg.model.weights, cfg.run.root), world
+            )
             model, origin = distributed.on_all(lambda: _from_file(cfg, data, *weights), world)
         model.to(world.device, memory_format=torch.channels_last)
         loader = build_loader(cfg.data, data.val, None, world.num_cores, world.device)
-        works = evaluation_work(len(data.val), cfg.trainer.eval_batch_size, world.rank, world.world_size)
+        works = evaluation_work(
+            len(data.val), cfg.trainer.eval_batch_size, world.rank, world.world_size
+        )
         batches, num_classes = loader.batches(works), len(data.val.classes)
         result = evaluate(model, batches, cfg.trainer, num_classes, world, StopSignal())
         if result is None:
             raise Preempted("stopped before the evaluation was complete; start it again")
         bad = sorted(one.reason for one in distributed.gather_objects(result.bad))
         if bad:
-            log.warning("%d images could not be read and do not count, such as %s", len(bad), bad[0])
+            log.warning(
+                "%d images could not be read and do not count, such as %s", len(bad), bad[0]
+            )
         if world.is_main:
             if of_run:  # before anything is printed: the reader of a pipe may go
                 write_json(
-                    cfg.run_dir / "evaluation.json", _record(result, data.class_names, origin | {"bad_images": bad})
+                    cfg.run_dir / "evaluation.json",
+                    _record(result, data.class_names, origin | {"bad_images": bad}),
                 )
             _report(result, data.class_names, origin)
 
@@ -87,27 +97,41 @@ def _trained(cfg: Config, data: ImageSets, directory: Path) -> tuple[nn.Module, 
     known = files.classes_of(directory, state) or read_classes(cfg.run_dir)
     expected, found = known["ids"], data.val.classes
     differ = class_difference(
-        f"run {cfg.run.name}", expected, "data.root", found, "give a root with the classes of the training"
+        f"run {cfg.run.name}",
+        expected,
+        "data.root",
+        found,
+        "give a root with the classes of the training",
     )
     if differ:
-        raise DataError(f"data.root has other classes than run {cfg.run.name} was trained on: {differ}")
+        raise DataError(
+            f"data.root has other classes than run {cfg.run.name} was trained on: {differ}"
+        )
     start = without_weights(cfg.model, state.get("transform_input", False))
     model = build_model(start, len(expected), cfg.data.image_size, cfg.seed)
     stem = files.stem_of_weights(directory)
     tensors = files.read_tensors(directory, stem)
     if expected != found:
         change, own = ClassChange(expected, found), model.state_dict()
-        tensors = follow_classes(tensors, change, {name: own[name] for name in head_parameters(model)})
-        log.info("the data has %s than the training: rows of the head follow their class names", change)
+        tensors = follow_classes(
+            tensors, change, {name: own[name] for name in head_parameters(model)}
+        )
+        log.info(
+            "the data has %s than the training: rows of the head follow their class names", change
+        )
     load_checkpoint(model, tensors, str(directory))
     origin = {"checkpoint": directory.name, "step": files.step_of(directory)}
     return model, origin | ({"weights": "averaged"} if stem == "ema" else {})
 
 
-def _from_file(cfg: Config, data: ImageSets, weights: str, known: list[str] | None) -> tuple[nn.Module, dict]:
+def _from_file(
+    cfg: Config, data: ImageSets, weights: str, known: list[str] | None
+) -> tuple[nn.Module, dict]:
     """weights: the file that cfg.model.weights names. known: its classes, if it is a run's."""
     if cfg.model.head is Head.new:
-        raise ConfigError("model.head=new would evaluate a head that has learnt nothing; leave it auto")
+        raise ConfigError(
+            "model.head=new would evaluate a head that has learnt nothing; leave it auto"
+        )
     classes = data.val.classes
     model = build_model(without_weights(cfg.model), len(classes), cfg.data.image_size, cfg.seed)
     load_weights(model, Path(weights), classes, None, wanted_transform(cfg.model), known)
@@ -122,7 +146,10 @@ def _record(result: Evaluation, names: list[str], origin: dict) -> dict:
     counts = result.per_class.tolist()
     known = Counter(names)  # two WordNet ids are both "crane"
     keys = [f"{name} ({label})" if known[name] > 1 else name for label, name in enumerate(names)]
-    classes = {key: dict(zip(("num_images", "correct1", "correct5"), row)) for key, row in zip(keys, counts)}
+    classes = {
+        key: dict(zip(("num_images", "correct1", "correct5"), row))
+        for key, row in zip(keys, counts)
+    }
     return {**origin, **result.row, "per_class": classes}
 
 
@@ -131,7 +158,11 @@ def _report(result: Evaluation, names: list[str], origin: dict) -> None:
     table = Table(title=", ".join(f"{key} {value}" for key, value in origin.items()))
     for heading in ("class", "images", "top-1 %", "top-5 %"):
         table.add_column(heading, justify="left" if heading == "class" else "right")
-    rows = [(name, n, 100 * c1 / n, 100 * c5 / n) for name, (n, c1, c5) in zip(names, result.per_class.tolist()) if n]
+    rows = [
+        (name, n, 100 * c1 / n, 100 * c5 / n)
+        for name, (n, c1, c5) in zip(names, result.per_class.tolist())
+        if n
+    ]
     rows.sort(key=lambda row: row[2])
     for name, n, top1, top5 in rows[:_MOST_CLASSES]:
         table.add_row(name, f"{n:,}", f"{top1:.1f}", f"{top5:.1f}")
@@ -139,8 +170,12 @@ def _report(result: Evaluation, names: list[str], origin: dict) -> None:
     if len(rows) > _MOST_CLASSES:
         say(f"... and {len(rows) - _MOST_CLASSES} better classes")
     row = result.row
-    counts = f"({row['val/correct1']:,} and {row['val/correct5']:,} of {row['val/num_images']:,} images)"
-    say(f"top-1 {row['val/top1']:.2f} %  top-5 {row['val/top5']:.2f} %  loss {row['val/loss']:.4f}  {counts}")
+    counts = (
+        f"({row['val/correct1']:,} and {row['val/correct5']:,} of {row['val/num_images']:,} images)"
+    )
+    say(
+        f"top-1 {row['val/top1']:.2f} %  top-5 {row['val/top5']:.2f} %  loss {row['val/loss']:.4f}  {counts}"
+    )
 
 
 if __name__ == "__main__":

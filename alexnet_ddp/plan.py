@@ -4,7 +4,7 @@ python -m alexnet_ddp.plan nodes=2 gpus_per_node=8 device=A100 links.between_gbi
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
-    from alexnet_ddp import startup
+    from alexnet_ddp.runtime import startup
 
     startup.begin("plan")
 
@@ -15,20 +15,20 @@ import torch
 from torch import nn
 
 from alexnet_ddp import cli
-from alexnet_ddp.atomic import write_json
 from alexnet_ddp.config import ConfigError, Device, PlanConfig, Precision
-from alexnet_ddp.costs import machine
-from alexnet_ddp.costs.choose import CLEARLY, GUESSED_GBIT, USABLE, best, choose, strategies
-from alexnet_ddp.costs.machine import Cluster
-from alexnet_ddp.costs.measure import measure_device
-from alexnet_ddp.costs.network import Network, read_network
-from alexnet_ddp.costs.picture import draw, matplotlib_pyplot
-from alexnet_ddp.costs.step import Step, Strategy, predict
-from alexnet_ddp.costs.sweep import Sweep, sweep
-from alexnet_ddp.distributed import choose_device
+from alexnet_ddp.cost_model import machine
+from alexnet_ddp.cost_model.choose import CLEARLY, GUESSED_GBIT, USABLE, best, choose, strategies
+from alexnet_ddp.cost_model.machine import Cluster
+from alexnet_ddp.cost_model.measure import measure_device
+from alexnet_ddp.cost_model.network import Network, read_network
+from alexnet_ddp.cost_model.picture import draw, matplotlib_pyplot
+from alexnet_ddp.cost_model.step import Step, Strategy, predict
+from alexnet_ddp.cost_model.sweep import Sweep, sweep
 from alexnet_ddp.model import build_model, without_weights
-from alexnet_ddp.printable import say
-from alexnet_ddp.terminal import Console, Table
+from alexnet_ddp.runtime.distributed import choose_device
+from alexnet_ddp.runtime.files import write_json
+from alexnet_ddp.runtime.printing import say
+from alexnet_ddp.runtime.terminal import Console, Table
 
 _MOST_ROWS = 8  # hybrids in the table, the fastest; all of them are in the JSON file
 
@@ -39,8 +39,12 @@ def main(cfg: PlanConfig, overrides: list[str]) -> None:
         _check_file(knob, getattr(cfg, knob), suffix)
     if cfg.plot:
         matplotlib_pyplot()  # or say now what is missing
-    with torch.device("cpu" if cfg.device == "measure" else "meta"):  # shapes alone, where nothing is run
-        model = build_model(without_weights(cfg.model), cfg.data.num_classes, cfg.data.image_size, seed=0)
+    with torch.device(
+        "cpu" if cfg.device == "measure" else "meta"
+    ):  # shapes alone, where nothing is run
+        model = build_model(
+            without_weights(cfg.model), cfg.data.num_classes, cfg.data.image_size, seed=0
+        )
     network = read_network(model, cfg.data.image_size)
     if not network.split and cfg.wire_dtype is not Precision.fp32:
         rule = "is of hybrids, and this network has no large linear layers to split; leave it out"
@@ -56,9 +60,14 @@ def main(cfg: PlanConfig, overrides: list[str]) -> None:
     if cfg.plot:
         draw(swept, cfg.images, cluster.world_size, Path(cfg.plot))
     if cfg.json:
-        write_json(Path(cfg.json), record(cfg, network, device, cluster, rows) | {"conclusion": conclusion})
+        write_json(
+            Path(cfg.json), record(cfg, network, device, cluster, rows) | {"conclusion": conclusion}
+        )
     Console().print(table(rows, cfg, found))
-    for line in (f"{device.name}: {device.flops_per_s / 1e12:,.3g} TFLOP/s ({device.origin})", *conclusion):
+    for line in (
+        f"{device.name}: {device.flops_per_s / 1e12:,.3g} TFLOP/s ({device.origin})",
+        *conclusion,
+    ):
         say(line)
 
 
@@ -66,7 +75,9 @@ def _check_file(knob: str, name: str | None, suffix: str) -> None:
     if name is None:
         return
     if Path(name).suffix != suffix:
-        raise ConfigError(f"{knob} ({name}) must end in {suffix}; {knob}={Path(name).with_suffix(suffix)}")
+        raise ConfigError(
+            f"{knob} ({name}) must end in {suffix}; {knob}={Path(name).with_suffix(suffix)}"
+        )
     if not Path(name).absolute().parent.is_dir():
         raise ConfigError(f"{knob} ({name}) must lie in a directory that exists; make it first")
 
@@ -101,7 +112,9 @@ def build_cluster(cfg: PlanConfig, device: machine.Device) -> Cluster:
             inside = replace(inside, bytes_per_s=links.inside_gb_per_s * 1e9)
     else:
         known = machine.find_gpu(device.name)
-        inside_gb = links.inside_gb_per_s or (known.link_gb_per_s if known else machine.PCIE_GB_PER_S)
+        inside_gb = links.inside_gb_per_s or (
+            known.link_gb_per_s if known else machine.PCIE_GB_PER_S
+        )
         inside, between = machine.nccl_links(inside_gb, between_gbit)
     if links.inside_latency_us:
         inside = replace(inside, latency_s=links.inside_latency_us / 1e6)
@@ -142,7 +155,16 @@ def table(rows: list[dict], cfg: PlanConfig, found: Step | None) -> Table:
     title = f"{cfg.nodes} x {cfg.gpus_per_node} ranks, {batch}"
     made = Table(title=title, is_compact=True)
     made.add_column("\nstrategy", no_wrap=True)
-    units = ("MB\nsent", "exposed\nms", "step\nms", "\nimages/s", "\neff.", "\nepoch", f"{cfg.epochs}\nepochs", "\nGB")
+    units = (
+        "MB\nsent",
+        "exposed\nms",
+        "step\nms",
+        "\nimages/s",
+        "\neff.",
+        "\nepoch",
+        f"{cfg.epochs}\nepochs",
+        "\nGB",
+    )
     for unit in units:
         made.add_column(unit, justify="right", no_wrap=True)
     for r in shown:
@@ -170,16 +192,22 @@ def duration(seconds: float) -> str:
     return f"{hours}h{m:02d}m" if hours < 48 else f"{hours // 24}d{hours % 24:02d}h"
 
 
-def conclude(steps: list[Step], found: Step | None, network: Network, device: machine.Device) -> list[str]:
+def conclude(
+    steps: list[Step], found: Step | None, network: Network, device: machine.Device
+) -> list[str]:
     """What to take, and why, in a line or two."""
     if found is None:
         need = min(steps, key=lambda s: s.memory_bytes).memory_bytes / 1e9
         limit = f"{USABLE:.0%} of {device.memory_bytes / 1e9:g} GB"
-        return [f"Take a smaller batch: a GPU would need {need:.1f} GB of {limit}; lower images_per_gpu."]
+        return [
+            f"Take a smaller batch: a GPU would need {need:.1f} GB of {limit}; lower images_per_gpu."
+        ]
     plain, half, *hybrids = steps
     lines = [f"Take {found.strategy.name}: {found.strategy.overrides}"]
     if found is not plain:
-        lines[0] += f" ({plain.seconds / found.seconds:.2f} times faster than ddp, the same mathematics)"
+        lines[0] += (
+            f" ({plain.seconds / found.seconds:.2f} times faster than ddp, the same mathematics)"
+        )
     elif not network.split:
         lines[0] += " (too few parameters in linear layers at the end for parallel=hybrid to pay)"
     elif (near := best(hybrids, device)) is not None and near.seconds < found.seconds:
@@ -187,7 +215,9 @@ def conclude(steps: list[Step], found: Step | None, network: Network, device: ma
         lines[0] += f" ({near.strategy.name} would be {gain:.1%} faster: not clearly)"
     if half.seconds * CLEARLY < found.seconds:
         faster = found.seconds / half.seconds
-        lines.append(f"{half.strategy.overrides} would be {faster:.2f} times faster, if gradients may be rounded.")
+        lines.append(
+            f"{half.strategy.overrides} would be {faster:.2f} times faster, if gradients may be rounded."
+        )
     return lines
 
 
@@ -196,7 +226,9 @@ def crossing(network: Network, swept: Sweep, images: int) -> list[str]:
     if network.crossover is None:
         return []
     most = int(network.crossover)
-    bytes_at = f"up to a global batch of {most:,} images" + (f" ({most // images:,} ranks)" if most >= images else "")
+    bytes_at = f"up to a global batch of {most:,} images" + (
+        f" ({most // images:,} ranks)" if most >= images else ""
+    )
     first = f"Crossover: hybrid over all ranks sends fewer bytes than ddp {bytes_at}."
     pairs = zip(swept.ranks[1:], swept.plain[1:], swept.whole[1:])
     faster = [ranks for ranks, ddp, hybrid in pairs if hybrid.seconds < ddp.seconds]
@@ -219,7 +251,9 @@ def record(
         "train_gflop_an_image": network.train_flops / 1e9,
         "crossover_global_batch": network.crossover,
     }
-    finite = {key: None if value == float("inf") else value for key, value in asdict(device).items()}
+    finite = {
+        key: None if value == float("inf") else value for key, value in asdict(device).items()
+    }
     return {
         "network": facts, "device": finite, "cluster": asdict(cluster), "images_per_gpu": cfg.images,
         "torch": torch.__version__, "choice": {"strategy": chosen.strategy.name, "reason": chosen.reason}, "rows": rows,

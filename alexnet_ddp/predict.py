@@ -4,7 +4,7 @@ python -m alexnet_ddp.predict run.name=X images=PATH_OR_GLOB_OR_DIR [output=FILE
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
-    from alexnet_ddp import startup
+    from alexnet_ddp.runtime import startup
 
     startup.begin("predict")
 
@@ -26,11 +26,11 @@ from alexnet_ddp.config import Config, ConfigError, DataConfig, PredictConfig
 from alexnet_ddp.data.decode import BadImage, centre_into
 from alexnet_ddp.data.effects import normalise
 from alexnet_ddp.data.image import read_file
-from alexnet_ddp.data.index import list_images
-from alexnet_ddp.distributed import choose_device
-from alexnet_ddp.errors import DataError
+from alexnet_ddp.data.sources.index import list_images
 from alexnet_ddp.model import build_model, load_checkpoint, without_weights
-from alexnet_ddp.terminal import Console, Table
+from alexnet_ddp.runtime.distributed import choose_device
+from alexnet_ddp.runtime.errors import DataError
+from alexnet_ddp.runtime.terminal import Console, Table
 from alexnet_ddp.tracking import read_classes
 
 log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
@@ -43,7 +43,9 @@ def main(ask: PredictConfig, overrides: list[str]) -> None:
     """Print a table, write JSON lines where asked to. Images that cannot be read are named, and end it with code 65."""
     run_dir = Path(ask.run.root) / ask.run.name
     if ask.output and not Path(ask.output).absolute().parent.is_dir():
-        raise ConfigError(f"output ({ask.output}) must lie in a directory that exists; make it first")
+        raise ConfigError(
+            f"output ({ask.output}) must lie in a directory that exists; make it first"
+        )
     paths = find_images(ask.images)
     cfg = cli.config_of_run(run_dir, [])
     device = choose_device(ask.device, 0)
@@ -54,8 +56,13 @@ def main(ask: PredictConfig, overrides: list[str]) -> None:
     lines: list[str] = []
     for path, probabilities in _probabilities(model, paths, cfg.data, device, bad):
         top = probabilities.topk(min(ask.top_k, len(names)))
-        found = [{"class": names[i], "probability": p} for p, i in zip(top.values.tolist(), top.indices.tolist())]
-        table.add_row(path, "  ".join(f"{entry['class']} {entry['probability']:.3f}" for entry in found))
+        found = [
+            {"class": names[i], "probability": p}
+            for p, i in zip(top.values.tolist(), top.indices.tolist())
+        ]
+        table.add_row(
+            path, "  ".join(f"{entry['class']} {entry['probability']:.3f}" for entry in found)
+        )
         lines.append(json.dumps({"image": path, "predictions": found}) + "\n")
     if ask.output:  # before anything is printed: the reader of a pipe may go
         Path(ask.output).write_text("".join(lines))
@@ -64,7 +71,9 @@ def main(ask: PredictConfig, overrides: list[str]) -> None:
     for line in bad[_MOST_NAMED:]:
         log.warning(line)
     if bad:
-        raise DataError(f"{len(bad)} of {len(paths)} files are no images: {'; '.join(bad[:_MOST_NAMED])}")
+        raise DataError(
+            f"{len(bad)} of {len(paths)} files are no images: {'; '.join(bad[:_MOST_NAMED])}"
+        )
 
 
 def find_images(pattern: str) -> list[str]:
@@ -78,11 +87,19 @@ def find_images(pattern: str) -> list[str]:
         matched = [pattern] if os.path.lexists(pattern) else _matches(pattern)
         found = [path for path in matched if os.path.isfile(path)]
         is_deep = "**" in pattern  # it matches folders on its way to the files
-        others = [p for p in matched if not os.path.isfile(p) and not (is_deep and os.path.isdir(p))]
-        notes = [f"ignored {len(others):,} entries (not regular files), such as {others[0]}"] if others else []
+        others = [
+            p for p in matched if not os.path.isfile(p) and not (is_deep and os.path.isdir(p))
+        ]
+        notes = (
+            [f"ignored {len(others):,} entries (not regular files), such as {others[0]}"]
+            if others
+            else []
+        )
     if not found:
         why = f" ({'; '.join(notes)})" if notes else ""
-        raise DataError(f"images ({pattern}) names no image{why}; give a file, a directory, or a glob in quotes")
+        raise DataError(
+            f"images ({pattern}) names no image{why}; give a file, a directory, or a glob in quotes"
+        )
     for note in notes:
         log.warning(note)
     return found

@@ -16,17 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from alexnet_ddp import cli, distributed
+from alexnet_ddp import cli
 from alexnet_ddp.config import Config, ConfigError, DDPConfig, Hook, OnNan
 from alexnet_ddp.data.effects import apply_effects
 from alexnet_ddp.data.loader import Batch, Loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler, Work
-from alexnet_ddp.engine import TrainStep, cross_entropy
 from alexnet_ddp.model import set_dropout_keys
-from alexnet_ddp.precision import autocast
-from alexnet_ddp.printable import say
-from alexnet_ddp.resilience.health import Wish
-from alexnet_ddp.training import Training
+from alexnet_ddp.runtime import distributed
+from alexnet_ddp.runtime.printing import say
+from alexnet_ddp.training.build import Training
+from alexnet_ddp.training.precision import autocast
+from alexnet_ddp.training.step import TrainStep, cross_entropy
+from alexnet_ddp.training.vote import StepVote
 
 _SHOWN = 5  # images
 
@@ -36,11 +37,18 @@ def replay(cfg: Config, overrides: list[str]) -> None:
     record = read_record(Path(cfg.replay))
     cfg = cli.config_of_run(cfg.run_dir, overrides)
     parallel = cfg.parallel
-    cfg = replace(cfg, parallel=DDPConfig(), trainer=replace(cfg.trainer, on_nan=OnNan.skip))  # a world of one
-    exact = not isinstance(parallel, DDPConfig) or parallel.hook not in (Hook.powersgd, Hook.post_local_sgd)
+    cfg = replace(
+        cfg, parallel=DDPConfig(), trainer=replace(cfg.trainer, on_nan=OnNan.skip)
+    )  # a world of one
+    exact = not isinstance(parallel, DDPConfig) or parallel.hook not in (
+        Hook.powersgd,
+        Hook.post_local_sgd,
+    )
     with distributed.session(cfg.device, cfg.trainer.tf32) as world:
         if world.world_size > 1:
-            raise ConfigError(f"replay takes one process, not {world.world_size}; start it without torchrun")
+            raise ConfigError(
+                f"replay takes one process, not {world.world_size}; start it without torchrun"
+            )
         training = Training(cfg, world, up_to=record["step"] - 1)
         training.build()
         loader, name = training.train_loader, training.data.train.name
@@ -59,7 +67,9 @@ def read_record(path: Path) -> dict[str, Any]:
         raise ValueError("step and world_size must be at least 1")
     except (OSError, ValueError, KeyError, TypeError) as error:
         remedy = "give the replay.json of a run's directory"
-        raise ConfigError(f"replay={path} cannot be read ({type(error).__name__}: {error}); {remedy}") from error
+        raise ConfigError(
+            f"replay={path} cannot be read ({type(error).__name__}: {error}); {remedy}"
+        ) from error
 
 
 @dataclass
@@ -80,7 +90,7 @@ class Replay:
         batches = self.loader.batches(works)
         yield f"replay of step {step + 1} ({record['reason']}), from the state after step {start}"
         for k in range(start, step):
-            self.train_step(batches, k, self.lr(k), len(self.sampler.batch(k)), Wish())
+            self.train_step(batches, k, self.lr(k), len(self.sampler.batch(k)), StepVote())
         indices = self.sampler.batch(step).tolist()
         agree = indices == record["indices"]
         yield f"images: {len(indices)}, {'the recorded ones' if agree else 'NOT the recorded ones'}"
@@ -88,14 +98,21 @@ class Replay:
         loss = sum(losses.values()) / max(1, len(losses))
         yield f"loss {loss:.6g}, recorded {record['loss']:.6g}"
         norm, where = self._gradient()
-        yield f"gradient norm {norm:.6g}" + (f", not finite in {', '.join(where[:_SHOWN])}" if where else "")
+        yield f"gradient norm {norm:.6g}" + (
+            f", not finite in {', '.join(where[:_SHOWN])}" if where else ""
+        )
         bad = [i for i, value in losses.items() if not math.isfinite(value)]
         worst = bad or sorted(losses, key=losses.__getitem__, reverse=True)
         what = "not finite" if bad else "largest losses"
         yield f"{what}: " + ", ".join(f"{self.name(i)} ({losses[i]:.4g})" for i in worst[:_SHOWN])
         if not self.exact:
             yield "the run's parallel.hook is not replayed: its weights were not these to the last digit"
-        elif agree and math.isfinite(loss) and math.isfinite(norm) and "not finite" in record["reason"]:
+        elif (
+            agree
+            and math.isfinite(loss)
+            and math.isfinite(norm)
+            and "not finite" in record["reason"]
+        ):
             yield "all is finite here: not these images and weights, but the machine that ran the step is to blame"
 
     def _works(self, steps: range, world_size: int) -> Iterator[Work]:
@@ -124,7 +141,9 @@ class Replay:
 
     def _gradient(self) -> tuple[float, list[str]]:
         """Its norm, and the parameters where it is not finite."""
-        gradients = {name: p.grad for name, p in self._model.named_parameters() if p.grad is not None}
+        gradients = {
+            name: p.grad for name, p in self._model.named_parameters() if p.grad is not None
+        }
         bad = [name for name, grad in gradients.items() if not torch.isfinite(grad).all()]
         return float(nn.utils.get_total_norm(list(gradients.values()))), bad
 

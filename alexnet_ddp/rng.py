@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 # One number a use, so that two uses with equal coordinates stay independent.
-ORDER, CROP, FLIP, COLOUR, DROPOUT, SUBSET, SYNTHETIC, POLICY, JITTER, ERASE, MIX, SHARDS = range(1, 13)
+ORDER, CROP, FLIP, COLOUR, DROPOUT, SUBSET, SYNTHETIC, POLICY, JITTER, ERASE, MIX, SHARDS = range(
+    1, 13
+)
 
 _GOLDEN = 0x9E3779B9
 _AT_ONCE = 1 << 15  # words, in steps that stay in the cache of a core
@@ -66,13 +68,17 @@ def high_words(key: int, n: int) -> np.ndarray:
     words = np.empty(n, np.uint32)
     for start in range(0, n, _AT_ONCE):
         block = words[start : start + _AT_ONCE]
-        block[...] = hash32(fold(key, 0), np.arange(start, start + len(block), dtype=np.int32)).view(np.uint32)
+        block[...] = hash32(
+            fold(key, 0), np.arange(start, start + len(block), dtype=np.int32)
+        ).view(np.uint32)
     return words
 
 
 def in_order(key: int, members: np.ndarray, high: np.ndarray) -> np.ndarray:
     """`members`, int64, a part of range(n) whose high words are `high`, as permutation(key, n) orders them."""
-    order = np.argsort(high.astype(np.uint16), kind="stable")  # a radix sort: half of the bits, then the other half
+    order = np.argsort(
+        high.astype(np.uint16), kind="stable"
+    )  # a radix sort: half of the bits, then the other half
     order = order[np.argsort((high >> np.uint32(16)).astype(np.uint16)[order], kind="stable")]
     members, high = members[order], high[order]
     ties = np.flatnonzero(high[1:] == high[:-1])

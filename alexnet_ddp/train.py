@@ -7,7 +7,7 @@ steps and evaluation here.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
-    from alexnet_ddp import startup
+    from alexnet_ddp.runtime import startup
 
     startup.begin("train")
 
@@ -17,31 +17,46 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 
-from alexnet_ddp import cli, distributed
+from alexnet_ddp import cli
 from alexnet_ddp.checkpoint.store import RunState
 from alexnet_ddp.config import Config, OnNan
 from alexnet_ddp.config.door import to_plain, to_yaml
 from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.quarantine import Quarantine
 from alexnet_ddp.data.sampler import describe_batch, evaluation_work, index_hash, rank_slice
-from alexnet_ddp.distributed import World
-from alexnet_ddp.engine import evaluate
-from alexnet_ddp.errors import DataError, PeerFailed, Preempted, RunError, leave_start, was_asked_to_stop
-from alexnet_ddp.metrics import Pace, train_row
 from alexnet_ddp.replay import replay
-from alexnet_ddp.resilience.beacon import WAITING
-from alexnet_ddp.resilience.deadline import Deadline
-from alexnet_ddp.resilience.guard import Guard
-from alexnet_ddp.resilience.health import Wish
-from alexnet_ddp.resilience.lock import lock_run
-from alexnet_ddp.resilience.replicas import Replicas
-from alexnet_ddp.resilience.signals import StopSignal
-from alexnet_ddp.resilience.stragglers import Stragglers
-from alexnet_ddp.resilience.watchdog import Watchdog
-from alexnet_ddp.schedule import count_warmup_steps
-from alexnet_ddp.startup import before_exit
-from alexnet_ddp.tracking import RunInfo, RunStatus, build_tracker, headline, make_run_dir, run_status
-from alexnet_ddp.training import Training
+from alexnet_ddp.runtime import distributed
+from alexnet_ddp.runtime.deadline import Deadline
+from alexnet_ddp.runtime.distributed import World
+from alexnet_ddp.runtime.errors import (
+    DataError,
+    PeerFailed,
+    Preempted,
+    RunError,
+    was_asked_to_stop,
+    write_start_step,
+)
+from alexnet_ddp.runtime.heartbeat import WAITING
+from alexnet_ddp.runtime.lock import lock_run
+from alexnet_ddp.runtime.signals import StopSignal
+from alexnet_ddp.runtime.startup import before_exit
+from alexnet_ddp.runtime.watchdog import Watchdog
+from alexnet_ddp.tracking import (
+    RunInfo,
+    RunStatus,
+    build_tracker,
+    headline,
+    make_run_dir,
+    run_status,
+)
+from alexnet_ddp.training.build import Training
+from alexnet_ddp.training.faults import Guard
+from alexnet_ddp.training.metrics import Throughput, train_row
+from alexnet_ddp.training.replicas import Replicas
+from alexnet_ddp.training.schedule import count_warmup_steps
+from alexnet_ddp.training.step import evaluate
+from alexnet_ddp.training.stragglers import Stragglers
+from alexnet_ddp.training.vote import StepVote
 
 log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
 
@@ -52,7 +67,10 @@ def train(cfg: Config, overrides: list[str]) -> None:
         replay(cfg, overrides)
         return
     tf32 = cfg.trainer.tf32
-    with distributed.session(cfg.device, tf32) as world, run_status(cfg.run_dir, world.is_main) as status:
+    with (
+        distributed.session(cfg.device, tf32) as world,
+        run_status(cfg.run_dir, world.is_main) as status,
+    ):
         distributed.from_main(lambda: make_run_dir(cfg.run_dir), world)
         lock = distributed.on_all(lambda: lock_run(cfg.run_dir), world, takes_part=world.is_main)
         watchdog = Watchdog(cfg.trainer.hang_timeout_s, cfg.run_dir, world, cfg.trainer.compile)
@@ -60,7 +78,12 @@ def train(cfg: Config, overrides: list[str]) -> None:
             training = Training(cfg, world)
             status.running(training.state.step)
             if training.is_complete:
-                log.info("run %s is complete after %d steps: %s", cfg.run.name, training.state.step, cfg.run_dir)
+                log.info(
+                    "run %s is complete after %d steps: %s",
+                    cfg.run.name,
+                    training.state.step,
+                    cfg.run_dir,
+                )
                 return
             training.build()
             stop = StopSignal()  # until here a stop signal ends the process at once
@@ -84,47 +107,83 @@ def lost_peers_explained(stop: StopSignal, state: RunState) -> Iterator[None]:
     except Exception as error:
         is_first = state.step == start and was_asked_to_stop()
         if stop.received and is_first and distributed.lost_peer(error) is not None:
-            raise Preempted("stopped while it started; nothing is lost: start the same command again") from error
+            raise Preempted(
+                "stopped while it started; nothing is lost: start the same command again"
+            ) from error
         raise
 
 
 class Run:
     """A training that goes on to its end: steps, and what is due between two of them."""
 
-    def __init__(self, cfg: Config, training: Training, world: World, status: RunStatus, stop: StopSignal) -> None:
-        self.cfg, self.training, self.world, self.status, self.stop = cfg, training, world, status, stop
-        self.state, self.budget, self.checkpoints = training.state, training.budget, training.checkpoints
+    def __init__(
+        self, cfg: Config, training: Training, world: World, status: RunStatus, stop: StopSignal
+    ) -> None:
+        self.cfg, self.training, self.world, self.status, self.stop = (
+            cfg,
+            training,
+            world,
+            status,
+            stop,
+        )
+        self.state, self.budget, self.checkpoints = (
+            training.state,
+            training.budget,
+            training.checkpoints,
+        )
 
     def prepare(self, watchdog: Watchdog, overrides: list[str]) -> None:
         """Its record, its guards, its clocks."""
         cfg, world, data = self.cfg, self.world, self.training.data
         self.watchdog, self.training.train_step.on_phase = watchdog, watchdog.phase
         self.checkpoints.prepare(self.training.tensors())
-        facts = {"world_size": world.world_size, "overrides": overrides, "start_step": self.state.step}
+        facts = {
+            "world_size": world.world_size,
+            "overrides": overrides,
+            "start_step": self.state.step,
+        }
         classes = {"ids": data.train.classes, "names": data.class_names}
         budget, step = self.budget, self.state.step
-        info = RunInfo(cfg.run.name, world.is_main, step, budget.total_steps, budget.steps_per_epoch, to_plain(cfg))
+        info = RunInfo(
+            cfg.run.name,
+            world.is_main,
+            step,
+            budget.total_steps,
+            budget.steps_per_epoch,
+            to_plain(cfg),
+        )
         self.tracker = build_tracker(cfg.logger, cfg.run_dir, info)
         self.tracker.record(to_yaml(cfg), facts, classes)
         self.tracker.say(self._headline())
 
         Deadline(self.stop, lambda: self.checkpoints.longest_write_s).watch(world.is_main)
         batch = partial(describe_batch, self.training.sampler, data.train)
-        self.guard = Guard(cfg.trainer, self.state.bad_steps, batch, cfg.run_dir / "replay.json", world)
-        self.replicas, self.stragglers = Replicas(cfg.trainer.check_every_steps, world), Stragglers(world)
+        self.guard = Guard(
+            cfg.trainer, self.state.bad_steps, batch, cfg.run_dir / "replay.json", world
+        )
+        self.replicas, self.stragglers = (
+            Replicas(cfg.trainer.check_every_steps, world),
+            Stragglers(world),
+        )
         sets = {"train": data.train, "val": data.val}
-        self.quarantine = Quarantine(cfg.run_dir, sets, cfg.data.max_bad_images or 0, self.state.step, world)
-        self.pace, self.saved_at = Pace(), time.monotonic()
+        self.quarantine = Quarantine(
+            cfg.run_dir, sets, cfg.data.max_bad_images or 0, self.state.step, world
+        )
+        self.throughput, self.saved_at = Throughput(), time.monotonic()
         self.stopping = self.save_due = self.row_due = False
         self.failure: RunError | None = None  # of rank 0's checkpoints, until all ranks know
 
     def go(self) -> None:
         """Steps, and what is due between two of them, until the last one or a stop."""
-        leave_start(self.state.step)
+        write_start_step(self.state.step)
         while True:
             self.replicas.check(self.state.step, self.training.tensors)
-            eval_due = self.budget.eval_due(self.state.step) and self.state.evaluated_at != self.state.step
-            if (self.row_due or eval_due or self.save_due or self.stopping) and self.training.train_step.settle():
+            eval_due = (
+                self.budget.eval_due(self.state.step) and self.state.evaluated_at != self.state.step
+            )
+            if (
+                self.row_due or eval_due or self.save_due or self.stopping
+            ) and self.training.train_step.settle():
                 self.leave_behind(self.state.step - 1)
             if self.row_due:
                 self.log_row()
@@ -145,35 +204,46 @@ class Run:
         step = self.state.step
         batch, world = self.training.sampler.batch(step), self.world
         num_images = len(batch)
-        self.watchdog.begin_step(step, batch[rank_slice(num_images, world.rank, world.world_size)][:16].tolist())
+        self.watchdog.begin_step(
+            step, batch[rank_slice(num_images, world.rank, world.world_size)][:16].tolist()
+        )
         minutes = self.cfg.checkpoint.save_every_minutes
         wants_save = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
-        wish = Wish(self.stop.received, wants_save, self.failure)
-        verdict = self.training.train_step(self.training.batches, step, self.training.lr(step), num_images, wish)
+        vote = StepVote(self.stop.received, wants_save, self.failure)
+        outcome = self.training.train_step(
+            self.training.batches, step, self.training.lr(step), num_images, vote
+        )
         self.state.step = step + 1
         self.failure = self.checkpoints.poll() or self.failure
-        self.stopping = verdict.stop
-        self.guard.watch(step, verdict.loss)
-        for bad in verdict.bad_steps(step):
+        self.stopping = outcome.stop
+        self.guard.watch(step, outcome.loss)
+        for bad in outcome.bad_steps(step):
             self.leave_behind(bad)
-        self.save_due = verdict.save or self.budget.save_due(self.state.step)
+        self.save_due = outcome.save or self.budget.save_due(self.state.step)
         if not self.meet(
             self.needs_equal_ranks(self.state.step)
         ):  # a stop, or a save by time, waits until the ranks do
             self.stopping = self.save_due = False
-        if verdict.num_images < num_images:
+        if outcome.num_images < num_images:
             self._set_aside("train", self.training.train_step.bad)
-        if verdict.is_empty and self.state.step == step + 1:
+        if outcome.is_empty and self.state.step == step + 1:
             self.skip_empty(step)
-        if self.state.step == step + 1:  # else back behind the step before: this one was not applied, and comes again
+        if (
+            self.state.step == step + 1
+        ):  # else back behind the step before: this one was not applied, and comes again
             self.row_due = self.budget.log_due(self.state.step)
-            self.pace.add(num_images, verdict.num_images)
+            self.throughput.add(num_images, outcome.num_images)
             self.tracker.advance(self.state.step)
 
     def needs_equal_ranks(self, step: int) -> bool:
         """By its configuration, whoever interrupts it: it compares, evaluates, saves or ends after `step` steps."""
         budget = self.budget
-        return self.replicas.due(step) or budget.eval_due(step) or budget.save_due(step) or budget.is_end(step)
+        return (
+            self.replicas.due(step)
+            or budget.eval_due(step)
+            or budget.save_due(step)
+            or budget.is_end(step)
+        )
 
     def meet(self, planned: bool) -> bool:
         """Collective. See Training.meet."""
@@ -205,12 +275,19 @@ class Run:
 
     def log_row(self) -> None:
         """Collective. The one place that waits for the device."""
-        row = train_row(self.training.train_step.meter.read()) | {"train/lr": self.training.lr(self.state.step - 1)}
+        row = train_row(self.training.train_step.meter.read()) | {
+            "train/lr": self.training.lr(self.state.step - 1)
+        }
         self.training.train_step.meter.reset()
         self.row_due = False
-        steps, pace = self.pace.steps, self.pace.row(self.training.train_loader.waited_s)
+        steps, pace = (
+            self.throughput.steps,
+            self.throughput.row(self.training.train_loader.waited_s),
+        )
         row |= self.training.train_step.extras() | pace | self.guard.row() | self.checkpoints.row()
-        row |= self.stragglers.row(self.training.train_step.stopwatch.read(), steps, pace["time/step_s"] * steps)
+        row |= self.stragglers.row(
+            self.training.train_step.stopwatch.read(), steps, pace["time/step_s"] * steps
+        )
         self._log(row)
 
     def evaluate_or_save(self) -> None:
@@ -225,7 +302,9 @@ class Run:
     def evaluate(self) -> None:
         """Collective. Where a stop was asked for, the evaluation is left and made anew when the run goes on."""
         cfg, world = self.cfg.trainer, self.world
-        works = evaluation_work(len(self.training.data.val), cfg.eval_batch_size, world.rank, world.world_size)
+        works = evaluation_work(
+            len(self.training.data.val), cfg.eval_batch_size, world.rank, world.world_size
+        )
         num_classes = len(self.training.data.train.classes)
         batches = self.watchdog.evaluating(self.training.val_loader.batches(works))
         with self.training.as_evaluated() as model:
@@ -247,9 +326,15 @@ class Run:
         self.state.scaler = self.training.train_step.scaler.state_dict()
         self.watchdog.phase("checkpoint")
         is_last = self.stopping or self.budget.is_end(self.state.step)
-        self.failure = self.checkpoints.save(self.state, self.training.tensors(), is_last) or self.failure
-        if is_last or self.state.best.get("step") == self.state.step:  # these wait for the disk: so do all, here
-            if self.world.is_main:  # its own wait is over: a rank that is lost is missed as in a step
+        self.failure = (
+            self.checkpoints.save(self.state, self.training.tensors(), is_last) or self.failure
+        )
+        if (
+            is_last or self.state.best.get("step") == self.state.step
+        ):  # these wait for the disk: so do all, here
+            if (
+                self.world.is_main
+            ):  # its own wait is over: a rank that is lost is missed as in a step
                 self.watchdog.phase(WAITING)
             distributed.raise_together(self.failure if is_last else None, self.world)
         self.save_due, self.saved_at = False, time.monotonic()
@@ -269,13 +354,15 @@ class Run:
         began = time.monotonic()
         self.watchdog.pause()
         action()
-        self.pace.pause(time.monotonic() - began)
+        self.throughput.pause(time.monotonic() - began)
 
     def _headline(self) -> str:
         data, budget = self.training.data, self.budget
         parameters = self.training.parallel_model.num_parameters
         counts = (len(data.train), len(data.val), len(data.class_names))
-        progress = f"step {self.state.step} of {budget.total_steps} ({budget.steps_per_epoch} an epoch)"
+        progress = (
+            f"step {self.state.step} of {budget.total_steps} ({budget.steps_per_epoch} an epoch)"
+        )
         warmup_steps = count_warmup_steps(self.cfg.scheduler, budget)
         return headline(self.cfg, self.world, parameters, counts, warmup_steps, progress)
 

@@ -26,7 +26,12 @@ from communication_picture import BYTES, draw
 from links import LINKS, Field, field, has_lightning, why_not
 from measuring import Report, in_turns, machine
 
-PLAIN, FP16, POWERSGD, LIGHTNING = "plain DDP", "plain DDP, fp16 hook", "plain DDP, PowerSGD rank 1", "Lightning DDP"
+PLAIN, FP16, POWERSGD, LIGHTNING = (
+    "plain DDP",
+    "plain DDP, fp16 hook",
+    "plain DDP, PowerSGD rank 1",
+    "Lightning DDP",
+)
 OURS_DDP = "ours: parallel=ddp"  # what is ours without being hybrid: fused update, allocator, views as buckets
 VARIANTS = {
     PLAIN: {"kind": "plain"},
@@ -64,7 +69,10 @@ class Bench:
         record = {"record": str(folder)}
         ours = self.ask(self.ours, self.batch, size) | record
         ours["overrides"] = [*ours["overrides"], "model.dropout=0"]
-        team, peer = on.team(ours), on.team({"kind": "replayed"} | record)  # in this order: one records for the other
+        team, peer = (
+            on.team(ours),
+            on.team({"kind": "replayed"} | record),
+        )  # in this order: one records for the other
         variants = {self.ours: team.megabytes(1), PLAIN: peer.megabytes(1)}
         found = self._turns(BYTES, variants, "MB")
         team.close()
@@ -73,7 +81,9 @@ class Bench:
         # Of their way they may differ by more: a unit that rounding puts on the other side of a ReLU's kink makes 3e-4.
         if apart > 1e-5 or astray > 1e-2:
             found = f"by {apart:.1e} of their size and {astray:.1e} of their way"
-            sys.exit(f"parameters differ {found}, and may by 1e-5 and 1e-2: without equality there is no ratio")
+            sys.exit(
+                f"parameters differ {found}, and may by 1e-5 and 1e-2: without equality there is no ratio"
+            )
         what = f"sent by a rank in a step, {self.batch} images, K=2; parameters equal to {apart:.0e} relative"
         self.report.compare("P1", what, found[self.ours], found[PLAIN], [PLAIN, "MB"])
 
@@ -86,7 +96,9 @@ class Bench:
             on.link(LINKS[link])
             steps = BLOCK[link] if self.warm_up else 1
             title = f"K={num_ranks}, {size} px, {link}"
-            found = self._turns(title, {name: team.seconds(steps) for name, team in teams.items()}, "s")
+            found = self._turns(
+                title, {name: team.seconds(steps) for name, team in teams.items()}, "s"
+            )
             for name in variants:
                 if name != PLAIN:
                     mark = TARGETS[link] if (name, num_ranks, size) == (self.ours, 2, 64) else None
@@ -105,16 +117,23 @@ class Bench:
             for num_ranks in range(1, largest + 1):
                 batch = self.batch if kind == "weak" else STRONG_BATCH // num_ranks
                 found = self._at_scale(num_ranks, batch, size)
-                figures |= {name: [batch * num_ranks / s for s in taken] for name, taken in found.items()}
+                figures |= {
+                    name: [batch * num_ranks / s for s in taken] for name, taken in found.items()
+                }
             for num_ranks in range(2, largest + 1):
                 for name in (PLAIN, self.ours):
                     pair = [figures[f"{name}, K={k}"] for k in (num_ranks, 1)]
-                    self.report.compare(None, f"{title}, K={num_ranks}: {name}", *pair, ["itself, K=1", "images/s"])
+                    self.report.compare(
+                        None, f"{title}, K={num_ranks}: {name}", *pair, ["itself, K=1", "images/s"]
+                    )
             self.keep()
 
     def _at_scale(self, num_ranks: int, batch: int, size: int) -> dict[str, list[float]]:
         with field(num_ranks) as on:
-            teams = {f"{name}, K={num_ranks}": on.team(self.ask(name, batch, size)) for name in (PLAIN, self.ours)}
+            teams = {
+                f"{name}, K={num_ranks}": on.team(self.ask(name, batch, size))
+                for name in (PLAIN, self.ours)
+            }
             for team in teams.values():
                 team.steps(WARM_UP)
             on.link(LINKS[SCALING_LINK])
@@ -131,11 +150,15 @@ def largest_differences(folder: Path) -> tuple[float, float]:
     """|ours - plain| over |plain|, and over the way that plain went from the start: the largest of all tensors."""
     import torch
 
-    ours, plain, start = (torch.load(folder / f"{name}.pt", weights_only=True) for name in ("ours", "plain", "start"))
+    ours, plain, start = (
+        torch.load(folder / f"{name}.pt", weights_only=True) for name in ("ours", "plain", "start")
+    )
     assert ours.keys() == plain.keys()
     apart = {name: (ours[name] - plain[name]).norm() for name in plain}
     relative = [float(apart[name] / plain[name].norm()) for name in plain]
-    return max(relative), max(float(apart[name] / (plain[name] - start[name]).norm()) for name in plain)
+    return max(relative), max(
+        float(apart[name] / (plain[name] - start[name]).norm()) for name in plain
+    )
 
 
 def ceilings(on: Field, links: list[str]) -> dict[str, float]:
@@ -170,7 +193,9 @@ def everything(bench: Bench) -> None:
         for size in sizes:
             with field(num_ranks) as on:
                 now = bench if (num_ranks, size) == (2, 64) else fewer
-                variants = peers if num_ranks == 2 else [PLAIN, FP16]  # a rank takes 1.5 GB, and all are there at once
+                variants = (
+                    peers if num_ranks == 2 else [PLAIN, FP16]
+                )  # a rank takes 1.5 GB, and all are there at once
                 now.step_times(on, [*variants, bench.ours], num_ranks, size)
 
     at(2, 64)
@@ -185,12 +210,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--ours", nargs="+", default=["parallel=hybrid"], metavar="KEY=VALUE", help="of our run")
-    parser.add_argument("--all", action="store_true", help="also other peers, sizes, four ranks, and scaling")
-    parser.add_argument("--quick", action="store_true", help="one short turn of P1, P4 and P2: does it run?")
+    parser.add_argument(
+        "--ours", nargs="+", default=["parallel=hybrid"], metavar="KEY=VALUE", help="of our run"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="also other peers, sizes, four ranks, and scaling"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one short turn of P1, P4 and P2: does it run?"
+    )
     asked = parser.parse_args()
     if reason := why_not():
-        print(f"communication.py makes hosts and links of this machine, which {reason}", file=sys.stderr)
+        print(
+            f"communication.py makes hosts and links of this machine, which {reason}",
+            file=sys.stderr,
+        )
         sys.exit(64)
     report, about = Report(), {}
 
@@ -203,7 +237,9 @@ def main() -> None:
     else:
         bench = Bench(report, asked.ours, asked.repetitions, 32, list(LINKS), keep)
     with field(2) as on, tempfile.TemporaryDirectory() as folder:
-        about |= machine(("torch", "torchvision", "lightning")) | {"link_mb_per_s": ceilings(on, bench.links)}
+        about |= machine(("torch", "torchvision", "lightning")) | {
+            "link_mb_per_s": ceilings(on, bench.links)
+        }
         about["compute_s"] = compute_s(on, bench.batch)
         print(about)
         bench.bytes_sent(on, Path(folder))

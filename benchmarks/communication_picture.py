@@ -28,15 +28,21 @@ def draw(turns: Turns, about: dict, file: Path) -> None:
 
     bars = {link: found for link in STYLES if (found := turns.get(f"K=2, 64 px, {link}"))}
     curves = [
-        draw_one for draw_one, wanted in ((by_size, "128 px"), (scaling, "weak")) if any(wanted in t for t in turns)
+        draw_one
+        for draw_one, wanted in ((by_size, "128 px"), (scaling, "weak"))
+        if any(wanted in t for t in turns)
     ]
     heights = [len(found) + 1 for found in bars.values()]
-    figure = pyplot.figure(figsize=(14 if curves else 9, max(0.42 * sum(heights) + 0.8, 6.5 * bool(curves))))
+    figure = pyplot.figure(
+        figsize=(14 if curves else 9, max(0.42 * sum(heights) + 0.8, 6.5 * bool(curves)))
+    )
     grid = figure.add_gridspec(1, 1 + bool(curves), width_ratios=[1.25, 1][: 1 + bool(curves)])
     left = grid[0].subgridspec(len(bars), 1, height_ratios=heights, hspace=0.28)
     for place, (link, found) in zip(left, bars.items()):
         panel(figure.add_subplot(place), link, found)
-    for place, draw_one in zip(grid[1].subgridspec(len(curves), 1, hspace=0.3) if curves else (), curves):
+    for place, draw_one in zip(
+        grid[1].subgridspec(len(curves), 1, hspace=0.3) if curves else (), curves
+    ):
         draw_one(figure.add_subplot(place), turns)
     note = f"medians; AlexNet, 32 images a rank, {about['cores']} cores of {about['cpu']}, {about['date']}"
     figure.text(0.99, 0.005, note, ha="right", va="bottom", fontsize=8, color=GREY)
@@ -51,11 +57,16 @@ def panel(axis: object, link: str, found: dict[str, list[float]]) -> None:
     values = {name: statistics.median(seconds) for name, seconds in found.items()}
     most = max(values.values())
     axis.barh(
-        [label(name) for name in found], list(values.values()), color=[colour(name) for name in found], height=0.72
+        [label(name) for name in found],
+        list(values.values()),
+        color=[colour(name) for name in found],
+        height=0.72,
     )
     for row, (name, value) in enumerate(values.items()):
         ratio = "" if name == PLAIN else f"   {statistics.median(ratios(found, name)):.1f} x"
-        axis.text(value + most * 0.008, row, f"{value:.2f} s{ratio}", va="center", fontsize=9.5, color=INK)
+        axis.text(
+            value + most * 0.008, row, f"{value:.2f} s{ratio}", va="center", fontsize=9.5, color=INK
+        )
     frame(axis, f"A step of two ranks at 64 px, {link}", most * 1.25)
 
 
@@ -70,7 +81,13 @@ def by_size(axis: object, turns: Turns) -> None:
                 if mine:
                     points[size] = statistics.median(ratios(found, mine[-1]))
             if points:
-                axis.plot(*zip(*points.items()), style, marker="o", color=shade, label=f"{num_ranks} ranks, {link}")
+                axis.plot(
+                    *zip(*points.items()),
+                    style,
+                    marker="o",
+                    color=shade,
+                    label=f"{num_ranks} ranks, {link}",
+                )
     axis.axhline(1, color=THEIRS, linewidth=1)
     finish(axis, "Times faster than plain DDP, by image size", "pixels", [64, 128, 224])
     axis.set_yscale("log")
@@ -92,7 +109,13 @@ def scaling(axis: object, turns: Turns) -> None:
             lines.setdefault(variant, {})[int(num_ranks)] = statistics.median(rates) / one
         for name, points in lines.items():
             style = "-" if kind == "weak" else "--"
-            axis.plot(*zip(*points.items()), style, marker="o", color=colour(name), label=f"{label(name)}, {kind}")
+            axis.plot(
+                *zip(*points.items()),
+                style,
+                marker="o",
+                color=colour(name),
+                label=f"{label(name)}, {kind}",
+            )
     finish(axis, "Images a second at 1 Gbit/s, over plain DDP on one rank", "ranks", [1, 2, 3, 4])
     axis.set_ylim(0, 1.35 * axis.get_ylim()[1])
 
@@ -114,8 +137,12 @@ def sent(found: dict[str, list[float]]) -> list[str]:
     if not found:
         return []
     (ours,) = (name for name in found if name != PLAIN)
-    mine, theirs, times = (statistics.median(x) for x in (found[ours], found[PLAIN], ratios(found, ours)))
-    return [f"A rank of two sends {mine:.1f} MB a step, under plain DDP {theirs:.1f} MB: {times:.1f} times fewer (P1)."]
+    mine, theirs, times = (
+        statistics.median(x) for x in (found[ours], found[PLAIN], ratios(found, ours))
+    )
+    return [
+        f"A rank of two sends {mine:.1f} MB a step, under plain DDP {theirs:.1f} MB: {times:.1f} times fewer (P1)."
+    ]
 
 
 def cell(found: dict[str, list[float]], name: str) -> str:
@@ -124,7 +151,9 @@ def cell(found: dict[str, list[float]], name: str) -> str:
     taken = f"{statistics.median(found[name]):.2f} s"
     times = ratios(found, name)
     return (
-        taken if name == PLAIN else f"{taken}, {statistics.median(times):.1f} x ({min(times):.1f} to {max(times):.1f})"
+        taken
+        if name == PLAIN
+        else f"{taken}, {statistics.median(times):.1f} x ({min(times):.1f} to {max(times):.1f})"
     )
 
 
@@ -151,10 +180,14 @@ def label(name: str) -> str:
 
 def put(text: str, file: Path) -> None:
     """Replace what lies between the marks of `file`."""
-    marks = re.compile("(<!-- communication: [^\n]*-->\n).*(<!-- end of communication -->)", re.DOTALL)
+    marks = re.compile(
+        "(<!-- communication: [^\n]*-->\n).*(<!-- end of communication -->)", re.DOTALL
+    )
     changed, times = marks.subn(lambda found: f"{found[1]}{text}\n{found[2]}", file.read_text())
     if times != 1:
-        sys.exit(f"{file} must hold the two marks of the table of communication once; it does {times} times")
+        sys.exit(
+            f"{file} must hold the two marks of the table of communication once; it does {times} times"
+        )
     file.write_text(changed)
 
 

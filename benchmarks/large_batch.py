@@ -17,12 +17,22 @@ from measuring import machine
 
 KEYS = ("train/loss", "train/top1", "val/loss", "val/top1")
 EXPERIMENTS = {"LARS": "imagenet20_lars_4k", "SGD, linearly scaled": "imagenet20_sgd_4k"}
-QUICK = ["data=synthetic", "data.num_train=64", "data.num_val=20", "data.num_classes=20", "trainer.max_steps=2"]
+QUICK = [
+    "data=synthetic",
+    "data.num_train=64",
+    "data.num_val=20",
+    "data.num_classes=20",
+    "trainer.max_steps=2",
+]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", metavar="DIR", help="the archives that experiment=imagenet20 reads")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", metavar="DIR", help="the archives that experiment=imagenet20 reads"
+    )
     parser.add_argument("--runs", default="runs", help="run.root")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", metavar="FILE", type=Path)
@@ -33,11 +43,22 @@ def main() -> None:
     data = [*QUICK, "trainer.global_batch_size=32"] if asked.quick else [f"data.root={asked.data}"]
     curves = {}
     for label, name in EXPERIMENTS.items():
-        command = [sys.executable, "-m", "alexnet_ddp.train", f"experiment={name}", *data, f"run.root={asked.runs}"]
+        command = [
+            sys.executable,
+            "-m",
+            "alexnet_ddp.train",
+            f"experiment={name}",
+            *data,
+            f"run.root={asked.runs}",
+        ]
         code = subprocess.run(command, check=False).returncode
         if code not in (0, 70):
             sys.exit(code)
-        curves[label] = {"experiment": name, "exit_code": code, **curve(Path(asked.runs) / name / "metrics.jsonl")}
+        curves[label] = {
+            "experiment": name,
+            "exit_code": code,
+            **curve(Path(asked.runs) / name / "metrics.jsonl"),
+        }
         best = max((top1 for _, top1 in curves[label]["val/top1"]), default=float("nan"))
         print(f"{label}: exit code {code}, best top-1 {best:.1f} %", flush=True)
     if asked.json:
@@ -49,7 +70,9 @@ def main() -> None:
 
 def curve(metrics: Path) -> dict[str, list[tuple[int, float]]]:
     """(step, value) of each row, by key."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    rows = (
+        [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    )
     return {key: [(row["step"], float(row[key])) for row in rows if key in row] for key in KEYS}
 
 

@@ -22,11 +22,23 @@ def rows(run_dir: Path, key: str) -> list[tuple[float, float]]:
 def draw(out: Path, run_dirs: list[Path]) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
     for color, run_dir in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], run_dirs):
-        for axis, kind, style in ((left, "train/loss", "-"), (left, "val/loss", "o--"), (right, "val/top1", "o-")):
+        for axis, kind, style in (
+            (left, "train/loss", "-"),
+            (left, "val/loss", "o--"),
+            (right, "val/top1", "o-"),
+        ):
             found = rows(run_dir, kind)
             if found:
                 label = f"{run_dir.name} {kind.split('/')[0]}"
-                axis.plot(*zip(*found), style, color=color, label=label, markersize=4, linewidth=1.2, alpha=0.9)
+                axis.plot(
+                    *zip(*found),
+                    style,
+                    color=color,
+                    label=label,
+                    markersize=4,
+                    linewidth=1.2,
+                    alpha=0.9,
+                )
     left.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     right.set(xlabel="epoch", ylabel="top-1 (%)", ylim=(0, 100))
     for axis in (left, right):

@@ -51,6 +51,13 @@ def train(more: Callable[[], bool], batch: int, size: int) -> None:
     warnings.filterwarnings("ignore")
     os.environ["NODE_RANK"] = os.environ["RANK"]
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    world = {"num_nodes": int(os.environ["WORLD_SIZE"]), "devices": 1, "accelerator": "cpu", "strategy": "ddp"}
-    trainer = lightning.Trainer(max_epochs=1, callbacks=AsOrdered(more), enable_model_summary=False, **quiet, **world)
+    world = {
+        "num_nodes": int(os.environ["WORLD_SIZE"]),
+        "devices": 1,
+        "accelerator": "cpu",
+        "strategy": "ddp",
+    }
+    trainer = lightning.Trainer(
+        max_epochs=1, callbacks=AsOrdered(more), enable_model_summary=False, **quiet, **world
+    )
     trainer.fit(AlexNet(), DataLoader(SameBatch(batch, size), batch_size=None))

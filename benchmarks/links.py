@@ -18,7 +18,17 @@ sys.path.insert(0, str(ROOT))
 
 from tests.cluster import Hosts, why_not  # noqa: E402
 
-__all__ = ["LINKS", "OUR_MALLOC", "ROOT", "Field", "Hosts", "Team", "field", "has_lightning", "why_not"]
+__all__ = [
+    "LINKS",
+    "OUR_MALLOC",
+    "ROOT",
+    "Field",
+    "Hosts",
+    "Team",
+    "field",
+    "has_lightning",
+    "why_not",
+]
 
 LINKS = {"unshaped": None, "1 Gbit/s": "1gbit", "100 Mbit/s": "100mbit"}
 # What launch/ sets for our users, and nobody for those of the peers.
@@ -40,7 +50,10 @@ class Team:
             rank.stdin.flush()
         answers = self._answers()
         sent = sum(answer["sent"] for answer in answers) / len(answers)
-        return {"seconds": max(answer["seconds"] for answer in answers) / count, "sent": sent / 1e6 / count}
+        return {
+            "seconds": max(answer["seconds"] for answer in answers) / count,
+            "sent": sent / 1e6 / count,
+        }
 
     def seconds(self, count: int) -> Callable[[], float]:
         return lambda: self.steps(count)["seconds"]
@@ -83,8 +96,17 @@ class Field:
         return Team([self._start(ask, rank) for rank in range(self._num_ranks)])
 
     def _start(self, ask: dict, rank: int) -> subprocess.Popen:
-        world = {"RANK": rank, "WORLD_SIZE": self._num_ranks, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-        world |= {"MASTER_ADDR": "10.77.0.11", "MASTER_PORT": self._port, "GLOO_SOCKET_IFNAME": "eth0"}
+        world = {
+            "RANK": rank,
+            "WORLD_SIZE": self._num_ranks,
+            "LOCAL_RANK": 0,
+            "LOCAL_WORLD_SIZE": 1,
+        }
+        world |= {
+            "MASTER_ADDR": "10.77.0.11",
+            "MASTER_PORT": self._port,
+            "GLOO_SOCKET_IFNAME": "eth0",
+        }
         path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
         env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}

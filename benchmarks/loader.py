@@ -29,14 +29,17 @@ from torch.utils.data import ConcatDataset, DataLoader
 from alexnet_ddp.config import BasicAugmentConfig, DataConfig, FolderConfig, ShardsConfig
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.effects import normalise
-from alexnet_ddp.data.index import SampleIndex
 from alexnet_ddp.data.loader import Loader, build_loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler
-from alexnet_ddp.data.sets import open_data
+from alexnet_ddp.data.sources.index import SampleIndex
+from alexnet_ddp.data.sources.sets import open_data
 
 PARTS = ("P5", "P6", "P7", "64px", "P8", "P11", "P12")
 V1, V2 = "ImageFolder, 2 workers, v1", "ImageFolder, 2 workers, v2"
-COPIES, STEPS_BEFORE = 5, 40  # P12: an epoch is the images so many times; it is resumed at this step
+COPIES, STEPS_BEFORE = (
+    5,
+    40,
+)  # P12: an epoch is the images so many times; it is resumed at this step
 
 
 def open_loader(cfg: DataConfig, index: SampleIndex) -> Loader:
@@ -44,21 +47,32 @@ def open_loader(cfg: DataConfig, index: SampleIndex) -> Loader:
     return build_loader(cfg, index, augment, 1, torch.device("cpu"))
 
 
-def ours(cfg: DataConfig, index: SampleIndex | None = None, epochs: int = 1, on_cpu: bool = False) -> Callable[[], int]:
+def ours(
+    cfg: DataConfig, index: SampleIndex | None = None, epochs: int = 1, on_cpu: bool = False
+) -> Callable[[], int]:
     """Our loader: uint8 batches, which a GPU normalises; `on_cpu`: normalised, as the workers of the peers do it."""
     index = index or open_data(cfg).train
     loader, sampler = open_loader(cfg, index), GlobalBatchSampler(len(index), BATCH, seed=0)
 
     def run() -> int:
         works = sampler.work(range(epochs * sampler.steps_per_epoch), 0, 1, None)
-        return sum(len(normalise(b.images, None) if on_cpu else b.images) for b in loader.batches(works))
+        return sum(
+            len(normalise(b.images, None) if on_cpu else b.images) for b in loader.batches(works)
+        )
 
     return run
 
 
-def rates(report: Report, title: str, variants: dict[str, Callable[[], int]], repetitions: int) -> dict:
+def rates(
+    report: Report, title: str, variants: dict[str, Callable[[], int]], repetitions: int
+) -> dict:
     print(f"\n{title}", flush=True)
-    found = in_turns({name: rate(run) for name, run in variants.items()}, repetitions, "images/s", repetitions > 1)
+    found = in_turns(
+        {name: rate(run) for name, run in variants.items()},
+        repetitions,
+        "images/s",
+        repetitions > 1,
+    )
     report.turns[title] = found
     return found
 
@@ -109,7 +123,11 @@ def packed(report: Report, have: Materials, repetitions: int) -> None:
     against("P6", "ours: shards, 2 threads", V1)
     for peer in [name for name in found if not name.startswith("ours") and name != V1]:
         against(None, "ours: shards, 2 threads", peer)
-    for name in ("ours: shards, 1 thread", "ours: shards, 2 threads, normalised", "ours: folder, 2 threads"):
+    for name in (
+        "ours: shards, 1 thread",
+        "ours: shards, 2 threads, normalised",
+        "ours: folder, 2 threads",
+    ):
         against(None, name, V1)
     for n in (2, 4):
         against(None, f"ours: shards, {threads(n)}", "ours: shards, 1 thread")
@@ -139,7 +157,9 @@ def small(report: Report, have: Materials, repetitions: int) -> None:
         "ImageFolder, 2 workers, v1, packed": peers.reference(have.packed_files, pixels),
         "ours: folder, 2 threads": ours(FolderConfig(root=str(files), **two), epochs=2),
         "ours: shards, 2 threads": ours(ShardsConfig(root=str(have.jpeg_shards), **two), epochs=2),
-        "ours: raw shards, 2 threads": ours(ShardsConfig(root=str(have.raw_shards), **two), epochs=8),
+        "ours: raw shards, 2 threads": ours(
+            ShardsConfig(root=str(have.raw_shards), **two), epochs=8
+        ),
     }
     against = ratios_in(report, title, rates(report, title, variants, repetitions))
     against(None, "ours: folder, 2 threads", "ImageFolder, 2 workers, v1, originals")
@@ -147,9 +167,17 @@ def small(report: Report, have: Materials, repetitions: int) -> None:
     against(None, "ours: raw shards, 2 threads", "ImageFolder, 2 workers, v1, originals")
 
 
-def ratios_in(report: Report, title: str, found: dict[str, list[float]]) -> Callable[[str | None, str, str], None]:
+def ratios_in(
+    report: Report, title: str, found: dict[str, list[float]]
+) -> Callable[[str | None, str, str], None]:
     def against(mark: str | None, name: str, peer: str) -> None:
-        report.compare(mark, f"{title}, {name.removeprefix('ours: ')}", found[name], found[peer], [peer, "images/s"])
+        report.compare(
+            mark,
+            f"{title}, {name.removeprefix('ours: ')}",
+            found[name],
+            found[peer],
+            [peer, "images/s"],
+        )
 
     return against
 
@@ -169,7 +197,9 @@ def resume(report: Report, have: Materials, repetitions: int, step: int) -> None
 
     def replayed() -> float:
         torch.manual_seed(next(seeds))
-        loader = DataLoader(ConcatDataset([folder] * COPIES), BATCH, shuffle=True, num_workers=WORKERS)
+        loader = DataLoader(
+            ConcatDataset([folder] * COPIES), BATCH, shuffle=True, num_workers=WORKERS
+        )
         began = time.perf_counter()
         batches = iter(loader)
         for _ in range(step + 1):
@@ -177,7 +207,10 @@ def resume(report: Report, have: Materials, repetitions: int, step: int) -> None
         return time.perf_counter() - began
 
     def resumed() -> float:
-        loader, sampler = open_loader(cfg, index), GlobalBatchSampler(len(index), BATCH, seed=next(seeds))
+        loader, sampler = (
+            open_loader(cfg, index),
+            GlobalBatchSampler(len(index), BATCH, seed=next(seeds)),
+        )
         began = time.perf_counter()
         batches = loader.batches(sampler.work(range(step, sampler.steps_per_epoch), 0, 1, None))
         next(batches)
@@ -207,22 +240,34 @@ def run_parts(report: Report, have: Materials, parts: set[str], repetitions: int
         processes.start_to_first_batch(report, have, repetitions)
     if "P11" in parts:
         measured = {row["id"]: row["ratio"] for row in report.rows}
-        processes.memory(report, have, repetitions, (measured.get("P6", 5.0), measured.get("P5", 2.5)))
+        processes.memory(
+            report, have, repetitions, (measured.get("P6", 5.0), measured.get("P5", 2.5))
+        )
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, help="a directory of JPEG files; default: synthetic photographs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--images", type=Path, help="a directory of JPEG files; default: synthetic photographs"
+    )
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--plot", type=Path, help="draw the images a second here; needs matplotlib")
     parser.add_argument("--only", default=",".join(PARTS), help="some of the parts: %(default)s")
-    parser.add_argument("--repetitions", type=int, default=5, help="turns that count (default: %(default)s)")
+    parser.add_argument(
+        "--repetitions", type=int, default=5, help="turns that count (default: %(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="one short turn, for the mechanics")
     ask = parser.parse_args(arguments)
     parts = set(ask.only.split(","))
     if parts - set(PARTS):
-        parser.error(f"--only knows {', '.join(PARTS)}, not {', '.join(sorted(parts - set(PARTS)))}")
-    count, large, repetitions = (32, (20, 50), 1) if ask.quick else (1024, (1000, 1281), ask.repetitions)
+        parser.error(
+            f"--only knows {', '.join(PARTS)}, not {', '.join(sorted(parts - set(PARTS)))}"
+        )
+    count, large, repetitions = (
+        (32, (20, 50), 1) if ask.quick else (1024, (1000, 1281), ask.repetitions)
+    )
     torch.set_num_threads(1)
     report, about = Report(), machine()
     about["images"] = str(ask.images.name) if ask.images else "synthetic photographs"

@@ -17,10 +17,10 @@ import numpy as np
 from PIL import Image
 
 from alexnet_ddp.config import ShardsConfig
-from alexnet_ddp.data.index import SampleIndex, index_folder
-from alexnet_ddp.data.sets import open_data
+from alexnet_ddp.data.sources.index import SampleIndex, index_folder
+from alexnet_ddp.data.sources.sets import open_data
+from alexnet_ddp.data.sources.tars import ArchiveStore
 from alexnet_ddp.data.storage import Storage
-from alexnet_ddp.data.tars import ArchiveStore
 
 SHORTER_SIDE = 256
 CLASSES = 16
@@ -38,10 +38,18 @@ class Materials:
     @cached_property
     def originals(self) -> Path:
         """train/CLASS/* and val/CLASS/*: each file as often as `count` needs."""
-        files = _photographs(self.scratch / "photographs", min(self.count, 300)) if self.images is None else self.images
-        jpegs = sorted(p.resolve() for p in files.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
+        files = (
+            _photographs(self.scratch / "photographs", min(self.count, 300))
+            if self.images is None
+            else self.images
+        )
+        jpegs = sorted(
+            p.resolve() for p in files.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg")
+        )
         if not jpegs:
-            sys.exit(f"--images {files} holds no .jpg or .jpeg files; give a directory that does, or leave it out")
+            sys.exit(
+                f"--images {files} holds no .jpg or .jpeg files; give a directory that does, or leave it out"
+            )
         root = self.scratch / "originals"
         for split, count in (("train", self.count), ("val", CLASSES)):
             for i, path in zip(range(count), itertools.cycle(jpegs)):
@@ -79,7 +87,9 @@ class Materials:
                 tar.add(found.name(i))
         with tarfile.open(path) as tar:
             places = np.array([(member.offset_data, member.size) for member in tar], dtype=np.int64)
-        return SampleIndex(found.classes, found.labels, ArchiveStore(str(path), places[:, 0], places[:, 1]))
+        return SampleIndex(
+            found.classes, found.labels, ArchiveStore(str(path), places[:, 0], places[:, 1])
+        )
 
     def packed_for(self, peer: str) -> Path:
         """packed_files as `peer` packs them. Raises CalledProcessError."""
@@ -127,7 +137,11 @@ class Materials:
         out, (classes, each) = shards.with_name(f"large-{shards.name}"), self.large
         out.mkdir()
         for file in shards.iterdir():
-            if file.is_file() and file.name != "index.json" and not file.name.endswith(".samples.npy"):
+            if (
+                file.is_file()
+                and file.name != "index.json"
+                and not file.name.endswith(".samples.npy")
+            ):
                 os.link(file, out / file.name)
         index = json.loads((shards / "index.json").read_text())
         names = [f"n{label:08d}" for label in range(classes)]
@@ -138,7 +152,9 @@ class Materials:
             samples["label"] = np.arange(total) // (total // classes)
             np.save(out / f"{split}.samples.npy", samples)
             index["splits"][split]["images"] = total
-            index["splits"][split]["files"][f"{split}.samples.npy"] = Storage(str(out)).sha256(f"{split}.samples.npy")
+            index["splits"][split]["files"][f"{split}.samples.npy"] = Storage(str(out)).sha256(
+                f"{split}.samples.npy"
+            )
         (out / "index.json").write_text(json.dumps(index))
         return out
 

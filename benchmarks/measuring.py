@@ -30,7 +30,9 @@ class Report:
     turns: dict[str, Figures] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
 
-    def compare(self, mark: str | None, what: str, ours: list[float], theirs: list[float], labels: list[str]) -> None:
+    def compare(
+        self, mark: str | None, what: str, ours: list[float], theirs: list[float], labels: list[str]
+    ) -> None:
         """One row: how many times better `ours` is than `theirs`. labels: the peer, and the unit of both.
 
         More images/s are better, fewer of anything else. `mark` is the target that the row answers, if one.
@@ -41,7 +43,9 @@ class Report:
         row = {"id": mark, "what": what, "peer": peer, "ratio": statistics.median(ratios)}
         row |= {"min": min(ratios), "max": max(ratios), "n": len(ratios)}
         row |= {"ours": statistics.median(ours), "theirs": statistics.median(theirs), "unit": unit}
-        self.rows.append({key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()})
+        self.rows.append(
+            {key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()}
+        )
         print(as_text(self.rows[-1]), flush=True)
 
     def skip(self, what: str, why: object) -> None:
@@ -50,12 +54,18 @@ class Report:
         print(line, flush=True)
 
     def print_table(self) -> None:
-        print("\n" + "\n".join(as_text(row) for row in sorted(self.rows, key=lambda row: row["id"] is None)))
+        print(
+            "\n"
+            + "\n".join(
+                as_text(row) for row in sorted(self.rows, key=lambda row: row["id"] is None)
+            )
+        )
 
     def write(self, file: Path, about: dict) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         turns = {
-            title: {k: [round(v, 3) for v in vs] for k, vs in figures.items()} for title, figures in self.turns.items()
+            title: {k: [round(v, 3) for v in vs] for k, vs in figures.items()}
+            for title, figures in self.turns.items()
         }
         found = {"machine": about, "skipped": self.skipped, "results": self.rows, "turns": turns}
         file.write_text(json.dumps(found, indent=1) + "\n")
@@ -67,7 +77,9 @@ def as_text(row: dict) -> str:
     return f"{row['id'] or '':3s} {row['ratio']:7.2f} x {spread:30s} {both}: {row['what']}; peer: {row['peer']}"
 
 
-def in_turns(variants: dict[str, Callable[[], float]], repetitions: int, unit: str, warm_up: bool = True) -> Figures:
+def in_turns(
+    variants: dict[str, Callable[[], float]], repetitions: int, unit: str, warm_up: bool = True
+) -> Figures:
     """The figure of each variant, `repetitions` times in turns, after a `warm_up` turn that does not count."""
     figures: Figures = {name: [] for name in variants}
     for turn in range(not warm_up, repetitions + 1):
@@ -123,7 +135,11 @@ def _best_seconds(run: Callable[[], object], times: int = 5) -> float:
 
 
 def _cpu() -> str:
-    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in _lines("/proc/cpuinfo")
+        if line.startswith("model name")
+    ]
     return names[0] if names else platform.processor() or platform.machine()
 
 

@@ -22,7 +22,11 @@ def theirs(ask: dict) -> Iterator[int]:
     from torchvision.datasets import ImageFolder
 
     yield 0
-    steps = [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+    steps = [
+        transforms.RandomResizedCrop(SIZE),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+    ]
     normalise = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     data = ImageFolder(f"{ask['root']}/train", transforms.Compose([*steps, normalise]))
     data.samples = data.samples * ask.get("copies", 1)
@@ -47,16 +51,21 @@ def ours(ask: dict) -> Iterator[int]:
     from alexnet_ddp.config import BasicAugmentConfig, FolderConfig, ShardsConfig
     from alexnet_ddp.data.augment import build_augment
     from alexnet_ddp.data.sampler import GlobalBatchSampler
-    from alexnet_ddp.data.sets import open_data
+    from alexnet_ddp.data.sources.sets import open_data
 
     yield 0
-    cfg = {"folder": FolderConfig, "shards": ShardsConfig}[ask["data"]](root=ask["root"], num_threads=THREADS)
+    cfg = {"folder": FolderConfig, "shards": ShardsConfig}[ask["data"]](
+        root=ask["root"], num_threads=THREADS
+    )
     index = open_data(cfg).train
     augment = build_augment(BasicAugmentConfig(), 0, SIZE, cfg.eval_resize)
     if ask["torch"]:
         loader = build_loader(cfg, index, augment, THREADS, torch.device("cpu"))
     else:
-        threads, allocate = ThreadPoolExecutor(THREADS), lambda size: (np.empty(size, np.uint8), None)
+        threads, allocate = (
+            ThreadPoolExecutor(THREADS),
+            lambda size: (np.empty(size, np.uint8), None),
+        )
         loader = Prefetcher(build_fill(cfg, index, augment), lambda epoch: SIZE, threads, allocate)
     sampler = GlobalBatchSampler(len(index), BATCH, seed=0)
     for batch in loader.batches(sampler.work(range(sampler.steps_per_epoch), 0, 1, None)):

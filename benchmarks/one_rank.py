@@ -52,20 +52,41 @@ def traffic() -> tuple[int, int]:
     """Bytes that this host's interface has (sent, received): the counters of /sys/class/net/*/statistics, but those of
     this process's own network, which a /sys that was mounted outside does not show."""
     with open("/proc/net/dev") as file:
-        (counters,) = (line.split(":")[1].split() for line in file if line.split(":")[0].strip() == INTERFACE)
+        (counters,) = (
+            line.split(":")[1].split() for line in file if line.split(":")[0].strip() == INTERFACE
+        )
     return int(counters[8]), int(counters[0])
 
 
 def ours(more: Callable[[], bool], ask: dict) -> None:
     """The trainer's own step, loader and agreement of the ranks included."""
-    from alexnet_ddp import cli, distributed
-    from alexnet_ddp.resilience.health import Wish
-    from alexnet_ddp.training import Training
+    from alexnet_ddp import cli
+    from alexnet_ddp.runtime import distributed
+    from alexnet_ddp.training.build import Training
+    from alexnet_ddp.training.vote import StepVote
 
-    overrides = ["data=synthetic", "data.num_train=1000000", f"data.image_size={ask['size']}", "augment=none"]
-    overrides += ["model=alexnet", "optimizer=sgd", "optimizer.lr=0.01", "optimizer.momentum=0.9", "scheduler=constant"]
-    overrides += ["optimizer.weight_decay=1e-4", "trainer.label_smoothing=0", "trainer.clip_grad_norm=null"]
-    overrides += [f"trainer.global_batch_size={ask['batch'] * int(os.environ['WORLD_SIZE'])}", *ask["overrides"]]
+    overrides = [
+        "data=synthetic",
+        "data.num_train=1000000",
+        f"data.image_size={ask['size']}",
+        "augment=none",
+    ]
+    overrides += [
+        "model=alexnet",
+        "optimizer=sgd",
+        "optimizer.lr=0.01",
+        "optimizer.momentum=0.9",
+        "scheduler=constant",
+    ]
+    overrides += [
+        "optimizer.weight_decay=1e-4",
+        "trainer.label_smoothing=0",
+        "trainer.clip_grad_norm=null",
+    ]
+    overrides += [
+        f"trainer.global_batch_size={ask['batch'] * int(os.environ['WORLD_SIZE'])}",
+        *ask["overrides"],
+    ]
     with tempfile.TemporaryDirectory() as root:
         cfg = cli.compose([*overrides, f"run.root={root}"])
         with distributed.session(cfg.device) as world:
@@ -78,7 +99,7 @@ def ours(more: Callable[[], bool], ask: dict) -> None:
             while more():
                 num_images = len(training.sampler.batch(state.step))
                 lr = training.lr(state.step)
-                training.train_step(training.batches, state.step, lr, num_images, Wish())
+                training.train_step(training.batches, state.step, lr, num_images, StepVote())
                 state.step += 1
             if ask.get("record"):
                 keep(training, Path(ask["record"]), "ours")
@@ -88,7 +109,10 @@ def ours(more: Callable[[], bool], ask: dict) -> None:
 def keep(training: object, folder: Path, name: str) -> None:
     """Collective. The parameters, by torchvision's names, from rank 0."""
     tensors = training.tensors()["model"]
-    whole = {key: t if isinstance(t, torch.Tensor) else t.part.whole(t.local) for key, t in tensors.items()}
+    whole = {
+        key: t if isinstance(t, torch.Tensor) else t.part.whole(t.local)
+        for key, t in tensors.items()
+    }
     if os.environ["RANK"] == "0":
         torch.save(whole, folder / f"{name}.pt")
 
@@ -98,7 +122,9 @@ def recorded(batches: Iterator, folder: Path, rank: int) -> Iterator:
     from alexnet_ddp.data.effects import apply_effects
 
     for step, batch in enumerate(batches):
-        torch.save((apply_effects(batch.images, batch.effects), batch.labels), folder / f"{step}-{rank}.pt")
+        torch.save(
+            (apply_effects(batch.images, batch.effects), batch.labels), folder / f"{step}-{rank}.pt"
+        )
         yield batch
 
 
@@ -108,7 +134,9 @@ def replayed(more: Callable[[], bool], folder: Path) -> None:
 
     model, rank = plain_ddp.build(dropout=0.0), os.environ["RANK"]
     model.load_state_dict(torch.load(folder / "start.pt", weights_only=True))
-    plain_ddp.steps(more, model, lambda step: torch.load(folder / f"{step}-{rank}.pt", weights_only=True))
+    plain_ddp.steps(
+        more, model, lambda step: torch.load(folder / f"{step}-{rank}.pt", weights_only=True)
+    )
     if rank == "0":
         torch.save(model.state_dict(), folder / "plain.pt")
 
@@ -135,7 +163,9 @@ def link(more: Callable[[], bool], megabytes: int) -> None:
 
 
 def main() -> None:
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core a rank, also where the host has more
+    os.sched_setaffinity(
+        0, {min(os.sched_getaffinity(0))}
+    )  # one core a rank, also where the host has more
     ask, more = json.loads(sys.argv[1]), Orders().more
     match ask["kind"]:
         case "plain":

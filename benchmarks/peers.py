@@ -22,7 +22,14 @@ BATCH, WORKERS = 64, 2
 
 def on_pillow(size: int) -> v1.Compose:
     """torchvision's v1 presets: Pillow until ToTensor."""
-    return v1.Compose([v1.RandomResizedCrop(size), v1.RandomHorizontalFlip(), v1.ToTensor(), v1.Normalize(MEAN, STD)])
+    return v1.Compose(
+        [
+            v1.RandomResizedCrop(size),
+            v1.RandomHorizontalFlip(),
+            v1.ToTensor(),
+            v1.Normalize(MEAN, STD),
+        ]
+    )
 
 
 def on_tensors(size: int) -> v2.Compose:
@@ -34,7 +41,9 @@ def on_tensors(size: int) -> v2.Compose:
 def reference(tree: Path, transform: Callable) -> Callable[[], int]:
     """torchvision's references: ImageFolder and DataLoader."""
     data = torchvision.datasets.ImageFolder(tree / "train", transform)
-    return _count(DataLoader(data, BATCH, shuffle=True, num_workers=WORKERS, persistent_workers=True))
+    return _count(
+        DataLoader(data, BATCH, shuffle=True, num_workers=WORKERS, persistent_workers=True)
+    )
 
 
 def webdataset(shards: Path, size: int) -> Callable[[], int]:
@@ -42,9 +51,16 @@ def webdataset(shards: Path, size: int) -> Callable[[], int]:
     import webdataset as wds
 
     urls = sorted(str(path) for path in shards.glob("train-*.tar"))
-    data = wds.WebDataset(urls, shardshuffle=len(urls)).shuffle(1000).decode("pil").to_tuple("jpg", "cls")
+    data = (
+        wds.WebDataset(urls, shardshuffle=len(urls))
+        .shuffle(1000)
+        .decode("pil")
+        .to_tuple("jpg", "cls")
+    )
     data = data.map_tuple(on_pillow(size), int).batched(BATCH)
-    return _count(wds.WebLoader(data, batch_size=None, num_workers=WORKERS, persistent_workers=True))
+    return _count(
+        wds.WebLoader(data, batch_size=None, num_workers=WORKERS, persistent_workers=True)
+    )
 
 
 def litdata(chunks: Path, size: int) -> Callable[[], int]:
@@ -52,7 +68,9 @@ def litdata(chunks: Path, size: int) -> Callable[[], int]:
     from litdata import StreamingDataLoader, StreamingDataset
 
     data = StreamingDataset(str(chunks), shuffle=True, transform=_on_first(on_tensors(size)))
-    return _count(StreamingDataLoader(data, batch_size=BATCH, num_workers=WORKERS, persistent_workers=True))
+    return _count(
+        StreamingDataLoader(data, batch_size=BATCH, num_workers=WORKERS, persistent_workers=True)
+    )
 
 
 def mosaicml(shards: Path, size: int) -> Callable[[], int]:
@@ -97,13 +115,17 @@ def _opened(sample: tuple[str, int]) -> dict:
 def pack_litdata(tree: Path, out: Path) -> None:
     from litdata import optimize
 
-    optimize(_opened, _samples(tree), str(out), chunk_bytes="4MB", num_workers=1, start_method="fork")
+    optimize(
+        _opened, _samples(tree), str(out), chunk_bytes="4MB", num_workers=1, start_method="fork"
+    )
 
 
 def pack_mosaicml(tree: Path, out: Path) -> None:
     from streaming import MDSWriter
 
-    with MDSWriter(out=str(out), columns={"image": "jpeg", "label": "int"}, size_limit=1 << 23) as writer:
+    with MDSWriter(
+        out=str(out), columns={"image": "jpeg", "label": "int"}, size_limit=1 << 23
+    ) as writer:
         for sample in _samples(tree):
             writer.write(_opened(sample))
 

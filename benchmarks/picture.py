@@ -34,7 +34,9 @@ def draw(turns: dict[str, dict[str, list[float]]], about: dict, file: Path) -> N
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    groups = {title: found for title in LABELS if (found := shown(turns.get(title, {}), LABELS[title]))}
+    groups = {
+        title: found for title in LABELS if (found := shown(turns.get(title, {}), LABELS[title]))
+    }
     if not groups:
         sys.exit("no images a second to draw: --only left out P5, P6 and P7")
     heights = [len(found) + 1 for found in groups.values()]
@@ -51,7 +53,9 @@ def draw(turns: dict[str, dict[str, list[float]]], about: dict, file: Path) -> N
 
 
 def shown(found: dict[str, list[float]], labels: dict[str, str]) -> dict[str, float]:
-    return {label: statistics.median(found[name]) for name, label in labels.items() if name in found}
+    return {
+        label: statistics.median(found[name]) for name, label in labels.items() if name in found
+    }
 
 
 def panel(axis: object, title: str, found: dict[str, float]) -> None:
@@ -60,7 +64,9 @@ def panel(axis: object, title: str, found: dict[str, float]) -> None:
     axis.barh(list(found), list(found.values()), color=colours, height=0.72)
     for row, value in enumerate(found.values()):
         ratio = "" if value == first else f"   {value / first:.1f} x"
-        axis.text(value + most * 0.008, row, f"{value:,.0f}{ratio}", va="center", fontsize=9.5, color=INK)
+        axis.text(
+            value + most * 0.008, row, f"{value:,.0f}{ratio}", va="center", fontsize=9.5, color=INK
+        )
     frame(axis, f"{title}, images a second", most * 1.16)
 
 

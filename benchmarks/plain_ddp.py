@@ -13,7 +13,9 @@ from torch import nn, optim
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-Given = Callable[[int], tuple[torch.Tensor, torch.Tensor]]  # step -> images [n, 3, size, size], labels [n]
+Given = Callable[
+    [int], tuple[torch.Tensor, torch.Tensor]
+]  # step -> images [n, 3, size, size], labels [n]
 
 
 def train(more: Callable[[], bool], batch: int, size: int, hook: str | None = None) -> None:
@@ -28,7 +30,9 @@ def build(dropout: float = 0.5) -> nn.Module:
     return torchvision.models.alexnet(dropout=dropout)
 
 
-def steps(more: Callable[[], bool], model: nn.Module, given: Given, hook: str | None = None) -> None:
+def steps(
+    more: Callable[[], bool], model: nn.Module, given: Given, hook: str | None = None
+) -> None:
     dist.init_process_group("gloo")
     # PowerSGD's callbacks start further sums: with more than one bucket under way ranks start them in different orders,
     # and gloo, which matches sums by their order, ends the process. So it gets one bucket.
@@ -36,7 +40,9 @@ def steps(more: Callable[[], bool], model: nn.Module, given: Given, hook: str | 
     if hook == "fp16":
         ddp_model.register_comm_hook(None, default_hooks.fp16_compress_hook)
     if hook == "PowerSGD":  # rank 1, from the third step on: the earliest that it allows
-        state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2)
+        state = powerSGD_hook.PowerSGDState(
+            None, matrix_approximation_rank=1, start_powerSGD_iter=2
+        )
         ddp_model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
     loss_fn = nn.CrossEntropyLoss()
     optimizer = optim.SGD(ddp_model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)

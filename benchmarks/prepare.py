@@ -29,12 +29,21 @@ ONE, TWO, SPARK = VARIANTS
 
 def packing(source: Path, root: Path, count: int, engine: list[str]) -> Callable[[], float]:
     """images/s of one preparation, written to `root` anew."""
-    command = [sys.executable, "-m", "alexnet_ddp.prepare", f"source={source}", f"root={root}", "split=train"]
+    command = [
+        sys.executable,
+        "-m",
+        "alexnet_ddp.prepare",
+        f"source={source}",
+        f"root={root}",
+        "split=train",
+    ]
 
     def run() -> float:
         shutil.rmtree(root, ignore_errors=True)
         began = time.perf_counter()
-        done = subprocess.run([*command, "num_shards=16", *engine], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*command, "num_shards=16", *engine], capture_output=True, text=True, check=False
+        )
         if done.returncode:
             sys.exit(f"{' '.join(command)} failed: {done.stderr[-500:]}")
         return count / (time.perf_counter() - began)
@@ -43,10 +52,16 @@ def packing(source: Path, root: Path, count: int, engine: list[str]) -> Callable
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, help="a directory of JPEG files; default: synthetic photographs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--images", type=Path, help="a directory of JPEG files; default: synthetic photographs"
+    )
     parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--repetitions", type=int, default=5, help="turns that count (default: %(default)s)")
+    parser.add_argument(
+        "--repetitions", type=int, default=5, help="turns that count (default: %(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="one short turn, for the mechanics")
     ask = parser.parse_args(arguments)
     count, repetitions = (32, 1) if ask.quick else (1_200, ask.repetitions)
@@ -70,7 +85,9 @@ def main(arguments: list[str]) -> None:
         per_core = [rate / cores for rate in found[name]]
         if name != ONE:
             report.compare(None, f"{what}, {name}", found[name], found[ONE], [ONE, "images/s"])
-            report.compare(None, f"{what}, {name}, per core", per_core, found[ONE], [ONE, "images/s"])
+            report.compare(
+                None, f"{what}, {name}, per core", per_core, found[ONE], [ONE, "images/s"]
+            )
     if SPARK in variants:
         report.compare(None, f"{what}, {SPARK}", found[SPARK], found[TWO], [TWO, "images/s"])
     report.print_table()

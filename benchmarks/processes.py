@@ -17,25 +17,40 @@ from measuring import Figures, Report, in_turns
 
 def start_to_first_batch(report: Report, have: Materials, repetitions: int) -> None:
     """P8. All with a warm page cache, and OMP_NUM_THREADS=1 as torchrun gives it to its ranks."""
-    tree, shards, raw = str(have.large_tree), str(have.large_jpeg_shards), str(have.large_raw_shards)
+    tree, shards, raw = (
+        str(have.large_tree),
+        str(have.large_jpeg_shards),
+        str(have.large_raw_shards),
+    )
     starts = Starts(have.scratch)
     peer = "ImageFolder + DataLoader, 2 workers"
     variants = {
         peer: starts.of(loader="theirs", root=tree, workers=2),
         "ours: shards": starts.of(loader="ours", data="shards", root=shards),
         "ours: raw shards": starts.of(loader="ours", data="shards", root=raw),
-        "ours: shards, torch imported": starts.of(loader="ours", data="shards", root=shards, torch=True),
-        "ours: folder, cached index, torch imported": starts.of(loader="ours", data="folder", root=tree, torch=True),
+        "ours: shards, torch imported": starts.of(
+            loader="ours", data="shards", root=shards, torch=True
+        ),
+        "ours: folder, cached index, torch imported": starts.of(
+            loader="ours", data="folder", root=tree, torch=True
+        ),
     }
     whole = in_turns(variants, repetitions, "s", warm_up=repetitions > 1)
-    after: Figures = {name: seconds[-repetitions:] for name, seconds in zip(variants, starts.after_imports.values())}
+    after: Figures = {
+        name: seconds[-repetitions:]
+        for name, seconds in zip(variants, starts.after_imports.values())
+    }
     report.turns |= {"start to first batch, s": whole, "imports to first batch, s": after}
     what = f"start to first batch, index of {have.large[0] * have.large[1]:,}, "
     for mark, name, note in (
         ("P8", "ours: shards", "shards, batch in host memory before torch is imported"),
         (None, "ours: raw shards", "raw shards, batch in host memory before torch is imported"),
         (None, "ours: shards, torch imported", "shards, torch imported by both"),
-        (None, "ours: folder, cached index, torch imported", "the same folders, torch imported by both"),
+        (
+            None,
+            "ours: folder, cached index, torch imported",
+            "the same folders, torch imported by both",
+        ),
     ):
         report.compare(mark, what + note, whole[name], whole[peer], [peer, "s"])
     for name in ("ours: shards", "ours: folder, cached index, torch imported"):
@@ -53,10 +68,19 @@ def memory(report: Report, have: Materials, repetitions: int, ratios: tuple[floa
     large, files, shards = str(have.large_tree), str(have.packed_files), str(have.jpeg_shards)
     more, some = (ceil(2 * ratio) for ratio in ratios)
     loads = {
-        f"ImageFolder, {more} workers, packed": (5, {"loader": "theirs", "root": files, "workers": more, "copies": 5}),
-        "ImageFolder, 2 workers, packed": (3, {"loader": "theirs", "root": files, "workers": 2, "copies": 5}),
+        f"ImageFolder, {more} workers, packed": (
+            5,
+            {"loader": "theirs", "root": files, "workers": more, "copies": 5},
+        ),
+        "ImageFolder, 2 workers, packed": (
+            3,
+            {"loader": "theirs", "root": files, "workers": 2, "copies": 5},
+        ),
         "ours: shards, 2 threads": (2, {"loader": "ours", "data": "shards", "root": shards}),
-        f"ImageFolder, {some} workers, large": (5, {"loader": "theirs", "root": large, "workers": some}),
+        f"ImageFolder, {some} workers, large": (
+            5,
+            {"loader": "theirs", "root": large, "workers": some},
+        ),
         "ours: folder, 2 threads, large": (2, {"loader": "ours", "data": "folder", "root": large}),
     }
     starts, short = Starts(have.scratch), repetitions == 1
@@ -67,15 +91,22 @@ def memory(report: Report, have: Materials, repetitions: int, ratios: tuple[floa
     found = in_turns(variants, repetitions, "MB", warm_up=False)
     report.turns |= {"peak memory, MB": found, "peak PSS, MB": starts.pss}
     equal, plain, packed, equal_large, folder = found
-    what, index = "memory of loading, torch included", f"index of {have.large[0] * have.large[1]:,} files"
+    what, index = (
+        "memory of loading, torch included",
+        f"index of {have.large[0] * have.large[1]:,} files",
+    )
     need = "as many workers as the throughput of 2 threads needs"
     for mark, mine, peer, note in (
         ("P11", packed, equal, f"packed JPEGs, {need} ({ratios[0]:.1f} x 2)"),
         (None, packed, plain, "packed JPEGs, 2 workers, whatever their throughput"),
         (None, folder, equal_large, f"{index}, {need} ({ratios[1]:.1f} x 2)"),
     ):
-        report.compare(mark, f"{what}, PSS and waiting batches: {note}", found[mine], found[peer], [peer, "MB"])
-        report.compare(None, f"{what}, PSS alone: {note}", starts.pss[mine], starts.pss[peer], [peer, "MB"])
+        report.compare(
+            mark, f"{what}, PSS and waiting batches: {note}", found[mine], found[peer], [peer, "MB"]
+        )
+        report.compare(
+            None, f"{what}, PSS alone: {note}", starts.pss[mine], starts.pss[peer], [peer, "MB"]
+        )
 
 
 @dataclass
@@ -83,7 +114,9 @@ class Starts:
     """Starts one_process.py."""
 
     scratch: Path
-    after_imports: Figures = field(default_factory=dict)  # seconds from the end of the imports to the first batch
+    after_imports: Figures = field(
+        default_factory=dict
+    )  # seconds from the end of the imports to the first batch
     pss: Figures = field(default_factory=dict)  # MB, at its peak
 
     def of(self, **ask: object) -> Callable[[], float]:
@@ -119,7 +152,11 @@ class Starts:
 
     def _start(self, ask: dict[str, object]) -> subprocess.Popen:
         full = {"torch": False, "seconds": 0, **ask}
-        command = [sys.executable, str(Path(__file__).with_name("one_process.py")), json.dumps(full)]
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("one_process.py")),
+            json.dumps(full),
+        ]
         env = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -161,7 +198,11 @@ def _memory_mb(family: list[int]) -> tuple[float, float]:
     own, files, mapped, shared = 0.0, 0.0, 0.0, {}
     for pid in family:
         status = _read(f"/proc/{pid}/smaps_rollup") + _read(f"/proc/{pid}/status")
-        kib = {line.split(":")[0]: line.split()[1] for line in status.splitlines() if line.endswith(" kB")}
+        kib = {
+            line.split(":")[0]: line.split()[1]
+            for line in status.splitlines()
+            if line.endswith(" kB")
+        }
         own += int(kib.get("Pss_Anon", 0)) * 1024 / 1e6
         files = max(files, int(kib.get("RssFile", 0)) * 1024 / 1e6)
         mapped += int(kib.get("Pss_Shmem", 0)) * 1024 / 1e6

@@ -19,14 +19,15 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from alexnet_ddp import cli, distributed
+from alexnet_ddp import cli
 from alexnet_ddp.checkpoint.store import RunState
-from alexnet_ddp.resilience.health import Verdict
-from alexnet_ddp.resilience.signals import StopSignal
-from alexnet_ddp.resilience.watchdog import Watchdog
+from alexnet_ddp.runtime import distributed
+from alexnet_ddp.runtime.signals import StopSignal
+from alexnet_ddp.runtime.watchdog import Watchdog
 from alexnet_ddp.tracking import RunStatus
 from alexnet_ddp.train import Run
-from alexnet_ddp.training import Training
+from alexnet_ddp.training.build import Training
+from alexnet_ddp.training.vote import StepOutcome
 
 
 class NoHealth:
@@ -35,8 +36,8 @@ class NoHealth:
     def begin(self, loss_sum, num_images, wish, late) -> None:
         self.num_images = num_images
 
-    def finish(self) -> Verdict:
-        return Verdict(False, False, False, False, False, self.num_images, 0.0)
+    def finish(self) -> StepOutcome:
+        return StepOutcome(False, False, False, False, False, self.num_images, 0.0)
 
 
 def main() -> None:
@@ -57,11 +58,24 @@ def main() -> None:
 
 
 def measure(directory: Path, turns: int, steps: int, batch: int) -> list[dict]:
-    overrides = ["data=synthetic", "data.image_size=64", "data.num_train=100000", "model=alexnet", "trainer.epochs=1"]
-    overrides += ["logger.progress=false", "logger.tensorboard=false", f"trainer.global_batch_size={batch}"]
+    overrides = [
+        "data=synthetic",
+        "data.image_size=64",
+        "data.num_train=100000",
+        "model=alexnet",
+        "trainer.epochs=1",
+    ]
+    overrides += [
+        "logger.progress=false",
+        "logger.tensorboard=false",
+        f"trainer.global_batch_size={batch}",
+    ]
     cfg = cli.compose([*overrides, f"run.root={directory}", "run.name=a"])
     os.environ.pop("RANK", None)
-    with distributed.session(cfg.device) as world, Watchdog(cfg.trainer.hang_timeout_s, cfg.run_dir, world) as watchdog:
+    with (
+        distributed.session(cfg.device) as world,
+        Watchdog(cfg.trainer.hang_timeout_s, cfg.run_dir, world) as watchdog,
+    ):
         cfg.run_dir.mkdir(parents=True)
         training = Training(cfg, world)
         training.build()
@@ -83,8 +97,18 @@ def measure(directory: Path, turns: int, steps: int, batch: int) -> list[dict]:
     now_and_then = statistics.median(checks) / 1000 / bare + statistics.median(stalls) / 300
     share = each + now_and_then
     results = [
-        row("P13", "share of a step, all of it", share, [a / b - 1 + now_and_then for a, b in zip(with_all, without)]),
-        row(None, "share of a step, in each step", each, [a / b - 1 for a, b in zip(with_all, without)]),
+        row(
+            "P13",
+            "share of a step, all of it",
+            share,
+            [a / b - 1 + now_and_then for a, b in zip(with_all, without)],
+        ),
+        row(
+            None,
+            "share of a step, in each step",
+            each,
+            [a / b - 1 for a, b in zip(with_all, without)],
+        ),
         row(None, "step, s", step, with_all),
         row(None, "step without, s", bare, without),
         row("stall", "stall of a checkpoint of 489 MB, s", statistics.median(stalls), stalls),
@@ -92,12 +116,20 @@ def measure(directory: Path, turns: int, steps: int, batch: int) -> list[dict]:
     ]
     for result in results:
         (low, high), n = result["range"], result["n"]
-        print(f"{result['id'] or '':6}{result['value']:10.4f}  ({low:.4f} to {high:.4f}, n = {n})  {result['what']}")
+        print(
+            f"{result['id'] or '':6}{result['value']:10.4f}  ({low:.4f} to {high:.4f}, n = {n})  {result['what']}"
+        )
     return results
 
 
 def row(mark: str | None, what: str, value: float, values: list[float]) -> dict:
-    return {"id": mark, "what": what, "value": value, "range": [min(values), max(values)], "n": len(values)}
+    return {
+        "id": mark,
+        "what": what,
+        "value": value,
+        "range": [min(values), max(values)],
+        "n": len(values),
+    }
 
 
 def seconds_a_step(run: Run, steps: int) -> float:
@@ -115,7 +147,9 @@ def taken_out(run: Run):
     train_step._health, train_step.on_phase = NoHealth(), lambda phase: None
     run.watchdog = Watchdog(None, run.cfg.run_dir, run.world)
     run.guard = type("NoGuard", (), {"watch": lambda self, step, loss: None})()
-    train_step._undo = type("NoUndo", (), {"mark": lambda self: None, "back": lambda self, bad: None})()
+    train_step._undo = type(
+        "NoUndo", (), {"mark": lambda self: None, "back": lambda self, bad: None}
+    )()
     yield
     train_step._health, train_step._undo, train_step.on_phase, run.guard, run.watchdog = kept
 

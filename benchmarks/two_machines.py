@@ -21,9 +21,18 @@ from time import monotonic
 from links import OUR_MALLOC, ROOT, Hosts, why_not
 from measuring import Report, machine
 
-RECIPE = ["experiment=imagenet20", "trainer.global_batch_size=256", "optimizer.lr=1.7e-3", "trainer.epochs=3"]
+RECIPE = [
+    "experiment=imagenet20",
+    "trainer.global_batch_size=256",
+    "optimizer.lr=1.7e-3",
+    "trainer.epochs=3",
+]
 QUIET = ["logger.progress=false", "logger.tensorboard=false", "trainer.log_every_steps=50"]
-ONE, HYBRID, DDP = "one process on one core", "two hosts, parallel=hybrid", "two hosts, parallel=ddp"
+ONE, HYBRID, DDP = (
+    "one process on one core",
+    "two hosts, parallel=hybrid",
+    "two hosts, parallel=ddp",
+)
 TEAMS = {ONE: (1, "ddp"), HYBRID: (2, "hybrid"), DDP: (2, "ddp")}
 
 
@@ -32,7 +41,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="of the training")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repetitions", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="a few steps of synthetic images: does it run?")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of synthetic images: does it run?"
+    )
     asked = parser.parse_args()
     if reason := why_not():
         sys.exit(f"two machines cannot be made here: {reason}")
@@ -48,11 +59,16 @@ def main() -> None:
                 run_dir = folder / f"{turn}-{len(accuracy)}"
                 seconds[team].append(train(team, run_dir, overrides))
                 accuracy[f"{team}, turn {turn}"] = curve(run_dir)
-                print(f"{team:28s}{seconds[team][-1]:8.1f} s   top-1 {accuracy[f'{team}, turn {turn}']}", flush=True)
+                print(
+                    f"{team:28s}{seconds[team][-1]:8.1f} s   top-1 {accuracy[f'{team}, turn {turn}']}",
+                    flush=True,
+                )
     finally:
         shutil.rmtree(folder)
     for team in (HYBRID, DDP):
-        report.compare(None, f"training at 1 Gbit/s, {team}", seconds[team], seconds[ONE], [ONE, "s"])
+        report.compare(
+            None, f"training at 1 Gbit/s, {team}", seconds[team], seconds[ONE], [ONE, "s"]
+        )
     report.turns |= {"seconds of a training": seconds, "top-1 after each epoch": accuracy}
     if asked.json:
         report.write(asked.json, machine() | {"overrides": overrides})
@@ -61,8 +77,19 @@ def main() -> None:
 def train(team: str, run_dir: Path, overrides: list[str]) -> float:
     """Seconds."""
     num_ranks, parallel = TEAMS[team]
-    overrides = [*overrides, f"parallel={parallel}", f"run.root={run_dir.parent}", f"run.name={run_dir.name}"]
-    env = {**os.environ, **OUR_MALLOC, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "eth0"}
+    overrides = [
+        *overrides,
+        f"parallel={parallel}",
+        f"run.root={run_dir.parent}",
+        f"run.name={run_dir.name}",
+    ]
+    env = {
+        **os.environ,
+        **OUR_MALLOC,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "GLOO_SOCKET_IFNAME": "eth0",
+    }
     env |= {"WORLD_SIZE": str(num_ranks), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     env |= {"MASTER_ADDR": "10.77.0.11", "MASTER_PORT": "29500", "PYTHONWARNINGS": "ignore"}
     with Hosts(2) as hosts:  # each has a core of its own

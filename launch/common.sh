@@ -167,7 +167,7 @@ make_files() {
 
 # num_cores: cores that a process started from here may use, with the CPU quotas of its control groups.
 num_cores() {
-  "$python" -c 'from alexnet_ddp.environment import num_usable_cores; print(num_usable_cores())' 2>/dev/null || nproc
+  "$python" -c 'from alexnet_ddp.runtime.environment import num_usable_cores; print(num_usable_cores())' 2>/dev/null || nproc
 }
 
 # keep_running NUM_PROCESSES OPTIONS...: run_torchrun, and again after a crash or a hang, with the same arguments, until

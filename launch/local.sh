@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on all devices of this machine:   launch/local.sh [overrides]
 #   NPROC=2    processes; default: one a CUDA device that is visible (CUDA_VISIBLE_DEVICES counts), else one
-#   COMMAND=doctor   examines this machine instead: alexnet_ddp/doctor.py
+#   COMMAND=doctor   examines this machine instead: alexnet_ddp/doctor/command.py
 #   PYTHON     default: .venv/bin/python, else python3
 # After a crash or a hang it starts the run again, RESTART_DELAY=2 seconds later.
 # Exit code: the run's (0 complete, 64 configuration, 65 data, ..., 75 stopped, what was trained is saved; 93: three restarts in vain).

@@ -5,13 +5,15 @@ import re
 import socket
 import sys
 
-from alexnet_ddp.examination.port import why_busy
+from alexnet_ddp.doctor.port import why_busy
 
 
 def check_port(arguments: list[str]) -> None:
     """Exit with 64 where this host is to listen on the port of --rdzv-endpoint and another process does."""
     options = dict(
-        argument.split("=", 1) for argument in arguments if argument.startswith("--rdzv-") and "=" in argument
+        argument.split("=", 1)
+        for argument in arguments
+        if argument.startswith("--rdzv-") and "=" in argument
     )
     endpoint = re.fullmatch(r"\[?(.+?)\]?:(\d+)", options.get("--rdzv-endpoint", ""))
     if endpoint is None or not _is_host(endpoint[1], options.get("--rdzv-conf", "")):
@@ -30,6 +32,10 @@ def _is_host(name: str, conf: str) -> bool:
     if told:
         return told[1] == "1"
     try:
-        return name in ("localhost", socket.gethostname(), socket.gethostbyname(socket.gethostname()))
+        return name in (
+            "localhost",
+            socket.gethostname(),
+            socket.gethostbyname(socket.gethostname()),
+        )
     except OSError:
         return False

@@ -28,7 +28,7 @@ places=$("$python" -c '
 import sys
 try:
     import pyspark
-    from alexnet_ddp.data.packing.java import find_java
+    from alexnet_ddp.prepare.java import find_java
     print(pyspark.__path__[0], find_java(None), sep="\n")
 except ImportError:
     sys.exit("spark.sh: pyspark is not installed; pip install \"alexnet-ddp[spark]\"")

@@ -1,7 +1,9 @@
 """torchrun, quiet about an end that the run has explained in one line itself. TORCHRUN_LOG=1 brings its words back."""
 
-if __name__ == "__main__":  # before the other imports, which take seconds; it ends with torchrun's own handlers
-    from alexnet_ddp import startup
+if (
+    __name__ == "__main__"
+):  # before the other imports, which take seconds; it ends with torchrun's own handlers
+    from alexnet_ddp.runtime import startup
 
     startup.make_streams_safe()
     startup.exit_on_stop(can_continue=True)
@@ -16,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
-# The trace of a bug, alexnet_ddp/errors.py, and a command that a stop signal ended.
+# The trace of a bug, alexnet_ddp/runtime/errors.py, and a command that a stop signal ended.
 EXPLAINED = (1, *range(64, 94), 128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 

@@ -11,7 +11,11 @@ import numpy as np
 from PIL import Image
 from scipy.io import loadmat, savemat
 
-TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
+TRAIN, VAL, DEVKIT = (
+    "ILSVRC2012_img_train.tar",
+    "ILSVRC2012_img_val.tar",
+    "ILSVRC2012_devkit_t12.tar.gz",
+)
 DATA = "ILSVRC2012_devkit_t12/data"
 TRUTH = f"{DATA}/ILSVRC2012_validation_ground_truth.txt"
 META = f"{DATA}/meta.mat"
@@ -27,9 +31,15 @@ def make_archives(root: Path, classes: int = 4, per_class: int = 12, num_val: in
     draw = random.Random(0)
     wnids = [f"n{10_000_000 + 7919 * k:08d}" for k in range(classes)]
     shuffled = draw.sample(wnids, classes)
-    tars = {f"{w}.tar": tar({f"{w}_{j}.JPEG": jpeg(k, j) for j in range(per_class)}) for k, w in enumerate(wnids)}
+    tars = {
+        f"{w}.tar": tar({f"{w}_{j}.JPEG": jpeg(k, j) for j in range(per_class)})
+        for k, w in enumerate(wnids)
+    }
     write(root / TRAIN, tar({name: tars[name] for name in draw.sample(sorted(tars), classes)}))
-    write(root / VAL, tar({f"ILSVRC2012_val_{i:08d}.JPEG": jpeg(99, i) for i in range(1, num_val + 1)}))
+    write(
+        root / VAL,
+        tar({f"ILSVRC2012_val_{i:08d}.JPEG": jpeg(99, i) for i in range(1, num_val + 1)}),
+    )
     truth = draw.sample([1 + i % classes for i in range(num_val)], num_val)
     write_devkit(root / DEVKIT, meta_mat(shuffled, per_class), truth)
     return root
@@ -54,10 +64,23 @@ def tar(files: dict[str, bytes], mode: str = "w", tar_format: int = tarfile.GNU_
 
 def meta_mat(wnids_by_id: list[str], per_class: int = 1) -> bytes:
     """meta.mat: class i + 1 is wnids_by_id[i], and one inner node comes last."""
-    rows = [(i + 1, w, f"thing {w}, {w} thing", "a thing", 0, [], 0, per_class) for i, w in enumerate(wnids_by_id)]
+    rows = [
+        (i + 1, w, f"thing {w}, {w} thing", "a thing", 0, [], 0, per_class)
+        for i, w in enumerate(wnids_by_id)
+    ]
     rows.append((len(rows) + 1, "n00001740", "entity", "everything", len(rows), [1, 2], 1, 0))
-    names = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height"]
-    synsets = np.zeros((len(rows), 1), dtype=[(name, object) for name in [*names, "num_train_images"]])
+    names = [
+        "ILSVRC2012_ID",
+        "WNID",
+        "words",
+        "gloss",
+        "num_children",
+        "children",
+        "wordnet_height",
+    ]
+    synsets = np.zeros(
+        (len(rows), 1), dtype=[(name, object) for name in [*names, "num_train_images"]]
+    )
     for i, row in enumerate(rows):
         synsets[i, 0] = tuple(np.array(x, float) if isinstance(x, list) else x for x in row)
     stream = io.BytesIO()
@@ -119,7 +142,9 @@ def lay_out(root: Path, *paths: str) -> Path:
 
 def small(root: Path, split: str = "train") -> Path:
     """Three classes of eleven images each."""
-    return lay_out(root, *(f"{split}/{c}/{c}_{i}.jpg" for c in ("cat", "dog", "emu") for i in range(11)))
+    return lay_out(
+        root, *(f"{split}/{c}/{c}_{i}.jpg" for c in ("cat", "dog", "emu") for i in range(11))
+    )
 
 
 def names(index) -> list[str]:

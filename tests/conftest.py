@@ -13,12 +13,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="repeat the drills as often as README's table says")
+    parser.addoption(
+        "--full", action="store_true", help="repeat the drills as often as README's table says"
+    )
 
 
 def pytest_xdist_auto_num_workers() -> int:
     """One worker more than there are cores: a third of the time of the tests is spent waiting for processes."""
-    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
+    return (
+        len(os.sched_getaffinity(0)) + 1
+        if hasattr(os, "sched_getaffinity")
+        else (os.cpu_count() or 1) + 1
+    )
 
 
 @pytest.fixture
@@ -37,7 +43,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(server or item.path.stem))
 
 
-def make_folder(root: Path, num_train: int, num_val: int, num_classes: int = 5, size: int = 72) -> Path:
+def make_folder(
+    root: Path, num_train: int, num_val: int, num_classes: int = 5, size: int = 72
+) -> Path:
     """A coloured square on noise, the colour is the class. Sizes differ, nothing divides anything."""
     rng = np.random.default_rng(3)
     for split, count in (("train", num_train), ("val", num_val)):
@@ -60,6 +68,8 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def private_cache(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No test reads or leaves anything in the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -8,17 +8,32 @@ import sys
 import time
 from pathlib import Path
 
-from alexnet_ddp.config import Action, BasicAugmentConfig, Encoding, LocalEngineConfig, PrepareConfig, Split
-from alexnet_ddp.prepare import main
+from alexnet_ddp.config import (
+    Action,
+    BasicAugmentConfig,
+    Encoding,
+    LocalEngineConfig,
+    PrepareConfig,
+    Split,
+)
+from alexnet_ddp.prepare.command import main
 
 REPO = Path(__file__).parents[1]
 
 
-def config(source: Path | str | None, root: Path | str, workers: int = 1, **knobs: object) -> PrepareConfig:
+def config(
+    source: Path | str | None, root: Path | str, workers: int = 1, **knobs: object
+) -> PrepareConfig:
     given = {"augment": BasicAugmentConfig(), "num_shards": 3, **knobs}
-    given |= {name: kind(given[name]) for name, kind in (("encoding", Encoding), ("split", Split)) if name in given}
+    given |= {
+        name: kind(given[name])
+        for name, kind in (("encoding", Encoding), ("split", Split))
+        if name in given
+    }
     source = None if source is None else str(source)
-    return PrepareConfig(source=source, root=str(root), engine=LocalEngineConfig(workers=workers), **given)
+    return PrepareConfig(
+        source=source, root=str(root), engine=LocalEngineConfig(workers=workers), **given
+    )
 
 
 def pack(source: Path | str, root: Path | str, workers: int = 1, **knobs: object) -> Path:
@@ -34,7 +49,9 @@ def act(action: str, root: Path | str, **knobs: object) -> None:
 def hashes(root: Path) -> dict[str, str]:
     """SHA-256 of every file below root, by relative path."""
     files = sorted(path for path in root.rglob("*") if path.is_file())
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+    }
 
 
 def times(root: Path) -> dict[str, int]:
@@ -58,7 +75,9 @@ def run(*overrides: str) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def hit(process: subprocess.Popen, number: signal.Signals, root: Path, shards: int) -> tuple[int, str]:
+def hit(
+    process: subprocess.Popen, number: signal.Signals, root: Path, shards: int
+) -> tuple[int, str]:
     """Send `number` once `shards` sidecars are there; (exit code, stderr)."""
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:

@@ -20,11 +20,19 @@ from typing import Any
 
 SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(
-    ["torch", "torch._dynamo", "torchvision", "alexnet_ddp.engine", "alexnet_ddp.checkpoint.store"]
+    [
+        "torch",
+        "torch._dynamo",
+        "torchvision",
+        "alexnet_ddp.training.step",
+        "alexnet_ddp.checkpoint.store",
+    ]
 )
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120
+) -> list[Any]:
     """fn(*args), a function of a module, in `world_size` processes with torchrun's environment. Results by rank.
 
     A rank that raises fails the test with its trace; so does one that does not end in time.
@@ -52,7 +60,9 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
     return [value for value, _ in results]
 
 
-def _rank(pipe: Any, fn: Callable[..., Any], args: tuple, rank: int, world_size: int, port: int) -> None:
+def _rank(
+    pipe: Any, fn: Callable[..., Any], args: tuple, rank: int, world_size: int, port: int
+) -> None:
     os.environ |= _torchrun_env(rank, world_size, port)
     try:
         pipe.send((fn(*args), None))
@@ -60,7 +70,9 @@ def _rank(pipe: Any, fn: Callable[..., Any], args: tuple, rank: int, world_size:
         pipe.send((None, traceback.format_exc()))
 
 
-def run_command(module: str, arguments: list[str], ranks: int, cwd: Path, env: dict[str, str]) -> CompletedProcess:
+def run_command(
+    module: str, arguments: list[str], ranks: int, cwd: Path, env: dict[str, str]
+) -> CompletedProcess:
     """`python -m MODULE ARGUMENTS`, or with ranks > 0 as many processes with torchrun's environment.
 
     Each process saves the seconds that importing torch takes. Use a real command line if the start of the interpreter,
@@ -68,7 +80,9 @@ def run_command(module: str, arguments: list[str], ranks: int, cwd: Path, env: d
     or 1, as torchrun does, which stops the others if one fails.
     """
     port = _free_port() if ranks else 0
-    rank_envs = [_torchrun_env(rank, ranks, port) | {"OMP_NUM_THREADS": "1"} for rank in range(ranks)] or [{}]
+    rank_envs = [
+        _torchrun_env(rank, ranks, port) | {"OMP_NUM_THREADS": "1"} for rank in range(ranks)
+    ] or [{}]
     with TemporaryDirectory() as folder:
         out = Path(folder, "out")
         out.touch()
@@ -84,7 +98,9 @@ def run_command(module: str, arguments: list[str], ranks: int, cwd: Path, env: d
                 process.kill()
                 process.join()
         assert None not in codes, f"{module} did not end in 180 s:\n{out.read_text()}"
-        return CompletedProcess([module, *arguments], int(any(codes)) if ranks else codes[0], out.read_text())
+        return CompletedProcess(
+            [module, *arguments], int(any(codes)) if ranks else codes[0], out.read_text()
+        )
 
 
 def _wait_for_all(processes: list[Any], timeout_s: float) -> None:
@@ -121,4 +137,8 @@ def _free_port() -> int:
 
 def _torchrun_env(rank: int, world_size: int, port: int) -> dict[str, str]:
     env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    return env | {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return env | {
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }

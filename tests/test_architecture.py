@@ -1,4 +1,4 @@
-"""The shape of the house, as a test: who may import whom, how long a room and a function may be."""
+"""The structure of the package, as a test: which package may import which, and how long a module may be."""
 
 import ast
 import re
@@ -7,52 +7,36 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "alexnet_ddp"
-ROOTS = {
-    "train",
-    "evaluate",
-    "predict",
-    "prepare",
-    "plan",
-    "doctor",
-}  # one command each: know everything, known by nobody
-# may be imported by any room
-SHARED = {
-    "companion",
-    "config",
-    "distributed",
-    "metrics",
-    "errors",
-    "precision",
-    "rng",
-    "atomic",
-    "redact",
-    "printable",
-    "terminal",
-    "environment",
-    "startup",
-}
-MEETING = {  # below the roots, the rooms that bring others together
-    "engine": {"data", "ema", "model", "optim", "parallel", "resilience"},
-    "training": {"checkpoint", "costs", "data", "ema", "engine", "model", "optim", "parallel", "schedule"},
-    "replay": {"cli", "data", "engine", "model", "resilience", "training"},
-    "costs": {"parallel"},  # which layers a hybrid splits
+# A command may import everything, and nothing imports a command. test_module_keeps_its_place knows `cli` too.
+COMMANDS = {"train", "evaluate", "predict", "prepare", "plan", "doctor", "replay"}
+SHARED = {"config", "rng", "runtime"}  # every package may import these
+MAY_IMPORT = {  # package -> the others that it may import
+    "checkpoint": set(),
     "cli": set(),
+    "config": set(),
+    "cost_model": {"parallel"},  # which layers a hybrid splits
+    "data": set(),
+    "model": set(),
+    "parallel": set(),
+    "runtime": set(),
+    "tracking": set(),
+    "training": {"checkpoint", "cost_model", "data", "model", "parallel"},
 }
-ONLY_IN = {  # library -> the modules that may know that it exists
+ONLY_IN = {  # library -> the modules that may import it: packages, or files of a package
     r"hydra|omegaconf": {"config", "cli"},
     r"wandb|tensorboard|torch\.utils\.tensorboard": {"tracking"},
-    # meeting.py and links.py of the doctor: a store without a group, and messages that only a timing sends
-    r"torch\.distributed": {"distributed", "parallel", "meeting", "links"},
-    r"PIL|cv2|simplejpeg": {"data"},
+    # doctor: a store without a group, and messages that only a timing sends
+    r"torch\.distributed": {"runtime/distributed", "parallel", "doctor/meeting", "doctor/links"},
+    r"PIL|cv2|simplejpeg": {"data", "prepare"},
     r"scipy": {"data"},
-    r"rich": {"terminal", "console"},  # tracking/console.py: the progress bar of a training
-    r"matplotlib": {"picture"},  # costs/picture.py
-    r"pyspark": {"spark"},  # data/packing/spark.py
+    r"rich": {"runtime/terminal", "tracking/console"},  # console: the progress bar of a training
+    r"matplotlib": {"cost_model/picture"},
+    r"pyspark": {"prepare/spark"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def room(path: Path) -> str:
+def package(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -66,14 +50,19 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_module_keeps_its_place(path):
-    here, names = room(path), imports(path)
-    known = {n.split(".")[1] for n in names if n.startswith("alexnet_ddp.") and n != "alexnet_ddp.__version__"}
-    if here not in ROOTS:
-        strangers = known - SHARED - {here} - MEETING.get(here, set())
-        assert not strangers, f"{here} imports {sorted(strangers)}"
+    here, names = package(path), imports(path)
+    module = str(path.relative_to(PACKAGE).with_suffix(""))
+    known = {
+        n.split(".")[1]
+        for n in names
+        if n.startswith("alexnet_ddp.") and n != "alexnet_ddp.__version__"
+    }
+    if here not in COMMANDS:
+        others = known - SHARED - {here} - MAY_IMPORT.get(here, set())
+        assert not others, f"{module} imports {sorted(others)}"
     for libraries, allowed in ONLY_IN.items():
         used = [n for n in names if re.match(rf"({libraries})(\.|$)", n)]
-        assert not used or {here, path.stem} & allowed, f"{here} must not import {used}"
+        assert not used or {here, module} & allowed, f"{module} must not import {used}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -82,7 +71,13 @@ def test_nothing_grows_too_long(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, f"{node.name} has more than 60 lines"
-            count = len([a for a in [*node.args.args, *node.args.kwonlyargs] if a.arg not in ("self", "cls")])
+            count = len(
+                [
+                    a
+                    for a in [*node.args.args, *node.args.kwonlyargs]
+                    if a.arg not in ("self", "cls")
+                ]
+            )
             assert count <= 6, f"{node.name} has {count} parameters"
 
 
@@ -90,7 +85,7 @@ def test_nothing_grows_too_long(path):
 def test_what_is_printed_is_escaped(path):
     """Names come from anywhere: say(), Table and Console escape them; rich's own classes and print() do not."""
     if (
-        path.name == "printable.py" or path.parent.name + path.name == "checkpointwriter.py"
+        path.name == "printing.py" or path.parent.name + path.name == "checkpointwriter.py"
     ):  # a pipe to another process
         return
     calls = {
@@ -98,10 +93,15 @@ def test_what_is_printed_is_escaped(path):
         for n in ast.walk(ast.parse(path.read_text()))
         if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
     }
-    assert "print" not in calls, "use say() of printable.py"
+    assert "print" not in calls, "use say() of runtime/printing.py"
     if path.name != "terminal.py":
-        assert not calls & {"TextColumn", "RichTable", "RichConsole", "Panel", "Markdown"}, "use terminal.py"
-        assert not re.search(r"rich\.(table|console import .*Console|markup)|markup=True|emoji=True", path.read_text())
+        assert not calls & {"TextColumn", "RichTable", "RichConsole", "Panel", "Markdown"}, (
+            "use terminal.py"
+        )
+        assert not re.search(
+            r"rich\.(table|console import .*Console|markup)|markup=True|emoji=True",
+            path.read_text(),
+        )
 
 
 RUNS_CODE = r"""
@@ -128,18 +128,25 @@ def test_the_search_for_code_that_may_run_finds_it():
         "yaml.load(f)", "subprocess.run(x, shell=True)", "np.load(p, allow_pickle=True)", "instantiate(cfg)",
     ):  # fmt: skip
         assert re.search(RUNS_CODE, text, re.VERBOSE), text
-    for text in ("np.load(p, allow_pickle=False)", "torch.load(p, weights_only=True)", "model.eval()", "safe_load(f)"):
+    for text in (
+        "np.load(p, allow_pickle=False)",
+        "torch.load(p, weights_only=True)",
+        "model.eval()",
+        "safe_load(f)",
+    ):
         assert not re.search(RUNS_CODE, text, re.VERBOSE), text
 
 
 def test_objects_are_pickled_only_between_the_ranks_of_a_run():
     users = {
-        p.name for p in FILES if re.search(r"(broadcast|gather|scatter|send|recv)_object(_list)?\(", p.read_text())
+        p.name
+        for p in FILES
+        if re.search(r"(broadcast|gather|scatter|send|recv)_object(_list)?\(", p.read_text())
     }
     assert users <= {"distributed.py"}
 
 
-def test_the_config_is_the_only_schema_and_the_tree_has_no_junk_rooms():
+def test_the_config_is_the_only_schema_and_the_tree_has_no_junk_modules():
     names = {p.stem for p in FILES} | {p.name for p in PACKAGE.iterdir()}
     assert not names & {"utils", "misc", "helpers", "common", "core"}
 
@@ -147,12 +154,26 @@ def test_the_config_is_the_only_schema_and_the_tree_has_no_junk_rooms():
 def test_the_top_level_is_what_the_readers_expect():
     import subprocess
 
-    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=PACKAGE.parent, check=False).stdout
+    listed = subprocess.run(
+        ["git", "ls-files"], capture_output=True, text=True, cwd=PACKAGE.parent, check=False
+    ).stdout
     if not listed:
-        pytest.skip("not a git checkout")  # an sdist carries the tests too; beside its files there may lie anything
+        pytest.skip(
+            "not a git checkout"
+        )  # an sdist carries the tests too; beside its files there may lie anything
     top = {line.split("/")[0] for line in listed.splitlines()}
     visible = {name for name in top if not name.startswith(".")}
     assert visible <= {
-        *("pyproject.toml", "README.md", "SECURITY.md", "LICENSE", "conf", "alexnet_ddp", "launch", "tests", "slurm"),
+        *(
+            "pyproject.toml",
+            "README.md",
+            "SECURITY.md",
+            "LICENSE",
+            "conf",
+            "alexnet_ddp",
+            "launch",
+            "tests",
+            "slurm",
+        ),
         *("benchmarks", "docs", "CHANGELOG.md", "CONTRIBUTING.md"),
     }

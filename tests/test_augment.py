@@ -75,7 +75,9 @@ def test_an_image_no_crop_fits_into_gets_torchvisions_central_crop(shape):
     assert np.array_equal(np.unique(boxes(views_of(shape, 1_000)), axis=0), theirs[:1])
 
 
-@pytest.mark.parametrize("cfg", [BasicAugmentConfig(), BasicAugmentConfig(min_scale=0, max_ratio=9)])
+@pytest.mark.parametrize(
+    "cfg", [BasicAugmentConfig(), BasicAugmentConfig(min_scale=0, max_ratio=9)]
+)
 def test_boxes_lie_inside_of_images_of_any_shape(cfg):
     check_inside(cfg)
 
@@ -119,7 +121,12 @@ def test_a_view_depends_on_seed_epoch_and_index_only_and_not_on_the_batch(cfg):
     how = augment(cfg, seed=4)
     whole = how.views(2, np.arange(300), widths, heights)
     colours = how.colour(2, np.arange(300))
-    for some in (np.array([17]), np.arange(299, -1, -7), draw.permutation(300)[:64], np.array([5, 5])):
+    for some in (
+        np.array([17]),
+        np.arange(299, -1, -7),
+        draw.permutation(300)[:64],
+        np.array([5, 5]),
+    ):
         part = augment(cfg, seed=4).views(2, some, widths[some], heights[some])
         assert np.array_equal(boxes(part), boxes(whole)[some])
         assert np.array_equal(part.flip, whole.flip[some])
@@ -166,13 +173,18 @@ def test_alexnet_2012_crops_squares_uniformly_out_of_the_central_square(shape):
         assert stats.chisquare(np.bincount(offset, minlength=places)).pvalue > 1e-3
     coarse = (4 * x // places) * 4 + 4 * y // places
     expected = np.bincount(4 * np.arange(places) // places) / places
-    assert stats.chisquare(np.bincount(coarse), 40_000 * np.outer(expected, expected).ravel()).pvalue > 1e-3
+    assert (
+        stats.chisquare(np.bincount(coarse), 40_000 * np.outer(expected, expected).ravel()).pvalue
+        > 1e-3
+    )
 
 
 def test_colour_shifts_have_the_covariance_of_the_paper():
     """Krizhevsky 2012, 4.1: P (alpha * lambda), alpha ~ N(0, sigma^2): covariance sigma^2 P diag(lambda^2) P^T."""
     values = np.array([0.2175, 0.0188, 0.0045])
-    vectors = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+    vectors = np.array(
+        [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
+    )
     for sigma in (0.1, 0.5):
         shift = augment(AlexNet2012AugmentConfig(colour_sigma=sigma)).colour(0, np.arange(200_000))
         assert shift.shape == (200_000, 3)
@@ -191,7 +203,11 @@ def test_colour_depends_on_seed_epoch_and_index_and_is_independent_of_the_box():
     index = np.arange(20_000)
     here = how.colour(0, index)
     assert np.array_equal(here, how.colour(0, index))
-    others = (how.colour(1, index), how.colour(0, index + 1), augment(AlexNet2012AugmentConfig(), 1).colour(0, index))
+    others = (
+        how.colour(1, index),
+        how.colour(0, index + 1),
+        augment(AlexNet2012AugmentConfig(), 1).colour(0, index),
+    )
     for other in others:
         assert abs(np.corrcoef(here[:, 0], other[:, 0])[0, 1]) < 0.03
     left = views_of((400, 400), 20_000, cfg=AlexNet2012AugmentConfig()).left

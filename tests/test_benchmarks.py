@@ -17,13 +17,17 @@ ROOT = Path(__file__).parents[1]
 def test_the_loader_benchmark_writes_one_row_for_each_of_its_targets(tmp_path):
     files = ["--json", str(tmp_path / "l.json"), "--plot", str(tmp_path / "l.png")]
     command = [sys.executable, "benchmarks/loader.py", "--quick", *files]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "l.json").read_text())
     marks = [row["id"] for row in written["results"] if row["id"]]
     assert sorted(marks) == ["P11", "P12", "P5", "P6", "P7", "P8"]
     keys = {"id", "what", "peer", "ratio", "min", "max", "n", "ours", "theirs", "unit"}
-    assert all(row.keys() == keys and row["n"] == 1 and row["ratio"] > 0 for row in written["results"])
+    assert all(
+        row.keys() == keys and row["n"] == 1 and row["ratio"] > 0 for row in written["results"]
+    )
     assert {row["unit"] for row in written["results"]} == {"images/s", "s", "MB"}
     assert written["machine"]["versions"]["torch"]
     assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
@@ -31,8 +35,16 @@ def test_the_loader_benchmark_writes_one_row_for_each_of_its_targets(tmp_path):
 
 @pytest.mark.slow
 def test_the_preparation_benchmark_compares_the_engines_that_are_there(tmp_path):
-    command = [sys.executable, "benchmarks/prepare.py", "--quick", "--json", str(tmp_path / "p.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    command = [
+        sys.executable,
+        "benchmarks/prepare.py",
+        "--quick",
+        "--json",
+        str(tmp_path / "p.json"),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "p.json").read_text())
     (figures,) = written["turns"].values()
@@ -46,13 +58,17 @@ def test_the_preparation_benchmark_compares_the_engines_that_are_there(tmp_path)
 def test_the_communication_benchmark_proves_equality_and_counts_fewer_bytes(tmp_path):
     files = ["--json", str(tmp_path / "c.json"), "--plot", str(tmp_path / "c.png")]
     command = [sys.executable, "benchmarks/communication.py", "--quick", *files]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
+    )
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "c.json").read_text())
     rows = {row["id"]: row for row in written["results"]}
     assert rows.keys() == {"P1", "P2", "P4"}
     assert rows["P1"]["ratio"] > 12
-    assert rows["P1"]["theirs"] == pytest.approx(244.4, rel=0.02)  # 61.1 million gradients of four bytes
+    assert rows["P1"]["theirs"] == pytest.approx(
+        244.4, rel=0.02
+    )  # 61.1 million gradients of four bytes
     assert all(row["n"] == 1 and row["ratio"] > 0 for row in rows.values())
     assert written["machine"]["link_mb_per_s"]["1 Gbit/s"] < 125
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
@@ -60,38 +76,55 @@ def test_the_communication_benchmark_proves_equality_and_counts_fewer_bytes(tmp_
 
 def test_the_picture_of_communication_comes_with_a_table_of_medians(tmp_path):
     turns = {"plain DDP": [2.0, 3.0, 4.0], "ours: parallel=hybrid": [1.0, 1.0, 1.0]}
-    scales = {"plain DDP, K=1": [10.0], "plain DDP, K=2": [8.0], "ours: parallel=hybrid, K=1": [12.0]}
+    scales = {
+        "plain DDP, K=1": [10.0],
+        "plain DDP, K=2": [8.0],
+        "ours: parallel=hybrid, K=1": [12.0],
+    }
     sent = {"ours: parallel=hybrid": [10.0, 10.0], "plain DDP": [200.0, 220.0]}
     titles = {"K=2, MB sent a step": sent, "weak scaling, images/s": scales}
     titles |= {f"K=2, {size} px, 1 Gbit/s": turns for size in (64, 224)}
     about = {"cores": 2, "cpu": "a CPU", "date": "a day"}
     (tmp_path / "c.json").write_text(json.dumps({"turns": titles, "machine": about}))
-    (tmp_path / "r.md").write_text("# A\n<!-- communication: a -->\nold\n<!-- end of communication -->\nend\n")
+    (tmp_path / "r.md").write_text(
+        "# A\n<!-- communication: a -->\nold\n<!-- end of communication -->\nend\n"
+    )
     files = [str(tmp_path / name) for name in ("c.json", "c.png", "r.md")]
     command = [sys.executable, "benchmarks/communication_picture.py", *files]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "r.md").read_text() == (
         f"# A\n<!-- communication: a -->\n{done.stdout}<!-- end of communication -->\nend\n"
     )
     assert "| 2 | 64 | plain DDP |  | 3.00 s |  |" in done.stdout
     assert "sends 10.0 MB a step, under plain DDP 210.0 MB: 21.0 times fewer (P1).\n" in done.stdout
-    assert "| 2 | 224 | alexnet_ddp, parallel=hybrid |  | 1.00 s, 3.0 x (2.0 to 4.0) |  |" in done.stdout
+    assert (
+        "| 2 | 224 | alexnet_ddp, parallel=hybrid |  | 1.00 s, 3.0 x (2.0 to 4.0) |  |"
+        in done.stdout
+    )
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_communication_benchmark_says_what_it_needs_where_it_cannot_make_hosts():
     env = {**os.environ, "PATH": "/nonexistent"}
     command = [sys.executable, "benchmarks/communication.py"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 64
-    assert done.stderr.startswith("communication.py makes hosts and links of this machine, which needs ")
+    assert done.stderr.startswith(
+        "communication.py makes hosts and links of this machine, which needs "
+    )
     assert done.stderr.count("\n") == 1
 
 
 def test_the_loader_benchmark_knows_its_parts():
     command = [sys.executable, "benchmarks/loader.py", "--only", "P5,P99"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 2
     assert "--only knows P5, P6, P7, 64px, P8, P11, P12, not P99" in done.stderr
 
@@ -99,21 +132,38 @@ def test_the_loader_benchmark_knows_its_parts():
 def test_a_learning_curve_is_drawn_from_the_rows_of_a_run(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    lines = [{"step": 1, "epoch": 0.5, "train/loss": 2.0}, {"step": 2, "epoch": 1.0, "val/loss": 1.5, "val/top1": 40.0}]
+    lines = [
+        {"step": 1, "epoch": 0.5, "train/loss": 2.0},
+        {"step": 2, "epoch": 1.0, "val/loss": 1.5, "val/top1": 40.0},
+    ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = [sys.executable, "benchmarks/learning_curve.py", str(tmp_path / "c.png"), str(run)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
 def test_the_large_batch_benchmark_collects_both_curves(tmp_path):
-    files = ["--json", str(tmp_path / "l.json"), "--plot", str(tmp_path / "l.png"), "--runs", str(tmp_path / "runs")]
+    files = [
+        "--json",
+        str(tmp_path / "l.json"),
+        "--plot",
+        str(tmp_path / "l.png"),
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
     command = [sys.executable, "benchmarks/large_batch.py", "--quick", *files]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stderr
     curves = json.loads((tmp_path / "l.json").read_text())["curves"]
-    assert [found["experiment"] for found in curves.values()] == ["imagenet20_lars_4k", "imagenet20_sgd_4k"]
+    assert [found["experiment"] for found in curves.values()] == [
+        "imagenet20_lars_4k",
+        "imagenet20_sgd_4k",
+    ]
     assert all(len(found["train/loss"]) == 2 and found["val/top1"] for found in curves.values())
     assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")

@@ -22,11 +22,11 @@ from alexnet_ddp.config import (
 )
 from alexnet_ddp.data import cache
 from alexnet_ddp.data.cache import NodeCache
-from alexnet_ddp.data.sets import open_data
-from alexnet_ddp.data.shards import ShardStore
+from alexnet_ddp.data.sources.sets import open_data
+from alexnet_ddp.data.sources.shards import ShardStore
 from alexnet_ddp.data.storage import Storage
-from alexnet_ddp.errors import DataError
-from alexnet_ddp.prepare import prepare
+from alexnet_ddp.prepare.command import prepare
+from alexnet_ddp.runtime.errors import DataError
 
 
 class Faraway(LocalFileSystem):
@@ -77,8 +77,12 @@ def test_images_from_far_away_are_those_of_the_shards_here(shards, tmp_path):
     assert here.class_names == there.class_names
     for near, distant in ((here.train, there.train), (here.val, there.val)):
         assert near.fingerprint() == distant.fingerprint()
-        assert [near.read(i) for i in range(len(near))] == [distant.read(i) for i in range(len(distant))]
-    assert len(names_in(tmp_path / "cache")) == 4 + 2 + 2  # the shards, and the samples of each split
+        assert [near.read(i) for i in range(len(near))] == [
+            distant.read(i) for i in range(len(distant))
+        ]
+    assert (
+        len(names_in(tmp_path / "cache")) == 4 + 2 + 2
+    )  # the shards, and the samples of each split
 
 
 def test_the_second_start_fetches_no_shard(shards, tmp_path, monkeypatch):
@@ -115,7 +119,9 @@ def test_the_processes_of_a_node_fetch_each_file_once(shards, tmp_path):
     assert sorted(fetched) == [*tars, "train.samples.npy", "val.samples.npy"]
 
 
-def test_a_file_that_is_not_the_one_of_the_index_is_refused_and_not_kept(shards, tmp_path, monkeypatch):
+def test_a_file_that_is_not_the_one_of_the_index_is_refused_and_not_kept(
+    shards, tmp_path, monkeypatch
+):
     monkeypatch.setattr(cache, "_PAUSE_S", 0.0)
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -127,7 +133,9 @@ def test_a_file_that_is_not_the_one_of_the_index_is_refused_and_not_kept(shards,
     (copy / "train-000001.tar").write_bytes(damaged)
     index = open_data(far(copy, tmp_path)).train
     i = int(np.flatnonzero(index.store.shards == 1)[0])
-    with pytest.raises(DataError, match=r"000001.tar:\d+ cannot be read \(its SHA-256 is not the one in the index"):
+    with pytest.raises(
+        DataError, match=r"000001.tar:\d+ cannot be read \(its SHA-256 is not the one in the index"
+    ):
         index.read(i)
     assert not [path for path in (tmp_path / "cache").iterdir() if path.name.endswith("tmp")]
     other = int(np.flatnonzero(index.store.shards == 2)[0])
@@ -135,7 +143,10 @@ def test_a_file_that_is_not_the_one_of_the_index_is_refused_and_not_kept(shards,
 
 
 def test_what_was_used_least_recently_gives_way_and_comes_back_when_it_is_needed(shards, tmp_path):
-    near, index = open_data(ShardsConfig(root=str(shards))).train, open_data(far(shards, tmp_path)).train
+    near, index = (
+        open_data(ShardsConfig(root=str(shards))).train,
+        open_data(far(shards, tmp_path)).train,
+    )
     limit = int(2.5 * max(path.stat().st_size for path in shards.glob("train-*.tar")))
     small = replace(index.store.files, cache=replace(index.store.files.cache, limit=limit))
     index = replace(index, store=ShardStore(small, index.store.samples, None))
@@ -161,21 +172,30 @@ def test_a_hint_fetches_in_the_background(shards, tmp_path):
 
 
 def test_a_far_root_needs_a_folder_with_room_for_what_is_read_at_a_time(shards, tmp_path):
-    with pytest.raises(ConfigError, match=r"data.root \(faraway://.*\) needs a folder on each node .*cache_dir=DIR"):
+    with pytest.raises(
+        ConfigError, match=r"data.root \(faraway://.*\) needs a folder on each node .*cache_dir=DIR"
+    ):
         open_data(ShardsConfig(root=f"faraway://{shards}"))
-    with pytest.raises(ConfigError, match=r"data.cache_gb \(1e-06\) must hold all shards for data.shuffle=full"):
+    with pytest.raises(
+        ConfigError, match=r"data.cache_gb \(1e-06\) must hold all shards for data.shuffle=full"
+    ):
         open_data(far(shards, tmp_path, cache_gb=1e-6))
-    with pytest.raises(ConfigError, match=r"data.cache_gb \(1e-06\) must hold the val shards and two windows"):
+    with pytest.raises(
+        ConfigError, match=r"data.cache_gb \(1e-06\) must hold the val shards and two windows"
+    ):
         open_data(far(shards, tmp_path, cache_gb=1e-6, shuffle=Shuffle.window, window_shards=1))
 
 
 def test_an_address_that_cannot_be_read_is_one_line(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"^nosuch://x/y cannot be reached; .* install the driver .*Protocol not known"
+        ConfigError,
+        match=r"^nosuch://x/y cannot be reached; .* install the driver .*Protocol not known",
     ):
         open_data(ShardsConfig(root="nosuch://x/y", cache_dir=str(tmp_path / "cache")))
     with pytest.raises(DataError, match=r"holds no index\.json"):
-        open_data(ShardsConfig(root=f"faraway://{tmp_path}/none", cache_dir=str(tmp_path / "cache")))
+        open_data(
+            ShardsConfig(root=f"faraway://{tmp_path}/none", cache_dir=str(tmp_path / "cache"))
+        )
 
 
 def test_a_cache_pickles_without_its_threads(tmp_path):
@@ -197,7 +217,9 @@ def test_a_file_of_the_cache_that_was_damaged_is_fetched_again(shards, tmp_path,
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:700])
     elif damage == "samples":
-        path = next(p for p in (tmp_path / "cache").iterdir() if p.read_bytes().startswith(b"\x93NUMPY"))
+        path = next(
+            p for p in (tmp_path / "cache").iterdir() if p.read_bytes().startswith(b"\x93NUMPY")
+        )
         path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     else:
         at = int(offsets.min() if damage == "first image" else offsets.max()) + 100

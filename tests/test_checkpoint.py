@@ -23,10 +23,10 @@ from alexnet_ddp.checkpoint.identity import identity
 from alexnet_ddp.checkpoint.store import Checkpoints, RunState
 from alexnet_ddp.cli import compose
 from alexnet_ddp.config import AlexNetSmallConfig, CheckpointConfig, ConfigError, Device, SGDConfig
-from alexnet_ddp.distributed import session
-from alexnet_ddp.errors import CheckpointIOError, NoCheckpoint
 from alexnet_ddp.model import build_model, load_checkpoint
-from alexnet_ddp.optim import build_optimizer, state_by_name
+from alexnet_ddp.runtime.distributed import session
+from alexnet_ddp.runtime.errors import CheckpointIOError, NoCheckpoint
+from alexnet_ddp.training.optim import build_optimizer, state_by_name
 from tests.ranks import run_ranks
 
 WHO = {"model": "AlexNet", "seed": 0, "optimizer.lr": 0.1}
@@ -44,12 +44,18 @@ def world():
 def tensors(value: float, size: int = 8) -> dict[str, dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(size, size, generator=generator) + value
-    model = {"fc.weight": weight, "fc.bias": weight[0].clone(), "bn.num_batches_tracked": torch.tensor(int(value))}
+    model = {
+        "fc.weight": weight,
+        "fc.bias": weight[0].clone(),
+        "bn.num_batches_tracked": torch.tensor(int(value)),
+    }
     return {"model": model, "optimizer": {"momentum_buffer/fc.weight": weight * 2}}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a
+    )
 
 
 @pytest.fixture
@@ -59,7 +65,15 @@ def run(tmp_path, world):
     made = []
 
     def make(keep_last: int = 2, who: dict[str, object] = WHO, **cfg) -> Checkpoints:
-        made.append(Checkpoints(tmp_path, CheckpointConfig(keep_last=keep_last, **cfg), who, world, steps_per_epoch=10))
+        made.append(
+            Checkpoints(
+                tmp_path,
+                CheckpointConfig(keep_last=keep_last, **cfg),
+                who,
+                world,
+                steps_per_epoch=10,
+            )
+        )
         return made[-1]
 
     make.at = tmp_path / "checkpoints"
@@ -134,7 +148,10 @@ def test_a_run_comes_back_as_it_was_saved(run):
 def test_saving_leaves_the_tensors_of_the_run_alone_whatever_their_strides(run):
     weight = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
     strides = weight.stride()
-    assert run().save(RunState(step=1), {"model": {"w": weight}, "optimizer": {}}, is_last=True) is None
+    assert (
+        run().save(RunState(step=1), {"model": {"w": weight}, "optimizer": {}}, is_last=True)
+        is None
+    )
     _, saved = run().resume("r", allow_changes=False)
     assert torch.equal(saved["model"]["w"], weight)
     assert weight.stride() == strides
@@ -147,7 +164,11 @@ def test_names_in_the_files_are_torchvisions_and_load_into_a_fresh_model(run):
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
-    run().save(RunState(step=1), {"model": model.state_dict(), "optimizer": state_by_name(optimizer, model)}, True)
+    run().save(
+        RunState(step=1),
+        {"model": model.state_dict(), "optimizer": state_by_name(optimizer, model)},
+        True,
+    )
     directory = step_dir(run.at, 1)
     with safetensors.safe_open(directory / "model.safetensors", "pt") as file:
         assert sorted(file.keys()) == sorted(model.state_dict())
@@ -172,7 +193,9 @@ def test_forty_flipped_bits_spread_over_all_files_are_all_rejected_by_name(run):
             offset, bit = k * (size - 1) // 9, k % 8
             flip(directory / name, offset, bit)
             # What a damaged manifest no longer describes is another file, or the manifest itself.
-            with pytest.raises(files.Rejected, match=r"\w\.\w" if name == "MANIFEST.json" else re.escape(name)):
+            with pytest.raises(
+                files.Rejected, match=r"\w\.\w" if name == "MANIFEST.json" else re.escape(name)
+            ):
                 files.verify(directory)
             flip(directory / name, offset, bit)
     files.verify(directory)
@@ -189,14 +212,22 @@ def test_a_checkpoint_with_a_value_that_is_not_finite_is_not_written_and_an_olde
     groups[stem]["late"][4, 4] = -math.inf if stem == "ema" else math.nan
     error = run().save(RunState(step=8), groups, is_last=True)
     assert error.exit_code == 70
-    assert f"the weights after step 8 are not finite, and were not saved ({stem}.safetensors has" in str(error)
+    assert (
+        f"the weights after step 8 are not finite, and were not saved ({stem}.safetensors has"
+        in str(error)
+    )
     assert names(run.at) == ["step-00000007"]
-    contents = {f"{s}.safetensors": safetensors.torch.save(groups[s]) for s in groups} | {"state.json": b"{}"}
+    contents = {f"{s}.safetensors": safetensors.torch.save(groups[s]) for s in groups} | {
+        "state.json": b"{}"
+    }
     with monkeypatch.context() as old:  # a version that did not look
         old.setattr(files, "_check_finite", lambda path: None)
         files.write(run.at, 8, contents)
     assert find_newest(run.at).name == "step-00000007"
-    assert f"step-00000008 is rejected: {stem}.safetensors has values that are not finite (in late)" in caplog.text
+    assert (
+        f"step-00000008 is rejected: {stem}.safetensors has values that are not finite (in late)"
+        in caplog.text
+    )
     shutil.rmtree(step_dir(run.at, 7))
     with pytest.raises(NoCheckpoint, match="none of the 1 checkpoints"):
         find_newest(run.at)
@@ -206,7 +237,9 @@ def test_every_single_flipped_bit_of_a_manifests_head_is_rejected(run):
     save(run(), 7)
     manifest = step_dir(run.at, 7) / "MANIFEST.json"
     accepted = []
-    for offset in range(manifest.read_bytes().index(b"{", 1)):  # version, step and the beginning of the files
+    for offset in range(
+        manifest.read_bytes().index(b"{", 1)
+    ):  # version, step and the beginning of the files
         for bit in range(8):
             flip(manifest, offset, bit)
             with contextlib.suppress(files.Rejected):  # which is what must happen
@@ -223,7 +256,9 @@ def test_a_truncated_file_is_rejected_by_name_and_size(run, name, share):
     path = step_dir(run.at, 7) / name
     size = path.stat().st_size
     os.truncate(path, int(size * share))
-    with pytest.raises(files.Rejected, match=f"^{re.escape(name)} has {int(size * share)} bytes instead of {size}$"):
+    with pytest.raises(
+        files.Rejected, match=f"^{re.escape(name)} has {int(size * share)} bytes instead of {size}$"
+    ):
         files.verify(path.parent)
 
 
@@ -231,7 +266,10 @@ def test_a_truncated_file_is_rejected_by_name_and_size(run, name, share):
 def test_a_missing_file_is_rejected_by_name(run, name):
     save(run(), 7)
     (step_dir(run.at, 7) / name).unlink()
-    with pytest.raises(files.Rejected, match=rf"^{re.escape(name)} is unreadable \(.*No such file or directory.*\)$"):
+    with pytest.raises(
+        files.Rejected,
+        match=rf"^{re.escape(name)} is unreadable \(.*No such file or directory.*\)$",
+    ):
         files.verify(step_dir(run.at, 7))
 
 
@@ -239,7 +277,9 @@ def test_another_schema_version_is_rejected(run):
     save(run(), 7)
     path = step_dir(run.at, 7) / "MANIFEST.json"
     path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
-    with pytest.raises(files.Rejected, match=r"^MANIFEST\.json has schema version 2, this program reads 1$"):
+    with pytest.raises(
+        files.Rejected, match=r"^MANIFEST\.json has schema version 2, this program reads 1$"
+    ):
         files.verify(path.parent)
 
 
@@ -250,7 +290,9 @@ def test_a_checkpoint_under_another_steps_name_is_rejected(run):
         files.verify(step_dir(run.at, 9))
 
 
-@pytest.mark.parametrize("content", ["", "[]", "null", "{}", '{"schema_version": 1, "step": 7, "files": []}', "\xff"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "null", "{}", '{"schema_version": 1, "step": 7, "files": []}', "\xff"]
+)
 def test_a_manifest_of_anything_else_is_rejected(run, content):
     save(run(), 7)
     path = step_dir(run.at, 7) / "MANIFEST.json"
@@ -304,7 +346,9 @@ def test_the_newest_valid_one_wins_and_the_rejected_are_named_with_the_reason(ru
     newest, second = caplog.messages
     line = "checkpoint step-00000030 is rejected: optimizer.safetensors does not match its SHA-256 checksum"
     assert newest == line
-    assert re.fullmatch(r"checkpoint step-00000020 is rejected: state\.json has 5 bytes instead of \d+", second)
+    assert re.fullmatch(
+        r"checkpoint step-00000020 is rejected: state\.json has 5 bytes instead of \d+", second
+    )
 
 
 def test_where_all_are_damaged_the_run_does_not_start_afresh(run):
@@ -328,7 +372,10 @@ def test_the_best_is_found_and_the_newest_where_it_is_damaged_or_where_there_is_
     assert find_best(run.at) == step_dir(run.at, 20)
     flip(step_dir(run.at, 20) / "model.safetensors", 50)
     assert find_best(run.at) == step_dir(run.at, 40)
-    assert "checkpoint step-00000020, the best one, is rejected: model.safetensors does not match" in caplog.text
+    assert (
+        "checkpoint step-00000020, the best one, is rejected: model.safetensors does not match"
+        in caplog.text
+    )
 
 
 def test_without_any_checkpoint_there_is_no_best_one(run):
@@ -362,7 +409,9 @@ def test_the_best_is_kept_beside_the_last_and_goes_when_there_is_a_better_one(ru
 
 
 @pytest.mark.parametrize(("keep_last", "kept"), [(1, [25]), (2, [10, 25])])
-def test_rejected_checkpoints_of_later_steps_do_not_crowd_out_what_is_saved_after_falling_back(run, keep_last, kept):
+def test_rejected_checkpoints_of_later_steps_do_not_crowd_out_what_is_saved_after_falling_back(
+    run, keep_last, kept
+):
     save(run(keep_last=3), 10, 30, 40)
     for step in (30, 40):
         flip(step_dir(run.at, step) / "model.safetensors", 50)
@@ -437,7 +486,9 @@ def test_the_third_failure_in_a_row_is_the_end(run):
     assert isinstance(error, CheckpointIOError)
     assert error.exit_code == 74
     assert "could not be written ([Errno 27] File too large); it needs 8 MB, " in str(error)
-    assert str(error).endswith(f" MB are free; make room below {run.at}, then start the same command again")
+    assert str(error).endswith(
+        f" MB are free; make room below {run.at}, then start the same command again"
+    )
     assert names(run.at) == []
 
 
@@ -461,7 +512,9 @@ def test_a_place_that_cannot_be_written_to_is_a_failed_write(run, caplog):
 
 
 def test_a_write_that_reads_back_differently_is_a_failed_write(tmp_path, monkeypatch):
-    contents = {f"{stem}.safetensors": safetensors.torch.save(group) for stem, group in tensors(1).items()}
+    contents = {
+        f"{stem}.safetensors": safetensors.torch.save(group) for stem, group in tensors(1).items()
+    }
     contents["state.json"] = b"{}"
     assert files.write(tmp_path, 10, contents) == step_dir(tmp_path, 10)
     real = files._write_durably
@@ -473,16 +526,22 @@ def test_a_write_that_reads_back_differently_is_a_failed_write(tmp_path, monkeyp
         return entry
 
     monkeypatch.setattr(files, "_write_durably", write_wrongly)
-    with pytest.raises(files.Rejected, match=r"^model.safetensors does not match its SHA-256 checksum$"):
+    with pytest.raises(
+        files.Rejected, match=r"^model.safetensors does not match its SHA-256 checksum$"
+    ):
         files.write(tmp_path, 20, contents)
     assert names(tmp_path) == ["step-00000010"]
 
 
-def test_a_run_whose_disk_has_no_room_for_a_checkpoint_is_refused_before_its_first_step(run, world, monkeypatch):
+def test_a_run_whose_disk_has_no_room_for_a_checkpoint_is_refused_before_its_first_step(
+    run, world, monkeypatch
+):
     run().prepare(tensors(1))
     usage = shutil.disk_usage(run.at.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(CheckpointIOError, match=r"has 0 MB free, a checkpoint needs 8 MB; make room, or choose ano"):
+    with pytest.raises(
+        CheckpointIOError, match=r"has 0 MB free, a checkpoint needs 8 MB; make room, or choose ano"
+    ):
         run().prepare(tensors(1, size=1000))
 
 
@@ -500,9 +559,21 @@ def test_the_tensors_may_change_as_soon_as_save_returns(run):
 
 
 def test_the_files_are_what_the_library_would_write_for_every_type(run):
-    kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
+    kinds = (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.uint8,
+    )
     model = {f"t{i}": torch.arange(i + 1).to(kind) for i, kind in enumerate(kinds)}
-    model |= {"flag": torch.tensor([True, False]), "none": torch.empty(0, 3), "one": torch.tensor(2.5)}
+    model |= {
+        "flag": torch.tensor([True, False]),
+        "none": torch.empty(0, 3),
+        "one": torch.tensor(2.5),
+    }
     assert run().save(RunState(step=1), {"model": model, "optimizer": {}}, is_last=True) is None
     assert same(files.read_tensors(step_dir(run.at, 1), "model"), model)
     assert files.read_tensors(step_dir(run.at, 1), "optimizer") == {}
@@ -514,12 +585,20 @@ def test_a_writer_that_is_killed_is_a_failed_write_and_the_next_one_works(run, c
     pid = checkpoints._writer._process.pid
     os.kill(pid, signal.SIGSTOP)
     assert checkpoints.save(RunState(step=20), tensors(20), is_last=False) is None
-    assert checkpoints.save(RunState(step=30), tensors(30), is_last=False) is None  # left out: it is busy
+    assert (
+        checkpoints.save(RunState(step=30), tensors(30), is_last=False) is None
+    )  # left out: it is busy
     os.kill(pid, signal.SIGKILL)
     checkpoints._writer._process.wait()
     save(checkpoints, 40)
-    assert "no checkpoint of step 30: checkpoints are due faster than the disk takes them" in caplog.text
-    assert "step 20 could not be written (the process that writes checkpoints ended with -9)" in caplog.text
+    assert (
+        "no checkpoint of step 30: checkpoints are due faster than the disk takes them"
+        in caplog.text
+    )
+    assert (
+        "step 20 could not be written (the process that writes checkpoints ended with -9)"
+        in caplog.text
+    )
     assert names(run.at) == ["step-00000010", "step-00000040"]
     assert checkpoints.row() == {"checkpoint/num_failed": 1, "checkpoint/num_skipped": 1}
 
@@ -560,7 +639,10 @@ def test_copies_lie_where_they_should_follow_what_is_kept_and_bring_back_a_lost_
     assert names(run.at) == ["step-00000020"]
     save(again, 30, best={"step": 10, "val/top1": 50.0})
     again.close()
-    assert names(far) == ["step-00000010", "step-00000030"]  # the best one outlives the machine that had it
+    assert names(far) == [
+        "step-00000010",
+        "step-00000030",
+    ]  # the best one outlives the machine that had it
 
 
 def test_a_copy_that_fails_is_a_warning_and_costs_no_checkpoint_here(run, tmp_path, caplog):
@@ -568,7 +650,9 @@ def test_a_copy_that_fails_is_a_warning_and_costs_no_checkpoint_here(run, tmp_pa
     checkpoints = run(keep_last=1, copy_to=f"file://{tmp_path}/far")
     save(checkpoints, 10)
     checkpoints.close()
-    assert re.search(r"the checkpoint of step 10 is saved, but (FileExists|NotADirectory)Error", caplog.text)
+    assert re.search(
+        r"the checkpoint of step 10 is saved, but (FileExists|NotADirectory)Error", caplog.text
+    )
     save(checkpoints, 20)
     checkpoints.close()
     assert "step-00000020" in names(run.at)
@@ -586,9 +670,16 @@ def test_a_store_that_hangs_delays_no_save(tmp_path):
     copier, memory = Hanging(), memoryview(safetensors.torch.save({"w": torch.ones(2)}))
     places = {"model": (0, len(memory)), "optimizer": (0, len(memory))}
     for step in (1, 2, 3, 4):
-        order = writer.Order(str(tmp_path / "checkpoints"), step, places, {}, {}, 1, None, "memory://x")
-        assert writer.obey(order, memory, copier) == writer.Reply(step, seconds=pytest.approx(0, abs=5))
-    assert names(tmp_path / "checkpoints") == ["step-00000001", "step-00000004"]  # the one being copied, and the newest
+        order = writer.Order(
+            str(tmp_path / "checkpoints"), step, places, {}, {}, 1, None, "memory://x"
+        )
+        assert writer.obey(order, memory, copier) == writer.Reply(
+            step, seconds=pytest.approx(0, abs=5)
+        )
+    assert names(tmp_path / "checkpoints") == [
+        "step-00000001",
+        "step-00000004",
+    ]  # the one being copied, and the newest
     Hanging.go.set()
     copier.finish()
     assert copier.warning() == ""
@@ -600,17 +691,25 @@ def test_where_no_copy_verifies_the_run_does_not_start_afresh(run, tmp_path):
     checkpoints.close()
     shutil.rmtree(run.at)
     flip(tmp_path / "far" / tmp_path.name / "step-00000010" / "model.safetensors", 100)
-    with pytest.raises(NoCheckpoint, match=r"model.safetensors does not match its SHA-256 checksum; a run never start"):
+    with pytest.raises(
+        NoCheckpoint,
+        match=r"model.safetensors does not match its SHA-256 checksum; a run never start",
+    ):
         run(copy_to=url).resume("r", allow_changes=False)
 
 
 def test_copies_in_a_store_that_is_no_file_system(tmp_path):
     for step in (10, 20):
-        contents = {f"{stem}.safetensors": safetensors.torch.save(group) for stem, group in tensors(step).items()}
+        contents = {
+            f"{stem}.safetensors": safetensors.torch.save(group)
+            for stem, group in tensors(step).items()
+        }
         files.write(tmp_path / "here", step, {**contents, "state.json": b"{}"})
         remote.copy(step_dir(tmp_path / "here", step), "memory://copies/run")
     remote.keep_only(lambda steps: {max(steps)}, "memory://copies/run")
-    assert remote.fetch_newest("memory://copies/run", tmp_path / "there") == step_dir(tmp_path / "there", 20)
+    assert remote.fetch_newest("memory://copies/run", tmp_path / "there") == step_dir(
+        tmp_path / "there", 20
+    )
     assert remote.fetch_newest("memory://copies/none", tmp_path / "none") is None
 
 
@@ -622,7 +721,9 @@ def save_and_resume(run_dir: str) -> tuple[object, dict, list]:
     with session(Device.cpu) as world:
         place = Path(run_dir) / ("seen" if world.is_main else "unseen")
         checkpoints = Checkpoints(place, CheckpointConfig(), WHO, world)
-        outcome = checkpoints.save(RunState(step=7 + world.rank), tensors(7 + world.rank), is_last=True)
+        outcome = checkpoints.save(
+            RunState(step=7 + world.rank), tensors(7 + world.rank), is_last=True
+        )
         state, saved = checkpoints.resume("r", allow_changes=False)
         fc = saved["model"]["fc.weight"]
         return outcome, vars(state), [fc.tolist(), sorted(os.listdir(run_dir))]
@@ -638,11 +739,37 @@ def test_rank_0_writes_and_reads_and_all_ranks_get_the_same(tmp_path):
 # --- identity ---------------------------------------------------------------------------------------------------
 
 FREE = [
-    *("run.name=other", "run.root=elsewhere", "device=cpu", "data.root=elsewhere", "data.num_threads=3"),
-    *("data.on_bad_image=skip", "trainer.epochs=99", "trainer.max_steps=5", "trainer.micro_batch_size=4"),
-    *("trainer.eval_batch_size=7", "trainer.compile=true", "trainer.log_every_steps=1", "trainer.eval_every_epochs=3"),
-    *("checkpoint.keep_last=9", "checkpoint.save_every_steps=3", "resume.allow_changes=true", "logger.wandb=offline"),
-    *("logger.tensorboard=false", "logger.progress=false", "model.weights=some.file", "model.head=new"),
+    *(
+        "run.name=other",
+        "run.root=elsewhere",
+        "device=cpu",
+        "data.root=elsewhere",
+        "data.num_threads=3",
+    ),
+    *(
+        "data.on_bad_image=skip",
+        "trainer.epochs=99",
+        "trainer.max_steps=5",
+        "trainer.micro_batch_size=4",
+    ),
+    *(
+        "trainer.eval_batch_size=7",
+        "trainer.compile=true",
+        "trainer.log_every_steps=1",
+        "trainer.eval_every_epochs=3",
+    ),
+    *(
+        "checkpoint.keep_last=9",
+        "checkpoint.save_every_steps=3",
+        "resume.allow_changes=true",
+        "logger.wandb=offline",
+    ),
+    *(
+        "logger.tensorboard=false",
+        "logger.progress=false",
+        "model.weights=some.file",
+        "model.head=new",
+    ),
 ]
 FIXED = {
     "seed=1": "seed=1 (was 0)",
@@ -664,7 +791,14 @@ FIXED = {
 
 
 BASE = [
-    *("seed=0", "data=demo", "data.image_size=64", "augment=basic", "augment.flip=0.5", "model=alexnet_small"),
+    *(
+        "seed=0",
+        "data=demo",
+        "data.image_size=64",
+        "augment=basic",
+        "augment.flip=0.5",
+        "model=alexnet_small",
+    ),
     *("optimizer=sgd", "optimizer.lr=0.1", "scheduler=cosine", "scheduler.warmup_epochs=1"),
     *("trainer.global_batch_size=64", "trainer.label_smoothing=0.1", "trainer.clip_grad_norm=1"),
 ]
@@ -690,7 +824,9 @@ def test_the_identity_survives_json(me):
 
 
 @pytest.mark.parametrize("override", FIXED)
-def test_what_decides_an_update_is_in_the_identity_and_refused_with_the_difference(run, me, override):
+def test_what_decides_an_update_is_in_the_identity_and_refused_with_the_difference(
+    run, me, override
+):
     save(run(who=me), 10)
     changed = who(*override.split())
     with pytest.raises(ConfigError) as e:
@@ -707,13 +843,17 @@ def test_a_checkpoint_from_before_there_was_a_knob_goes_on_while_the_knob_is_off
     newer = ("augment.mixup_alpha", "augment.policy", "augment.num_ops", "data.start_image_size")
     save(run(who={key: value for key, value in me.items() if key not in newer}), 10)
     assert run(who=me).resume("mine", allow_changes=False)[0].step == 10
-    with pytest.raises(ConfigError, match=r"another run: augment.mixup_alpha=0.2 \(was unset\); choose"):
+    with pytest.raises(
+        ConfigError, match=r"another run: augment.mixup_alpha=0.2 \(was unset\); choose"
+    ):
         run(who=who("augment.mixup_alpha=0.2")).resume("mine", allow_changes=False)
 
 
 def test_other_images_are_another_run(run, me):
     save(run(who=me), 10)
-    with pytest.raises(ConfigError, match=r"another run: data=xyz \(was abc\); choose another run\.name"):
+    with pytest.raises(
+        ConfigError, match=r"another run: data=xyz \(was abc\); choose another run\.name"
+    ):
         run(who={**me, "data": "xyz"}).resume("mine", allow_changes=False)
 
 
@@ -724,4 +864,6 @@ def test_resuming_with_other_numerics_says_that_bits_may_differ(run, caplog, mon
     with caplog.at_level(logging.INFO):
         run().resume("r", allow_changes=False)
     difference = f"torch {torch.__version__} -> 9.9"
-    assert caplog.messages == [f"resuming with other numerics ({difference}): equal to rounding, not bit for bit"]
+    assert caplog.messages == [
+        f"resuming with other numerics ({difference}): equal to rounding, not bit for bit"
+    ]

@@ -18,12 +18,12 @@ from alexnet_ddp.checkpoint import files
 from alexnet_ddp.checkpoint.find import find_best, weights_of_run
 from alexnet_ddp.cli import compose
 from alexnet_ddp.config import Config, ConfigError, Device
-from alexnet_ddp.data.index import SampleIndex
-from alexnet_ddp.data.sets import ImageSets, open_data
-from alexnet_ddp.distributed import World, session
-from alexnet_ddp.errors import DataError
+from alexnet_ddp.data.sources.index import SampleIndex
+from alexnet_ddp.data.sources.sets import ImageSets, open_data
 from alexnet_ddp.model import build_model
-from alexnet_ddp.training import Training
+from alexnet_ddp.runtime.distributed import World, session
+from alexnet_ddp.runtime.errors import DataError
+from alexnet_ddp.training.build import Training
 from tests.ranks import run_ranks
 
 HEAD = ("classifier.3.weight", "classifier.3.bias")
@@ -54,8 +54,19 @@ def rename(data: Path, old: str, new: str) -> None:
 
 
 def config(root: Path, *more: str) -> Config:
-    common = ["data=folder", f"data.root={root}/data", "data.image_size=64", "model=alexnet_small", "run.name=r"]
-    common += [f"run.root={root}/runs", "device=cpu", "trainer.global_batch_size=4", "trainer.ema_decay=0.5"]
+    common = [
+        "data=folder",
+        f"data.root={root}/data",
+        "data.image_size=64",
+        "model=alexnet_small",
+        "run.name=r",
+    ]
+    common += [
+        f"run.root={root}/runs",
+        "device=cpu",
+        "trainer.global_batch_size=4",
+        "trainer.ema_decay=0.5",
+    ]
     return compose([*common, "optimizer=adamw", "optimizer.lr=0.01", *more])
 
 
@@ -100,13 +111,17 @@ def test_class_names_are_recorded_in_the_checkpoint_and_in_its_files_of_weights(
         assert int.from_bytes(start, "little") % 8 == 0  # tensors stay aligned
 
 
-def test_a_renamed_class_is_refused_by_name_and_with_allow_changes_the_other_rows_move_along(tmp_path, world, caplog):
+def test_a_renamed_class_is_refused_by_name_and_with_allow_changes_the_other_rows_move_along(
+    tmp_path, world, caplog
+):
     data = make_images(tmp_path)
     then = saved(config(tmp_path), world)
     rename(data, "a", "z")  # the first of three becomes the last
     with pytest.raises(ConfigError) as e:
         Training(config(tmp_path), world)
-    assert "started as another run: the classes differ: class a is gone, class z is new" in str(e.value)
+    assert "started as another run: the classes differ: class a is gone, class z is new" in str(
+        e.value
+    )
     assert "resume.allow_changes=true" in str(e.value)
 
     caplog.clear()
@@ -171,7 +186,10 @@ def test_more_and_fewer_images_are_refused_with_their_numbers(tmp_path, world):
     data = make_images(tmp_path)
     saved(config(tmp_path), world)
     (data / "train/m/0.jpg").unlink()
-    with pytest.raises(ConfigError, match=r"another run: 15 training images then, 14 now \(m: 5 -> 4\); restore the"):
+    with pytest.raises(
+        ConfigError,
+        match=r"another run: 15 training images then, 14 now \(m: 5 -> 4\); restore the",
+    ):
         Training(config(tmp_path), world)
 
 
@@ -179,12 +197,23 @@ def test_a_removed_bad_image_is_named_with_what_to_do(tmp_path, world):
     data = make_images(tmp_path)
     saved(config(tmp_path), world)
     bad = data / "train/m/0.jpg"
-    row = {"split": "train", "index": 4, "name": str(bad), "kind": "x", "reason": "y", "step": 1, "epoch": 0.0}
+    row = {
+        "split": "train",
+        "index": 4,
+        "name": str(bad),
+        "kind": "x",
+        "reason": "y",
+        "step": 1,
+        "epoch": 0.0,
+    }
     (tmp_path / "runs/r/quarantine.jsonl").write_text(json.dumps(row) + "\n")
     bad.unlink()
     with pytest.raises(ConfigError) as e:
         Training(config(tmp_path), world)
-    assert f"removed, of those that {tmp_path}/runs/r/quarantine.jsonl lists as bad: {bad}; " in str(e.value)
+    assert (
+        f"removed, of those that {tmp_path}/runs/r/quarantine.jsonl lists as bad: {bad}; "
+        in str(e.value)
+    )
     assert "put them back" in str(e.value)
     assert "continue with resume.allow_changes=true" in str(e.value)
 
@@ -195,11 +224,16 @@ def test_other_images_with_the_same_counts_are_called_so(tmp_path, world, monkey
     monkeypatch.setattr(SampleIndex, "fingerprint", lambda self: "v2:then")
     saved(config(tmp_path), world)
     monkeypatch.setattr(SampleIndex, "fingerprint", lambda self: "v2:now")
-    with pytest.raises(ConfigError, match="the training images differ: as many in each class, but other files or siz"):
+    with pytest.raises(
+        ConfigError,
+        match="the training images differ: as many in each class, but other files or siz",
+    ):
         Training(config(tmp_path), world)
 
 
-def test_a_fingerprint_of_an_older_version_is_compared_as_far_as_it_goes(tmp_path, world, monkeypatch, caplog):
+def test_a_fingerprint_of_an_older_version_is_compared_as_far_as_it_goes(
+    tmp_path, world, monkeypatch, caplog
+):
     caplog.set_level(logging.INFO)
     data, cfg = make_images(tmp_path), config(tmp_path)
     training = Training(cfg, world)
@@ -212,7 +246,10 @@ def test_a_fingerprint_of_an_older_version_is_compared_as_far_as_it_goes(tmp_pat
     training.close()
     monkeypatch.setattr(SampleIndex, "fingerprint", lambda self: "v2:now")
     Training(cfg, world)
-    assert any("did not record names and sizes of images: only the classes and" in m for m in caplog.messages)
+    assert any(
+        "did not record names and sizes of images: only the classes and" in m
+        for m in caplog.messages
+    )
     (data / "train/m/0.jpg").unlink()
     with pytest.raises(ConfigError, match="15 training images then, 14 now"):
         Training(cfg, world)
@@ -242,16 +279,24 @@ def test_evaluate_maps_classes_by_name_and_refuses_others(tmp_path, world, caplo
     by_run = weights_of_run("run:r", str(tmp_path / "runs"))
     assert by_run == weights_of_run(str(tmp_path / "runs/r"), "elsewhere")
     file, known = by_run
-    assert (file, sorted(known)) == (str(checkpoint / "ema.safetensors"), sorted(other_order(cfg).val.classes))
+    assert (file, sorted(known)) == (
+        str(checkpoint / "ema.safetensors"),
+        sorted(other_order(cfg).val.classes),
+    )
     model, _ = evaluate._from_file(cfg, other_order(cfg), *by_run)
     for name in HEAD:
         assert torch.equal(model.state_dict()[name], then[name].flip(0))
     _, names = predict._trained(cfg, tmp_path / "runs/r")
     assert names == ["a", "m", "q"]
     rename(data, "a", "z")
-    with pytest.raises(DataError, match=r"trained on: only run r has a; only data.root has z; give a root"):
+    with pytest.raises(
+        DataError, match=r"trained on: only run r has a; only data.root has z; give a root"
+    ):
         evaluate._trained(cfg, open_data(cfg.data), checkpoint)
-    with pytest.raises(ConfigError, match=r"has other classes than the data: 2 kept \(m, q\), 1 dropped \(a\), 1 new"):
+    with pytest.raises(
+        ConfigError,
+        match=r"has other classes than the data: 2 kept \(m, q\), 1 dropped \(a\), 1 new",
+    ):
         evaluate._from_file(cfg, open_data(cfg.data), *by_run)
 
 
@@ -262,12 +307,17 @@ def test_a_new_run_starts_from_the_best_weights_of_another_by_class_name(tmp_pat
     training = resumed(config(tmp_path, "run.name=s", "model.weights=run:r"), world)
     for name in HEAD:
         assert torch.equal(training.model.state_dict()[name][:2], then[name][1:])
-    with pytest.raises(ConfigError, match=r"model\.weights \(run:x\): \S+ has no such trained run; there are: r"):
+    with pytest.raises(
+        ConfigError, match=r"model\.weights \(run:x\): \S+ has no such trained run; there are: r"
+    ):
         weights_of_run("run:x", str(tmp_path / "runs"))
 
 
 def test_a_new_head_without_weights_is_refused():
-    with pytest.raises(ConfigError, match=r"^model\.head=new would be ignored without model\.weights; leave it auto$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^model\.head=new would be ignored without model\.weights; leave it auto$",
+    ):
         compose(["model.head=new", "run.name=r"])
 
 
@@ -282,7 +332,10 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path, worl
     error = training.checkpoints.save(training.state, training.tensors(), is_last=True)
     training.checkpoints.close()
     assert error.exit_code == 70
-    assert "the weights after step 2 are not finite, and were not saved (model.safetensors has" in str(error)
+    assert (
+        "the weights after step 2 are not finite, and were not saved (model.safetensors has"
+        in str(error)
+    )
     assert [d.name for d in files.listed(tmp_path / "runs/r/checkpoints")] == ["step-00000001"]
 
 
@@ -294,7 +347,9 @@ def split_rows(root: str, allow: bool) -> dict[str, list]:
         training.build()
         if not allow:
             training.state.step = 1
-            assert training.checkpoints.save(training.state, training.tensors(), is_last=True) is None
+            assert (
+                training.checkpoints.save(training.state, training.tensors(), is_last=True) is None
+            )
             training.checkpoints.close()
         with training.as_evaluated() as model:  # collective: whole layers
             head = {name: model.state_dict()[name].tolist() for name in HEAD}
@@ -328,5 +383,8 @@ def test_ranks_that_see_other_validation_images_are_refused(tmp_path):
     for name in "ab":
         make_images(tmp_path / name)
     for line in run_ranks(differing, 2, str(tmp_path)):
-        assert "rank 1 was started as another run than rank 0: validation images=14 images of 3 classes" in line
+        assert (
+            "rank 1 was started as another run than rank 0: validation images=14 images of 3 classes"
+            in line
+        )
         assert "(rank 0: 15 images of 3 classes" in line

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from alexnet_ddp.config import ConfigError, FolderConfig, ImageNetConfig, ShardsConfig
-from alexnet_ddp.data.classes import class_difference
-from alexnet_ddp.data.sets import ImageSets, open_data
-from alexnet_ddp.errors import DataError
+from alexnet_ddp.data.sources.classes import class_difference
+from alexnet_ddp.data.sources.sets import ImageSets, open_data
+from alexnet_ddp.runtime.errors import DataError
 from tests.archives import extract, lay_out, make_archives
 from tests.packing import act, pack
 from tests.test_train import SMALL, run
@@ -25,7 +25,15 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def numbered(root: Path, classes: list[str] = NUMBERS) -> Path:
-    return lay_out(root, *(f"{split}/{name}/{i}.jpg" for split in ("train", "val") for name in classes for i in "ab"))
+    return lay_out(
+        root,
+        *(
+            f"{split}/{name}/{i}.jpg"
+            for split in ("train", "val")
+            for name in classes
+            for i in "ab"
+        ),
+    )
 
 
 def stated(root: Path, *lines: str) -> str:
@@ -51,7 +59,9 @@ def test_numbers_are_sorted_as_text_with_a_warning_or_by_value_without(tmp_path,
     caplog.clear()
     by_value = open_data(FolderConfig(root=root, class_order="numeric"))
     assert by_value.train.classes == by_value.val.classes == by_value.class_names == NUMBERS
-    assert labelled(by_value) == [(k, f"{name}/{i}.jpg") for k, name in enumerate(NUMBERS) for i in "ab"]
+    assert labelled(by_value) == [
+        (k, f"{name}/{i}.jpg") for k, name in enumerate(NUMBERS) for i in "ab"
+    ]
     assert not caplog.records
     assert by_name.train.fingerprint() != by_value.train.fingerprint()
     again = open_data(FolderConfig(root=root))  # from the cache, which keeps both orders apart
@@ -60,7 +70,9 @@ def test_numbers_are_sorted_as_text_with_a_warning_or_by_value_without(tmp_path,
 
 @pytest.mark.parametrize("names", [["01", "02", "10"], ["0", "1", "9"], ["a1", "a10", "a2"]])
 def test_there_is_no_warning_if_the_orders_agree_or_names_are_no_numbers(tmp_path, caplog, names):
-    assert open_data(FolderConfig(root=str(numbered(tmp_path / "data", names)))).train.classes == names
+    assert (
+        open_data(FolderConfig(root=str(numbered(tmp_path / "data", names)))).train.classes == names
+    )
     assert not caplog.records
 
 
@@ -80,7 +92,9 @@ def test_numeric_order_needs_different_numbers(tmp_path, names, message):
 
 
 def test_a_file_states_the_order(tmp_path):
-    cfg = FolderConfig(root=str(numbered(tmp_path / "data")), class_order=stated(tmp_path, "10", "2", "1", "11"))
+    cfg = FolderConfig(
+        root=str(numbered(tmp_path / "data")), class_order=stated(tmp_path, "10", "2", "1", "11")
+    )
     assert open_data(cfg).train.classes == open_data(cfg).val.classes == ["10", "2", "1", "11"]
     assert labelled(open_data(cfg))[:2] == [(0, "10/a.jpg"), (0, "10/b.jpg")]
     (tmp_path / "order.txt").write_bytes("\ufeff11\r\n1\r\n2\r\n10".encode())
@@ -90,8 +104,14 @@ def test_a_file_states_the_order(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["1", "2", "10"], r"order.txt does not fit: only .*/data/train has 11; list exactly the classes of"),
-        (["1", "2", "10", "11", "12"], r"order.txt does not fit: only .*order.txt has 12; list exactly the classes"),
+        (
+            ["1", "2", "10"],
+            r"order.txt does not fit: only .*/data/train has 11; list exactly the classes of",
+        ),
+        (
+            ["1", "2", "10", "11", "12"],
+            r"order.txt does not fit: only .*order.txt has 12; list exactly the classes",
+        ),
         (["1", "2", "10", "11", "1"], r"order.txt lists 1 more than once; list each class once"),
     ],
 )
@@ -104,7 +124,8 @@ def test_a_file_that_does_not_list_the_classes_is_refused(tmp_path, lines, messa
 def test_a_file_that_is_not_there_is_a_configuration_error(tmp_path):
     cfg = FolderConfig(root=str(numbered(tmp_path / "data")), class_order="no/such.txt")
     with pytest.raises(
-        ConfigError, match=r"class_order \(no/such.txt\) must be name, numeric or the path of .*No such"
+        ConfigError,
+        match=r"class_order \(no/such.txt\) must be name, numeric or the path of .*No such",
     ):
         open_data(cfg)
 
@@ -112,7 +133,10 @@ def test_a_file_that_is_not_there_is_a_configuration_error(tmp_path):
 def test_an_evaluation_uses_the_order_of_the_run_without_the_file(tmp_path):
     root = str(numbered(tmp_path / "data"))
     order = ["10", "2", "1", "11"]
-    assert open_data(FolderConfig(root=root, class_order="gone.txt"), trained=order).val.classes == order
+    assert (
+        open_data(FolderConfig(root=root, class_order="gone.txt"), trained=order).val.classes
+        == order
+    )
     other = open_data(FolderConfig(root=root, class_order="gone.txt"), trained=["1", "2", "3"])
     assert other.val.classes == sorted(NUMBERS)  # evaluate compares them
 
@@ -128,10 +152,15 @@ def test_the_order_of_a_run_does_not_hide_that_a_stated_order_does_not_fit(tmp_p
 
 def test_archives_folders_and_shards_in_a_stated_order_are_the_same_data(tmp_path):
     archives = make_archives(tmp_path / "archives")
-    tree, wnids = extract(archives, tmp_path / "tree"), open_data(ImageNetConfig(root=str(archives))).train.classes
+    tree, wnids = (
+        extract(archives, tmp_path / "tree"),
+        open_data(ImageNetConfig(root=str(archives))).train.classes,
+    )
     order = stated(tmp_path, *reversed(wnids))
     exact = {"shorter_side": None, "class_order": order}
-    sets = [open_data(ImageNetConfig(root=str(root), class_order=order)) for root in (archives, tree)]
+    sets = [
+        open_data(ImageNetConfig(root=str(root), class_order=order)) for root in (archives, tree)
+    ]
     sets += [open_data(FolderConfig(root=str(tree), class_order=order))]
     for name, source in (("a", archives), ("b", tree)):
         sets.append(open_data(ShardsConfig(root=str(pack(source, tmp_path / name, **exact)))))
@@ -146,7 +175,8 @@ def test_prepare_refuses_an_order_that_would_be_ignored(tmp_path, image_folder):
     order = stated(tmp_path, *(f"class{k}" for k in range(5)))
     shards = pack(image_folder, tmp_path / "shards")
     with pytest.raises(
-        ConfigError, match=r"would be ignored: the shards of source \(.*\) hold the labels; leave it out"
+        ConfigError,
+        match=r"would be ignored: the shards of source \(.*\) hold the labels; leave it out",
     ):
         pack(shards, tmp_path / "again", class_order=order)
     with pytest.raises(ConfigError, match=r"class_order \(numeric\) is not read by action=stats"):
@@ -157,7 +187,8 @@ def test_prepare_adds_no_split_in_another_order(tmp_path, image_folder):
     shards = pack(image_folder, tmp_path / "shards", split="train")
     order = stated(tmp_path, *(f"class{k}" for k in (1, 0, 2, 3, 4)))
     with pytest.raises(
-        DataError, match="holds train shards of another class order; give another root, or the class_order"
+        DataError,
+        match="holds train shards of another class order; give another root, or the class_order",
     ):
         pack(image_folder, shards, split="val", class_order=order)
 
@@ -186,7 +217,10 @@ def test_each_comparison_of_class_names_knows_unicode_forms(tmp_path, caplog):
         open_data(FolderConfig(root=str(root)))
     with pytest.raises(DataError, match=message):
         pack(root, tmp_path / "shards", num_shards=1)
-    with pytest.raises(DataError, match=r"does not fit: .* differ only in Unicode normalisation \(NFD in .*order.txt"):
+    with pytest.raises(
+        DataError,
+        match=r"does not fit: .* differ only in Unicode normalisation \(NFD in .*order.txt",
+    ):
         open_data(FolderConfig(root=str(root), class_order=stated(tmp_path, nfd)))
     lay_out(root, f"train/{nfd}/1.jpg", f"val/{CAFE}/1.jpg")
     caplog.clear()
@@ -195,8 +229,13 @@ def test_each_comparison_of_class_names_knows_unicode_forms(tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_a_run_keeps_its_class_order_and_refuses_other_images_of_the_same_count(tmp_path, image_folder):
-    root, classes = Path(shutil.copytree(image_folder, tmp_path / "data")), [f"class{k}" for k in (3, 1, 4, 0, 2)]
+def test_a_run_keeps_its_class_order_and_refuses_other_images_of_the_same_count(
+    tmp_path, image_folder
+):
+    root, classes = (
+        Path(shutil.copytree(image_folder, tmp_path / "data")),
+        [f"class{k}" for k in (3, 1, 4, 0, 2)],
+    )
     stated(tmp_path, *classes)
     common = ["data=folder", "data.root=data", "run.name=a", *SMALL[2:], "data.image_size=64"]
     common += ["trainer.global_batch_size=24", "data.class_order=order.txt"]
@@ -206,7 +245,9 @@ def test_a_run_keeps_its_class_order_and_refuses_other_images_of_the_same_count(
     (tmp_path / "order.txt").unlink()
     done = run("evaluate", "run.name=a", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
-    assert list(json.loads((tmp_path / "runs/a/evaluation.json").read_bytes())["per_class"]) == classes
+    assert (
+        list(json.loads((tmp_path / "runs/a/evaluation.json").read_bytes())["per_class"]) == classes
+    )
     stated(tmp_path, *sorted(classes))
     done = run("train", *common, "trainer.max_steps=2", cwd=tmp_path)
     assert done.returncode == 64, done.stdout

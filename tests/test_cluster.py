@@ -31,7 +31,9 @@ def test_hosts_reach_each_other_by_name_until_a_link_is_cut():
     connect = ["bash", "-c", "exec 3<>/dev/tcp/n1/5000"]
     listen = "import socket; s = socket.create_server(('', 5000)); print(flush=True); s.accept()"
     with Hosts(2) as hosts:
-        server = subprocess.Popen(hosts.command("n1", sys.executable, "-c", listen), stdout=subprocess.PIPE)
+        server = subprocess.Popen(
+            hosts.command("n1", sys.executable, "-c", listen), stdout=subprocess.PIPE
+        )
         server.stdout.readline()
         hosts.run("n2", *connect)
         assert server.wait(10) == 0
@@ -47,7 +49,9 @@ def test_nothing_is_left_of_hosts_whose_maker_is_killed(tmp_path):
     lines = ["import time", "from tests.cluster import Hosts", "with Hosts(1) as hosts:"]
     text = "\n".join([*lines, "    print('up', flush=True)", "    time.sleep(60)"])
     env = {**os.environ, "MADE_BY": str(tmp_path), "PYTHONPATH": str(PROJECT)}
-    maker = subprocess.Popen([sys.executable, "-c", text], env=env, stdout=subprocess.PIPE, text=True)
+    maker = subprocess.Popen(
+        [sys.executable, "-c", text], env=env, stdout=subprocess.PIPE, text=True
+    )
     assert maker.stdout.readline() == "up\n"
     assert len(processes_with(mark)) > 3
     maker.send_signal(signal.SIGKILL)

@@ -274,8 +274,17 @@ def test_a_wrong_value_is_refused_with_value_rule_and_remedy(overrides):
 
 
 HYDRAS_OWN = [
-    *("hydra.callbacks.x._target_=os.system", "+hydra.callbacks.x={_target_:os.system}", "~hydra.callbacks"),
-    *("hydra/launcher=joblib", "++hydra.job_logging={version:1}", "hydra.run.dir=x", "hydra.searchpath=[file://x]"),
+    *(
+        "hydra.callbacks.x._target_=os.system",
+        "+hydra.callbacks.x={_target_:os.system}",
+        "~hydra.callbacks",
+    ),
+    *(
+        "hydra/launcher=joblib",
+        "++hydra.job_logging={version:1}",
+        "hydra.run.dir=x",
+        "hydra.searchpath=[file://x]",
+    ),
     "experiment@hydra.callbacks=demo",
 ]
 
@@ -285,7 +294,10 @@ def test_hydras_own_keys_are_refused_by_name_because_they_could_call_anything(ov
     with pytest.raises(ConfigError) as e:
         compose(["seed=1", override])
     key = override.lstrip("+~").split("=")[0]
-    assert str(e.value) == f"{key} is refused: Hydra only composes here, and calls nothing; leave it out"
+    assert (
+        str(e.value)
+        == f"{key} is refused: Hydra only composes here, and calls nothing; leave it out"
+    )
 
 
 @pytest.mark.parametrize("overrides", WRONG_PREPARATIONS)
@@ -299,7 +311,10 @@ def test_what_the_schema_does_not_know_is_refused(overrides):
 
 
 def test_randaugment_has_torchvisions_defaults_and_other_policies_have_none():
-    chosen = [compose([f"augment.policy={name}"]).augment for name in ("randaugment", "trivialaugment", "none")]
+    chosen = [
+        compose([f"augment.policy={name}"]).augment
+        for name in ("randaugment", "trivialaugment", "none")
+    ]
     assert [(cfg.num_ops, cfg.magnitude) for cfg in chosen] == [(2, 9), (None, None), (None, None)]
 
 
@@ -307,7 +322,10 @@ def test_without_overrides_the_demo_is_composed_into_plain_dataclasses():
     cfg = compose([])
     assert isinstance(cfg, Config)
     assert (cfg.run.name, cfg.run_dir) == ("demo", Path("runs/demo"))
-    assert (type(cfg.data).__name__, type(cfg.model).__name__) == ("DemoConfig", "AlexNetSmallConfig")
+    assert (type(cfg.data).__name__, type(cfg.model).__name__) == (
+        "DemoConfig",
+        "AlexNetSmallConfig",
+    )
     assert isinstance(cfg.trainer.log_every_steps, int)
 
 
@@ -351,7 +369,9 @@ def test_the_header_of_an_experiment_says_its_command_and_what_to_expect(name):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_takes_the_place_of_the_default_recipe(name):
     cfg = compose(
-        [f"experiment={name}", "data.root=somewhere"] if name not in ("demo", "smoke") else [f"experiment={name}"]
+        [f"experiment={name}", "data.root=somewhere"]
+        if name not in ("demo", "smoke")
+        else [f"experiment={name}"]
     )
     assert cfg.scheduler.warmup_epochs is not None
     assert not getattr(cfg.optimizer, "nesterov", False)
@@ -377,9 +397,15 @@ def test_own_images_get_a_recipe_of_their_own_and_not_the_demos(data, epochs, lr
 
 @pytest.mark.parametrize("data", ["folder", "shards", "imagenet"])
 def test_the_values_of_the_default_recipe_belong_to_its_own_optimizer_and_augmentation(data):
-    cfg = compose([f"data={data}", "data.root=x", "optimizer=adamw", "scheduler=step", "augment=none"])
+    cfg = compose(
+        [f"data={data}", "data.root=x", "optimizer=adamw", "scheduler=step", "augment=none"]
+    )
     demo = compose(["optimizer=adamw", "scheduler=step", "augment=none"])
-    assert (cfg.optimizer, cfg.scheduler, cfg.augment) == (demo.optimizer, demo.scheduler, demo.augment)
+    assert (cfg.optimizer, cfg.scheduler, cfg.augment) == (
+        demo.optimizer,
+        demo.scheduler,
+        demo.augment,
+    )
     assert cfg.trainer.epochs == compose([f"data={data}", "data.root=x"]).trainer.epochs
 
 
@@ -413,13 +439,21 @@ def test_a_run_without_a_name_is_named_after_its_data_and_its_network(overrides,
 
 @pytest.mark.parametrize(
     ("root", "groups"),
-    [("train", GROUPS), ("evaluate", ("data", "model")), ("prepare", PREPARE_GROUPS), ("plan", ("model",))],
+    [
+        ("train", GROUPS),
+        ("evaluate", ("data", "model")),
+        ("prepare", PREPARE_GROUPS),
+        ("plan", ("model",)),
+    ],
 )
 def test_the_help_lists_exactly_the_choices_that_exist(root, groups):
     template = yaml.safe_load((CONF_DIR / f"{root}.yaml").read_text())["hydra"]["help"]["template"]
     table = template.split("== Groups: choose with group=choice ==")[1].split("==")[0]
     table = re.sub(r"\|\n +", "| ", table)  # a group may take two lines
-    listed = {line.split()[0]: set(line.split(maxsplit=1)[1].split(" | ")) for line in table.strip().splitlines()}
+    listed = {
+        line.split()[0]: set(line.split(maxsplit=1)[1].split(" | "))
+        for line in table.strip().splitlines()
+    }
     assert listed == {group: choices(group) for group in groups}
 
 
@@ -473,11 +507,17 @@ KEYS += "scheduler, seed, trainer"
         ("trainer.epochs=many", "trainer.epochs (many) must be an integer"),
         ("scheduler=nope", "scheduler=nope does not exist; choices: constant, cosine, poly, step"),
         ("+x=1", f"x is not a key; known here: {KEYS}"),
-        ("data=folder", "data.root is required and has no value; give it on the command line: data.root=..."),
+        (
+            "data=folder",
+            "data.root is required and has no value; give it on the command line: data.root=...",
+        ),
         ("data._target_=os.system", f"data._target_ is not a key; known here: {DATA_KEYS}"),
         ("optimizer=null", "optimizer=null is refused; choices: sgd, adamw, lars"),
         ("optimizer.lr=0", "optimizer.lr (0.0) must be greater than 0 and finite"),
-        ("run.name=${nope}", "run.name refers to nope, which is not a key; a literal ${ is written \\${"),
+        (
+            "run.name=${nope}",
+            "run.name refers to nope, which is not a key; a literal ${ is written \\${",
+        ),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_code_64_and_leaves_no_file(train, argument, line):
@@ -485,7 +525,13 @@ def test_a_wrong_command_line_is_one_line_and_code_64_and_leaves_no_file(train, 
 
 
 def test_bf16_on_a_machine_without_a_gpu_is_one_line_and_code_64(train):
-    size = ("data=synthetic", "data.image_size=32", "data.num_train=8", "data.num_val=8", "data.num_classes=4")
+    size = (
+        "data=synthetic",
+        "data.image_size=32",
+        "data.num_train=8",
+        "data.num_val=8",
+        "data.num_classes=4",
+    )
     code, out, err, _ = train("trainer.precision=bf16", *size)
     line = "trainer.precision=bf16 needs a CUDA device, this run is on the CPU; use trainer.precision=fp32"
     assert (code, out, err) == (64, "", f"alexnet_ddp: {line}\n")
@@ -503,7 +549,11 @@ def test_cfg_job_prints_the_composed_run_and_leaves_no_file(train):
 def test_help_shows_commands_groups_and_every_key_and_leaves_no_file(train):
     code, out, err, left = train("--help")
     assert (code, err, left) == (0, "", [])
-    for text in ("torchrun --nproc_per_node=8 -m alexnet_ddp.train", "optimizer  sgd | adamw", "  global_batch_size: "):
+    for text in (
+        "torchrun --nproc_per_node=8 -m alexnet_ddp.train",
+        "optimizer  sgd | adamw",
+        "  global_batch_size: ",
+    ):
         assert text in out
 
 
@@ -514,17 +564,23 @@ def test_an_override_may_refer_to_another_key(train):
     assert train("run.name=${seed}/x")[:3] == (64, "", "alexnet_ddp: " + WRONG_NAME)
 
 
-@pytest.mark.parametrize("option", ["--experimental-rerun=x", "--exp=x", "--config-name=x", "--run"])
+@pytest.mark.parametrize(
+    "option", ["--experimental-rerun=x", "--exp=x", "--config-name=x", "--run"]
+)
 def test_an_option_that_does_more_than_show_is_refused(train, option):
     code, _, err, left = train(option, "seed=1")
     assert (code, left) == (64, [])
-    assert err.startswith(f"alexnet_ddp: {option.split('=')[0]} is not supported: known: --config-dir --help ")
+    assert err.startswith(
+        f"alexnet_ddp: {option.split('=')[0]} is not supported: known: --config-dir --help "
+    )
     assert err.count("\n") == 1
 
 
 def test_a_folder_of_further_experiments_may_be_given_and_hold_values_only(train, tmp_path):
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nseed: 7\noptimizer: {lr: -1}\n")
+    (tmp_path / "experiment/mine.yaml").write_text(
+        "# @package _global_\nseed: 7\noptimizer: {lr: -1}\n"
+    )
     folder = ("--config-dir", str(tmp_path))
     line = "alexnet_ddp: optimizer.lr (-1.0) must be greater than 0 and finite\n"
     assert train(*folder, "experiment=mine")[:3] == (64, "", line)
@@ -539,23 +595,33 @@ def test_a_folder_of_further_experiments_may_be_given_and_hold_values_only(train
 
 def test_a_sweep_is_refused_with_what_to_do_instead(train):
     command = "for seed in 1 2; do python -m alexnet_ddp.train seed=$seed run.name=seed-$seed; done"
-    said = f"alexnet_ddp: --multirun (a sweep) is not supported; start one run per value: {command}\n"
+    said = (
+        f"alexnet_ddp: --multirun (a sweep) is not supported; start one run per value: {command}\n"
+    )
     assert train("--multirun", "seed=1,2")[:3] == (64, "", said)
 
 
 def test_python_m_exits_64_with_one_line_in_an_empty_directory(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "HYDRA_FULL_ERROR": "0"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "HYDRA_FULL_ERROR": "0",
+    }
     command = [sys.executable, "-m", "alexnet_ddp.train", "nope=1"]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 64
     assert result.stderr == "alexnet_ddp: nope is not a key; known here: " + KEYS + "\n"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_configuration_imports_no_torch():
-    code = "import sys, alexnet_ddp.config, alexnet_ddp.schedule, alexnet_ddp.cli; print('torch' in sys.modules)"
+    code = "import sys, alexnet_ddp.config, alexnet_ddp.training.schedule, alexnet_ddp.cli; print('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert result.stdout == "False\n", result.stderr
 
 
@@ -563,7 +629,9 @@ def test_the_configuration_imports_no_torch():
 
 
 @pytest.mark.parametrize(("scaling", "expected"), [("linear", 0.08), ("sqrt", 0.04 / 2**0.5)])
-def test_a_rate_that_was_found_at_another_batch_is_scaled_as_it_says_and_the_run_says_so(scaling, expected):
+def test_a_rate_that_was_found_at_another_batch_is_scaled_as_it_says_and_the_run_says_so(
+    scaling, expected
+):
     found = ["optimizer.lr=0.01", "optimizer.base_batch_size=256", f"optimizer.scaling={scaling}"]
     cfg = compose([*found, "trainer.global_batch_size=2048"])
     assert cfg.optimizer.lr_at(2048) == pytest.approx(expected)
@@ -583,7 +651,17 @@ def test_a_rate_is_what_it_is_at_every_batch_unless_scaling_is_asked_for():
 
 def test_training_images_grow_by_whole_tiles_until_they_have_their_size():
     grows = compose(["data.image_size=224", "data.start_image_size=128", "data.grow_epochs=6"]).data
-    assert [grows.train_image_size(epoch) for epoch in range(9)] == [128, 128, 160, 160, 192, 192, 224, 224, 224]
+    assert [grows.train_image_size(epoch) for epoch in range(9)] == [
+        128,
+        128,
+        160,
+        160,
+        192,
+        192,
+        224,
+        224,
+        224,
+    ]
     odd = compose(["data.image_size=65", "data.start_image_size=33", "data.grow_epochs=1"]).data
     assert [odd.train_image_size(epoch) for epoch in range(3)] == [33, 65, 65]
     assert compose([]).data.train_image_size(0) == 64

@@ -9,9 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from alexnet_ddp.config import AlexNetBNConfig, AlexNetSmallConfig, ConfigError, Precision, TorchvisionConfig
-from alexnet_ddp.costs.choose import best, choose, choose_guessing, guess, strategies
-from alexnet_ddp.costs.machine import (
+from alexnet_ddp.config import (
+    AlexNetBNConfig,
+    AlexNetSmallConfig,
+    ConfigError,
+    Precision,
+    TorchvisionConfig,
+)
+from alexnet_ddp.cost_model.choose import best, choose, choose_guessing, guess, strategies
+from alexnet_ddp.cost_model.machine import (
     CPU_BYTES_PER_S,
     GLOO_LATENCY_US,
     SGEMM_SHARE,
@@ -25,11 +31,11 @@ from alexnet_ddp.costs.machine import (
     gpu_device,
     nccl_links,
 )
-from alexnet_ddp.costs.measure import measure_device
-from alexnet_ddp.costs.network import Layer, Network, read_network
-from alexnet_ddp.costs.picture import draw
-from alexnet_ddp.costs.step import Ring, Strategy, predict, rings
-from alexnet_ddp.costs.sweep import sweep
+from alexnet_ddp.cost_model.measure import measure_device
+from alexnet_ddp.cost_model.network import Layer, Network, read_network
+from alexnet_ddp.cost_model.picture import draw
+from alexnet_ddp.cost_model.step import Ring, Strategy, predict, rings
+from alexnet_ddp.cost_model.sweep import sweep
 from alexnet_ddp.model import build_model
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +70,11 @@ def test_alexnet_has_the_parameters_and_the_arithmetic_of_the_literature(model, 
 
 
 def test_of_alexnet_three_layers_are_split_and_exchange_14312_floats_an_image(alexnet):
-    assert [layer.name for layer in alexnet.split] == ["classifier.1", "classifier.4", "classifier.6"]
+    assert [layer.name for layer in alexnet.split] == [
+        "classifier.1",
+        "classifier.4",
+        "classifier.6",
+    ]
     assert sum(layer.parameters for layer in alexnet.split) == 58_631_144
     assert alexnet.exchanged == 9216 + 4096 + 1000
 
@@ -121,7 +131,8 @@ def test_a_hybrid_of_the_whole_world_sends_more_than_ddp_from_a_global_batch_of_
         below, above = (round(4096 / ranks * factor) for factor in (0.95, 1.05))
         for images, fewer in ((below, True), (above, False)):
             plain, hybrid = (
-                predict(alexnet, cpu_device(1), world(ranks), s, images) for s in (PLAIN, Strategy(group=ranks))
+                predict(alexnet, cpu_device(1), world(ranks), s, images)
+                for s in (PLAIN, Strategy(group=ranks))
             )
             assert (hybrid.bytes_sent < plain.bytes_sent) is fewer
 
@@ -152,10 +163,14 @@ def test_a_bucket_leaves_when_its_gradients_are_ready_and_hides_behind_the_rest_
     device = Device("by hand", 1.0, 1e18, 1e18, overhead_s=0.0)
     link = Link(50e6, 0.0)  # 100 MB all-reduced by two take 2 s
     last_is_large = predict(two_layers(1_000_000, 25_000_000), device, world(2, link), PLAIN, 1)
-    assert last_is_large.exposed_s == pytest.approx(2 + 0.08 - 1)  # from second 3; the backward pass ends at 4
+    assert last_is_large.exposed_s == pytest.approx(
+        2 + 0.08 - 1
+    )  # from second 3; the backward pass ends at 4
     first_is_large = predict(two_layers(25_000_000, 1_000_000), device, world(2, link), PLAIN, 1)
     assert first_is_large.exposed_s == pytest.approx(2)
-    behind = predict(two_layers(1_000_000, 25_000_000), device, world(2, link), replace(PLAIN, overlaps=False), 1)
+    behind = predict(
+        two_layers(1_000_000, 25_000_000), device, world(2, link), replace(PLAIN, overlaps=False), 1
+    )
     assert behind.exposed_s == pytest.approx(2.08)
 
 
@@ -172,7 +187,10 @@ def test_a_world_of_one_sends_and_waits_for_nothing(alexnet):
 
 
 def test_splitting_saves_memory(alexnet):
-    plain, hybrid = (predict(alexnet, cpu_device(1), world(8), s, 1).memory_bytes for s in (PLAIN, Strategy(group=8)))
+    plain, hybrid = (
+        predict(alexnet, cpu_device(1), world(8), s, 1).memory_bytes
+        for s in (PLAIN, Strategy(group=8))
+    )
     assert plain == pytest.approx(
         3 * 244.4e6 + 3.7e6, rel=0.01
     )  # weights, gradients, momentum; one image's activations
@@ -189,7 +207,9 @@ def speedup(alexnet, gpu: str, cluster: Cluster, strategy: Strategy, images: int
 
 
 def rate(alexnet, ranks: int) -> float:
-    cluster = Cluster(1, ranks, *nccl_links(20, 1))  # one NVLink of a P100, which is what a ring of them uses
+    cluster = Cluster(
+        1, ranks, *nccl_links(20, 1)
+    )  # one NVLink of a P100, which is what a ring of them uses
     strategy = replace(PLAIN, overlaps=False)
     return predict(alexnet, gpu_device("P100", Precision.fp32), cluster, strategy, 512).images_per_s
 
@@ -203,7 +223,9 @@ def jia(alexnet) -> float:
 def you() -> float:
     with torch.device("meta"):
         network = read_network(build_model(AlexNetBNConfig(), 1000, 227, 0), 227)
-    xeon = Device("Xeon 8160", SGEMM_SHARE * 2.15e12, 96e9, 64e9, 0.0)  # 24 cores at their AVX-512 base clock
+    xeon = Device(
+        "Xeon 8160", SGEMM_SHARE * 2.15e12, 96e9, 64e9, 0.0
+    )  # 24 cores at their AVX-512 base clock
     step = predict(network, xeon, Cluster(512, 2, *nccl_links(20, 100)), PLAIN, 32)
     return 100 * 1_281_167 / step.images_per_s / 60
 
@@ -212,7 +234,9 @@ def published(alexnet) -> list[tuple[str, float, float, str]]:
     """(run, what it reports, what is predicted, unit)."""
 
     def krizhevsky(ranks: int) -> float:
-        return speedup(alexnet, "K20", Cluster(1, ranks, *nccl_links(8, 1)), Strategy(group=ranks), 128)
+        return speedup(
+            alexnet, "K20", Cluster(1, ranks, *nccl_links(8, 1)), Strategy(group=ranks), 128
+        )
 
     volta = Cluster(64, 8, *nccl_links(150, 56))
     return [
@@ -222,7 +246,12 @@ def published(alexnet) -> list[tuple[str, float, float, str]]:
         ("TensorFlow 2017: DGX-1, 2 P100", 5658, rate(alexnet, 2), "images/s"),
         ("the same, 4", 10509, rate(alexnet, 4), "images/s"),
         ("the same, 8", 17822, rate(alexnet, 8), "images/s"),
-        ("Sun 2019: 512 V100, 56 Gbit/s, fp16", 410, speedup(alexnet, "V100", volta, HALF, 128), "x"),
+        (
+            "Sun 2019: 512 V100, 56 Gbit/s, fp16",
+            410,
+            speedup(alexnet, "V100", volta, HALF, 128),
+            "x",
+        ),
         ("Jia 2018: 1,024 P40, 64K, whole run", 4, jia(alexnet), "min"),
         ("You 2018: 1,024 Xeons, 32K, whole run", 11, you(), "min"),
     ]
@@ -232,7 +261,10 @@ def test_the_readme_states_how_far_the_model_is_from_each_published_run(alexnet)
     readme = (ROOT / "README.md").read_text()
     for run, reported, predicted, unit in published(alexnet):
         found = f"{predicted:,.0f}" if predicted >= 100 else f"{predicted:.2f}"
-        assert f"| {run} | {reported:,g} {unit} | {found} {unit} | {predicted / reported - 1:+.0%} |" in readme
+        assert (
+            f"| {run} | {reported:,g} {unit} | {found} {unit} | {predicted / reported - 1:+.0%} |"
+            in readme
+        )
 
 
 def test_the_model_is_within_a_quarter_of_every_published_scaling(alexnet):
@@ -274,7 +306,9 @@ def test_the_model_is_within_15_percent_of_the_benchmark_of_communication(model)
 
     copied = 2e9 * about["copy_gb_per_s"]  # read and written
     device = replace(
-        cpu_device(1), flops_per_s=32 * network.train_flops / about["compute_s"], memory_bytes_per_s=copied
+        cpu_device(1),
+        flops_per_s=32 * network.train_flops / about["compute_s"],
+        memory_bytes_per_s=copied,
     )
     for mark, link in (("P4", "unshaped"), ("P2", "1 Gbit/s"), ("P3", "100 Mbit/s")):
         found = (seconds(device, link, TUTORIAL), seconds(device, link, hybrid))
@@ -285,7 +319,9 @@ def test_a_device_is_measured_by_a_short_run():
     model = build_model(AlexNetSmallConfig(), 10, 64, 0)
     network, threads = read_network(model, 64), torch.get_num_threads()
     try:
-        device = measure_device(model, network, (2, 64), Precision.fp32, torch.device("cpu"), ranks=2)
+        device = measure_device(
+            model, network, (2, 64), Precision.fp32, torch.device("cpu"), ranks=2
+        )
     finally:
         torch.set_num_threads(threads)
     assert 1e8 < device.flops_per_s < 1e13
@@ -311,7 +347,10 @@ def test_ddp_is_taken_where_there_is_nothing_to_send_or_to_split_or_to_win(model
     resnet = choose(read_network(shapes("resnet18"), 224), *guess(16, 8, None), 32)
     assert resnet.strategy == PLAIN
     assert resnet.reason.startswith("ddp: no linear layers at the end hold half of the parameters")
-    assert choose(alexnet, gpu_device("A100", Precision.fp32), guess(8, 8, "A100")[1], 128).strategy == PLAIN
+    assert (
+        choose(alexnet, gpu_device("A100", Precision.fp32), guess(8, 8, "A100")[1], 128).strategy
+        == PLAIN
+    )
 
 
 def test_where_a_hybrid_is_asked_for_its_fastest_group_is_taken_and_ddp_named_beside_it(alexnet):
@@ -319,27 +358,35 @@ def test_where_a_hybrid_is_asked_for_its_fastest_group_is_taken_and_ddp_named_be
     assert choose(alexnet, device, cluster, 128).strategy == PLAIN
     found = choose(alexnet, device, cluster, 128, must_split=True)
     hybrids = [s for s in strategies(alexnet, cluster) if s.group > 1]
-    assert found.strategy == min(hybrids, key=lambda s: predict(alexnet, device, cluster, s, 128).seconds)
+    assert found.strategy == min(
+        hybrids, key=lambda s: predict(alexnet, device, cluster, s, 128).seconds
+    )
     assert ", ddp: " in found.reason
     assert choose(alexnet, *guess(1, 1, "A100"), 128, must_split=True).strategy == PLAIN
 
 
 def test_the_rate_of_a_gpu_is_that_of_the_precision():
-    full, half = (guess(8, 8, "A100", precision)[0] for precision in (Precision.fp32, Precision.bf16))
+    full, half = (
+        guess(8, 8, "A100", precision)[0] for precision in (Precision.fp32, Precision.bf16)
+    )
     assert half.flops_per_s == 2 * full.flops_per_s
 
 
 def test_groups_divide_nodes_or_fill_them_and_every_unit_has_a_place(alexnet):
     groups = [s.group for s in strategies(alexnet, Cluster(6, 4, FAST, FAST)) if s.group > 1]
     assert groups == [2, 4, 8, 12, 24]
-    assert max(s.group for s in strategies(alexnet, Cluster(1024, 8, FAST, FAST))) == 4096  # fc7's inputs
+    assert (
+        max(s.group for s in strategies(alexnet, Cluster(1024, 8, FAST, FAST))) == 4096
+    )  # fc7's inputs
 
 
 def test_the_fp16_hook_is_never_taken_without_being_asked_for_nor_what_does_not_fit(alexnet):
     device, cluster = guess(64, 8, "Tesla T4")
     steps = [predict(alexnet, device, cluster, s, 32) for s in strategies(alexnet, cluster)]
     assert best(steps, device).strategy.gradient_bytes == 4
-    small = replace(device, memory_bytes=0.9e9)  # less than weights, gradients and momentum: only split ones fit
+    small = replace(
+        device, memory_bytes=0.9e9
+    )  # less than weights, gradients and momentum: only split ones fit
     assert best(steps, small).strategy.group > 1
     assert best(steps, replace(device, memory_bytes=1e6)) is None
 
@@ -349,7 +396,10 @@ def test_a_gpu_is_known_by_the_name_that_cuda_gives_it():
     assert find_gpu("NVIDIA GeForce RTX 4090") is find_gpu("RTX4090")
     assert find_gpu("NVIDIA L40S") is not find_gpu("L4")
     assert find_gpu("Radeon") is None
-    with pytest.raises(ConfigError, match=r"device \(Radeon\) is not in the table of GPUs: K20, .*; give one of them"):
+    with pytest.raises(
+        ConfigError,
+        match=r"device \(Radeon\) is not in the table of GPUs: K20, .*; give one of them",
+    ):
         gpu_device("Radeon", Precision.fp32)
 
 
@@ -371,7 +421,9 @@ def test_at_1024_nodes_all_numbers_are_sane(alexnet):
 
 def test_the_curves_cross_once_and_the_picture_shows_them(alexnet, tmp_path):
     pytest.importorskip("matplotlib")
-    swept = sweep(alexnet, gpu_device("A100", Precision.fp32), Cluster(2, 8, *nccl_links(300, 100)), 128)
+    swept = sweep(
+        alexnet, gpu_device("A100", Precision.fp32), Cluster(2, 8, *nccl_links(300, 100)), 128
+    )
     assert swept.ranks == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
     fewer = [w.bytes_sent < p.bytes_sent for p, w in zip(swept.plain, swept.whole)][1:]
     assert fewer == [n * 128 < 4097 for n in swept.ranks[1:]]
@@ -382,7 +434,9 @@ def test_the_curves_cross_once_and_the_picture_shows_them(alexnet, tmp_path):
 def test_without_matplotlib_the_picture_says_what_to_install(alexnet, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     swept = sweep(alexnet, cpu_device(1), world(2), 32)
-    with pytest.raises(ConfigError, match=r"plot draws with matplotlib, which is not installed; pip install"):
+    with pytest.raises(
+        ConfigError, match=r"plot draws with matplotlib, which is not installed; pip install"
+    ):
         draw(swept, 32, 2, tmp_path / "plan.png")
 
 

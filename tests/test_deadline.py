@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from alexnet_ddp.resilience import deadline
-from alexnet_ddp.resilience.deadline import Deadline, time_left
-from alexnet_ddp.resilience.signals import StopSignal
+from alexnet_ddp.runtime import deadline
+from alexnet_ddp.runtime.deadline import Deadline, time_left
+from alexnet_ddp.runtime.signals import StopSignal
 from tests.test_resilience import own_handlers  # noqa: F401  # autouse: the handlers of the test run come back
 
 
@@ -28,7 +28,11 @@ def squeue(tmp_path, monkeypatch):
 
     def answer(text: str, code: int = 0) -> None:
         (tmp_path / "answer").write_text(f"{text}\n")
-        lines = ["#!/bin/sh", f'echo "$SLURM_TIME_FORMAT $*" >>{tmp_path}/asked', f"/bin/cat {tmp_path}/answer"]
+        lines = [
+            "#!/bin/sh",
+            f'echo "$SLURM_TIME_FORMAT $*" >>{tmp_path}/asked',
+            f"/bin/cat {tmp_path}/answer",
+        ]
         script = "\n".join([*lines, f"exit {code}\n"])
         new = tmp_path / "new"
         new.write_text(script)

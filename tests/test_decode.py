@@ -82,11 +82,24 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 
 def torchvision_centre(data: bytes, size: int, resize: int) -> np.ndarray:
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    image = functional.resize(image, resize, interpolation=InterpolationMode.BILINEAR, antialias=True)
+    image = functional.resize(
+        image, resize, interpolation=InterpolationMode.BILINEAR, antialias=True
+    )
     return functional.pil_to_tensor(functional.center_crop(image, size)).permute(1, 2, 0).numpy()
 
 
-SHAPES = [(500, 375), (375, 500), (400, 400), (401, 267), (64, 64), (9, 7), (1, 3), (2, 1), (40, 300), (255, 256)]
+SHAPES = [
+    (500, 375),
+    (375, 500),
+    (400, 400),
+    (401, 267),
+    (64, 64),
+    (9, 7),
+    (1, 3),
+    (2, 1),
+    (40, 300),
+    (255, 256),
+]
 
 
 @pytest.mark.parametrize(("width", "height"), SHAPES)
@@ -145,7 +158,13 @@ def test_a_crop_of_other_kinds_of_files_is_their_pillow_decode_resized(kind):
         assert difference(crop(data, (20, 11, 60, 70), 16), small) < 0.5
 
 
-BOXES = [(0, 0, 640, 480), (37, 21, 401, 333), (250, 100, 390, 380), (111, 222, 258, 257), (300, 31, 150, 190)]
+BOXES = [
+    (0, 0, 640, 480),
+    (37, 21, 401, 333),
+    (250, 100, 390, 380),
+    (111, 222, 258, 257),
+    (300, 31, 150, 190),
+]
 
 
 @pytest.mark.parametrize("box", BOXES)
@@ -158,7 +177,10 @@ def test_decoding_at_a_reduced_scale_is_close_to_averaging_the_full_decode(box, 
         here = crop(data, box, size)
         expected = cv2.resize(full, (size, size), interpolation=cv2.INTER_AREA)
         assert difference(here, expected) < limit
-        for moved in (difference(here[:, 1:], expected[:, :-1]), difference(here[1:], expected[:-1])):
+        for moved in (
+            difference(here[:, 1:], expected[:, :-1]),
+            difference(here[1:], expected[:-1]),
+        ):
             assert difference(here, expected) < moved
 
 
@@ -190,14 +212,18 @@ def test_only_the_slot_is_written():
     assert np.array_equal(batch[2], centre(encoded(100, 81), 32, 36))
 
 
-@pytest.mark.parametrize(("width", "height"), [(3, 100), (100, 3), (1, 1), (17, 13), (9, 31), (33, 7), (2, 5)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(3, 100), (100, 3), (1, 1), (17, 13), (9, 31), (33, 7), (2, 5)]
+)
 def test_a_crop_at_the_edge_of_an_odd_sized_image_is_never_empty(width, height):
     data = simplejpeg.encode_jpeg(np.full((height, width, 3), 200, dtype=np.uint8))
     lengths = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 99, 100}
     for w, h in product(sorted({*lengths, width}), sorted({*lengths, height})):
         if w > width or h > height:
             continue
-        for left, top, size in product({0, (width - w) // 2, width - w}, {0, height - h}, (1, 2, 3, 8)):
+        for left, top, size in product(
+            {0, (width - w) // 2, width - w}, {0, height - h}, (1, 2, 3, 8)
+        ):
             slot = crop(data, (left, top, w, h), size)
             assert abs(slot.astype(int) - 200).max() < 4, (left, top, w, h, size)
 
@@ -275,7 +301,10 @@ def test_a_header_that_claims_a_giant_image_is_refused_before_memory_is_taken(wa
     ways()[way](encoded(48, 40, kind=kind))  # what is loaded at first use
     with at_most_50_mb_more(), pytest.raises(BadImage) as error:
         ways()[way](data)
-    assert str(error.value) == f"{side} x {side} pixels; the limit is 20000 a side and 100000000 in all"
+    assert (
+        str(error.value)
+        == f"{side} x {side} pixels; the limit is 20000 a side and 100000000 in all"
+    )
 
 
 def test_a_long_thin_image_beyond_the_limit_of_a_side_is_refused():

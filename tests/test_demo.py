@@ -11,9 +11,9 @@ import cv2
 import numpy as np
 import pytest
 
-from alexnet_ddp.data import demo
-from alexnet_ddp.data.demo import CLASSES, demo_image, demo_jpeg, ensure_demo
-from alexnet_ddp.errors import DataError
+from alexnet_ddp.data.sources import demo
+from alexnet_ddp.data.sources.demo import CLASSES, demo_image, demo_jpeg, ensure_demo
+from alexnet_ddp.runtime.errors import DataError
 
 
 @pytest.fixture
@@ -23,7 +23,9 @@ def small(monkeypatch):
 
 
 def files(root):
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()
+    }
 
 
 def test_an_image_is_a_function_of_split_and_index_alone():
@@ -40,7 +42,10 @@ def test_pixels_and_files_have_the_recorded_checksums():
         for i in range(50):
             pixels.update(demo_image(split, i).tobytes())
             jpegs.update(demo_jpeg(split, i))
-    assert (demo.VERSION, pixels.hexdigest()) == (2, "e7302908dd029aa68d07e8ea6af4deaa958d8050ee78865ccf326687bb729e23")
+    assert (demo.VERSION, pixels.hexdigest()) == (
+        2,
+        "e7302908dd029aa68d07e8ea6af4deaa958d8050ee78865ccf326687bb729e23",
+    )
     assert jpegs.hexdigest() == "4ea7d1d577b5a51c3c1a1449806108c191661b6066aba6ddac66bc86f70f665c"
 
 
@@ -56,7 +61,9 @@ def test_two_sets_are_equal_to_the_byte_and_have_the_promised_layout(tmp_path, s
     made = files(tmp_path / "a")
     assert made == files(tmp_path / "deep" / "b")
     assert sorted(p.name for p in (tmp_path / "a" / "train").iterdir()) == sorted(CLASSES)
-    assert [n for n in made if n.startswith("val/")] == [f"val/{c}/{i:05d}.jpg" for i, c in enumerate(CLASSES)]
+    assert [n for n in made if n.startswith("val/")] == [
+        f"val/{c}/{i:05d}.jpg" for i, c in enumerate(CLASSES)
+    ]
     assert len(made) == 41
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "deep"]
 
@@ -129,7 +136,9 @@ def test_a_failed_writer_leaves_nothing_behind(tmp_path, small, monkeypatch):
 def test_a_folder_of_something_else_is_refused_and_not_touched(tmp_path, small):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "thesis.txt").write_text("mine")
-    with pytest.raises(DataError, match=r"must be absent, empty or hold a finished demo data set .* choose another"):
+    with pytest.raises(
+        DataError, match=r"must be absent, empty or hold a finished demo data set .* choose another"
+    ):
         ensure_demo(tmp_path / "a")
     assert files(tmp_path / "a") == {"thesis.txt": b"mine"}
 
@@ -162,7 +171,9 @@ def test_another_version_is_refused(tmp_path, small):
 def test_a_set_with_lost_images_is_refused(tmp_path, small):
     ensure_demo(tmp_path / "a")
     (tmp_path / "a" / "train" / "star" / "00007.jpg").unlink()
-    with pytest.raises(DataError, match=r"holds 29 of the 30 train images .* delete it to have it made anew"):
+    with pytest.raises(
+        DataError, match=r"holds 29 of the 30 train images .* delete it to have it made anew"
+    ):
         ensure_demo(tmp_path / "a")
 
 
@@ -170,12 +181,19 @@ def test_a_linear_model_on_the_pixels_stays_near_chance():
     """Ridge regression on 16 x 16 px, 1,500 images: 10 % is chance, a small convolutional network reaches over 94 %."""
 
     def pixels(split, count):
-        images = [cv2.resize(demo_image(split, i), (16, 16), interpolation=cv2.INTER_AREA) for i in range(count)]
-        return np.stack(images).reshape(count, -1).astype(np.float64) / 255, np.arange(count) % len(CLASSES)
+        images = [
+            cv2.resize(demo_image(split, i), (16, 16), interpolation=cv2.INTER_AREA)
+            for i in range(count)
+        ]
+        return np.stack(images).reshape(count, -1).astype(np.float64) / 255, np.arange(count) % len(
+            CLASSES
+        )
 
     (x, y), (x_val, y_val) = pixels("train", 1500), pixels("val", 500)
     mean = x.mean(0)
     x, x_val = x - mean, x_val - mean
     for strength in (1.0, 10.0, 100.0):
-        weight = np.linalg.solve(x.T @ x + strength * np.eye(x.shape[1]), x.T @ (np.eye(len(CLASSES))[y] - 0.1))
+        weight = np.linalg.solve(
+            x.T @ x + strength * np.eye(x.shape[1]), x.T @ (np.eye(len(CLASSES))[y] - 0.1)
+        )
         assert ((x_val @ weight).argmax(1) == y_val).mean() < 0.25

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from alexnet_ddp.config import ConfigError, Device
-from alexnet_ddp.distributed import (
+from alexnet_ddp.runtime.distributed import (
     World,
     any_rank,
     average,
@@ -22,7 +22,7 @@ from alexnet_ddp.distributed import (
     session,
     sum_over_ranks,
 )
-from alexnet_ddp.errors import DataError, Diverged, PeerFailed, RunError
+from alexnet_ddp.runtime.errors import DataError, Diverged, PeerFailed, RunError
 from tests.ranks import run_ranks
 
 RANKS = 3
@@ -41,12 +41,22 @@ def everything() -> dict:
     found: dict = {}
     with session(Device.cpu) as world:
         r = world.rank
-        found["world"] = (r, world.local_rank, world.world_size, world.local_world_size, world.is_main)
+        found["world"] = (
+            r,
+            world.local_rank,
+            world.world_size,
+            world.local_world_size,
+            world.is_main,
+        )
         found["sum"] = sum_over_ranks(torch.tensor([r, 10 * r])).tolist()
         found["any"] = [any_rank(r == 2, world), any_rank(False, world)]
         found["broadcast"] = broadcast({"from": r})
 
-        mine = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(7, dtype=torch.int64)} if r == 0 else {}
+        mine = (
+            {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(7, dtype=torch.int64)}
+            if r == 0
+            else {}
+        )
         received = broadcast_tensors(mine, world)
         found["tensors"] = {n: (t.tolist(), str(t.dtype)) for n, t in received.items()}
         found["no tensors"] = broadcast_tensors({}, world)
@@ -58,7 +68,9 @@ def everything() -> dict:
         found["no error"] = caught(lambda: raise_together(None, world))
         own = {1: DataError("bad image on 1"), 2: Diverged("loss on 2")}.get(r)
         found["error"] = caught(lambda: raise_together(own, world))
-        found["from main"] = from_main(lambda: {"pid": os.getpid()}, world)["pid"] == broadcast(os.getpid())
+        found["from main"] = from_main(lambda: {"pid": os.getpid()}, world)["pid"] == broadcast(
+            os.getpid()
+        )
 
         def fail() -> None:
             raise ConfigError("rank 0 says no")
@@ -153,7 +165,14 @@ def test_an_error_in_a_later_turn_of_a_node_is_everyones(ranks):
 
 @pytest.fixture
 def no_torchrun(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ):
         monkeypatch.delenv(name, raising=False)
     threads = torch.get_num_threads()
     yield
@@ -224,7 +243,9 @@ def test_cpu_is_the_cpu_also_on_a_machine_with_gpus(gpus):
 
 def test_cuda_without_a_gpu_is_refused(gpus):
     gpus(0)
-    with pytest.raises(ConfigError, match=r"^device=cuda needs a GPU for local rank 0, found 0; use device=cpu$"):
+    with pytest.raises(
+        ConfigError, match=r"^device=cuda needs a GPU for local rank 0, found 0; use device=cpu$"
+    ):
         choose_device(Device.cuda, 0)
 
 
@@ -232,5 +253,7 @@ def test_cuda_without_a_gpu_is_refused(gpus):
 def test_more_processes_than_gpus_are_refused(gpus, device):
     gpus(2)
     remedy = "start at most 2 processes on this node"
-    with pytest.raises(ConfigError, match=rf"^device={device} needs a GPU for local rank 2, found 2; {remedy}$"):
+    with pytest.raises(
+        ConfigError, match=rf"^device={device} needs a GPU for local rank 2, found 2; {remedy}$"
+    ):
         choose_device(device, 2)

@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_ddp import cli, doctor
+from alexnet_ddp import cli
 from alexnet_ddp.config import Config, ConfigError, DoctorConfig, Wandb
 from alexnet_ddp.config.door import to_config, to_plain, use_schema
-from alexnet_ddp.distributed import session
-from alexnet_ddp.errors import RunError
-from alexnet_ddp.examination import links, machines, meeting, storage, trial
-from alexnet_ddp.examination.facts import Facts, look
-from alexnet_ddp.examination.finding import Verdict, seconds, size
-from alexnet_ddp.examination.links import Link, Sum
-from alexnet_ddp.examination.online import judge_wandb
+from alexnet_ddp.doctor import command as doctor
+from alexnet_ddp.doctor import links, machines, meeting, storage, trial
+from alexnet_ddp.doctor.facts import Facts, look
+from alexnet_ddp.doctor.finding import Level, seconds, size
+from alexnet_ddp.doctor.links import Link, Sum
+from alexnet_ddp.doctor.online import judge_wandb
+from alexnet_ddp.runtime.distributed import session
+from alexnet_ddp.runtime.errors import RunError
 from tests.cluster import Hosts, why_not
 from tests.ranks import run_ranks
 
@@ -44,25 +45,29 @@ def on_two_machines(one: Facts, **changes: object) -> list[Facts]:
 def test_threads_beyond_the_cores_are_named(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "6400")
     found = machines.threads([facts()])
-    assert found.verdict is Verdict.warn
+    assert found.verdict is Level.warn
     assert "OMP_NUM_THREADS=6400" in found.found
     assert found.remedy.startswith("unset OMP_NUM_THREADS")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert machines.threads([facts()]).verdict is Verdict.ok
+    assert machines.threads([facts()]).verdict is Level.ok
 
 
 def test_tasks_of_srun_without_torchrun_are_worlds_of_one_each(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     found = machines.launcher([facts()])
-    assert (found.verdict, found.found) == (Verdict.fail, "4 tasks, in worlds of 1")
+    assert (found.verdict, found.found) == (Level.fail, "4 tasks, in worlds of 1")
     monkeypatch.setenv("MASTER_ADDR", "n1")
-    assert machines.launcher([facts()]).verdict is Verdict.ok
+    assert machines.launcher([facts()]).verdict is Level.ok
 
 
 def test_the_doctor_composes_a_run_with_knobs_of_its_own():
     use_schema(DoctorConfig)
     try:
-        cfg = to_config(cli._compose("doctor", ["experiment=smoke", "trainer.global_batch_size=6", "json=x.json"]))
+        cfg = to_config(
+            cli._compose(
+                "doctor", ["experiment=smoke", "trainer.global_batch_size=6", "json=x.json"]
+            )
+        )
         with pytest.raises(ConfigError, match=r"join_timeout_s \(0\.0\) must be greater than 0"):
             to_config(cli._compose("doctor", ["join_timeout_s=0"]))
     finally:
@@ -72,19 +77,23 @@ def test_the_doctor_composes_a_run_with_knobs_of_its_own():
 
 def test_a_port_that_another_process_has_is_named_with_its_holder(monkeypatch):
     listen = "import socket; s = socket.create_server(('', 0)); print(s.getsockname()[1], flush=True); input()"
-    holder = subprocess.Popen([sys.executable, "-c", listen], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", listen], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     with holder:
         port = int(holder.stdout.readline())
         monkeypatch.setenv("MASTER_PORT", str(port))
         found = machines.port(facts(), 1)
-        assert found.verdict is Verdict.fail
+        assert found.verdict is Level.fail
         assert f"process {holder.pid} has it" in found.found
         monkeypatch.setenv("RANK", "0")
-        with pytest.raises(ConfigError, match=f"MASTER_PORT={port} of .* cannot be had .*; choose another"):
+        with pytest.raises(
+            ConfigError, match=f"MASTER_PORT={port} of .* cannot be had .*; choose another"
+        ):
             meeting.meet(facts(), 1)
         holder.communicate("\n")
     monkeypatch.delenv("RANK")
-    assert machines.port(facts(), 1).verdict is Verdict.ok
+    assert machines.port(facts(), 1).verdict is Level.ok
 
 
 @needs_hosts
@@ -93,10 +102,15 @@ def test_a_full_disk_fails_and_a_small_one_warns(tmp_path):
     try:
         cfg = config().checkpoint
         disk = storage.try_disk(tmp_path / "runs" / "x", 1_000_000)
-        assert [f.verdict for f in storage.judge_disk(disk, 1_000_000, cfg)] == [Verdict.warn, Verdict.ok]
+        assert [f.verdict for f in storage.judge_disk(disk, 1_000_000, cfg)] == [
+            Level.warn,
+            Level.ok,
+        ]
         (tmp_path / "full").write_bytes(bytes(2_000_000))
-        space, writing = storage.judge_disk(storage.try_disk(tmp_path / "runs" / "x", 1_000_000), 1_000_000, cfg)
-        assert (space.verdict, writing.verdict) == (Verdict.fail, Verdict.fail)
+        space, writing = storage.judge_disk(
+            storage.try_disk(tmp_path / "runs" / "x", 1_000_000), 1_000_000, cfg
+        )
+        assert (space.verdict, writing.verdict) == (Level.fail, Level.fail)
         assert "No space left" in writing.found
         assert "another run.root" in space.remedy
         assert [path.name for path in tmp_path.iterdir()] == ["full"]
@@ -107,9 +121,11 @@ def test_a_full_disk_fails_and_a_small_one_warns(tmp_path):
 def test_a_loopback_is_refused_between_machines_and_not_within_one(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     one = facts("device=cpu")
-    assert [f.verdict for f in machines.interfaces([one, replace(one, rank=1, local_rank=1)])] == [Verdict.ok]
+    assert [f.verdict for f in machines.interfaces([one, replace(one, rank=1, local_rank=1)])] == [
+        Level.ok
+    ]
     found = machines.interfaces(on_two_machines(one))
-    assert [f.verdict for f in found] == [Verdict.fail] * 2
+    assert [f.verdict for f in found] == [Level.fail] * 2
     assert "GLOO_SOCKET_IFNAME=lo, which reaches this machine alone" in found[0].found
 
 
@@ -117,36 +133,45 @@ def test_a_host_name_that_is_a_loopback_address_is_refused_unless_an_interface_i
     debian = replace(facts("device=cpu"), address="127.0.1.1", interfaces=["lo", "eth0"], env={})
     assert "resolves to 127.0.1.1" in machines.interfaces(on_two_machines(debian))[0].found
     named = replace(debian, env={"GLOO_SOCKET_IFNAME": "eth0"})
-    assert machines.interfaces(on_two_machines(named))[0].verdict is Verdict.ok
+    assert machines.interfaces(on_two_machines(named))[0].verdict is Level.ok
     wrong = replace(debian, env={"GLOO_SOCKET_IFNAME": "ib0"})
     assert "ib0 is none of lo, eth0" in machines.interfaces(on_two_machines(wrong))[0].found
 
 
 def test_ranks_of_other_versions_devices_and_knobs_fail_and_are_named():
     one = facts("device=cpu")
-    other = {"versions": one.versions | {"torch": "0.4"}, "config": one.config | {"seed": "7"}, "device": "cuda"}
+    other = {
+        "versions": one.versions | {"torch": "0.4"},
+        "config": one.config | {"seed": "7"},
+        "device": "cuda",
+    }
     two = on_two_machines(one, **other)
     device, versions, command, *_ = machines.before_joining(two)
-    assert (device.verdict, versions.verdict, command.verdict) == (Verdict.fail,) * 3
+    assert (device.verdict, versions.verdict, command.verdict) == (Level.fail,) * 3
     assert "0.4 on rank 1 (elsewhere)" in versions.found
     assert "7 on rank 1 (elsewhere)" in command.found
-    assert all(f.verdict is Verdict.ok for f in machines.before_joining([one, replace(one, rank=1, local_rank=1)]))
+    assert all(
+        f.verdict is Level.ok
+        for f in machines.before_joining([one, replace(one, rank=1, local_rank=1)])
+    )
 
 
 def test_a_run_root_that_cannot_be_written_fails_with_the_reason(tmp_path):
     (tmp_path / "runs").write_text("a file")
-    _, writing = storage.judge_disk(storage.try_disk(tmp_path / "runs" / "x", 1_000), 1_000, config().checkpoint)
-    assert writing.verdict is Verdict.fail
+    _, writing = storage.judge_disk(
+        storage.try_disk(tmp_path / "runs" / "x", 1_000), 1_000, config().checkpoint
+    )
+    assert writing.verdict is Level.fail
     assert "Not a directory" in writing.found
-    assert storage.judge_marks("runs", ["n2"]).verdict is Verdict.warn
+    assert storage.judge_marks("runs", ["n2"]).verdict is Level.warn
 
 
 def test_data_that_a_node_does_not_have_fails(image_folder, tmp_path):
     here = facts("data=folder", f"data.root={image_folder}")
-    assert machines.data_root([here]).verdict is Verdict.ok
+    assert machines.data_root([here]).verdict is Level.ok
     missing = facts("data=folder", f"data.root={tmp_path}/nowhere")
     found = machines.data_root(on_two_machines(here, data=missing.data))
-    assert found.verdict is Verdict.fail
+    assert found.verdict is Level.fail
     assert "cannot be read on elsewhere" in found.found
     (tmp_path / "train").mkdir()
     other = facts("data=folder", f"data.root={tmp_path}")
@@ -166,16 +191,21 @@ def _meet_and_judge(count: int, timeout_s: float, twice: bool = False) -> str:
         if twice:
             meeting.meet(replace(mine, rank=1), 3)
             meeting.meet(replace(mine, rank=1), 3)
-        everyone, found = meeting.judge_together(store, mine, count, machines.before_joining, timeout_s)
+        everyone, found = meeting.judge_together(
+            store, mine, count, machines.before_joining, timeout_s
+        )
     except ConfigError as error:
         return str(error)
     assert len(everyone) == (count if mine.rank == 0 else 0)
-    return "; ".join(f.found for f in found if f.verdict is Verdict.fail)
+    return "; ".join(f.found for f in found if f.verdict is Level.fail)
 
 
 def test_ranks_started_with_other_overrides_all_hear_of_it_before_they_join():
     host = os.uname().nodename
-    assert run_ranks(_meet_and_judge, 2, 2, 30) == [f"seed: 0 on rank 0 ({host}); 1 on rank 1 ({host})"] * 2
+    assert (
+        run_ranks(_meet_and_judge, 2, 2, 30)
+        == [f"seed: 0 on rank 0 ({host}); 1 on rank 1 ({host})"] * 2
+    )
 
 
 def test_a_rank_that_does_not_come_is_named():
@@ -200,7 +230,11 @@ def test_everybody_is_paired_with_everybody_once_and_nobody_twice_at_a_time(coun
 def _measure_network() -> tuple[list[Sum], list[Link], dict[int, float]]:
     links.SIZES, links._LINKS_S = (4_000, 64_000), 0.3
     with session(config("device=cpu").device, timeout=timedelta(seconds=30)) as world:
-        return links.time_sums(world), links.time_links(world, [0, 1, 2]), links.time_clocks(world, [0, 1, 2])
+        return (
+            links.time_sums(world),
+            links.time_links(world, [0, 1, 2]),
+            links.time_clocks(world, [0, 1, 2]),
+        )
 
 
 def test_links_sums_and_clocks_are_measured_between_all():
@@ -209,7 +243,7 @@ def test_links_sums_and_clocks_are_measured_between_all():
     assert [s.num_bytes for s in sums] == [4_000, 64_000]
     assert sorted((link.first, link.second) for link in found) == [(0, 1), (0, 2), (1, 2)]
     assert sorted(skews) == [1, 2]
-    assert links.judge_clocks(skews, str).verdict is Verdict.ok  # it is one clock
+    assert links.judge_clocks(skews, str).verdict is Level.ok  # it is one clock
     assert all(other[:2] == main[:2] for other in others)
 
 
@@ -222,54 +256,84 @@ def test_the_time_of_a_sum_lies_between_the_measured_ones_and_goes_on_at_the_las
 
 def test_a_slow_link_and_a_late_clock_are_named_with_their_nodes():
     pairs = [(a, b) for a in range(4) for b in range(a + 1, 4)]
-    assert links.judge_links([Link(a, b, 1e-4, 1e9) for a, b in pairs], "n{}".format).verdict is Verdict.ok
-    found = links.judge_links([Link(a, b, 1e-4, 1e7 if 2 in (a, b) else 1e9) for a, b in pairs], "n{}".format)
-    assert found.verdict is Verdict.warn
+    assert (
+        links.judge_links([Link(a, b, 1e-4, 1e9) for a, b in pairs], "n{}".format).verdict
+        is Level.ok
+    )
+    found = links.judge_links(
+        [Link(a, b, 1e-4, 1e7 if 2 in (a, b) else 1e9) for a, b in pairs], "n{}".format
+    )
+    assert found.verdict is Level.warn
     assert "load of n2," in found.remedy
     three = [Link(0, 1, 1e-4, 1e9), Link(0, 2, 1e-4, 1e7), Link(1, 2, 1e-4, 1e7)]
-    assert "load of n2," in links.judge_links(three, "n{}".format).remedy  # most of the links are slow
+    assert (
+        "load of n2," in links.judge_links(three, "n{}".format).remedy
+    )  # most of the links are slow
     assert links.judge_clocks({1: 0.1, 2: -3.0}, "n{}".format).found == "n2 is 3 s behind"
 
 
 def test_gradients_that_a_backward_pass_cannot_hide_are_told_with_what_they_cost():
     found = links.judge_sums([Sum(1_000_000, 0.1)], 10_000_000, None, 0.3)
-    assert found.verdict is Verdict.warn
-    assert found.found == "10 MB a step, 1 s to sum: a step takes 300 ms, and at least 1.1 s with it"
-    assert links.judge_sums([Sum(1_000_000, 0.1)], 10_000_000, "parallel=hybrid", 0.3).verdict is Verdict.ok
-    assert links.judge_sums([Sum(1_000_000, 0.1)], 1_000_000, None, 0.3).verdict is Verdict.ok
+    assert found.verdict is Level.warn
+    assert (
+        found.found == "10 MB a step, 1 s to sum: a step takes 300 ms, and at least 1.1 s with it"
+    )
+    assert (
+        links.judge_sums([Sum(1_000_000, 0.1)], 10_000_000, "parallel=hybrid", 0.3).verdict
+        is Level.ok
+    )
+    assert links.judge_sums([Sum(1_000_000, 0.1)], 1_000_000, None, 0.3).verdict is Level.ok
 
 
 def test_a_hook_of_half_precision_halves_what_is_sent_and_other_choices_are_only_named():
     half = ("parallel=ddp", "parallel.hook=bf16")
-    less = ("parallel.hook=powersgd", "parallel.hook=post_local_sgd", "parallel=hybrid", "parallel=auto")
+    less = (
+        "parallel.hook=powersgd",
+        "parallel.hook=post_local_sgd",
+        "parallel=hybrid",
+        "parallel=auto",
+    )
     tried = trial.Trial(gradient_bytes=100)
     sent = [doctor._sent(config(choice), tried) for choice in (*half, *less)]
     assert sent == [(100, None), (50, None), *((100, choice) for choice in less)]
-    assert doctor._sent(config("parallel=auto"), replace(tried, can_split=False)) == (100, None)  # it takes ddp
+    assert doctor._sent(config("parallel=auto"), replace(tried, can_split=False)) == (
+        100,
+        None,
+    )  # it takes ddp
 
 
 def test_a_loader_slower_than_the_step_and_too_little_memory_are_warnings():
-    assert trial.judge_loader(90, 100, False).verdict is Verdict.warn
-    assert trial.judge_loader(300, 100, True).found == "300 images/s a rank; loading takes 25 % of the cores"
-    assert trial.judge_memory(1_000, 2_000, "n1").verdict is Verdict.warn
+    assert trial.judge_loader(90, 100, False).verdict is Level.warn
+    assert (
+        trial.judge_loader(300, 100, True).found
+        == "300 images/s a rank; loading takes 25 % of the cores"
+    )
+    assert trial.judge_memory(1_000, 2_000, "n1").verdict is Level.warn
 
 
 def _doctor_of_too_small_images(root: str) -> str:
     trial.STEP_S = 0.1
     with pytest.raises(ConfigError) as failed:
-        doctor.main(config("device=cpu", "data.image_size=16", "model=alexnet", f"run.root={root}/runs"), [])
+        doctor.main(
+            config("device=cpu", "data.image_size=16", "model=alexnet", f"run.root={root}/runs"), []
+        )
     return str(failed.value)
 
 
 def test_images_that_the_model_cannot_take_fail_and_the_rest_is_examined_all_the_same(tmp_path):
-    assert run_ranks(_doctor_of_too_small_images, 1, str(tmp_path)) == ["doctor: FAIL: step; the table says what to do"]
+    assert run_ranks(_doctor_of_too_small_images, 1, str(tmp_path)) == [
+        "doctor: FAIL: step; the table says what to do"
+    ]
 
 
 def _doctor_of_a_run_that_cannot_be_parallel(root: str, *overrides: str) -> tuple[str, str]:
     trial.STEP_S = trial.LOADER_S = links._LINKS_S = 0.1
     links.SIZES = (4_000, 64_000)
     with pytest.raises(RunError) as failed:
-        doctor.main(config("device=cpu", *overrides, f"run.root={root}/runs", json=f"{root}/doctor.json"), [])
+        doctor.main(
+            config("device=cpu", *overrides, f"run.root={root}/runs", json=f"{root}/doctor.json"),
+            [],
+        )
     table = Path(root, "doctor.json")
     rows = json.loads(table.read_text())["findings"] if table.exists() else []
     return str(failed.value), " ".join(row["found"] for row in rows if row["check"] == "step")
@@ -282,7 +346,10 @@ def _doctor_of_a_run_that_cannot_be_parallel(root: str, *overrides: str) -> tupl
             ["parallel=hybrid", "parallel.group_size=3"],
             "parallel.group_size (3) must divide the number of processes (2)",
         ),
-        (["parallel=hybrid", "model=torchvision", "model.name=resnet18"], "parallel=hybrid pays where linear layers"),
+        (
+            ["parallel=hybrid", "model=torchvision", "model.name=resnet18"],
+            "parallel=hybrid pays where linear layers",
+        ),
         (
             ["parallel.hook=post_local_sgd", "parallel.local_sgd_group=2"],
             "parallel.local_sgd_group (2) is all of the 2",
@@ -290,7 +357,9 @@ def _doctor_of_a_run_that_cannot_be_parallel(root: str, *overrides: str) -> tupl
     ],
 )
 def test_a_choice_of_parallelism_that_would_not_start_fails(tmp_path, overrides, reason):
-    (line, found), _ = run_ranks(_doctor_of_a_run_that_cannot_be_parallel, 2, str(tmp_path), *overrides)
+    (line, found), _ = run_ranks(
+        _doctor_of_a_run_that_cannot_be_parallel, 2, str(tmp_path), *overrides
+    )
     assert line == "doctor: FAIL: step; the table says what to do"
     assert reason in found
 
@@ -304,13 +373,18 @@ def test_wandb_online_without_a_key_is_a_warning(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password canary")
     found = judge_wandb(logger)
-    assert found.verdict is Verdict.warn
+    assert found.verdict is Level.warn
     assert "127.0.0.1 does not answer" in found.found
     assert "canary" not in str(found)
 
 
 def test_sizes_and_durations_read_as_people_say_them():
-    assert [size(n) for n in (12, 4_000, 244_400_000, 1.5e9)] == ["12 B", "4 kB", "244 MB", "1.5 GB"]
+    assert [size(n) for n in (12, 4_000, 244_400_000, 1.5e9)] == [
+        "12 B",
+        "4 kB",
+        "244 MB",
+        "1.5 GB",
+    ]
     assert [seconds(s) for s in (2.5, 0.0123, 4.2e-6)] == ["2.5 s", "12.3 ms", "4.2 µs"]
 
 
@@ -325,7 +399,9 @@ def test_a_sound_machine_passes_and_nothing_is_left_on_it(tmp_path):
     assert run_ranks(_doctor, 2, str(tmp_path))[0] == ["doctor.json"]
     report = json.loads((tmp_path / "doctor.json").read_bytes())
     assert [f for f in report["findings"] if f["verdict"] == "FAIL"] == []
-    assert {"devices", "interface", "links", "gradients", "loader", "disk"} <= {f["check"] for f in report["findings"]}
+    assert {"devices", "interface", "links", "gradients", "loader", "disk"} <= {
+        f["check"] for f in report["findings"]
+    }
     assert [s["num_bytes"] for s in report["all_reduce"]] == [4_000, 64_000]
 
 
@@ -333,10 +409,20 @@ def test_a_sound_machine_passes_and_nothing_is_left_on_it(tmp_path):
 @needs_hosts
 def test_a_doctor_on_two_hosts_finds_the_loopback_and_every_host_ends_with_64(tmp_path):
     env = {**os.environ, "COMMAND": "doctor", "PYTHON": sys.executable, "PYTHONPATH": str(PROJECT)}
-    env |= {"NNODES": "2", "RDZV_ENDPOINT": "n1:29500", "RDZV_ID": "doctor", "GLOO_SOCKET_IFNAME": "lo"}
+    env |= {
+        "NNODES": "2",
+        "RDZV_ENDPOINT": "n1:29500",
+        "RDZV_ID": "doctor",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     command = [str(PROJECT / "launch/node.sh"), "experiment=smoke", "device=cpu"]
     with Hosts(2) as hosts:
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        pipes = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+            "text": True,
+        }
         commands = [hosts.command(f"n{k + 1}", "env", f"NODE_RANK={k}", *command) for k in range(2)]
         nodes = [subprocess.Popen(command, env=env, cwd=tmp_path, **pipes) for command in commands]
         said = [node.communicate(timeout=120)[0] for node in nodes]

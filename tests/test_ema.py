@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alexnet_ddp import distributed
 from alexnet_ddp.cli import compose
 from alexnet_ddp.config import Device
-from alexnet_ddp.distributed import World
-from alexnet_ddp.ema import EMA
-from alexnet_ddp.resilience.health import Wish
-from alexnet_ddp.training import Training
+from alexnet_ddp.runtime import distributed
+from alexnet_ddp.runtime.distributed import World
+from alexnet_ddp.training.build import Training
+from alexnet_ddp.training.ema import EMA
+from alexnet_ddp.training.vote import StepVote
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 
@@ -29,11 +29,16 @@ def drift(model: nn.Module) -> None:
 
 def test_the_average_follows_its_formula_and_begins_as_the_weights():
     model = net()
-    ema, expected = EMA(model, 0.9), {n: p.detach().double().clone() for n, p in model.named_parameters()}
+    ema, expected = (
+        EMA(model, 0.9),
+        {n: p.detach().double().clone() for n, p in model.named_parameters()},
+    )
     for _ in range(5):
         drift(model)
         ema.update(YES)
-        expected = {n: 0.9 * expected[n] + 0.1 * p.detach().double() for n, p in model.named_parameters()}
+        expected = {
+            n: 0.9 * expected[n] + 0.1 * p.detach().double() for n, p in model.named_parameters()
+        }
     for name, average in expected.items():
         torch.testing.assert_close(ema.tensors()[name].double(), average, rtol=1e-6, atol=1e-6)
 
@@ -43,7 +48,9 @@ def test_a_step_that_was_not_applied_leaves_the_average_as_it_is():
     before = {n: t.clone() for n, t in ema.tensors().items()}
     drift(model)
     ema.update(NO)
-    assert all(torch.equal(ema.tensors()[name], before[name]) for name, _ in model.named_parameters())
+    assert all(
+        torch.equal(ema.tensors()[name], before[name]) for name, _ in model.named_parameters()
+    )
 
 
 def test_a_file_of_averages_is_a_file_of_weights_with_the_buffers_of_now():
@@ -90,7 +97,7 @@ def training(world: World, root, *overrides: str) -> Training:
 def go(run: Training, steps: int) -> None:
     for _ in range(steps):
         step = run.state.step
-        run.train_step(run.batches, step, run.lr(step), len(run.sampler.batch(step)), Wish())
+        run.train_step(run.batches, step, run.lr(step), len(run.sampler.batch(step)), StepVote())
         run.state.step += 1
 
 
@@ -98,7 +105,9 @@ def copies(run: Training) -> dict[str, dict[str, Tensor]]:
     return {stem: {n: t.clone() for n, t in group.items()} for stem, group in run.tensors().items()}
 
 
-def test_a_gradient_that_is_not_finite_leaves_the_averages_and_a_roll_back_takes_them_back(world, tmp_path):
+def test_a_gradient_that_is_not_finite_leaves_the_averages_and_a_roll_back_takes_them_back(
+    world, tmp_path
+):
     run = training(world, tmp_path, "trainer.ema_decay=0.9")
     go(run, 2)
     run.checkpoints.save(run.state, run.tensors(), is_last=True)

@@ -13,14 +13,25 @@ from PIL import Image
 from alexnet_ddp import cli
 from alexnet_ddp.checkpoint import files
 from alexnet_ddp.data.sampler import GlobalBatchSampler
-from alexnet_ddp.data.sets import open_data
-from alexnet_ddp.errors import RunError
+from alexnet_ddp.data.sources.sets import open_data
+from alexnet_ddp.runtime.errors import RunError
 from alexnet_ddp.train import train
 from tests.ranks import run_ranks
 
 BATCH, STEPS_PER_EPOCH = 6, 4  # 22 images: the last batch of an epoch has 4
-SMALL = ["device=cpu", "model=alexnet_small", "data=folder", "data.image_size=64", "data.on_bad_image=skip"]
-SMALL += [f"trainer.global_batch_size={BATCH}", "trainer.epochs=2", "trainer.log_every_steps=1", "run.name=r"]
+SMALL = [
+    "device=cpu",
+    "model=alexnet_small",
+    "data=folder",
+    "data.image_size=64",
+    "data.on_bad_image=skip",
+]
+SMALL += [
+    f"trainer.global_batch_size={BATCH}",
+    "trainer.epochs=2",
+    "trainer.log_every_steps=1",
+    "run.name=r",
+]
 SMALL += [
     "logger.tensorboard=false",
     "logger.progress=false",
@@ -32,7 +43,10 @@ SMALL += [
 def make_images(root: Path) -> Path:
     for split, count in (("train", 22), ("val", 4)):
         for i in range(count):
-            rng, path = np.random.default_rng([i, count]), root / split / f"class{i % 2}" / f"{i:03d}.jpg"
+            rng, path = (
+                np.random.default_rng([i, count]),
+                root / split / f"class{i % 2}" / f"{i:03d}.jpg",
+            )
             path.parent.mkdir(parents=True, exist_ok=True)
             pixels = rng.integers(0, 90, (72, 72, 3), dtype=np.uint8)
             pixels[20:50, 20:50, i % 2] += np.uint8(120)
@@ -52,7 +66,8 @@ def run_here(root: Path, runs: Path, *more: str) -> tuple[int, str]:
     """A whole training in this process, as one rank of its world; (exit code, message)."""
     torch.set_num_threads(1)
     before = {
-        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+        number: signal.getsignal(number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     }
     overrides = [*SMALL, f"data.root={root}", f"run.root={runs}", *more]
     try:
@@ -76,9 +91,13 @@ def weights(runs: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "more", [[], ["trainer.micro_batch_size=2"], ["augment.mixup_alpha=0.4", "augment.cutmix_alpha=1.0"]], ids=str
+    "more",
+    [[], ["trainer.micro_batch_size=2"], ["augment.mixup_alpha=0.4", "augment.cutmix_alpha=1.0"]],
+    ids=str,
 )
-def test_a_batch_of_bad_images_is_skipped_and_counted_alike_on_one_two_and_three_ranks(tmp_path, more):
+def test_a_batch_of_bad_images_is_skipped_and_counted_alike_on_one_two_and_three_ranks(
+    tmp_path, more
+):
     root = make_images(tmp_path / "images")
     spoil(root, 1)
     found = {}
@@ -100,7 +119,8 @@ def test_a_batch_of_bad_images_is_skipped_and_counted_alike_on_one_two_and_three
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "more", [["parallel.hook=post_local_sgd", "parallel.local_sgd_start_step=0"], ["parallel=hybrid"]]
+    "more",
+    [["parallel.hook=post_local_sgd", "parallel.local_sgd_start_step=0"], ["parallel=hybrid"]],
 )
 def test_local_sgd_and_a_hybrid_skip_a_step_too(tmp_path, more):
     root = make_images(tmp_path / "images")

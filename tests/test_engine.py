@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from alexnet_ddp import distributed
 from alexnet_ddp.config import (
     AdamWConfig,
     AlexNetConfig,
@@ -28,15 +27,16 @@ from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.effects import apply_effects, normalise
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler, evaluation_work
-from alexnet_ddp.data.sets import open_data
-from alexnet_ddp.engine import TrainStep, evaluate
-from alexnet_ddp.errors import DataError, RunError
+from alexnet_ddp.data.sources.sets import open_data
 from alexnet_ddp.model import build_model, set_dropout_keys
-from alexnet_ddp.optim import build_optimizer, state_by_name
 from alexnet_ddp.parallel import build_parallel
-from alexnet_ddp.precision import autocast, check_precision
-from alexnet_ddp.resilience.health import Wish
-from alexnet_ddp.resilience.signals import StopSignal
+from alexnet_ddp.runtime import distributed
+from alexnet_ddp.runtime.errors import DataError, RunError
+from alexnet_ddp.runtime.signals import StopSignal
+from alexnet_ddp.training.optim import build_optimizer, state_by_name
+from alexnet_ddp.training.precision import autocast, check_precision
+from alexnet_ddp.training.step import TrainStep, evaluate
+from alexnet_ddp.training.vote import StepVote
 from tests.ranks import run_ranks
 
 SGD = SGDConfig(lr=0.01, momentum=0.9, weight_decay=5e-4)
@@ -48,7 +48,12 @@ def steps(num_steps, world, model_cfg=None, trainer=None, data=IMAGES, spoil=Non
     trainer = trainer or TrainerConfig(epochs=1, global_batch_size=17)
     model = build_model(model_cfg or AlexNetSmallConfig(), 5, 64, seed=0)
     step = TrainStep(
-        build_parallel(DDPConfig(), model, world), build_optimizer(SGD, model), trainer, 0, world, data.image_size
+        build_parallel(DDPConfig(), model, world),
+        build_optimizer(SGD, model),
+        trainer,
+        0,
+        world,
+        data.image_size,
     )
     images = open_data(data).train
     sampler = GlobalBatchSampler(len(images), trainer.global_batch_size, seed=0)
@@ -60,7 +65,7 @@ def steps(num_steps, world, model_cfg=None, trainer=None, data=IMAGES, spoil=Non
     for k in range(num_steps):
         if spoil:
             spoil(k, model, world)
-        step(batches, k, SGD.lr, len(sampler.batch(k)), Wish())
+        step(batches, k, SGD.lr, len(sampler.batch(k)), StepVote())
         sums = step.meter.read()
         losses.append(sums["loss"] / sums["images"])
         step.meter.reset()
@@ -90,7 +95,10 @@ def test_twenty_steps_of_alexnet_equal_a_plain_torch_loop(world):
     model = build_model(AlexNetConfig(), 5, 64, seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     images = open_data(IMAGES).train
-    sampler, loader = GlobalBatchSampler(103, 7, seed=0), build_loader(IMAGES, images, None, 1, world.device)
+    sampler, loader = (
+        GlobalBatchSampler(103, 7, seed=0),
+        build_loader(IMAGES, images, None, 1, world.device),
+    )
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     reference = []
     for batch in loader.batches(sampler.work(range(20), 0, 1, None)):
@@ -128,34 +136,54 @@ def test_one_two_three_ranks_and_three_micro_batches_train_the_same(network):
 
 
 EVERYTHING = BasicAugmentConfig(
-    mixup_alpha=0.4, cutmix_alpha=1.0, erase=0.5, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1
+    mixup_alpha=0.4,
+    cutmix_alpha=1.0,
+    erase=0.5,
+    brightness=0.4,
+    contrast=0.4,
+    saturation=0.4,
+    hue=0.1,
 )
 
 
 def seen(root, skip, rank, world_size, micro=None):
     """(step, index) -> the pixels, the partner's label and the share of the own label that the network gets to see."""
-    data = FolderConfig(root=root, image_size=48, on_bad_image=OnBadImage.skip if skip else OnBadImage["raise"])
+    data = FolderConfig(
+        root=root, image_size=48, on_bad_image=OnBadImage.skip if skip else OnBadImage["raise"]
+    )
     images, found = open_data(data).train, {}
-    loader = build_loader(data, images, build_augment(EVERYTHING, 0, 48, 55), 2, torch.device("cpu"))
-    for batch in loader.batches(GlobalBatchSampler(len(images), 17, seed=0).work(range(14), rank, world_size, micro)):
+    loader = build_loader(
+        data, images, build_augment(EVERYTHING, 0, 48, 55), 2, torch.device("cpu")
+    )
+    for batch in loader.batches(
+        GlobalBatchSampler(len(images), 17, seed=0).work(range(14), rank, world_size, micro)
+    ):
         if not len(batch.indices):
             continue
         x, mixing = apply_effects(batch.images, batch.effects), batch.effects.mixing
         for k, i in enumerate(batch.indices.tolist()):
-            found[batch.work.step, i] = (x[k].numpy().tobytes(), int(mixing.labels[k]), float(mixing.share[k]))
+            found[batch.work.step, i] = (
+                x[k].numpy().tobytes(),
+                int(mixing.labels[k]),
+                float(mixing.share[k]),
+            )
     loader.close()
     return found
 
 
 @pytest.mark.parametrize("bad", [[], ["00004.jpg", "00010.jpg"]])
-def test_images_are_mixed_with_the_same_partners_for_every_world_size_and_micro_batch(image_folder, tmp_path, bad):
+def test_images_are_mixed_with_the_same_partners_for_every_world_size_and_micro_batch(
+    image_folder, tmp_path, bad
+):
     root = str(damaged(image_folder, tmp_path, bad) if bad else image_folder)
     whole = seen(root, bool(bad), 0, 1)
     assert len(whole) == 2 * (103 - len(bad))
     for world_size, micro in ((2, None), (3, None), (1, 5), (3, 2)):
         parts = [seen(root, bool(bad), rank, world_size, micro) for rank in range(world_size)]
         together = {key: value for part in parts for key, value in part.items()}
-        assert together == whole  # also beside a bad image: whoever comes after it is mixed with itself
+        assert (
+            together == whole
+        )  # also beside a bad image: whoever comes after it is mixed with itself
 
 
 def mixed_losses_on_a_rank(num_steps, trainer, root):
@@ -192,7 +220,7 @@ def statistics_on_a_rank():
         works = sampler.work(range(3), world.rank, 2, None)
         batches = build_loader(IMAGES, images, None, 1, world.device).batches(works)
         for k in range(3):
-            step(batches, k, SGD.lr, 17, Wish())
+            step(batches, k, SGD.lr, 17, StepVote())
         return model.features[1].running_mean.tolist()
 
 
@@ -213,22 +241,28 @@ def bad_step(what, rank, optimizer_cfg, on_nan, bad=1, num_steps=4):
         model.features.insert(1, nn.BatchNorm2d(64))
         optimizer = build_optimizer(optimizer_cfg, model)
         trainer = TrainerConfig(epochs=1, global_batch_size=17, on_nan=on_nan)
-        step = TrainStep(build_parallel(DDPConfig(), model, world), optimizer, trainer, 0, world, 64)
+        step = TrainStep(
+            build_parallel(DDPConfig(), model, world), optimizer, trainer, 0, world, 64
+        )
         images = open_data(IMAGES).train
         sampler = GlobalBatchSampler(103, 17, seed=0)
         batches = build_loader(IMAGES, images, None, 1, world.device).batches(
             sampler.work(range(num_steps), world.rank, world.world_size, None)
         )
         spoil, layer = False, model.classifier[-1]
-        layer.weight.register_hook(lambda g: g * float("nan") if spoil and what == "gradient" else g)
-        layer.register_forward_hook(lambda m, x, y: y * float("inf") if spoil and what == "loss" and m.training else y)
+        layer.weight.register_hook(
+            lambda g: g * float("nan") if spoil and what == "gradient" else g
+        )
+        layer.register_forward_hook(
+            lambda m, x, y: y * float("inf") if spoil and what == "loss" and m.training else y
+        )
         states, verdicts = [], []
         for k in range(num_steps + 1):
             tensors = {**model.state_dict(), **state_by_name(optimizer, model)}
             states.append({name: t.clone().numpy() for name, t in tensors.items()})
             if k < num_steps:
                 spoil = k == bad and world.rank == rank
-                verdicts.append(step(batches, k, 0.01, 17, Wish()))
+                verdicts.append(step(batches, k, 0.01, 17, StepVote()))
         return states, [(v.diverged, v.late) for v in verdicts], step.meter.read(), step.settle()
 
 
@@ -237,7 +271,9 @@ def same(a, b):
     return all(np.array_equal(a.get(name, np.zeros_like(b[name])), b[name]) for name in b)
 
 
-@pytest.mark.parametrize("optimizer_cfg", [SGD, pytest.param(AdamWConfig(lr=0.01), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "optimizer_cfg", [SGD, pytest.param(AdamWConfig(lr=0.01), marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_nothing_of_a_bad_step_is_applied_on_any_rank_and_the_next_one_is(what, optimizer_cfg):
     """Parameters, moments, BatchNorm's statistics and counts, the sums of the row. Also in the first step of all."""
@@ -251,7 +287,9 @@ def test_nothing_of_a_bad_step_is_applied_on_any_rank_and_the_next_one_is(what, 
             assert [(k, v) for k, v in enumerate(verdicts) if any(v)] == [told]
             assert sums["images"] == 3 * 17
             assert np.isfinite(sums["loss"])
-            assert same(states[-1], {k: v for k, v in ranks[0][0][-1].items() if "num_batches" not in k})
+            assert same(
+                states[-1], {k: v for k, v in ranks[0][0][-1].items() if "num_batches" not in k}
+            )
 
 
 def test_where_bad_steps_end_a_run_the_step_after_a_bad_gradient_is_not_applied_either():
@@ -295,7 +333,9 @@ def test_a_skipped_image_is_a_smaller_batch_with_the_exact_mean(world, image_fol
     model = build_model(AlexNetSmallConfig(), 5, 64, seed=0)
     optimizer = build_optimizer(SGD, model)
     images = open_data(data).train
-    loader = build_loader(data, images, build_augment(BasicAugmentConfig(), 0, 64, 73), 1, world.device)
+    loader = build_loader(
+        data, images, build_augment(BasicAugmentConfig(), 0, 64, 73), 1, world.device
+    )
     batch = next(loader.batches(GlobalBatchSampler(103, 103, seed=0).work(range(1), 0, 1, None)))
     assert len(batch.labels) == 101
     set_dropout_keys(model, 0, 0, batch.indices)
@@ -321,8 +361,12 @@ def damaged(folder, tmp_path, names):
 def test_clipping_limits_the_norm_of_the_mean_gradient(world):
     trainer = TrainerConfig(epochs=1, global_batch_size=17, clip_grad_norm=1e-3)
     _, _, step = steps(1, world, trainer=trainer)
-    norms = torch.stack([s.norm() for s in state_by_name(step.optimizer, step.parallel_model.model).values()])
-    decay = SGD.weight_decay * sum(p.norm() for p in build_model(AlexNetSmallConfig(), 5, 64, seed=0).parameters())
+    norms = torch.stack(
+        [s.norm() for s in state_by_name(step.optimizer, step.parallel_model.model).values()]
+    )
+    decay = SGD.weight_decay * sum(
+        p.norm() for p in build_model(AlexNetSmallConfig(), 5, 64, seed=0).parameters()
+    )
     assert norms.norm() <= 1e-3 + decay
     assert step.extras()["train/grad_norm"] > 1e-3
 
@@ -342,7 +386,9 @@ def evaluate_on_a_rank():
         images = open_data(data).val
         works = evaluation_work(len(images), 64, world.rank, world.world_size)
         batches = build_loader(data, images, None, 1, world.device).batches(works)
-        result = evaluate(model, batches, TrainerConfig(epochs=1, global_batch_size=1), 7, world, StopSignal())
+        result = evaluate(
+            model, batches, TrainerConfig(epochs=1, global_batch_size=1), 7, world, StopSignal()
+        )
     return result.row, result.per_class.tolist()
 
 
@@ -357,7 +403,11 @@ def test_evaluation_counts_every_image_once_for_any_number_of_ranks():
             k: v for k, v in reference.items() if k != "val/loss"
         }
         assert row["val/loss"] == pytest.approx(reference["val/loss"], rel=1e-12)
-    assert [sum(column) for column in zip(*per_class)] == [1003, reference["val/correct1"], reference["val/correct5"]]
+    assert [sum(column) for column in zip(*per_class)] == [
+        1003,
+        reference["val/correct1"],
+        reference["val/correct5"],
+    ]
 
 
 def stop_in_an_evaluation():
@@ -369,7 +419,10 @@ def stop_in_an_evaluation():
         batches = build_loader(data, images, None, 1, world.device).batches(
             evaluation_work(1003, 8, world.rank, world.world_size)
         )
-        return evaluate(model, batches, TrainerConfig(epochs=1, global_batch_size=1), 7, world, stop) is None
+        return (
+            evaluate(model, batches, TrainerConfig(epochs=1, global_batch_size=1), 7, world, stop)
+            is None
+        )
 
 
 def test_a_stop_signal_to_one_rank_leaves_the_evaluation_on_all():
@@ -381,8 +434,13 @@ def test_a_broken_validation_image_names_itself(world, image_folder, tmp_path):
     next(iter(sorted(root.glob("val/*/*.jpg")))).write_bytes(b"no image")
     data = FolderConfig(root=str(root), image_size=64)
     images = open_data(data).val
-    batches = build_loader(data, images, None, 1, world.device).batches(evaluation_work(61, 16, 0, 1))
-    model, trainer = build_model(AlexNetSmallConfig(), 5, 64, 0), TrainerConfig(epochs=1, global_batch_size=1)
+    batches = build_loader(data, images, None, 1, world.device).batches(
+        evaluation_work(61, 16, 0, 1)
+    )
+    model, trainer = (
+        build_model(AlexNetSmallConfig(), 5, 64, 0),
+        TrainerConfig(epochs=1, global_batch_size=1),
+    )
     with pytest.raises(DataError, match=r"val/class0/00000\.jpg: not an image"):
         evaluate(model, batches, trainer, 5, world, StopSignal())
 
@@ -391,7 +449,9 @@ def test_normalise_is_torchvisions():
     from torchvision.transforms import functional as TF
 
     images = torch.randint(0, 256, (3, 8, 8, 3), dtype=torch.uint8)
-    expected = TF.normalize(images.permute(0, 3, 1, 2) / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    expected = TF.normalize(
+        images.permute(0, 3, 1, 2) / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    )
     assert torch.allclose(normalise(images, None), expected, atol=1e-6)
     colour = torch.rand(3, 3)
     shifted = images.permute(0, 3, 1, 2) / 255 + colour[:, :, None, None]
@@ -401,7 +461,10 @@ def test_normalise_is_torchvisions():
 
 
 def test_half_precision_on_a_cpu_is_refused(world):
-    with pytest.raises(ConfigError, match=r"trainer.precision=bf16 needs a CUDA device, this run is on the CPU; use"):
+    with pytest.raises(
+        ConfigError,
+        match=r"trainer.precision=bf16 needs a CUDA device, this run is on the CPU; use",
+    ):
         check_precision(Precision.bf16, world)
     check_precision(Precision.fp32, world)
     assert not autocast(Precision.fp32, world)._enabled

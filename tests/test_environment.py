@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_ddp.environment import Ranks, num_usable_cores, read_ranks, refuse_lone_tasks
-from alexnet_ddp.errors import ConfigError
+from alexnet_ddp.runtime.environment import Ranks, num_usable_cores, read_ranks, refuse_lone_tasks
+from alexnet_ddp.runtime.errors import ConfigError
 
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
 TORCHRUN |= {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -34,7 +34,12 @@ def test_torchruns_variables_are_the_ranks():
         {},
         {"WORLD_SIZE": "1"},
         {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"},  # a batch script of eight tasks
-        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},  # salloc's shell
+        {
+            "SLURM_JOB_ID": "7",
+            "SLURM_NTASKS": "8",
+            "SLURM_STEP_NUM_TASKS": "1",
+            "SLURM_PROCID": "0",
+        },  # salloc's shell
         {"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1"},
     ],
 )
@@ -77,7 +82,9 @@ def test_a_contradiction_is_refused_with_its_value_and_the_remedy(env, line):
     assert "; start" in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+@pytest.mark.parametrize(
+    "name", ["LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+)
 def test_a_missing_variable_of_a_rank_is_named(name):
     with pytest.raises(ConfigError, match=name):
         read_ranks({key: value for key, value in TORCHRUN.items() if key != name})
@@ -90,14 +97,23 @@ LONE_TASKS = [("train", {"SLURM_STEP_NUM_TASKS": "2"}), ("evaluate", {"SLURM_STE
 # The doctor reports lone tasks in its table: see test_doctor.py.
 @pytest.mark.parametrize(
     ("command", "env"),
-    [*((command, env) for command in ("train", "evaluate", "doctor") for env in LONE_RANKS), *LONE_TASKS],
+    [
+        *((command, env) for command in ("train", "evaluate", "doctor") for env in LONE_RANKS),
+        *LONE_TASKS,
+    ],
 )
 def test_a_command_refuses_before_it_imports_torch(tmp_path, command, env):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     package = str(Path(__file__).parents[1])
-    full = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{package}", "ALEXNET_DDP_EXIT_CODE_FILE": "code"} | env
+    full = {
+        **os.environ,
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{package}",
+        "ALEXNET_DDP_EXIT_CODE_FILE": "code",
+    } | env
     arguments = [sys.executable, "-m", f"alexnet_ddp.{command}"]
-    done = subprocess.run(arguments, env=full, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        arguments, env=full, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 64, done.stderr
     assert done.stderr.startswith("alexnet_ddp: ")
     assert done.stderr.count("\n") == 1
@@ -156,7 +172,9 @@ def v1(folder: str, quota: int) -> dict[str, str]:
         ("", "", {}, 8),
     ],
 )  # fmt: skip
-def test_the_quotas_of_the_own_group_and_of_those_above_it_count(cores, membership, mounts, files, expected):
+def test_the_quotas_of_the_own_group_and_of_those_above_it_count(
+    cores, membership, mounts, files, expected
+):
     assert cores(membership, mounts, files) == expected
 
 
@@ -165,14 +183,16 @@ def test_without_proc_the_affinity_counts(tmp_path, monkeypatch):
     assert num_usable_cores(tmp_path / "none", tmp_path / "none") == 3
 
 
-@pytest.mark.skipif(not os.access("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", os.W_OK), reason="cannot make a group")
+@pytest.mark.skipif(
+    not os.access("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", os.W_OK), reason="cannot make a group"
+)
 def test_a_real_quota_counts():
     group = Path(f"/sys/fs/cgroup/cpu/alexnet_ddp_test_{os.getpid()}")
     group.mkdir()
     try:
         (group / "cpu.cfs_quota_us").write_text("50000")
         join = f"echo $$ >{group}/cgroup.procs; exec '{sys.executable}' -c"
-        code = "from alexnet_ddp.environment import num_usable_cores as n; print(n())"
+        code = "from alexnet_ddp.runtime.environment import num_usable_cores as n; print(n())"
         done = subprocess.run(
             ["bash", "-c", f'{join} "{code}"'], capture_output=True, text=True, timeout=60, check=False,
             cwd=Path(__file__).parents[1],

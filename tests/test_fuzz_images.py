@@ -18,7 +18,7 @@ from PIL import Image
 from alexnet_ddp.config import Encoding
 from alexnet_ddp.data.decode import BadImage, centre_into, crop_into, size_of
 from alexnet_ddp.data.image import FORMATS
-from alexnet_ddp.data.packing.encode import Recipe, Refused, encode
+from alexnet_ddp.prepare.encode import Recipe, Refused, encode
 from tests.test_image import DEEP, FLOATS, OTHERS
 
 SEED, MUTATIONS, SOME = 0, 2000, 60  # of each format, in the slow test and in the other one
@@ -28,7 +28,9 @@ PACKED = Recipe(20, 90, True, Encoding.jpeg, None, None)
 CODES = {"empty", "not_an_image", "truncated", "decode_error", "bomb", "sample_type"}
 
 DRAW = np.random.default_rng(SEED)
-PHOTO = Image.fromarray(DRAW.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((24, 20), Image.Resampling.BICUBIC)
+PHOTO = Image.fromarray(DRAW.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize(
+    (24, 20), Image.Resampling.BICUBIC
+)
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -46,12 +48,20 @@ def more() -> dict[str, object]:
 
 def accepted() -> dict[str, list[bytes]]:
     """Format -> small files of it, one for each of the decoder's ways."""
-    grey, alpha, palette, bits = PHOTO.convert("L"), PHOTO.convert("RGBA"), PHOTO.quantize(16), PHOTO.convert("1")
+    grey, alpha, palette, bits = (
+        PHOTO.convert("L"),
+        PHOTO.convert("RGBA"),
+        PHOTO.quantize(16),
+        PHOTO.convert("1"),
+    )
     alpha.putalpha(grey)
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a description"
     compressions = ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg")
-    deep = {kind: [data for name, data in DEEP.items() if name.startswith(kind)] for kind in ("PNG", "TIFF", "P")}
+    deep = {
+        kind: [data for name, data in DEEP.items() if name.startswith(kind)]
+        for kind in ("PNG", "TIFF", "P")
+    }
     return {
         "JPEG": [
             saved(PHOTO, "JPEG", exif=exif, comment=b"a comment"),
@@ -98,7 +108,11 @@ def accepted() -> dict[str, list[bytes]]:
             saved(palette, "GIF", transparency=3, comment=b"a comment"),
             saved(PHOTO, "GIF", interlace=True, **more()),
         ],
-        "AVIF": [saved(PHOTO, "AVIF", quality=60), saved(alpha, "AVIF", exif=exif), saved(PHOTO, "AVIF", **more())],
+        "AVIF": [
+            saved(PHOTO, "AVIF", quality=60),
+            saved(alpha, "AVIF", exif=exif),
+            saved(PHOTO, "AVIF", **more()),
+        ],
     }
 
 
@@ -141,9 +155,25 @@ def mutated(draw: np.random.Generator, bases: list[bytes]) -> bytes:
             start = int(draw.integers(len(other)))
             data = data[:at] + other[start:]
         case 6:  # a number of 2 or 4 bytes that readers may add to, multiply or allocate
-            number = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]
+            number = [
+                0,
+                1,
+                0x7F,
+                0x80,
+                0xFF,
+                0x7FFF,
+                0x8000,
+                0xFFFF,
+                0x7FFFFFFF,
+                0x80000000,
+                0xFFFFFFFF,
+            ]
             value, order = number[draw.integers(len(number))], "><"[draw.integers(2)]
-            wide = struct.pack(f"{order}I", value) if draw.random() < 0.5 else struct.pack(f"{order}H", value & 0xFFFF)
+            wide = (
+                struct.pack(f"{order}I", value)
+                if draw.random() < 0.5
+                else struct.pack(f"{order}H", value & 0xFFFF)
+            )
             data[at : at + len(wide)] = wide
     return bytes(data)
 
@@ -157,7 +187,11 @@ def sized(data: bytes, k: int) -> None:
 def trained(data: bytes, k: int) -> None:
     """A crop of all of it, or of a corner; for every third image the index gives the size of the undamaged file."""
     width, height = (24, 20) if k % 3 == 0 else size_of(data)
-    box = (0, 0, width, height) if k % 2 else (width // 2, height // 2, (width + 1) // 2, (height + 1) // 2)
+    box = (
+        (0, 0, width, height)
+        if k % 2
+        else (width // 2, height // 2, (width + 1) // 2, (height + 1) // 2)
+    )
     slot = np.full((SIDE, SIDE, 3), 77, np.uint8)
     crop_into(slot, data, box, bool(k % 2))
 
@@ -191,7 +225,9 @@ def fuzz(kind: str, bases: list[bytes], count: int) -> Counter:
             except Refused as error:
                 outcome = str(error)
             except Exception as error:
-                raise AssertionError(f"{kind}, mutation {k}, {path.__name__}: {error!r}\n{data[:2000]!r}") from error
+                raise AssertionError(
+                    f"{kind}, mutation {k}, {path.__name__}: {error!r}\n{data[:2000]!r}"
+                ) from error
             assert outcome in CODES | {"an image"}
             outcomes[outcome] += 1
     return outcomes
@@ -210,7 +246,9 @@ def test_a_damaged_file_is_an_image_or_a_bad_image_on_every_path(kind, count, ca
         outcomes = fuzz(kind, bases, count)
     assert outcomes["an image"]  # so the mutations reach the decoders
     assert not caplog.records
-    print(f"{kind}: {count:,} mutations of {len(bases)} files on {len(PATHS)} paths: {dict(outcomes)}")
+    print(
+        f"{kind}: {count:,} mutations of {len(bases)} files on {len(PATHS)} paths: {dict(outcomes)}"
+    )
 
 
 @pytest.mark.parametrize("count", counts())
@@ -220,9 +258,13 @@ def test_a_damaged_file_of_another_format_never_reaches_its_decoder(kind, count,
     asked = []
     for name, (_, accepts) in list(Image.OPEN.items()):
         if name not in FORMATS:
-            monkeypatch.setitem(Image.OPEN, name, (lambda *_, name=name: asked.append(name), accepts))
+            monkeypatch.setitem(
+                Image.OPEN, name, (lambda *_, name=name: asked.append(name), accepts)
+            )
     outcomes = fuzz(kind, BASES["refused"]()[kind], count)
-    assert not outcomes["an image"]  # a damaged file may begin like one of another format: DIB has no signature
+    assert not outcomes[
+        "an image"
+    ]  # a damaged file may begin like one of another format: DIB has no signature
     assert not asked
     print(f"{kind}: {count:,} mutations on {len(PATHS)} paths: {dict(outcomes)}")
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from alexnet_ddp import distributed
 from alexnet_ddp.config import Device, OnNan, TrainerConfig
-from alexnet_ddp.distributed import World
-from alexnet_ddp.errors import ConfigError, Diverged, leave_code, out_of_memory
 from alexnet_ddp.replay import read_record
-from alexnet_ddp.resilience.guard import Guard
-from alexnet_ddp.resilience.replicas import Replicas, checksum, describe
-from alexnet_ddp.resilience.stragglers import Stragglers
+from alexnet_ddp.runtime import distributed
+from alexnet_ddp.runtime.distributed import World
+from alexnet_ddp.runtime.errors import ConfigError, Diverged, out_of_memory, write_exit_code
+from alexnet_ddp.training.faults import Guard
+from alexnet_ddp.training.replicas import Replicas, checksum, describe
+from alexnet_ddp.training.stragglers import Stragglers
 from tests.ranks import run_ranks
 
 MAIN = World(0, 0, 2, 2, torch.device("cpu"))
@@ -26,7 +26,9 @@ NAN = math.nan
 def build(tmp_path, world=MAIN, counts=None, **knobs) -> Guard:
     trainer = TrainerConfig(epochs=1, global_batch_size=8, **knobs)
     describe = lambda step: {"step": step + 1, "indices": [step]}  # noqa: E731
-    return Guard(trainer, {} if counts is None else counts, describe, tmp_path / "replay.json", world)
+    return Guard(
+        trainer, {} if counts is None else counts, describe, tmp_path / "replay.json", world
+    )
 
 
 def bad(guard, step, loss=NAN):
@@ -38,9 +40,17 @@ def test_a_bad_step_ends_the_run_by_default_and_rank_0_records_it(tmp_path):
     assert bad(build(tmp_path, OTHER), 6).exit_code == 70
     assert not (tmp_path / "replay.json").exists()
     error = bad(build(tmp_path), 6)
-    assert str(error).startswith("the loss of step 7 is not finite; nothing of that step was applied; lower optimizer")
+    assert str(error).startswith(
+        "the loss of step 7 is not finite; nothing of that step was applied; lower optimizer"
+    )
     record = json.loads((tmp_path / "replay.json").read_text())
-    assert record == {"reason": "loss not finite", "loss": "nan", "world_size": 2, "step": 7, "indices": [6]}
+    assert record == {
+        "reason": "loss not finite",
+        "loss": "nan",
+        "world_size": 2,
+        "step": 7,
+        "indices": [6],
+    }
     assert "the gradient of step 7 is not finite" in str(bad(build(tmp_path), 6, 1.5))
     assert json.loads((tmp_path / "replay.json").read_text())["loss"] == 1.5
 
@@ -62,7 +72,9 @@ def test_ten_rollbacks_to_one_checkpoint_end_the_run_and_another_checkpoint_coun
         for k in range(9):
             assert bad(guard, 20 + k) is None
             guard.rolled_back(20 + k, to)
-    with pytest.raises(Diverged, match="step 30 led back to the checkpoint of step 10 for the 10th time; lower"):
+    with pytest.raises(
+        Diverged, match="step 30 led back to the checkpoint of step 10 for the 10th time; lower"
+    ):
         guard.rolled_back(29, 10)
     assert guard.row() == {"train/num_rollbacks": 19}
 
@@ -75,13 +87,19 @@ def spikes(caplog, guard, losses) -> list[str]:
     return [record.getMessage() for record in caplog.records]
 
 
-def test_a_spike_is_flagged_once_with_its_record_and_not_before_there_is_something_to_compare(tmp_path, caplog):
-    said = spikes(caplog, build(tmp_path, spike_factor=20), [500.0, *[2.0] * 20, 41.0, 90.0, 2.0, NAN, 2.0])
+def test_a_spike_is_flagged_once_with_its_record_and_not_before_there_is_something_to_compare(
+    tmp_path, caplog
+):
+    said = spikes(
+        caplog, build(tmp_path, spike_factor=20), [500.0, *[2.0] * 20, 41.0, 90.0, 2.0, NAN, 2.0]
+    )
     rule = "more than trainer.spike_factor (20) times the usual 2; its images are in replay.json"
     assert said == [f"the loss of step 22 is 41, {rule}"]
     assert json.loads((tmp_path / "replay.json").read_text())["step"] == 22
     assert spikes(caplog, build(tmp_path, spike_factor=None), [2.0] * 20 + [1e9]) == []
-    assert spikes(caplog, build(tmp_path), [0.001] * 50 + [1.9]) == []  # a small batch with a mislabelled image
+    assert (
+        spikes(caplog, build(tmp_path), [0.001] * 50 + [1.9]) == []
+    )  # a small batch with a mislabelled image
 
 
 @pytest.mark.parametrize("knobs", [{"spike_factor": 1.0}, {"check_every_steps": 0}])
@@ -91,12 +109,21 @@ def test_knobs_that_make_no_sense_are_refused(knobs):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", '{"step": 0, "world_size": 1, "loss": 1, "indices": []}', '{"step": "a", "world_size": 1}']
+    "text",
+    [
+        "",
+        "{}",
+        '{"step": 0, "world_size": 1, "loss": 1, "indices": []}',
+        '{"step": "a", "world_size": 1}',
+    ],
 )
 def test_a_record_that_cannot_be_read_is_refused_by_name(tmp_path, text):
     path = tmp_path / "replay.json"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=r"replay=.*replay.json cannot be read .*; give the replay.json of a run's"):
+    with pytest.raises(
+        ConfigError,
+        match=r"replay=.*replay.json cannot be read .*; give the replay.json of a run's",
+    ):
         read_record(path)
 
 
@@ -131,7 +158,10 @@ def test_the_odd_rank_is_named_where_most_agree():
     sums = np.array([[1, 5, 7], [1, 5, 7], [2, 5, 8]])
     assert describe(["a", "b", "c"], sums) == "a, c (rank 2 of 3)"
     assert describe(["a", "b", "c"], sums[1:]) == "a, c (which of the 2 ranks is unknown)"
-    assert describe([*"abcd"], np.array([[0] * 4, [1] * 4, [2] * 4])) == "a, b, c ... (which of the 3 ranks is unknown)"
+    assert (
+        describe([*"abcd"], np.array([[0] * 4, [1] * 4, [2] * 4]))
+        == "a, b, c ... (which of the 3 ranks is unknown)"
+    )
 
 
 def compared() -> list[str]:
@@ -197,14 +227,19 @@ def test_a_good_window_or_another_rank_in_between_starts_the_count_again():
         (MemoryError(), "more than there is"),
         (MemoryError("Unable to allocate 1.50 GiB for an array with shape (1,)"), "1.50 GiB"),
         (RuntimeError("std::bad_alloc"), "more than there is"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "2.00 GiB"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+            "2.00 GiB",
+        ),
     ],
 )
 def test_a_failed_allocation_is_one_line_with_rank_and_size(error, size, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     found = out_of_memory(error)
     assert found.exit_code == 74
-    assert str(found).startswith(f"rank 3 has no memory left: it asked for {size}; lower trainer.micro_batch_size")
+    assert str(found).startswith(
+        f"rank 3 has no memory left: it asked for {size}; lower trainer.micro_batch_size"
+    )
 
 
 def test_what_torch_says_of_a_full_memory_is_understood():
@@ -227,5 +262,5 @@ def test_a_peer_that_is_lost_is_no_reason_where_the_peer_has_given_one(tmp_path,
         file.write_text("")
         for rank, code in codes:
             monkeypatch.setenv("LOCAL_RANK", str(rank))
-            leave_code(code)
+            write_exit_code(code)
         assert int(file.read_text()) == left, codes

@@ -16,14 +16,20 @@ import pytest
 from PIL import EpsImagePlugin, Image, ImageFile
 
 import alexnet_ddp
-from alexnet_ddp.config import AlexNet2012AugmentConfig, BasicAugmentConfig, Encoding, FolderConfig, OnBadImage
+from alexnet_ddp.config import (
+    AlexNet2012AugmentConfig,
+    BasicAugmentConfig,
+    Encoding,
+    FolderConfig,
+    OnBadImage,
+)
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.decode import BadImage, centre_into, crop_into, size_of
 from alexnet_ddp.data.fill import build_fill
 from alexnet_ddp.data.image import FORMATS, read_file
-from alexnet_ddp.data.index import index_folder
-from alexnet_ddp.data.packing.encode import Recipe, Refused, encode
+from alexnet_ddp.data.sources.index import index_folder
 from alexnet_ddp.data.storage import NotAFile
+from alexnet_ddp.prepare.encode import Recipe, Refused, encode
 from tests.packing import pack
 
 SIDE = 16
@@ -61,15 +67,31 @@ PATHS = {"training": trained, "evaluation": evaluated, "preparation": prepared}
 # Bit depths
 
 
-def tiff(samples: np.ndarray, bits: int, sample_format: int = 1, photometric: int = 1, body: bytes = b"") -> bytes:
+def tiff(
+    samples: np.ndarray, bits: int, sample_format: int = 1, photometric: int = 1, body: bytes = b""
+) -> bytes:
     """An uncompressed grey TIFF, in the byte order of `samples`, [height, width]."""
     order = ">" if samples.dtype.byteorder == ">" else "<"
     body = body or samples.tobytes()
     height, width = samples.shape
-    shorts = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 277: 1, 278: height, 339: sample_format}
+    shorts = {
+        256: width,
+        257: height,
+        258: bits,
+        259: 1,
+        262: photometric,
+        277: 1,
+        278: height,
+        339: sample_format,
+    }
     entries = {tag: (3, struct.pack(f"{order}HH", value, 0)) for tag, value in shorts.items()}
-    entries |= {tag: (4, struct.pack(f"{order}I", value)) for tag, value in {273: 8, 279: len(body)}.items()}
-    table = b"".join(struct.pack(f"{order}HHI", tag, kind, 1) + value for tag, (kind, value) in sorted(entries.items()))
+    entries |= {
+        tag: (4, struct.pack(f"{order}I", value)) for tag, value in {273: 8, 279: len(body)}.items()
+    }
+    table = b"".join(
+        struct.pack(f"{order}HHI", tag, kind, 1) + value
+        for tag, (kind, value) in sorted(entries.items())
+    )
     magic = b"MM\0*" if order == ">" else b"II*\0"
     head = magic + struct.pack(f"{order}I", 8 + len(body))
     return head + body + struct.pack(f"{order}H", len(entries)) + table + bytes(4)
@@ -80,12 +102,19 @@ def png(samples: np.ndarray, colour_type: int) -> bytes:
     import zlib
 
     def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
 
     height, width = samples.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
     header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def twelve_bits(samples: np.ndarray) -> bytes:
@@ -94,7 +123,9 @@ def twelve_bits(samples: np.ndarray) -> bytes:
     return tiff(samples.astype("<u2"), 12, body=body)
 
 
-RAMP = np.linspace(0.1, 0.6, SIDE * SIDE).reshape(SIDE, SIDE)  # never reaches its type's ends: no image's own scale
+RAMP = np.linspace(0.1, 0.6, SIDE * SIDE).reshape(
+    SIDE, SIDE
+)  # never reaches its type's ends: no image's own scale
 
 
 def ramp(bits: int, kind: str) -> np.ndarray:
@@ -155,7 +186,9 @@ FLOATS = {
 @pytest.mark.parametrize("name", FLOATS)
 def test_samples_without_a_natural_scale_are_refused_with_a_remedy(name):
     for path in (trained, evaluated):
-        with pytest.raises(BadImage, match="samples; convert them to unsigned integers of 8 or 16 bits") as caught:
+        with pytest.raises(
+            BadImage, match="samples; convert them to unsigned integers of 8 or 16 bits"
+        ) as caught:
             path(FLOATS[name])
         assert (caught.value.code, caught.value.kind) == ("sample_type", "sample type")
     with pytest.raises(Refused) as refused:
@@ -193,11 +226,18 @@ def test_thin_images_are_cheap_on_every_path(size, kind):
         centre_into(slot, data, 256)
         assert np.abs(slot - colour).max() <= 1
         for cfg in (BasicAugmentConfig(), AlexNet2012AugmentConfig()):
-            views = build_augment(cfg, 0, 224, 256).views(0, np.arange(8), *(np.full(8, side) for side in size))
+            views = build_augment(cfg, 0, 224, 256).views(
+                0, np.arange(8), *(np.full(8, side) for side in size)
+            )
             for box in np.stack([views.left, views.top, views.width, views.height], 1).tolist():
                 crop_into(slot, data, box, True)
                 assert np.abs(slot - colour).max() <= 1
-        assert np.abs(encode(data, Recipe(None, None, None, Encoding.raw, 256, None)).pixels - colour).max() <= 1
+        assert (
+            np.abs(
+                encode(data, Recipe(None, None, None, Encoding.raw, 256, None)).pixels - colour
+            ).max()
+            <= 1
+        )
         assert encode(data, PACKED).pixels.shape == (size[1], size[0], 3)
 
 
@@ -212,7 +252,21 @@ def test_a_thin_image_shows_its_middle():
 # Formats
 
 
-OTHERS = ("BLP", "DDS", "EPS", "ICNS", "ICO", "JPEG2000", "MSP", "PCX", "PDF", "QOI", "SGI", "SPIDER", "TGA")
+OTHERS = (
+    "BLP",
+    "DDS",
+    "EPS",
+    "ICNS",
+    "ICO",
+    "JPEG2000",
+    "MSP",
+    "PCX",
+    "PDF",
+    "QOI",
+    "SGI",
+    "SPIDER",
+    "TGA",
+)
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -223,9 +277,13 @@ def test_other_formats_are_refused_and_never_given_to_their_decoder(kind, monkey
     asked = []
     for name, (_, accepts) in list(Image.OPEN.items()):
         if name not in FORMATS:
-            monkeypatch.setitem(Image.OPEN, name, (lambda *_, name=name: asked.append(name), accepts))
+            monkeypatch.setitem(
+                Image.OPEN, name, (lambda *_, name=name: asked.append(name), accepts)
+            )
     for path in (size_of, trained, evaluated):
-        with pytest.raises(BadImage, match=r"^not an image .*; accepted formats are JPEG, PNG, PPM, BMP"):
+        with pytest.raises(
+            BadImage, match=r"^not an image .*; accepted formats are JPEG, PNG, PPM, BMP"
+        ):
             path(data)
     with pytest.raises(Refused, match="not_an_image"):
         prepared(data)
@@ -263,7 +321,9 @@ def test_only_one_module_opens_images():
 
 def damaged_tag() -> bytes:
     """A good TIFF that makes Pillow warn about one of its tags."""
-    data = bytearray(saved(Image.new("RGB", (SIDE, SIDE), (50, 60, 70)), "TIFF", description="x" * 40))
+    data = bytearray(
+        saved(Image.new("RGB", (SIDE, SIDE), (50, 60, 70)), "TIFF", description="x" * 40)
+    )
     at = data.index(struct.pack("<HHI", 270, 2, 41))
     data[at + 4 : at + 8] = struct.pack("<I", 9999)
     return bytes(data)
@@ -283,7 +343,9 @@ def test_warnings_of_pillow_are_neither_shown_nor_errors():
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP"])
-def test_another_library_that_wants_truncated_images_does_not_get_them_on_any_path(kind, monkeypatch):
+def test_another_library_that_wants_truncated_images_does_not_get_them_on_any_path(
+    kind, monkeypatch
+):
     data = saved(Image.effect_noise((64, 64), 90).convert("RGB"), kind)[:-500]
     for path in (trained, evaluated):
         monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
@@ -372,7 +434,9 @@ def test_what_is_no_file_is_named_at_once_by_every_reader(tmp_path):
         root = pack(tmp_path, tmp_path / "root", split="train")
     lines = (root / "train.quarantine.jsonl").read_text().splitlines()
     codes = {name: "bomb" if name == "hole.jpg" else "unreadable" for name in odd}
-    assert sorted(lines) == sorted(f'{{"name": "a/{name}", "label": 0, "reason": "{codes[name]}"}}' for name in odd)
+    assert sorted(lines) == sorted(
+        f'{{"name": "a/{name}", "label": 0, "reason": "{codes[name]}"}}' for name in odd
+    )
 
 
 def test_a_file_that_is_missing_or_cannot_be_opened_is_the_machines_fault(tmp_path):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_ddp.data import tars
-from alexnet_ddp.data.imagenet import DEVKIT, TRAIN, VAL, open_imagenet, read_devkit
-from alexnet_ddp.data.index import SampleIndex
-from alexnet_ddp.errors import DataError
+from alexnet_ddp.data.sources import tars
+from alexnet_ddp.data.sources.imagenet import DEVKIT, TRAIN, VAL, open_imagenet, read_devkit
+from alexnet_ddp.data.sources.index import SampleIndex
+from alexnet_ddp.runtime.errors import DataError
 from tests.archives import (
     META,
     age,
@@ -54,14 +54,20 @@ def check_against_tarfile(root: Path) -> None:
     with tarfile.open(root / TRAIN) as outer:
         for member in outer:
             with tarfile.open(fileobj=outer.extractfile(member)) as inner:
-                expected += [(Path(member.name).stem, m.name, inner.extractfile(m).read()) for m in inner]
-    assert [(train.classes[k], *x) for k, *x in zip(train.labels, file_names(train), contents(train))] == sorted(
-        expected
-    )
+                expected += [
+                    (Path(member.name).stem, m.name, inner.extractfile(m).read()) for m in inner
+                ]
+    assert [
+        (train.classes[k], *x) for k, *x in zip(train.labels, file_names(train), contents(train))
+    ] == sorted(expected)
     wnids = val_wnids(root)
     with tarfile.open(root / VAL) as flat:
-        expected = [(wnids[int(m.name[15:23]) - 1], m.name, flat.extractfile(m).read()) for m in flat]
-    assert [(val.classes[k], *x) for k, *x in zip(val.labels, file_names(val), contents(val))] == sorted(expected)
+        expected = [
+            (wnids[int(m.name[15:23]) - 1], m.name, flat.extractfile(m).read()) for m in flat
+        ]
+    assert [
+        (val.classes[k], *x) for k, *x in zip(val.labels, file_names(val), contents(val))
+    ] == sorted(expected)
     assert train.classes == val.classes == sorted(train.classes)
 
 
@@ -76,7 +82,9 @@ def check_against_folders(root: Path, out: Path) -> None:
         assert one.fingerprint() == other.fingerprint()
 
 
-@pytest.mark.parametrize(("classes", "per_class", "num_val"), [(4, 12, 10), (30, 3, 100), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("classes", "per_class", "num_val"), [(4, 12, 10), (30, 3, 100), (1, 1, 1)]
+)
 def test_archives_hold_what_tarfile_and_scipy_say(tmp_path, classes, per_class, num_val):
     check_against_tarfile(make_archives(tmp_path, classes, per_class, num_val))
 
@@ -119,28 +127,42 @@ def test_each_split_comes_from_its_archive_or_else_from_its_folder(root, tmp_pat
 
 @pytest.mark.parametrize(
     ("gone", "lacks"),
-    [((TRAIN,), TRAIN), ((VAL, DEVKIT), f"{VAL}, {DEVKIT}"), ((DEVKIT,), DEVKIT), ((TRAIN, VAL), f"{TRAIN}, {VAL}")],
+    [
+        ((TRAIN,), TRAIN),
+        ((VAL, DEVKIT), f"{VAL}, {DEVKIT}"),
+        ((DEVKIT,), DEVKIT),
+        ((TRAIN, VAL), f"{TRAIN}, {VAL}"),
+    ],
 )
 def test_missing_archives_are_named(root, gone, lacks):
     for name in gone:
         (root / name).unlink()
-    with pytest.raises(DataError, match=re.escape(f"({root}) lacks {lacks}; put them there as distributed, or lay")):
+    with pytest.raises(
+        DataError, match=re.escape(f"({root}) lacks {lacks}; put them there as distributed, or lay")
+    ):
         open_imagenet(root)
 
 
 def test_a_missing_root_and_a_flat_val_are_explained(root, tmp_path):
-    with pytest.raises(DataError, match=r"is not a folder; give the one that holds ILSVRC2012_img_train.tar, "):
+    with pytest.raises(
+        DataError, match=r"is not a folder; give the one that holds ILSVRC2012_img_train.tar, "
+    ):
         open_imagenet(tmp_path / "nowhere")
     (root / VAL).unlink()
     lay_out(root, "val/ILSVRC2012_val_00000001.JPEG")
-    with pytest.raises(DataError, match=r"1 images but no class folders; keep ILSVRC2012_img_val.tar and .* in place"):
+    with pytest.raises(
+        DataError,
+        match=r"1 images but no class folders; keep ILSVRC2012_img_val.tar and .* in place",
+    ):
         open_imagenet(root)
 
 
 def test_the_second_start_reads_no_header_until_size_or_mtime_change(root, monkeypatch):
     first = open_imagenet(root)
     walked, header = [], tars._header
-    monkeypatch.setattr(tars, "_header", lambda fd, path, *at: walked.append(path.name) or header(fd, path, *at))
+    monkeypatch.setattr(
+        tars, "_header", lambda fd, path, *at: walked.append(path.name) or header(fd, path, *at)
+    )
     second = open_imagenet(root)
     assert not walked
     assert [contents(i) for i in second[:2]] == [contents(i) for i in first[:2]]
@@ -166,7 +188,10 @@ def test_a_train_archive_cut_short_names_the_file_and_the_place(root, size):
 def test_a_class_archive_cut_short_inside_a_whole_archive_is_noticed(root):
     whole = tar({f"x_{j}.JPEG": jpeg(0, j) for j in range(4)})
     second = whole.index(b"x_1.JPEG")
-    for cut, what in ((second, "is cut short"), (second - 400, "is cut short in the file that begins")):
+    for cut, what in (
+        (second, "is cut short"),
+        (second - 400, "is cut short in the file that begins"),
+    ):
         write(root / TRAIN, tar({"n1.tar": whole[:cut], "n2.tar": whole}))
         with pytest.raises(DataError, match=rf"{what} at byte [\d,]+;"):
             open_imagenet(root)
@@ -184,9 +209,18 @@ def test_a_damaged_header_is_noticed(root):
     ("files", "message"),
     [
         ({"readme.txt": b"x"}, "must hold one .tar for each class, got none; copy it again"),
-        ({"a/n1.tar": tar({"x.JPEG": b"x"}), "n1.tar": tar({"x.JPEG": b"x"})}, "one .tar for each class, got n1, n1;"),
-        ({"n1.tar": tar({"x.txt": b"x"}), "n2.tar": tar({"x.JPEG": b"x"})}, "holds no images of n1; copy it again"),
-        ({"n1.tar": tar({"a/x.JPEG": b"x", "x.JPEG": b"y"})}, "img_train.tar:n1.tar holds x.JPEG twice; copy it again"),
+        (
+            {"a/n1.tar": tar({"x.JPEG": b"x"}), "n1.tar": tar({"x.JPEG": b"x"})},
+            "one .tar for each class, got n1, n1;",
+        ),
+        (
+            {"n1.tar": tar({"x.txt": b"x"}), "n2.tar": tar({"x.JPEG": b"x"})},
+            "holds no images of n1; copy it again",
+        ),
+        (
+            {"n1.tar": tar({"a/x.JPEG": b"x", "x.JPEG": b"y"})},
+            "img_train.tar:n1.tar holds x.JPEG twice; copy it again",
+        ),
     ],
 )
 def test_train_archives_that_are_not_imagenets_are_refused(root, files, message):
@@ -207,15 +241,21 @@ def test_labels_and_validation_images_must_fit(root):
     assert read_devkit(root / DEVKIT).wnids.keys() == {1, 2, 3, 4}
     write_devkit(root / DEVKIT, meta, [1, 2, 3, 4])
     with pytest.raises(
-        DataError, match=r"the 10 images of .*val.tar must be numbered 1 to 4, as many as .* has labels"
+        DataError,
+        match=r"the 10 images of .*val.tar must be numbered 1 to 4, as many as .* has labels",
     ):
         open_imagenet(root)
     write_devkit(root / DEVKIT, meta, [1, 2, 5, 77, 4, 1, 1, 1, 1, 1])  # 5 is the inner node
-    with pytest.raises(DataError, match=r"labels images with ids it has no class for \(5, 77\); copy it again"):
+    with pytest.raises(
+        DataError, match=r"labels images with ids it has no class for \(5, 77\); copy it again"
+    ):
         open_imagenet(root)
     write_devkit(root / DEVKIT, meta, [len(wnids)])
     write(root / VAL, tar({"ILSVRC2012_val_1.JPEG": b"x"}))
-    with pytest.raises(DataError, match=r"holds ILSVRC2012_val_1.JPEG; images must be named ILSVRC2012_val_00000001"):
+    with pytest.raises(
+        DataError,
+        match=r"holds ILSVRC2012_val_1.JPEG; images must be named ILSVRC2012_val_00000001",
+    ):
         open_imagenet(root)
 
 
@@ -226,9 +266,15 @@ def test_labels_and_validation_images_must_fit(root):
         (gzip.compress(b"x" * 999), "cannot be read"),
         (tar({META: b"MATLAB"}, "w:gz"), "cannot be read"),
         (tar({"a/b": b""}, "w:gz"), "lacks 'data/meta.mat'; copy it again"),
-        (tar({META: meta_mat(["n1"])}, "w:gz"), "lacks 'data/ILSVRC2012_validation_ground_truth.txt'; copy it again"),
+        (
+            tar({META: meta_mat(["n1"])}, "w:gz"),
+            "lacks 'data/ILSVRC2012_validation_ground_truth.txt'; copy it again",
+        ),
         (tar({META: meta_mat(["n1"])}, "w:gz")[:-50], "cannot be read"),
-        (tar({META: meta_mat(["n1"])}, "w:gz")[:-8] + bytes(8), r"cannot be read \(CRC check failed"),
+        (
+            tar({META: meta_mat(["n1"])}, "w:gz")[:-8] + bytes(8),
+            r"cannot be read \(CRC check failed",
+        ),
     ],
     ids=["empty", "no tar", "no meta.mat inside", "no meta.mat", "no ground truth", "cut", "CRC"],
 )
@@ -252,7 +298,9 @@ def test_names_in_archives_never_become_paths_and_other_files_are_reported(root,
 
 @pytest.mark.parametrize("name", [TRAIN, VAL])
 @pytest.mark.parametrize("in_place", [True, False])
-def test_an_archive_with_the_size_and_time_of_another_is_scanned_again(root, tmp_path, name, in_place):
+def test_an_archive_with_the_size_and_time_of_another_is_scanned_again(
+    root, tmp_path, name, in_place
+):
     first = open_imagenet(root)
     path, other = root / name, tmp_path / "other.tar"
     status, data = path.stat(), bytearray(path.read_bytes())

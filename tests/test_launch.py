@@ -65,7 +65,11 @@ class Launcher:
     """A copy of the scripts in a folder with a space in its name, and a PATH that begins with chosen stand-ins."""
 
     def __init__(self, folder: Path):
-        self.project, self.record, self.path = folder / "my project", folder / "record", folder / "path"
+        self.project, self.record, self.path = (
+            folder / "my project",
+            folder / "record",
+            folder / "path",
+        )
         for made in (self.project, self.record, self.path):
             made.mkdir()
         for name in ("launch", "slurm"):
@@ -73,7 +77,11 @@ class Launcher:
         (self.project / "pyproject.toml").write_text("version = 1\n")
         keep = ("HOME", "TMPDIR", "LANG")
         self.env = {name: os.environ[name] for name in keep if name in os.environ}
-        self.env |= {"PATH": f"{self.path}:{os.environ['PATH']}", "RECORD": str(self.record), "REAL": sys.executable}
+        self.env |= {
+            "PATH": f"{self.path}:{os.environ['PATH']}",
+            "RECORD": str(self.record),
+            "REAL": sys.executable,
+        }
         self.put("torchrun_python", "scontrol", "srun")
         self.put("nvidia-smi", text="exit 9")  # as where there is no driver
         self.env["PYTHON"] = "torchrun_python"
@@ -93,7 +101,9 @@ class Launcher:
             stderr=subprocess.PIPE,
             text=True,
             # bash cannot trap a signal that was ignored when it started: SIGINT in background jobs, SIGHUP under nohup
-            preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
+            preexec_fn=lambda: [
+                signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)
+            ],
         )
 
     def run(self, script: str, *arguments: str, **env: str) -> tuple[int, str]:
@@ -122,7 +132,9 @@ class Launcher:
 
     @property
     def child_env(self) -> dict[str, str]:
-        return dict(entry.split("=", 1) for entry in (self.record / "env").read_text().split("\0")[:-1])
+        return dict(
+            entry.split("=", 1) for entry in (self.record / "env").read_text().split("\0")[:-1]
+        )
 
 
 @pytest.fixture
@@ -131,7 +143,12 @@ def launcher(tmp_path):
 
 
 NODE = {"NNODES": "2", "RDZV_ENDPOINT": "node1:29500", "RDZV_ID": "run42"}
-JOB = {"SLURM_JOB_ID": "31007", "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "6"}
+JOB = {
+    "SLURM_JOB_ID": "31007",
+    "SLURM_JOB_NODELIST": "n[7-8]",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_CPUS_PER_TASK": "6",
+}
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 
 
@@ -149,16 +166,34 @@ def test_local_hands_arguments_on_unchanged_also_with_spaces(launcher):
 
 @pytest.mark.parametrize(
     ("visible", "override", "processes"),
-    [(None, "", 4), ("0,2", "", 2), ("", "", 0), ("NoDevFiles", "", 0), ("1,-1", "", 1), (None, "device=cpu", 0)],
+    [
+        (None, "", 4),
+        ("0,2", "", 2),
+        ("", "", 0),
+        ("NoDevFiles", "", 0),
+        ("1,-1", "", 1),
+        (None, "device=cpu", 0),
+    ],
 )
-def test_local_starts_one_process_a_visible_gpu_and_one_on_a_cpu(launcher, visible, override, processes):
+def test_local_starts_one_process_a_visible_gpu_and_one_on_a_cpu(
+    launcher, visible, override, processes
+):
     launcher.put("nvidia-smi")
-    launcher.run("launch/local.sh", override, **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))
+    launcher.run(
+        "launch/local.sh",
+        override,
+        **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}),
+    )
     assert f"--nproc_per_node={processes or 1}" in launcher.argv
 
 
 def test_local_keeps_the_users_settings(launcher):
-    mine = {"MALLOC_TRIM_THRESHOLD_": "1", "OMP_NUM_THREADS": "3", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "9", "NPROC": "2"}
+    mine = {
+        "MALLOC_TRIM_THRESHOLD_": "1",
+        "OMP_NUM_THREADS": "3",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "9",
+        "NPROC": "2",
+    }
     launcher.run("launch/local.sh", **mine)
     assert {name: launcher.child_env.get(name) for name in mine} == mine
     assert "--nproc_per_node=2" in launcher.argv
@@ -186,7 +221,15 @@ def test_a_python_without_the_project_is_refused_with_the_remedy(launcher):
 
 @pytest.mark.parametrize(
     ("written", "torchrun", "expected"),
-    [("0", 0, 0), ("75", 1, 75), ("93", 1, 93), ("", 1, 1), ("", 137, 137), ("0", 1, 1), ("oops", 1, 1)],
+    [
+        ("0", 0, 0),
+        ("75", 1, 75),
+        ("93", 1, 93),
+        ("", 1, 1),
+        ("", 137, 137),
+        ("0", 1, 1),
+        ("oops", 1, 1),
+    ],
 )
 def test_exit_code_is_the_one_the_run_wrote_else_torchruns(launcher, written, torchrun, expected):
     code, _ = launcher.run("launch/node.sh", **NODE, FAKE_CODE=written, FAKE_EXIT=str(torchrun))
@@ -201,16 +244,23 @@ def test_a_stop_signal_reaches_torchrun_once_and_the_script_waits_for_the_save(l
 
 
 @pytest.mark.parametrize("torchrun", [1, 138])
-def test_a_run_that_is_stopped_before_it_can_listen_is_stopped_and_has_not_failed(launcher, torchrun):
+def test_a_run_that_is_stopped_before_it_can_listen_is_stopped_and_has_not_failed(
+    launcher, torchrun
+):
     code, _ = launcher.signalled("launch/local.sh", signal.SIGUSR1, FAKE_EXIT=str(torchrun))
     assert code == 75
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="sees through /proc what a process catches")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="sees through /proc what a process catches"
+)
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_stop_before_anything_listens_is_one_line_and_no_trace(launcher, number):
     starts = f"import signal, time; open({str(launcher.record / 'ready')!r}, 'w'); time.sleep(20)"  # has no handler yet
-    launcher.put("torchrun_python", text=f"""[[ $1 != -c ]] || exit 0; exec '{sys.executable}' -c "{starts}" """)
+    launcher.put(
+        "torchrun_python",
+        text=f"""[[ $1 != -c ]] || exit 0; exec '{sys.executable}' -c "{starts}" """,
+    )
     process = launcher.start("launch/local.sh")
     while not (launcher.record / "ready").exists():
         time.sleep(0.01)
@@ -224,15 +274,21 @@ def test_a_stop_before_anything_listens_is_one_line_and_no_trace(launcher, numbe
 def test_a_closed_or_full_stream_does_not_change_the_exit_code(launcher, streams):
     command = ["bash", "-c", f"'{launcher.project}/launch/local.sh' {streams}"]
     for code, env in ((70, {"FAKE_CODE": "70", "FAKE_EXIT": "1"}), (64, {"NPROC": "x"})):
-        done = subprocess.run(command, env=launcher.env | env, timeout=30, capture_output=True, check=False)
+        done = subprocess.run(
+            command, env=launcher.env | env, timeout=30, capture_output=True, check=False
+        )
         assert done.returncode == code
 
 
 def test_a_temporary_folder_that_cannot_be_written_is_replaced_by_another(launcher, tmp_path):
-    assert launcher.run("launch/local.sh", TMPDIR=str(tmp_path / "none"), FAKE_CODE="70", FAKE_EXIT="1") == (70, "")
+    assert launcher.run(
+        "launch/local.sh", TMPDIR=str(tmp_path / "none"), FAKE_CODE="70", FAKE_EXIT="1"
+    ) == (70, "")
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds left processes through /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/environ").exists(), reason="finds left processes through /proc"
+)
 def test_workers_that_outlive_torchrun_are_stopped_and_waited_for(launcher):
     assert launcher.run("launch/local.sh", FAKE_WORKER="1", FAKE_EXIT="137")[0] == 75
 
@@ -242,9 +298,16 @@ def test_a_lost_terminal_stops_the_run_as_sigterm_does(launcher):
 
 
 def test_node_gives_torchrun_the_rendezvous(launcher):
-    assert launcher.run("launch/node.sh", "a b", **NODE, NODE_RANK="0", NPROC_PER_NODE="8") == (0, "")
+    assert launcher.run("launch/node.sh", "a b", **NODE, NODE_RANK="0", NPROC_PER_NODE="8") == (
+        0,
+        "",
+    )
     wanted = "--nproc_per_node=8 --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=node1:29500"
-    assert {*wanted.split(), "--rdzv-id=run42", "--rdzv-conf=last_call_timeout=30,is_host=1"} <= set(launcher.argv)
+    assert {
+        *wanted.split(),
+        "--rdzv-id=run42",
+        "--rdzv-conf=last_call_timeout=30,is_host=1",
+    } <= set(launcher.argv)
     assert launcher.argv[-3:] == ["-m", "alexnet_ddp.train", "a b"]
 
 
@@ -256,7 +319,9 @@ def test_node_takes_its_rank_from_slurm_and_needs_none(launcher):
 
 
 A_COUNT = "a whole number of at least 1, or MIN:MAX; for two machines: NNODES=2"
-AN_ENDPOINT = "HOST:PORT with a port from 1 to 65535; the same on every node, for example node1:29500"
+AN_ENDPOINT = (
+    "HOST:PORT with a port from 1 to 65535; the same on every node, for example node1:29500"
+)
 A_NAME = "a name of letters, digits, '.', '_' and '-'; the same on every node, and no other run's"
 
 
@@ -268,13 +333,23 @@ A_NAME = "a name of letters, digits, '.', '_' and '-'; the same on every node, a
         ("RDZV_ENDPOINT", "node1", AN_ENDPOINT),
         ("RDZV_ENDPOINT", "node1:70000", AN_ENDPOINT),
         ("RDZV_ID", "a b", A_NAME),
-        ("NPROC_PER_NODE", "0", "a whole number of at least 1; leave it unset for all devices of the node"),
+        (
+            "NPROC_PER_NODE",
+            "0",
+            "a whole number of at least 1; leave it unset for all devices of the node",
+        ),
         ("LAST_CALL_S", "-1", "a whole number of at least 0; leave it unset for 30"),
-        ("NODE_RANK", "x", "a whole number of at least 0; 0 on the host of RDZV_ENDPOINT, 1, 2, ... on the others"),
+        (
+            "NODE_RANK",
+            "x",
+            "a whole number of at least 0; 0 on the host of RDZV_ENDPOINT, 1, 2, ... on the others",
+        ),
         ("NODE_RANK", "2", "less than NNODES (2); 0 on the host of RDZV_ENDPOINT"),
     ],
 )
-def test_node_refuses_a_wrong_value_by_name_with_rule_and_remedy(launcher, name, value, rule_and_remedy):
+def test_node_refuses_a_wrong_value_by_name_with_rule_and_remedy(
+    launcher, name, value, rule_and_remedy
+):
     message = f"node.sh: {name} ({value or 'not set'}) must be {rule_and_remedy}\n"
     assert launcher.run("launch/node.sh", **NODE | {name: value}) == (64, message)
 
@@ -305,7 +380,10 @@ def test_setup_makes_an_interrupted_environment_anew(launcher, setup):
 
 def test_setup_keeps_the_environment_when_pip_fails(launcher, setup):
     reason = "pip could not install the project (its reason is above)"
-    assert setup(FAKE_PIP="2") == (1, f"setup.sh: {reason}; once that is mended, run launch/setup.sh again\n")
+    assert setup(FAKE_PIP="2") == (
+        1,
+        f"setup.sh: {reason}; once that is mended, run launch/setup.sh again\n",
+    )
     assert setup()[0] == 0
     assert launcher.lines("calls") == ["venv", "pip", "pip"]
 
@@ -327,7 +405,10 @@ def test_setup_passes_over_pythons_that_are_too_old_or_only_shims(launcher, setu
 def test_setup_without_a_new_enough_python_says_how_to_get_on(launcher, setup):
     launcher.put("python3.9", text=STAND_INS["old_python"])
     remedy = "install one, or name it: PYTHON=/path/to/python3.12 launch/setup.sh"
-    assert setup(PYTHON="python3.9") == (64, f"setup.sh: no Python of at least 3.11 (tried: python3.9); {remedy}\n")
+    assert setup(PYTHON="python3.9") == (
+        64,
+        f"setup.sh: no Python of at least 3.11 (tried: python3.9); {remedy}\n",
+    )
 
 
 # --- slurm/train.sbatch
@@ -368,13 +449,18 @@ def test_the_job_is_not_requeued_when_slurm_has_decided_already(launcher, sbatch
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_to_the_batch_shell_reaches_the_tasks_as_usr1_and_requeues(launcher, sbatch, number):
+def test_a_signal_to_the_batch_shell_reaches_the_tasks_as_usr1_and_requeues(
+    launcher, sbatch, number
+):
     assert launcher.signalled("slurm/train.sbatch", number, FAKE_EXIT="75") == (75, ["USR1"])
     assert launcher.lines("scontrol") == ["requeue 31007"]
 
 
 def test_a_signal_that_reaches_srun_before_it_can_listen_requeues_too(launcher, sbatch):
-    assert launcher.signalled("slurm/train.sbatch", signal.SIGUSR1, FAKE_EXIT="138") == (75, ["USR1"])
+    assert launcher.signalled("slurm/train.sbatch", signal.SIGUSR1, FAKE_EXIT="138") == (
+        75,
+        ["USR1"],
+    )
     assert launcher.lines("scontrol") == ["requeue 31007"]
 
 
@@ -408,26 +494,39 @@ def cluster(launcher):
     (launcher.path / "bin").mkdir()
     launcher.put("bin/spark-class", text=SPARK_CLASS)
     launcher.put("spark_python", text=SPARK_PYTHON)
-    launcher.env |= {"SPARK_HOME": str(launcher.path), "PYTHON": "spark_python", "CORES": "3", "MEMORY": "2g"}
+    launcher.env |= {
+        "SPARK_HOME": str(launcher.path),
+        "PYTHON": "spark_python",
+        "CORES": "3",
+        "MEMORY": "2g",
+    }
     return launcher
 
 
 def test_spark_runs_a_preparation_on_its_cluster_and_ends_both(cluster):
     assert cluster.run("launch/spark.sh", "source=a b", "root=x", FAKE_EXIT="65") == (65, "")
-    daemons = sorted(line.split() for line in cluster.lines("daemons"))  # workers start side by side
+    daemons = sorted(
+        line.split() for line in cluster.lines("daemons")
+    )  # workers start side by side
     assert [(words[0].split(".")[-1], words[2], words[-1]) for words in daemons] == [
         ("Master", "127.0.0.1", "127.0.0.1"),
         ("Worker", "127.0.0.1", "127.0.0.1"),
         ("Worker", "127.0.0.2", "127.0.0.2"),
     ]
     assert {"--cores", "3", "--memory", "2g", "spark://127.0.0.1:7077"} <= set(daemons[2])
-    settings = ["engine=spark", "engine.master=spark://127.0.0.1:7077", "+engine.conf.spark.executor.memory=2g"]
+    settings = [
+        "engine=spark",
+        "engine.master=spark://127.0.0.1:7077",
+        "+engine.conf.spark.executor.memory=2g",
+    ]
     assert cluster.argv == ["-m", "alexnet_ddp.prepare", *settings, "source=a b", "root=x"]
     assert cluster.lines("stopped") == ["stopped"] * 3
     assert cluster.child_env["JAVA_HOME"] == "/java"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 0)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 0)]
+)
 def test_spark_without_a_preparation_says_where_it_is_until_a_signal(cluster, number, code):
     process = cluster.start("launch/spark.sh", WORKERS="1", PORT="7999", SPARK_SECRET="x y")
     first, second = process.stdout.readline(), process.stdout.readline()
@@ -436,7 +535,9 @@ def test_spark_without_a_preparation_says_where_it_is_until_a_signal(cluster, nu
     assert process.returncode == code
     assert first.startswith("spark.sh: spark://127.0.0.1:7999, 1 workers with 3 cores each; ")
     folder, command = second.strip().removeprefix("SPARK_CONF_DIR=").split(" ", 1)
-    assert command.startswith("python -m alexnet_ddp.prepare source=... root=... engine=spark engine.master=spark://")
+    assert command.startswith(
+        "python -m alexnet_ddp.prepare source=... root=... engine=spark engine.master=spark://"
+    )
     assert cluster.lines("stopped") == ["stopped"] * 2
     assert cluster.lines("defaults") == ["spark.authenticate true", "spark.authenticate.secret x y"]
     assert not Path(folder).exists()
@@ -444,7 +545,10 @@ def test_spark_without_a_preparation_says_where_it_is_until_a_signal(cluster, nu
 
 def test_spark_says_why_its_cluster_did_not_start(cluster):
     reason = "java.net.BindException: Address already in use"
-    assert cluster.run("launch/spark.sh", FAKE_TAKEN="1") == (1, f"spark.sh: Spark's master did not start: {reason}\n")
+    assert cluster.run("launch/spark.sh", FAKE_TAKEN="1") == (
+        1,
+        f"spark.sh: Spark's master did not start: {reason}\n",
+    )
 
 
 @pytest.mark.parametrize(
@@ -455,12 +559,17 @@ def test_spark_says_why_its_cluster_did_not_start(cluster):
     ],
 )
 def test_spark_refuses_a_wrong_value_by_name_with_rule_and_remedy(cluster, name, value, rule):
-    assert cluster.run("launch/spark.sh", **{name: value}) == (64, f"spark.sh: {name} ({value}) must be {rule}\n")
+    assert cluster.run("launch/spark.sh", **{name: value}) == (
+        64,
+        f"spark.sh: {name} ({value}) must be {rule}\n",
+    )
 
 
 @pytest.fixture
 def prepare_job(cluster):
-    cluster.put("scontrol", text=STAND_INS["scontrol"].replace("node7\\nnode8", "localhost\\nnode8"))
+    cluster.put(
+        "scontrol", text=STAND_INS["scontrol"].replace("node7\\nnode8", "localhost\\nnode8")
+    )
     cluster.put(
         "srun",
         text="""
@@ -489,14 +598,23 @@ def test_the_preparation_job_runs_on_a_cluster_with_a_secret_and_ends_it(cluster
     assert cluster.lines("signals") == ["USR1"]
     secret = cluster.child_env["SPARK_SECRET"]
     assert len(secret) == 32
-    assert cluster.lines("defaults") == ["spark.authenticate true", f"spark.authenticate.secret {secret}"]
+    assert cluster.lines("defaults") == [
+        "spark.authenticate true",
+        f"spark.authenticate.secret {secret}",
+    ]
     assert not Path(cluster.child_env["SPARK_CONF_DIR"]).exists()
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(75, ["requeue 31007"]), (65, []), (0, [])])
 def test_the_preparation_job_is_requeued_when_it_was_stopped(cluster, prepare_job, code, requeued):
     assert prepare_job("source=a", "engine=local", FAKE_EXIT=str(code))[0] == code
-    assert cluster.argv == ["-m", "alexnet_ddp.prepare", "engine.workers=6", "source=a", "engine=local"]
+    assert cluster.argv == [
+        "-m",
+        "alexnet_ddp.prepare",
+        "engine.workers=6",
+        "source=a",
+        "engine=local",
+    ]
     assert not (cluster.record / "srun").exists()
     assert cluster.lines("scontrol") == requeued
 

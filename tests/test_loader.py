@@ -26,11 +26,11 @@ from alexnet_ddp.data.decode import centre_into, crop_into, size_of
 from alexnet_ddp.data.effects import Effects
 from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.image import FORMATS
-from alexnet_ddp.data.index import index_folder
 from alexnet_ddp.data.loader import Loader, build_loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler, Work, evaluation_work
-from alexnet_ddp.data.sets import open_data
-from alexnet_ddp.errors import DataError
+from alexnet_ddp.data.sources.index import index_folder
+from alexnet_ddp.data.sources.sets import open_data
+from alexnet_ddp.runtime.errors import DataError
 from tests.conftest import make_folder
 
 CPU = torch.device("cpu")
@@ -63,14 +63,20 @@ def loading(fill, num_threads=2, colour=None, device=CPU, image_size=lambda epoc
 def works(*sizes: int, epoch: int = 0) -> list[Work]:
     """One Work a step with so many images, counted upwards."""
     ends = np.cumsum(sizes)
-    return [Work(k, epoch, np.arange(end - n, end), True) for k, (end, n) in enumerate(zip(ends, sizes))]
+    return [
+        Work(k, epoch, np.arange(end - n, end), True) for k, (end, n) in enumerate(zip(ends, sizes))
+    ]
 
 
 def assert_shows(batch, work: Work) -> None:
     n = len(work.indices)
     assert (batch.work.step, batch.work.epoch) == (work.step, work.epoch)
     assert batch.images.shape == (n, SIZE, SIZE, 3)
-    assert (batch.images.dtype, batch.labels.dtype, batch.indices.dtype) == (torch.uint8, torch.int64, torch.int32)
+    assert (batch.images.dtype, batch.labels.dtype, batch.indices.dtype) == (
+        torch.uint8,
+        torch.int64,
+        torch.int32,
+    )
     assert batch.indices.tolist() == work.indices.tolist()
     assert batch.labels.tolist() == LABELS[work.indices].tolist()
     assert (batch.images.numpy() == ((work.indices + work.epoch) % 251)[:, None, None, None]).all()
@@ -223,7 +229,9 @@ def test_images_that_grow_have_the_size_of_their_epoch_while_two_sizes_are_on_th
             size = sizes[work.epoch]
             assert batch.images.shape == (len(work.indices), size, size, 3)
             assert batch.images.is_contiguous()
-            assert (batch.images.numpy() == ((work.indices + work.epoch) % 251)[:, None, None, None]).all()
+            assert (
+                batch.images.numpy() == ((work.indices + work.epoch) % 251)[:, None, None, None]
+            ).all()
     assert filled == {(epoch, (size, size, 3)) for epoch, size in enumerate(sizes)}
 
 
@@ -268,7 +276,9 @@ def test_closing_early_cancels_what_was_not_begun_and_leaves_no_threads():
         assert begun.wait(5)
         batches.close()
         go_on.set()
-        assert_shows(next(loader.batches(works(3))), works(3)[0])  # queued behind whatever was not cancelled
+        assert_shows(
+            next(loader.batches(works(3))), works(3)[0]
+        )  # queued behind whatever was not cancelled
     assert filled == [0, 5, 0]
     assert set(threading.enumerate()) <= before
 
@@ -364,7 +374,11 @@ def real_loader(folder, num_threads=2, augment=True, seed=0, split="train", **kn
 def seen(loader: Loader, plan) -> dict[int, bytes]:
     """The pixels of each image."""
     try:
-        return {int(i): image.numpy().tobytes() for b in loader.batches(plan) for i, image in zip(b.indices, b.images)}
+        return {
+            int(i): image.numpy().tobytes()
+            for b in loader.batches(plan)
+            for i, image in zip(b.indices, b.images)
+        }
     finally:
         loader.close()
 
@@ -377,10 +391,17 @@ def test_training_images_are_the_same_pixels_whatever_threads_batches_and_ranks(
         width, height = size_of(data)
         augment = build_augment(BasicAugmentConfig(), 0, 32, 37)
         view = augment.views(0, np.array([i]), np.array([width]), np.array([height]))
-        crop_into(slot, data, (view.left[0], view.top[0], view.width[0], view.height[0]), view.flip[0])
+        crop_into(
+            slot, data, (view.left[0], view.top[0], view.width[0], view.height[0]), view.flip[0]
+        )
         expected[i] = slot.tobytes()
     loader.close()
-    for num_threads, batch, world_size, micro in ((1, 40, 1, None), (2, 17, 1, 5), (4, 9, 3, 2), (2, 1, 1, 1)):
+    for num_threads, batch, world_size, micro in (
+        (1, 40, 1, None),
+        (2, 17, 1, 5),
+        (4, 9, 3, 2),
+        (2, 1, 1, 1),
+    ):
         sampler, found = GlobalBatchSampler(40, batch, seed=0), {}
         for rank in range(world_size):
             plan = sampler.work(range(sampler.steps_per_epoch), rank, world_size, micro)
@@ -388,7 +409,9 @@ def test_training_images_are_the_same_pixels_whatever_threads_batches_and_ranks(
         assert found == expected
 
 
-@pytest.mark.parametrize("augment", [BasicAugmentConfig(), AlexNet2012AugmentConfig(), NoAugmentConfig()])
+@pytest.mark.parametrize(
+    "augment", [BasicAugmentConfig(), AlexNet2012AugmentConfig(), NoAugmentConfig()]
+)
 def test_a_small_image_that_will_grow_shows_what_the_large_one_shows(tmp_path, augment):
     """The same box and flip, with fewer pixels: the large one, reduced, looks like it."""
     y, x = np.mgrid[0:100, 0:120]
@@ -478,11 +501,16 @@ def test_skipping_leaves_out_exactly_the_bad_images_and_says_why(damaged, augmen
     }
     gone(index, 30)
     order = np.random.default_rng(0).permutation(40)
-    plan = [Work(k, 0, part, True) for k, part in enumerate((order[:37], order[37:], np.array([11, 12, 30]), order))]
+    plan = [
+        Work(k, 0, part, True)
+        for k, part in enumerate((order[:37], order[37:], np.array([11, 12, 30]), order))
+    ]
     good = [[i for i in work.indices.tolist() if i not in (11, 12, 30)] for work in plan]
     for batch, expected in zip(loader.batches(plan), good, strict=True):
         assert batch.indices.tolist() == expected
-        assert sorted(one.index for one in batch.bad) == sorted(set(why) & set(batch.work.indices.tolist()))
+        assert sorted(one.index for one in batch.bad) == sorted(
+            set(why) & set(batch.work.indices.tolist())
+        )
         for one in batch.bad:
             assert batch.work.indices[one.position] == one.index
             assert one.kind == why[one.index][0]
@@ -517,7 +545,11 @@ def test_where_images_are_mixed_the_one_before_them_comes_last_and_partners_are_
     ]
     expected = [  # images, own indices, partners
         ([5, 6, 7, 8, 4], [5, 6, 7, 8], [4, 5, 6, 7]),
-        ([0, 1, 2, 4, 5, 6, 7, 8, 9], [0, 1, 2, 4, 5, 6, 7, 8, 9], [0, 0, 1, 4, 4, 5, 6, 7, 8]),  # 0 and 4 alone
+        (
+            [0, 1, 2, 4, 5, 6, 7, 8, 9],
+            [0, 1, 2, 4, 5, 6, 7, 8, 9],
+            [0, 0, 1, 4, 4, 5, 6, 7, 8],
+        ),  # 0 and 4 alone
         ([2], [], []),
         ([], [], []),
     ]
@@ -539,12 +571,15 @@ def synthetic(**knobs):
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
-def test_synthetic_images_are_the_same_in_every_run_and_batch_and_differ_from_each_other(num_threads):
+def test_synthetic_images_are_the_same_in_every_run_and_batch_and_differ_from_each_other(
+    num_threads,
+):
     sets = [open_data(synthetic()) for _ in range(2)]
     plans = [works(50), works(*[7] * 7, 1)]
     augment = build_augment(BasicAugmentConfig(), 0, 16, 18)
     first, second = (
-        seen(build_loader(synthetic(), data.train, augment, num_threads, CPU), plan) for data, plan in zip(sets, plans)
+        seen(build_loader(synthetic(), data.train, augment, num_threads, CPU), plan)
+        for data, plan in zip(sets, plans)
     )
     assert first == second
     assert len(first) == 50
@@ -559,5 +594,6 @@ def test_synthetic_sets_have_the_numbers_asked_for_and_every_class():
     assert data.class_names == data.train.classes == [f"class{c}" for c in range(7)]
     assert set(data.val.labels) == set(range(7))
     assert [
-        batch.labels.tolist() for batch in build_loader(synthetic(), data.val, None, 1, CPU).batches(works(20))
+        batch.labels.tolist()
+        for batch in build_loader(synthetic(), data.val, None, 1, CPU).batches(works(20))
     ] == [data.val.labels.tolist()]

@@ -7,19 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from alexnet_ddp import distributed
 from alexnet_ddp.config import ConfigError, DDPConfig, Device, Hook, NoAugmentConfig, TrainerConfig
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.effects import apply_effects
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler
-from alexnet_ddp.data.sets import open_data
-from alexnet_ddp.engine import TrainStep
-from alexnet_ddp.errors import RunError
+from alexnet_ddp.data.sources.sets import open_data
 from alexnet_ddp.model.dropout import set_dropout_keys
-from alexnet_ddp.optim import build_optimizer, state_by_name
 from alexnet_ddp.parallel import build_parallel, hooks
-from alexnet_ddp.resilience.health import Wish
+from alexnet_ddp.runtime import distributed
+from alexnet_ddp.runtime.errors import RunError
+from alexnet_ddp.training.optim import build_optimizer, state_by_name
+from alexnet_ddp.training.step import TrainStep
+from alexnet_ddp.training.vote import StepVote
 from tests.conftest import make_folder
 from tests.ranks import run_ranks
 from tests.test_parallel import IMAGES, SGD, small_alexnet
@@ -37,7 +37,9 @@ def batches_of(rank: int, world_size: int, num_steps: int):
     """A rank's batches, and the images of the global batch, step by step."""
     data = open_data(IMAGES).train
     sampler = GlobalBatchSampler(len(data), TRAINER.global_batch_size, seed=0)
-    loader = build_loader(IMAGES, data, build_augment(NoAugmentConfig(), 0, 64, 73), 1, torch.device("cpu"))
+    loader = build_loader(
+        IMAGES, data, build_augment(NoAugmentConfig(), 0, 64, 73), 1, torch.device("cpu")
+    )
     batches = loader.batches(sampler.work(range(num_steps), rank, world_size, None))
     for step in range(num_steps):
         yield next(batches), len(sampler.batch(step))
@@ -59,10 +61,14 @@ def trained(cfg: DDPConfig, num_steps: int) -> tuple[list[bool], dict[str, np.nd
         met = []
         if wrapped.hook is not None:
             wrapped.hook.go_on(0, {})
-        for k, (batch, num_images) in enumerate(batches_of(world.rank, world.world_size, num_steps)):
-            step(iter([batch]), k, SGD.lr, num_images, Wish())
+        for k, (batch, num_images) in enumerate(
+            batches_of(world.rank, world.world_size, num_steps)
+        ):
+            step(iter([batch]), k, SGD.lr, num_images, StepVote())
             if wrapped.hook is not None:
-                met.append(wrapped.hook.meet(k + 1, False, lambda: list(learnt().values()), lambda: None))
+                met.append(
+                    wrapped.hook.meet(k + 1, False, lambda: list(learnt().values()), lambda: None)
+                )
         return met, {name: t.numpy().copy() for name, t in learnt().items()}
 
 
@@ -71,11 +77,16 @@ def apart(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
     return max(np.linalg.norm(one[n] - other[n]) / np.linalg.norm(one[n]) for n in one)
 
 
-def simulated(num_ranks: int, period: int, start: int, num_steps: int) -> list[dict[str, np.ndarray]]:
+def simulated(
+    num_ranks: int, period: int, start: int, num_steps: int
+) -> list[dict[str, np.ndarray]]:
     """In one process, with torch's SGD: each rank's weights, which become their mean."""
     torch.set_num_threads(1)
     models = [small_alexnet() for _ in range(num_ranks)]
-    optimizers = [torch.optim.SGD(m.parameters(), SGD.lr, SGD.momentum, weight_decay=SGD.weight_decay) for m in models]
+    optimizers = [
+        torch.optim.SGD(m.parameters(), SGD.lr, SGD.momentum, weight_decay=SGD.weight_decay)
+        for m in models
+    ]
     work = [batches_of(rank, num_ranks, num_steps) for rank in range(num_ranks)]
     for step in range(num_steps):
         for model, batches in zip(models, work):
@@ -84,7 +95,9 @@ def simulated(num_ranks: int, period: int, start: int, num_steps: int) -> list[d
             model.zero_grad()
             if len(batch.labels):
                 logits = model(apply_effects(batch.images, batch.effects))
-                (F.cross_entropy(logits, batch.labels, reduction="sum") * num_ranks / num_images).backward()
+                (
+                    F.cross_entropy(logits, batch.labels, reduction="sum") * num_ranks / num_images
+                ).backward()
             else:
                 for p in model.parameters():
                     p.grad = torch.zeros_like(p)
@@ -94,11 +107,19 @@ def simulated(num_ranks: int, period: int, start: int, num_steps: int) -> list[d
             optimizer.step()
         if step + 1 <= start or (step + 1) % period == 0:
             average([[p.data for p in m.parameters()] for m in models])
-            average([[o.state[p]["momentum_buffer"] for p in m.parameters()] for m, o in zip(models, optimizers)])
+            average(
+                [
+                    [o.state[p]["momentum_buffer"] for p in m.parameters()]
+                    for m, o in zip(models, optimizers)
+                ]
+            )
     found = []
     for model, optimizer in zip(models, optimizers):
         weights = {name: p.detach() for name, p in model.named_parameters()}
-        moments = {f"momentum_buffer/{n}": optimizer.state[p]["momentum_buffer"] for n, p in model.named_parameters()}
+        moments = {
+            f"momentum_buffer/{n}": optimizer.state[p]["momentum_buffer"]
+            for n, p in model.named_parameters()
+        }
         found.append({name: t.numpy() for name, t in (weights | moments).items()})
     return found
 
@@ -135,7 +156,13 @@ def test_the_ranks_of_a_group_go_on_together():
 
 def test_a_meeting_goes_in_pieces_of_about_one_size(monkeypatch):
     monkeypatch.setattr(hooks, "_PIECE", 900)
-    tensors = [torch.zeros(3), torch.zeros(1000, 9).t(), torch.zeros(0), torch.zeros(10), torch.zeros(2, 5000)]
+    tensors = [
+        torch.zeros(3),
+        torch.zeros(1000, 9).t(),
+        torch.zeros(0),
+        torch.zeros(10),
+        torch.zeros(2, 5000),
+    ]
     pieces = list(hooks._pieces(tensors))
     for piece in pieces:
         for part in piece:
@@ -156,8 +183,10 @@ def an_infinite_gradient_on_rank_1():
             model.classifier[1].weight.register_hook(lambda gradient: gradient * float("inf"))
         before = [p.detach().clone() for p in model.parameters()]
         batch, num_images = next(batches_of(world.rank, world.world_size, 1))
-        step(iter([batch]), 0, SGD.lr, num_images, Wish())
-        return step.settle(), all(torch.equal(p, kept) for p, kept in zip(model.parameters(), before))
+        step(iter([batch]), 0, SGD.lr, num_images, StepVote())
+        return step.settle(), all(
+            torch.equal(p, kept) for p, kept in zip(model.parameters(), before)
+        )
 
 
 def test_a_step_that_is_bad_on_one_rank_is_applied_on_none():
@@ -172,18 +201,26 @@ def refused(group: int) -> str:
 
 
 def test_groups_that_do_not_suit_are_refused_on_all_ranks():
-    indivisible = "parallel.local_sgd_group (2) must divide the number of processes (3); nearest: 1 or 3"
+    indivisible = (
+        "parallel.local_sgd_group (2) must divide the number of processes (3); nearest: 1 or 3"
+    )
     assert run_ranks(refused, 3, 2) == [indivisible] * 3
     whole = "parallel.local_sgd_group (2) is all of the 2 processes, which then never learn apart"
     assert all(line.startswith(whole) for line in run_ranks(refused, 2, 2))
 
 
 def test_its_knobs_belong_to_it():
-    with pytest.raises(ConfigError, match=r"parallel.local_sgd_period would be ignored with parallel.hook=none"):
+    with pytest.raises(
+        ConfigError, match=r"parallel.local_sgd_period would be ignored with parallel.hook=none"
+    ):
         DDPConfig(local_sgd_period=4)
-    with pytest.raises(ConfigError, match=r"parallel.local_sgd_period \(0\) must be greater than 0"):
+    with pytest.raises(
+        ConfigError, match=r"parallel.local_sgd_period \(0\) must be greater than 0"
+    ):
         local(period=0)
-    with pytest.raises(ConfigError, match=r"parallel.local_sgd_start_step \(-1\) must not be negative"):
+    with pytest.raises(
+        ConfigError, match=r"parallel.local_sgd_start_step \(-1\) must not be negative"
+    ):
         local(period=2, start=-1)
 
 
@@ -191,18 +228,37 @@ def test_its_knobs_belong_to_it():
 def test_stopped_between_two_means_it_ends_with_the_same_bits(tmp_path):
     """A stop, and a save by time, wait for the next mean; an epoch's end, of 26 steps, is one whatever the period."""
     make_folder(tmp_path / "data", 205, 21)
-    overrides = [*SMALL, f"data.root={tmp_path}/data", f"run.root={tmp_path}/runs", "trainer.epochs=2"]
-    overrides += ["trainer.global_batch_size=8", "checkpoint.save_every_steps=20", "trainer.check_every_steps=10"]
-    overrides += ["parallel.hook=post_local_sgd", "parallel.local_sgd_period=4", "parallel.local_sgd_start_step=3"]
+    overrides = [
+        *SMALL,
+        f"data.root={tmp_path}/data",
+        f"run.root={tmp_path}/runs",
+        "trainer.epochs=2",
+    ]
+    overrides += [
+        "trainer.global_batch_size=8",
+        "checkpoint.save_every_steps=20",
+        "trainer.check_every_steps=10",
+    ]
+    overrides += [
+        "parallel.hook=post_local_sgd",
+        "parallel.local_sgd_period=4",
+        "parallel.local_sgd_start_step=3",
+    ]
     overrides += ["trainer.ema_decay=0.9", "optimizer=adamw", "optimizer.lr=0.001"]
     calm = run("train", *overrides, "run.name=calm", ranks=2, cwd=tmp_path)
     assert calm.returncode == 0, calm.stdout
-    runs, hit = tmp_path / "runs", [*overrides, "run.name=hit", "checkpoint.save_every_minutes=0.01"]
+    runs, hit = (
+        tmp_path / "runs",
+        [*overrides, "run.name=hit", "checkpoint.save_every_minutes=0.01"],
+    )
     while start_and_hit(signal.SIGTERM, hit, runs / "hit", 9, ranks=2):
         newest = int(max((runs / "hit" / "checkpoints").glob("step-*")).name.split("-")[1])
         assert newest % 4 == 0 or newest in (1, 2, 3, 10, 26, 30, 50, 52)
     assert rows(runs / "hit", "train/loss")[-1]["step"] == 52
-    losses = [{r["step"]: r["train/loss"] for r in rows(runs / name, "train/loss")} for name in ("calm", "hit")]
+    losses = [
+        {r["step"]: r["train/loss"] for r in rows(runs / name, "train/loss")}
+        for name in ("calm", "hit")
+    ]
     assert losses[0] == losses[1]
     for stem in ("model", "optimizer", "ema"):
         assert sha_of_newest(runs / "calm", stem) == sha_of_newest(runs / "hit", stem)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from alexnet_ddp import metrics
 from alexnet_ddp.config import Device
-from alexnet_ddp.distributed import session
-from alexnet_ddp.metrics import Meter, Pace, evaluation_row, train_row
+from alexnet_ddp.runtime.distributed import session
+from alexnet_ddp.training import metrics
+from alexnet_ddp.training.metrics import Meter, Throughput, evaluation_row, train_row
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,7 +64,9 @@ def test_a_meter_goes_on_from_the_sums_of_a_checkpoint():
 @pytest.mark.parametrize("num_classes", [1, 2, 5])
 def test_with_five_classes_or_fewer_every_image_is_among_the_top_five(num_classes):
     meter, labels = Meter(torch.device("cpu")), torch.zeros(3, dtype=torch.int64)
-    meter.add(torch.tensor(1.0), logits_that_rank(labels, [0, 0, num_classes - 1], num_classes), labels)
+    meter.add(
+        torch.tensor(1.0), logits_that_rank(labels, [0, 0, num_classes - 1], num_classes), labels
+    )
     sums = meter.read()
     assert (sums["correct1"], sums["correct5"]) == (3 if num_classes == 1 else 2, 3)
 
@@ -106,18 +108,26 @@ def clock(monkeypatch):
 
 
 def test_pace_is_images_and_waiting_since_the_last_row(clock):
-    pace = Pace()
+    pace = Throughput()
     for _ in range(4):
         pace.add(planned=64, seen=64)
     clock.s += 2
-    assert pace.row(waited_s=0.4) == {"train/images_per_sec": 128.0, "time/step_s": 0.5, "time/data_s": 0.1}
+    assert pace.row(waited_s=0.4) == {
+        "train/images_per_sec": 128.0,
+        "time/step_s": 0.5,
+        "time/data_s": 0.1,
+    }
     pace.add(planned=64, seen=64)
     clock.s += 4
-    assert pace.row(waited_s=0.9) == {"train/images_per_sec": 16.0, "time/step_s": 4.0, "time/data_s": 0.5}
+    assert pace.row(waited_s=0.9) == {
+        "train/images_per_sec": 16.0,
+        "time/step_s": 4.0,
+        "time/data_s": 0.5,
+    }
 
 
 def test_pace_leaves_pauses_out(clock):
-    pace = Pace()
+    pace = Throughput()
     pace.add(planned=10, seen=10)
     clock.s += 7
     pace.pause(5)
@@ -125,7 +135,7 @@ def test_pace_leaves_pauses_out(clock):
 
 
 def test_pace_counts_images_that_could_not_be_read_and_only_while_there_are_some(clock):
-    pace = Pace()
+    pace = Throughput()
     pace.add(planned=10, seen=8)
     pace.add(planned=10, seen=9)
     clock.s += 1
@@ -137,5 +147,5 @@ def test_pace_counts_images_that_could_not_be_read_and_only_while_there_are_some
 
 
 def test_pace_without_a_step_or_without_time_is_finite(clock):
-    pace = Pace()
+    pace = Throughput()
     assert pace.row(0) == {"train/images_per_sec": 0.0, "time/step_s": 0.0, "time/data_s": 0.0}

@@ -24,10 +24,18 @@ from alexnet_ddp.config import (
     ModelConfig,
     TorchvisionConfig,
 )
-from alexnet_ddp.model import KeyedDropout, build_model, check_image_size, load_weights, set_dropout_keys
+from alexnet_ddp.model import (
+    KeyedDropout,
+    build_model,
+    check_image_size,
+    load_weights,
+    set_dropout_keys,
+)
 
 
-def build(cfg: ModelConfig, num_classes: int = 10, image_size: int = 224, seed: int = 0) -> nn.Module:
+def build(
+    cfg: ModelConfig, num_classes: int = 10, image_size: int = 224, seed: int = 0
+) -> nn.Module:
     return build_model(cfg, num_classes, image_size, seed)
 
 
@@ -100,7 +108,9 @@ def test_alexnet_2012_starts_with_the_papers_initial_values(model_2012):
         assert abs(m.weight.mean().item()) < 5e-4
 
 
-def test_alexnet_2012_normalises_across_channels_with_k_2_n_5_alpha_1e_4_beta_3_quarters(model_2012):
+def test_alexnet_2012_normalises_across_channels_with_k_2_n_5_alpha_1e_4_beta_3_quarters(
+    model_2012,
+):
     norms = layers(model_2012, nn.LocalResponseNorm)
     assert len(norms) == 2
     x = 40 * images(1, 3).repeat(1, 4, 1, 1)[:, :9]
@@ -123,7 +133,11 @@ def test_alexnet_bn_normalises_before_conv2_to_conv5_only_and_without_parameters
     norms = layers(model_bn, nn.BatchNorm2d)
     assert [n.num_features for n in norms] == [96, 256, 384, 384]
     assert all(not list(n.parameters()) for n in norms)
-    before = [type(a).__name__ for a, b in zip(model_bn.features, list(model_bn.features)[1:]) if type(b) is nn.Conv2d]
+    before = [
+        type(a).__name__
+        for a, b in zip(model_bn.features, list(model_bn.features)[1:])
+        if type(b) is nn.Conv2d
+    ]
     assert before == ["BatchNorm2d"] * 4
     assert not layers(model_bn.classifier, nn.BatchNorm1d, nn.BatchNorm2d)
 
@@ -146,7 +160,9 @@ def test_alexnet_small_has_the_widths_of_the_article(small):
 def test_the_loss_starts_near_the_logarithm_of_the_number_of_classes(cfg, size):
     model = build(cfg, num_classes=20, image_size=size)
     set_dropout_keys(model, 0, 0, torch.arange(24, dtype=torch.int32))
-    smooth = F.interpolate(images(24, 5), size=size, mode="bilinear")  # like a normalised photograph
+    smooth = F.interpolate(
+        images(24, 5), size=size, mode="bilinear"
+    )  # like a normalised photograph
     with torch.no_grad():
         loss = F.cross_entropy(model(smooth), torch.arange(24) % 20)
     assert loss.item() == pytest.approx(math.log(20), abs=0.15)
@@ -156,7 +172,9 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(small):
     again, other = (build(AlexNetSmallConfig(), image_size=64, seed=seed) for seed in (0, 1))
     own = small.state_dict()
     assert all(torch.equal(tensor, own[name]) for name, tensor in again.state_dict().items())
-    assert all(not torch.equal(t, own[n]) for n, t in other.state_dict().items() if n.endswith("weight"))
+    assert all(
+        not torch.equal(t, own[n]) for n, t in other.state_dict().items() if n.endswith("weight")
+    )
 
 
 def test_building_a_model_leaves_the_global_generator_where_it_was():
@@ -180,17 +198,27 @@ def test_a_forward_and_backward_pass_draws_nothing_from_the_global_generator(cfg
 
 @pytest.mark.parametrize(
     ("cfg", "size"),
-    [(AlexNetSmallConfig(), 16), (AlexNetConfig(), 32), (TorchvisionConfig(name="vit_b_32", dropout=0.1), 64)],
+    [
+        (AlexNetSmallConfig(), 16),
+        (AlexNetConfig(), 32),
+        (TorchvisionConfig(name="vit_b_32", dropout=0.1), 64),
+    ],
 )
 def test_an_image_size_that_the_network_cannot_take_is_refused_with_the_reason(cfg, size):
-    with pytest.raises(ConfigError, match=rf"^data\.image_size \({size}\) does not suit this network: \S.*[^.]$") as e:
+    with pytest.raises(
+        ConfigError, match=rf"^data\.image_size \({size}\) does not suit this network: \S.*[^.]$"
+    ) as e:
         build(cfg, image_size=size)
     assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize(
     ("cfg", "start"),
-    [(AlexNetConfig(), 32), (AlexNet2012Config(), 32), (TorchvisionConfig(name="vit_b_32", dropout=0.1), 192)],
+    [
+        (AlexNetConfig(), 32),
+        (AlexNet2012Config(), 32),
+        (TorchvisionConfig(name="vit_b_32", dropout=0.1), 192),
+    ],
 )
 def test_a_size_to_grow_from_that_the_network_cannot_take_is_refused(cfg, start):
     rule = rf"^data\.start_image_size \({start}\) does not suit this network: \S.*[^.]$"
@@ -204,11 +232,15 @@ def test_the_family_may_grow_from_64_pixels(cfg):
 
 
 def test_an_unknown_torchvision_name_is_refused_with_its_neighbours():
-    with pytest.raises(ConfigError, match=r"^model\.name \(resnet19\) is no classifier of torchvision; near: ") as e:
+    with pytest.raises(
+        ConfigError, match=r"^model\.name \(resnet19\) is no classifier of torchvision; near: "
+    ) as e:
         build(TorchvisionConfig(name="resnet19"))
     assert "resnet18" in str(e.value)
     assert "alexnet" not in str(e.value)
-    with pytest.raises(ConfigError, match=r"^model\.name \(zzz\) is no classifier of torchvision; near: alexnet, "):
+    with pytest.raises(
+        ConfigError, match=r"^model\.name \(zzz\) is no classifier of torchvision; near: alexnet, "
+    ):
         build(TorchvisionConfig(name="zzz"))
 
 
@@ -218,7 +250,9 @@ def test_a_detector_is_no_classifier():
 
 
 def test_dropout_for_a_network_that_has_none_is_refused():
-    with pytest.raises(ConfigError, match=r"^model\.dropout is not an option of resnet18; leave it null$"):
+    with pytest.raises(
+        ConfigError, match=r"^model\.dropout is not an option of resnet18; leave it null$"
+    ):
         build(TorchvisionConfig(name="resnet18", dropout=0.3))
 
 
@@ -226,7 +260,12 @@ def test_dropout_for_a_network_that_has_none_is_refused():
 
 
 def mask(
-    indices: list[int] | range, seed: int = 0, step: int = 0, layer: int = 1, p: float = 0.5, units: int = 256
+    indices: list[int] | range,
+    seed: int = 0,
+    step: int = 0,
+    layer: int = 1,
+    p: float = 0.5,
+    units: int = 256,
 ) -> Tensor:
     """bool [n, units]: what is kept."""
     dropout = KeyedDropout(p, layer)
@@ -258,7 +297,12 @@ def test_a_mask_is_the_same_for_every_split_and_order_of_the_batch():
 
 def test_another_seed_step_image_or_layer_is_another_mask():
     one = mask(range(64))
-    others = [mask(range(64), seed=1), mask(range(64), step=1), mask(range(1, 65)), mask(range(64), layer=2)]
+    others = [
+        mask(range(64), seed=1),
+        mask(range(64), step=1),
+        mask(range(1, 65)),
+        mask(range(64), layer=2),
+    ]
     assert torch.equal(mask(range(64)), one)
     for other in others:
         assert agreement(one, other) == pytest.approx(0.5, abs=5 * 0.5 / math.sqrt(one.numel()))
@@ -384,11 +428,15 @@ def test_a_malicious_pickle_is_refused_and_nothing_in_it_runs(tmp_path, containe
         path = path.with_suffix(".safetensors")
         path.write_bytes(pickle.dumps(Bomb(mark), protocol=2))
     else:
-        torch.save({**net().state_dict(), "x": Bomb(mark)} if "dict" in container else Bomb(mark), path)
+        torch.save(
+            {**net().state_dict(), "x": Bomb(mark)} if "dict" in container else Bomb(mark), path
+        )
     with pytest.raises(ConfigError) as e:
         load_weights(net(), path)
     assert not mark.exists()
-    assert re.search(r"\) is refused: it holds more than tensors.*; nothing in it was run; save ", str(e.value)), e
+    assert re.search(
+        r"\) is refused: it holds more than tensors.*; nothing in it was run; save ", str(e.value)
+    ), e
     assert str(path) in str(e.value)
     assert "\n" not in str(e.value)
 
@@ -418,7 +466,9 @@ def test_a_missing_weight_file_is_named(tmp_path):
 def test_a_damaged_weight_file_is_refused_in_one_line(tmp_path, suffix, damage):
     path = save(net(), tmp_path / f"w{suffix}")
     data = path.read_bytes()
-    path.write_bytes({"empty": b"", "cut": data[: len(data) // 2], "text": b"<html>not found</html>\n"}[damage])
+    path.write_bytes(
+        {"empty": b"", "cut": data[: len(data) // 2], "text": b"<html>not found</html>\n"}[damage]
+    )
     with pytest.raises(ConfigError) as e:
         load_weights(net(), path)
     assert str(path) in str(e.value)

@@ -4,9 +4,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alexnet_ddp import distributed
-from alexnet_ddp.config import AdamWConfig, Device, LARSConfig, LARSVariant, OptimizerConfig, SGDConfig
-from alexnet_ddp.optim import build_optimizer, load_state_by_name, set_lr, state_by_name
+from alexnet_ddp.config import (
+    AdamWConfig,
+    Device,
+    LARSConfig,
+    LARSVariant,
+    OptimizerConfig,
+    SGDConfig,
+)
+from alexnet_ddp.runtime import distributed
+from alexnet_ddp.training.optim import build_optimizer, load_state_by_name, set_lr, state_by_name
 from tests.ranks import run_ranks
 
 RATES = (0.1, 0.05, 0.2, 0.1, 0.02)
@@ -15,7 +22,9 @@ RATES = (0.1, 0.05, 0.2, 0.1, 0.02)
 def net() -> nn.Module:
     """A matrix, a kernel, a norm and biases, in float64, so that a formula can be compared closely."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 4 * 4, 5)).double()
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 4 * 4, 5)
+    ).double()
 
 
 def gradients(model: nn.Module, step: int) -> list[Tensor]:
@@ -29,7 +38,9 @@ def gradients(model: nn.Module, step: int) -> list[Tensor]:
 def learn(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         for p, g in zip(model.parameters(), gradients(model, step)):
-            p.grad = torch.empty_like(p).copy_(g)  # with the strides of the weight, as backward leaves it
+            p.grad = torch.empty_like(p).copy_(
+                g
+            )  # with the strides of the weight, as backward leaves it
         set_lr(optimizer, RATES[step % len(RATES)])
         optimizer.step()
 
@@ -59,7 +70,9 @@ def test_sgd_equals_its_formula_over_five_steps(nesterov, decay_biases, bias_lr_
         return p - lr * (g + 0.9 * v if nesterov else v)
 
     knobs = {"decay_biases": decay_biases, "bias_lr_factor": bias_lr_factor}
-    assert_equals_formula(SGDConfig(lr=1, momentum=0.9, weight_decay=0.03, nesterov=nesterov, **knobs), update)
+    assert_equals_formula(
+        SGDConfig(lr=1, momentum=0.9, weight_decay=0.03, nesterov=nesterov, **knobs), update
+    )
 
 
 def test_sgd_without_momentum_equals_its_formula():
@@ -75,7 +88,9 @@ def test_adamw_equals_its_formula_over_five_steps(decay_biases, bias_lr_factor):
         return p - lr * (m / (1 - 0.8**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-6)
 
     knobs = {"decay_biases": decay_biases, "bias_lr_factor": bias_lr_factor}
-    assert_equals_formula(AdamWConfig(lr=1, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.3, **knobs), update)
+    assert_equals_formula(
+        AdamWConfig(lr=1, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.3, **knobs), update
+    )
 
 
 def test_biases_and_norms_are_the_group_that_may_learn_otherwise():
@@ -131,7 +146,9 @@ def test_loaded_state_has_the_strides_of_its_parameter():
     saved = {name: t.contiguous().clone() for name, t in state_by_name(optimizer, model).items()}
     load_state_by_name(fresh := build_optimizer(SGDConfig(lr=0.1), model), model, saved)
     kernel = model[0].weight
-    assert fresh.state[kernel]["momentum_buffer"].stride() == kernel.stride()  # fused kernels walk both alike
+    assert (
+        fresh.state[kernel]["momentum_buffer"].stride() == kernel.stride()
+    )  # fused kernels walk both alike
 
 
 def test_loading_keeps_the_hyperparameters_of_the_configuration():
@@ -139,19 +156,26 @@ def test_loading_keeps_the_hyperparameters_of_the_configuration():
     learn(model, (old := build_optimizer(SGDConfig(lr=0.1, momentum=0.9), model)), range(2))
     new = build_optimizer(SGDConfig(lr=0.7, momentum=0.5, weight_decay=0.01), model)
     load_state_by_name(new, model, state_by_name(old, model))
-    assert [(g["lr"], g["momentum"], g["weight_decay"]) for g in new.param_groups] == [(0.7, 0.5, 0.01)] * 2
+    assert [(g["lr"], g["momentum"], g["weight_decay"]) for g in new.param_groups] == [
+        (0.7, 0.5, 0.01)
+    ] * 2
 
 
 def test_state_is_named_by_kind_and_parameter():
     model = net()
-    sgd, adamw = build_optimizer(SGDConfig(lr=0.1), model), build_optimizer(AdamWConfig(lr=0.1), model)
+    sgd, adamw = (
+        build_optimizer(SGDConfig(lr=0.1), model),
+        build_optimizer(AdamWConfig(lr=0.1), model),
+    )
     assert not any(moment.any() for moment in state_by_name(sgd, model).values())
     learn(model, sgd, range(1))
     learn(model, adamw, range(1))
     names = [name for name, _ in model.named_parameters()]
     assert sorted(state_by_name(sgd, model)) == sorted(f"momentum_buffer/{n}" for n in names)
     kinds = ("step", "exp_avg", "exp_avg_sq")
-    assert sorted(state_by_name(adamw, model)) == sorted(f"{kind}/{n}" for kind in kinds for n in names)
+    assert sorted(state_by_name(adamw, model)) == sorted(
+        f"{kind}/{n}" for kind in kinds for n in names
+    )
 
 
 def test_loading_copies_so_that_the_source_stays_what_it_was():
@@ -188,7 +212,9 @@ def test_lars_takes_the_steps_of_the_formula_worked_out_on_paper():
         torch.testing.assert_close(w.detach(), torch.tensor(expected), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("knobs", [{}, {"decay_biases": False}, WEIGHTS_ONLY], ids=["authors", "no decay", "weights"])
+@pytest.mark.parametrize(
+    "knobs", [{}, {"decay_biases": False}, WEIGHTS_ONLY], ids=["authors", "no decay", "weights"]
+)
 def test_lars_equals_its_formula_over_five_steps(knobs):
     cfg = LARSConfig(lr=1, eta=0.02, weight_decay=0.03, bias_lr_factor=2, **knobs)
 
@@ -220,9 +246,16 @@ def test_lars_equals_timms_on_random_tensors(always_adapt):
     knobs = {} if always_adapt else WEIGHTS_ONLY
     ours, theirs = net().float(), net().float()
     optimizer = build_optimizer(LARSConfig(lr=0.1, eta=0.01, weight_decay=5e-4, **knobs), ours)
-    split = [[p for p in theirs.parameters() if (p.dim() > 1) is matrix] for matrix in (True, False)]
-    groups = [{"params": ps, "weight_decay": wd} for ps, wd in zip(split, (5e-4, 5e-4 if always_adapt else 0.0))]
-    reference = lars(groups, lr=0.1, momentum=0.9, trust_coeff=0.01, eps=0.0, always_adapt=always_adapt)
+    split = [
+        [p for p in theirs.parameters() if (p.dim() > 1) is matrix] for matrix in (True, False)
+    ]
+    groups = [
+        {"params": ps, "weight_decay": wd}
+        for ps, wd in zip(split, (5e-4, 5e-4 if always_adapt else 0.0))
+    ]
+    reference = lars(
+        groups, lr=0.1, momentum=0.9, trust_coeff=0.01, eps=0.0, always_adapt=always_adapt
+    )
     for step in range(5):
         for a, b, g in zip(ours.parameters(), theirs.parameters(), gradients(ours, step)):
             a.grad, b.grad = g.clone(), g.clone()
@@ -240,17 +273,21 @@ def lars_on_half(steps: int) -> list[Tensor]:
         half = slice(world.rank, None, 2) if world.world_size > 1 else slice(None)
         model[3].weight = part = nn.Parameter(whole[half].detach().clone())
 
-        def whole_norms(norms: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+        def global_norms(norms: Tensor, parameters: list[nn.Parameter]) -> Tensor:
             is_split = torch.tensor([p is part for p in parameters])
             sums = norms.square()
             torch.distributed.all_reduce(sums)
             return torch.where(is_split, sums.sqrt(), norms)
 
-        optimizer = build_optimizer(LARSConfig(lr=0.1, eta=0.02, weight_decay=0.03), model, whole_norms)
+        optimizer = build_optimizer(
+            LARSConfig(lr=0.1, eta=0.02, weight_decay=0.03), model, global_norms
+        )
         torch.manual_seed(1)
         for _ in range(steps):
             for p in model.parameters():
-                p.grad = torch.randn(whole.shape)[half].clone() if p is part else torch.randn(p.shape)
+                p.grad = (
+                    torch.randn(whole.shape)[half].clone() if p is part else torch.randn(p.shape)
+                )
             optimizer.step()
         return [p.detach().numpy() for p in model.parameters()]
 
@@ -263,15 +300,23 @@ def test_lars_on_a_split_layer_equals_lars_on_the_whole_one():
             joined = torch.empty(expected.shape)
             joined[0::2], joined[1::2] = torch.from_numpy(a), torch.from_numpy(b)
             a = b = joined.numpy()
-        torch.testing.assert_close(torch.from_numpy(a), torch.from_numpy(expected), rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(torch.from_numpy(b), torch.from_numpy(expected), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            torch.from_numpy(a), torch.from_numpy(expected), rtol=1e-6, atol=1e-6
+        )
+        torch.testing.assert_close(
+            torch.from_numpy(b), torch.from_numpy(expected), rtol=1e-6, atol=1e-6
+        )
 
 
 def test_the_norms_of_a_large_layer_are_exact():
     torch.manual_seed(0)
-    w = nn.Parameter(torch.randn(1024, 4096))  # torch's own norm, in one piece on a CPU, is off by 0.02 %
+    w = nn.Parameter(
+        torch.randn(1024, 4096)
+    )  # torch's own norm, in one piece on a CPU, is off by 0.02 %
     seen = []
-    optimizer = build_optimizer(LARSConfig(lr=1), nn.ParameterList([w]), lambda n, parameters: seen.append(n) or n)
+    optimizer = build_optimizer(
+        LARSConfig(lr=1), nn.ParameterList([w]), lambda n, parameters: seen.append(n) or n
+    )
     w.grad = torch.randn(1024, 4096)
     expected = torch.stack([w.detach().double().norm(), w.grad.double().norm()])
     optimizer.step()
@@ -281,7 +326,11 @@ def test_the_norms_of_a_large_layer_are_exact():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_lars_applies_nothing_of_a_step_that_is_not_finite(bad):
     model = net().float()
-    learn(model, (optimizer := build_optimizer(LARSConfig(lr=0.1, weight_decay=1e-3), model)), range(2))
+    learn(
+        model,
+        (optimizer := build_optimizer(LARSConfig(lr=0.1, weight_decay=1e-3), model)),
+        range(2),
+    )
     before = [t.clone() for t in (*model.parameters(), *state_by_name(optimizer, model).values())]
     for p, g in zip(model.parameters(), gradients(model, 2)):
         p.grad = g

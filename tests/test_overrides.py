@@ -22,7 +22,7 @@ from alexnet_ddp.config.advice import one_line
 from alexnet_ddp.config.door import to_config, use_schema
 from alexnet_ddp.config.overrides import quoted, to_hydra
 from alexnet_ddp.config.schema import ROOTS, Option, groups, options, sections
-from alexnet_ddp.redact import redact
+from alexnet_ddp.runtime.redaction import redact
 
 PACKAGE = Path(cli.__file__).parent
 SMALL = ("data=synthetic", "model=alexnet_small")
@@ -55,7 +55,20 @@ def line_of(end, root: str, *arguments: str) -> str:
 
 # --- text as it was typed ---------------------------------------------------------------------------------------
 
-NUMBER_LIKE = ["1.10", "12e4567", "34e9999", "1e5", "true", "False", "null", "007", "2026_11_28", "0x10", "-1", "inf"]
+NUMBER_LIKE = [
+    "1.10",
+    "12e4567",
+    "34e9999",
+    "1e5",
+    "true",
+    "False",
+    "null",
+    "007",
+    "2026_11_28",
+    "0x10",
+    "-1",
+    "inf",
+]
 AS_TYPED = [
     *(
         "müller/bilder",
@@ -109,14 +122,31 @@ def test_every_text_option_of_every_command_gets_the_text_that_was_typed(root):
         if option.is_text or option.item is str:
             for text in ("1.10", "007", "true", "a b=(2)'", "é,$"):
                 value = f"[{text.replace(',', ';')},1.10]" if option.item is str else text
-                read = OverridesParser.create().parse_override(to_hydra(f"{path}={value}", ROOTS[root])).value()
+                read = (
+                    OverridesParser.create()
+                    .parse_override(to_hydra(f"{path}={value}", ROOTS[root]))
+                    .value()
+                )
                 expected = [text.replace(",", ";"), "1.10"] if option.item is str else text
                 assert read == expected, path
 
 
 def test_null_is_a_text_for_a_name_and_no_value_for_an_option_that_may_have_none():
-    cfg = compose(["run.name=null", "model.weights=null", "checkpoint.copy_to=NULL", "data=folder", "data.root=null"])
-    assert (cfg.run.name, cfg.model.weights, cfg.checkpoint.copy_to, cfg.data.root) == ("null", None, None, "null")
+    cfg = compose(
+        [
+            "run.name=null",
+            "model.weights=null",
+            "checkpoint.copy_to=NULL",
+            "data=folder",
+            "data.root=null",
+        ]
+    )
+    assert (cfg.run.name, cfg.model.weights, cfg.checkpoint.copy_to, cfg.data.root) == (
+        "null",
+        None,
+        None,
+        "null",
+    )
     assert compose(["model.weights='null'"]).model.weights == "null"
 
 
@@ -160,7 +190,9 @@ def test_any_text_survives_hydras_grammar_and_omegaconfs():
         assert OmegaConf.to_container(node, resolve=True) == {"x": text}
 
 
-@pytest.mark.parametrize("text", ["1.10", "12e4567", "a b=(2)", "it's", "a\\", "é,$", "'x'y'", "2026_11_28"])
+@pytest.mark.parametrize(
+    "text", ["1.10", "12e4567", "a b=(2)", "it's", "a\\", "é,$", "'x'y'", "2026_11_28"]
+)
 def test_a_recorded_run_is_composed_again_with_the_same_texts(tmp_path, text):
     overrides = ["data=folder", f"data.root={text}", f"run.name={text}", "+experiment=demo"]
     run_dir = tmp_path / text
@@ -177,7 +209,9 @@ def test_a_settings_text_of_spark_is_as_it_was_typed():
     assert (cfg.engine.master, cfg.engine.conf) == ("local[2,4]", {"spark.app.name": "1.10"})
 
 
-@pytest.mark.parametrize("argument", ["--optimizer.lr=0.25", "--seed=3", "--data.root=/a b", "--scheduler=poly"])
+@pytest.mark.parametrize(
+    "argument", ["--optimizer.lr=0.25", "--seed=3", "--data.root=/a b", "--scheduler=poly"]
+)
 def test_an_override_may_be_written_with_two_dashes_as_wandbs_sweeps_do(end, argument):
     code, err, (_, overrides) = end("train", argument)
     assert (code, err, overrides) == (0, "", [argument[2:]])
@@ -200,12 +234,18 @@ def test_a_number_for_a_text_in_a_yaml_file_is_refused(tmp_path, end, value, whe
     experiment = tmp_path / "experiment"
     experiment.mkdir()
     named = f"# @package _global_\nrun:\n  name: {value}\n"
-    (experiment / "base.yaml").write_text(named if where == "base" else "# @package _global_\nseed: 1\n")
+    (experiment / "base.yaml").write_text(
+        named if where == "base" else "# @package _global_\nseed: 1\n"
+    )
     defaults = "defaults: [base, {override /data: mine}]\n"
-    (experiment / "mine.yaml").write_text(named if where == "experiment" else f"# @package _global_\n{defaults}")
+    (experiment / "mine.yaml").write_text(
+        named if where == "experiment" else f"# @package _global_\n{defaults}"
+    )
     (tmp_path / "data").mkdir()
     root = value if where == "data" else "x"
-    (tmp_path / "data/mine.yaml").write_text(f"defaults: [{{schema: folder}}, _self_]\nroot: {root}\n")
+    (tmp_path / "data/mine.yaml").write_text(
+        f"defaults: [{{schema: folder}}, _self_]\nroot: {root}\n"
+    )
     said = line_of(end, "train", "--config-dir", str(tmp_path), "experiment=mine")
     option = "data.root" if where == "data" else "run.name"
     file = {"experiment": "experiment/mine", "data": "data/mine", "base": "experiment/base"}[where]
@@ -253,10 +293,20 @@ def test_what_has_a_meaning_for_hydra_is_refused_in_our_words(end):
     assert line_of(end, "train", "experiment=null") == (
         "experiment=null is refused; leave experiment out for its default"
     )
-    assert line_of(end, "train", "run.name=???").startswith("run.name (???) is OmegaConf's mark of a value")
-    assert "chosen by data=..." in line_of(end, "train", "experiment=default/folder", "data=folder", "data.root=x")
-    assert line_of(end, "plan", "nodes=1,2") == "nodes=1,2: nodes takes one value; start one command per value"
-    assert line_of(end, "plan", "-m", "nodes=1") == "-m (a sweep) is not supported; start one command per value"
+    assert line_of(end, "train", "run.name=???").startswith(
+        "run.name (???) is OmegaConf's mark of a value"
+    )
+    assert "chosen by data=..." in line_of(
+        end, "train", "experiment=default/folder", "data=folder", "data.root=x"
+    )
+    assert (
+        line_of(end, "plan", "nodes=1,2")
+        == "nodes=1,2: nodes takes one value; start one command per value"
+    )
+    assert (
+        line_of(end, "plan", "-m", "nodes=1")
+        == "-m (a sweep) is not supported; start one command per value"
+    )
     assert line_of(end, "train", "~/data").startswith("'~/data' is not OPTION=VALUE")
 
 
@@ -269,7 +319,9 @@ def test_a_value_that_nothing_can_take_is_one_short_line(end, argument):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("root", ["train", "predict", "plan", "prepare"])  # evaluate and doctor have train's options
+@pytest.mark.parametrize(
+    "root", ["train", "predict", "plan", "prepare"]
+)  # evaluate and doctor have train's options
 def test_no_number_option_takes_more_than_64_bits_or_what_is_no_number(root):
     use_schema(ROOTS[root] if root == "doctor" else Config)
     for path, option in options(ROOTS[root]).items():
@@ -277,10 +329,18 @@ def test_no_number_option_takes_more_than_64_bits_or_what_is_no_number(root):
             continue
         choice = path.split(".")[0]
         chosen = [f"{choice}={option.choices[0]}"] if option.choices else []
-        for value in [str(10**30), "-1" + "0" * 30] if int in option.kinds else ["nan", "-inf", "inf"]:
+        for value in (
+            [str(10**30), "-1" + "0" * 30] if int in option.kinds else ["nan", "-inf", "inf"]
+        ):
             said = refusal(root, *chosen, f"{path}={value}")
             assert said.startswith(
-                (f"{path} (", "data.root is req", "model.name is req", "root is req", "images is req")
+                (
+                    f"{path} (",
+                    "data.root is req",
+                    "model.name is req",
+                    "root is req",
+                    "images is req",
+                )
             )
     use_schema(Config)
 
@@ -376,7 +436,12 @@ def test_every_command_names_its_own_options(end, command):
 
 @pytest.mark.parametrize(
     "advice",
-    ["use key=[value1,value2]", "quote it: key='value1,value2'", "write key=value", "give data.token=... again"],
+    [
+        "use key=[value1,value2]",
+        "quote it: key='value1,value2'",
+        "write key=value",
+        "give data.token=... again",
+    ],
 )
 def test_advice_is_no_secret(advice):
     assert redact(advice) == advice
@@ -389,22 +454,42 @@ OWNERS = {
     "prepare": ["prepare"],
     "packing": ["prepare", "train"],
 }
-OWNERS |= {"predict": ["predict", "train"], "doctor": ["doctor"], "examination": ["doctor", "prepare"]}
+OWNERS |= {
+    "predict": ["predict", "train"],
+    "doctor": ["doctor"],
+    "examination": ["doctor", "prepare"],
+}
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
+)
 def test_every_option_that_a_message_names_exists(path):
     parts = [*path.relative_to(PACKAGE).parts[:-1], path.stem]
-    roots = next((OWNERS[part] for part in reversed(parts) if part in OWNERS), ["train", "predict", "prepare", "plan"])
+    roots = next(
+        (OWNERS[part] for part in reversed(parts) if part in OWNERS),
+        ["train", "predict", "prepare", "plan"],
+    )
     known = {option for root in roots for option in options(ROOTS[root])}
-    heads = {*ROOTS, *(head for root in ROOTS.values() for head in (*sections(root), *groups(root)))}
-    named = re.compile(rf"(?<![\w./'-])(?:{'|'.join(sorted(heads))})\.[a-z][a-z_0-9]+(?![\w.(/]|\.py)")
+    heads = {
+        *ROOTS,
+        *(head for root in ROOTS.values() for head in (*sections(root), *groups(root))),
+    }
+    named = re.compile(
+        rf"(?<![\w./'-])(?:{'|'.join(sorted(heads))})\.[a-z][a-z_0-9]+(?![\w.(/]|\.py)"
+    )
     tree = ast.parse(path.read_text())
     docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docs]
+    texts = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and id(node) not in docs
+    ]
     for text in texts:
         for option in named.findall(text) if isinstance(text, str) and " " in text else []:
-            assert option in known or option.endswith((".py", ".json", ".npy", ".yaml")), f"{option} in {text!r}"
+            assert option in known or option.endswith((".py", ".json", ".npy", ".yaml")), (
+                f"{option} in {text!r}"
+            )
 
 
 def test_options_of_a_choice_know_their_choices():

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from alexnet_ddp.config import ConfigError
-from alexnet_ddp.data.packing import claim, plan, write
-from alexnet_ddp.data.packing.source import open_source
 from alexnet_ddp.data.storage import Storage
-from alexnet_ddp.errors import DataError, MachineError
-from alexnet_ddp.prepare import prepare
+from alexnet_ddp.prepare import claim, plan, write
+from alexnet_ddp.prepare.command import prepare
+from alexnet_ddp.prepare.source import open_source
+from alexnet_ddp.runtime.errors import DataError, MachineError
 from tests.archives import DEVKIT, VAL, age_tree, extract, jpeg, lay_out, make_archives
 from tests.conftest import make_folder
 from tests.packing import act, config, hashes, hit, members_of_group, pack, run, start, times
@@ -64,7 +64,9 @@ def test_a_folder_and_the_archives_it_came_from_give_the_same_shards(packed, fol
 
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(archives, packed, tmp_path):
-    code, _, err = run(f"source={archives}", f"root={tmp_path}/two", "engine.workers=2", "num_shards=3")
+    code, _, err = run(
+        f"source={archives}", f"root={tmp_path}/two", "engine.workers=2", "num_shards=3"
+    )
     assert code == 0, err
     assert hashes(tmp_path / "two") == hashes(packed)
 
@@ -83,7 +85,13 @@ def test_shards_packed_again_keep_names_classes_and_order(packed, tmp_path):
 
 def test_the_index_has_no_times_hosts_or_paths(packed):
     text = (packed / "index.json").read_text() + (packed / "_info.json").read_text()
-    for part in (str(packed), str(packed.parent), os.uname().nodename, time.strftime("%Y-%m-%d"), "workers"):
+    for part in (
+        str(packed),
+        str(packed.parent),
+        os.uname().nodename,
+        time.strftime("%Y-%m-%d"),
+        "workers",
+    ):
         assert part not in text
 
 
@@ -117,7 +125,9 @@ LARGER = ("shorter_side=64", "num_shards=20")
 
 @pytest.fixture(scope="module")
 def larger_packed(larger, tmp_path_factory):
-    return pack(larger, tmp_path_factory.mktemp("packing") / "larger_packed", shorter_side=64, num_shards=20)
+    return pack(
+        larger, tmp_path_factory.mktemp("packing") / "larger_packed", shorter_side=64, num_shards=20
+    )
 
 
 @pytest.fixture
@@ -139,7 +149,9 @@ LATER = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGT
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, *LATER])
-def test_a_run_that_is_stopped_leaves_nothing_behind_and_goes_on(endless, larger, larger_packed, tmp_path, number):
+def test_a_run_that_is_stopped_leaves_nothing_behind_and_goes_on(
+    endless, larger, larger_packed, tmp_path, number
+):
     root = tmp_path / "root"
     process = start(f"source={endless}", f"root={root}", "engine.workers=2", *LARGER)
     code, err = hit(process, number, root, 4)
@@ -208,7 +220,9 @@ DAMAGE = {
     "timm's gone": lambda root: (root / "_info.json").unlink(),
     "quarantine gone": lambda root: (root / "train.quarantine.jsonl").unlink(),
     "a sidecar's samples": lambda root: flip(next(root.glob("_state/train-*/train-000002.npy"))),
-    "a sidecar cut": lambda root: os.truncate(next(root.glob("_state/train-*/train-000002.json")), 10),
+    "a sidecar cut": lambda root: os.truncate(
+        next(root.glob("_state/train-*/train-000002.json")), 10
+    ),
     "all sidecars": lambda root: shutil.rmtree(root / "_state"),
     "the index": lambda root: (root / "index.json").unlink(),
 }
@@ -229,7 +243,9 @@ def test_what_is_damaged_or_gone_is_written_again(archives, packed, mine, damage
 
 def test_a_damaged_index_is_named_with_what_to_do(archives, packed, mine):
     (mine / "index.json").write_text("{")
-    with pytest.raises(DataError, match=r"index.json is damaged \(.*\); remove it and prepare again: whole shards"):
+    with pytest.raises(
+        DataError, match=r"index.json is damaged \(.*\); remove it and prepare again: whole shards"
+    ):
         pack(archives, mine)
     (mine / "index.json").unlink()
     pack(archives, mine)
@@ -247,7 +263,10 @@ def test_drafts_of_a_run_that_was_killed_are_removed(archives, packed, mine):
 def test_two_runs_cannot_share_a_root(archives, tmp_path):
     folder = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
-    with pytest.raises(MachineError, match=r"another preparation is at work in .*; wait for it, or give another root"):
+    with pytest.raises(
+        MachineError,
+        match=r"another preparation is at work in .*; wait for it, or give another root",
+    ):
         pack(archives, tmp_path)
     os.close(folder)
     pack(archives, tmp_path)
@@ -276,7 +295,9 @@ def test_shards_of_another_recipe_are_only_replaced_on_demand(archives, packed, 
     assert hashes(mine) == hashes(pack(archives, tmp_path / "fresh", **stale))
 
 
-def test_the_old_shards_are_withdrawn_before_the_first_new_one_is_written(archives, mine, monkeypatch):
+def test_the_old_shards_are_withdrawn_before_the_first_new_one_is_written(
+    archives, mine, monkeypatch
+):
     seen = []
 
     def fail(task: plan.ShardTask) -> None:
@@ -295,20 +316,26 @@ def test_another_encoder_does_not_replace_shards_unasked(archives, mine, monkeyp
     before = hashes(mine)
     for module in (plan, write):
         monkeypatch.setattr(module, "fingerprint", lambda: "Pillow 99")
-    with pytest.raises(ConfigError, match=r"made otherwise \(encoder Pillow 99 instead of Pillow [\d.]+, libjpeg"):
+    with pytest.raises(
+        ConfigError, match=r"made otherwise \(encoder Pillow 99 instead of Pillow [\d.]+, libjpeg"
+    ):
         pack(archives, mine)
     assert hashes(mine) == before
 
 
 def test_a_worker_with_another_encoder_is_refused(archives, tmp_path, monkeypatch):
     monkeypatch.setattr(write, "fingerprint", lambda: "Pillow 99")
-    with pytest.raises(DataError, match=r"a worker has Pillow 99, the driver has .*; install the same Pillow"):
+    with pytest.raises(
+        DataError, match=r"a worker has Pillow 99, the driver has .*; install the same Pillow"
+    ):
         pack(archives, tmp_path)
 
 
 def test_splits_must_have_the_same_classes(tmp_path, packed, mine):
     tree = lay_out(tmp_path / "tree", "train/cat/1.jpg", "train/dog/1.jpg", "val/cat/1.jpg")
-    with pytest.raises(DataError, match="train and val must have the same classes, but only train has dog"):
+    with pytest.raises(
+        DataError, match="train and val must have the same classes, but only train has dog"
+    ):
         pack(tree, tmp_path / "root", num_shards=1)
     with pytest.raises(DataError, match="holds train shards of other classes; give another root"):
         pack(tree, mine, num_shards=1, split="val")
@@ -321,7 +348,10 @@ def test_splits_must_have_the_same_classes(tmp_path, packed, mine):
     ("paths", "message"),
     [
         ((), r"source \(.*\) is not there; give the directory or the URL"),
-        (("x.jpg",), "holds no images that can be packed; it must have ILSVRC2012_img_train.tar, train/CLASS/"),
+        (
+            ("x.jpg",),
+            "holds no images that can be packed; it must have ILSVRC2012_img_train.tar, train/CLASS/",
+        ),
         (("train/x.jpg",), "1 images but no class folders; move the images into .*/train/CLASS/"),
         (("train/a/x\ny.jpg",), r"'a/x\\ny.jpg' has a line break in its name, .*; rename it"),
     ],
@@ -334,7 +364,9 @@ def test_sources_that_cannot_be_packed_are_explained(tmp_path, paths, message):
 
 
 def test_more_shards_than_images_are_refused(folder, tmp_path):
-    with pytest.raises(ConfigError, match=r"num_shards \(49\) exceeds the 48 images of train; use at most 48"):
+    with pytest.raises(
+        ConfigError, match=r"num_shards \(49\) exceeds the 48 images of train; use at most 48"
+    ):
         pack(folder, tmp_path, num_shards=49)
 
 
@@ -383,7 +415,9 @@ def test_an_image_that_was_replaced_by_one_of_another_size_is_packed_again(folde
     pack(tree, root)
     after = hashes(root)
     assert after == hashes(pack(tree, tmp_path / "fresh"))
-    assert len([name for name in before if name.endswith(".tar") and before[name] != after[name]]) == 1
+    assert (
+        len([name for name in before if name.endswith(".tar") and before[name] != after[name]]) == 1
+    )
 
 
 # --- before anything is written -------------------------------------------------------------------------------------
@@ -393,12 +427,18 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(archives, tmp_path
     caplog.set_level("INFO")
     pack(archives, tmp_path / "root", dry_run=True, **RAW)
     assert not (tmp_path / "root").exists()
-    assert "train: 48 images of 4 classes in 3 shards; 3 shards to write, 0.00 GB, 0 are there" in caplog.messages
+    assert (
+        "train: 48 images of 4 classes in 3 shards; 3 shards to write, 0.00 GB, 0 are there"
+        in caplog.messages
+    )
     pack(archives, tmp_path / "root", **RAW)
     before = times(tmp_path / "root")
     pack(archives, tmp_path / "root", dry_run=True, **RAW)
     assert times(tmp_path / "root") == before
-    assert "train: 48 images of 4 classes in 3 shards; 0 shards to write, 0.00 GB, 3 are there" in caplog.messages
+    assert (
+        "train: 48 images of 4 classes in 3 shards; 0 shards to write, 0.00 GB, 3 are there"
+        in caplog.messages
+    )
 
 
 RAW = {"encoding": "raw", "size": 32}
@@ -413,8 +453,12 @@ def test_the_room_that_shards_need_is_known_where_it_can_be(archives, tmp_path, 
         for task in plan.make_plan(cfg, cfg.root, split, open_source(cfg.source, split)).tasks()
     ]
     needed = claim.bytes_needed(tasks)
-    monkeypatch.setattr(claim.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, needed - 1))
-    with pytest.raises(MachineError, match=r"root has 0.00 GB free, the 6 shards to write need 0.00; make room, or"):
+    monkeypatch.setattr(
+        claim.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, needed - 1)
+    )
+    with pytest.raises(
+        MachineError, match=r"root has 0.00 GB free, the 6 shards to write need 0.00; make room, or"
+    ):
         prepare(cfg)
     assert not (tmp_path / "root").exists()
     monkeypatch.undo()
@@ -460,10 +504,14 @@ def test_urls_are_sources_and_roots(folder, packed, tmp_path):
 
 def test_memory_is_for_one_process_and_tars_are_for_disks(folder, tmp_path):
     url = f"memory://{tmp_path.name}"
-    with pytest.raises(ConfigError, match=r"memory://.* is in the memory of this process, .*; use engine.workers=1"):
+    with pytest.raises(
+        ConfigError, match=r"memory://.* is in the memory of this process, .*; use engine.workers=1"
+    ):
         pack(folder, f"{url}/out", workers=2)
     Storage(url).write("train-0.tar", b"x")
-    with pytest.raises(DataError, match=r"has tars at a URL, which cannot be packed; copy them here first"):
+    with pytest.raises(
+        DataError, match=r"has tars at a URL, which cannot be packed; copy them here first"
+    ):
         pack(url, tmp_path / "out", split="train")
 
 
@@ -477,7 +525,13 @@ def test_a_full_disk_is_one_line_and_code_74_and_nobodys_bad_image(larger, tmp_p
         # The real thing or nothing: /dev/full holds no folder, and a patched write would test the patch.
         pytest.skip("needs root, to mount a small file system")
     try:
-        overrides = (f"source={larger}", f"root={root}/out", "num_shards=3", "shorter_side=null", "keep_original=false")
+        overrides = (
+            f"source={larger}",
+            f"root={root}/out",
+            "num_shards=3",
+            "shorter_side=null",
+            "keep_original=false",
+        )
         code, _, err = run(*overrides, "engine.workers=2")
         assert code == 74, err
         assert re.fullmatch(
@@ -501,7 +555,9 @@ def test_a_disk_that_cannot_be_read_is_raised_and_not_quarantined(folder, tmp_pa
         return real(self, name, *args)
 
     monkeypatch.setattr(Storage, "read", failing)
-    with pytest.raises(MachineError, match=r"_7.JPEG: Input/output error; mend it, and the same command goes on"):
+    with pytest.raises(
+        MachineError, match=r"_7.JPEG: Input/output error; mend it, and the same command goes on"
+    ):
         pack(folder, tmp_path / "root")
     assert not (tmp_path / "root/index.json").exists()
     assert not (tmp_path / "root/_tmp").exists()
@@ -525,7 +581,9 @@ def test_an_image_that_vanishes_after_the_listing_is_named(folder, tmp_path):
 
 
 def test_the_command_says_what_it_did(archives, tmp_path):
-    code, out, err = run(f"source={archives}", f"root={tmp_path}/root", "num_shards=2", "engine.workers=1")
+    code, out, err = run(
+        f"source={archives}", f"root={tmp_path}/root", "num_shards=2", "engine.workers=1"
+    )
     assert code == 0
     assert err == (
         "train: 48 images of 4 classes in 2 shards; 2 shards to write, 0 are there\n"

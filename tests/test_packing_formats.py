@@ -33,7 +33,10 @@ def raw(tree, tmp_path_factory):
 def expected(tree: Path, split: str) -> list[tuple[int, bytes]]:
     """(label, bytes as they came) of each image, sorted: small JPEGs are copied."""
     classes = sorted(path.name for path in (tree / split).iterdir())
-    return sorted((classes.index(path.parent.name), path.read_bytes()) for path in (tree / split).rglob("*.JPEG"))
+    return sorted(
+        (classes.index(path.parent.name), path.read_bytes())
+        for path in (tree / split).rglob("*.JPEG")
+    )
 
 
 def samples(root: Path, split: str, suffix: str = "jpg") -> dict[str, tuple[int, bytes]]:
@@ -56,7 +59,9 @@ def test_all_images_and_labels_are_in_the_tars(root, tree, split):
 
 def test_the_systems_tar_lists_and_checks_them(root):
     for path in root.glob("*.tar"):
-        listed = subprocess.run(["tar", "--numeric-owner", "-tvf", path], capture_output=True, text=True, check=True)
+        listed = subprocess.run(
+            ["tar", "--numeric-owner", "-tvf", path], capture_output=True, text=True, check=True
+        )
         assert listed.stderr == ""
         for line in listed.stdout.splitlines():
             assert line.startswith("-r--r--r-- 0/0 ")
@@ -67,7 +72,13 @@ def test_the_systems_tar_lists_and_checks_them(root):
 def test_members_are_plain_ustar_files(root):
     with tarfile.open(next(root.glob("train-*.tar"))) as shard:
         for member in shard:
-            assert (member.mode, member.uid, member.gid, member.mtime, member.type) == (0o444, 0, 0, 0, tarfile.REGTYPE)
+            assert (member.mode, member.uid, member.gid, member.mtime, member.type) == (
+                0o444,
+                0,
+                0,
+                0,
+                tarfile.REGTYPE,
+            )
             assert not member.pax_headers
 
 
@@ -98,7 +109,9 @@ def test_timms_info_and_wids_list_every_shard(root):
         assert info[split]["name"] == split
         wids = json.loads((root / f"{split}.wids.json").read_bytes())
         assert (wids["__kind__"], wids["wids_version"]) == ("wids-shard-index-v1", 1)
-        assert [(s["url"], s["nsamples"]) for s in wids["shardlist"]] == list(zip(names, info[split]["shard_lengths"]))
+        assert [(s["url"], s["nsamples"]) for s in wids["shardlist"]] == list(
+            zip(names, info[split]["shard_lengths"])
+        )
 
 
 def test_the_webdataset_library_reads_all_samples_with_their_labels(root, tree):
@@ -106,7 +119,11 @@ def test_the_webdataset_library_reads_all_samples_with_their_labels(root, tree):
     urls = [str(path) for path in sorted(root.glob("train-*.tar"))]
     found = list(wds.WebDataset(urls, shardshuffle=False, empty_check=False).to_tuple("cls", "jpg"))
     assert sorted((int(label), data) for label, data in found) == expected(tree, "train")
-    decoded = wds.WebDataset(urls, shardshuffle=False, empty_check=False).decode("pil").to_tuple("jpg", "cls")
+    decoded = (
+        wds.WebDataset(urls, shardshuffle=False, empty_check=False)
+        .decode("pil")
+        .to_tuple("jpg", "cls")
+    )
     image, label = next(iter(decoded))
     assert isinstance(label, int)
     assert image.size == (20, 16)
@@ -115,7 +132,9 @@ def test_the_webdataset_library_reads_all_samples_with_their_labels(root, tree):
 def test_raw_images_are_npy_files_with_a_header_of_128_bytes(raw):
     for _, data in samples(raw, "train", "npy").values():
         assert len(data) == 128 + 24 * 24 * 3
-        assert np.array_equal(np.load(io.BytesIO(data)), np.frombuffer(data[128:], np.uint8).reshape(24, 24, 3))
+        assert np.array_equal(
+            np.load(io.BytesIO(data)), np.frombuffer(data[128:], np.uint8).reshape(24, 24, 3)
+        )
 
 
 def test_the_samples_index_finds_each_image(root):
@@ -142,13 +161,20 @@ def test_foreign_webdataset_tars_are_a_source(root, tmp_path):
     for name, part in (("train-a.tar", range(4)), ("train-b.tar", range(4, 6))):
         with tarfile.open(source / name, "w") as shard:
             for k in part:
-                parts = {"jpg": images[k], "json": b"{}", "seg.png": b"mask", "cls": b"%d\n" % (k % 2)}
+                parts = {
+                    "jpg": images[k],
+                    "json": b"{}",
+                    "seg.png": b"mask",
+                    "cls": b"%d\n" % (k % 2),
+                }
                 for suffix, data in parts.items():
                     member = tarfile.TarInfo(f"sub/{k:04d}.{suffix}")
                     member.size = len(data)
                     shard.addfile(member, io.BytesIO(data))
     out = pack(source, tmp_path / "out", split="train", num_shards=2)
-    assert sorted(samples(out, "train").values()) == sorted((k % 2, data) for k, data in enumerate(images))
+    assert sorted(samples(out, "train").values()) == sorted(
+        (k % 2, data) for k, data in enumerate(images)
+    )
     names = (out / "train.names.txt").read_text().splitlines()
     assert names[0] == "class0/train-a/sub/0000.jpg"
     assert json.loads((out / "index.json").read_bytes())["classes"] == ["class0", "class1"]
@@ -158,12 +184,15 @@ def test_foreign_webdataset_tars_are_a_source(root, tmp_path):
     ("members", "message"),
     [
         ({"a.jpg": b"x"}, "holds a without both an image and a label; mend or remove the tar"),
-        ({"a.jpg": b"x", "a.cls": b"cat"}, "a.cls must hold the label as a number below 1,000,000, got b'cat'"),
+        (
+            {"a.jpg": b"x", "a.cls": b"cat"},
+            "a.cls must hold the label as a number below 1,000,000, got b'cat'",
+        ),
         ({"a.txt": b"x"}, "holds no pair of KEY.cls and an image; it is no WebDataset tar"),
     ],
 )
 def test_tars_that_are_no_webdataset_are_explained(tmp_path, members, message):
-    from alexnet_ddp.errors import DataError
+    from alexnet_ddp.runtime.errors import DataError
     from tests.archives import tar, write
 
     (tmp_path / "source").mkdir()
@@ -173,7 +202,9 @@ def test_tars_that_are_no_webdataset_are_explained(tmp_path, members, message):
 
 
 def test_raw_shards_are_not_packed_again(raw, tmp_path):
-    from alexnet_ddp.errors import DataError
+    from alexnet_ddp.runtime.errors import DataError
 
-    with pytest.raises(DataError, match="holds raw pixels, which are not packed again; give its own source"):
+    with pytest.raises(
+        DataError, match="holds raw pixels, which are not packed again; give its own source"
+    ):
         pack(raw, tmp_path / "out")

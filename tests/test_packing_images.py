@@ -15,17 +15,19 @@ from PIL import Image, ImageFile
 
 from alexnet_ddp.config import AlexNet2012AugmentConfig, Encoding
 from alexnet_ddp.data.augment import build_augment
-from alexnet_ddp.data.packing.encode import Recipe, Refused, encode
-from alexnet_ddp.data.packing.statistics import Statistics
-from alexnet_ddp.data.sets import colour_basis
+from alexnet_ddp.data.sources.sets import colour_basis
 from alexnet_ddp.data.storage import Storage
-from alexnet_ddp.errors import DataError
+from alexnet_ddp.prepare.encode import Recipe, Refused, encode
+from alexnet_ddp.prepare.statistics import Statistics
+from alexnet_ddp.runtime.errors import DataError
 from tests.archives import TRAIN, age_tree, jpeg, make_archives, tar, write
 from tests.packing import hashes, pack
 
 RNG = np.random.default_rng(7)
 PIXELS = RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8)
-PHOTO = Image.fromarray(PIXELS).resize((30, 20)).resize((60, 40))  # smooth enough for a JPEG to be near it
+PHOTO = (
+    Image.fromarray(PIXELS).resize((30, 20)).resize((60, 40))
+)  # smooth enough for a JPEG to be near it
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -113,9 +115,12 @@ def test_any_other_image_becomes_rgb(name):
     assert np.array_equal(np.asarray(shown.convert("RGB")), done.pixels)
     if name not in ("palette", "one bit", "grey 16"):
         near = np.abs(
-            done.pixels.astype(int) - np.asarray(PHOTO if "grey" not in name else PHOTO.convert("L").convert("RGB"))
+            done.pixels.astype(int)
+            - np.asarray(PHOTO if "grey" not in name else PHOTO.convert("L").convert("RGB"))
         )
-        assert near.mean() < 12  # the first frame, and not turned: EXIF is not followed, as in training
+        assert (
+            near.mean() < 12
+        )  # the first frame, and not turned: EXIF is not followed, as in training
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped():
@@ -139,7 +144,9 @@ def test_what_is_no_plain_jpeg_is_encoded(name):
     assert encode(GOOD[name], recipe()).data[:2] == b"\xff\xd8"
 
 
-@pytest.mark.parametrize(("size", "expected"), [((60, 40), (30, 20)), ((40, 61), (20, 30)), ((10, 15), (10, 15))])
+@pytest.mark.parametrize(
+    ("size", "expected"), [((60, 40), (30, 20)), ((40, 61), (20, 30)), ((10, 15), (10, 15))]
+)
 def test_larger_images_are_resized_to_the_shorter_side_and_smaller_ones_never(size, expected):
     data = saved(PHOTO.resize(size), "PNG")
     assert Image.open(io.BytesIO(encode(data, recipe(shorter_side=20)).data)).size == expected
@@ -171,7 +178,10 @@ def test_a_raw_square_is_what_torchvision_makes_of_the_image():
 @pytest.fixture
 def tree(tmp_path):
     """Two classes: one of good images in every way, one of bad ones with two good ones among them."""
-    for folder, images in (("good", GOOD), ("mixed", {**BAD, "fine": jpeg(0, 0), "fine2": jpeg(0, 1)})):
+    for folder, images in (
+        ("good", GOOD),
+        ("mixed", {**BAD, "fine": jpeg(0, 0), "fine2": jpeg(0, 1)}),
+    ):
         where = tmp_path / "tree/train" / folder
         where.mkdir(parents=True)
         for name, data in images.items():
@@ -189,7 +199,9 @@ def test_bad_images_are_quarantined_and_nothing_else_is_lost(tree, tmp_path):
     root = pack(tree, tmp_path / "root", split="train")
     assert quarantine(root) == {f"mixed/{name}.JPEG": name.split()[0] for name in BAD}
     names = (root / "train.names.txt").read_text().splitlines()
-    assert names == sorted([*(f"good/{name}.JPEG" for name in GOOD), "mixed/fine.JPEG", "mixed/fine2.JPEG"])
+    assert names == sorted(
+        [*(f"good/{name}.JPEG" for name in GOOD), "mixed/fine.JPEG", "mixed/fine2.JPEG"]
+    )
     samples = np.load(root / "train.samples.npy")
     for name, sample in zip(names, samples):
         with open(root / f"train-{sample['shard']:06d}.tar", "rb") as shard:
@@ -207,7 +219,9 @@ def test_bad_images_are_quarantined_and_nothing_else_is_lost(tree, tmp_path):
             keys += shard.getnames()
     assert len(keys) == 2 * len(names)
     assert keys == sorted(keys)
-    assert int(max(keys)[:9]) > len(names) - 1  # a bad one leaves a gap: the others keep their places
+    assert (
+        int(max(keys)[:9]) > len(names) - 1
+    )  # a bad one leaves a gap: the others keep their places
 
 
 def test_too_many_bad_images_end_it_before_the_commit_and_mending_them_goes_on(tree, tmp_path):
@@ -239,7 +253,9 @@ def test_a_source_of_bad_images_alone_is_refused(tree, tmp_path):
     shutil.rmtree(tree / "train/good")
     for name in ("fine", "fine2"):
         (tree / f"train/mixed/{name}.JPEG").unlink()
-    with pytest.raises(DataError, match=r"every image of train is bad \(bomb, decode_error, empty, not_an_image, "):
+    with pytest.raises(
+        DataError, match=r"every image of train is bad \(bomb, decode_error, empty, not_an_image, "
+    ):
         pack(tree, tmp_path / "root", split="train")
 
 
@@ -260,7 +276,9 @@ def test_the_last_image_of_an_archive_that_is_cut_is_truncated_and_all_others_ar
 # --- statistics -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("knobs", [{}, {"encoding": "raw", "size": 24}, {"shorter_side": 16, "mean_image": 12}])
+@pytest.mark.parametrize(
+    "knobs", [{}, {"encoding": "raw", "size": 24}, {"shorter_side": 16, "mean_image": 12}]
+)
 def test_the_sums_are_numpys_over_the_packed_images(tmp_path, knobs):
     archives = make_archives(tmp_path / "archives")
     root = pack(archives, tmp_path / "root", **knobs)
@@ -278,7 +296,9 @@ def test_the_sums_are_numpys_over_the_packed_images(tmp_path, knobs):
     n = len(flat)
     exact = [[Fraction(n * int(flat[:, i] @ flat[:, j]) - int(flat[:, i].sum()) * int(flat[:, j].sum()), n * n * 255**2)
               for j in range(3)] for i in range(3)]  # fmt: skip
-    assert np.allclose(stats["covariance"], [[float(x) for x in row] for row in exact], rtol=1e-14, atol=0)
+    assert np.allclose(
+        stats["covariance"], [[float(x) for x in row] for row in exact], rtol=1e-14, atol=0
+    )
     assert stats["mean"] == pytest.approx((flat / 255).mean(0), rel=1e-12)
     assert stats["std"] == pytest.approx((flat / 255).std(0), rel=1e-9)
     vectors, values = np.array(stats["eigenvectors"]), np.array(stats["eigenvalues"])
@@ -299,7 +319,7 @@ def packed_pixels(root: Path, sample: np.void, knobs: dict) -> np.ndarray:
 
 
 def square(image: np.ndarray, size: int) -> np.ndarray:
-    from alexnet_ddp.data.packing.encode import square as packed_square
+    from alexnet_ddp.prepare.encode import square as packed_square
 
     return packed_square(Image.fromarray(image), size).astype(np.float64)
 

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from alexnet_ddp.config import AlexNet2012AugmentConfig, NoAugmentConfig
-from alexnet_ddp.data.packing.sheet import draw
-from alexnet_ddp.errors import DataError
+from alexnet_ddp.prepare.sheet import draw
+from alexnet_ddp.runtime.errors import DataError
 from tests.archives import age_tree, extract, make_archives
 from tests.packing import act, hashes, pack, run, times
 
@@ -40,7 +40,10 @@ def said(capsys: pytest.CaptureFixture) -> str:
 
 @pytest.mark.parametrize("action", ["inspect", "verify", "stats", "sheet"])
 def test_without_a_commit_there_is_nothing_to_look_at(action, tmp_path):
-    with pytest.raises(DataError, match=r"index.json is not there: no shards were committed; finish the preparation"):
+    with pytest.raises(
+        DataError,
+        match=r"index.json is not there: no shards were committed; finish the preparation",
+    ):
         act(action, tmp_path)
 
 
@@ -59,7 +62,9 @@ def test_verify_reads_everything_and_changes_nothing(mine, capsys):
     shutil.rmtree(mine / "_state")  # not needed
     before = times(mine)
     act("verify", mine)
-    assert re.search(r": 6 shards, 0.2 MB: every byte is what was written\n", capsys.readouterr().out)
+    assert re.search(
+        r": 6 shards, 0.2 MB: every byte is what was written\n", capsys.readouterr().out
+    )
     assert times(mine) == before
 
 
@@ -75,15 +80,30 @@ def spoil_image(root: Path) -> None:
 
 BROKEN = {
     "an image": (spoil_image, r"train-00000\d.tar is damaged: n10000000/n10000000_0.JPEG"),
-    "a shard cut": (lambda root: os.truncate(root / "val-000001.tar", 5000), "val-000001.tar is damaged: n1"),
-    "a shard gone": (lambda root: (root / "val-000001.tar").unlink(), "val-000001.tar is not there"),
+    "a shard cut": (
+        lambda root: os.truncate(root / "val-000001.tar", 5000),
+        "val-000001.tar is damaged: n1",
+    ),
+    "a shard gone": (
+        lambda root: (root / "val-000001.tar").unlink(),
+        "val-000001.tar is not there",
+    ),
     "an idx": (
         lambda root: (root / "val-000001.idx").write_text("v1.2 0\n"),
         "has a damaged val-000001.idx",
     ),
-    "names": (lambda root: (root / "train.names.txt").write_text(""), "train.names.txt is not what was written"),
-    "statistics gone": (lambda root: (root / "val.stats.json").unlink(), "val.stats.json is not what was written"),
-    "timm's": (lambda root: (root / "_info.json").write_text("{}"), "_info.json is not what was written"),
+    "names": (
+        lambda root: (root / "train.names.txt").write_text(""),
+        "train.names.txt is not what was written",
+    ),
+    "statistics gone": (
+        lambda root: (root / "val.stats.json").unlink(),
+        "val.stats.json is not what was written",
+    ),
+    "timm's": (
+        lambda root: (root / "_info.json").write_text("{}"),
+        "_info.json is not what was written",
+    ),
 }
 
 
@@ -91,7 +111,9 @@ BROKEN = {
 def test_verify_names_what_is_broken(mine, caplog, what):
     spoil, line = BROKEN[what]
     spoil(mine)
-    with pytest.raises(DataError, match=r"mine: .* broken; the command that prepared them writes them again"):
+    with pytest.raises(
+        DataError, match=r"mine: .* broken; the command that prepared them writes them again"
+    ):
         act("verify", mine)
     assert len(caplog.messages) == 1
     assert re.search(line, caplog.messages[0])
@@ -104,7 +126,11 @@ def test_verify_exits_65_from_two_processes(mine):
     code, out, err = run("action=verify", f"root={mine}", "engine.workers=2")
     assert (code, out) == (65, "")
     assert len(err.splitlines()) == 3
-    assert re.search(r"^alexnet_ddp: .*: train-00000\d.tar, val-000000.tar broken; the command", err, re.MULTILINE)
+    assert re.search(
+        r"^alexnet_ddp: .*: train-00000\d.tar, val-000000.tar broken; the command",
+        err,
+        re.MULTILINE,
+    )
 
 
 # --- stats ----------------------------------------------------------------------------------------------------------
@@ -131,12 +157,18 @@ def test_stats_find_images_of_val_in_train(tree, tmp_path, capsys):
     root = pack(copy, tmp_path / "root")
     act("stats", root)
     out = said(capsys)
-    assert f"train: 1 images are there more than once\n {a.parent.name}/{a.name}, {b.parent.name}/{b.name}" in out
+    assert (
+        f"train: 1 images are there more than once\n {a.parent.name}/{a.name}, {b.parent.name}/{b.name}"
+        in out
+    )
     assert f"across splits: 1 images are in more than one\n train:{a.parent.name}/{a.name}, " in out
     assert f"val:{v.parent.name}/{v.name}" in out
     shutil.rmtree(next(root.glob("_state/val-*")))
     act("stats", root)
-    assert "duplicates across splits: unknown, since the sidecars of val in _state/ are gone" in said(capsys)
+    assert (
+        "duplicates across splits: unknown, since the sidecars of val in _state/ are gone"
+        in said(capsys)
+    )
 
 
 # --- diff -----------------------------------------------------------------------------------------------------------
@@ -198,7 +230,9 @@ def test_the_sheet_of_a_folder_is_that_of_its_shards(tree, tmp_path, augment):
     root = pack(tree, tmp_path / "root", split="train", shorter_side=None)
     act("sheet", root, augment=augment)
     act("sheet", root, source=str(tree), augment=augment, output=str(tmp_path / "folder.png"))
-    one, other = (np.asarray(Image.open(path)) for path in (root / "train.sheet.png", tmp_path / "folder.png"))
+    one, other = (
+        np.asarray(Image.open(path)) for path in (root / "train.sheet.png", tmp_path / "folder.png")
+    )
     cells = slice(34, None)
     assert np.array_equal(one[cells], other[cells]) == isinstance(augment, NoAugmentConfig)
 

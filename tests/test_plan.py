@@ -27,7 +27,9 @@ def test_two_nodes_are_told_what_to_take_and_where_the_strategies_cross(capsys, 
     assert [row["strategy"] for row in written["rows"]] == ["ddp", "ddp fp16", "hybrid g=2"]
     assert written["choice"]["strategy"] == "hybrid g=2"
     for row in written["rows"]:
-        assert row["step_ms"] == pytest.approx(row["compute_ms"] + row["exposed_ms"] + row["update_ms"])
+        assert row["step_ms"] == pytest.approx(
+            row["compute_ms"] + row["exposed_ms"] + row["update_ms"]
+        )
         assert row["images_per_s"] == pytest.approx(256 / row["step_ms"] * 1e3)
         assert row["run_s"] == pytest.approx(90 * 1_281_167 / row["images_per_s"])
     assert (tmp_path / "plan.png").stat().st_size > 10_000
@@ -42,7 +44,13 @@ def test_the_table_is_as_wide_as_a_terminal_at_1024_nodes(capsys, monkeypatch):
 
 
 def test_a_given_rate_is_that_of_one_rank_alone(capsys, tmp_path):
-    run("nodes=1", "gpus_per_node=1", "device=custom", "images_per_s=1000", f"json={tmp_path}/one.json")
+    run(
+        "nodes=1",
+        "gpus_per_node=1",
+        "device=custom",
+        "images_per_s=1000",
+        f"json={tmp_path}/one.json",
+    )
     (ddp, _) = json.loads((tmp_path / "one.json").read_text())["rows"]
     assert ddp["compute_ms"] == pytest.approx(128 + 2)  # and 2 ms of launches
     assert "Take ddp: parallel=ddp\n" in capsys.readouterr().out
@@ -52,7 +60,10 @@ def test_a_network_without_large_linear_layers_is_told_that_a_hybrid_does_not_pa
     run("model=torchvision", "model.name=resnet18", "nodes=2")
     out = capsys.readouterr().out
     assert "hybrid g=" not in out
-    assert "Take ddp: parallel=ddp (too few parameters in linear layers at the end for parallel=hybrid to pay)" in out
+    assert (
+        "Take ddp: parallel=ddp (too few parameters in linear layers at the end for parallel=hybrid to pay)"
+        in out
+    )
 
 
 def test_bf16_on_the_wire_halves_what_hybrids_exchange_and_is_said(capsys, tmp_path):
@@ -62,14 +73,21 @@ def test_bf16_on_the_wire_halves_what_hybrids_exchange_and_is_said(capsys, tmp_p
         run(*asked, f"wire_dtype={wire}")
         found[wire] = json.loads((tmp_path / "plan.json").read_text())["rows"][-1]
     convolutions = 4 * 2_469_696 / 1e6
-    assert found["bf16"]["sent_mb"] - convolutions == pytest.approx((found["fp32"]["sent_mb"] - convolutions) / 2)
-    assert found["bf16"]["overrides"] == "parallel=hybrid parallel.group_size=2 parallel.wire_dtype=bf16"
+    assert found["bf16"]["sent_mb"] - convolutions == pytest.approx(
+        (found["fp32"]["sent_mb"] - convolutions) / 2
+    )
+    assert (
+        found["bf16"]["overrides"]
+        == "parallel=hybrid parallel.group_size=2 parallel.wire_dtype=bf16"
+    )
 
 
 def test_a_batch_that_nothing_divides_is_the_batch_that_is_counted(tmp_path):
     run("global_batch_size=1001", f"json={tmp_path}/plan.json")
     ddp = json.loads((tmp_path / "plan.json").read_text())["rows"][0]
-    assert ddp["images_per_s"] == pytest.approx(1001 / ddp["step_ms"] * 1e3)  # and its slowest rank has 126
+    assert ddp["images_per_s"] == pytest.approx(
+        1001 / ddp["step_ms"] * 1e3
+    )  # and its slowest rank has 126
 
 
 def test_what_does_not_fit_into_memory_is_not_advised(capsys):
@@ -83,15 +101,33 @@ def test_what_does_not_fit_into_memory_is_not_advised(capsys):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["device=B7"], r"device \(B7\) is not in the table of GPUs: K20, .*; give one of them, measure, or custom"),
-        (["device=T4", "precision=bf16"], r"precision \(bf16\) is not what a T4 has; use fp16 or fp32"),
+        (
+            ["device=B7"],
+            r"device \(B7\) is not in the table of GPUs: K20, .*; give one of them, measure, or custom",
+        ),
+        (
+            ["device=T4", "precision=bf16"],
+            r"precision \(bf16\) is not what a T4 has; use fp16 or fp32",
+        ),
         (["device=custom"], r"device=custom needs tflops=... or images_per_s=... of one GPU"),
         (["device=measure", "tflops=3"], r"tflops is what device=measure finds out; leave it out"),
-        (["tflops=3", "images_per_s=3"], r"tflops \(3.0\) and images_per_s \(3.0\) are two ways to say one thing"),
-        (["images_per_gpu=3", "global_batch_size=8"], r"images_per_gpu \(3\) and global_batch_size \(8\) are two ways"),
-        (["global_batch_size=3"], r"global_batch_size \(3\) must be at least nodes \* gpus_per_node \(8\); nearest: 8"),
+        (
+            ["tflops=3", "images_per_s=3"],
+            r"tflops \(3.0\) and images_per_s \(3.0\) are two ways to say one thing",
+        ),
+        (
+            ["images_per_gpu=3", "global_batch_size=8"],
+            r"images_per_gpu \(3\) and global_batch_size \(8\) are two ways",
+        ),
+        (
+            ["global_batch_size=3"],
+            r"global_batch_size \(3\) must be at least nodes \* gpus_per_node \(8\); nearest: 8",
+        ),
         (["wire_dtype=fp16"], r"wire_dtype \(fp16\) is fp32 or bf16, as parallel.wire_dtype is"),
-        (["device=custom", "tflops=3", "precision=bf16"], r"precision \(bf16\) is in tflops or images_per_s already"),
+        (
+            ["device=custom", "tflops=3", "precision=bf16"],
+            r"precision \(bf16\) is in tflops or images_per_s already",
+        ),
         (
             ["gpus_per_node=1", "links.inside_gb_per_s=9"],
             r"links.inside_gb_per_s and .* are not read where gpus_per_node",
@@ -101,10 +137,19 @@ def test_what_does_not_fit_into_memory_is_not_advised(capsys):
             r"wire_dtype \(bf16\) is of hybrids, and this",
         ),
         (["nodes=0"], r"nodes \(0\) must be greater than 0"),
-        (["links.between_gbit_per_s=0"], r"links.between_gbit_per_s \(0.0\) must be greater than 0"),
-        (["model.weights=x"], r"model.weights \(x\) is not read by a plan: all weights cost the same; leave it out"),
+        (
+            ["links.between_gbit_per_s=0"],
+            r"links.between_gbit_per_s \(0.0\) must be greater than 0",
+        ),
+        (
+            ["model.weights=x"],
+            r"model.weights \(x\) is not read by a plan: all weights cost the same; leave it out",
+        ),
         (["plot=plan.jpg"], r"plot \(plan.jpg\) must end in .png; plot=plan.png"),
-        (["json=/nowhere/plan.json"], r"json \(/nowhere/plan.json\) must lie in a directory that exists"),
+        (
+            ["json=/nowhere/plan.json"],
+            r"json \(/nowhere/plan.json\) must lie in a directory that exists",
+        ),
         (["data.image_size=16"], r"data.image_size \(16\) does not suit this network"),
     ],
 )
@@ -116,7 +161,9 @@ def test_a_wrong_plan_is_refused_with_value_rule_and_remedy(overrides, message):
 
 def test_a_missing_matplotlib_is_said_before_anything_is_computed(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ConfigError, match="plot draws with matplotlib, which is not installed; pip install"):
+    with pytest.raises(
+        ConfigError, match="plot draws with matplotlib, which is not installed; pip install"
+    ):
         run(f"plot={tmp_path}/plan.png")
     assert capsys.readouterr().out == ""
 

@@ -15,7 +15,7 @@ from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import Loader, build_loader
 from alexnet_ddp.data.policy import NUM_BINS, OPERATIONS, draw_operations, magnitude, operate
 from alexnet_ddp.data.sampler import GlobalBatchSampler
-from alexnet_ddp.data.sets import open_data
+from alexnet_ddp.data.sources.sets import open_data
 
 THEIRS = {Policy.randaugment: v2.RandAugment, Policy.trivialaugment: v2.TrivialAugmentWide}
 SIGNED = OPERATIONS[1:10]
@@ -39,7 +39,9 @@ def torchvisions(policy, name, bin_, sign, image) -> np.ndarray:
     amount = 0.0 if magnitudes is None else float(magnitudes[bin_]) * (sign if signed else 1)
     tensor = torch.from_numpy(image).permute(2, 0, 1).contiguous()
     fill = transform._fill
-    changed = transform._apply_image_or_video_transform(tensor, name, amount, transform.interpolation, fill)
+    changed = transform._apply_image_or_video_transform(
+        tensor, name, amount, transform.interpolation, fill
+    )
     return changed.permute(1, 2, 0).numpy()
 
 
@@ -83,7 +85,9 @@ def test_randaugment_draws_operations_evenly_and_independently_at_one_magnitude(
     assert {len(steps) for steps in found} == {2}
     pairs = Counter((a, b) for (a, _), (b, _) in found)
     assert stats.chisquare([pairs[pair] for pair in product(OPERATIONS, repeat=2)]).pvalue > 1e-3
-    amounts = {name: {amount for steps in found for n, amount in steps if n == name} for name in OPERATIONS}
+    amounts = {
+        name: {amount for steps in found for n, amount in steps if n == name} for name in OPERATIONS
+    }
     for name in OPERATIONS:
         expected = {magnitude(Policy.randaugment, name, 9, sign, 64) for sign in (-1, 1)}
         assert amounts[name] == expected
@@ -113,12 +117,18 @@ def test_operations_depend_on_seed_epoch_and_index_only_and_not_on_the_batch(pol
     whole = drawn(300, policy=policy)
     assert drawn(1, first=17, policy=policy) == whole[17:18]
     assert drawn(100, first=200, policy=policy) == whole[200:]
-    for other in (drawn(300, seed=1, policy=policy), drawn(300, epoch=1, policy=policy), drawn(300, 1, policy=policy)):
+    for other in (
+        drawn(300, seed=1, policy=policy),
+        drawn(300, epoch=1, policy=policy),
+        drawn(300, 1, policy=policy),
+    ):
         assert np.mean([a == b for a, b in zip(whole, other)]) < 0.3
 
 
 @pytest.mark.parametrize("policy", THEIRS)
-def test_a_policy_shows_the_same_pixels_whatever_the_threads_ranks_and_micro_batches(image_folder, policy):
+def test_a_policy_shows_the_same_pixels_whatever_the_threads_ranks_and_micro_batches(
+    image_folder, policy
+):
     data = FolderConfig(root=str(image_folder), image_size=64)
     index, shown = open_data(data).train, []
     for num_threads, batch, world_size, micro in ((1, 103, 1, None), (3, 17, 1, 5), (2, 40, 3, 7)):
@@ -126,16 +136,24 @@ def test_a_policy_shows_the_same_pixels_whatever_the_threads_ranks_and_micro_bat
         for rank in range(world_size):
             augment = build_augment(BasicAugmentConfig(policy=policy), 0, 64, 73)
             loader = build_loader(data, index, augment, num_threads, torch.device("cpu"))
-            for seen in loader.batches(sampler.work(range(sampler.steps_per_epoch), rank, world_size, micro)):
-                found |= {int(i): image.numpy().tobytes() for i, image in zip(seen.indices, seen.images)}
+            for seen in loader.batches(
+                sampler.work(range(sampler.steps_per_epoch), rank, world_size, micro)
+            ):
+                found |= {
+                    int(i): image.numpy().tobytes() for i, image in zip(seen.indices, seen.images)
+                }
             loader.close()
         shown.append(found)
     assert len(shown[0]) == 103
     assert shown[0] == shown[1] == shown[2]
-    plain = build_loader(data, index, build_augment(BasicAugmentConfig(), 0, 64, 73), 1, torch.device("cpu"))
+    plain = build_loader(
+        data, index, build_augment(BasicAugmentConfig(), 0, 64, 73), 1, torch.device("cpu")
+    )
     (whole,) = plain.batches(GlobalBatchSampler(103, 103, seed=0).work(range(1), 0, 1, None))
     plain.close()
-    changed = [shown[0][int(i)] != image.numpy().tobytes() for i, image in zip(whole.indices, whole.images)]
+    changed = [
+        shown[0][int(i)] != image.numpy().tobytes() for i, image in zip(whole.indices, whole.images)
+    ]
     assert np.mean(changed) > 0.8
 
 
@@ -148,7 +166,10 @@ def test_the_kernels_of_a_policy_run_on_one_thread_and_leave_the_others_theirs()
         return []
 
     loader = Loader(fill, np.zeros(103, np.int32), None, lambda epoch: 4, 2, torch.device("cpu"))
-    assert len(list(loader.batches(GlobalBatchSampler(103, 50, seed=0).work(range(3), 0, 1, None)))) == 3
+    assert (
+        len(list(loader.batches(GlobalBatchSampler(103, 50, seed=0).work(range(3), 0, 1, None))))
+        == 3
+    )
     loader.close()
     assert seen == {1}
     assert torch.get_num_threads() == before

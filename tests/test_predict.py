@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_ddp.data.index import index_folder
-from alexnet_ddp.errors import DataError
+from alexnet_ddp.data.sources.index import index_folder
 from alexnet_ddp.predict import find_images
+from alexnet_ddp.runtime.errors import DataError
 from tests.conftest import make_folder
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +21,13 @@ ROOT = Path(__file__).parents[1]
 def photos(tmp_path, monkeypatch):
     """photos/: images, a linked folder, hidden entries and other types. The working directory is its parent."""
     monkeypatch.chdir(tmp_path)
-    for name in ("photos/a.jpg", "photos/b.PNG", "photos/sub/c.jpeg", "ext/linked.jpg", "photos/.hidden/d.jpg"):
+    for name in (
+        "photos/a.jpg",
+        "photos/b.PNG",
+        "photos/sub/c.jpeg",
+        "ext/linked.jpg",
+        "photos/.hidden/d.jpg",
+    ):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_bytes(b"x")
     for name in ("photos/._a.jpg", "photos/e.jfif", "photos/notes.txt"):
@@ -31,11 +37,18 @@ def photos(tmp_path, monkeypatch):
 
 
 def test_a_folder_is_listed_as_training_lists_it_and_what_is_left_out_is_reported(photos, caplog):
-    assert find_images("photos") == ["photos/a.jpg", "photos/b.PNG", "photos/link/linked.jpg", "photos/sub/c.jpeg"]
+    assert find_images("photos") == [
+        "photos/a.jpg",
+        "photos/b.PNG",
+        "photos/link/linked.jpg",
+        "photos/sub/c.jpeg",
+    ]
     notes = {record.getMessage() for record in caplog.records}
     assert len(notes) == 2
     assert any(note.startswith("ignored 2 entries (hidden), such as photos/.") for note in notes)
-    assert any(note.startswith("ignored 2 entries (other types), such as photos/") for note in notes)
+    assert any(
+        note.startswith("ignored 2 entries (other types), such as photos/") for note in notes
+    )
     os.makedirs("data/train")
     shutil.move("photos", "data/train/photos")
     os.symlink("../../../ext", "data/train/photos/link2")
@@ -47,22 +60,31 @@ def test_a_folder_is_listed_as_training_lists_it_and_what_is_left_out_is_reporte
 
 def test_a_folder_that_links_to_itself_is_refused(photos):
     os.symlink("..", "photos/sub/up")
-    with pytest.raises(DataError, match="links to a folder that contains it, without end; remove that link"):
+    with pytest.raises(
+        DataError, match="links to a folder that contains it, without end; remove that link"
+    ):
         find_images("photos")
-    with pytest.raises(DataError, match="is below a link to a folder that contains it; remove that link"):
+    with pytest.raises(
+        DataError, match="is below a link to a folder that contains it; remove that link"
+    ):
         find_images("photos/**/*.jpg")
     os.unlink("photos/sub/up")
     assert find_images("photos/**/*.jpeg") == ["photos/sub/c.jpeg"]
-    assert find_images(f"{os.getcwd()}/./photos/**/*.jpeg") == [f"{os.getcwd()}/./photos/sub/c.jpeg"]
+    assert find_images(f"{os.getcwd()}/./photos/**/*.jpeg") == [
+        f"{os.getcwd()}/./photos/sub/c.jpeg"
+    ]
 
 
-@pytest.mark.parametrize("name", ["photos/e.jfif", "photos/._a.jpg", "photos/notes.txt", "./photos/a.jpg"])
+@pytest.mark.parametrize(
+    "name", ["photos/e.jfif", "photos/._a.jpg", "photos/notes.txt", "./photos/a.jpg"]
+)
 def test_a_file_that_is_named_is_taken_whatever_its_name(photos, name):
     assert find_images(name) == [name]
 
 
 @pytest.mark.parametrize(
-    "name", ["photos[/x].jpg", "a[b]c.jpg", "*.jpg", "?.jpg", "d[1]/e[2].jpg", os.fsdecode(b"\xff.jpg")]
+    "name",
+    ["photos[/x].jpg", "a[b]c.jpg", "*.jpg", "?.jpg", "d[1]/e[2].jpg", os.fsdecode(b"\xff.jpg")],
 )
 def test_a_file_with_the_characters_of_a_glob_is_found(photos, name):
     Path(name).parent.mkdir(exist_ok=True)
@@ -80,7 +102,9 @@ def test_a_glob_below_a_folder_with_brackets_is_found(photos):
     assert find_images("*/no.jpg") == ["d1/no.jpg"]
 
 
-@pytest.mark.parametrize("pattern", ["nowhere", "nowhere/*.jpg", "empty", "photos/.hidden/*.png", ""])
+@pytest.mark.parametrize(
+    "pattern", ["nowhere", "nowhere/*.jpg", "empty", "photos/.hidden/*.png", ""]
+)
 def test_nothing_found_is_one_line(photos, pattern, caplog):
     os.makedirs("empty")
     Path("empty/notes.txt").write_bytes(b"x")
@@ -102,7 +126,9 @@ def test_names_reach_the_table_and_the_record_whole_and_the_reader_of_a_pipe_may
 
     def run(command, *arguments, **options):
         line = [sys.executable, "-m", f"alexnet_ddp.{command}", *arguments]
-        return subprocess.run(line, cwd=tmp_path, env=environment, timeout=120, text=True, check=False, **options)
+        return subprocess.run(
+            line, cwd=tmp_path, env=environment, timeout=120, text=True, check=False, **options
+        )
 
     overrides = ("data=folder", f"data.root={folder}", "data.image_size=64", "trainer.epochs=1")
     done = run("train", *overrides, "logger.tensorboard=false", capture_output=True)
@@ -118,7 +144,10 @@ def test_names_reach_the_table_and_the_record_whole_and_the_reader_of_a_pipe_may
     shown = run("evaluate", name, capture_output=True)
     assert shown.returncode == 0
     assert "\x1b" not in shown.stdout + shown.stderr
-    assert all(text in shown.stdout for text in ("cat [female]", "cat [male]", "[∕]", ":smile:", r"\x1b[31mred"))
+    assert all(
+        text in shown.stdout
+        for text in ("cat [female]", "cat [male]", "[∕]", ":smile:", r"\x1b[31mred")
+    )
 
     target = folder / "val" / ("long" * 40)
     target.mkdir()

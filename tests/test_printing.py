@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from alexnet_ddp import doctor, evaluate
+from alexnet_ddp import evaluate
 from alexnet_ddp.cli import compose
-from alexnet_ddp.data import scan
-from alexnet_ddp.data.packing import describe
-from alexnet_ddp.engine import Evaluation
-from alexnet_ddp.examination.finding import Finding
-from alexnet_ddp.printable import printable, say
-from alexnet_ddp.terminal import Console, Table
+from alexnet_ddp.data.sources import scan
+from alexnet_ddp.doctor import command as doctor
+from alexnet_ddp.doctor.finding import Finding
+from alexnet_ddp.prepare import describe
+from alexnet_ddp.runtime.printing import printable, say
+from alexnet_ddp.runtime.terminal import Console, Table
 from alexnet_ddp.tracking.console import PlainConsole
+from alexnet_ddp.training.step import Evaluation
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["cat [male]", "[/]", "[red]x", ":smile:", "[link=http://x]y[/link]", "\\[b]", "a" * 300]
@@ -34,7 +35,14 @@ UNSAFE = {
 
 def show_evaluation(names):
     result = Evaluation.__new__(Evaluation)
-    row = {"val/top1": 1.0, "val/top5": 1.0, "val/loss": 1.0, "val/correct1": 1, "val/correct5": 1, "val/num_images": 1}
+    row = {
+        "val/top1": 1.0,
+        "val/top5": 1.0,
+        "val/loss": 1.0,
+        "val/correct1": 1,
+        "val/correct5": 1,
+        "val/num_images": 1,
+    }
     object.__setattr__(result, "row", row)
     object.__setattr__(result, "per_class", torch.ones(len(names), 3, dtype=torch.int64))
     evaluate._report(result, names, {"weights": names[0]})
@@ -89,16 +97,22 @@ def test_printable_keeps_letters_of_all_alphabets():
 
 
 def in_process(body, **options):
-    code = "import sys\nfrom alexnet_ddp.printable import say\nfrom alexnet_ddp.terminal import Console, Table\n"
-    code += "def table(text):\n    t = Table('image')\n    t.add_row(text)\n    Console().print(t)\n"
+    code = "import sys\nfrom alexnet_ddp.runtime.printing import say\nfrom alexnet_ddp.runtime.terminal import Console, Table\n"
+    code += (
+        "def table(text):\n    t = Table('image')\n    t.add_row(text)\n    Console().print(t)\n"
+    )
     env = {**os.environ, "PYTHONPATH": str(ROOT)} | options.pop("env", {})
-    return subprocess.Popen([sys.executable, "-c", code + textwrap.dedent(body)], env=env, **options)
+    return subprocess.Popen(
+        [sys.executable, "-c", code + textwrap.dedent(body)], env=env, **options
+    )
 
 
 def test_a_reader_who_has_gone_does_not_change_the_exit_code():
     read, write = os.pipe()
     os.close(read)
-    ended = in_process("table('x'); say('y'); table('z'); sys.exit(3)", stdout=write, stderr=subprocess.PIPE)
+    ended = in_process(
+        "table('x'); say('y'); table('z'); sys.exit(3)", stdout=write, stderr=subprocess.PIPE
+    )
     os.close(write)
     assert ended.communicate(timeout=20)[1] == b""
     assert ended.returncode == 3
@@ -115,7 +129,9 @@ def test_names_outside_of_the_locale_are_escaped():
 
 def test_on_a_terminal_long_names_are_folded_and_not_cut():
     terminal, end = pty.openpty()
-    program = in_process("table('0123456789' * 20)", env={"TERM": "xterm", "COLUMNS": "40"}, stdout=end)
+    program = in_process(
+        "table('0123456789' * 20)", env={"TERM": "xterm", "COLUMNS": "40"}, stdout=end
+    )
     os.close(end)
     output = b""
     with contextlib.suppress(OSError):  # EIO: the other side is closed
@@ -130,7 +146,7 @@ def test_on_a_terminal_long_names_are_folded_and_not_cut():
 def test_the_description_of_a_progress_bar_is_plain_text(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert list(scan.watched([1], 1, "indexing photos[/x] \x1b[2J")) == [1]
-    from alexnet_ddp.terminal import column, progress_bar
+    from alexnet_ddp.runtime.terminal import column, progress_bar
 
     bar = progress_bar()
     bar.add_task("indexing photos[/x] :smile:", total=1)
@@ -141,7 +157,10 @@ def test_the_first_line_of_a_run_has_its_recipe():
     from alexnet_ddp.tracking.headline import recipe
 
     own = ["data=folder", "data.root=x"]
-    assert recipe(compose(own), 47) == "30 epochs of SGD, lr 0.025 = 0.1 x 64 / 256, Cosine after 47 steps of warm-up"
+    assert (
+        recipe(compose(own), 47)
+        == "30 epochs of SGD, lr 0.025 = 0.1 x 64 / 256, Cosine after 47 steps of warm-up"
+    )
     assert recipe(compose(["scheduler=constant"]), 0) == "8 epochs of SGD, lr 0.05, Constant"
 
 

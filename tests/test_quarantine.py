@@ -7,10 +7,10 @@ import torch
 
 from alexnet_ddp.config import Device
 from alexnet_ddp.data.fill import Skipped
-from alexnet_ddp.data.index import index_folder
 from alexnet_ddp.data.quarantine import Quarantine
-from alexnet_ddp.distributed import World, session
-from alexnet_ddp.errors import DataError
+from alexnet_ddp.data.sources.index import index_folder
+from alexnet_ddp.runtime.distributed import World, session
+from alexnet_ddp.runtime.errors import DataError
 from tests.ranks import run_ranks
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
@@ -21,7 +21,9 @@ def opened(image_folder, tmp_path):
     """opened(start_step, max_train): the quarantine of one rank in tmp_path."""
     sets = {split: index_folder(image_folder, split) for split in ("train", "val")}
     with session(Device.cpu):
-        yield lambda start_step=0, max_train=100: Quarantine(tmp_path, sets, max_train, start_step, ALONE)
+        yield lambda start_step=0, max_train=100: Quarantine(
+            tmp_path, sets, max_train, start_step, ALONE
+        )
 
 
 def bad(*indices, kind="damaged"):
@@ -32,7 +34,9 @@ def listed(directory):
     return [json.loads(line) for line in (directory / "quarantine.jsonl").read_text().splitlines()]
 
 
-def test_an_image_is_listed_once_with_its_name_reason_and_first_step(opened, tmp_path, image_folder):
+def test_an_image_is_listed_once_with_its_name_reason_and_first_step(
+    opened, tmp_path, image_folder
+):
     quarantine = opened()
     quarantine.note("train", bad(7, 3), 1, 0.1)
     quarantine.note("train", bad(3, 5), 12, 1.2)
@@ -52,7 +56,10 @@ def test_a_kind_of_reason_is_one_warning_also_after_a_restart(opened, caplog):
     quarantine.note("val", bad(9), 2, 0.2)
     opened(start_step=2).note("train", bad(11), 3, 0.3)
     said = [record.getMessage() for record in caplog.records]
-    assert [text.split(";")[0] for text in said] == ["skipped image 1: damaged", "skipped image 4: empty"]
+    assert [text.split(";")[0] for text in said] == [
+        "skipped image 1: damaged",
+        "skipped image 4: empty",
+    ]
     assert said[0].endswith("quarantine.jsonl")
 
 
@@ -84,7 +91,9 @@ def test_more_bad_training_images_than_allowed_end_the_run_after_they_were_liste
     with pytest.raises(DataError) as error:
         quarantine.note("train", bad(1, 3), 9, 1.1)
     assert error.value.exit_code == 65
-    rule = "3 training images are bad, more than data.max_bad_images (2); mend or remove those that "
+    rule = (
+        "3 training images are bad, more than data.max_bad_images (2); mend or remove those that "
+    )
     assert str(error.value) == f"{rule}{tmp_path}/quarantine.jsonl lists, or allow more"
     assert len(listed(tmp_path)) == 13
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from alexnet_ddp import cli
-from alexnet_ddp.redact import redact, redact_yaml
+from alexnet_ddp.runtime.redaction import redact, redact_yaml
 from alexnet_ddp.tracking.console import PlainConsole
 
 SECRETS = {
@@ -22,8 +22,20 @@ SECRETS = {
     "https://h/x?X-Amz-Signature=CANARY&X-Amz-Credential=CANARY": "https://h/x?X-Amz-Signature=***&X-Amz-Credential=***",
 }
 HARMLESS = [
-    *("checkpoint.keep_last=3", "monkey=3", "tokenizer=x", "data.cache_dir=/x", "KeyError: 'x'", "write to a@b.c"),
-    *("https://host/a@2/x", "Key 'api_key' not in 'LoggerConfig'", "optimizer.lr=0.1", "signal=TERM"),
+    *(
+        "checkpoint.keep_last=3",
+        "monkey=3",
+        "tokenizer=x",
+        "data.cache_dir=/x",
+        "KeyError: 'x'",
+        "write to a@b.c",
+    ),
+    *(
+        "https://host/a@2/x",
+        "Key 'api_key' not in 'LoggerConfig'",
+        "optimizer.lr=0.1",
+        "signal=TERM",
+    ),
 ]
 
 
@@ -54,7 +66,11 @@ def test_a_document_of_yaml_can_still_be_read():
 
 def test_what_is_logged_said_and_traced_is_redacted(capsys):
     handler = cli._Say()
-    handler.emit(logging.LogRecord("alexnet_ddp", logging.WARNING, "", 0, "at %s", ("s3://me:CANARY@h/x",), None))
+    handler.emit(
+        logging.LogRecord(
+            "alexnet_ddp", logging.WARNING, "", 0, "at %s", ("s3://me:CANARY@h/x",), None
+        )
+    )
     PlainConsole(1).say("at s3://me:CANARY@h/x")
     try:
         raise RuntimeError("api_key=CANARY")

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from alexnet_ddp.config import Device
-from alexnet_ddp.distributed import session
-from alexnet_ddp.errors import DataError
-from alexnet_ddp.resilience import signals, watch
-from alexnet_ddp.resilience.beacon import Beacon
-from alexnet_ddp.resilience.health import Health, Undo, Verdict, Wish
-from alexnet_ddp.resilience.signals import StopSignal
+from alexnet_ddp.runtime import signals
+from alexnet_ddp.runtime import watchdog_process as watch
+from alexnet_ddp.runtime.distributed import session
+from alexnet_ddp.runtime.errors import DataError
+from alexnet_ddp.runtime.heartbeat import Heartbeat
+from alexnet_ddp.runtime.signals import StopSignal
+from alexnet_ddp.training.vote import Health, StepOutcome, StepSnapshot, StepVote
 from tests.ranks import run_ranks  # its forkserver has torch loaded
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -59,7 +60,9 @@ def signalled_twice(same_event_s: float, pause_s: float) -> None:
 
 @pytest.mark.parametrize(("same_event_s", "pause_s", "exit_code"), [(0.05, 0.1, 75), (5, 0, 3)])
 def test_a_later_signal_exits_at_once_with_75(same_event_s, pause_s, exit_code):
-    process = multiprocessing.get_context("forkserver").Process(target=signalled_twice, args=(same_event_s, pause_s))
+    process = multiprocessing.get_context("forkserver").Process(
+        target=signalled_twice, args=(same_event_s, pause_s)
+    )
     process.start()
     process.join(60)
     assert process.exitcode == exit_code
@@ -67,55 +70,58 @@ def test_a_later_signal_exits_at_once_with_75(same_event_s, pause_s, exit_code):
 
 # --- the health vector ------------------------------------------------------------------------------------------
 
-# What each of two ranks brings: (its loss, its number of images, its wish).
+# What each of two ranks brings: (its loss, its number of images, its vote).
 STEPS = {
-    "well": [(1.0, 5, Wish()), (2.0, 4, Wish())],
-    "stop": [(1.0, 5, Wish()), (2.0, 4, Wish(stop=True))],
-    "save": [(1.0, 5, Wish(save=True)), (2.0, 4, Wish())],
-    "failed": [(1.0, 5, Wish()), (2.0, 4, Wish(error=DataError("x")))],
-    "nan": [(float("nan"), 5, Wish()), (2.0, 4, Wish())],
-    "infinite": [(1.0, 5, Wish()), (float("-inf"), 4, Wish())],
-    "all at once": [(float("inf"), 0, Wish(stop=True, save=True)), (float("inf"), 0, Wish(stop=True, save=True))],
-    "huge": [(3e38, 2**31, Wish()), (3e38, 2**31 + 1, Wish())],  # no overflow on the way
-    "late": [(1.0, 5, Wish()), (2.0, 4, Wish())],
-    "well again": [(1.0, 5, Wish()), (2.0, 0, Wish())],
+    "well": [(1.0, 5, StepVote()), (2.0, 4, StepVote())],
+    "stop": [(1.0, 5, StepVote()), (2.0, 4, StepVote(stop=True))],
+    "save": [(1.0, 5, StepVote(save=True)), (2.0, 4, StepVote())],
+    "failed": [(1.0, 5, StepVote()), (2.0, 4, StepVote(error=DataError("x")))],
+    "nan": [(float("nan"), 5, StepVote()), (2.0, 4, StepVote())],
+    "infinite": [(1.0, 5, StepVote()), (float("-inf"), 4, StepVote())],
+    "all at once": [
+        (float("inf"), 0, StepVote(stop=True, save=True)),
+        (float("inf"), 0, StepVote(stop=True, save=True)),
+    ],
+    "huge": [(3e38, 2**31, StepVote()), (3e38, 2**31 + 1, StepVote())],  # no overflow on the way
+    "late": [(1.0, 5, StepVote()), (2.0, 4, StepVote())],
+    "well again": [(1.0, 5, StepVote()), (2.0, 0, StepVote())],
 }
 
 
-def verdicts() -> dict[str, Verdict]:
+def verdicts() -> dict[str, StepOutcome]:
     with session(Device.cpu) as world:
         health, found = Health(world), {}
         for name, ranks in STEPS.items():
-            loss, num_images, wish = ranks[world.rank]
+            loss, num_images, vote = ranks[world.rank]
             late = torch.tensor(float(name == "late"))
-            health.begin(torch.tensor(loss), num_images, wish, late)
+            health.begin(torch.tensor(loss), num_images, vote, late)
             found[name] = health.finish()
         return found
 
 
 @pytest.fixture(scope="module")
-def by_rank() -> list[dict[str, Verdict]]:
+def by_rank() -> list[dict[str, StepOutcome]]:
     return run_ranks(verdicts, 2)
 
 
-def verdict(num_images: int, **flags: bool) -> Verdict:
+def outcome(num_images: int, **flags: bool) -> StepOutcome:
     none = dict.fromkeys(("stop", "diverged", "late", "failed", "save"), False)
-    return Verdict(**{**none, **flags}, num_images=num_images, loss=0)
+    return StepOutcome(**{**none, **flags}, num_images=num_images, loss=0)
 
 
 @pytest.mark.parametrize(
     ("step", "expected"),
     [
-        ("well", verdict(9)),
-        ("stop", verdict(9, stop=True)),
-        ("save", verdict(9, save=True)),
-        ("failed", verdict(9, failed=True)),
-        ("nan", verdict(9, diverged=True)),
-        ("infinite", verdict(9, diverged=True)),
-        ("all at once", verdict(0, stop=True, save=True, diverged=True)),
-        ("huge", verdict(2**32 + 1)),
-        ("late", verdict(9, late=True)),
-        ("well again", verdict(5)),
+        ("well", outcome(9)),
+        ("stop", outcome(9, stop=True)),
+        ("save", outcome(9, save=True)),
+        ("failed", outcome(9, failed=True)),
+        ("nan", outcome(9, diverged=True)),
+        ("infinite", outcome(9, diverged=True)),
+        ("all at once", outcome(0, stop=True, save=True, diverged=True)),
+        ("huge", outcome(2**32 + 1)),
+        ("late", outcome(9, late=True)),
+        ("well again", outcome(5)),
     ],
 )
 def test_what_one_rank_brings_both_ranks_know(by_rank, step, expected):
@@ -128,29 +134,40 @@ def test_the_loss_of_a_step_is_the_mean_over_the_images_of_all_ranks(by_rank):
 
 
 def test_a_verdict_tells_of_the_gradient_before_and_of_the_loss_of_its_own_step():
-    assert verdict(9).bad_steps(7) == []
-    assert verdict(9, late=True, diverged=True).bad_steps(7) == [6, 7]
+    assert outcome(9).bad_steps(7) == []
+    assert outcome(9, late=True, diverged=True).bad_steps(7) == [6, 7]
 
 
 def test_what_a_step_changed_by_itself_is_taken_back_where_the_step_is_bad():
-    tensors = [torch.ones(2, 3), torch.tensor(4), torch.ones(5, dtype=torch.float64), torch.zeros(2, 2)]
-    undo = Undo(tensors)
+    tensors = [
+        torch.ones(2, 3),
+        torch.tensor(4),
+        torch.ones(5, dtype=torch.float64),
+        torch.zeros(2, 2),
+    ]
+    before = StepSnapshot(tensors)
     for bad, expected in ((0.0, [2, 5, 2, float("nan")]), (1.0, [1, 4, 1, 0])):
         for tensor, value in zip(tensors, (1, 4, 1, 0)):
             tensor.fill_(value)
-        undo.mark()
+        before.snapshot()
         for tensor, value in zip(tensors, (2, 5, 2, float("nan"))):
             tensor.fill_(value)
-        undo.back(torch.tensor(bad))
+        before.restore(torch.tensor(bad))
         for tensor, value in zip(tensors, expected):
-            assert torch.equal(tensor.double().nan_to_num(9), torch.full_like(tensor, value).double().nan_to_num(9))
+            assert torch.equal(
+                tensor.double().nan_to_num(9), torch.full_like(tensor, value).double().nan_to_num(9)
+            )
 
 
-@pytest.mark.parametrize(("jumps", "killed"), [([0, 100, 0, 0], False), ([0, 1, 1, 1, *[1] * 40], True)])
-def test_a_machine_that_slept_is_not_taken_for_hung_and_a_rank_that_stands_still_is(monkeypatch, jumps, killed):
+@pytest.mark.parametrize(
+    ("jumps", "killed"), [([0, 100, 0, 0], False), ([0, 1, 1, 1, *[1] * 40], True)]
+)
+def test_a_machine_that_slept_is_not_taken_for_hung_and_a_rank_that_stands_still_is(
+    monkeypatch, jumps, killed
+):
     """jumps: seconds that pass between two looks of the watchdog."""
     now, looks, ended = [time.monotonic()], iter(jumps), []
-    beacon = Beacon()
+    beacon = Heartbeat()
     beacon.show(30.0, "data", 12, [1, 2])
 
     def look(*arguments):

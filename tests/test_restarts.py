@@ -13,13 +13,19 @@ from alexnet_ddp.data.decode import BadImage, crop_into
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (-(-height // 8) + 1, -(-width // 8) + 1, 3), dtype=np.uint8)
-    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
-    return Image.fromarray(np.clip(smooth + rng.normal(0, 9, smooth.shape), 0, 255).astype(np.uint8))
+    smooth = np.asarray(
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    ).astype(np.int16)
+    return Image.fromarray(
+        np.clip(smooth + rng.normal(0, 9, smooth.shape), 0, 255).astype(np.uint8)
+    )
 
 
 def packed(width: int, height: int, quality: int = 90) -> bytes:
     out, blocks = io.BytesIO(), restarts.interval(width)
-    photo(width, height).save(out, "JPEG", quality=quality, subsampling="4:2:0", restart_marker_blocks=blocks)
+    photo(width, height).save(
+        out, "JPEG", quality=quality, subsampling="4:2:0", restart_marker_blocks=blocks
+    )
     return restarts.with_table(out.getvalue(), blocks)
 
 
@@ -36,7 +42,12 @@ def test_a_cut_holds_the_pixels_of_the_whole_to_the_last_bit(width, height):
     whole, cuts = pixels(data), 0
     for _ in range(60):
         left, top = int(rng.integers(0, width)), int(rng.integers(0, height))
-        box = left, top, int(rng.integers(1, width - left + 1)), int(rng.integers(1, height - top + 1))
+        box = (
+            left,
+            top,
+            int(rng.integers(1, width - left + 1)),
+            int(rng.integers(1, height - top + 1)),
+        )
         part = restarts.cut(data, box)
         if part is None:
             continue
@@ -72,11 +83,21 @@ def test_without_a_table_or_where_all_is_needed_nothing_is_cut():
 
 
 def test_markers_part_a_row_into_whole_segments_of_few_blocks():
-    assert [restarts.interval(width) for width in (256, 341, 336, 400, 368, 16, 48)] == [2, 2, 3, 5, 1, 1, 3]
+    assert [restarts.interval(width) for width in (256, 341, 336, 400, 368, 16, 48)] == [
+        2,
+        2,
+        3,
+        5,
+        1,
+        1,
+        3,
+    ]
 
 
 def test_a_segment_too_long_for_the_table_leaves_the_file_as_it_was():
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16 * 700, 3), dtype=np.uint8))
+    noise = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (16, 16 * 700, 3), dtype=np.uint8)
+    )
     out = io.BytesIO()
     noise.save(out, "JPEG", quality=100, subsampling="4:2:0", restart_marker_blocks=700)
     assert restarts.with_table(out.getvalue(), 700) == out.getvalue()

@@ -60,7 +60,9 @@ def test_mix_is_a_bijection_where_each_input_bit_flips_half_of_the_output_bits()
     words = rng.hash32(5, MANY[: 1 << 13])
     assert len(np.unique(rng.mix(MANY))) == len(MANY)
     for bit in range(32):
-        flipped = unsigned(rng.mix(words) ^ rng.mix(words ^ np.int32(np.uint32(1 << bit).view(np.int32))))
+        flipped = unsigned(
+            rng.mix(words) ^ rng.mix(words ^ np.int32(np.uint32(1 << bit).view(np.int32)))
+        )
         share = np.array([(flipped >> out & 1).mean() for out in range(32)])
         assert abs(share - 0.5).max() < 0.04
 
@@ -75,8 +77,15 @@ def test_numpy_and_torch_give_the_same_words_on_the_whole_range_of_coordinates()
 
 
 def test_known_answers_never_change_or_data_order_would_between_versions():
-    assert [rng.fold(0), rng.fold(0, 0), rng.fold(1, rng.CROP, 7), rng.fold(-5, 3, 2**40)] == PINNED_FOLD
-    assert rng.hash32(rng.fold(0, rng.ORDER), np.arange(-2, 3, dtype=np.int32)).tolist() == PINNED_HASH
+    assert [
+        rng.fold(0),
+        rng.fold(0, 0),
+        rng.fold(1, rng.CROP, 7),
+        rng.fold(-5, 3, 2**40),
+    ] == PINNED_FOLD
+    assert (
+        rng.hash32(rng.fold(0, rng.ORDER), np.arange(-2, 3, dtype=np.int32)).tolist() == PINNED_HASH
+    )
     assert rng.permutation(rng.fold(0, rng.ORDER, 0), 12).tolist() == PINNED_ORDER
     assert (rng.uniforms(42, np.array([0, 1_281_166]), 3) * 2**32).tolist() == PINNED_UNIFORMS
     assert rng.normals(42, np.array([3]), 2)[0] == pytest.approx(PINNED_NORMALS, rel=1e-12)
@@ -87,11 +96,24 @@ def test_the_numbers_of_the_uses_are_pinned_and_differ():
 
 
 def test_fold_takes_any_integer_and_depends_on_each_coordinate_and_their_order():
-    keys = [rng.fold(*c) for c in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (0, 1), (0, 1, 2, 0), (-1, 1, 2), (0, 1, -2))]
+    keys = [
+        rng.fold(*c)
+        for c in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (0, 1), (0, 1, 2, 0), (-1, 1, 2), (0, 1, -2))
+    ]
     assert len(set(keys)) == len(keys)
     assert all(-(2**31) <= key < 2**31 for key in keys)
     assert rng.fold(2**32 + 5, 1) == rng.fold(5, 1)  # seeds count modulo 2**32
-    assert len({rng.fold(seed, use, epoch) for seed in range(20) for use in USES for epoch in range(100)}) == 24_000
+    assert (
+        len(
+            {
+                rng.fold(seed, use, epoch)
+                for seed in range(20)
+                for use in USES
+                for epoch in range(100)
+            }
+        )
+        == 24_000
+    )
 
 
 @pytest.mark.parametrize("key", [0, 1, rng.fold(1, rng.DROPOUT, 1), -(2**31)])
@@ -99,7 +121,9 @@ def test_words_are_uniform(key):
     words = unsigned(rng.hash32(key, MANY))
     for shift in (0, 8, 16, 24):
         assert_uniform(words >> shift & 0xFF, 256)
-    assert len(np.unique(words)) == len(words)  # for one key it is a bijection: no two images share their numbers
+    assert len(np.unique(words)) == len(
+        words
+    )  # for one key it is a bijection: no two images share their numbers
 
 
 @pytest.mark.parametrize("step", [1, 2, 64, 1000, 1 << 15])
@@ -115,7 +139,10 @@ def test_neighbouring_keys_are_independent_raw_and_folded(key, other):
 
 
 def test_neighbouring_epochs_and_uses_are_independent():
-    for a, b in ((rng.fold(0, rng.ORDER, 0), rng.fold(0, rng.ORDER, 1)), (rng.fold(0, 1, 3), rng.fold(0, 2, 3))):
+    for a, b in (
+        (rng.fold(0, rng.ORDER, 0), rng.fold(0, rng.ORDER, 1)),
+        (rng.fold(0, 1, 3), rng.fold(0, 2, 3)),
+    ):
         assert_independent(rng.hash32(a, MANY), rng.hash32(b, MANY))
 
 
@@ -162,12 +189,16 @@ def test_a_permutation_depends_on_its_key_alone():
     assert np.array_equal(rng.permutation(9, 1_003), rng.permutation(9, 1_003))
     orders = {rng.permutation(key, 1_003).tobytes() for key in range(50)}
     assert len(orders) == 50
-    fixed = [(rng.permutation(key, 1_003) == rng.permutation(key + 1, 1_003)).sum() for key in range(50)]
+    fixed = [
+        (rng.permutation(key, 1_003) == rng.permutation(key + 1, 1_003)).sum() for key in range(50)
+    ]
     assert np.mean(fixed) == pytest.approx(1, abs=0.5)  # as of two random permutations
 
 
 def test_every_permutation_is_equally_likely():
-    ranks = np.array([rng.permutation(rng.fold(0, rng.ORDER, epoch), 4) for epoch in range(2_400)]) @ [64, 16, 4, 1]
+    ranks = np.array(
+        [rng.permutation(rng.fold(0, rng.ORDER, epoch), 4) for epoch in range(2_400)]
+    ) @ [64, 16, 4, 1]
     counts = np.unique(ranks, return_counts=True)[1]
     assert len(counts) == 24
     assert stats.chisquare(counts).pvalue > 1e-3

@@ -33,7 +33,9 @@ def test_every_image_comes_exactly_once_an_epoch(batch, world_size, micro):
     sampler = GlobalBatchSampler(N, batch, seed=5)
     for epoch in (0, 1):
         steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
-        parts = [w for rank in range(world_size) for w in sampler.work(steps, rank, world_size, micro)]
+        parts = [
+            w for rank in range(world_size) for w in sampler.work(steps, rank, world_size, micro)
+        ]
         assert np.array_equal(np.sort(np.concatenate([w.indices for w in parts])), np.arange(N))
         assert {w.epoch for w in parts} == {epoch}
         assert max(len(w.indices) for w in parts) <= (micro or batch)
@@ -41,11 +43,19 @@ def test_every_image_comes_exactly_once_an_epoch(batch, world_size, micro):
 
 
 @pytest.mark.parametrize(("batch", "world_size", "micro"), [*product(BATCHES, WORLDS, (None, 3))])
-def test_the_slices_of_the_ranks_are_contiguous_and_together_the_global_batch(batch, world_size, micro):
+def test_the_slices_of_the_ranks_are_contiguous_and_together_the_global_batch(
+    batch, world_size, micro
+):
     sampler = GlobalBatchSampler(N, batch, seed=5)
     for step in (0, 1, sampler.steps_per_epoch - 1, sampler.steps_per_epoch):
         slices = [
-            [i for _, _, indices, _ in works(sampler, range(step, step + 1), rank, world_size, micro) for i in indices]
+            [
+                i
+                for _, _, indices, _ in works(
+                    sampler, range(step, step + 1), rank, world_size, micro
+                )
+                for i in indices
+            ]
             for rank in range(world_size)
         ]
         assert [i for s in slices for i in s] == sampler.batch(step).tolist()
@@ -90,12 +100,16 @@ def test_rank_slices_cover_any_number_of_items():
 def test_the_last_batch_of_an_epoch_is_smaller_or_dropped(batch, drop_last, steps, last):
     sampler = GlobalBatchSampler(N, batch, seed=0, drop_last=drop_last)
     assert sampler.steps_per_epoch == steps
-    assert [len(sampler.batch(step)) for step in range(steps)] == [min(batch, N)] * (steps - 1) + [last]
+    assert [len(sampler.batch(step)) for step in range(steps)] == [min(batch, N)] * (steps - 1) + [
+        last
+    ]
     epoch = np.concatenate([sampler.batch(step) for step in range(steps, 2 * steps)])
     assert len(np.unique(epoch)) == len(epoch) == (steps - 1) * batch + last
     rest = GlobalBatchSampler(N, batch, seed=0)
     whole = np.concatenate([rest.batch(step) for step in range(rest.steps_per_epoch)])
-    assert np.array_equal(whole[: len(epoch)], np.concatenate([sampler.batch(step) for step in range(steps)]))
+    assert np.array_equal(
+        whole[: len(epoch)], np.concatenate([sampler.batch(step) for step in range(steps)])
+    )
 
 
 def test_a_batch_that_drop_last_would_leave_without_an_epoch_is_refused():
@@ -107,8 +121,12 @@ def test_a_batch_that_drop_last_would_leave_without_an_epoch_is_refused():
     )
 
 
-@pytest.mark.parametrize(("batch", "world_size", "micro"), [*product((1, 2, *BATCHES), WORLDS, (None, 3))])
-def test_previous_is_the_image_before_in_the_global_batch_however_it_is_cut(batch, world_size, micro):
+@pytest.mark.parametrize(
+    ("batch", "world_size", "micro"), [*product((1, 2, *BATCHES), WORLDS, (None, 3))]
+)
+def test_previous_is_the_image_before_in_the_global_batch_however_it_is_cut(
+    batch, world_size, micro
+):
     sampler = GlobalBatchSampler(N, batch, seed=5)
     for step in (0, sampler.steps_per_epoch - 1):
         whole = sampler.batch(step).tolist()
@@ -131,11 +149,17 @@ def test_starting_at_any_step_gives_the_same_works_as_skipping_to_it(batch, micr
 def test_the_global_batches_depend_on_seed_and_epoch_and_on_nothing_else():
     sampler = GlobalBatchSampler(N, 64, seed=0)
     assert np.array_equal(sampler.batch(3), GlobalBatchSampler(N, 64, seed=0).batch(3))
-    others = [sampler.batch(3 + sampler.steps_per_epoch), GlobalBatchSampler(N, 64, seed=1).batch(3), sampler.batch(4)]
+    others = [
+        sampler.batch(3 + sampler.steps_per_epoch),
+        GlobalBatchSampler(N, 64, seed=1).batch(3),
+        sampler.batch(4),
+    ]
     for other in others:
         assert len(np.intersect1d(sampler.batch(3), other)) < 20
     small = np.concatenate([GlobalBatchSampler(N, 7, seed=0).batch(step) for step in range(144)])
-    assert np.array_equal(small[:64], sampler.batch(0))  # the order of an epoch does not depend on the batch size
+    assert np.array_equal(
+        small[:64], sampler.batch(0)
+    )  # the order of an epoch does not depend on the batch size
 
 
 def test_a_rank_without_images_has_exactly_one_empty_work_a_step():
@@ -156,7 +180,10 @@ def test_only_the_last_work_of_a_step_is_last(micro):
     assert [work[0] for work in found if work[3]] == list(range(20))
     sizes = [len(indices) for step, _, indices, _ in found if step == 0]
     # Rank 0 has 22 images: where that is one pass more, this one takes part in it without images.
-    assert sizes == {None: [21], 1: [1] * 21 + [0], 2: [2] * 10 + [1], 3: [3] * 7 + [0], 64: [21]}[micro]
+    assert (
+        sizes
+        == {None: [21], 1: [1] * 21 + [0], 2: [2] * 10 + [1], 3: [3] * 7 + [0], 64: [21]}[micro]
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,7 +208,9 @@ def test_evaluation_deals_whole_batches_of_a_fixed_grid_and_every_image_once(bat
     in_turn = [work.indices for round_ in zip(*ranks) for work in round_]
     full = [chunk for chunk in in_turn if len(chunk)]
     assert np.array_equal(np.concatenate(in_turn), np.arange(N))
-    assert [(chunk[0], len(chunk)) for chunk in full] == [(k, min(batch, N - k)) for k in range(0, N, batch)]
+    assert [(chunk[0], len(chunk)) for chunk in full] == [
+        (k, min(batch, N - k)) for k in range(0, N, batch)
+    ]
     assert len(in_turn) - len(full) < world_size  # no round is empty for all
     assert all(chunk.dtype == np.int64 for chunk in in_turn)
 
@@ -192,11 +221,20 @@ def test_the_hash_of_a_batch_names_its_images_in_order():
     assert len(name) == 16
     assert int(name, 16) >= 0
     assert (
-        name == index_hash(batch.copy()) == index_hash(batch.astype(np.int32)) == index_hash(np.repeat(batch, 2)[::2])
+        name
+        == index_hash(batch.copy())
+        == index_hash(batch.astype(np.int32))
+        == index_hash(np.repeat(batch, 2)[::2])
     )
     swapped = batch.copy()
     swapped[[0, 1]] = swapped[[1, 0]]
-    others = [batch[::-1], swapped, batch[:-1], np.sort(batch), GlobalBatchSampler(N, 64, seed=0).batch(1)]
+    others = [
+        batch[::-1],
+        swapped,
+        batch[:-1],
+        np.sort(batch),
+        GlobalBatchSampler(N, 64, seed=0).batch(1),
+    ]
     assert len({name, *map(index_hash, others)}) == 6
 
 
@@ -216,7 +254,9 @@ def packed(n: int, num_shards: int) -> np.ndarray:
     return shards
 
 
-def windowed(batch: int = 64, num_shards: int = 20, size: int = 3, seed: int = 5) -> GlobalBatchSampler:
+def windowed(
+    batch: int = 64, num_shards: int = 20, size: int = 3, seed: int = 5
+) -> GlobalBatchSampler:
     return GlobalBatchSampler(N, batch, seed, windows=Windows(packed(N, num_shards), size))
 
 
@@ -231,7 +271,10 @@ def test_by_windows_every_image_comes_once_and_few_shards_are_read_at_a_time():
     seen = []
     for order in orders:
         assert np.array_equal(np.sort(order), np.arange(N))
-        runs = np.split(shards[order], np.cumsum([len(shards[np.isin(shards, w)]) for w in windows_of(shards[order])]))
+        runs = np.split(
+            shards[order],
+            np.cumsum([len(shards[np.isin(shards, w)]) for w in windows_of(shards[order])]),
+        )
         assert [len(np.unique(run)) for run in runs if len(run)] == [3] * 6 + [2]
         seen.append(windows_of(shards[order]))
     assert seen[0] != seen[1]  # other shards together in another epoch
@@ -254,14 +297,18 @@ def test_windows_are_a_function_of_seed_epoch_and_shards_alone():
     for other in (windowed(seed=6), windowed(num_shards=19), windowed(size=4)):
         assert not np.array_equal(epoch_of(windowed(), 0), epoch_of(other, 0))
     whole = windowed(size=20)
-    assert np.array_equal(epoch_of(whole, 0), epoch_of(GlobalBatchSampler(N, 64, 5), 0))  # one window: the full shuffle
+    assert np.array_equal(
+        epoch_of(whole, 0), epoch_of(GlobalBatchSampler(N, 64, 5), 0)
+    )  # one window: the full shuffle
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_windows_are_exact_from_any_step_and_on_any_number_of_ranks(world_size):
     whole, end = windowed(), 2 * windowed().steps_per_epoch
     for start in (0, 5, whole.steps_per_epoch - 1):
-        found = [works(windowed(), range(start, end), rank, world_size) for rank in range(world_size)]
+        found = [
+            works(windowed(), range(start, end), rank, world_size) for rank in range(world_size)
+        ]
         for step, parts in zip(range(start, end), zip(*found)):
             assert [i for _, _, indices, _ in parts for i in indices] == whole.batch(step).tolist()
 
@@ -269,7 +316,10 @@ def test_windows_are_exact_from_any_step_and_on_any_number_of_ranks(world_size):
 def test_windows_are_alike_in_size_also_where_a_subset_leaves_shards_out():
     shards = packed(N, 17)
     order = epoch_of(windowed(num_shards=17, size=16), 0)
-    assert [len(np.unique(shards[order[part]])) for part in (slice(0, 450), slice(-450, None))] == [9, 8]
+    assert [len(np.unique(shards[order[part]])) for part in (slice(0, 450), slice(-450, None))] == [
+        9,
+        8,
+    ]
     kept = np.flatnonzero(~np.isin(packed(N, 100), [0, 3, 50, 99]))
     some = packed(N, 100)[kept]
     order = epoch_of(GlobalBatchSampler(len(kept), 10, 5, windows=Windows(some, 12)), 2)
@@ -319,4 +369,7 @@ def test_batches_of_windows_are_as_mixed_as_those_of_the_full_shuffle(imagenet, 
 def test_the_fingerprint_of_windows_says_which_shards_and_how_many_at_a_time():
     one = Windows(packed(N, 20), 3).fingerprint()
     assert one == Windows(packed(N, 20).astype(np.int64), 3).fingerprint()
-    assert one not in (Windows(packed(N, 20), 4).fingerprint(), Windows(packed(N, 19), 3).fingerprint())
+    assert one not in (
+        Windows(packed(N, 20), 4).fingerprint(),
+        Windows(packed(N, 19), 3).fingerprint(),
+    )

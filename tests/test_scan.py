@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_ddp.data import index as index_module
-from alexnet_ddp.data import scan
-from alexnet_ddp.data.index import index_folder
-from alexnet_ddp.data.tars import Member, tar_members
-from alexnet_ddp.errors import DataError
+from alexnet_ddp.data.sources import index as index_module
+from alexnet_ddp.data.sources import scan
+from alexnet_ddp.data.sources.index import index_folder
+from alexnet_ddp.data.sources.tars import Member, tar_members
+from alexnet_ddp.runtime.errors import DataError
 from tests.archives import lay_out, names, small
 
 
@@ -88,7 +88,9 @@ def test_a_file_that_is_written_again_in_place_is_noticed(tmp_path, monkeypatch,
     set_times(before)
     second = index_folder(tmp_path, "train")
     assert second.fingerprint() != first.fingerprint()
-    assert second.store.sizes[names(second).index(f"{tmp_path}/train/dog/dog_7.jpg")] == len(b"another image")
+    assert second.store.sizes[names(second).index(f"{tmp_path}/train/dog/dog_7.jpg")] == len(
+        b"another image"
+    )
 
 
 def test_of_a_large_index_an_evenly_spread_sample_is_compared(tmp_path, monkeypatch):
@@ -96,7 +98,9 @@ def test_of_a_large_index_an_evenly_spread_sample_is_compared(tmp_path, monkeypa
     monkeypatch.setattr(index_module, "_SAMPLED", 5)
     first, compared = index_folder(small(tmp_path), "train"), []
     size_of = index_module._size_of
-    monkeypatch.setattr(index_module, "_size_of", lambda path: compared.append(path) or size_of(path))
+    monkeypatch.setattr(
+        index_module, "_size_of", lambda path: compared.append(path) or size_of(path)
+    )
     second = index_folder(tmp_path, "train")
     assert compared == names(first)[::6]
     assert names(second) == names(first)
@@ -117,7 +121,9 @@ def test_a_link_that_leads_nowhere_is_listed_and_named_when_it_is_read(tmp_path)
     (cat / "loop.jpg").symlink_to(cat / "loop.jpg")
     for _ in range(2):
         found = index_folder(tmp_path, "train")
-        with pytest.raises(DataError, match=r"cat_99.jpg cannot be read \(it is a link without a target\)"):
+        with pytest.raises(
+            DataError, match=r"cat_99.jpg cannot be read \(it is a link without a target\)"
+        ):
             found.read(names(found).index(f"{tmp_path}/train/cat/cat_99.jpg"))
         with pytest.raises(DataError, match=r"loop.jpg cannot be read"):
             found.read(names(found).index(f"{tmp_path}/train/cat/loop.jpg"))
@@ -163,12 +169,18 @@ def members(data: bytes, tmp_path: Path) -> list[Member]:
         return list(tar_members(file.fileno(), Path(file.name), 0, len(data)))
 
 
-@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize(
+    "tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+)
 def test_headers_are_read_as_tarfile_reads_them(tmp_path, tar_format):
     long = "x" * 90 + "/" + "y" * 90 + ".JPEG"
-    names = ["a.JPEG", long] + ([] if tar_format == tarfile.USTAR_FORMAT else [f"{long}/é/{long}", "Ω.JPEG", "z"])
+    names = ["a.JPEG", long] + (
+        [] if tar_format == tarfile.USTAR_FORMAT else [f"{long}/é/{long}", "Ω.JPEG", "z"]
+    )
     stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w", format=tar_format, pax_headers={"comment": "global"}) as archive:
+    with tarfile.open(
+        fileobj=stream, mode="w", format=tar_format, pax_headers={"comment": "global"}
+    ) as archive:
         for i, name in enumerate(names):
             for kind in (tarfile.DIRTYPE, tarfile.REGTYPE):
                 member = tarfile.TarInfo(name)
@@ -181,7 +193,9 @@ def test_headers_are_read_as_tarfile_reads_them(tmp_path, tar_format):
     assert len(expected) == len(names)
 
 
-@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize(
+    "tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+)
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -195,10 +209,17 @@ def test_headers_are_read_as_tarfile_reads_them(tmp_path, tar_format):
         ("a.JPEG", tarfile.FIFOTYPE),
     ],
 )
-def test_links_devices_and_paths_out_of_an_archive_are_refused_by_name(tmp_path, tar_format, name, kind):
+def test_links_devices_and_paths_out_of_an_archive_are_refused_by_name(
+    tmp_path, tar_format, name, kind
+):
     member = tarfile.TarInfo(name)
-    member.type, member.linkname = kind, "/etc/" + "passwd" * (15 if tar_format == tarfile.USTAR_FORMAT else 18)
-    with pytest.raises(DataError, match=re.escape(f"holds a link, a device or a path out of it ({name!r}) at byte")):
+    member.type, member.linkname = (
+        kind,
+        "/etc/" + "passwd" * (15 if tar_format == tarfile.USTAR_FORMAT else 18),
+    )
+    with pytest.raises(
+        DataError, match=re.escape(f"holds a link, a device or a path out of it ({name!r}) at byte")
+    ):
         members(member.tobuf(tar_format) + bytes(1024), tmp_path)
 
 

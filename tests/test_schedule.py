@@ -4,15 +4,28 @@ import math
 
 import pytest
 
-from alexnet_ddp.config import ConstantConfig, CosineConfig, PolyConfig, SchedulerConfig, StepDecayConfig, TrainerConfig
-from alexnet_ddp.schedule import Budget, build_lr_schedule, count_warmup_steps
+from alexnet_ddp.config import (
+    ConstantConfig,
+    CosineConfig,
+    PolyConfig,
+    SchedulerConfig,
+    StepDecayConfig,
+    TrainerConfig,
+)
+from alexnet_ddp.training.schedule import Budget, build_lr_schedule, count_warmup_steps
 
 BASE = 0.4
 TOTAL = 1000  # 10 epochs of 100 steps
 
 
-def budget(epochs: int = 10, steps_per_epoch: int = 100, save_every_steps: int | None = None, **knobs) -> Budget:
-    return Budget.plan(TrainerConfig(epochs=epochs, global_batch_size=1, **knobs), steps_per_epoch, save_every_steps)
+def budget(
+    epochs: int = 10, steps_per_epoch: int = 100, save_every_steps: int | None = None, **knobs
+) -> Budget:
+    return Budget.plan(
+        TrainerConfig(epochs=epochs, global_batch_size=1, **knobs),
+        steps_per_epoch,
+        save_every_steps,
+    )
 
 
 def lr(cfg: SchedulerConfig, **knobs):
@@ -33,7 +46,14 @@ def test_constant_stays_what_it_is():
 
 def test_step_decay_multiplies_by_gamma_at_the_first_step_of_each_milestone():
     rate = lr(StepDecayConfig(milestones_epochs=[3, 7.5], gamma=0.1))
-    expected = {0: BASE, 299: BASE, 300: BASE / 10, 749: BASE / 10, 750: BASE / 100, 999: BASE / 100}
+    expected = {
+        0: BASE,
+        299: BASE,
+        300: BASE / 10,
+        749: BASE / 10,
+        750: BASE / 100,
+        999: BASE / 100,
+    }
     assert {step: rate(step) for step in expected} == pytest.approx(expected)
 
 
@@ -76,7 +96,9 @@ def test_poly_falls_with_its_power():
 def test_warm_up_rises_linearly_and_reaches_the_base_rate(cfg):
     rate = lr(cfg)
     assert rate(0) == pytest.approx(BASE / 200)  # never 0: the first step learns
-    assert [rate(step) for step in range(200)] == pytest.approx([BASE * (step + 1) / 200 for step in range(200)])
+    assert [rate(step) for step in range(200)] == pytest.approx(
+        [BASE * (step + 1) / 200 for step in range(200)]
+    )
     assert rate(199) == rate(200) == BASE
     assert rate(201) <= BASE
 
@@ -105,7 +127,9 @@ def test_a_decay_ends_with_max_steps():
     assert 0 < rate(349) < 1e-4 * BASE
 
 
-@pytest.mark.parametrize("cfg", [CosineConfig(warmup_epochs=3), PolyConfig(warmup_epochs=3, power=0.5)])
+@pytest.mark.parametrize(
+    "cfg", [CosineConfig(warmup_epochs=3), PolyConfig(warmup_epochs=3, power=0.5)]
+)
 @pytest.mark.parametrize("max_steps", [1, 250, 300, 301])
 def test_a_run_shorter_than_its_warm_up_has_a_positive_real_rate(cfg, max_steps):
     rate = lr(cfg, max_steps=max_steps)
@@ -153,10 +177,23 @@ def test_every_second_epoch_is_evaluated_and_the_last_one():
 
 def test_a_checkpoint_is_due_at_the_end_of_each_epoch_and_every_so_many_steps():
     assert due(budget(epochs=3, steps_per_epoch=7).save_due, range(1, 22)) == [7, 14, 21]
-    assert due(budget(epochs=2, steps_per_epoch=7, save_every_steps=3).save_due, range(1, 15)) == [3, 6, 7, 9, 12, 14]
+    assert due(budget(epochs=2, steps_per_epoch=7, save_every_steps=3).save_due, range(1, 15)) == [
+        3,
+        6,
+        7,
+        9,
+        12,
+        14,
+    ]
     assert due(budget(epochs=3, steps_per_epoch=7, max_steps=10).save_due, range(1, 11)) == [7, 10]
 
 
 def test_a_row_is_due_every_so_many_steps_and_at_the_end():
     assert due(budget(epochs=1, steps_per_epoch=25).log_due, range(1, 26)) == [10, 20, 25]
-    assert due(budget(epochs=1, steps_per_epoch=5, log_every_steps=1).log_due, range(1, 6)) == [1, 2, 3, 4, 5]
+    assert due(budget(epochs=1, steps_per_epoch=5, log_every_steps=1).log_due, range(1, 6)) == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]

@@ -12,16 +12,22 @@ import numpy as np
 import pytest
 import torch
 
-from alexnet_ddp.config import BasicAugmentConfig, FolderConfig, ImageNetConfig, OnBadImage, ShardsConfig
-from alexnet_ddp.data import shard_check
+from alexnet_ddp.config import (
+    BasicAugmentConfig,
+    FolderConfig,
+    ImageNetConfig,
+    OnBadImage,
+    ShardsConfig,
+)
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import Work
-from alexnet_ddp.data.sets import open_data
-from alexnet_ddp.data.shard_index import INDEX
-from alexnet_ddp.data.shards import open_shards
+from alexnet_ddp.data.sources import shard_check
+from alexnet_ddp.data.sources.sets import open_data
+from alexnet_ddp.data.sources.shard_index import INDEX
+from alexnet_ddp.data.sources.shards import open_shards
 from alexnet_ddp.data.storage import Storage
-from alexnet_ddp.errors import DataError
+from alexnet_ddp.runtime.errors import DataError
 from tests.archives import extract, make_archives
 from tests.packing import pack
 from tests.test_train import SMALL, rows, run
@@ -52,11 +58,16 @@ def opened(root: Path, **knobs: object) -> tuple:
 def test_shards_are_the_data_set_they_came_from(archives, packed, tmp_path):
     ours = open_data(ShardsConfig(root=str(packed)))
     tree = extract(archives, tmp_path / "tree")
-    for theirs in (open_data(ImageNetConfig(root=str(archives))), open_data(FolderConfig(root=str(tree)))):
+    for theirs in (
+        open_data(ImageNetConfig(root=str(archives))),
+        open_data(FolderConfig(root=str(tree))),
+    ):
         for one, other in ((ours.train, theirs.train), (ours.val, theirs.val)):
             assert one.classes == other.classes
             assert one.fingerprint() == other.fingerprint()
-            assert [one.read(i) for i in range(len(one))] == [other.read(i) for i in range(len(other))]
+            assert [one.read(i) for i in range(len(one))] == [
+                other.read(i) for i in range(len(other))
+            ]
     assert ours.class_names[0].startswith("thing ")
 
 
@@ -70,7 +81,10 @@ def test_a_subset_is_the_same_images(archives, packed):
 @pytest.mark.parametrize("training", [True, False])
 def test_batches_are_the_same_pixels_as_from_the_archives(archives, packed, training):
     found = []
-    for cfg in (ShardsConfig(root=str(packed), image_size=16), ImageNetConfig(root=str(archives), image_size=16)):
+    for cfg in (
+        ShardsConfig(root=str(packed), image_size=16),
+        ImageNetConfig(root=str(archives), image_size=16),
+    ):
         augment = build_augment(BasicAugmentConfig(), 0, 16, cfg.eval_resize) if training else None
         index = open_data(cfg).train
         loader = build_loader(cfg, index, augment, 3, torch.device("cpu"))
@@ -84,14 +98,24 @@ def test_batches_are_the_same_pixels_as_from_the_archives(archives, packed, trai
 
 @pytest.mark.slow
 def test_training_on_shards_writes_the_rows_of_training_on_the_archives(archives, packed, tmp_path):
-    common = ["data.image_size=64", "trainer.max_steps=6", "trainer.global_batch_size=8", *SMALL[2:]]
+    common = [
+        "data.image_size=64",
+        "trainer.max_steps=6",
+        "trainer.global_batch_size=8",
+        *SMALL[2:],
+    ]
     common.append("augment.min_scale=0.08")  # the default recipes of the two differ in this value
     for name, root in (("shards", packed), ("imagenet", archives)):
-        done = run("train", f"data={name}", f"data.root={root}", f"run.name={name}", *common, cwd=tmp_path)
+        done = run(
+            "train", f"data={name}", f"data.root={root}", f"run.name={name}", *common, cwd=tmp_path
+        )
         assert done.returncode == 0, done.stdout
     timings = ("time_s", "train/images_per_sec", "time/data_s", "time/step_s")
     one, other = (
-        [{k: v for k, v in row.items() if k not in timings} for row in rows(tmp_path / f"runs/{name}", "step")]
+        [
+            {k: v for k, v in row.items() if k not in timings}
+            for row in rows(tmp_path / f"runs/{name}", "step")
+        ]
         for name in ("shards", "imagenet")
     )
     assert one == other
@@ -138,8 +162,14 @@ def test_a_low_limit_of_open_files_is_raised(packed):
 
 
 DAMAGE = {
-    "no index": (lambda root: (root / INDEX).unlink(), r"holds no index.json; give the root of a finished preparation"),
-    "no such root": (shutil.rmtree, r"holds no index.json; give the root of a finished preparation"),
+    "no index": (
+        lambda root: (root / INDEX).unlink(),
+        r"holds no index.json; give the root of a finished preparation",
+    ),
+    "no such root": (
+        shutil.rmtree,
+        r"holds no index.json; give the root of a finished preparation",
+    ),
     "damaged index": (
         lambda root: (root / INDEX).write_text("{}"),
         r"index.json is damaged \('format'\); remove",
@@ -148,14 +178,26 @@ DAMAGE = {
         lambda root: change(root, "format", 2),
         r"index.json is damaged \(format 2 instead of 1\)",
     ),
-    "no val": (lambda root: change(root, "splits", {}), r"has no train shards; prepare them: split=train"),
-    "shard gone": (lambda root: (root / "val-000001.tar").unlink(), r"val-000001.tar is not there; copy it again, or"),
+    "no val": (
+        lambda root: change(root, "splits", {}),
+        r"has no train shards; prepare them: split=train",
+    ),
+    "shard gone": (
+        lambda root: (root / "val-000001.tar").unlink(),
+        r"val-000001.tar is not there; copy it again, or",
+    ),
     "shard cut": (
         lambda root: os.truncate(root / "train-000002.tar", 999),
         r"train-000002.tar has 999 bytes instead of [\d,]+; copy it again, or prepare it again",
     ),
-    "samples gone": (lambda root: (root / "val.samples.npy").unlink(), "val.samples.npy cannot be read"),
-    "samples cut": (lambda root: os.truncate(root / "val.samples.npy", 300), "val.samples.npy cannot be read"),
+    "samples gone": (
+        lambda root: (root / "val.samples.npy").unlink(),
+        "val.samples.npy cannot be read",
+    ),
+    "samples cut": (
+        lambda root: os.truncate(root / "val.samples.npy", 300),
+        "val.samples.npy cannot be read",
+    ),
     "samples of another": (
         lambda root: shutil.copy(root / "val.samples.npy", root / "train.samples.npy"),
         "train.samples.npy is not the one that index.json was written for; copy all files again from one",
@@ -181,7 +223,9 @@ def test_a_shard_that_is_cut_later_is_named(mine):
     train, _, _ = opened(mine)
     name = train.name(0).rsplit(":", 1)[0]
     os.truncate(name, 600)
-    with pytest.raises(DataError, match=rf"{name}:\d+ cannot be read \(the file ends at byte [\d,]+, inside"):
+    with pytest.raises(
+        DataError, match=rf"{name}:\d+ cannot be read \(the file ends at byte [\d,]+, inside"
+    ):
         train.read(0)
 
 
@@ -196,9 +240,14 @@ def test_raw_shards_are_read_by_rows(archives, tmp_path):
 
 def test_a_raw_image_that_cannot_be_read_is_skipped_where_that_is_asked_for(archives, tmp_path):
     root = pack(archives, tmp_path / "raw", encoding="raw", size=24, num_shards=1)
-    sets = {choice: opened(root, on_bad_image=choice)[0] for choice in (OnBadImage["raise"], OnBadImage.skip)}
+    sets = {
+        choice: opened(root, on_bad_image=choice)[0]
+        for choice in (OnBadImage["raise"], OnBadImage.skip)
+    }
     last = int(np.argmax(sets[OnBadImage.skip].store.samples["offset"]))
-    os.truncate(root / "train-000000.tar", int(sets[OnBadImage.skip].store.samples["offset"][last]) + 200)
+    os.truncate(
+        root / "train-000000.tar", int(sets[OnBadImage.skip].store.samples["offset"][last]) + 200
+    )
     indices, cpu = np.array([last, (last + 1) % 3, (last + 2) % 3]), torch.device("cpu")
     for choice, train in sets.items():
         cfg = ShardsConfig(root=str(root), image_size=16, on_bad_image=choice)
@@ -207,7 +256,9 @@ def test_a_raw_image_that_cannot_be_read_is_skipped_where_that_is_asked_for(arch
         if choice is OnBadImage.skip:
             assert next(batches).indices.tolist() == indices[1:].tolist()
         else:
-            with pytest.raises(DataError, match=r"train-000000.tar:\d+ cannot be read \(the file ends at byte"):
+            with pytest.raises(
+                DataError, match=r"train-000000.tar:\d+ cannot be read \(the file ends at byte"
+            ):
                 next(batches)
         loader.close()
 
@@ -221,20 +272,34 @@ def test_the_colour_axes_of_the_shards_come_with_them(packed, archives):
 @pytest.mark.slow
 def test_a_run_with_colour_noise_is_another_run_where_the_colours_are_others(packed, tmp_path):
     root = Path(shutil.copytree(packed, tmp_path / "shards"))
-    overrides = ["data=shards", f"data.root={root}", "run.name=a", "data.image_size=64", "trainer.global_batch_size=24"]
+    overrides = [
+        "data=shards",
+        f"data.root={root}",
+        "run.name=a",
+        "data.image_size=64",
+        "trainer.global_batch_size=24",
+    ]
     overrides += ["augment=alexnet_2012", *SMALL[2:]]
     assert run("train", *overrides, "trainer.max_steps=1", cwd=tmp_path).returncode == 0
     stats = json.loads((root / "train.stats.json").read_bytes())
     (root / "train.stats.json").write_text(json.dumps(stats | {"eigenvalues": [0.2, 0.1, 0.01]}))
     done = run("train", *overrides, "trainer.max_steps=2", cwd=tmp_path)
     assert done.returncode == 65
-    assert "train.stats.json is not the one that index.json was written for; copy all files again" in done.stdout
+    assert (
+        "train.stats.json is not the one that index.json was written for; copy all files again"
+        in done.stdout
+    )
     index = json.loads((root / INDEX).read_bytes())
-    index["splits"]["train"]["files"]["train.stats.json"] = Storage(str(root)).sha256("train.stats.json")
+    index["splits"]["train"]["files"]["train.stats.json"] = Storage(str(root)).sha256(
+        "train.stats.json"
+    )
     (root / INDEX).write_text(json.dumps(index))
     done = run("train", *overrides, "trainer.max_steps=2", cwd=tmp_path)
     assert done.returncode == 64
-    assert "run.name=a was started as another run: augment.colour_basis=[[0.2, 0.1, 0.01], [" in done.stdout
+    assert (
+        "run.name=a was started as another run: augment.colour_basis=[[0.2, 0.1, 0.01], ["
+        in done.stdout
+    )
     (root / "train.stats.json").unlink()
     done = run("train", *overrides, "trainer.max_steps=2", cwd=tmp_path)
     assert "augment.colour_basis=unset (was [[" in done.stdout
@@ -269,13 +334,22 @@ MIXED = {
         ["*.json", "*.npy", "*.txt", "*0000.tar", "val-*.tar", "train-000001.tar"],
         r"root/train-000002.tar \(other bytes at [\d,]+\) do not match train.samples.npy and index.json; copy",
     ),
-    "only a shard is new": (["val-000001.tar"], r"val-000001.tar \(other bytes at [\d,]+\) do not match val.samples"),
-    "only the index is new": (["index.json"], r"train.samples.npy is not the one that index.json was written for"),
+    "only a shard is new": (
+        ["val-000001.tar"],
+        r"val-000001.tar \(other bytes at [\d,]+\) do not match val.samples",
+    ),
+    "only the index is new": (
+        ["index.json"],
+        r"train.samples.npy is not the one that index.json was written for",
+    ),
     "only the samples are new": (
         ["val.samples.npy"],
         r"val.samples.npy is not the one that index.json was written for",
     ),
-    "only the colours are new": (["train.stats.json"], r"train.stats.json is not the one that index.json was written"),
+    "only the colours are new": (
+        ["train.stats.json"],
+        r"train.stats.json is not the one that index.json was written",
+    ),
     "train is new, val is old": (
         ["train*", "index.json"],
         r"val.samples.npy is not the one that index.json was written",
@@ -335,12 +409,18 @@ def test_shards_of_two_preparations_are_no_source_either(archives, packed, tmp_p
     other = pack(archives, tmp_path / "other", **EXACT, shuffle_seed=1)
     (other / "train.names.txt").write_text("an/other.JPEG\n")
     root = mixed((packed, other), tmp_path / "mixed", [name])
-    rule = "do not match" if name.endswith(".tar") else "is not the one that index.json was written for"
+    rule = (
+        "do not match"
+        if name.endswith(".tar")
+        else "is not the one that index.json was written for"
+    )
     with pytest.raises(DataError, match=rf"{name} .*{rule}"):
         pack(root, tmp_path / "out")
 
 
-def test_shards_that_hold_other_bytes_than_the_images_are_another_data_set(archives, packed, tmp_path):
+def test_shards_that_hold_other_bytes_than_the_images_are_another_data_set(
+    archives, packed, tmp_path
+):
     train = open_data(ImageNetConfig(root=str(archives))).train.fingerprint()
     assert opened(packed)[0].fingerprint() == train
     small = pack(archives, tmp_path / "small", shorter_side=8)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_ddp.startup import STOP_SIGNALS
+from alexnet_ddp.runtime.startup import STOP_SIGNALS
 
 PROJECT = Path(__file__).parents[1]
 NEEDS_NO_TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
@@ -40,8 +40,13 @@ def signalled(code: str, number: int, **popen) -> tuple[int, str]:
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 @pytest.mark.parametrize("command", ["train", "evaluate", "prepare"])
 def test_a_command_that_can_continue_ends_with_75_and_one_line(command, number):
-    line = f"alexnet_ddp: stopped by {signal.Signals(number).name} while it started; nothing is lost: "
-    assert signalled("time.sleep(60)", number, command=command) == (75, f"{line}start the same command again\n")
+    line = (
+        f"alexnet_ddp: stopped by {signal.Signals(number).name} while it started; nothing is lost: "
+    )
+    assert signalled("time.sleep(60)", number, command=command) == (
+        75,
+        f"{line}start the same command again\n",
+    )
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -63,7 +68,7 @@ def test_neither_c_code_nor_a_greedy_except_keeps_the_process(code):
 
 
 def test_another_handler_takes_over(tmp_path):
-    code = "from alexnet_ddp.resilience.signals import StopSignal\nstop = StopSignal()\nprint('on', flush=True)\n"
+    code = "from alexnet_ddp.runtime.signals import StopSignal\nstop = StopSignal()\nprint('on', flush=True)\n"
     process = python(code + "while not stop.received: time.sleep(0.01)\nsys.exit(9)")
     assert process.stdout.readline() == "on\n"
     process.send_signal(signal.SIGTERM)
@@ -71,7 +76,7 @@ def test_another_handler_takes_over(tmp_path):
 
 
 def test_a_signal_just_before_another_handler_takes_over_is_not_lost():
-    code = "import os\nfrom alexnet_ddp.resilience.signals import StopSignal\nos.kill(os.getpid(), 15)\nStopSignal()\n"
+    code = "import os\nfrom alexnet_ddp.runtime.signals import StopSignal\nos.kill(os.getpid(), 15)\nStopSignal()\n"
     process = python(code + "time.sleep(20)")
     assert (process.communicate(timeout=60)[1].count("\n"), process.returncode) == (1, 75)
 
@@ -88,7 +93,11 @@ def test_nohup_keeps_sighup_away():
 
 def test_the_launch_script_is_told_and_only_rank_0_prints(tmp_path):
     rank = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    env = rank | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "ALEXNET_DDP_EXIT_CODE_FILE": str(tmp_path / "code")}
+    env = rank | {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+        "ALEXNET_DDP_EXIT_CODE_FILE": str(tmp_path / "code"),
+    }
     assert signalled("time.sleep(60)", signal.SIGTERM, env=env) == (75, "")
     assert (tmp_path / "code").read_text() == "75\n"
 
@@ -110,7 +119,7 @@ with startup.before_exit(lambda: note("within")):
 
 def test_importing_the_package_changes_no_handler_and_no_stream():
     code = "import signal, sys\nbefore = signal.getsignal(2), signal.getsignal(15), sys.stdout\n"
-    code += "import alexnet_ddp.startup, alexnet_ddp.resilience.signals, alexnet_ddp.companion\n"
+    code += "import alexnet_ddp.runtime.startup, alexnet_ddp.runtime.signals, alexnet_ddp.runtime.helper_process\n"
     code += "assert before == (signal.getsignal(2), signal.getsignal(15), sys.stdout)"
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, timeout=60, check=False)
     assert done.returncode == 0
@@ -126,16 +135,23 @@ sys.exit(9)
 """
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", ">/dev/full", ">/dev/full 2>/dev/full"])
+@pytest.mark.parametrize(
+    "closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", ">/dev/full", ">/dev/full 2>/dev/full"]
+)
 def test_output_that_cannot_be_written_does_not_change_the_exit_code(closed, tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(f"import sys\nfrom alexnet_ddp import startup\nstartup.begin('plan')\n{PRINTS}")
+    script.write_text(
+        f"import sys\nfrom alexnet_ddp import startup\nstartup.begin('plan')\n{PRINTS}"
+    )
     env = {**os.environ, "PYTHONPATH": str(PROJECT)}
     command = ["bash", "-c", f"'{sys.executable}' '{script}' {closed}"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 9, done.stderr
     if closed == ">/dev/full":
-        lines = ["warning: some output could not be written to stdout (No space left on device)", "to stderr"]
+        lines = [
+            "warning: some output could not be written to stdout (No space left on device)",
+            "to stderr",
+        ]
         assert done.stderr.splitlines() == lines
 
 
@@ -157,13 +173,30 @@ def test_a_closed_stream_is_not_taken_by_the_next_file(tmp_path):
 # --- the commands themselves ------------------------------------------------------------------------------------
 
 TRAIN = ["device=cpu", "model=alexnet_small", "data.image_size=64", "trainer.global_batch_size=8"]
-TRAIN += ["data=synthetic", "data.num_train=64", "data.num_val=8", "data.num_classes=4", "run.name=s"]
-TRAIN += ["logger.tensorboard=false", "trainer.epochs=1000", "trainer.eval_every_epochs=1000", "logger.progress=false"]
+TRAIN += [
+    "data=synthetic",
+    "data.num_train=64",
+    "data.num_val=8",
+    "data.num_classes=4",
+    "run.name=s",
+]
+TRAIN += [
+    "logger.tensorboard=false",
+    "trainer.epochs=1000",
+    "trainer.eval_every_epochs=1000",
+    "logger.progress=false",
+]
 COMMANDS = {
     "train": ([sys.executable, "-m", "alexnet_ddp.train", *TRAIN], (75,)),
     "local.sh": ([str(PROJECT / "launch/local.sh"), *TRAIN], (75,)),
-    "evaluate": ([sys.executable, "-m", "alexnet_ddp.evaluate", *TRAIN, "model.weights=none"], (75, 64)),
-    "plan": ([sys.executable, "-m", "alexnet_ddp.plan"], (128 + signal.SIGINT, 128 + signal.SIGTERM, 0)),
+    "evaluate": (
+        [sys.executable, "-m", "alexnet_ddp.evaluate", *TRAIN, "model.weights=none"],
+        (75, 64),
+    ),
+    "plan": (
+        [sys.executable, "-m", "alexnet_ddp.plan"],
+        (128 + signal.SIGINT, 128 + signal.SIGTERM, 0),
+    ),
 }
 
 
@@ -173,7 +206,13 @@ def test_a_stop_signal_at_any_moment_is_one_line_and_a_true_code(command, tmp_pa
     """Delays from the first line of the command on: Python itself prints a trace if SIGINT ends its own start."""
     arguments, codes = COMMANDS[command]
     moments = random.Random(command)
-    env = {**os.environ, "PYTHONPATH": str(PROJECT), "PYTHON": sys.executable, "NPROC": "2", "WANDB_MODE": "disabled"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(PROJECT),
+        "PYTHON": sys.executable,
+        "NPROC": "2",
+        "WANDB_MODE": "disabled",
+    }
     for number in [signal.SIGINT, signal.SIGTERM] * (10 if command == "train" else 4):
         process = subprocess.Popen(
             arguments, env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,

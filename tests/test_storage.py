@@ -16,7 +16,9 @@ fsspec = pytest.importorskip("fsspec")
 def root(request, tmp_path):
     if request.param == "memory":
         return f"memory://{uuid.uuid4().hex}/root"
-    return absolute(f"file://{tmp_path}/root" if request.param == "file" else str(tmp_path / "root"))
+    return absolute(
+        f"file://{tmp_path}/root" if request.param == "file" else str(tmp_path / "root")
+    )
 
 
 @pytest.fixture
@@ -95,7 +97,11 @@ def test_places_are_made_absolute(tmp_path, monkeypatch):
 
 def test_a_full_disk_names_the_file(tmp_path):
     storage = Storage(str(tmp_path))
-    with pytest.raises(OSError) as caught, storage.create("a"), open("/dev/full", "wb", buffering=0) as full:
+    with (
+        pytest.raises(OSError) as caught,
+        storage.create("a"),
+        open("/dev/full", "wb", buffering=0) as full,
+    ):
         full.write(b"x")
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "a"))
     assert pickle.loads(pickle.dumps(caught.value)).filename == str(tmp_path / "a")

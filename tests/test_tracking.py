@@ -20,7 +20,13 @@ from alexnet_ddp.tracking import RunInfo, build_tracker
 
 ROOT = Path(__file__).parents[1]
 TRAIN = {"train/loss": 1.2034, "train/top1": 57.2, "train/lr": 0.02, "train/images_per_sec": 1234.0}
-EVAL = {"val/loss": 0.4, "val/top1": 88.1, "val/top5": 99.2, "val/num_images": 1000, "val/correct1": 881}
+EVAL = {
+    "val/loss": 0.4,
+    "val/top1": 88.1,
+    "val/top5": 99.2,
+    "val/num_images": 1000,
+    "val/correct1": 881,
+}
 PROGRAM = """
     import sys, time
     from pathlib import Path
@@ -51,13 +57,18 @@ def rows(run_dir):
 def start_program(body, *arguments, **options):
     code = textwrap.dedent(PROGRAM) + textwrap.dedent(body)
     env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    env |= {"PYTHONPATH": f"{options.pop('path', ROOT)}:{ROOT}", "NETRC": "/dev/null"} | options.pop("env", {})
+    env |= {
+        "PYTHONPATH": f"{options.pop('path', ROOT)}:{ROOT}",
+        "NETRC": "/dev/null",
+    } | options.pop("env", {})
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], env=env, **options)
 
 
 def test_a_row_is_flat_and_begins_with_step_epoch_and_time(tmp_path):
     log = tracker(tmp_path)
-    log.log(10, 0.5, {"train/loss": np.float32(0.5), "data/index_hash": "ab", "new/name": np.int64(3)})
+    log.log(
+        10, 0.5, {"train/loss": np.float32(0.5), "data/index_hash": "ab", "new/name": np.int64(3)}
+    )
     log.close(0)
     (row,) = rows(tmp_path)
     assert list(row)[:3] == ["step", "epoch", "time_s"]
@@ -174,7 +185,9 @@ def test_on_a_terminal_there_is_a_progress_bar_and_evaluations_stay_above_it(tmp
     hidden, shown, evaluated = (
         output.index(text) for text in (b"\x1b[?25l", b"\x1b[?25h", b"val/top1 88.10  val/loss")
     )
-    assert hidden < shown < evaluated  # the cursor is there at once: a killed process leaves a usable terminal
+    assert (
+        hidden < shown < evaluated
+    )  # the cursor is there at once: a killed process leaves a usable terminal
     assert float(re.search(r"advance ([\d.]+) us", text)[1]) < 50
 
 

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from alexnet_ddp.atomic import write_json
-from alexnet_ddp.errors import DataError
+from alexnet_ddp.runtime.errors import DataError
+from alexnet_ddp.runtime.files import write_json
 from alexnet_ddp.tracking import read_classes, record_run, write_status
 from alexnet_ddp.tracking.record import _git
 from tests.test_tracking import start_program
@@ -20,7 +20,7 @@ CLASSES = {"ids": ["n1", "n2"], "names": ["cat", "dog"]}
 
 def test_json_is_replaced_in_one_piece_under_kill(tmp_path):
     body = """
-        from alexnet_ddp.atomic import write_json
+        from alexnet_ddp.runtime.files import write_json
         print("ready", flush=True)
         while True:
             write_json(Path(sys.argv[1], "a.json"), {"numbers": list(range(5_000)), "nan": float("nan")})
@@ -39,7 +39,9 @@ def test_json_is_replaced_in_one_piece_under_kill(tmp_path):
 
 def test_json_that_cannot_be_written_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
     write_json(tmp_path / "a.json", {"old": 1})
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(OSError, match="No space left"):
         write_json(tmp_path / "a.json", {"new": 1})
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
@@ -48,27 +50,43 @@ def test_json_that_cannot_be_written_leaves_the_old_file_and_no_rest(tmp_path, m
 
 def test_each_start_of_a_run_is_recorded_and_a_torn_record_begins_anew(tmp_path, caplog):
     for start_step in (0, 20):
-        record_run(tmp_path, "seed: 1\n", {"world_size": 2, "overrides": ["seed=1"], "start_step": start_step}, CLASSES)
+        record_run(
+            tmp_path,
+            "seed: 1\n",
+            {"world_size": 2, "overrides": ["seed=1"], "start_step": start_step},
+            CLASSES,
+        )
     run = json.loads((tmp_path / "run.json").read_text())
     assert [start["start_step"] for start in run["starts"]] == [0, 20]
-    assert (run["world_size"], run["start_step"], run["versions"]["python"]) == (2, 20, sys.version.split()[0])
+    assert (run["world_size"], run["start_step"], run["versions"]["python"]) == (
+        2,
+        20,
+        sys.version.split()[0],
+    )
     assert {"torch", "torchvision", "numpy", "cv2", "alexnet_ddp"} <= set(run["versions"])
     assert {"host", "git", "command", "time", "pid", "overrides"} <= set(run)
     for torn in ('{"starts": [', '"text"', "[]", '{"starts": 3}'):
         (tmp_path / "run.json").write_text(torn)
         record_run(tmp_path, "seed: 1\n", {"start_step": 40}, CLASSES)
-        assert [start["start_step"] for start in json.loads((tmp_path / "run.json").read_text())["starts"]] == [40]
+        assert [
+            start["start_step"]
+            for start in json.loads((tmp_path / "run.json").read_text())["starts"]
+        ] == [40]
     assert "begins anew" in caplog.text
     assert read_classes(tmp_path) == CLASSES
     (tmp_path / "classes.json").unlink()
-    with pytest.raises(DataError, match=r"classes.json cannot be read .*; start the training once more"):
+    with pytest.raises(
+        DataError, match=r"classes.json cannot be read .*; start the training once more"
+    ):
         read_classes(tmp_path)
 
 
 def test_the_commit_is_recorded_only_for_files_of_the_tree(tmp_path):
     def git(*arguments):
         identity = ("-c", "user.name=a", "-c", "user.email=a@b")
-        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+        subprocess.run(
+            ["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True
+        )
 
     package, installed = tmp_path / "package", tmp_path / "venv"
     for directory in (package, installed):

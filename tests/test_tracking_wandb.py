@@ -62,7 +62,11 @@ def wandb_run(file):
     return {
         "ids": {r.run.run_id for r in records if r.HasField("run")},
         "resume": [r.run.resumed for r in records if r.HasField("run")],
-        "metrics": {r.metric.glob_name or r.metric.name: r.metric.step_metric for r in records if r.HasField("metric")},
+        "metrics": {
+            r.metric.glob_name or r.metric.name: r.metric.step_metric
+            for r in records
+            if r.HasField("metric")
+        },
         "history": history,
         "exit": [r.exit.exit_code for r in records if r.HasField("exit")],
     }
@@ -82,27 +86,48 @@ def resumed_offline(tmp_path_factory):
         time.sleep(float(sys.argv[4]))
         t.close(0)
     """
-    first = start_program(body, run_dir, 0, 40, 60, stdout=subprocess.PIPE, env={"MY_SECRET": "CANARY"})
+    first = start_program(
+        body, run_dir, 0, 40, 60, stdout=subprocess.PIPE, env={"MY_SECRET": "CANARY"}
+    )
     while b"ready" not in first.stdout.readline():
         continue
     first.send_signal(signal.SIGKILL)
     first.communicate()
     deadline = time.monotonic() + 15
-    while not any(wandb_run(file)["exit"] for file in run_dir.glob("wandb/offline-run-*/run-*.wandb")):
+    while not any(
+        wandb_run(file)["exit"] for file in run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    ):
         assert time.monotonic() < deadline, (run_dir / "wandb/follower.log").read_text()
         time.sleep(0.1)
     time.sleep(1)  # names of offline runs are second-wise
     second = start_program(body, run_dir, 30, 60, 0, stdout=subprocess.PIPE)
     output = second.communicate(timeout=30)[0].decode()
     assert second.returncode == 0, output
-    return run_dir, output, [wandb_run(file) for file in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))]
+    return (
+        run_dir,
+        output,
+        [wandb_run(file) for file in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))],
+    )
 
 
 def test_the_process_that_resumes_logs_under_the_same_wandb_id(resumed_offline):
     run_dir, output, (first, second) = resumed_offline
     assert first["ids"] == second["ids"] == {(run_dir / "wandb_id.txt").read_text().strip()}
     assert f"wandb: offline; upload with: wandb sync {run_dir}/wandb/offline-run-*" in output
-    assert [row["step"] for row in rows(run_dir)] == [10, 10, 20, 20, 30, 30, 40, 40, 50, 50, 60, 60]
+    assert [row["step"] for row in rows(run_dir)] == [
+        10,
+        10,
+        20,
+        20,
+        30,
+        30,
+        40,
+        40,
+        50,
+        50,
+        60,
+        60,
+    ]
 
 
 def test_wandb_has_every_row_against_step_also_of_a_killed_run(resumed_offline):
@@ -156,16 +181,32 @@ def collect(without_server, position):
     lines = program.communicate(timeout=40)[0].decode().splitlines()
     assert program.returncode == 0
     assert len(rows(run_dir)) == 20
-    return run_dir, [line for line in lines if "wandb" in line], [float(word) for word in lines[-1].split()[1:]]
+    return (
+        run_dir,
+        [line for line in lines if "wandb" in line],
+        [float(word) for word in lines[-1].split()[1:]],
+    )
 
 
 @pytest.mark.parametrize(
     ("fake", "mode", "words"),
     [
-        ("init", "offline", ["offline;", "warning: wandb cannot start (ValueError: fake error in init)"]),
+        (
+            "init",
+            "offline",
+            ["offline;", "warning: wandb cannot start (ValueError: fake error in init)"],
+        ),
         ("init", "online", ["cannot go online (ValueError: fake error in init)", "cannot start"]),
-        ("log", "online", ["https://wandb.test/run", "wandb failed (ValueError: fake error in log)"]),
-        ("finish", "online", ["https://wandb.test/run", "wandb failed (ValueError: fake error in finish)"]),
+        (
+            "log",
+            "online",
+            ["https://wandb.test/run", "wandb failed (ValueError: fake error in log)"],
+        ),
+        (
+            "finish",
+            "online",
+            ["https://wandb.test/run", "wandb failed (ValueError: fake error in finish)"],
+        ),
         ("die-log", "online", ["https://wandb.test/run", "its process ended with code 5"]),
         ("hang-init", "offline", ["offline;", "it did not finish in 1 s"]),
         ("hang-log", "online", ["https://wandb.test/run", "it did not finish in 1 s"]),
@@ -221,4 +262,6 @@ def test_an_unreachable_server_delays_neither_start_nor_log_and_the_run_is_offli
     assert (start_s < 5, log_s < 0.5, close_s < 11) == (True, True, True), (start_s, log_s, close_s)
     (file,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
     assert [row["step"] for row in wandb_run(file)["history"]] == list(range(1, 21))
-    assert not [path for path in run_dir.rglob("*") if path.is_file() and b"c" * 40 in path.read_bytes()]
+    assert not [
+        path for path in run_dir.rglob("*") if path.is_file() and b"c" * 40 in path.read_bytes()
+    ]

@@ -19,15 +19,26 @@ from tests.conftest import make_folder
 from tests.ranks import run_command
 
 ENV = {**os.environ, "WANDB_MODE": "disabled", "PYTHONPATH": str(Path(__file__).parents[1])}
-SMALL = ["data=folder", "data.image_size=64", "trainer.log_every_steps=1", "logger.tensorboard=false"]
+SMALL = [
+    "data=folder",
+    "data.image_size=64",
+    "trainer.log_every_steps=1",
+    "logger.tensorboard=false",
+]
 
 
 def command(root: str, *overrides: str, ranks: int = 0) -> list[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        if ranks
+        else []
+    )
     return [sys.executable, *torchrun, "-m", f"alexnet_ddp.{root}", *overrides]
 
 
-def run(root: str, *overrides: str, ranks: int = 0, cwd: Path, env: dict | None = None) -> subprocess.CompletedProcess:
+def run(
+    root: str, *overrides: str, ranks: int = 0, cwd: Path, env: dict | None = None
+) -> subprocess.CompletedProcess:
     # HOME's cache is not touched: see conftest.private_cache
     full = {**ENV, "XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"], **(env or {})}
     return run_command(f"alexnet_ddp.{root}", list(overrides), ranks, cwd, full)
@@ -48,16 +59,22 @@ def status(run_dir: Path) -> dict:
     return json.loads((run_dir / "status.json").read_text())
 
 
-def start_and_hit(number: int, overrides: list[str], run_dir: Path, more_rows: int, ranks: int = 0) -> int:
+def start_and_hit(
+    number: int, overrides: list[str], run_dir: Path, more_rows: int, ranks: int = 0
+) -> int:
     """Start a run, send `number` to its launcher once it has written `more_rows` and a checkpoint; its exit code."""
     full = {**ENV, "XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"]}
     before = rows(run_dir, "train/loss")
     start = before[-1]["step"] if before else 0
-    process = subprocess.Popen(command("train", *overrides, ranks=ranks), env=full, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command("train", *overrides, ranks=ranks), env=full, stdout=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         now = rows(run_dir, "train/loss")
-        saved = any((run_dir / "checkpoints").glob("step-*"))  # in the background, so maybe some steps later
+        saved = any(
+            (run_dir / "checkpoints").glob("step-*")
+        )  # in the background, so maybe some steps later
         if saved and now[-1]["step"] >= start + more_rows:
             break
         time.sleep(0.05)
@@ -65,7 +82,9 @@ def start_and_hit(number: int, overrides: list[str], run_dir: Path, more_rows: i
     return process.wait(timeout=60)
 
 
-def test_a_run_trains_records_itself_and_is_complete_at_once_the_second_time(image_folder, tmp_path):
+def test_a_run_trains_records_itself_and_is_complete_at_once_the_second_time(
+    image_folder, tmp_path
+):
     overrides = [
         *SMALL,
         f"data.root={image_folder}",
@@ -73,7 +92,12 @@ def test_a_run_trains_records_itself_and_is_complete_at_once_the_second_time(ima
         "trainer.max_steps=9",
         "trainer.global_batch_size=17",
     ]
-    done = run("train", *overrides, cwd=tmp_path, env={"ALEXNET_DDP_EXIT_CODE_FILE": str(tmp_path / "code")})
+    done = run(
+        "train",
+        *overrides,
+        cwd=tmp_path,
+        env={"ALEXNET_DDP_EXIT_CODE_FILE": str(tmp_path / "code")},
+    )
     assert done.returncode == 0, done.stdout
     assert (tmp_path / "code").read_text() == "0\n"
     run_dir = tmp_path / "runs" / "a"
@@ -83,7 +107,9 @@ def test_a_run_trains_records_itself_and_is_complete_at_once_the_second_time(ima
     assert (first["step"], last["step"], last["val/num_images"]) == (7, 9, 61)
     assert last["val/correct1"] <= last["val/correct5"] <= 61
     assert json.loads((run_dir / "run.json").read_text())["overrides"] == overrides
-    assert json.loads((run_dir / "classes.json").read_text())["ids"] == [f"class{c}" for c in range(5)]
+    assert json.loads((run_dir / "classes.json").read_text())["ids"] == [
+        f"class{c}" for c in range(5)
+    ]
     assert "global_batch_size: 17" in (run_dir / "config.yaml").read_text()
     assert {p.name for p in tmp_path.iterdir()} == {"runs", "code"}  # Hydra writes nothing
 
@@ -108,10 +134,15 @@ def test_a_run_trains_records_itself_and_is_complete_at_once_the_second_time(ima
     exact = run("evaluate", "run.name=a", cwd=tmp_path)
     assert exact.returncode == 0, exact.stdout
     written = json.loads((run_dir / "evaluation.json").read_text())
-    assert any(all(written[k] == row[k] for k in row if k.startswith("val/c")) for row in rows(run_dir, "val/top1"))
+    assert any(
+        all(written[k] == row[k] for k in row if k.startswith("val/c"))
+        for row in rows(run_dir, "val/top1")
+    )
     assert sum(c["num_images"] for c in written["per_class"].values()) == 61
 
-    shown = run("predict", "run.name=a", f"images={image_folder}/val/class1", "output=p.jsonl", cwd=tmp_path)
+    shown = run(
+        "predict", "run.name=a", f"images={image_folder}/val/class1", "output=p.jsonl", cwd=tmp_path
+    )
     assert shown.returncode == 0, shown.stdout
     predictions = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert len(predictions) == len(list((image_folder / "val/class1").iterdir()))
@@ -152,22 +183,37 @@ def test_stopped_and_killed_in_mid_epoch_it_ends_with_the_same_bits(undisturbed,
     for key in ("train/loss", "val/top1"):
         calm, disturbed = rows(root / "calm", key), rows(run_dir, key)
         assert [row["step"] for row in calm] == [row["step"] for row in disturbed]
-        assert [row["data/index_hash"] for row in calm] == [row["data/index_hash"] for row in disturbed]
+        assert [row["data/index_hash"] for row in calm] == [
+            row["data/index_hash"] for row in disturbed
+        ]
     exact = [k for k in rows(root / "calm", "val/top1")[-1] if k.startswith("val/")]
     for calm, disturbed in zip(rows(root / "calm", "val/top1"), rows(run_dir, "val/top1")):
         assert [calm[k] for k in exact] == [disturbed[k] for k in exact]
 
 
 @pytest.mark.slow
-def test_with_every_augmentation_and_averages_a_run_goes_on_in_mid_epoch_with_the_same_bits(image_folder, tmp_path):
+def test_with_every_augmentation_and_averages_a_run_goes_on_in_mid_epoch_with_the_same_bits(
+    image_folder, tmp_path
+):
     knobs = "mixup_alpha=0.2 cutmix_alpha=1 erase=0.25 brightness=0.4 contrast=0.4 saturation=0.4 hue=0.1"
-    overrides = [*SMALL, f"data.root={image_folder}", "trainer.global_batch_size=17", "scheduler=constant"]
-    overrides += [f"augment.{knob}" for knob in f"{knobs} policy=trivialaugment".split()] + ["trainer.ema_decay=0.9"]
+    overrides = [
+        *SMALL,
+        f"data.root={image_folder}",
+        "trainer.global_batch_size=17",
+        "scheduler=constant",
+    ]
+    overrides += [f"augment.{knob}" for knob in f"{knobs} policy=trivialaugment".split()] + [
+        "trainer.ema_decay=0.9"
+    ]
     for name, max_steps in (("calm", 6), ("hit", 3), ("hit", 6)):
-        done = run("train", *overrides, f"run.name={name}", f"trainer.max_steps={max_steps}", cwd=tmp_path)
+        done = run(
+            "train", *overrides, f"run.name={name}", f"trainer.max_steps={max_steps}", cwd=tmp_path
+        )
         assert done.returncode == 0, done.stdout
     for stem in ("model", "optimizer", "ema"):
-        assert sha_of_newest(tmp_path / "runs/hit", stem) == sha_of_newest(tmp_path / "runs/calm", stem)
+        assert sha_of_newest(tmp_path / "runs/hit", stem) == sha_of_newest(
+            tmp_path / "runs/calm", stem
+        )
     for key in ("train/loss", "val/loss"):
         calm, hit = ([r[key] for r in rows(tmp_path / f"runs/{n}", key)] for n in ("calm", "hit"))
         assert calm[-1] == hit[-1]
@@ -175,8 +221,16 @@ def test_with_every_augmentation_and_averages_a_run_goes_on_in_mid_epoch_with_th
 
 
 @pytest.mark.slow
-def test_where_weights_are_averaged_they_are_what_the_run_and_evaluate_and_predict_show(image_folder, tmp_path):
-    overrides = [*SMALL, f"data.root={image_folder}", "trainer.max_steps=4", "run.name=x", "trainer.ema_decay=0.7"]
+def test_where_weights_are_averaged_they_are_what_the_run_and_evaluate_and_predict_show(
+    image_folder, tmp_path
+):
+    overrides = [
+        *SMALL,
+        f"data.root={image_folder}",
+        "trainer.max_steps=4",
+        "run.name=x",
+        "trainer.ema_decay=0.7",
+    ]
     done = run("train", *overrides, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert "; evaluates averaged weights (trainer.ema_decay=0.7); " in done.stdout
@@ -184,9 +238,13 @@ def test_where_weights_are_averaged_they_are_what_the_run_and_evaluate_and_predi
     assert done.returncode == 0, done.stdout
     found = json.loads((tmp_path / "runs/x/evaluation.json").read_text())
     assert found["weights"] == "averaged"
-    row = next(row for row in rows(tmp_path / "runs/x", "val/loss") if row["step"] == found["step"])  # of the best one
+    row = next(
+        row for row in rows(tmp_path / "runs/x", "val/loss") if row["step"] == found["step"]
+    )  # of the best one
     assert found["val/loss"] == pytest.approx(row["val/loss"], rel=1e-6)
-    shown = predict._trained(cli.config_of_run(tmp_path / "runs/x", []), tmp_path / "runs/x")[0].state_dict()
+    shown = predict._trained(cli.config_of_run(tmp_path / "runs/x", []), tmp_path / "runs/x")[
+        0
+    ].state_dict()
     checkpoint = tmp_path / "runs/x/checkpoints" / found["checkpoint"]
     averages, weights = (files.read_tensors(checkpoint, stem) for stem in ("ema", "model"))
     assert all(torch.equal(t, averages[name]) for name, t in shown.items())
@@ -239,27 +297,57 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(undisturbed, t
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("undisturbed")
-def test_a_change_that_is_allowed_goes_on_with_a_fresh_optimizer_and_another_network_is_refused(undisturbed, tmp_path):
+def test_a_change_that_is_allowed_goes_on_with_a_fresh_optimizer_and_another_network_is_refused(
+    undisturbed, tmp_path
+):
     overrides, root = undisturbed
     shutil.copytree(root / "calm", root / "changed")
-    more = [*overrides, "run.name=changed", "trainer.epochs=3", "trainer.max_steps=53", "resume.allow_changes=true"]
+    more = [
+        *overrides,
+        "run.name=changed",
+        "trainer.epochs=3",
+        "trainer.max_steps=53",
+        "resume.allow_changes=true",
+    ]
     done = run("train", *more, "optimizer=adamw", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
-    assert "warning: another optimizer than the checkpoint's: its state starts afresh" in done.stdout
+    assert (
+        "warning: another optimizer than the checkpoint's: its state starts afresh" in done.stdout
+    )
     assert rows(root / "changed", "train/loss")[-1]["step"] == 53
-    other = run("train", *more, "trainer.max_steps=54", "model=torchvision", "model.name=resnet18", cwd=tmp_path)
+    other = run(
+        "train",
+        *more,
+        "trainer.max_steps=54",
+        "model=torchvision",
+        "model.name=resnet18",
+        cwd=tmp_path,
+    )
     assert other.returncode == 64
-    assert "the checkpoint of changed holds another network than the configuration: " in other.stdout
+    assert (
+        "the checkpoint of changed holds another network than the configuration: " in other.stdout
+    )
 
 
 @pytest.mark.slow
-def test_a_run_that_diverges_saves_the_state_before_and_one_process_replays_the_step(image_folder, tmp_path):
-    overrides = [*SMALL, f"data.root={image_folder}", "run.name=d", "trainer.epochs=9", "trainer.global_batch_size=17"]
+def test_a_run_that_diverges_saves_the_state_before_and_one_process_replays_the_step(
+    image_folder, tmp_path
+):
+    overrides = [
+        *SMALL,
+        f"data.root={image_folder}",
+        "run.name=d",
+        "trainer.epochs=9",
+        "trainer.global_batch_size=17",
+    ]
     overrides += ["optimizer.lr=1e12", "scheduler=constant", "trainer.clip_grad_norm=null"]
     done = run("train", *overrides, cwd=tmp_path)
     assert done.returncode == 70, done.stdout
     record = json.loads((tmp_path / "runs/d/replay.json").read_text())
-    assert f"of step {record['step']} is not finite; nothing of that step was applied" in done.stdout.splitlines()[-1]
+    assert (
+        f"of step {record['step']} is not finite; nothing of that step was applied"
+        in done.stdout.splitlines()[-1]
+    )
     (saved,) = (tmp_path / "runs/d/checkpoints").glob("step-*")
     assert int(saved.name[5:]) == record["step"] - 1
     again = run("train", "run.name=d", "replay=runs/d/replay.json", cwd=tmp_path)
@@ -275,12 +363,16 @@ def test_a_run_that_diverges_saves_the_state_before_and_one_process_replays_the_
 @pytest.mark.slow
 def test_ranks_that_were_started_differently_are_refused(image_folder, tmp_path):
     """Each node of a cluster is started by its own command line."""
-    shim = "import os, sys; sys.argv.append('optimizer.lr=0.0' + str(1 + int(os.environ['RANK'])))\n"
+    shim = (
+        "import os, sys; sys.argv.append('optimizer.lr=0.0' + str(1 + int(os.environ['RANK'])))\n"
+    )
     shim += "from alexnet_ddp import cli, train; cli.run('train', train.train)"
     (tmp_path / "shim.py").write_text(shim)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, "shim.py", *SMALL, f"data.root={image_folder}", "run.name=a"]
-    done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=120, check=False
+    )
     assert (
         "rank 1 was started as another run than rank 0: optimizer.lr=0.02 (rank 0: 0.01); start all alike"
         in done.stderr
@@ -296,7 +388,13 @@ def flip(path: Path) -> None:
 
 @pytest.mark.slow
 def test_eight_ranks_take_three_steps_on_two_cores(image_folder, tmp_path):
-    overrides = [*SMALL, f"data.root={image_folder}", "run.name=eight", "trainer.max_steps=3", "data.limit_val=5"]
+    overrides = [
+        *SMALL,
+        f"data.root={image_folder}",
+        "run.name=eight",
+        "trainer.max_steps=3",
+        "data.limit_val=5",
+    ]
     done = run("train", *overrides, "trainer.global_batch_size=13", ranks=8, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert [row["step"] for row in rows(tmp_path / "runs/eight", "train/loss")] == [1, 2, 3]
@@ -307,14 +405,26 @@ def test_eight_ranks_take_three_steps_on_two_cores(image_folder, tmp_path):
     ("spoil", "message"),
     [
         (lambda root: shutil.rmtree(root), "is not a folder; give one that holds train/CLASS/*"),
-        (lambda root: shutil.rmtree(root / "val/class1"), "only train has class1; add or remove these class folders"),
-        (lambda root: (root / "train/class2/00002.jpg").write_text("text"), "class2/00002.jpg: not an image"),
+        (
+            lambda root: shutil.rmtree(root / "val/class1"),
+            "only train has class1; add or remove these class folders",
+        ),
+        (
+            lambda root: (root / "train/class2/00002.jpg").write_text("text"),
+            "class2/00002.jpg: not an image",
+        ),
     ],
 )
 def test_bad_data_is_one_line_and_code_65(image_folder, tmp_path, spoil, message):
     root = shutil.copytree(image_folder, tmp_path / "data")
     spoil(root)
-    overrides = [*SMALL, f"data.root={root}", "run.name=e", "trainer.max_steps=9", "trainer.global_batch_size=50"]
+    overrides = [
+        *SMALL,
+        f"data.root={root}",
+        "run.name=e",
+        "trainer.max_steps=9",
+        "trainer.global_batch_size=50",
+    ]
     done = run("train", *overrides, cwd=tmp_path)
     assert done.returncode == 65
     last = done.stdout.splitlines()[-1]
@@ -329,14 +439,26 @@ def test_archives_and_the_folders_extracted_from_them_train_to_the_same_rows(tmp
 
     archives = make_archives(tmp_path / "archives", classes=3, per_class=11, num_val=10)
     extract(archives, tmp_path / "tree")
-    common = ["data.image_size=64", "trainer.max_steps=6", "trainer.global_batch_size=8", *SMALL[2:]]
+    common = [
+        "data.image_size=64",
+        "trainer.max_steps=6",
+        "trainer.global_batch_size=8",
+        *SMALL[2:],
+    ]
     common.append("augment.min_scale=0.08")  # the default recipes of the two differ in this value
-    first = run("train", "data=imagenet", f"data.root={archives}", "run.name=a", *common, cwd=tmp_path)
-    second = run("train", "data=folder", f"data.root={tmp_path}/tree", "run.name=b", *common, cwd=tmp_path)
+    first = run(
+        "train", "data=imagenet", f"data.root={archives}", "run.name=a", *common, cwd=tmp_path
+    )
+    second = run(
+        "train", "data=folder", f"data.root={tmp_path}/tree", "run.name=b", *common, cwd=tmp_path
+    )
     assert first.returncode == second.returncode == 0, first.stdout + second.stdout
     timings = ("time_s", "train/images_per_sec", "time/data_s", "time/step_s")
     a, b = (
-        [{k: v for k, v in row.items() if k not in timings} for row in rows(tmp_path / f"runs/{n}", "step")]
+        [
+            {k: v for k, v in row.items() if k not in timings}
+            for row in rows(tmp_path / f"runs/{n}", "step")
+        ]
         for n in "ab"
     )
     assert a == b
@@ -349,7 +471,9 @@ def test_an_installed_wheel_works_in_an_empty_directory(tmp_path):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     subprocess.run([*pip, "wheel", "-q", "--no-deps", "-w", tmp_path / "dist", root], check=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    subprocess.run([*pip, "install", "-q", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
+    subprocess.run(
+        [*pip, "install", "-q", "--no-deps", "--target", tmp_path / "site", wheel], check=True
+    )
     empty = tmp_path / "empty"
     empty.mkdir()
     env = {"PYTHONPATH": str(tmp_path / "site")}
@@ -365,12 +489,20 @@ def test_an_installed_wheel_works_in_an_empty_directory(tmp_path):
 
 @pytest.mark.slow
 def test_compile_changes_speed_and_not_the_losses(image_folder, tmp_path):
-    overrides = [*SMALL, f"data.root={image_folder}", "trainer.max_steps=4", "trainer.global_batch_size=17"]
+    overrides = [
+        *SMALL,
+        f"data.root={image_folder}",
+        "trainer.max_steps=4",
+        "trainer.global_batch_size=17",
+    ]
     for name, compiled in (("eager", "false"), ("compiled", "true")):
-        done = run("train", *overrides, f"run.name={name}", f"trainer.compile={compiled}", cwd=tmp_path)
+        done = run(
+            "train", *overrides, f"run.name={name}", f"trainer.compile={compiled}", cwd=tmp_path
+        )
         assert done.returncode == 0, done.stdout
     eager, compiled = (
-        [r["train/loss"] for r in rows(tmp_path / f"runs/{n}", "train/loss")] for n in ("eager", "compiled")
+        [r["train/loss"] for r in rows(tmp_path / f"runs/{n}", "train/loss")]
+        for n in ("eager", "compiled")
     )
     assert eager == pytest.approx(compiled, rel=1e-4)
 
@@ -378,23 +510,42 @@ def test_compile_changes_speed_and_not_the_losses(image_folder, tmp_path):
 @pytest.mark.slow
 def test_windows_of_shards_and_growing_images_resume_bit_equal_and_on_other_ranks(tmp_path):
     make_folder(tmp_path / "images", 205, 21)
-    packed = run("prepare", "source=images", "root=shards", "num_shards=5", "engine.workers=1", cwd=tmp_path)
+    packed = run(
+        "prepare", "source=images", "root=shards", "num_shards=5", "engine.workers=1", cwd=tmp_path
+    )
     assert packed.returncode == 0, packed.stdout
     overrides = [
-        *("data=shards", f"data.root={tmp_path}/shards", "data.shuffle=window", "data.window_shards=2"),
-        *("data.image_size=96", "data.start_image_size=32", "data.grow_epochs=2", "trainer.epochs=3"),
+        *(
+            "data=shards",
+            f"data.root={tmp_path}/shards",
+            "data.shuffle=window",
+            "data.window_shards=2",
+        ),
+        *(
+            "data.image_size=96",
+            "data.start_image_size=32",
+            "data.grow_epochs=2",
+            "trainer.epochs=3",
+        ),
         *(
             "model=alexnet_small",
             "trainer.log_every_steps=1",
             "logger.tensorboard=false",
             "trainer.global_batch_size=8",
         ),
-        *(f"run.root={tmp_path}/runs", "scheduler.warmup_epochs=0", "optimizer.lr=0.001", "scheduler=constant"),
+        *(
+            f"run.root={tmp_path}/runs",
+            "scheduler.warmup_epochs=0",
+            "optimizer.lr=0.001",
+            "scheduler=constant",
+        ),
     ]
     calm, hit, wide = (tmp_path / "runs" / name for name in ("calm", "hit", "wide"))
     done = run("train", *overrides, "run.name=calm", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
-    assert start_and_hit(signal.SIGTERM, [*overrides, "run.name=hit"], hit, 33) == 75  # in the epoch of 64 pixels
+    assert (
+        start_and_hit(signal.SIGTERM, [*overrides, "run.name=hit"], hit, 33) == 75
+    )  # in the epoch of 64 pixels
     assert start_and_hit(signal.SIGKILL, [*overrides, "run.name=hit"], hit, 6) == -9
     done = run("train", *overrides, "run.name=hit", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
@@ -403,24 +554,36 @@ def test_windows_of_shards_and_growing_images_resume_bit_equal_and_on_other_rank
     assert done.returncode == 0, done.stdout
     one, two = rows(calm, "train/loss")[:40], rows(wide, "train/loss")
     assert [row["data/index_hash"] for row in one] == [row["data/index_hash"] for row in two]
-    assert [row["train/loss"] for row in one] == pytest.approx([row["train/loss"] for row in two], rel=1e-4)
+    assert [row["train/loss"] for row in one] == pytest.approx(
+        [row["train/loss"] for row in two], rel=1e-4
+    )
     other = run("train", *overrides, "run.name=hit", "data.window_shards=3", cwd=tmp_path)
     assert other.returncode == 64, other.stdout
     assert "data.windows=" in other.stdout
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_under_another_parallelism_and_all_of_it_is_read_by_evaluate_and_predict(tmp_path):
+def test_a_run_goes_on_under_another_parallelism_and_all_of_it_is_read_by_evaluate_and_predict(
+    tmp_path,
+):
     """hybrid on 4 ranks, ddp on one, hybrid on 2; beside it, ddp on one all the time."""
     images = make_folder(tmp_path / "data", 61, 21)
-    common = [*SMALL, f"data.root={images}", "trainer.epochs=2", "trainer.global_batch_size=7", "model.dropout=0.5"]
+    common = [
+        *SMALL,
+        f"data.root={images}",
+        "trainer.epochs=2",
+        "trainer.global_batch_size=7",
+        "model.dropout=0.5",
+    ]
     common += [
         "optimizer.scaling=none",
         "optimizer.base_batch_size=null",
         "optimizer.lr=0.05",
         "optimizer.nesterov=false",
     ]
-    common += ["scheduler.warmup_epochs=2"]  # a rate that rises slowly: rounding differences grow slowly too
+    common += [
+        "scheduler.warmup_epochs=2"
+    ]  # a rate that rises slowly: rounding differences grow slowly too
     for name, parts in {
         "calm": [("ddp", 0, 18)],
         "mixed": [("hybrid", 4, 5), ("ddp", 0, 11), ("hybrid", 2, 18)],
@@ -430,23 +593,39 @@ def test_a_run_goes_on_under_another_parallelism_and_all_of_it_is_read_by_evalua
             done = run("train", *common, *more, ranks=ranks, cwd=tmp_path)
             assert done.returncode == 0, done.stdout
             for root in ("evaluate", "predict"):
-                shown = run(root, f"run.name={name}", *[f"images={images}/val"] * (root == "predict"), cwd=tmp_path)
+                shown = run(
+                    root,
+                    f"run.name={name}",
+                    *[f"images={images}/val"] * (root == "predict"),
+                    cwd=tmp_path,
+                )
                 assert shown.returncode == 0, shown.stdout
     calm, mixed = (rows(tmp_path / f"runs/{name}", "train/loss") for name in ("calm", "mixed"))
     assert [row["data/index_hash"] for row in calm] == [row["data/index_hash"] for row in mixed]
     ours, theirs = ([row["train/loss"] for row in part] for part in (mixed, calm))
     assert ours[:5] == pytest.approx(theirs[:5], rel=1e-5)
-    assert ours == pytest.approx(theirs, rel=1e-2)  # on some CPUs a rounding difference flips a ReLU or a maximum
+    assert ours == pytest.approx(
+        theirs, rel=1e-2
+    )  # on some CPUs a rounding difference flips a ReLU or a maximum
 
 
 @pytest.mark.slow
 def test_under_hybrid_an_unreadable_image_ends_all_ranks_or_is_left_out_by_all(tmp_path):
     images = make_folder(tmp_path / "data", 31, 5)
     (images / "train/class2/00002.jpg").write_bytes(b"no image")
-    common = [*SMALL, f"data.root={images}", "trainer.epochs=1", "trainer.global_batch_size=31", "parallel=hybrid"]
+    common = [
+        *SMALL,
+        f"data.root={images}",
+        "trainer.epochs=1",
+        "trainer.global_batch_size=31",
+        "parallel=hybrid",
+    ]
     common += ["trainer.micro_batch_size=4"]
     stopped = run("train", *common, "run.name=stopped", ranks=3, cwd=tmp_path)
-    assert (status(tmp_path / "runs/stopped")["exit_code"], "class2/00002.jpg" in stopped.stdout) == (65, True)
+    assert (
+        status(tmp_path / "runs/stopped")["exit_code"],
+        "class2/00002.jpg" in stopped.stdout,
+    ) == (65, True)
     for name, ranks, parallel in (("split", 3, "hybrid"), ("whole", 0, "ddp")):
         more = ["data.on_bad_image=skip", f"run.name={name}", f"parallel={parallel}"]
         done = run("train", *common, *more, ranks=ranks, cwd=tmp_path)

@@ -14,7 +14,11 @@ from alexnet_ddp.parallel import group
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
 EXTRAS = PYPROJECT["project"]["optional-dependencies"]
-GROUPS = [PYPROJECT["build-system"]["requires"], PYPROJECT["project"]["dependencies"], *EXTRAS.values()]
+GROUPS = [
+    PYPROJECT["build-system"]["requires"],
+    PYPROJECT["project"]["dependencies"],
+    *EXTRAS.values(),
+]
 
 
 @pytest.mark.parametrize("requirement", [requirement for group in GROUPS for requirement in group])
@@ -24,12 +28,16 @@ def test_a_dependency_has_a_lower_and_an_upper_bound(requirement):
 
 def test_the_malicious_versions_of_lightning_are_excluded():
     """2.6.2 and 2.6.3, published on PyPI with code that steals credentials."""
-    (lightning,) = [requirement for requirement in EXTRAS["bench"] if requirement.startswith("lightning")]
+    (lightning,) = [
+        requirement for requirement in EXTRAS["bench"] if requirement.startswith("lightning")
+    ]
     lowest = re.search(r">=([\d.]+)", lightning)[1]
     assert tuple(map(int, lowest.split("."))) >= (2, 6, 4)
 
 
-@pytest.mark.skipif(not hasattr(dist, "all_gather_single"), reason="torch < 2.14 has only the old names")
+@pytest.mark.skipif(
+    not hasattr(dist, "all_gather_single"), reason="torch < 2.14 has only the old names"
+)
 def test_the_collectives_that_torch_deprecates_are_not_needed(monkeypatch):
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         monkeypatch.delattr(dist, name, raising=False)

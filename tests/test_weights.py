@@ -47,7 +47,9 @@ def prefixed(prefix: str, state: dict[str, Tensor] = SOURCE) -> dict[str, Tensor
     return {prefix + name: t for name, t in state.items()}
 
 
-def loaded(content: object, path: Path, legacy: bool = False, **options: object) -> dict[str, Tensor]:
+def loaded(
+    content: object, path: Path, legacy: bool = False, **options: object
+) -> dict[str, Tensor]:
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     model = small()
     load_weights(model, path, CLASSES, **options)
@@ -64,13 +66,28 @@ FORMS = {
     "compiled ddp": prefixed("_orig_mod.module."),
     "ddp of compiled": prefixed("module._orig_mod."),
     "a wrapped part": {n.replace("conv.", "conv.module."): t for n, t in SOURCE.items()},
-    "pytorch/examples": {"epoch": 1, "arch": "x", "state_dict": prefixed("module."), "best_acc1": torch.tensor(1.0)},
-    "torchvision": {"model": SOURCE, "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}}, "args": ARGS},
+    "pytorch/examples": {
+        "epoch": 1,
+        "arch": "x",
+        "state_dict": prefixed("module."),
+        "best_acc1": torch.tensor(1.0),
+    },
+    "torchvision": {
+        "model": SOURCE,
+        "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}},
+        "args": ARGS,
+    },
     "timm": {"state_dict": SOURCE, "args": ARGS, "metric": np.float32(1)},
     "tutorial": {"model_state_dict": SOURCE, "loss": 0.5},
-    "lightning": {"state_dict": {**prefixed("model."), "criterion.weight": torch.ones(2)}, "hyper_parameters": {}},
+    "lightning": {
+        "state_dict": {**prefixed("model."), "criterion.weight": torch.ones(2)},
+        "hyper_parameters": {},
+    },
     "lightning net": {"state_dict": prefixed("net._orig_mod.")},
-    "composer": {"state": {"model": prefixed("module."), "optimizers": {}}, "rng": [{"python": (3, (1, 2), None)}]},
+    "composer": {
+        "state": {"model": prefixed("module."), "optimizers": {}},
+        "rng": [{"python": (3, (1, 2), None)}],
+    },
     "transformers": prefixed("resnet.model."),
 }
 
@@ -80,17 +97,29 @@ FORMS = {
 def test_weights_load_as_other_programs_nest_and_name_them(tmp_path, form, legacy, caplog):
     caplog.set_level(logging.INFO)
     assert same(SOURCE, loaded(FORMS[form], tmp_path / "w.pth.tar", legacy))
-    (line,) = [m for m in caplog.messages if "takes " in m or "names such as " in m]  # it says what it took
-    nested = [key for key in ("state_dict", "model_state_dict", "state.model") if f"takes {key}" in line]
+    (line,) = [
+        m for m in caplog.messages if "takes " in m or "names such as " in m
+    ]  # it says what it took
+    nested = [
+        key for key in ("state_dict", "model_state_dict", "state.model") if f"takes {key}" in line
+    ]
     assert nested or "state_dict" not in FORMS[form]
 
 
 @pytest.mark.parametrize(
     ("content", "taken", "left"),
     [
-        ({"model": OTHER, "model_ema": {"n_averaged": torch.tensor(3), **prefixed("module.")}}, "model_ema", "model"),
+        (
+            {"model": OTHER, "model_ema": {"n_averaged": torch.tensor(3), **prefixed("module.")}},
+            "model_ema",
+            "model",
+        ),
         ({"state_dict": OTHER, "state_dict_ema": SOURCE}, "state_dict_ema", "state_dict"),
-        ({"state_dict": {**prefixed("model.", OTHER), **prefixed("ema_model.module.")}}, "state_dict", "model"),
+        (
+            {"state_dict": {**prefixed("model.", OTHER), **prefixed("ema_model.module.")}},
+            "state_dict",
+            "model",
+        ),
     ],
 )
 def test_averaged_weights_are_preferred_and_it_says_so(tmp_path, caplog, content, taken, left):
@@ -105,7 +134,10 @@ def test_averages_without_running_statistics_are_not_taken(tmp_path):
 
 
 def test_several_networks_that_fit_alike_are_refused_by_name(tmp_path):
-    with pytest.raises(ConfigError, match=r"holds several networks that fit: student, teacher; save the one that you"):
+    with pytest.raises(
+        ConfigError,
+        match=r"holds several networks that fit: student, teacher; save the one that you",
+    ):
         loaded({"student": SOURCE, "teacher": prefixed("module.", OTHER)}, tmp_path / "w.pth")
 
 
@@ -142,7 +174,9 @@ def test_what_stands_for_data_runs_no_code_of_its_own(tmp_path):
     content = read_weights_file(tmp_path / "v.pth").content
     assert (type(content["path"]), type(content["n"])) == (Ignored, Ignored)
     allowed = torch.serialization.get_safe_globals()
-    assert not any(isinstance(one, tuple) and one[0] is Ignored for one in allowed)  # nothing stays allowed
+    assert not any(
+        isinstance(one, tuple) and one[0] is Ignored for one in allowed
+    )  # nothing stays allowed
 
 
 def files_of_other_kinds(root: Path) -> dict[str, str]:
@@ -214,12 +248,17 @@ def test_values_that_are_not_finite_are_refused_with_the_name_of_the_tensor(tmp_
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_quantised_weights_are_refused_and_narrow_ones_are_checked(tmp_path, dtype):
-    narrow = {name: t.to(dtype) if t.is_floating_point() else t for name, t in small().state_dict().items()}
+    narrow = {
+        name: t.to(dtype) if t.is_floating_point() else t
+        for name, t in small().state_dict().items()
+    }
     safetensors.torch.save_file(narrow, tmp_path / "w.safetensors")
     if dtype.is_floating_point:
         load_weights(small(1), tmp_path / "w.safetensors")
         return
-    with pytest.raises(ConfigError, match="holds int8 values, as quantised weights do; give floating-point weights"):
+    with pytest.raises(
+        ConfigError, match="holds int8 values, as quantised weights do; give floating-point weights"
+    ):
         load_weights(small(1), tmp_path / "w.safetensors")
 
 
@@ -229,7 +268,9 @@ def test_every_damage_of_a_torch_file_is_one_line(tmp_path):
     rng = np.random.default_rng(0)
     for _ in range(300):
         data = bytearray(good)
-        for at in len(data) - 1 - rng.integers(0, min(900, len(data)), 3):  # the directory of the zip is at its end
+        for at in (
+            len(data) - 1 - rng.integers(0, min(900, len(data)), 3)
+        ):  # the directory of the zip is at its end
             data[at] = rng.integers(0, 256)
         path.write_bytes(data)
         with suppress(ConfigError):
@@ -245,7 +286,9 @@ def test_another_network_with_other_classes_is_a_line_about_shapes(tmp_path):
     with pytest.raises(ConfigError, match="does not fit the model"):
         load_weights(other, path, ["a", "b", "d"])
     rows = {"1.weight": torch.ones(3, 5)}
-    kept = follow_classes(rows, ClassChange(["a", "b", "c"], ["a", "b", "d"]), {"1.weight": torch.zeros(3, 7)})
+    kept = follow_classes(
+        rows, ClassChange(["a", "b", "c"], ["a", "b", "d"]), {"1.weight": torch.zeros(3, 7)}
+    )
     assert torch.equal(kept["1.weight"], rows["1.weight"])
 
 
@@ -269,14 +312,20 @@ def with_classes(classes: list[str], path: Path) -> Path:
 def test_rows_follow_class_names_into_another_order(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     model = small()
-    load_weights(model, with_classes(["q", "a", "m"], tmp_path / "w.safetensors"), CLASSES, head=None)
+    load_weights(
+        model, with_classes(["q", "a", "m"], tmp_path / "w.safetensors"), CLASSES, head=None
+    )
     assert torch.equal(model.head.weight, SOURCE["head.weight"][[1, 2, 0]])
     assert torch.equal(model.head.bias, SOURCE["head.bias"][[1, 2, 0]])
     (line,) = caplog.messages
-    assert line.endswith("classes: the same 3 classes in another order: rows of the head follow their class names")
+    assert line.endswith(
+        "classes: the same 3 classes in another order: rows of the head follow their class names"
+    )
 
 
-def test_classes_that_the_file_does_not_have_start_fresh_and_the_others_keep_their_rows(tmp_path, caplog):
+def test_classes_that_the_file_does_not_have_start_fresh_and_the_others_keep_their_rows(
+    tmp_path, caplog
+):
     model = small()
     fresh = model.head.weight.clone()
     load_weights(model, with_classes(["m", "q", "z"], tmp_path / "w.safetensors"), CLASSES)
@@ -286,7 +335,10 @@ def test_classes_that_the_file_does_not_have_start_fresh_and_the_others_keep_the
         "2 kept (m, q), 1 dropped (z), 1 new (a): rows of the head follow their class names; model.head=new"
         in (caplog.messages[0])
     )
-    with pytest.raises(ConfigError, match=r"has other classes than the data: 2 kept \(m, q\), 1 dropped \(z\), 1 new"):
+    with pytest.raises(
+        ConfigError,
+        match=r"has other classes than the data: 2 kept \(m, q\), 1 dropped \(z\), 1 new",
+    ):
         load_weights(small(), tmp_path / "w.safetensors", CLASSES, head=None)
 
 
@@ -319,7 +371,12 @@ def test_moments_follow_their_classes_and_scalars_stay():
     fresh = {"head.weight": torch.full((2, 3), 7.0)}
     rows = torch.arange(6.0).view(2, 3)
     moved = follow_classes(
-        {"head.weight": rows, "exp_avg/head.weight": rows, "step/head.weight": torch.tensor(5.0), "x/conv": rows},
+        {
+            "head.weight": rows,
+            "exp_avg/head.weight": rows,
+            "step/head.weight": torch.tensor(5.0),
+            "x/conv": rows,
+        },
         change,
         fresh,
     )
@@ -398,7 +455,10 @@ def test_tensors_of_every_family_load_by_name_alone():
 def test_densenet_in_the_names_of_old_torchvision_loads(tmp_path):
     cfg = TorchvisionConfig(name="densenet121")
     source = build_model(cfg, 3, 64, seed=1).state_dict()
-    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", n): t for n, t in source.items()}
+    old = {
+        re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", n): t
+        for n, t in source.items()
+    }
     assert old.keys() != source.keys()
     torch.save(old, tmp_path / "w.pth")
     model = build_model(cfg, 3, 64, seed=0)
@@ -412,7 +472,9 @@ def googlenet(seed: int, **options: object) -> nn.Module:
         return torchvision.models.googlenet(num_classes=3, init_weights=False, **options).eval()
 
 
-def test_googlenet_with_auxiliary_classifiers_computes_what_torchvision_computes_with_its_weights(tmp_path, caplog):
+def test_googlenet_with_auxiliary_classifiers_computes_what_torchvision_computes_with_its_weights(
+    tmp_path, caplog
+):
     caplog.set_level(logging.INFO)
     theirs, ours = googlenet(0, transform_input=True), googlenet(1, aux_logits=False)
     torch.save(theirs.state_dict(), tmp_path / "w.pth")
@@ -426,12 +488,17 @@ def test_googlenet_with_auxiliary_classifiers_computes_what_torchvision_computes
     rule = "without its auxiliary classifiers; inputs are transformed as for torchvision's own weights; model.transform"
     assert rule in caplog.messages[0]
     path = tmp_path / "ours.safetensors"
-    for recorded in ("true", "false"):  # our own files have no auxiliary classifiers, and record what they need
+    for recorded in (
+        "true",
+        "false",
+    ):  # our own files have no auxiliary classifiers, and record what they need
         safetensors.torch.save_file(ours.state_dict(), path, {"transform_input": recorded})
         load_weights(ours, path)
         assert transforms_input(ours) is (recorded == "true")
 
 
 def test_transform_input_of_a_network_that_has_none_is_refused():
-    with pytest.raises(ConfigError, match=r"^model\.transform_input \(true\) is not an option of resnet18; leave"):
+    with pytest.raises(
+        ConfigError, match=r"^model\.transform_input \(true\) is not an option of resnet18; leave"
+    ):
         build_model(TorchvisionConfig(name="resnet18", transform_input=True), 3, 64, seed=0)

@@ -6,9 +6,9 @@ from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing.connection import wait as poll
 
-from alexnet_ddp import companion
 from alexnet_ddp.checkpoint.layout import SharedMemory, Tensors
 from alexnet_ddp.checkpoint.writer import Order, Reply
+from alexnet_ddp.runtime import helper_process
 
 Groups = dict[str, Tensors]  # file stem -> tensors by name
 
@@ -32,7 +32,9 @@ class BackgroundWriter:
             self._memory = SharedMemory(size)
         if self._process is None:
             file = self._memory.file
-            self._process = companion.start("checkpoint.writer", str(file.fileno()), [file], stdout=subprocess.PIPE)
+            self._process = helper_process.start(
+                "checkpoint.writer", str(file.fileno()), [file], stdout=subprocess.PIPE
+            )
 
     def start(self, order: Order, groups: Groups, metadata: dict[str, str]) -> None:
         """Copy the tensors, which may change when this returns, and let them be written. After prepare(), and not while
@@ -44,7 +46,9 @@ class BackgroundWriter:
         places = self._memory.store(groups, metadata)
         self._step = order.step
         with suppress(BrokenPipeError):  # it is dead: reply() says so
-            self._process.stdin.write(json.dumps({**asdict(order), "places": places}).encode() + b"\n")
+            self._process.stdin.write(
+                json.dumps({**asdict(order), "places": places}).encode() + b"\n"
+            )
             self._process.stdin.flush()
 
     def reply(self, wait: bool = False) -> Reply | None:

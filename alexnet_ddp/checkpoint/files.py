@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import safetensors
 
-from alexnet_ddp.atomic import sync_directory
+from alexnet_ddp.runtime.files import sync_directory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,11 @@ SCHEMA_VERSION = 1
 MANIFEST = "MANIFEST.json"
 _NAME = re.compile(r"step-(\d+)")
 _PIECE = 1 << 24  # bytes
-_FINITE = {"model", "ema", "optimizer"}  # file stems; parallel/hooks.py checks what a hook remembers
+_FINITE = {
+    "model",
+    "ema",
+    "optimizer",
+}  # file stems; parallel/hooks.py checks what a hook remembers
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
@@ -66,7 +70,9 @@ def write(checkpoints: Path, step: int, contents: dict[str, bytes | memoryview])
     try:
         entries = {name: _write_durably(draft / name, data) for name, data in contents.items()}
         manifest = {"schema_version": SCHEMA_VERSION, "step": step, "files": entries}
-        _write_durably(draft / MANIFEST, json.dumps(manifest, indent=1).encode())  # the manifest comes last
+        _write_durably(
+            draft / MANIFEST, json.dumps(manifest, indent=1).encode()
+        )  # the manifest comes last
         sync_directory(draft)
         verify(draft)
         final = checkpoints / f"step-{step:08d}"
@@ -101,7 +107,9 @@ def manifest_of(directory: Path) -> dict[str, tuple[int, str]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Rejected(f"{MANIFEST} is unreadable ({error})") from error
     if version != SCHEMA_VERSION:
-        raise Rejected(f"{MANIFEST} has schema version {version}, this program reads {SCHEMA_VERSION}")
+        raise Rejected(
+            f"{MANIFEST} has schema version {version}, this program reads {SCHEMA_VERSION}"
+        )
     if step != step_of(directory):
         raise Rejected(f"{MANIFEST} is of step {step}")
     lacking = {"model.safetensors", "optimizer.safetensors", "state.json"} - expected.keys()
@@ -118,7 +126,10 @@ def verify(directory: Path) -> None:
     for name, (size, digest) in manifest_of(directory).items():
         try:
             with open(directory / name, "rb") as file:
-                found_size, found = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+                found_size, found = (
+                    os.fstat(file.fileno()).st_size,
+                    hashlib.file_digest(file, "sha256").hexdigest(),
+                )
         except OSError as error:
             raise Rejected(f"{name} is unreadable ({error.strerror})") from error
         if found_size != size:
@@ -219,7 +230,9 @@ def remove(directory: Path) -> None:
 
 def _commit(draft: Path, final: Path) -> None:
     old = final.with_name(f".old-{final.name}")
-    replaces = final.exists()  # the same step again: after an interrupted evaluation, or in place of a damaged one
+    replaces = (
+        final.exists()
+    )  # the same step again: after an interrupted evaluation, or in place of a damaged one
     if replaces:
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)

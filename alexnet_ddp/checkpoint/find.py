@@ -5,7 +5,7 @@ from pathlib import Path
 
 from alexnet_ddp.checkpoint import files
 from alexnet_ddp.checkpoint.files import Rejected
-from alexnet_ddp.errors import ConfigError, NoCheckpoint
+from alexnet_ddp.runtime.errors import ConfigError, NoCheckpoint
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,9 @@ def find_newest(directory: Path, up_to: int | None = None) -> Path | None:
             log.warning("checkpoint %s is rejected: %s", candidate.name, reason)
     if candidates:
         remedy = "restore one, or choose another run.name to start afresh"
-        raise NoCheckpoint(f"none of the {len(candidates)} checkpoints in {directory} is usable; {remedy}")
+        raise NoCheckpoint(
+            f"none of the {len(candidates)} checkpoints in {directory} is usable; {remedy}"
+        )
     return None
 
 
@@ -38,7 +40,12 @@ def find_best(directory: Path) -> Path:
     try:
         files.verify(best)
     except Rejected as reason:
-        log.warning("checkpoint %s, the best one, is rejected: %s; taking %s", best.name, reason, newest.name)
+        log.warning(
+            "checkpoint %s, the best one, is rejected: %s; taking %s",
+            best.name,
+            reason,
+            newest.name,
+        )
         return newest
     return best
 
@@ -49,18 +56,24 @@ def weights_of_run(weights: str, root: str) -> tuple[str, list[str] | None]:
     weights: runs/NAME, run:NAME (below `root`) or a checkpoint's directory; anything else comes back as it is.
     Raises ConfigError if there is no such run, NoCheckpoint if it has no weights.
     """
-    directory = Path(root) / weights.removeprefix("run:") if weights.startswith("run:") else Path(weights)
+    directory = (
+        Path(root) / weights.removeprefix("run:") if weights.startswith("run:") else Path(weights)
+    )
     if files.is_name(directory.name) and directory.is_dir():
         try:
             files.verify(directory)
         except Rejected as reason:
-            raise ConfigError(f"model.weights ({weights}) is refused: {reason}; give another checkpoint") from reason
+            raise ConfigError(
+                f"model.weights ({weights}) is refused: {reason}; give another checkpoint"
+            ) from reason
         checkpoint = directory
     elif (directory / "checkpoints").is_dir():
         checkpoint = find_best(directory / "checkpoints")
     elif weights.startswith("run:"):
         known = ", ".join(sorted(d.parent.name for d in Path(root).glob("*/checkpoints"))) or "none"
-        raise ConfigError(f"model.weights ({weights}): {root} has no such trained run; there are: {known}")
+        raise ConfigError(
+            f"model.weights ({weights}): {root} has no such trained run; there are: {known}"
+        )
     else:
         return weights, None
     stem = files.stem_of_weights(checkpoint)

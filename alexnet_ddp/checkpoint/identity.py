@@ -30,14 +30,39 @@ _FREE = {
         "model.weights",
         "model.head",
     ),
-    *("data.num_train", "data.num_val", "data.num_classes", "data.class_order"),  # the fingerprint covers them
-    *("data.shuffle", "data.window_shards", "data.cache_dir", "data.cache_gb"),  # `windows` covers them
-    *("trainer.epochs", "trainer.max_steps", "trainer.micro_batch_size", "trainer.eval_batch_size", "trainer.compile"),
-    *("trainer.tf32", "trainer.log_every_steps", "trainer.eval_every_epochs", "trainer.hang_timeout_s"),
+    *(
+        "data.num_train",
+        "data.num_val",
+        "data.num_classes",
+        "data.class_order",
+    ),  # the fingerprint covers them
+    *(
+        "data.shuffle",
+        "data.window_shards",
+        "data.cache_dir",
+        "data.cache_gb",
+    ),  # `windows` covers them
+    *(
+        "trainer.epochs",
+        "trainer.max_steps",
+        "trainer.micro_batch_size",
+        "trainer.eval_batch_size",
+        "trainer.compile",
+    ),
+    *(
+        "trainer.tf32",
+        "trainer.log_every_steps",
+        "trainer.eval_every_epochs",
+        "trainer.hang_timeout_s",
+    ),
     *("trainer.on_nan", "trainer.spike_factor", "trainer.check_every_steps"),
 }
 
-_OFF = (None, 0, "none")  # values of a knob that leaves everything as it was before there was the knob
+_OFF = (
+    None,
+    0,
+    "none",
+)  # values of a knob that leaves everything as it was before there was the knob
 
 
 def identity(cfg: Config, fingerprint: str, windows: str | None = None) -> dict[str, object]:
@@ -49,13 +74,19 @@ def identity(cfg: Config, fingerprint: str, windows: str | None = None) -> dict[
     flat: dict[str, object] = {"data": fingerprint} | ({"data.windows": windows} if windows else {})
     for section, values in asdict(cfg).items():
         if section not in _FREE_SECTIONS:
-            flat |= {f"{section}.{k}": v for k, v in values.items()} if isinstance(values, dict) else {section: values}
+            flat |= (
+                {f"{section}.{k}": v for k, v in values.items()}
+                if isinstance(values, dict)
+                else {section: values}
+            )
     for section in ("augment", "model", "optimizer", "scheduler"):
         flat[section] = type(getattr(cfg, section)).__name__.removesuffix("Config")
     return {key: value for key, value in flat.items() if key not in _FREE}
 
 
-def check_same_run(name: str, checkpoint: Path, now: dict[str, object], data: "DataFacts | None" = None) -> None:
+def check_same_run(
+    name: str, checkpoint: Path, now: dict[str, object], data: "DataFacts | None" = None
+) -> None:
     """Raises ConfigError naming what differs, and how to continue. A checkpoint may be older than some options.
 
     checkpoint: its directory; data: the training data now.
@@ -70,23 +101,38 @@ def check_same_run(name: str, checkpoint: Path, now: dict[str, object], data: "D
             old = "the checkpoint is from a version that did not record names and sizes of images"
             log.info("%s: only the classes and the number of their images were compared", old)
         if record.get("evaluation", data.evaluation) != data.evaluation and "data" not in changed:
-            log.warning("the validation images are not those of the checkpoint: compare no val/top1 with earlier ones")
+            log.warning(
+                "the validation images are not those of the checkpoint: compare no val/top1 with earlier ones"
+            )
     if changed:
-        shown = [f"{key}={_short(now.get(key))} (was {_short(then.get(key))})" for key in changed if key != "data"][:6]
+        shown = [
+            f"{key}={_short(now.get(key))} (was {_short(then.get(key))})"
+            for key in changed
+            if key != "data"
+        ][:6]
         remedy = "choose another run.name, or continue with resume.allow_changes=true"
         if "data" in changed and data is not None:
-            shown.insert(0, data_difference(classes_of(checkpoint, record), record, data, checkpoint.parent.parent))
+            shown.insert(
+                0,
+                data_difference(
+                    classes_of(checkpoint, record), record, data, checkpoint.parent.parent
+                ),
+            )
             remedy = f"restore the data, {remedy}: rows of the head then follow their class names"
         elif "data" in changed:
             shown.insert(0, f"data={_short(now.get('data'))} (was {_short(then.get('data'))})")
-        raise ConfigError(f"run.name={name} was started as another run: {', '.join(shown)}; {remedy}")
+        raise ConfigError(
+            f"run.name={name} was started as another run: {', '.join(shown)}; {remedy}"
+        )
 
 
 @dataclass(frozen=True)
 class DataFacts:
     """What a checkpoint records of the data, to say later what has changed about it. Goes into state.json."""
 
-    classes: dict[str, list[str]]  # "ids": folder names in the order of the labels; "names": what people call them
+    classes: dict[
+        str, list[str]
+    ]  # "ids": folder names in the order of the labels; "names": what people call them
     images_per_class: list[int]  # of the training images
     labels: str  # SHA-256 of the classes and labels of the training images: first_fingerprint()
     evaluation: str  # fingerprint of the validation images
@@ -99,19 +145,30 @@ def first_fingerprint(classes: list[str], labels: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def data_difference(then: dict[str, list[str]] | None, record: dict, now: DataFacts, run_dir: Path) -> str:
+def data_difference(
+    then: dict[str, list[str]] | None, record: dict, now: DataFacts, run_dir: Path
+) -> str:
     """What has changed about the training data since a checkpoint whose state.json is `record`; then: its classes."""
     ids, counts = now.classes["ids"], dict(zip(now.classes["ids"], now.images_per_class))
     if then is None:
         return "other training images or classes"
-    gone, new = [c for c in then["ids"] if c not in counts], [c for c in ids if c not in then["ids"]]
+    gone, new = (
+        [c for c in then["ids"] if c not in counts],
+        [c for c in ids if c not in then["ids"]],
+    )
     if gone or new:
-        parts = [f"class {_names(gone)} is gone"] * bool(gone) + [f"class {_names(new)} is new"] * bool(new)
-        return f"the classes differ: {', '.join(parts)}" + (" (a renamed folder?)" if len(gone) == len(new) else "")
+        parts = [f"class {_names(gone)} is gone"] * bool(gone) + [
+            f"class {_names(new)} is new"
+        ] * bool(new)
+        return f"the classes differ: {', '.join(parts)}" + (
+            " (a renamed folder?)" if len(gone) == len(new) else ""
+        )
     if then["ids"] != ids:
         return f"the classes have another order: {_names(ids)} (was {_names(then['ids'])})"
     before = dict(zip(then["ids"], record.get("images_per_class", [])))
-    differ = [f"{c}: {before[c]} -> {counts[c]}" for c in ids if c in before and before[c] != counts[c]]
+    differ = [
+        f"{c}: {before[c]} -> {counts[c]}" for c in ids if c in before and before[c] != counts[c]
+    ]
     if differ:
         totals = f"{sum(before.values()):,} training images then, {sum(counts.values()):,} now"
         return f"{totals} ({_names(differ)}){_removed_bad_images(run_dir)}"
@@ -138,7 +195,9 @@ def _removed_bad_images(run_dir: Path) -> str:
 
 
 def _names(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return ", ".join(names[:_SHOWN]) + (
+        f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    )
 
 
 def _short(value: object) -> str:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from alexnet_ddp.companion import shared_file
+from alexnet_ddp.runtime.helper_process import shared_file
 
 _DTYPES = {
     torch.float64: "F64",
@@ -57,13 +57,21 @@ class FileLayout:
     def of(cls, tensors: Tensors, metadata: dict[str, str]) -> "FileLayout":
         """metadata: what the header says beside the tensors."""
         entries, offsets, end = {"__metadata__": metadata} if metadata else {}, {}, 0
-        for name, t in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):  # stays aligned
-            entries[name] = {"dtype": _DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [end, end + t.nbytes]}
+        for name, t in sorted(
+            tensors.items(), key=lambda item: (-item[1].element_size(), item[0])
+        ):  # stays aligned
+            entries[name] = {
+                "dtype": _DTYPES[t.dtype],
+                "shape": list(t.shape),
+                "data_offsets": [end, end + t.nbytes],
+            }
             offsets[name], end = end, end + t.nbytes
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         header = len(text).to_bytes(8, "little") + text
-        return cls(header, {name: len(header) + at for name, at in offsets.items()}, len(header) + end)
+        return cls(
+            header, {name: len(header) + at for name, at in offsets.items()}, len(header) + end
+        )
 
 
 class SharedMemory:
@@ -76,7 +84,9 @@ class SharedMemory:
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._bytes.zero_()  # page faults now, not within a step
 
-    def store(self, groups: dict[str, Tensors], metadata: dict[str, str]) -> dict[str, tuple[int, int]]:
+    def store(
+        self, groups: dict[str, Tensors], metadata: dict[str, str]
+    ) -> dict[str, tuple[int, int]]:
         """Copy the tensors of each file; file stem -> (first byte, end). They must fit: see needed()."""
         places, start, on_gpu = {}, 0, False
         for stem, tensors in groups.items():

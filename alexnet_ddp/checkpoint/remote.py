@@ -23,7 +23,9 @@ def copy(directory: Path, url: str) -> None:
         fs.put_file(str(directory / name), f"{there}/{name}")
     for name, (size, digest) in expected.items():
         if _digest(fs, f"{there}/{name}") != digest:
-            raise files.Rejected(f"{there}/{name} reads back differently ({size:,} bytes were written)")
+            raise files.Rejected(
+                f"{there}/{name} reads back differently ({size:,} bytes were written)"
+            )
 
 
 def keep_only(to_keep: Callable[[list[int]], set[int]], url: str) -> None:
@@ -81,7 +83,11 @@ def _listed(fs: Any, root: str) -> list[str]:
         return []
     fs.invalidate_cache(root)
     names = [Path(entry.rstrip("/")).name for entry in fs.ls(root, detail=False)]
-    found = [name for name in names if files.is_name(name) and fs.exists(f"{root}/{name}/{files.MANIFEST}")]
+    found = [
+        name
+        for name in names
+        if files.is_name(name) and fs.exists(f"{root}/{name}/{files.MANIFEST}")
+    ]
     return sorted(found, key=lambda name: files.step_of(Path(name)))
 
 

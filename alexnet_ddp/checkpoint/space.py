@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from alexnet_ddp.checkpoint import files
-from alexnet_ddp.errors import CheckpointIOError
+from alexnet_ddp.runtime.errors import CheckpointIOError
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,9 @@ def check_space(directory: Path, size: int, keep_last: int) -> None:
     there = sum(f.stat().st_size for d in files.listed(directory) for f in d.iterdir())
     if free + there < keeps * size:
         rule = f"checkpoint.keep_last={keep_last} takes up to {keeps * size / 1e6:,.0f} MB"
-        log.warning("%s, and %s has room for %s MB", rule, directory, f"{(free + there) / 1e6:,.0f}")
+        log.warning(
+            "%s, and %s has room for %s MB", rule, directory, f"{(free + there) / 1e6:,.0f}"
+        )
 
 
 def free_bytes(directory: Path) -> int:

@@ -17,8 +17,8 @@ from alexnet_ddp.checkpoint.layout import needed
 from alexnet_ddp.checkpoint.space import check_space, free_bytes
 from alexnet_ddp.checkpoint.writer import Order, Reply
 from alexnet_ddp.config import CheckpointConfig
-from alexnet_ddp.distributed import World, any_rank, broadcast_tensors, from_main, on_all
-from alexnet_ddp.errors import CheckpointIOError, Diverged, NoCheckpoint, RunError
+from alexnet_ddp.runtime.distributed import World, any_rank, broadcast_tensors, from_main, on_all
+from alexnet_ddp.runtime.errors import CheckpointIOError, Diverged, NoCheckpoint, RunError
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +31,16 @@ class RunState:
 
     step: int = 0  # optimizer steps that are done
     evaluated_at: int | None = None  # the step of the last complete evaluation
-    best: dict[str, float | int] = field(default_factory=dict)  # step and val/top1 of the best evaluation
-    sums: dict[str, float] = field(default_factory=dict)  # of the training row that is being collected
+    best: dict[str, float | int] = field(
+        default_factory=dict
+    )  # step and val/top1 of the best evaluation
+    sums: dict[str, float] = field(
+        default_factory=dict
+    )  # of the training row that is being collected
     scaler: dict[str, float] = field(default_factory=dict)  # of fp16's loss scale
-    bad_steps: dict[str, int] = field(default_factory=dict)  # how many were skipped, ...: see resilience/guard.py
+    bad_steps: dict[str, int] = field(
+        default_factory=dict
+    )  # how many were skipped, ...: see resilience/guard.py
     transform_input: bool = False  # of the network: see model/weights.py
 
     def note_evaluation(self, top1: float) -> None:
@@ -56,9 +62,16 @@ class Checkpoints:
         steps_per_epoch: int = 1,
         data: DataFacts | None = None,
     ) -> None:
-        self._directory, self._cfg, self._identity, self._world = run_dir / "checkpoints", cfg, identity, world
+        self._directory, self._cfg, self._identity, self._world = (
+            run_dir / "checkpoints",
+            cfg,
+            identity,
+            world,
+        )
         self._steps_per_epoch, self._data = steps_per_epoch, data
-        self.classes_read: list[str] | None = None  # ids of the classes of the checkpoint that was read last
+        self.classes_read: list[str] | None = (
+            None  # ids of the classes of the checkpoint that was read last
+        )
         self._copies = f"{cfg.copy_to.rstrip('/')}/{run_dir.name}" if cfg.copy_to else None
         self._writer = BackgroundWriter()
         self._size = 0  # bytes of a checkpoint
@@ -74,8 +87,12 @@ class Checkpoints:
         A failure is a warning and the run goes on; the third in a row, and that of the last checkpoint, comes back as
         the error to end with.
         """
-        split = [t for group in tensors.values() for t in group.values() if not isinstance(t, Tensor)]
-        error, ready = self._ready(state, tensors, is_last) if self._world.is_main else (None, False)
+        split = [
+            t for group in tensors.values() for t in group.values() if not isinstance(t, Tensor)
+        ]
+        error, ready = (
+            self._ready(state, tensors, is_last) if self._world.is_main else (None, False)
+        )
         if split:
             ready = any_rank(ready, self._world)
         if not ready:
@@ -87,12 +104,17 @@ class Checkpoints:
         self._writer.start(self._order(state), tensors, self._metadata(state))
         return self.poll(wait=True, is_last=True) if is_last else error
 
-    def _ready(self, state: RunState, tensors: Groups, is_last: bool) -> tuple[RunError | None, bool]:
+    def _ready(
+        self, state: RunState, tensors: Groups, is_last: bool
+    ) -> tuple[RunError | None, bool]:
         """Whether there is a writer, and memory, for a checkpoint; what became of the one before."""
         error = self.poll(wait=is_last or state.best.get("step") == state.step)
         if self._writer.is_busy:
             if not self._num_skipped:
-                log.warning("no checkpoint of step %d: checkpoints are due faster than the disk takes them", state.step)
+                log.warning(
+                    "no checkpoint of step %d: checkpoints are due faster than the disk takes them",
+                    state.step,
+                )
             self._num_skipped += 1
             return error, False
         self._size, self._began = needed(tensors, self._metadata(state)), time.monotonic()
@@ -118,7 +140,10 @@ class Checkpoints:
 
     def row(self) -> dict[str, int]:
         """What a row of metrics says about checkpoints that are not there; mostly nothing."""
-        found = {"checkpoint/num_failed": self._num_failed, "checkpoint/num_skipped": self._num_skipped}
+        found = {
+            "checkpoint/num_failed": self._num_failed,
+            "checkpoint/num_skipped": self._num_skipped,
+        }
         return {key: count for key, count in found.items() if count}
 
     def close(self) -> None:
@@ -128,7 +153,9 @@ class Checkpoints:
         if last is not None:
             log.warning("the checkpoint of step %d is saved, but %s", last.step, last.warning)
 
-    def resume(self, run_name: str, allow_changes: bool, up_to: int | None = None) -> tuple[RunState, Groups]:
+    def resume(
+        self, run_name: str, allow_changes: bool, up_to: int | None = None
+    ) -> tuple[RunState, Groups]:
         """Collective. State and tensors of the newest valid checkpoint; a fresh state without tensors for a new run.
 
         up_to: only look at checkpoints of this step or before, and write nothing. Raises NoCheckpoint where checkpoints
@@ -138,7 +165,9 @@ class Checkpoints:
         def choose() -> Path | None:
             if up_to is None:
                 files.clean_up(self._directory)
-            newest = find_newest(self._directory, up_to) or (self._fetched() if up_to is None else None)
+            newest = find_newest(self._directory, up_to) or (
+                self._fetched() if up_to is None else None
+            )
             if newest is not None and not allow_changes:
                 check_same_run(run_name, newest, self._identity, self._data)
             return newest
@@ -149,12 +178,18 @@ class Checkpoints:
         # Only rank 0 reads: the others need not see its disk.
         record, there = self._record(newest)
         self._note_numerics(record)
-        state = RunState(**{name: record[name] for name in RunState.__dataclass_fields__ if name in record})
+        state = RunState(
+            **{name: record[name] for name in RunState.__dataclass_fields__ if name in record}
+        )
         stems = self._wanted(there)
         if record["identity"].get("optimizer") != self._identity.get("optimizer"):
             log.warning("another optimizer than the checkpoint's: its state starts afresh")
             stems.remove("optimizer")
-        if self._data and self.classes_read and set(self.classes_read) != set(self._data.classes["ids"]):
+        if (
+            self._data
+            and self.classes_read
+            and set(self.classes_read) != set(self._data.classes["ids"])
+        ):
             state.best, state.evaluated_at = {}, None  # numbers of other classes
         return state, self._read(newest, stems)
 
@@ -167,7 +202,9 @@ class Checkpoints:
                 raise error
             newest = find_newest(self._directory)
             if newest is None:
-                raise Diverged(f"{self._directory} has no checkpoint yet to roll back to; lower optimizer.lr")
+                raise Diverged(
+                    f"{self._directory} has no checkpoint yet to roll back to; lower optimizer.lr"
+                )
             return newest
 
         newest = from_main(choose, self._world)
@@ -179,7 +216,9 @@ class Checkpoints:
 
         def read() -> tuple[dict, list[str]]:
             state = files.read_state(directory)
-            return state | {"classes": files.classes_of(directory, state)}, files.stems_of(directory)
+            return state | {"classes": files.classes_of(directory, state)}, files.stems_of(
+                directory
+            )
 
         record, stems = from_main(read, self._world)
         self.classes_read = (record["classes"] or {}).get("ids")
@@ -197,23 +236,33 @@ class Checkpoints:
         """What this run needs of the files of tensors that a checkpoint has."""
         averages = self._identity.get("trainer.ema_decay") is not None
         if averages and "ema" not in stems:
-            log.warning("the checkpoint has no averaged weights (trainer.ema_decay): they begin as its weights")
+            log.warning(
+                "the checkpoint has no averaged weights (trainer.ema_decay): they begin as its weights"
+            )
         return [stem for stem in stems if stem != "ema" or averages]
 
     def _read(self, directory: Path, stems: list[str]) -> Groups:
         """Collective. Only rank 0 reads."""
         main = self._world.is_main
         return {
-            stem: broadcast_tensors(files.read_tensors(directory, stem) if main else {}, self._world) for stem in stems
+            stem: broadcast_tensors(
+                files.read_tensors(directory, stem) if main else {}, self._world
+            )
+            for stem in stems
         }
 
     def _note_numerics(self, record: dict) -> None:
         then, now = record["numerics"], numerics()
-        changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
+        changed = [
+            f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]
+        ]
         if record["world_size"] != self._world.world_size:
             changed.append(f"world size {record['world_size']} -> {self._world.world_size}")
         if changed:
-            log.info("resuming with other numerics (%s): equal to rounding, not bit for bit", ", ".join(changed))
+            log.info(
+                "resuming with other numerics (%s): equal to rounding, not bit for bit",
+                ", ".join(changed),
+            )
 
     def _fetched(self) -> Path | None:
         """The newest copy at checkpoint.copy_to, where this machine has no checkpoint. Raises NoCheckpoint."""
@@ -224,7 +273,9 @@ class Checkpoints:
         except (OSError, Rejected, ValueError, ImportError) as error:
             rule = "a run never starts afresh while there may be copies"
             remedy = "mend or empty checkpoint.copy_to, or choose another run.name"
-            raise NoCheckpoint(f"checkpoint.copy_to ({self._cfg.copy_to}): {error}; {rule}; {remedy}") from error
+            raise NoCheckpoint(
+                f"checkpoint.copy_to ({self._cfg.copy_to}): {error}; {rule}; {remedy}"
+            ) from error
         if fetched is not None:
             log.info("fetched %s from %s", fetched.name, self._copies)
         return fetched
@@ -266,7 +317,9 @@ class Checkpoints:
             remedy = "lower optimizer.lr or clip gradients; the checkpoints before it are untouched"
             return Diverged(f"{rule}; {remedy}")
         space = f"it needs {self._size / 1e6:,.0f} MB, {free_bytes(self._directory) / 1e6:,.0f} MB are free"
-        reason = f"the checkpoint of step {reply.step} could not be written ({reply.error}); {space}"
+        reason = (
+            f"the checkpoint of step {reply.step} could not be written ({reply.error}); {space}"
+        )
         if is_last or self._failures >= _MAX_FAILURES:
             remedy = f"make room below {self._directory}, then start the same command again"
             return CheckpointIOError(f"{reason}; {remedy}")

@@ -19,9 +19,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from alexnet_ddp.atomic import write_json
 from alexnet_ddp.checkpoint import files, remote
 from alexnet_ddp.checkpoint.files import Rejected
+from alexnet_ddp.runtime.files import write_json
 
 _RUN = os.getppid()  # the process that trains, while it lives
 
@@ -52,19 +52,25 @@ class Reply:
 def obey(order: Order, memory: memoryview, copier: "Copier") -> Reply:
     """Write, verify, and only then drop what is not kept. Copies are made afterwards, while the next one may come."""
     began, directory = time.monotonic(), Path(order.directory)
-    contents = {f"{stem}.safetensors": memory[start:end] for stem, (start, end) in order.places.items()}
+    contents = {
+        f"{stem}.safetensors": memory[start:end] for stem, (start, end) in order.places.items()
+    }
     try:
         written = files.write(directory, order.step, {**contents, "state.json": _json(order.state)})
     except (OSError, Rejected) as error:
         return Reply(order.step, error=str(error), not_finite=isinstance(error, files.NotFinite))
     warnings = [copier.warning()]
     copier.offer(order, written)
-    if os.getppid() == _RUN:  # else the run may go on in another process, which knows better what is old
+    if (
+        os.getppid() == _RUN
+    ):  # else the run may go on in another process, which knows better what is old
         warnings += [_attempt(lambda: _drop_old(directory, order, copier.held()))]
     if order.best:
         best = {**order.best, "checkpoint": f"step-{order.best['step']:08d}"}
         warnings += [_attempt(lambda: write_json(directory.parent / "best.json", best))]
-    return Reply(order.step, warning="; ".join(filter(None, warnings)), seconds=time.monotonic() - began)
+    return Reply(
+        order.step, warning="; ".join(filter(None, warnings)), seconds=time.monotonic() - began
+    )
 
 
 def _attempt(action: Callable[[], object]) -> str:
@@ -124,7 +130,9 @@ class Copier:
         while (offer := self._offers.get()) is not None:
             order, checkpoint = offer
             if order.step == self._held[-1]:  # else a newer one waits
-                self._warning = _attempt(lambda order=order, checkpoint=checkpoint: self._copy(order, checkpoint))
+                self._warning = _attempt(
+                    lambda order=order, checkpoint=checkpoint: self._copy(order, checkpoint)
+                )
             self._held.pop(0)
 
     @staticmethod

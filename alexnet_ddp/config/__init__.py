@@ -74,7 +74,7 @@ from alexnet_ddp.config.run import (
     Wandb,
     WireDtype,
 )
-from alexnet_ddp.errors import ConfigError
+from alexnet_ddp.runtime.errors import ConfigError
 
 __all__ = [
     "AUTO",
@@ -161,11 +161,15 @@ class Config:
     checkpoint: CheckpointConfig
     resume: ResumeConfig
     logger: LoggerConfig
-    replay: str | None = None  # a replay.json: go through that step of run.name once more, and train nothing
+    replay: str | None = (
+        None  # a replay.json: go through that step of run.name once more, and train nothing
+    )
 
     def __post_init__(self) -> None:
         new_head = self.model.head is Head.new and self.model.weights is None
-        require(not new_head, "model.head=new would be ignored without model.weights; leave it auto")
+        require(
+            not new_head, "model.head=new would be ignored without model.weights; leave it auto"
+        )
         within("", self, 0, MAX_SEED, "seed")
         grow, epochs = self.data.grow_epochs, self.trainer.epochs
         rule = f"must be less than trainer.epochs ({epochs}), to end at data.image_size"
@@ -177,9 +181,15 @@ class Config:
         rule = "remembers the errors of earlier steps, and one that is not finite would stay; use trainer.on_nan=stop"
         require(not powersgd or self.trainer.on_nan is OnNan.stop, f"parallel.hook=powersgd {rule}")
         rule = "remembers errors of gradients whose scale changes, as fp16's does; use trainer.precision=bf16"
-        require(not powersgd or self.trainer.precision is not Precision.fp16, f"parallel.hook=powersgd {rule}")
+        require(
+            not powersgd or self.trainer.precision is not Precision.fp16,
+            f"parallel.hook=powersgd {rule}",
+        )
         if isinstance(self.parallel, HybridConfig):
-            narrow = self.parallel.wire_dtype is WireDtype.bf16 and self.trainer.precision is not Precision.fp32
+            narrow = (
+                self.parallel.wire_dtype is WireDtype.bf16
+                and self.trainer.precision is not Precision.fp32
+            )
             rule = f"would be ignored: trainer.precision={self.trainer.precision.value} has no wider activations"
             require(not narrow, f"parallel.wire_dtype=bf16 {rule}; leave it fp32")
             rule = "cannot compile what waits for other ranks within a layer; use parallel=ddp, or leave it false"

@@ -23,7 +23,9 @@ _SYNONYMS = {
 def unknown(key: str, value: str, root: type) -> str:
     """The line for KEY=VALUE with a key that the command does not have."""
     if key in sections(root):
-        return f"{key}={shown(value)} is refused: {key} is not a group; {_instead(key, value, root)}"
+        return (
+            f"{key}={shown(value)} is refused: {key} is not a group; {_instead(key, value, root)}"
+        )
     return f"{key} is not a key; {_nearest_or_all(key, root)}"
 
 
@@ -32,9 +34,13 @@ def in_other_choices(key: str, owner: str, root: type) -> str:
     group, option = key.split(".")[0], options(root).get(key)
     if option is None or group not in groups(root):
         return unknown(key, "", root)
-    chosen = next((name for name, node in groups(root)[group].items() if node.__name__ == owner), owner)
+    chosen = next(
+        (name for name, node in groups(root)[group].items() if node.__name__ == owner), owner
+    )
     having = " and ".join(f"{group}={choice}" for choice in option.choices)
-    return f"{key} is only read by {having}, this is {group}={chosen}; leave it out, or change {group}"
+    return (
+        f"{key} is only read by {having}, this is {group}={chosen}; leave it out, or change {group}"
+    )
 
 
 def no_choice(group: str, value: str, available: list[str], root: type) -> str:
@@ -73,7 +79,11 @@ def dashed(argument: str, value: str | None, root: type) -> str:
 
 def one_value(key: str, value: str, root: type) -> str:
     """The line for several values of one option."""
-    remedy = "run per value, each with its own run.name" if "run.name" in options(root) else "command per value"
+    remedy = (
+        "run per value, each with its own run.name"
+        if "run.name" in options(root)
+        else "command per value"
+    )
     return f"{key}={shown(value)}: {key} takes one value; start one {remedy}"
 
 
@@ -87,18 +97,32 @@ def nearest(key: str, root: type) -> list[str]:
     leaves: dict[str, list[str]] = {}
     for path in known:
         leaves.setdefault(path.rpartition(".")[2], []).append(path)
-    inside = {path.rpartition(".")[2]: path for path in known if section and path.startswith(f"{section}.")}
+    inside = {
+        path.rpartition(".")[2]: path
+        for path in known
+        if section and path.startswith(f"{section}.")
+    }
     if leaf in inside:
         return [inside[leaf]]
     if leaf in leaves:
         return leaves[leaf][:3]
-    begins = [path for name, paths in leaves.items() if len(leaf) > 2 and name.startswith(leaf) for path in paths]
+    begins = [
+        path
+        for name, paths in leaves.items()
+        if len(leaf) > 2 and name.startswith(leaf)
+        for path in paths
+    ]
     if begins and section not in sections(root) and section not in group_names(root):
         return begins[:3]
     found = [inside[name] for name in get_close_matches(leaf, inside, 1)]
-    if not found and not inside:  # with a right section, its length alone would make any name similar
+    if (
+        not found and not inside
+    ):  # with a right section, its length alone would make any name similar
         found = get_close_matches(f"{section}.{leaf}" if section else leaf, names, 1, 0.75)
-    return found or [path for name in get_close_matches(leaf, leaves, 1, 0.75) for path in leaves[name]][:3]
+    return (
+        found
+        or [path for name in get_close_matches(leaf, leaves, 1, 0.75) for path in leaves[name]][:3]
+    )
 
 
 def type_line(key: str, value: str, root: type) -> str:
@@ -108,8 +132,14 @@ def type_line(key: str, value: str, root: type) -> str:
     allowed = []
     for kind in dict.fromkeys(option.kinds):
         is_enum = isinstance(kind, type) and issubclass(kind, Enum)
-        allowed.append(_one_of([e.name for e in kind]) if is_enum else rules.get(kind, "") or _list_rule(option.item))
-    allowed = [rule for kind, rule in zip(dict.fromkeys(option.kinds), allowed) if kind is not type(None)]
+        allowed.append(
+            _one_of([e.name for e in kind])
+            if is_enum
+            else rules.get(kind, "") or _list_rule(option.item)
+        )
+    allowed = [
+        rule for kind, rule in zip(dict.fromkeys(option.kinds), allowed) if kind is not type(None)
+    ]
     null = ", or null" if option.is_optional else ""
     return f"{key} ({shown(value)}) must be {' or '.join(dict.fromkeys(allowed))}{null}"
 
@@ -129,13 +159,19 @@ def one_line(error: Exception, root: type) -> str:
         "",
         text,
     )
-    return "; ".join(line.strip().rstrip(".") for line in text.splitlines() if line.strip()).replace(":; ", ": ")
+    return "; ".join(
+        line.strip().rstrip(".") for line in text.splitlines() if line.strip()
+    ).replace(":; ", ": ")
 
 
 def _wrong_type(found: re.Match, root: type) -> str | None:
     key = found["key"].replace("[", ".").split(".")
     path = ".".join(part for part in key if not part.rstrip("]").isdigit())
-    return type_line(path, found.groupdict().get("value") or "null", root) if path in options(root) else None
+    return (
+        type_line(path, found.groupdict().get("value") or "null", root)
+        if path in options(root)
+        else None
+    )
 
 
 def _missing_choice(found: re.Match, root: type) -> str | None:
@@ -161,15 +197,23 @@ _LINES = [
     ),
     (
         r"Could not override '(?P<key>[^']+)'(?s:.*?)Key '(?P<name>[^']+)' not in '(?P<owner>\w+)'",
-        lambda found, root: in_other_choices(_joined(found["key"], found["name"]), found["owner"], root),
+        lambda found, root: in_other_choices(
+            _joined(found["key"], found["name"]), found["owner"], root
+        ),
     ),
     (
         r"(?:In '(?P<where>[^']+)': )?Could not find '(?P<choice>[^'\n]+)'\s*"
         r"Available options in '(?P<group>[^']+)':\n(?P<available>(?:\t.*\n?)+)",
         _missing_choice,
     ),
-    (r"Value '(?P<value>(?s:.*?))' (?:of type|is not a valid)(?s:.*?)full_key: (?P<key>\S+)", _wrong_type),
-    (r"Invalid value '(?P<value>(?s:.*?))', expected one of(?s:.*?)full_key: (?P<key>\S+)", _wrong_type),
+    (
+        r"Value '(?P<value>(?s:.*?))' (?:of type|is not a valid)(?s:.*?)full_key: (?P<key>\S+)",
+        _wrong_type,
+    ),
+    (
+        r"Invalid value '(?P<value>(?s:.*?))', expected one of(?s:.*?)full_key: (?P<key>\S+)",
+        _wrong_type,
+    ),
     (r"field '(?P<key>\S+)' is not Optional", _wrong_type),
     (
         r"Interpolation key '(?P<to>[^']*)' not found(?s:.*?)full_key: (?P<key>\S+)",
@@ -179,7 +223,9 @@ _LINES = [
     ),
     (
         r"Environment variable '(?P<name>[^']*)' not found(?s:.*?)full_key: (?P<key>\S+)",
-        lambda found, root: f"{found['key']} refers to the environment variable {found['name']}, which is not set",
+        lambda found, root: (
+            f"{found['key']} refers to the environment variable {found['name']}, which is not set"
+        ),
     ),
 ]
 
@@ -190,7 +236,9 @@ def _instead(section: str, value: str, root: type) -> str:
     if option is not None:
         kind = option.kinds[0]
         is_enum = isinstance(kind, type) and issubclass(kind, Enum)
-        values = [e.name for e in reversed(kind)] if is_enum else ["true"] if kind is bool else ["..."]
+        values = (
+            [e.name for e in reversed(kind)] if is_enum else ["true"] if kind is bool else ["..."]
+        )
         others = f" (or {', '.join(values[1:])})" if values[1:] else ""
         return f"write {section}.{value}={values[0]}{others}"
     if of:
@@ -203,7 +251,9 @@ def _nearest_or_all(key: str, root: type) -> str:
     if near:
         return f"nearest: {', '.join(near)}"
     section = key.split(".")[0]
-    below = sorted(path for path in options(root) if path.startswith(f"{section}.") and path != section)
+    below = sorted(
+        path for path in options(root) if path.startswith(f"{section}.") and path != section
+    )
     top = {path.split(".")[0] for path in options(root)} | set(group_names(root))
     return f"known here: {', '.join(below or sorted(top))}"
 

@@ -5,10 +5,12 @@ import os
 import unicodedata
 from typing import Any
 
-from alexnet_ddp.errors import ConfigError
+from alexnet_ddp.runtime.errors import ConfigError
 
 MISSING: Any = "???"  # OmegaConf's mark of a value that has to be given
-MAX_SEED = 2**32 - 1  # rng.py hashes 32 bits: a larger seed would give the same order as a smaller one
+MAX_SEED = (
+    2**32 - 1
+)  # rng.py hashes 32 bits: a larger seed would give the same order as a smaller one
 _MAX_PATH, _MAX_PART = 4095, 255  # bytes that Linux takes
 _SHOWN = 60  # characters of a value in a message
 
@@ -31,7 +33,9 @@ def within(section: str, cfg: Any, low: float, high: float, *names: str) -> None
     for name in names:
         value = getattr(cfg, name)
         rule = f"must lie in [{low}, {high}]"
-        require(value is None or low <= value <= high, f"{_path(section, name)} ({shown(value)}) {rule}")
+        require(
+            value is None or low <= value <= high, f"{_path(section, name)} ({shown(value)}) {rule}"
+        )
 
 
 def check_value(path: str, value: Any) -> None:
@@ -39,12 +43,18 @@ def check_value(path: str, value: Any) -> None:
     if isinstance(value, str):
         _check_text(path, value)
     elif isinstance(value, int):
-        require(-(2**63) <= value < 2**63, f"{path} ({shown(value)}) must be an integer of at most 64 bits")
+        require(
+            -(2**63) <= value < 2**63,
+            f"{path} ({shown(value)}) must be an integer of at most 64 bits",
+        )
 
 
 def check_finite(path: str, value: Any) -> None:
     """Raise ConfigError for nan and infinity."""
-    require(not isinstance(value, float) or math.isfinite(value), f"{path} ({value}) must be a finite number")
+    require(
+        not isinstance(value, float) or math.isfinite(value),
+        f"{path} ({value}) must be a finite number",
+    )
 
 
 def shown(value: Any) -> str:
@@ -68,13 +78,17 @@ def _check_text(path: str, text: str) -> None:
     if path.startswith("engine.conf"):  # settings of Spark, such as lists of Java options: no paths
         return
     size = len(os.fsencode(text))
-    require(size <= _MAX_PATH, f"{path} ({shown(text)}) is {size} bytes long; at most {_MAX_PATH} are possible")
+    require(
+        size <= _MAX_PATH,
+        f"{path} ({shown(text)}) is {size} bytes long; at most {_MAX_PATH} are possible",
+    )
     longest = 0 if "://" in text else max(len(os.fsencode(part)) for part in text.split("/"))
     rule = f"has a part of {longest} bytes; a file system takes at most {_MAX_PART} between two /"
     require(longest <= _MAX_PART, f"{path} ({shown(text)}) {rule}")
     is_home = text.split("/")[0] == "~" and not os.path.lexists("~")
     require(
-        not is_home, f"{path} ({shown(text)}) begins with ~, which only a shell expands; write $HOME{shown(text[1:])}"
+        not is_home,
+        f"{path} ({shown(text)}) begins with ~, which only a shell expands; write $HOME{shown(text[1:])}",
     )
 
 

@@ -6,10 +6,15 @@ from enum import StrEnum
 
 from alexnet_ddp.config.checks import MISSING, positive, require, within
 
-MAX_SIDE, MAX_PIXELS = 20_000, 100_000_000  # an image that claims more is a bad image, in training as in preparation
+MAX_SIDE, MAX_PIXELS = (
+    20_000,
+    100_000_000,
+)  # an image that claims more is a bad image, in training as in preparation
 MAX_BYTES = 4 * MAX_PIXELS  # and so is a larger file, which may be a hole without end
 
-OnBadImage = StrEnum("OnBadImage", {name: name for name in ("raise", "skip")})  # `raise` is a Python keyword
+OnBadImage = StrEnum(
+    "OnBadImage", {name: name for name in ("raise", "skip")}
+)  # `raise` is a Python keyword
 
 
 class Policy(StrEnum):
@@ -23,14 +28,22 @@ class DataConfig:
     """Where images come from, and what size the network sees."""
 
     image_size: int = 224  # pixels, height = width
-    start_image_size: int | None = None  # training images grow from this size to image_size; null: they do not grow
-    grow_epochs: int | None = None  # with start_image_size: the epoch (from 0) that is the first at image_size
-    eval_resize: int | None = None  # pixels of the shorter side before the centre crop; null: image_size * 256 / 224
+    start_image_size: int | None = (
+        None  # training images grow from this size to image_size; null: they do not grow
+    )
+    grow_epochs: int | None = (
+        None  # with start_image_size: the epoch (from 0) that is the first at image_size
+    )
+    eval_resize: int | None = (
+        None  # pixels of the shorter side before the centre crop; null: image_size * 256 / 224
+    )
     num_threads: int | None = None  # that decode, a rank; null: this rank's share of the cores
     on_bad_image: OnBadImage = OnBadImage[
         "raise"
     ]  # raise: exit 65 with its path; skip: a smaller batch, and quarantine.jsonl
-    max_bad_images: int | None = None  # with skip: so many different training images, in all of a run; null: 100
+    max_bad_images: int | None = (
+        None  # with skip: so many different training images, in all of a run; null: 100
+    )
     limit_train: int | None = None  # use only so many images, the same ones in each run
     limit_val: int | None = None
 
@@ -38,18 +51,32 @@ class DataConfig:
         positive("data", self, "image_size", "num_threads", "limit_train", "limit_val")
         within("data", self, 1, MAX_SIDE, "image_size", "eval_resize")
         within("data", self, 0, math.inf, "max_bad_images")
-        skips, rule = self.on_bad_image is OnBadImage.skip, "is only read by data.on_bad_image=skip; leave it out"
-        require(skips or self.max_bad_images is None, f"data.max_bad_images ({self.max_bad_images}) {rule}")
+        skips, rule = (
+            self.on_bad_image is OnBadImage.skip,
+            "is only read by data.on_bad_image=skip; leave it out",
+        )
+        require(
+            skips or self.max_bad_images is None,
+            f"data.max_bad_images ({self.max_bad_images}) {rule}",
+        )
         if skips and self.max_bad_images is None:
             self.max_bad_images = 100
         if self.eval_resize is None:
             self.eval_resize = round(self.image_size * 256 / 224)
         rule = f"must be at least data.image_size ({self.image_size})"
-        require(self.eval_resize >= self.image_size, f"data.eval_resize ({self.eval_resize}) {rule}")
+        require(
+            self.eval_resize >= self.image_size, f"data.eval_resize ({self.eval_resize}) {rule}"
+        )
         positive("data", self, "start_image_size", "grow_epochs")
-        start, together = self.start_image_size, (self.start_image_size is None) == (self.grow_epochs is None)
+        start, together = (
+            self.start_image_size,
+            (self.start_image_size is None) == (self.grow_epochs is None),
+        )
         rule = "belong together: from which size, and until which epoch; give both or none"
-        require(together, f"data.start_image_size ({start}) and data.grow_epochs ({self.grow_epochs}) {rule}")
+        require(
+            together,
+            f"data.start_image_size ({start}) and data.grow_epochs ({self.grow_epochs}) {rule}",
+        )
         rule = f"must be less than data.image_size ({self.image_size}), to grow to it"
         require(start is None or start < self.image_size, f"data.start_image_size ({start}) {rule}")
 
@@ -64,12 +91,16 @@ class DataConfig:
 @dataclass(kw_only=True)
 class FolderConfig(DataConfig):
     root: str = MISSING  # holds train/CLASS/* and val/CLASS/*
-    class_order: str = "name"  # of the labels: name | numeric | a text file with one class name a line
+    class_order: str = (
+        "name"  # of the labels: name | numeric | a text file with one class name a line
+    )
 
 
 @dataclass(kw_only=True)
 class ImageNetConfig(DataConfig):
-    root: str = MISSING  # holds the ILSVRC2012 archives as distributed, or the extracted train/ and val/
+    root: str = (
+        MISSING  # holds the ILSVRC2012 archives as distributed, or the extracted train/ and val/
+    )
     class_order: str = "name"  # as for data=folder
 
 
@@ -80,11 +111,15 @@ class Shuffle(StrEnum):
 
 @dataclass(kw_only=True)
 class ShardsConfig(DataConfig):
-    root: str = MISSING  # holds what `python -m alexnet_ddp.prepare` made: a directory or an fsspec URL
+    root: str = (
+        MISSING  # holds what `python -m alexnet_ddp.prepare` made: a directory or an fsspec URL
+    )
     shuffle: Shuffle = Shuffle.full
     window_shards: int | None = None  # shuffle=window: how many shards are open at a time; null: 16
     cache_dir: str | None = None  # for a URL: a folder of the node, for whole shards
-    cache_gb: float | None = None  # 10^9 bytes; what was used least recently gives way; null: no limit
+    cache_gb: float | None = (
+        None  # 10^9 bytes; what was used least recently gives way; null: no limit
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,8 +172,12 @@ class RandomAugmentConfig(AugmentConfig):
     saturation: float = 0.0
     hue: float = 0.0  # h: a turn from [-h, h], where 1 is once round the colour circle
     erase: float = 0.0  # probability of a rectangle of the mean colour
-    mixup_alpha: float = 0.0  # a: two images blended in shares from Beta(a, a), and their labels with them
-    cutmix_alpha: float = 0.0  # a: a rectangle pasted from another image; with both, one of them is drawn an image
+    mixup_alpha: float = (
+        0.0  # a: two images blended in shares from Beta(a, a), and their labels with them
+    )
+    cutmix_alpha: float = (
+        0.0  # a: a rectangle pasted from another image; with both, one of them is drawn an image
+    )
 
     def __post_init__(self) -> None:
         within("augment", self, 0, 1, "brightness", "contrast", "saturation", "erase")
@@ -150,7 +189,10 @@ class RandomAugmentConfig(AugmentConfig):
         for name in ("num_ops", "magnitude"):
             rule = f"is only read by augment.policy=randaugment, this is {self.policy.value}; leave it out"
             value = getattr(self, name)
-            require(value is None or self.policy is Policy.randaugment, f"augment.{name} ({value}) {rule}")
+            require(
+                value is None or self.policy is Policy.randaugment,
+                f"augment.{name} ({value}) {rule}",
+            )
         positive("augment", self, "num_ops")
         within("augment", self, 0, 30, "magnitude")
 

@@ -11,7 +11,7 @@ from alexnet_ddp.config.advice import in_other_choices
 from alexnet_ddp.config.checks import check_finite, check_value, require
 from alexnet_ddp.config.name import derived_name
 from alexnet_ddp.config.schema import store
-from alexnet_ddp.errors import ConfigError
+from alexnet_ddp.runtime.errors import ConfigError
 
 
 def use_schema(node: type[Config]) -> None:
@@ -24,7 +24,9 @@ def to_config(cfg: DictConfig) -> Config | PlanConfig | PredictConfig | PrepareC
     has_default_name = "run" in cfg and "data" in cfg and OmegaConf.is_missing(cfg.run, "name")
     missing = sorted(OmegaConf.missing_keys(cfg) - ({"run.name"} if has_default_name else set()))
     if missing:
-        raise ConfigError(f"{missing[0]} is required and has no value; give it on the command line: {missing[0]}=...")
+        raise ConfigError(
+            f"{missing[0]} is required and has no value; give it on the command line: {missing[0]}=..."
+        )
     if has_default_name:
         cfg.run.name = derived_name(cfg)
     _refuse_unknown(cfg, "", OmegaConf.get_type(cfg))

@@ -14,9 +14,13 @@ def derived_name(cfg: DictConfig) -> str:
     data, model = (_choice_of(group, cfg[group]) for group in ("data", "model"))
     root = str(cfg.data.get("root") or data)
     url, _, path = root.partition("?")[0].rpartition("://")
-    place = path.rpartition("@")[2].rstrip("/") if url else os.path.abspath(root)  # no credentials of a URL
+    place = (
+        path.rpartition("@")[2].rstrip("/") if url else os.path.abspath(root)
+    )  # no credentials of a URL
     words = place.rpartition("/")[2], str(cfg.model.name if model == "torchvision" else model)
-    return "-".join(_shortened(re.sub(r"[^\w.]+", "-", word).strip("-.")) or "data" for word in words)
+    return "-".join(
+        _shortened(re.sub(r"[^\w.]+", "-", word).strip("-.")) or "data" for word in words
+    )
 
 
 def _shortened(word: str) -> str:
@@ -27,4 +31,8 @@ def _choice_of(group: str, cfg: DictConfig) -> str:
     """The choice of `group` whose schema `cfg` has."""
     schemas = ConfigStore.instance().repo[group]["schema"]
     owner = OmegaConf.get_type(cfg)
-    return next(n.removesuffix(".yaml") for n, node in schemas.items() if OmegaConf.get_type(node.node) is owner)
+    return next(
+        n.removesuffix(".yaml")
+        for n, node in schemas.items()
+        if OmegaConf.get_type(node.node) is owner
+    )

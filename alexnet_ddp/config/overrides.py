@@ -17,7 +17,7 @@ from omegaconf.errors import GrammarParseError
 from alexnet_ddp.config.advice import no_value, one_value, type_line, unknown
 from alexnet_ddp.config.checks import require, shown
 from alexnet_ddp.config.schema import Option, group_names, groups, options, sections
-from alexnet_ddp.errors import ConfigError
+from alexnet_ddp.runtime.errors import ConfigError
 
 _OVERRIDE = re.compile(r"(\+{0,2})([^=+~][^=]*)=(.*)", re.DOTALL)
 # Hydra's rule for a quoted value: backslashes count only before a quote.
@@ -54,7 +54,9 @@ def to_hydra(override: str, root: type) -> str:
 def find_option(key: str, root: type) -> Option | None:
     """The option `key`; below an option of any type, such as engine.conf, every name is a text option."""
     option = options(root).get(key)
-    if option is None and any(Any in parent.kinds and key.startswith(f"{path}.") for path, parent in _any(root)):
+    if option is None and any(
+        Any in parent.kinds and key.startswith(f"{path}.") for path, parent in _any(root)
+    ):
         return Option((str,))
     return option
 
@@ -98,11 +100,17 @@ def _value(key: str, value: str, option: Option, root: type) -> str:
     if option.item is str:
         return _text_list(key, value)
     if option.item is not None:
-        require(value.startswith("[") or "${" in value, f"{key} ({shown(value)}) must be a list; write {key}=[{value}]")
+        require(
+            value.startswith("[") or "${" in value,
+            f"{key} ({shown(value)}) must be a list; write {key}=[{value}]",
+        )
     if not option.is_scalar or option.item is not None:
         return value
     text = _unquoted(value)
-    require(text != "???", f"{key} (???) is OmegaConf's mark of a value that is missing; give another text")
+    require(
+        text != "???",
+        f"{key} (???) is OmegaConf's mark of a value that is missing; give another text",
+    )
     is_many = "," in value and text == value and "${" not in value and not option.is_text
     require(not is_many, one_value(key, value, root))
     if len(text) > _LONGEST_NUMBER and not option.is_text and "${" not in text:
@@ -112,7 +120,8 @@ def _value(key: str, value: str, option: Option, root: type) -> str:
 
 def _text_list(key: str, value: str) -> str:
     require(
-        value.startswith("[") and value.endswith("]"), f"{key} ({shown(value)}) must be a list; write {key}=[{value}]"
+        value.startswith("[") and value.endswith("]"),
+        f"{key} ({shown(value)}) must be a list; write {key}=[{value}]",
     )
     inside = value[1:-1]
     items = _ITEM.findall(inside)
@@ -150,10 +159,14 @@ def _checked(override: str, root: type) -> str:
         parsed = OverridesParser.create().parse_override(override)
     except HydraException as error:
         rule = "is not in Hydra's grammar for mappings and lists"
-        raise ConfigError(f"{key} ({shown(value)}) {rule}; write {key}={_example(key, root)}") from error
+        raise ConfigError(
+            f"{key} ({shown(value)}) {rule}; write {key}={_example(key, root)}"
+        ) from error
     require(not parsed.is_sweep_override(), one_value(key, value, root))
     for path, read in misread(parsed.value(), key, root):
-        raise ConfigError(f"{path} is a text, but {override} gives the {_type(read)} {read}; write {path}=...")
+        raise ConfigError(
+            f"{path} is a text, but {override} gives the {_type(read)} {read}; write {path}=..."
+        )
     return override
 
 

@@ -23,13 +23,24 @@ class PlanDataConfig:
 class LinksConfig:
     """Nominal rates, in each direction; the shares that are reached are in costs/machine.py."""
 
-    inside_gb_per_s: float | None = None  # GB/s of a GPU to the others of its node; null: the GPU's in the table
+    inside_gb_per_s: float | None = (
+        None  # GB/s of a GPU to the others of its node; null: the GPU's in the table
+    )
     inside_latency_us: float | None = None  # null: 5 (NCCL), 60 (gloo)
-    between_gbit_per_s: float | None = None  # Gbit/s of a node, shared by its GPUs; null: 25 on GPUs, 1 on CPUs
+    between_gbit_per_s: float | None = (
+        None  # Gbit/s of a node, shared by its GPUs; null: 25 on GPUs, 1 on CPUs
+    )
     between_latency_us: float | None = None  # null: 15 (NCCL), 60 (gloo)
 
     def __post_init__(self) -> None:
-        positive("links", self, "inside_gb_per_s", "inside_latency_us", "between_gbit_per_s", "between_latency_us")
+        positive(
+            "links",
+            self,
+            "inside_gb_per_s",
+            "inside_latency_us",
+            "between_gbit_per_s",
+            "between_latency_us",
+        )
 
 
 @dataclass(kw_only=True)
@@ -43,8 +54,12 @@ class PlanConfig:
     global_batch_size: int | None = None
     epochs: int = 90
     device: str = "A100"  # a GPU of the table in costs/machine.py; measure: this machine's; custom: by the next two
-    tflops: float | None = None  # TFLOP/s that training reaches (not the peak), instead of the table's
-    images_per_s: float | None = None  # of one GPU, at data.image_size with this network, instead of the table's
+    tflops: float | None = (
+        None  # TFLOP/s that training reaches (not the peak), instead of the table's
+    )
+    images_per_s: float | None = (
+        None  # of one GPU, at data.image_size with this network, instead of the table's
+    )
     memory_gb: float | None = None  # 10^9 bytes, instead of the table's
     precision: Precision = Precision.fp32
     wire_dtype: Precision = Precision.fp32  # of the activations that hybrids exchange: fp32 or bf16
@@ -52,11 +67,18 @@ class PlanConfig:
     json: str | None = None  # a .json to write
 
     def __post_init__(self) -> None:
-        positive("", self, "nodes", "gpus_per_node", "images_per_gpu", "global_batch_size", "epochs")
+        positive(
+            "", self, "nodes", "gpus_per_node", "images_per_gpu", "global_batch_size", "epochs"
+        )
         positive("", self, "tflops", "images_per_s", "memory_gb")
         rule = "is fp32 or bf16, as parallel.wire_dtype is"
-        require(self.wire_dtype is not Precision.fp16, f"wire_dtype ({self.wire_dtype.value}) {rule}")
-        weights, rule = self.model.weights, "is not read by a plan: all weights cost the same; leave it out"
+        require(
+            self.wire_dtype is not Precision.fp16, f"wire_dtype ({self.wire_dtype.value}) {rule}"
+        )
+        weights, rule = (
+            self.model.weights,
+            "is not read by a plan: all weights cost the same; leave it out",
+        )
         require(weights is None, f"model.weights ({weights}) {rule}")
         each, whole, rule = (
             self.images_per_gpu,
@@ -66,15 +88,23 @@ class PlanConfig:
         both = each is not None and whole is not None
         require(not both, f"images_per_gpu ({each}) and global_batch_size ({whole}) {rule}")
         rates = [name for name in ("tflops", "images_per_s") if getattr(self, name) is not None]
-        require(len(rates) < 2, f"tflops ({self.tflops}) and images_per_s ({self.images_per_s}) {rule}")
+        require(
+            len(rates) < 2, f"tflops ({self.tflops}) and images_per_s ({self.images_per_s}) {rule}"
+        )
         rule = "is what device=measure finds out; leave it out"
         require(self.device != "measure" or not rates, f"{' '.join(rates)} {rule}")
-        require(self.device != "custom" or rates, "device=custom needs tflops=... or images_per_s=... of one GPU")
+        require(
+            self.device != "custom" or rates,
+            "device=custom needs tflops=... or images_per_s=... of one GPU",
+        )
         given, rule = self.precision.value, "is in tflops or images_per_s already; leave it out"
         require(not rates or self.precision is Precision.fp32, f"precision ({given}) {rule}")
         inside = self.links.inside_gb_per_s or self.links.inside_latency_us
         rule = "are not read where gpus_per_node is 1; leave them out"
-        require(self.gpus_per_node > 1 or inside is None, f"links.inside_gb_per_s and links.inside_latency_us {rule}")
+        require(
+            self.gpus_per_node > 1 or inside is None,
+            f"links.inside_gb_per_s and links.inside_latency_us {rule}",
+        )
         world = self.nodes * self.gpus_per_node
         rule = f"must be at least nodes * gpus_per_node ({world}); nearest: {world}"
         require(whole is None or whole >= world, f"global_batch_size ({whole}) {rule}")

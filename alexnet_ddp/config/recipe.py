@@ -18,7 +18,9 @@ class Head(StrEnum):
 class ModelConfig:
     """The number of classes is the data's."""
 
-    weights: str | None = None  # what to start from: a .safetensors or torch file, or a run: runs/NAME, run:NAME
+    weights: str | None = (
+        None  # what to start from: a .safetensors or torch file, or a run: runs/NAME, run:NAME
+    )
     head: Head = Head.auto
 
 
@@ -60,7 +62,10 @@ class TorchvisionConfig(ModelConfig):
     transform_input: bool | None = None
 
     def __post_init__(self) -> None:
-        require(self.dropout is None or 0 <= self.dropout < 1, f"model.dropout ({self.dropout}) must lie in [0, 1)")
+        require(
+            self.dropout is None or 0 <= self.dropout < 1,
+            f"model.dropout ({self.dropout}) must lie in [0, 1)",
+        )
 
 
 class Scaling(StrEnum):
@@ -87,14 +92,19 @@ class OptimizerConfig:
 
     lr: float = MISSING  # at base_batch_size, where that is given
     base_batch_size: int | None = None
-    scaling: Scaling = Scaling.none  # how lr follows from base_batch_size to trainer.global_batch_size
+    scaling: Scaling = (
+        Scaling.none
+    )  # how lr follows from base_batch_size to trainer.global_batch_size
     weight_decay: float = 0.0
     decay_biases: bool = True  # false: one-dimensional parameters (biases, norms) do not decay
     bias_lr_factor: float = 1.0  # learning rate of biases relative to lr (2012: 2)
 
     def __post_init__(self) -> None:
         positive("optimizer", self, "lr", "bias_lr_factor", "base_batch_size")
-        require(self.weight_decay >= 0, f"optimizer.weight_decay ({self.weight_decay}) must be at least 0")
+        require(
+            self.weight_decay >= 0,
+            f"optimizer.weight_decay ({self.weight_decay}) must be at least 0",
+        )
         base, scaling = self.base_batch_size, self.scaling
         rule = "belong together: how the rate is scaled, and from which batch; give both or none"
         both = f"optimizer.scaling ({scaling.value}) and optimizer.base_batch_size ({base}) {rule}"
@@ -114,7 +124,10 @@ class SGDConfig(OptimizerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         within("optimizer", self, 0, 1, "momentum")
-        require(self.momentum > 0 or not self.nesterov, "optimizer.nesterov needs optimizer.momentum greater than 0")
+        require(
+            self.momentum > 0 or not self.nesterov,
+            "optimizer.nesterov needs optimizer.momentum greater than 0",
+        )
 
 
 @dataclass(kw_only=True)
@@ -156,11 +169,14 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         epochs, steps = self.warmup_epochs, self.warmup_steps
-        require(epochs is None or epochs >= 0, f"scheduler.warmup_epochs ({epochs}) must be at least 0")
+        require(
+            epochs is None or epochs >= 0, f"scheduler.warmup_epochs ({epochs}) must be at least 0"
+        )
         require(steps >= 0, f"scheduler.warmup_steps ({steps}) must be at least 0")
         rule = "exclude each other; set one of them to 0"
         require(
-            not (epochs and steps), f"scheduler.warmup_epochs ({epochs}) and scheduler.warmup_steps ({steps}) {rule}"
+            not (epochs and steps),
+            f"scheduler.warmup_epochs ({epochs}) and scheduler.warmup_steps ({steps}) {rule}",
         )
 
 

@@ -47,7 +47,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         bad = not self.name or self.name in (".", "..") or "/" in self.name
-        require(not bad, f"run.name ({shown(self.name)!r}) must name one directory below run.root ({self.root})")
+        require(
+            not bad,
+            f"run.name ({shown(self.name)!r}) must name one directory below run.root ({self.root})",
+        )
         rule = "must not begin or end with a space: it could not be told from another name"
         require(self.name == self.name.strip(), f"run.name ({self.name!r}) {rule}")
         size = len(os.fsencode(self.name))
@@ -67,7 +70,9 @@ class Hook(StrEnum):
     fp16 = "fp16"  # rounded to 16 bits before they are added: half of the bytes
     bf16 = "bf16"
     powersgd = "powersgd"  # a product of two thin matrices in place of each matrix: few bytes, other mathematics
-    post_local_sgd = "post_local_sgd"  # ranks learn alone, or by nodes, and become their mean every few steps
+    post_local_sgd = (
+        "post_local_sgd"  # ranks learn alone, or by nodes, and become their mean every few steps
+    )
 
 
 @dataclass(kw_only=True)
@@ -90,7 +95,9 @@ class DDPConfig(ParallelConfig):
     powersgd_start_step: int | None = None  # before it whole gradients are sent; null: 100
     local_sgd_period: int | None = None  # steps from one mean of all ranks to the next; null: 8
     local_sgd_start_step: int | None = None  # before it all ranks learn together; null: 100
-    local_sgd_group: int | None = None  # ranks that go on together; null: those of a node, each alone on one node
+    local_sgd_group: int | None = (
+        None  # ranks that go on together; null: those of a node, each alone on one node
+    )
     static_graph: bool = False  # all steps use the same parameters: DDP may then search less
 
     def __post_init__(self) -> None:
@@ -102,9 +109,14 @@ class DDPConfig(ParallelConfig):
                 rule = f"would be ignored with parallel.hook={self.hook.value}; leave it null"
                 require(not idle, f"parallel.{name} {rule}")
         within("parallel", self, 0, _MAX_BUCKET_MB, "bucket_mb")
-        positive("parallel", self, "bucket_mb", "powersgd_rank", "local_sgd_period", "local_sgd_group")
+        positive(
+            "parallel", self, "bucket_mb", "powersgd_rank", "local_sgd_period", "local_sgd_group"
+        )
         start = self.local_sgd_start_step
-        require(start is None or start >= 0, f"parallel.local_sgd_start_step ({start}) must not be negative")
+        require(
+            start is None or start >= 0,
+            f"parallel.local_sgd_start_step ({start}) must not be negative",
+        )
         start = self.powersgd_start_step
         rule = "must be at least 2: DDP lays out its buckets anew behind the first step"
         require(start is None or start >= 2, f"parallel.powersgd_start_step ({start}) {rule}")
@@ -114,10 +126,14 @@ class DDPConfig(ParallelConfig):
 class HybridConfig(ParallelConfig):
     """DDP, but large linear layers are split over a group of ranks: activations travel in place of their gradients."""
 
-    bucket_mb: float | None = 2.0  # MiB: a convolution's gradient leaves while the next one's is computed
+    bucket_mb: float | None = (
+        2.0  # MiB: a convolution's gradient leaves while the next one's is computed
+    )
     # Ranks that share one set of the split layers. null: a node's GPUs, or all CPU ranks; auto: what plan predicts best
     group_size: Any = None
-    split: list[str] | None = None  # names of the layers, such as [classifier.1, classifier.4]; null: by their size
+    split: list[str] | None = (
+        None  # names of the layers, such as [classifier.1, classifier.4]; null: by their size
+    )
     wire_dtype: WireDtype = WireDtype.fp32  # of the activations on the way between the ranks
 
     def __post_init__(self) -> None:
@@ -132,33 +148,66 @@ class HybridConfig(ParallelConfig):
 @dataclass(kw_only=True)
 class TrainerConfig:
     epochs: int = MISSING
-    max_steps: int | None = None  # end after so many optimizer steps, however many epochs are asked for
+    max_steps: int | None = (
+        None  # end after so many optimizer steps, however many epochs are asked for
+    )
     global_batch_size: int = MISSING  # images per optimizer step, over all ranks
-    micro_batch_size: int | None = None  # images per forward pass, on one rank; null: its whole slice at once
-    eval_batch_size: int = 64  # images per forward pass of an evaluation, the same for every world size
-    drop_last: bool = False  # true: leave out the incomplete last batch of an epoch, as the references do
+    micro_batch_size: int | None = (
+        None  # images per forward pass, on one rank; null: its whole slice at once
+    )
+    eval_batch_size: int = (
+        64  # images per forward pass of an evaluation, the same for every world size
+    )
+    drop_last: bool = (
+        False  # true: leave out the incomplete last batch of an epoch, as the references do
+    )
     precision: Precision = Precision.fp32  # bf16 and fp16: autocast, on GPUs
     tf32: bool = True  # on GPUs, fp32 products by TF32
     compile: bool = False  # torch.compile
     label_smoothing: float = 0.0
     clip_grad_norm: float | None = None
-    ema_decay: float | None = None  # evaluate, and predict with, a moving average of the weights; null: the weights
+    ema_decay: float | None = (
+        None  # evaluate, and predict with, a moving average of the weights; null: the weights
+    )
     on_nan: OnNan = OnNan.stop
-    spike_factor: float | None = 20.0  # warn of a loss above so many medians of the steps before it; null: never
-    check_every_steps: int | None = 1000  # compare the replicas so often, and before the first step; null: never
+    spike_factor: float | None = (
+        20.0  # warn of a loss above so many medians of the steps before it; null: never
+    )
+    check_every_steps: int | None = (
+        1000  # compare the replicas so often, and before the first step; null: never
+    )
     log_every_steps: int = 10
     eval_every_epochs: int = 1
-    hang_timeout_s: float | None = 30.0  # without progress, or 10 slow steps if that is more; null: wait for ever
+    hang_timeout_s: float | None = (
+        30.0  # without progress, or 10 slow steps if that is more; null: wait for ever
+    )
 
     def __post_init__(self) -> None:
-        sizes = ("global_batch_size", "micro_batch_size", "eval_batch_size", "clip_grad_norm", "hang_timeout_s")
-        positive("trainer", self, "epochs", "max_steps", "log_every_steps", "eval_every_epochs", *sizes)
+        sizes = (
+            "global_batch_size",
+            "micro_batch_size",
+            "eval_batch_size",
+            "clip_grad_norm",
+            "hang_timeout_s",
+        )
+        positive(
+            "trainer", self, "epochs", "max_steps", "log_every_steps", "eval_every_epochs", *sizes
+        )
         positive("trainer", self, "check_every_steps")
         spike = self.spike_factor
-        require(spike is None or spike > 1, f"trainer.spike_factor ({spike}) must be greater than 1, or null")
+        require(
+            spike is None or spike > 1,
+            f"trainer.spike_factor ({spike}) must be greater than 1, or null",
+        )
         decay = self.ema_decay
-        require(decay is None or 0 < decay < 1, f"trainer.ema_decay ({decay}) must lie in (0, 1), or be null")
-        require(0 <= self.label_smoothing < 1, f"trainer.label_smoothing ({self.label_smoothing}) must lie in [0, 1)")
+        require(
+            decay is None or 0 < decay < 1,
+            f"trainer.ema_decay ({decay}) must lie in (0, 1), or be null",
+        )
+        require(
+            0 <= self.label_smoothing < 1,
+            f"trainer.label_smoothing ({self.label_smoothing}) must lie in [0, 1)",
+        )
 
 
 @dataclass(kw_only=True)
@@ -169,7 +218,9 @@ class CheckpointConfig:
     save_every_minutes: float | None = 5.0
     keep_last: int = 2  # the best one is kept as well
     keep_every_epochs: int | None = None  # and those at the end of every so many epochs
-    copy_to: str | None = None  # URL of a folder: copies go to URL/NAME, and come from there where there is none here
+    copy_to: str | None = (
+        None  # URL of a folder: copies go to URL/NAME, and come from there where there is none here
+    )
 
     def __post_init__(self) -> None:
         counts = ("keep_last", "keep_every_epochs")
@@ -178,7 +229,9 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class ResumeConfig:
-    allow_changes: bool = False  # go on although the model, the data or the batch is not what the checkpoint had
+    allow_changes: bool = (
+        False  # go on although the model, the data or the batch is not what the checkpoint had
+    )
 
 
 @dataclass(kw_only=True)

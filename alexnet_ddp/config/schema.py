@@ -59,7 +59,11 @@ GROUPS: dict[str, dict[str, type]] = {
         "shards": ShardsConfig,
         "synthetic": SyntheticConfig,
     },
-    "augment": {"basic": BasicAugmentConfig, "alexnet_2012": AlexNet2012AugmentConfig, "none": NoAugmentConfig},
+    "augment": {
+        "basic": BasicAugmentConfig,
+        "alexnet_2012": AlexNet2012AugmentConfig,
+        "none": NoAugmentConfig,
+    },
     "model": {
         "alexnet": AlexNetConfig,
         "alexnet_2012": AlexNet2012Config,
@@ -135,7 +139,9 @@ def group_names(root: type) -> tuple[str, ...]:
 def sections(root: type) -> dict[str, type]:
     """The parts of a command's configuration that are no groups, such as `trainer`."""
     return {
-        name: hint for name, hint in get_type_hints(root).items() if is_dataclass(hint) and name not in groups(root)
+        name: hint
+        for name, hint in get_type_hints(root).items()
+        if is_dataclass(hint) and name not in groups(root)
     }
 
 

@@ -29,7 +29,9 @@ _ATTEMPTS = 10  # of RandomResizedCrop, before it falls back to a centre crop
 
 # Principal components of ImageNet's RGB values in [0, 1]: fb.resnet.torch, datasets/imagenet.lua.
 _EIGENVALUES = np.array([0.2175, 0.0188, 0.0045])
-_EIGENVECTORS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+_EIGENVECTORS = np.array(
+    [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
+)
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,13 @@ class Augment:
     seed: int
     image_size: int
     eval_resize: int
-    colour_basis: tuple[np.ndarray, np.ndarray] | None = None  # eigenvalues, eigenvectors as columns; None: ImageNet's
+    colour_basis: tuple[np.ndarray, np.ndarray] | None = (
+        None  # eigenvalues, eigenvectors as columns; None: ImageNet's
+    )
 
-    def views(self, epoch: int, indices: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> Views:
+    def views(
+        self, epoch: int, indices: np.ndarray, widths: np.ndarray, heights: np.ndarray
+    ) -> Views:
         """The views of images `indices` (int64 [n]), whose sizes are given in pixels, in `epoch`."""
         u = rng.uniforms(rng.fold(self.seed, rng.CROP, epoch), indices, 2 * _ATTEMPTS + 3)
         flip = u[:, -1] < self.cfg.flip
@@ -91,21 +97,36 @@ class Augment:
         copy: Callable[[np.ndarray], "Tensor"],
     ) -> "Effects":
         """Of the images `indices`, int64 [m], the first n of which are mixed with `partners`. copy: to the device."""
-        from alexnet_ddp.data.effects import Effects, Mixing, draw_erased, draw_jitter, draw_mixing  # needs torch
+        from alexnet_ddp.data.effects import (
+            Effects,
+            Mixing,
+            draw_erased,
+            draw_jitter,
+            draw_mixing,
+        )  # needs torch
 
-        jitter, erase, mix = (rng.fold(self.seed, use, epoch) for use in (rng.JITTER, rng.ERASE, rng.MIX))
+        jitter, erase, mix = (
+            rng.fold(self.seed, use, epoch) for use in (rng.JITTER, rng.ERASE, rng.MIX)
+        )
         colour, mixing = self.colour(epoch, indices), None
         if partners is not None:
             drawn = draw_mixing(self.cfg, mix, indices[: len(partners.rows)], size)
             mixing = Mixing(*(copy(values) for values in (*partners, *drawn)))
         return Effects(
             colour=None if colour is None else copy(colour),
-            jitter={name: copy(values) for name, values in draw_jitter(self.cfg, jitter, indices).items()},
-            erased=copy(draw_erased(self.cfg.erase, erase, indices, size)) if self.cfg.erase else None,
+            jitter={
+                name: copy(values)
+                for name, values in draw_jitter(self.cfg, jitter, indices).items()
+            },
+            erased=copy(draw_erased(self.cfg.erase, erase, indices, size))
+            if self.cfg.erase
+            else None,
             mixing=mixing,
         )
 
-    def _square_boxes(self, u: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _square_boxes(
+        self, u: np.ndarray, widths: np.ndarray, heights: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
         """A random image_size crop of the central square of eval_resize pixels, in the pixels of the image."""
         short = np.minimum(widths, heights)
         side = np.maximum(1, np.rint(short * self.image_size / self.eval_resize).astype(np.int64))
@@ -122,7 +143,11 @@ def build_augment(
     colour_basis: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Augment | None:
     """None: images are seen as the evaluation sees them. colour_basis: the principal axes of the data set's colours."""
-    return None if isinstance(cfg, NoAugmentConfig) else Augment(cfg, seed, image_size, eval_resize, colour_basis)
+    return (
+        None
+        if isinstance(cfg, NoAugmentConfig)
+        else Augment(cfg, seed, image_size, eval_resize, colour_basis)
+    )
 
 
 def random_resized_boxes(
@@ -134,7 +159,9 @@ def random_resized_boxes(
     ratio is allowed. Szegedy 2015, section 6.
     """
     n = np.arange(len(widths))
-    area = (cfg.min_scale + (cfg.max_scale - cfg.min_scale) * u[:, :_ATTEMPTS]) * (widths * heights)[:, None]
+    area = (cfg.min_scale + (cfg.max_scale - cfg.min_scale) * u[:, :_ATTEMPTS]) * (
+        widths * heights
+    )[:, None]
     ratio = np.exp(np.log(cfg.max_ratio) * (2 * u[:, _ATTEMPTS : 2 * _ATTEMPTS] - 1))
     w = np.rint(np.sqrt(area * ratio)).astype(np.int64)
     h = np.rint(np.sqrt(area / ratio)).astype(np.int64)

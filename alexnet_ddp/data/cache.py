@@ -70,7 +70,11 @@ class NodeCache:
 
     def drop(self, name: str, sha256: str) -> None:
         """Remove a file that is not what was fetched: the next get fetches it again."""
-        log.warning("%s, fetched from %s, was changed or damaged: fetching it again", self.path(sha256), name)
+        log.warning(
+            "%s, fetched from %s, was changed or damaged: fetching it again",
+            self.path(sha256),
+            name,
+        )
         self.path(sha256).unlink(missing_ok=True)
 
     def get(self, name: str, sha256: str, size: int | None = None) -> Path:
@@ -97,11 +101,16 @@ class NodeCache:
             except OSError as error:
                 if attempt == _ATTEMPTS - 1:
                     raise
-                log.warning("%s could not be fetched (%s): trying again", self.storage.path(name), error)
+                log.warning(
+                    "%s could not be fetched (%s): trying again", self.storage.path(name), error
+                )
                 time.sleep(_PAUSE_S * 2**attempt)
 
     def _copy(self, name: str, sha256: str, path: Path) -> None:
-        digest, draft = hashlib.sha256(), path.with_name(f".{sha256}.tmp")  # whoever holds the lock may replace it
+        digest, draft = (
+            hashlib.sha256(),
+            path.with_name(f".{sha256}.tmp"),
+        )  # whoever holds the lock may replace it
         try:
             with open(draft, "wb") as out:
                 for chunk in self.storage.chunks(name):
@@ -120,7 +129,9 @@ class NodeCache:
         try:
             found = path.stat()
             if size is not None and found.st_size != size:
-                log.warning("%s has %s bytes instead of %s: fetching it again", path, found.st_size, size)
+                log.warning(
+                    "%s has %s bytes instead of %s: fetching it again", path, found.st_size, size
+                )
                 return False
             if time.time() - found.st_mtime > 1:
                 os.utime(path)
@@ -154,4 +165,8 @@ class NodeCache:
             yield
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_wanted", "_asked")}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("_wanted", "_asked")
+        }

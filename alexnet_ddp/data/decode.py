@@ -12,7 +12,15 @@ import numpy as np
 import simplejpeg
 
 from alexnet_ddp.data import restarts
-from alexnet_ddp.data.image import DECODE_ERROR, BadImage, check_size, open_image, scaled_size, to_rgb, without_far_ends
+from alexnet_ddp.data.image import (
+    DECODE_ERROR,
+    BadImage,
+    check_size,
+    open_image,
+    scaled_size,
+    to_rgb,
+    without_far_ends,
+)
 
 _thread = threading.local()
 cv2.setNumThreads(1)  # the loader's threads are the parallelism
@@ -45,8 +53,12 @@ def crop_into(slot: np.ndarray, data: bytes, box: tuple[int, int, int, int], fli
 def resize_into(slot: np.ndarray, crop: np.ndarray, flip: bool) -> None:
     """Resize `crop`, uint8 [height, width, 3], to `slot`, perhaps flip."""
     size = slot.shape[0]
-    shrinks = min(crop.shape[:2]) >= 2 * size  # INTER_LINEAR would skip pixels; between 1 and 2 it does not
-    cv2.resize(crop, (size, size), dst=slot, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    shrinks = (
+        min(crop.shape[:2]) >= 2 * size
+    )  # INTER_LINEAR would skip pixels; between 1 and 2 it does not
+    cv2.resize(
+        crop, (size, size), dst=slot, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    )
     if flip:
         cv2.flip(slot, 1, dst=slot)
 
@@ -65,7 +77,9 @@ def centre_into(slot: np.ndarray, data: bytes, resize: int) -> None:
     slot[...] = np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def _decode_reduced(data: bytes, box: tuple[int, int, int, int], size: int) -> tuple[np.ndarray, float]:
+def _decode_reduced(
+    data: bytes, box: tuple[int, int, int, int], size: int
+) -> tuple[np.ndarray, float]:
     """The rows down to the end of `box`, uint8 [h, w, 3], at the smallest scale that leaves `box` `size` pixels.
 
     The scale is 1, or 4/8 to 1/8, which libjpeg decodes faster. The array is valid until this thread decodes again.
@@ -84,9 +98,13 @@ def _decode_reduced(data: bytes, box: tuple[int, int, int, int], size: int) -> t
         needed = size / min(box[2], box[3])
         least = {"min_width": math.ceil(width * needed), "min_height": math.ceil(rows * needed)}
         buffer = scratch(rows * width * 3)
-        image = simplejpeg.decode_jpeg(data, "RGB", min_factor=2, strict=position is None, buffer=buffer, **least)
+        image = simplejpeg.decode_jpeg(
+            data, "RGB", min_factor=2, strict=position is None, buffer=buffer, **least
+        )
         shape = image.shape[:2]
-        eighths = next(m for m in (8, 4, 3, 2, 1) if (-(-rows * m // 8), -(-width * m // 8)) == shape)
+        eighths = next(
+            m for m in (8, 4, 3, 2, 1) if (-(-rows * m // 8), -(-width * m // 8)) == shape
+        )
         return image, eighths / 8
     except (BadImage, MemoryError):
         raise

@@ -20,7 +20,10 @@ _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 
 _JITTERS = ("brightness", "contrast", "saturation", "hue")  # in this order for every image
-_ERASED_AREA = (0.02, 0.33)  # shares of the image; these two and the tries are torchvision's defaults
+_ERASED_AREA = (
+    0.02,
+    0.33,
+)  # shares of the image; these two and the tries are torchvision's defaults
 _ERASED_RATIO = (0.3, 3.3)  # height / width, log-uniform
 _ERASE_TRIES = 10
 
@@ -48,7 +51,9 @@ class Effects:
     """What is done to m decoded images, of which the first n are a batch. Tensors on the device; None: nothing."""
 
     colour: Tensor | None = None  # float32 [m, 3], to add to RGB in [0, 1]
-    jitter: dict[str, Tensor] = field(default_factory=dict)  # of those that are on: float32 [m], factors or turns
+    jitter: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # of those that are on: float32 [m], factors or turns
     erased: Tensor | None = None  # int32 [m, 4]: left, top, right, bottom; may be empty
     mixing: Mixing | None = None
 
@@ -60,7 +65,11 @@ def draw_jitter(cfg: RandomAugmentConfig, key: int, indices: np.ndarray) -> dict
     """float32 [n] each, distributed as torchvision's ColorJitter: factors around 1, and the hue's turns around 0."""
     u = 2 * rng.uniforms(key, indices, len(_JITTERS)) - 1
     reach = {name: getattr(cfg, name) for name in _JITTERS}
-    drawn = {name: (name != "hue") + reach[name] * u[:, k] for k, name in enumerate(_JITTERS) if reach[name]}
+    drawn = {
+        name: (name != "hue") + reach[name] * u[:, k]
+        for k, name in enumerate(_JITTERS)
+        if reach[name]
+    }
     return {name: values.astype(np.float32) for name, values in drawn.items()}
 
 
@@ -71,7 +80,9 @@ def draw_erased(probability: float, key: int, indices: np.ndarray, size: int) ->
     area = (low + (high - low) * u[:, :_ERASE_TRIES]) * size**2
     low, high = np.log(_ERASED_RATIO)
     ratio = np.exp(low + (high - low) * u[:, _ERASE_TRIES : 2 * _ERASE_TRIES])
-    sides = np.rint(np.sqrt(np.stack([area / ratio, area * ratio], axis=2))).astype(np.int64)  # width, height
+    sides = np.rint(np.sqrt(np.stack([area / ratio, area * ratio], axis=2))).astype(
+        np.int64
+    )  # width, height
     fits = (sides < size).all(axis=2)
     sides = sides[np.arange(len(u)), fits.argmax(1)]
     sides[(u[:, -1] >= probability) | ~fits.any(1)] = 0

@@ -9,9 +9,9 @@ import numpy as np
 from alexnet_ddp.config import DataConfig, OnBadImage
 from alexnet_ddp.data.augment import Augment, Views
 from alexnet_ddp.data.decode import BadImage, centre_into, crop_into, resize_into, scratch, size_of
-from alexnet_ddp.data.index import SampleIndex
 from alexnet_ddp.data.policy import Operation, operate
-from alexnet_ddp.errors import DataError
+from alexnet_ddp.data.sources.index import SampleIndex
+from alexnet_ddp.runtime.errors import DataError
 
 
 class Skipped(NamedTuple):
@@ -52,10 +52,14 @@ class _IndexFill:
         try:
             return action()
         except (BadImage, DataError) as error:
-            reason = str(error) if isinstance(error, DataError) else f"{self.index.name(i)}: {error}"
+            reason = (
+                str(error) if isinstance(error, DataError) else f"{self.index.name(i)}: {error}"
+            )
             if self.cfg.on_bad_image is not OnBadImage.skip:
                 remedy = "remove or mend it, or leave it out with data.on_bad_image=skip"
-                raise DataError(reason if isinstance(error, DataError) else f"{reason}; {remedy}") from None
+                raise DataError(
+                    reason if isinstance(error, DataError) else f"{reason}; {remedy}"
+                ) from None
             bad.append(Skipped(k, int(i), getattr(error, "kind", "unreadable"), reason))
             return None
 
@@ -69,9 +73,14 @@ class ImageFill(_IndexFill):
         if self.augment is None:
             resize = round(self.cfg.eval_resize * slots.shape[1] / self.cfg.image_size)
             for k, i in enumerate(indices):
-                self._guard(bad, k, i, lambda k=k, i=i: centre_into(slots[k], self.index.read(i), resize))
+                self._guard(
+                    bad, k, i, lambda k=k, i=i: centre_into(slots[k], self.index.read(i), resize)
+                )
             return bad
-        data = [self._guard(bad, k, i, lambda i=i: self.index.read(i)) for k, i in enumerate(indices.tolist())]
+        data = [
+            self._guard(bad, k, i, lambda i=i: self.index.read(i))
+            for k, i in enumerate(indices.tolist())
+        ]
         views = self.augment.views(epoch, indices, *self._sizes(bad, indices, data))
         boxes, flips = _boxes(views), views.flip.tolist()
         operations = self.augment.operations(epoch, indices, slots.shape[1])
@@ -107,10 +116,14 @@ class RawFill(_IndexFill):
             operations: list[list[Operation]] = [[]] * len(indices)
         else:
             operations = self.augment.operations(epoch, indices, slots.shape[1])
-            views = self.augment.views(epoch, indices, *(np.full(len(indices), size, np.int64),) * 2)
+            views = self.augment.views(
+                epoch, indices, *(np.full(len(indices), size, np.int64),) * 2
+            )
             boxes, flips = _boxes(views), views.flip.tolist()
         for k, i in enumerate(indices.tolist()):
-            self._guard(bad, k, i, lambda k=k, i=i: self._crop_into(slots[k], i, boxes[k], flips[k]))
+            self._guard(
+                bad, k, i, lambda k=k, i=i: self._crop_into(slots[k], i, boxes[k], flips[k])
+            )
             operate(slots[k], operations[k])
         return bad
 
@@ -121,7 +134,9 @@ class RawFill(_IndexFill):
         try:
             store.read_rows(i, top, rows)
         except OSError as error:
-            raise DataError(f"{store.name(i)} cannot be read ({error.strerror or error}); copy it again") from error
+            raise DataError(
+                f"{store.name(i)} cannot be read ({error.strerror or error}); copy it again"
+            ) from error
         resize_into(slot, rows[:, left : left + width], flip)
 
     def _central_box(self, size: int) -> tuple[int, int, int, int]:

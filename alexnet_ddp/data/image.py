@@ -25,7 +25,11 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF", "AVIF")  #
 # The codes of bad images. They are written to the quarantine, so they never change.
 EMPTY, NOT_AN_IMAGE, TRUNCATED, DECODE_ERROR = "empty", "not_an_image", "truncated", "decode_error"
 BOMB, SAMPLE_TYPE, UNREADABLE = "bomb", "sample_type", "unreadable"
-_KINDS = {TRUNCATED: "damaged", DECODE_ERROR: "damaged", BOMB: "too large"}  # the others: with spaces
+_KINDS = {
+    TRUNCATED: "damaged",
+    DECODE_ERROR: "damaged",
+    BOMB: "too large",
+}  # the others: with spaces
 
 _MAX_RATIO = 16  # an image that is longer than this many times its shorter side loses its ends before it is resized
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
@@ -73,7 +77,9 @@ def open_image(data: bytes) -> "Image.Image":
         image = pillow.open(io.BytesIO(data), formats=FORMATS)
     check_size(*image.size)
     if image.mode == "F":  # there is no largest value to scale by
-        raise BadImage("floating-point samples; convert them to unsigned integers of 8 or 16 bits", SAMPLE_TYPE)
+        raise BadImage(
+            "floating-point samples; convert them to unsigned integers of 8 or 16 bits", SAMPLE_TYPE
+        )
     return image
 
 
@@ -143,7 +149,9 @@ def _as_bad_image(error: Exception) -> BadImage:
     text, name = ascii(str(error))[1:-1][:120], type(error).__name__
     if not text or " at 0x" in text:  # the address of an object differs from run to run
         text = name
-    elif not isinstance(error, (OSError, ValueError, SyntaxError)):  # these are Pillow's own messages
+    elif not isinstance(
+        error, (OSError, ValueError, SyntaxError)
+    ):  # these are Pillow's own messages
         text = f"{name}: {text}"
     return BadImage(f"damaged: {text}", TRUNCATED if "truncated" in text.lower() else DECODE_ERROR)
 
@@ -163,7 +171,9 @@ def _scaled_grey(image: "Image.Image") -> "Image.Image":
     elif bits == 32 and not signed:  # Pillow keeps them in signed integers
         samples = samples.view(np.uint32)
     if signed and samples.min() < 0:
-        raise BadImage("negative samples; convert them to unsigned integers of 8 or 16 bits", SAMPLE_TYPE)
+        raise BadImage(
+            "negative samples; convert them to unsigned integers of 8 or 16 bits", SAMPLE_TYPE
+        )
     levels = np.multiply(samples, 255 / (2 ** (bits - signed) - 1), dtype=np.float32)
     grey = np.rint(levels, out=levels).astype(np.uint8)
     if image.format == "TIFF" and _tag(image, _PHOTOMETRIC, _WHITE_IS_ZERO) == _WHITE_IS_ZERO:

@@ -12,9 +12,9 @@ from alexnet_ddp.config import DataConfig
 from alexnet_ddp.data.augment import Augment
 from alexnet_ddp.data.effects import Effects, Partners, partner_rows
 from alexnet_ddp.data.fill import Fill, Skipped, build_fill
-from alexnet_ddp.data.index import SampleIndex
 from alexnet_ddp.data.prefetch import HostBatch, Prefetcher
 from alexnet_ddp.data.sampler import Work
+from alexnet_ddp.data.sources.index import SampleIndex
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,15 @@ class Batch:
     """What one forward pass of one rank sees."""
 
     work: Work
-    images: torch.Tensor  # uint8 [m, size, size, 3] on the device; valid until the next batch is asked for
-    labels: torch.Tensor  # int64 [n] on the device. m = n; but where images are mixed, m may be n + 1:
-    indices: torch.Tensor  # int32 [n] on the device. then the last image is only there for the first to be mixed with
+    images: (
+        torch.Tensor
+    )  # uint8 [m, size, size, 3] on the device; valid until the next batch is asked for
+    labels: (
+        torch.Tensor
+    )  # int64 [n] on the device. m = n; but where images are mixed, m may be n + 1:
+    indices: (
+        torch.Tensor
+    )  # int32 [n] on the device. then the last image is only there for the first to be mixed with
     effects: Effects
     bad: list[Skipped]  # images of the work that are left out
 
@@ -98,7 +104,9 @@ class Loader:
         if self._mixes:
             rows = partner_rows(slots, len(host.work.indices))
             partners = Partners(rows, self._labels[indices[rows]].astype(np.int64))
-        return self._augment.effects(host.work.epoch, indices, host.images.shape[1], partners, self._copy)
+        return self._augment.effects(
+            host.work.epoch, indices, host.images.shape[1], partners, self._copy
+        )
 
     def _copy(self, array: np.ndarray) -> torch.Tensor:
         """To the device, without waiting for it."""

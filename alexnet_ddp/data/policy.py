@@ -21,8 +21,10 @@ _GEOMETRY = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 _COLOUR = ("Brightness", "Color", "Contrast", "Sharpness")
 # Greatest magnitudes. Those of RandAugment's translations are shares of the side, of TrivialAugment's pixels.
 _SIGNED = {
-    Policy.randaugment: dict(zip(_GEOMETRY, (0.3, 0.3, 150 / 331, 150 / 331, 30.0))) | dict.fromkeys(_COLOUR, 0.9),
-    Policy.trivialaugment: dict(zip(_GEOMETRY, (0.99, 0.99, 32.0, 32.0, 135.0))) | dict.fromkeys(_COLOUR, 0.99),
+    Policy.randaugment: dict(zip(_GEOMETRY, (0.3, 0.3, 150 / 331, 150 / 331, 30.0)))
+    | dict.fromkeys(_COLOUR, 0.9),
+    Policy.trivialaugment: dict(zip(_GEOMETRY, (0.99, 0.99, 32.0, 32.0, 135.0)))
+    | dict.fromkeys(_COLOUR, 0.99),
 }
 _FEWEST_BITS = {Policy.randaugment: 4, Policy.trivialaugment: 2}  # of Posterize
 OPERATIONS = ("Identity", *_GEOMETRY, *_COLOUR, "Posterize", "Solarize", "AutoContrast", "Equalize")
@@ -31,7 +33,9 @@ NUM_BINS = 31  # of magnitudes
 Operation = tuple[str, float]  # name, magnitude
 
 
-def draw_operations(cfg: RandomAugmentConfig, key: int, indices: np.ndarray, size: int) -> list[list[Operation]]:
+def draw_operations(
+    cfg: RandomAugmentConfig, key: int, indices: np.ndarray, size: int
+) -> list[list[Operation]]:
     """What is done to each of the images, one operation after the other. size: their side in pixels."""
     if cfg.policy is Policy.none:
         return [[] for _ in indices]
@@ -81,11 +85,15 @@ def _kernels() -> dict[str, Callable[["Tensor", float], "Tensor"]]:
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2 import functional as F
 
-    def affine(image: "Tensor", x: float = 0, y: float = 0, shear: tuple[float, float] = (0, 0)) -> "Tensor":
+    def affine(
+        image: "Tensor", x: float = 0, y: float = 0, shear: tuple[float, float] = (0, 0)
+    ) -> "Tensor":
         degrees = [math.degrees(math.atan(s)) for s in shear]
         corner = [0, 0] if any(shear) else None
         mode = InterpolationMode.BILINEAR
-        return F.affine(image, 0.0, [int(x), int(y)], 1.0, degrees, interpolation=mode, center=corner)
+        return F.affine(
+            image, 0.0, [int(x), int(y)], 1.0, degrees, interpolation=mode, center=corner
+        )
 
     return {
         "Identity": lambda image, m: image,

@@ -81,7 +81,9 @@ class Prefetcher:
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _start(self, work: Work, free: list[Buffer]) -> tuple[np.ndarray, np.ndarray, Buffer, list[Future]]:
+    def _start(
+        self, work: Work, free: list[Buffer]
+    ) -> tuple[np.ndarray, np.ndarray, Buffer, list[Future]]:
         more = self._with_previous and len(work.indices)
         indices = np.append(work.indices, work.previous) if more else work.indices
         n, size = len(indices), self._image_size(work.epoch)
@@ -104,7 +106,9 @@ class Prefetcher:
     def _finish(self, tasks: list[Future]) -> list[Skipped]:
         began = time.monotonic()
         bad = [
-            one._replace(position=i * _PER_TASK + one.position) for i, task in enumerate(tasks) for one in task.result()
+            one._replace(position=i * _PER_TASK + one.position)
+            for i, task in enumerate(tasks)
+            for one in task.result()
         ]
         self.waited_s += time.monotonic() - began
         return bad

@@ -9,12 +9,12 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from alexnet_ddp.atomic import write_bytes
 from alexnet_ddp.data.fill import Skipped
-from alexnet_ddp.data.index import SampleIndex
-from alexnet_ddp.distributed import World, from_main, gather_objects
-from alexnet_ddp.errors import DataError
-from alexnet_ddp.redact import redact
+from alexnet_ddp.data.sources.index import SampleIndex
+from alexnet_ddp.runtime.distributed import World, from_main, gather_objects
+from alexnet_ddp.runtime.errors import DataError
+from alexnet_ddp.runtime.files import write_bytes
+from alexnet_ddp.runtime.redaction import redact
 
 log = logging.getLogger(__name__)
 
@@ -23,13 +23,23 @@ class Quarantine:
     """Every rank knows all the images; rank 0 writes them down, and warns of the first one of each kind."""
 
     def __init__(
-        self, run_dir: Path, sets: Mapping[str, SampleIndex], max_train: int, start_step: int, world: World
+        self,
+        run_dir: Path,
+        sets: Mapping[str, SampleIndex],
+        max_train: int,
+        start_step: int,
+        world: World,
     ) -> None:
         """Collective. Of an earlier start, what came after `start_step` is dropped: it will come again.
 
         sets: "train" and "val"; max_train: so many different training images may be bad.
         """
-        self._path, self._sets, self._max_train, self._world = run_dir / "quarantine.jsonl", sets, max_train, world
+        self._path, self._sets, self._max_train, self._world = (
+            run_dir / "quarantine.jsonl",
+            sets,
+            max_train,
+            world,
+        )
         self._rows: list[dict] = from_main(lambda: _kept(self._path, start_step), world)
         self._known = {(row["split"], row["index"]) for row in self._rows}
         self._warned = {row["kind"] for row in self._rows}
@@ -43,9 +53,16 @@ class Quarantine:
 
         Raises DataError on all ranks where too many training images are bad.
         """
-        new = {one.index: one for one in gather_objects(bad) if (split, one.index) not in self._known}
+        new = {
+            one.index: one for one in gather_objects(bad) if (split, one.index) not in self._known
+        }
         for index, one in sorted(new.items()):
-            row = {"split": split, "index": index, "name": self._sets[split].name(index), "kind": one.kind}
+            row = {
+                "split": split,
+                "index": index,
+                "name": self._sets[split].name(index),
+                "kind": one.kind,
+            }
             self._rows.append(redact(row | {"reason": one.reason, "step": step, "epoch": epoch}))
             self._known.add((split, index))
         if new and self._world.is_main:
@@ -62,7 +79,10 @@ class Quarantine:
             if row["kind"] not in self._warned:
                 self._warned.add(row["kind"])
                 log.warning(
-                    "skipped %s; others of this kind (%s) are only listed in %s", row["reason"], row["kind"], self._path
+                    "skipped %s; others of this kind (%s) are only listed in %s",
+                    row["reason"],
+                    row["kind"],
+                    self._path,
                 )
         try:
             write_bytes(self._path, "".join(json.dumps(row) + "\n" for row in self._rows).encode())

@@ -16,7 +16,9 @@ import numpy as np
 _BLOCK = 16  # pixels: a block (MCU) of a 4:2:0 JPEG, height = width
 _MARGIN = 2  # pixels beside a crop that its chroma is interpolated from
 _AT = 20  # where the comment stands: behind the start of the image and the JFIF header
-_HEAD = struct.Struct("<9sHHB")  # name, places of the frame header and of the bit stream, blocks between two markers
+_HEAD = struct.Struct(
+    "<9sHHB"
+)  # name, places of the frame header and of the bit stream, blocks between two markers
 _NAME = b"restarts\0"
 _LARGEST = 8  # blocks between two markers, where the row can be parted so
 _NUMBERS = (0xD0 + np.arange(1 << 15) % 8).astype(np.uint8)  # the second bytes of markers, in order
@@ -46,7 +48,9 @@ def with_table(jpeg: bytes, blocks: int) -> bytes:
     stream = np.frombuffer(jpeg, np.uint8)
     marks = np.flatnonzero(stream[scan:-2] == 0xFF) + scan
     marks = marks[(stream[marks + 1] & 0xF8) == 0xD0]
-    sizes = np.diff(np.concatenate(([scan - 2], marks, [len(jpeg) - 2])))  # each with the marker before it
+    sizes = np.diff(
+        np.concatenate(([scan - 2], marks, [len(jpeg) - 2]))
+    )  # each with the marker before it
     length = 2 + _HEAD.size + 2 * len(sizes)
     if sizes.max() > 0xFFFF or length > 0xFFFF:
         return jpeg
@@ -65,7 +69,12 @@ def cut(data: bytes, box: tuple[int, int, int, int]) -> Cut | None:
         return None
     try:
         return _cut(data, box)
-    except (ValueError, IndexError, ZeroDivisionError, struct.error):  # whoever decodes the whole says what is wrong
+    except (
+        ValueError,
+        IndexError,
+        ZeroDivisionError,
+        struct.error,
+    ):  # whoever decodes the whole says what is wrong
         return None
 
 
@@ -79,7 +88,9 @@ def _cut(data: bytes, box: tuple[int, int, int, int]) -> Cut | None:
     segment = blocks * _BLOCK  # pixels
     rows, per_row = -(-height // _BLOCK), -(-width // segment)
     sizes = np.frombuffer(data, "<u2", rows * per_row, _AT + 4 + _HEAD.size)
-    bounds = np.empty(len(sizes) + 1, np.int64)  # where the markers are, one before the first and one at the end
+    bounds = np.empty(
+        len(sizes) + 1, np.int64
+    )  # where the markers are, one before the first and one at the end
     bounds[0], bounds[1:] = scan - 2, sizes
     np.cumsum(bounds, out=bounds)
     if bounds[-1] != len(data) - 2 or data[-2:] != _END:

@@ -14,7 +14,7 @@ import numpy as np
 
 from alexnet_ddp import rng
 from alexnet_ddp.config import Config, ConfigError, ShardsConfig, Shuffle
-from alexnet_ddp.data.index import SampleIndex
+from alexnet_ddp.data.sources.index import SampleIndex
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,9 @@ class Work:
     epoch: int
     indices: np.ndarray  # int64 [n], n <= micro_batch_size
     is_last: bool  # of this step: its backward pass synchronises
-    previous: int | None = None  # the image before these in the global batch; before its first one comes its last
+    previous: int | None = (
+        None  # the image before these in the global batch; before its first one comes its last
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +51,14 @@ class Windows:
 
     def arrange(self, order: np.ndarray, key: int) -> np.ndarray:
         """`order`, an int64 permutation of the images, window by window."""
-        present = np.flatnonzero(np.bincount(self.shards))  # a subset of the images may leave shards out
+        present = np.flatnonzero(
+            np.bincount(self.shards)
+        )  # a subset of the images may leave shards out
         count = -(-len(present) // self.size)
         window = np.zeros(present[-1] + 1, np.min_scalar_type(count))  # few bits sort fast
-        ranks = np.arange(len(present)) * count // len(present)  # of 17 shards, 16 at a time: 9 and 8, not 16 and 1
+        ranks = (
+            np.arange(len(present)) * count // len(present)
+        )  # of 17 shards, 16 at a time: 9 and 8, not 16 and 1
         window[present[rng.permutation(key, len(present))]] = ranks
         return order[np.argsort(window[self.shards[order]], kind="stable")]
 
@@ -86,12 +92,18 @@ class GlobalBatchSampler:
             k * self.global_batch_size : (k + 1) * self.global_batch_size
         ]
 
-    def work(self, steps: range, rank: int, world_size: int, micro_batch_size: int | None) -> Iterator[Work]:
+    def work(
+        self, steps: range, rank: int, world_size: int, micro_batch_size: int | None
+    ) -> Iterator[Work]:
         """What `rank` does in `steps`, one forward pass at a time."""
         for step in steps:
             batch = self.batch(step)
             mine = rank_slice(len(batch), rank, world_size)
-            indices, sizes, start = batch[mine], micro_batches(len(batch), world_size, micro_batch_size), 0
+            indices, sizes, start = (
+                batch[mine],
+                micro_batches(len(batch), world_size, micro_batch_size),
+                0,
+            )
             for k, size in enumerate(sizes):
                 chunk = indices[start : start + size]
                 previous = int(batch[mine.start + start - 1]) if len(chunk) else None
@@ -104,7 +116,9 @@ def build_sampler(cfg: Config, index: SampleIndex) -> GlobalBatchSampler:
     by_window = isinstance(cfg.data, ShardsConfig) and cfg.data.shuffle is Shuffle.window
     windows = Windows(index.store.shards, cfg.data.window_shards) if by_window else None
     trainer = cfg.trainer
-    return GlobalBatchSampler(len(index), trainer.global_batch_size, cfg.seed, trainer.drop_last, windows)
+    return GlobalBatchSampler(
+        len(index), trainer.global_batch_size, cfg.seed, trainer.drop_last, windows
+    )
 
 
 class Shuffled:
@@ -132,7 +146,9 @@ class Shuffled:
 
 
 @lru_cache(maxsize=2)
-def _order(num_images: int, seed: int, epoch: int, windows: Windows | None) -> Shuffled | np.ndarray:
+def _order(
+    num_images: int, seed: int, epoch: int, windows: Windows | None
+) -> Shuffled | np.ndarray:
     key = rng.fold(seed, rng.ORDER, epoch)
     if windows is None:
         return Shuffled(key, num_images)

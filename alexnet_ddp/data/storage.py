@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from alexnet_ddp.errors import ConfigError
+from alexnet_ddp.runtime.errors import ConfigError
 
 SCRATCH = "_tmp"  # the folder of drafts, below root
 _CHUNK = 1 << 22  # bytes read at once
@@ -31,7 +31,9 @@ class NotAFile(OSError):
         return self.strerror
 
 
-def read_regular(path: str, offset: int = 0, size: int | None = None, largest: int | None = None) -> bytes:
+def read_regular(
+    path: str, offset: int = 0, size: int | None = None, largest: int | None = None
+) -> bytes:
     """Up to `size` bytes from `offset` of a regular file, by default all of it. Never waits for a pipe.
 
     Raises NotAFile for anything else, for a link without a target, and for a file of more than `largest` bytes.
@@ -41,7 +43,9 @@ def read_regular(path: str, offset: int = 0, size: int | None = None, largest: i
         if not stat.S_ISREG(found.st_mode):
             raise NotAFile(errno.EINVAL, "it is no regular file")
         if largest is not None and found.st_size > largest:
-            raise NotAFile(errno.EFBIG, f"{found.st_size:,} bytes, an image has at most {largest:,}")
+            raise NotAFile(
+                errno.EFBIG, f"{found.st_size:,} bytes, an image has at most {largest:,}"
+            )
         file.seek(offset)
         return _read(file, found.st_size - offset if size is None else size)
 
@@ -95,7 +99,9 @@ class Storage:
         except FileNotFoundError:
             return None
 
-    def read(self, name: str, offset: int = 0, size: int | None = None, largest: int | None = None) -> bytes:
+    def read(
+        self, name: str, offset: int = 0, size: int | None = None, largest: int | None = None
+    ) -> bytes:
         """The whole file, or up to `size` bytes from `offset`. Raises NotAFile as read_regular does."""
         if self.is_local:
             return read_regular(self.path(name), offset, size, largest)
@@ -126,12 +132,18 @@ class Storage:
         """All files below `folder`, sorted, relative to it, and their sizes in bytes (0 if a store does not tell)."""
         if self.is_local:
             top = self.path(folder)
-            paths = (f"{where}/{name}" for where, _, names in os.walk(top, followlinks=True) for name in names)
+            paths = (
+                f"{where}/{name}"
+                for where, _, names in os.walk(top, followlinks=True)
+                for name in names
+            )
             found = {path: os.stat(path).st_size for path in paths}
         else:
             fs, root = self._far
             top = f"{root}/{folder}".rstrip("/")
-            found = {path: info.get("size") or 0 for path, info in fs.find(top, detail=True).items()}
+            found = {
+                path: info.get("size") or 0 for path, info in fs.find(top, detail=True).items()
+            }
         return {path[len(top) + 1 :]: found[path] for path in sorted(found)}
 
     @contextmanager
@@ -184,7 +196,9 @@ class Storage:
         try:
             data = self.read(name, offset, largest + 1)
         except Exception:
-            if self.size(name) == 0:  # stores answer with an error if a range of an empty file is asked for
+            if (
+                self.size(name) == 0
+            ):  # stores answer with an error if a range of an empty file is asked for
                 return b""
             raise
         if len(data) > largest:
@@ -201,13 +215,19 @@ class Storage:
         try:
             if self.is_local:
                 with os.scandir(self.path(folder)) as entries:
-                    return sorted(e.name for e in entries if (e.is_dir() if kind == "directory" else e.is_file()))
+                    return sorted(
+                        e.name
+                        for e in entries
+                        if (e.is_dir() if kind == "directory" else e.is_file())
+                    )
             fs, top = self._far
             fs.invalidate_cache()  # workers elsewhere may have written meanwhile
             found = fs.ls(f"{top}/{folder}".rstrip("/"), detail=True)
         except FileNotFoundError:
             return []
-        return sorted(entry["name"].rstrip("/").rsplit("/", 1)[1] for entry in found if entry["type"] == kind)
+        return sorted(
+            entry["name"].rstrip("/").rsplit("/", 1)[1] for entry in found if entry["type"] == kind
+        )
 
 
 @contextmanager
@@ -224,11 +244,18 @@ def _naming(path: str) -> Iterator[None]:
 def _open_at_once(path: str) -> BinaryIO:
     """Open `path`, without waiting for somebody to write to it."""
     try:
-        return open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+        return open(
+            path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+        )
     except OSError as error:
         if error.errno in (errno.EISDIR, errno.ENXIO):  # a folder; a socket
             raise NotAFile(error.errno, "it is no regular file", path) from error
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG) and os.path.islink(path):
+        if error.errno in (
+            errno.ENOENT,
+            errno.ENOTDIR,
+            errno.ELOOP,
+            errno.ENAMETOOLONG,
+        ) and os.path.islink(path):
             raise NotAFile(error.errno, "it is a link without a target", path) from error
         raise
 

@@ -54,12 +54,16 @@ def build_model(
     weights_classes: those of the weights, if their file does not name them.
     Raises ConfigError for an unknown name, an image that is too small, weights that do not fit.
     """
-    with torch.random.fork_rng(devices=[]):  # the only use of a generator: initial weights, the same on all ranks
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # the only use of a generator: initial weights, the same on all ranks
         torch.manual_seed(seed)
         model = _network(cfg, num_classes)
         key_dropout(model)
         if cfg.weights is not None:
-            load_weights(model, Path(cfg.weights), classes, cfg.head, wanted_transform(cfg), weights_classes)
+            load_weights(
+                model, Path(cfg.weights), classes, cfg.head, wanted_transform(cfg), weights_classes
+            )
     check_image_size(model, num_classes, image_size, "data.image_size")
     return model
 
@@ -77,7 +81,10 @@ def wanted_transform(cfg: ModelConfig) -> bool | None:
 
 def transforms_input(model: nn.Module) -> bool:
     """Whether the network scales its inputs as torchvision's own weights of GoogLeNet and Inception expect."""
-    return isinstance(model, torchvision.models.GoogLeNet | torchvision.models.Inception3) and model.transform_input
+    return (
+        isinstance(model, torchvision.models.GoogLeNet | torchvision.models.Inception3)
+        and model.transform_input
+    )
 
 
 def _network(cfg: ModelConfig, num_classes: int) -> nn.Module:
@@ -99,15 +106,23 @@ def _torchvision(cfg: TorchvisionConfig, num_classes: int) -> nn.Module:
     known = torchvision.models.list_models(module=torchvision.models)
     if cfg.name not in known:
         near = [n for n in known if n[:4] == cfg.name[:4]] or known
-        raise ConfigError(f"model.name ({cfg.name}) is no classifier of torchvision; near: {', '.join(near[:8])}")
+        raise ConfigError(
+            f"model.name ({cfg.name}) is no classifier of torchvision; near: {', '.join(near[:8])}"
+        )
     options: dict = {"num_classes": num_classes}
     if cfg.dropout is not None:
         options["dropout"] = cfg.dropout
     if cfg.name in ("googlenet", "inception_v3"):
-        options |= {"aux_logits": False, "init_weights": True, "transform_input": bool(cfg.transform_input)}
+        options |= {
+            "aux_logits": False,
+            "init_weights": True,
+            "transform_input": bool(cfg.transform_input),
+        }
     elif cfg.transform_input is not None:
         rule = f"is not an option of {cfg.name}"
-        raise ConfigError(f"model.transform_input ({str(cfg.transform_input).lower()}) {rule}; leave it null")
+        raise ConfigError(
+            f"model.transform_input ({str(cfg.transform_input).lower()}) {rule}; leave it null"
+        )
     try:
         return torchvision.models.get_model(cfg.name, **options)
     except TypeError as error:
@@ -131,6 +146,8 @@ def check_image_size(model: nn.Module, num_classes: int, image_size: int, knob: 
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         remedy = "use larger images, or another model"
-        raise ConfigError(f"{knob} ({image_size}) does not suit this network: {reason}; {remedy}") from error
+        raise ConfigError(
+            f"{knob} ({image_size}) does not suit this network: {reason}; {remedy}"
+        ) from error
     if not isinstance(meta, Tensor) or meta.shape != (1, num_classes):
         raise ConfigError("the network must return one tensor of logits [n, num_classes]")

@@ -17,16 +17,23 @@ class AlexNet(nn.Module):
         return self.classifier(torch.flatten(self.avgpool(self.features(images)), 1))
 
 
-def _conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+def _conv(
+    channels_in: int, channels_out: int, kernel: int, stride: int = 1, groups: int = 1
+) -> list[nn.Module]:
     padding = 2 if kernel == 11 else kernel // 2
-    return [nn.Conv2d(channels_in, channels_out, kernel, stride, padding, groups=groups), nn.ReLU(inplace=True)]
+    return [
+        nn.Conv2d(channels_in, channels_out, kernel, stride, padding, groups=groups),
+        nn.ReLU(inplace=True),
+    ]
 
 
 def _pool() -> nn.Module:
     return nn.MaxPool2d(kernel_size=3, stride=2)
 
 
-def _classifier(features: int, hidden: list[int], num_classes: int, dropout: float) -> nn.Sequential:
+def _classifier(
+    features: int, hidden: list[int], num_classes: int, dropout: float
+) -> nn.Sequential:
     layers: list[nn.Module] = []
     for inputs, outputs in zip([features, *hidden], hidden):
         layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True), nn.Dropout(dropout)]
@@ -40,7 +47,9 @@ def alexnet_2012(num_classes: int, dropout: float) -> AlexNet:
     """
 
     def norm() -> nn.Module:
-        return nn.LocalResponseNorm(size=5, alpha=1e-4 * 5, beta=0.75, k=2.0)  # torch divides alpha by size
+        return nn.LocalResponseNorm(
+            size=5, alpha=1e-4 * 5, beta=0.75, k=2.0
+        )  # torch divides alpha by size
 
     features = nn.Sequential(
         *[*_conv(3, 96, 11, stride=4), norm(), _pool()],

@@ -51,7 +51,11 @@ def set_dropout_keys(model: nn.Module, seed: int, step: int, indices: Tensor) ->
             module.keys = keys
 
 
-_FUNCTIONAL = ("dropout", "attention_dropout", "drop_rate")  # rates of modules that call F.dropout themselves
+_FUNCTIONAL = (
+    "dropout",
+    "attention_dropout",
+    "drop_rate",
+)  # rates of modules that call F.dropout themselves
 
 
 def key_dropout(model: nn.Module) -> None:
@@ -67,7 +71,10 @@ def key_dropout(model: nn.Module) -> None:
                 layer += 1
                 setattr(parent, name, twins[type(child)](child, layer))
             elif isinstance(child, nn.modules.dropout._DropoutNd) or any(
-                isinstance(rate := getattr(child, knob, 0), float) and rate > 0 for knob in _FUNCTIONAL
+                isinstance(rate := getattr(child, knob, 0), float) and rate > 0
+                for knob in _FUNCTIONAL
             ):
                 rule = "draws its dropout from a generator, so that it could not be resumed exactly"
-                raise ConfigError(f"{type(child).__name__} in this network {rule}; set model.dropout=0")
+                raise ConfigError(
+                    f"{type(child).__name__} in this network {rule}; set model.dropout=0"
+                )

@@ -13,7 +13,9 @@ def find_head(model: nn.Module) -> str:
 
     Auxiliary classifiers stand before it.
     """
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
+    return [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
+    ][-1]
 
 
 def head_parameters(model: nn.Module) -> list[str]:
@@ -66,7 +68,9 @@ def _listed(names: list[str]) -> str:
     return f" ({', '.join(names[:_SHOWN])}{more})" if names else ""
 
 
-def follow_classes(tensors: dict[str, Tensor], change: ClassChange, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
+def follow_classes(
+    tensors: dict[str, Tensor], change: ClassChange, fresh: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """Tensors by name, or by "moment/name", with the head's rows at the places of their classes now.
 
     fresh: the head's parameters as initialised; moments of new classes are zero.
@@ -76,7 +80,11 @@ def follow_classes(tensors: dict[str, Tensor], change: ClassChange, fresh: dict[
         moment, _, parameter = name.rpartition("/")
         start = fresh.get(parameter)
         # Another network's head has other columns: it stays as it is, and loading it names the difference.
-        if start is not None and tensor.dim() and tensor.shape == (len(change.then), *start.shape[1:]):
+        if (
+            start is not None
+            and tensor.dim()
+            and tensor.shape == (len(change.then), *start.shape[1:])
+        ):
             tensor = change.move(tensor, torch.zeros_like(start) if moment else start)
         moved[name] = tensor
     return moved

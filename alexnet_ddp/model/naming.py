@@ -8,14 +8,26 @@ from typing import Any
 
 from torch import Tensor
 
-from alexnet_ddp.errors import ConfigError
+from alexnet_ddp.runtime.errors import ConfigError
 
 # Modules that wrap a network or a part of it and add their name to the parameters' names.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _EXTRA = {"n_averaged"}  # torch.optim.swa_utils.AveragedModel's count of updates
 _EMA = re.compile(r"(^|[._])(ema|averaged?|swa)([._]|$)|_ema|ema_", re.IGNORECASE)
-_USUAL = {"", "state_dict", "model", "model_state_dict", "model_state", "net", "network", "weights", "state.model"}
-_OLD_DENSENET = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..+)")  # torchvision before 0.2
+_USUAL = {
+    "",
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "model_state",
+    "net",
+    "network",
+    "weights",
+    "state.model",
+}
+_OLD_DENSENET = re.compile(
+    r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..+)"
+)  # torchvision before 0.2
 _DEEPEST = 4  # dicts within dicts
 
 
@@ -43,7 +55,10 @@ class _Candidate:
 
     @property
     def shown(self) -> str:
-        return ".".join(part for part in (self.place, self.prefix.rstrip(".")) if part) or "the file itself"
+        return (
+            ".".join(part for part in (self.place, self.prefix.rstrip(".")) if part)
+            or "the file itself"
+        )
 
 
 def find_network(content: dict[Any, Any], own: Iterable[str], complaint: str) -> Network:
@@ -60,27 +75,40 @@ def find_network(content: dict[Any, Any], own: Iterable[str], complaint: str) ->
         _Candidate(place, prefix, count, group)
         for place, group in plain.items()
         for prefix, count in _prefixes(group, own).items()
-        if not prefix or 2 * count >= len(own)  # the names of a part of another network are no prefix
+        if not prefix
+        or 2 * count >= len(own)  # the names of a part of another network are no prefix
     ]
     if not candidates:
         place = max(groups, key=lambda place: len(groups[place]))
         return Network(groups[place], place, "", {}, "")
     most = max(c.num_found for c in candidates)
     chosen, others = _choose([c for c in candidates if c.num_found == most], most, own, complaint)
-    mine = {n.removeprefix(chosen.prefix): pair for n, pair in chosen.group.items() if n.startswith(chosen.prefix)}
+    mine = {
+        n.removeprefix(chosen.prefix): pair
+        for n, pair in chosen.group.items()
+        if n.startswith(chosen.prefix)
+    }
     tensors = {n: t for n, (_, t) in mine.items() if n not in _EXTRA or n in own}
     num_left = len(chosen.group) - len(mine)
     remark = "averaged weights" if chosen.is_average else ""
-    remark += f"{', ' if remark else ''}not {' or '.join(c.shown for c in others)}" if others else ""
-    remark += f"{', ' if remark else ''}{num_left} other tensors of it are left out" if num_left else ""
+    remark += (
+        f"{', ' if remark else ''}not {' or '.join(c.shown for c in others)}" if others else ""
+    )
+    remark += (
+        f"{', ' if remark else ''}{num_left} other tensors of it are left out" if num_left else ""
+    )
     versions = getattr(_at(content, chosen.place), "_metadata", {})
     example = next((raw for n, (raw, _) in mine.items() if raw != n), "")
     return Network(tensors, chosen.place, example, _versions(versions, chosen.prefix), remark)
 
 
-def _groups(content: dict[Any, Any], at: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def _groups(
+    content: dict[Any, Any], at: tuple[str, ...]
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Each dict that holds tensors by name, with the keys that lead to it."""
-    tensors = {name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
+    tensors = {
+        name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)
+    }
     if tensors:
         yield ".".join(at), tensors
     if len(at) < _DEEPEST:
@@ -110,7 +138,11 @@ def _without_wrappers(group: dict[str, Tensor], own: set[str]) -> dict[str, tupl
         new = ".".join(part for part in name.split(".") if part not in wrappers)
         old = _OLD_DENSENET.fullmatch(new)
         renamed[f"{old[1]}{old[2]}" if old and new not in own else new] = (name, tensor)
-    return renamed if len(renamed) == len(group) else {name: (name, tensor) for name, tensor in group.items()}
+    return (
+        renamed
+        if len(renamed) == len(group)
+        else {name: (name, tensor) for name, tensor in group.items()}
+    )
 
 
 def _prefixes(names: Iterable[str], own: set[str]) -> Counter[str]:
@@ -130,11 +162,15 @@ def _choose(
     """One of the candidates that bear equally many names, and the others. Raises ConfigError if nothing decides."""
     ranked = sorted(candidates, key=lambda c: (not c.is_average, not _is_usual(c)))
     first, others = ranked[0], ranked[1:]
-    alike = [c for c in others if (c.is_average, _is_usual(c)) == (first.is_average, _is_usual(first))]
+    alike = [
+        c for c in others if (c.is_average, _is_usual(c)) == (first.is_average, _is_usual(first))
+    ]
     needed = sum(not name.endswith("num_batches_tracked") for name in own)
     if alike and num_found >= needed:
         shown = ", ".join(c.shown for c in (first, *alike))
-        raise ConfigError(f"{complaint} holds several networks that fit: {shown}; save the one that you mean by itself")
+        raise ConfigError(
+            f"{complaint} holds several networks that fit: {shown}; save the one that you mean by itself"
+        )
     return first, others if num_found >= needed else []
 
 

@@ -16,7 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from alexnet_ddp.errors import ConfigError
+from alexnet_ddp.runtime.errors import ConfigError
 
 # Classes that hold data beside the weights (arguments, paths, numbers). Each is replaced by Ignored, so that even
 # these run no code of their own; a file that names anything else is refused.
@@ -31,14 +31,34 @@ _LEGACY_PICKLES = 4  # of torch.save before 1.6: magic number, protocol, system,
 
 # What a file is that holds no weights for torch: its first bytes -> its name.
 _KINDS = (
-    (re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE), "an HTML page", "download the file itself"),
-    (re.compile(rb"version https://git-lfs"), "a Git LFS pointer", "fetch the file itself with `git lfs pull`"),
+    (
+        re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE),
+        "an HTML page",
+        "download the file itself",
+    ),
+    (
+        re.compile(rb"version https://git-lfs"),
+        "a Git LFS pointer",
+        "fetch the file itself with `git lfs pull`",
+    ),
     (re.compile(rb"\x89HDF"), "a Keras or HDF5 file", "convert it to a torch state_dict"),
     (re.compile(rb"GGUF"), "a GGUF file", "convert it to a torch state_dict"),
-    (re.compile(rb"....TFL3", re.DOTALL), "a TensorFlow Lite file", "convert it to a torch state_dict"),
-    (re.compile(rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|\x28\xb5\x2f\xfd"), "a compressed file", "unpack it first"),
+    (
+        re.compile(rb"....TFL3", re.DOTALL),
+        "a TensorFlow Lite file",
+        "convert it to a torch state_dict",
+    ),
+    (
+        re.compile(rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|\x28\xb5\x2f\xfd"),
+        "a compressed file",
+        "unpack it first",
+    ),
     (re.compile(rb"\x93NUMPY"), "a NumPy array", "save model.state_dict() with torch.save"),
-    (re.compile(rb"\s*[{\[]\s*[\"{\[\]}]"), "a JSON file", "give the file of weights that belongs to it"),
+    (
+        re.compile(rb"\s*[{\[]\s*[\"{\[\]}]"),
+        "a JSON file",
+        "give the file of weights that belongs to it",
+    ),
 )
 _SUFFIXES = {
     ".onnx": ("an ONNX file", "save the network's state_dict() with torch.save"),
@@ -79,7 +99,9 @@ class WeightsFile:
     path: Path
     content: dict[Any, Any]
     classes: list[str] | None = None  # class folder names in the order of the head's rows
-    facts: dict[str, str] = field(default_factory=dict)  # other entries of a safetensors file's metadata
+    facts: dict[str, str] = field(
+        default_factory=dict
+    )  # other entries of a safetensors file's metadata
 
 
 def read_weights_file(path: Path) -> WeightsFile:
@@ -92,7 +114,9 @@ def read_weights_file(path: Path) -> WeightsFile:
         with open(path, "rb") as file:
             start = file.read(512)
     except OSError as error:
-        raise ConfigError(f"{_named(path)} cannot be read: {error.strerror}; check its permissions") from error
+        raise ConfigError(
+            f"{_named(path)} cannot be read: {error.strerror}; check its permissions"
+        ) from error
     if not start:
         raise ConfigError(f"{_named(path)} cannot be read: it is empty; copy the file again")
     if _is_safetensors(start):
@@ -142,11 +166,17 @@ def _zip_names(path: Path) -> list[str]:
 def _refuse_other_kinds(path: Path, start: bytes) -> None:
     names = _zip_names(path)
     if names and not any(name.endswith("data.pkl") for name in names):
-        known = "a NumPy archive" if any(name.endswith(".npy") for name in names) else "a zip file without torch's data"
+        known = (
+            "a NumPy archive"
+            if any(name.endswith(".npy") for name in names)
+            else "a zip file without torch's data"
+        )
         raise ConfigError(f"{_named(path)} is {known}; save model.state_dict() with torch.save")
     if any("/code/" in name or name.endswith("constants.pkl") for name in names):
         remedy = "save its state_dict() with torch.save in a program that may run it"
-        raise ConfigError(f"{_named(path)} is a TorchScript program, which is not run here; {remedy}")
+        raise ConfigError(
+            f"{_named(path)} is a TorchScript program, which is not run here; {remedy}"
+        )
     for pattern, kind, remedy in _KINDS:
         if pattern.match(start):
             raise ConfigError(f"{_named(path)} is {kind}, not a file of weights; {remedy}")
@@ -162,12 +192,21 @@ def _read_torch(path: Path) -> Any:
         allowed = torch.serialization.safe_globals([(Ignored, name) for name in data])
         with allowed, open(path, "rb") as file:  # given a path, torch.load goes by the suffix
             return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, LookupError, AttributeError, TypeError) as error:  # torch's unpickler, on text
+    except (
+        pickle.UnpicklingError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ) as error:  # torch's unpickler, on text
         found = re.search(r"GLOBAL (\S+)", str(error))
         rule = "it holds more than tensors, or is no torch file"
         if found is not None:
             rule = f"it holds more than tensors and plain data ({found[1]})"
-            rule += ", a whole module" if re.match(r"torch\.nn\.|torchvision\.models\.", found[1]) else ""
+            rule += (
+                ", a whole module"
+                if re.match(r"torch\.nn\.|torchvision\.models\.", found[1])
+                else ""
+            )
         rule += "; nothing in it was run"
         raise ConfigError(f"{_named(path)} is refused: {rule}; save model.state_dict()") from error
     except (RuntimeError, OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
@@ -175,7 +214,9 @@ def _read_torch(path: Path) -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> ConfigError:
-    reason = str(error).partition("\n")[0].split(". ")[0] or "it ends too early"  # without torch's advice
+    reason = (
+        str(error).partition("\n")[0].split(". ")[0] or "it ends too early"
+    )  # without torch's advice
     return ConfigError(f"{_named(path)} cannot be read: {reason}; copy the file again")
 
 

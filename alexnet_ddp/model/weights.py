@@ -17,7 +17,11 @@ from alexnet_ddp.model.weight_files import WeightsFile, read_weights_file
 log = logging.getLogger(__name__)
 
 _SHOWN = 3  # names in a message
-_AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # classifiers of Inception and GoogLeNet that only training uses
+_AUXILIARY = (
+    "AuxLogits.",
+    "aux1.",
+    "aux2.",
+)  # classifiers of Inception and GoogLeNet that only training uses
 
 
 def load_weights(
@@ -47,7 +51,9 @@ def load_weights(
     notes += [found.remark] * bool(found.remark)
     if isinstance(model, GoogLeNet | Inception3):
         notes += _set_input_transform(model, weights, file, transform_input)
-        weights = {name: t for name, t in weights.items() if not name.startswith(_AUXILIARY) or name in own}
+        weights = {
+            name: t for name, t in weights.items() if not name.startswith(_AUXILIARY) or name in own
+        }
     if notes:
         log.info("%s: %s", complaint, "; ".join(notes))
     weights = _fit_head(model, weights, file.classes or weights_classes, classes, head, complaint)
@@ -77,8 +83,14 @@ def fit(
     result = model.load_state_dict(fitting, strict=False)
     missing = [name for name in result.missing_keys if name not in wrong]
     shapes = [f"{n}: {_shape(weights[n])} there, {_shape(own[n])} here" for n in wrong]
-    parts = (("missing", missing), ("unknown", result.unexpected_keys), ("of another shape", shapes))
-    difference = "; ".join(f"{len(names):,} {what} ({_first(names)})" for what, names in parts if names)
+    parts = (
+        ("missing", missing),
+        ("unknown", result.unexpected_keys),
+        ("of another shape", shapes),
+    )
+    difference = "; ".join(
+        f"{len(names):,} {what} ({_first(names)})" for what, names in parts if names
+    )
     if difference:
         raise ConfigError(f"{complaint}: of {len(own):,} tensors {difference}; {remedy}")
 
@@ -121,7 +133,12 @@ def _fit_head(
         if now is not None:
             order = ", ".join(f"{k} = {name}" for k, name in enumerate(now[:_SHOWN]))
             more = ", ..." if len(now) > _SHOWN else ""
-            log.info("%s names no classes: its rows are taken in the order of the data's: %s%s", complaint, order, more)
+            log.info(
+                "%s names no classes: its rows are taken in the order of the data's: %s%s",
+                complaint,
+                order,
+                more,
+            )
         return weights
     if head is None or weights[changed[0]].shape[1:] != fresh[changed[0]].shape[1:]:
         return weights  # fit() says what differs
@@ -131,7 +148,11 @@ def _fit_head(
 
 
 def _by_name(
-    weights: dict[str, Tensor], change: ClassChange, fresh: dict[str, Tensor], head: Head | None, complaint: str
+    weights: dict[str, Tensor],
+    change: ClassChange,
+    fresh: dict[str, Tensor],
+    head: Head | None,
+    complaint: str,
 ) -> dict[str, Tensor]:
     if change.then == change.now:
         return weights
@@ -140,7 +161,13 @@ def _by_name(
         raise ConfigError(f"{complaint} has other classes than the data: {change}; {remedy}")
     level = logging.INFO if change.is_reorder else logging.WARNING
     hint = "" if change.is_reorder else "; model.head=new replaces all rows"
-    log.log(level, "%s: classes: %s: rows of the head follow their class names%s", complaint, change, hint)
+    log.log(
+        level,
+        "%s: classes: %s: rows of the head follow their class names%s",
+        complaint,
+        change,
+        hint,
+    )
     return follow_classes(weights, change, fresh)
 
 
@@ -152,17 +179,24 @@ def _refuse_nonfinite(weights: dict[str, Tensor], own: dict[str, Tensor], compla
         if not tensor.is_floating_point():
             rule = f"{name} holds {str(tensor.dtype).removeprefix('torch.')} values, as quantised weights do"
             raise ConfigError(f"{complaint} is refused: {rule}; give floating-point weights")
-        tensor = tensor.float() if tensor.element_size() == 1 else tensor  # isfinite() does not know float8
+        tensor = (
+            tensor.float() if tensor.element_size() == 1 else tensor
+        )  # isfinite() does not know float8
         if torch.isfinite(tensor).all():
             continue
         if torch.isfinite(own[name]).all():
             num_bad = int((~torch.isfinite(tensor)).sum())
             rule = f"{num_bad:,} of {tensor.numel():,} values of {name} are not finite"
-            raise ConfigError(f"{complaint} is refused: {rule}; give weights from before the training diverged")
+            raise ConfigError(
+                f"{complaint} is refused: {rule}; give weights from before the training diverged"
+            )
 
 
 def _set_input_transform(
-    model: GoogLeNet | Inception3, weights: dict[str, Tensor], file: WeightsFile, wanted: bool | None
+    model: GoogLeNet | Inception3,
+    weights: dict[str, Tensor],
+    file: WeightsFile,
+    wanted: bool | None,
 ) -> list[str]:
     """torchvision's own weights of these two expect inputs scaled by transform_input. What was decided, in words.
 

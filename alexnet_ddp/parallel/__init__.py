@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from alexnet_ddp.config import AUTO, DDPConfig, Hook, HybridConfig, ParallelConfig, WireDtype
-from alexnet_ddp.distributed import World, from_main
 from alexnet_ddp.parallel.group import Group, Part, SplitTensor
 from alexnet_ddp.parallel.hooks import LocalSGD, PowerSGD, bucket_size, local_group, register_hook
 from alexnet_ddp.parallel.layers import find_layers, group_size, split_layers
+from alexnet_ddp.runtime.distributed import World, from_main
 
 # torch 2.14 renamed the option that copies rank 0's buffers before each forward pass.
 _OPTIONS = inspect.signature(DistributedDataParallel).parameters
-_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers"
+_SYNC_BUFFERS = (
+    "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers"
+)
 
 
 def build_parallel(cfg: ParallelConfig, model: nn.Module, world: World) -> "ParallelModel":
@@ -86,7 +88,9 @@ class ParallelModel(nn.Module):
         if group is not None:
             self._skeleton = copy.deepcopy(model).to("meta")
             self.parts, self._dropouts = split_layers(model, names, group)
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(self.parts))
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+                model, list(self.parts)
+            )
             self._split = {model.get_parameter(name) for name in self.parts}
             for parameter in self._split if group.copies else ():
                 parameter.register_post_accumulate_grad_hook(self._add_up)
@@ -113,7 +117,10 @@ class ParallelModel(nn.Module):
     def num_parameters(self) -> int:
         """Of the whole network."""
         parameters = self.model.named_parameters()
-        return sum((self.parts[name].shape if name in self.parts else p.shape).numel() for name, p in parameters)
+        return sum(
+            (self.parts[name].shape if name in self.parts else p.shape).numel()
+            for name, p in parameters
+        )
 
     def forward(self, images: Tensor, slots: int) -> Tensor:
         """Collective where layers are split. images: [n, 3, size, size] -> logits [n, classes].
@@ -140,7 +147,7 @@ class ParallelModel(nn.Module):
         self.ddp.train()
         return loss
 
-    def settle_buckets(self, image: Tensor) -> None:
+    def warm_up_buckets(self, image: Tensor) -> None:
         """Collective. One backward pass without effect, before the first step of a process.
 
         DDP lays out its buckets anew at the forward pass that follows its first backward pass, and a sum over three or
@@ -161,7 +168,9 @@ class ParallelModel(nn.Module):
             wait()
         self._pending.clear()
 
-    def agree_on_infinities(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+    def agree_on_infinities(
+        self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer
+    ) -> None:
         """Collective. After unscale_(): an infinity in a part of a gradient is known to who holds the other parts, and
         under local SGD one in a rank's own gradient to all.
         """
@@ -169,7 +178,7 @@ class ParallelModel(nn.Module):
             for found in scaler._found_inf_per_device(optimizer).values():
                 dist.all_reduce(found, op=dist.ReduceOp.MAX)
 
-    def whole_norms(self, norms: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    def global_norms(self, norms: Tensor, parameters: list[nn.Parameter]) -> Tensor:
         """Collective. norms: [..., n], of what this rank holds of n parameters or their gradients -> of all of them.
 
         Under local SGD, the root mean square over the ranks: no rank decides by its own gradient alone.
@@ -185,17 +194,24 @@ class ParallelModel(nn.Module):
             self._masks[which] = torch.tensor(which, device=norms.device)
         mask = self._masks[which]
         squares = norms.square() * mask
-        dist.all_reduce(squares)  # over all groups, which have the same: no rank differs from another by a rounding
+        dist.all_reduce(
+            squares
+        )  # over all groups, which have the same: no rank differs from another by a rounding
         squares /= self._group.world_size // self._group.size
         return torch.where(mask, squares.sqrt(), norms)
 
     def canonical(self, tensors: dict[str, Tensor]) -> dict[str, Tensor | SplitTensor]:
         """Tensors by name, as "weight's name" or "moment/weight's name", marked where they are parts."""
-        return {name: SplitTensor(t, part) if (part := self._part(name, t)) else t for name, t in tensors.items()}
+        return {
+            name: SplitTensor(t, part) if (part := self._part(name, t)) else t
+            for name, t in tensors.items()
+        }
 
     def local(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The inverse: whole tensors by name -> what this rank holds of them."""
-        return {name: part.of(t) if (part := self._part(name, t)) else t for name, t in tensors.items()}
+        return {
+            name: part.of(t) if (part := self._part(name, t)) else t for name, t in tensors.items()
+        }
 
     def whole_model(self) -> nn.Module:
         """Collective. The network with whole layers, for an evaluation. It shares what is not split."""
@@ -212,7 +228,9 @@ class ParallelModel(nn.Module):
         return isinstance(self.hook, LocalSGD) and self.hook.is_apart
 
     def _part(self, name: str, tensor: Tensor) -> Part | None:
-        return self.parts.get(name.rpartition("/")[2]) if tensor.dim() else None  # AdamW's count of steps is a scalar
+        return (
+            self.parts.get(name.rpartition("/")[2]) if tensor.dim() else None
+        )  # AdamW's count of steps is a scalar
 
     def _gather_keys(self, count: int) -> None:
         """The dropouts between split layers see the images of all ranks. Their keys travel while the others compute."""

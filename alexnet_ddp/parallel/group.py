@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from alexnet_ddp.distributed import TIMEOUT, World
-from alexnet_ddp.errors import ConfigError
+from alexnet_ddp.runtime.distributed import TIMEOUT, World
+from alexnet_ddp.runtime.errors import ConfigError
 
 # torch 2.14 renamed them, and a later version removes the old names.
 if hasattr(dist, "all_gather_single"):
@@ -45,14 +45,18 @@ class Group:
     wire_dtype: torch.dtype = torch.float32
     count: int = 1  # images that this rank has in the coming forward pass
     slots: int = 1  # rows that each rank has in it; those beyond its images are zero
-    waiting: Callable[[], AbstractContextManager] = nullcontext  # around the wait for the members in a forward pass
+    waiting: Callable[[], AbstractContextManager] = (
+        nullcontext  # around the wait for the members in a forward pass
+    )
 
     @classmethod
     def of(cls, world: World, size: int, wire_dtype: torch.dtype) -> "Group":
         """Collective. Neighbouring ranks are a group: with as many as a node has, its traffic stays inside the node."""
         num_groups = world.world_size // size
         members = copies = None
-        for first in range(0, world.world_size, size):  # every rank must take part in the making of every group
+        for first in range(
+            0, world.world_size, size
+        ):  # every rank must take part in the making of every group
             made = dist.new_group(list(range(first, first + size)), timeout=TIMEOUT)
             members = made if first <= world.rank < first + size else members
         for position in range(size if num_groups > 1 else 0):
@@ -124,7 +128,9 @@ class Part:
 
     def of(self, whole: Tensor) -> Tensor:
         """This member's part of `whole`, a copy."""
-        return whole.split(self.sizes(), self.dim)[self.group.rank].clone(memory_format=torch.contiguous_format)
+        return whole.split(self.sizes(), self.dim)[self.group.rank].clone(
+            memory_format=torch.contiguous_format
+        )
 
     def whole(self, part: Tensor) -> Tensor:
         """Collective. The whole tensor, on every member."""
@@ -132,7 +138,11 @@ class Part:
         rows = part.detach().movedim(self.dim, 0)
         exact = replace(self.group, wire_dtype=torch.float32)
         parts = exact.gather(F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, largest - len(rows))))
-        return torch.cat([p[:n] for p, n in zip(parts, self.sizes())]).movedim(0, self.dim).contiguous()
+        return (
+            torch.cat([p[:n] for p, n in zip(parts, self.sizes())])
+            .movedim(0, self.dim)
+            .contiguous()
+        )
 
 
 @dataclass(frozen=True)

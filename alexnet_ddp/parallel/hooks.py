@@ -7,13 +7,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import (
+    PostLocalSGDState,
+    post_localSGD_hook,
+)
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from alexnet_ddp.config import ConfigError, DDPConfig, Hook
-from alexnet_ddp.distributed import TIMEOUT, World, average, from_main
 from alexnet_ddp.parallel.group import require_divisor
+from alexnet_ddp.runtime.distributed import TIMEOUT, World, average, from_main
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +34,9 @@ def bucket_size(cfg: DDPConfig, world: World) -> float | None:
     return _ONE_BUCKET_MB  # with more, its messages cross each other, and gloo ends the run
 
 
-def register_hook(ddp: DistributedDataParallel, cfg: DDPConfig, world: World) -> "PowerSGD | LocalSGD | None":
+def register_hook(
+    ddp: DistributedDataParallel, cfg: DDPConfig, world: World
+) -> "PowerSGD | LocalSGD | None":
     """Collective. fp16, bf16: gradients are rounded, summed in 16 bits, and widened again: half of the bytes."""
     match cfg.hook:
         case Hook.none:
@@ -60,7 +65,9 @@ class PowerSGD:
         self._state = PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=start)
         ddp.register_comm_hook(self._state, powerSGD_hook)
         on_gpu = world.device.type == "cuda"
-        self._layout = torch.tensor([rank, cfg.bucket_mb or 0, on_gpu], dtype=torch.float32)  # of what it remembers
+        self._layout = torch.tensor(
+            [rank, cfg.bucket_mb or 0, on_gpu], dtype=torch.float32
+        )  # of what it remembers
 
     def tensors(self, world: World) -> dict[str, Tensor]:
         """Collective. By name; the same on all ranks, which then go on with the mean error, too. Nothing where a bad
@@ -71,16 +78,26 @@ class PowerSGD:
         found = {f"error.{key}": t for key, t in errors.items()}
         found |= {f"p.{key}": t for key, t in self._state.p_memory_dict.items()}
         found |= {f"q.{key}": t for key, t in self._state.q_memory_dict.items()}
-        return found | {"layout": self._layout} if all(t.isfinite().all() for t in found.values()) else {}
+        return (
+            found | {"layout": self._layout}
+            if all(t.isfinite().all() for t in found.values())
+            else {}
+        )
 
     def go_on(self, step: int, tensors: dict[str, Tensor]) -> None:
         """`step` steps are done; tensors: what tensors() gave then."""
         self._state.iter = step
         layout = tensors.pop("layout", self._layout)
         if not torch.equal(layout.cpu(), self._layout):
-            log.warning("parallel.hook=powersgd remembers another powersgd_rank, bucket_mb or device: it starts afresh")
+            log.warning(
+                "parallel.hook=powersgd remembers another powersgd_rank, bucket_mb or device: it starts afresh"
+            )
             tensors = {}
-        places = {"error": self._state.error_dict, "p": self._state.p_memory_dict, "q": self._state.q_memory_dict}
+        places = {
+            "error": self._state.error_dict,
+            "p": self._state.p_memory_dict,
+            "q": self._state.q_memory_dict,
+        }
         for memory in places.values():
             memory.clear()
         for name, tensor in tensors.items():
@@ -101,7 +118,9 @@ class LocalSGD:
         self._world, self._period = world, cfg.local_sgd_period or 8
         self._start = 100 if cfg.local_sgd_start_step is None else cfg.local_sgd_start_step
         size = from_main(lambda: local_group(cfg, world), world)
-        self._state = PostLocalSGDState(None, dist.new_subgroups(size, timeout=TIMEOUT)[0], self._start)
+        self._state = PostLocalSGDState(
+            None, dist.new_subgroups(size, timeout=TIMEOUT)[0], self._start
+        )
         ddp.register_comm_hook(self._state, post_localSGD_hook)
         self.go_on(0, {})
 
@@ -114,7 +133,13 @@ class LocalSGD:
         self._state.iter = self._met = step
         self.is_apart = step >= self._start  # in the coming step the ranks' gradients may differ
 
-    def meet(self, step: int, planned: bool, tensors: Callable[[], list[Tensor]], progress: Callable[[], None]) -> bool:
+    def meet(
+        self,
+        step: int,
+        planned: bool,
+        tensors: Callable[[], list[Tensor]],
+        progress: Callable[[], None],
+    ) -> bool:
         """Collective. After `step` steps: make `tensors` equal, where it is time or planned. True if they are equal.
 
         progress: called before each message.
@@ -148,7 +173,9 @@ def _pieces(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 def local_group(cfg: DDPConfig, world: World) -> int:
     """Ranks that learn together between two meetings. Raises ConfigError. Rank 0 decides: nodes may differ."""
-    several_nodes = world.local_world_size < world.world_size and world.world_size % world.local_world_size == 0
+    several_nodes = (
+        world.local_world_size < world.world_size and world.world_size % world.local_world_size == 0
+    )
     size = cfg.local_sgd_group or (world.local_world_size if several_nodes else 1)
     require_divisor("parallel.local_sgd_group", size, world)
     rule = f"is all of the {world.world_size} processes, which then never learn apart; use less, or parallel.hook=none"

@@ -3,14 +3,24 @@
 from torch import nn
 
 from alexnet_ddp.config import HybridConfig
-from alexnet_ddp.distributed import World
-from alexnet_ddp.errors import ConfigError
 from alexnet_ddp.parallel.group import Group, Part, require_divisor
 from alexnet_ddp.parallel.split import ColumnLinear, RowLinear
+from alexnet_ddp.runtime.distributed import World
+from alexnet_ddp.runtime.errors import ConfigError
 
 _SHARE = 0.5  # of all parameters: below, their gradients are not what a step sends most
 # Between two split layers, and no others: they treat each unit alone, so a rank needs no more than its part of them.
-_ELEMENTWISE = {"ReLU", "ReLU6", "LeakyReLU", "GELU", "SiLU", "Tanh", "Hardswish", "Identity", "KeyedDropout"}
+_ELEMENTWISE = {
+    "ReLU",
+    "ReLU6",
+    "LeakyReLU",
+    "GELU",
+    "SiLU",
+    "Tanh",
+    "Hardswish",
+    "Identity",
+    "KeyedDropout",
+}
 
 
 def find_layers(model: nn.Module, names: list[str] | None) -> list[str]:
@@ -20,14 +30,21 @@ def find_layers(model: nn.Module, names: list[str] | None) -> list[str]:
     """
     chains = _all_chains(model)
     if names is not None:
-        if not any(names == chain[k : k + len(names)] for chain in chains for k in range(len(chain))) or len(names) < 2:
+        if (
+            not any(
+                names == chain[k : k + len(names)] for chain in chains for k in range(len(chain))
+            )
+            or len(names) < 2
+        ):
             known = "; ".join(", ".join(chain) for chain in chains) or "none in this network"
             rule = "must be two or more linear layers that follow each other, with nothing but activations between them"
             raise ConfigError(f"parallel.split ({', '.join(names)}) {rule}; these do: {known}")
         return names
     found = worth_splitting(model)
     if not found:
-        linear = [p.numel() for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters()]
+        linear = [
+            p.numel() for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters()
+        ]
         here = f"no chain of linear layers, the largest has {max(linear, default=0) / 1e6:.1f} M"
         if chains:
             here = f"{_count(model, chains[-1]) / 1e6:.1f} M"
@@ -52,7 +69,12 @@ def _count(model: nn.Module, names: list[str]) -> int:
 
 
 def _all_chains(model: nn.Module) -> list[list[str]]:
-    return [chain for name, m in model.named_modules() if isinstance(m, nn.Sequential) for chain in _chains(name, m)]
+    return [
+        chain
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Sequential)
+        for chain in _chains(name, m)
+    ]
 
 
 def _chains(prefix: str, sequential: nn.Sequential) -> list[list[str]]:
@@ -74,12 +96,18 @@ def group_size(cfg: HybridConfig, model: nn.Module, names: list[str], world: Wor
     first, *others = (model.get_submodule(name) for name in names)
     units = min(first.out_features, *(layer.in_features for layer in others))
     if size > units:
-        rule = f"must be at most {units}, the fewest units of a split layer, for each rank to have one"
-        raise ConfigError(f"parallel.group_size ({size}) {rule}; use a divisor of {world.world_size}, or parallel=ddp")
+        rule = (
+            f"must be at most {units}, the fewest units of a split layer, for each rank to have one"
+        )
+        raise ConfigError(
+            f"parallel.group_size ({size}) {rule}; use a divisor of {world.world_size}, or parallel=ddp"
+        )
     return size
 
 
-def split_layers(model: nn.Module, names: list[str], group: Group) -> tuple[dict[str, Part], list[nn.Module]]:
+def split_layers(
+    model: nn.Module, names: list[str], group: Group
+) -> tuple[dict[str, Part], list[nn.Module]]:
     """Replace the layers by this rank's parts of them. The parts by parameter name, and the dropouts between them."""
     parts, dropouts = {}, []
     prefix, _, first = names[0].rpartition(".")
@@ -90,7 +118,9 @@ def split_layers(model: nn.Module, names: list[str], group: Group) -> tuple[dict
         full = f"{prefix}.{name}" if prefix else name
         if full in names:
             is_last = full == names[-1]
-            new = ColumnLinear(module, group) if name == first else RowLinear(module, group, is_last)
+            new = (
+                ColumnLinear(module, group) if name == first else RowLinear(module, group, is_last)
+            )
             setattr(sequential, name, new)
             parts |= {f"{full}.{key}": part for key, part in new.parts.items()}
             units = Part(0, module.weight.shape, group)  # this layer's outputs

@@ -57,7 +57,9 @@ class RowLinear(nn.Module):
             logits = _ScatterImages.apply(x, weight, self.group)[: self.group.count]
             return logits if bias is None else logits + bias
         out = _ScatterUnits.apply(x, weight, self.outputs)
-        return out.clone() if bias is None else out + bias  # not a view: what follows may work in place
+        return (
+            out.clone() if bias is None else out + bias
+        )  # not a view: what follows may work in place
 
 
 def _take(module: nn.Module, whole: nn.Linear) -> None:
@@ -117,7 +119,9 @@ class _ScatterUnits(Function):
         x, weight = ctx.saved_tensors
         sizes, group = ctx.outputs.sizes(), ctx.outputs.group
         blocks = group.gather(F.pad(grad, (0, sizes[0] - grad.shape[1])))
-        whole = torch.cat([block[:, :units] for block, units in zip(blocks, sizes)], 1)  # [images, units]
+        whole = torch.cat(
+            [block[:, :units] for block, units in zip(blocks, sizes)], 1
+        )  # [images, units]
         return whole @ weight, whole.T @ x, None
 
 

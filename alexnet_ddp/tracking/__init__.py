@@ -11,12 +11,12 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from alexnet_ddp.config import LoggerConfig
-from alexnet_ddp.tracking.board import TensorBoardSink
 from alexnet_ddp.tracking.console import Console, build_console
 from alexnet_ddp.tracking.headline import headline
 from alexnet_ddp.tracking.jsonl import JsonlSink
 from alexnet_ddp.tracking.record import make_run_dir, read_classes, record_run, write_status
 from alexnet_ddp.tracking.status import RunStatus, run_status
+from alexnet_ddp.tracking.tensorboard import TensorBoardSink
 from alexnet_ddp.tracking.wandb_sink import WandbSink, wandb_mode
 
 __all__ = [
@@ -55,13 +55,17 @@ class Sink(Protocol):
 class Tracker:
     """One log() for a run. On ranks other than 0 it has no console and no sinks, and every call is a no-op."""
 
-    def __init__(self, run_dir: Path, console: Console | None = None, record: JsonlSink | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, console: Console | None = None, record: JsonlSink | None = None
+    ) -> None:
         self._run_dir = run_dir
         self._console = console
         self._record = record
         self._sinks: list[Sink] = []
 
-    def record(self, config_yaml: str, facts: dict[str, Any], classes: dict[str, list[str]]) -> None:
+    def record(
+        self, config_yaml: str, facts: dict[str, Any], classes: dict[str, list[str]]
+    ) -> None:
         """What this start of the run is: see record_run."""
         if self._record:
             record_run(self._run_dir, config_yaml, facts, classes)
@@ -99,7 +103,9 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close(0 if error is None else getattr(error, "exit_code", 1))
 
     def add(self, name: str, build: Callable[[], Sink]) -> None:
@@ -133,7 +139,9 @@ def build_tracker(cfg: LoggerConfig, run_dir: Path, run: RunInfo) -> Tracker:
     record = JsonlSink(run_dir / "metrics.jsonl", run.start_step, console.say)
     tracker = Tracker(run_dir, console, record)
     if cfg.tensorboard:
-        tracker.add(TensorBoardSink.name, lambda: TensorBoardSink(run_dir / "tensorboard", run.start_step))
+        tracker.add(
+            TensorBoardSink.name, lambda: TensorBoardSink(run_dir / "tensorboard", run.start_step)
+        )
     mode = wandb_mode(cfg.wandb.value)
     if mode != "disabled":
         spec = {"mode": mode, "project": cfg.wandb_project, "name": run.name, "config": run.config}

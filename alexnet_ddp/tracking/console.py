@@ -11,10 +11,10 @@ from rich.live import Live
 from rich.progress import Progress, TimeElapsedColumn
 from rich.text import Text
 
-from alexnet_ddp.printable import printable, say
-from alexnet_ddp.redact import redact
-from alexnet_ddp.terminal import BarColumn, MofNCompleteColumn, TimeRemainingColumn, column
-from alexnet_ddp.terminal import Console as TerminalConsole
+from alexnet_ddp.runtime.printing import printable, say
+from alexnet_ddp.runtime.redaction import redact
+from alexnet_ddp.runtime.terminal import BarColumn, MofNCompleteColumn, TimeRemainingColumn, column
+from alexnet_ddp.runtime.terminal import Console as TerminalConsole
 
 
 class Console(Protocol):
@@ -24,7 +24,9 @@ class Console(Protocol):
     def close(self, exit_code: int) -> None: ...
 
 
-def build_console(progress: bool, start_step: int, total_steps: int, steps_per_epoch: int) -> Console:
+def build_console(
+    progress: bool, start_step: int, total_steps: int, steps_per_epoch: int
+) -> Console:
     terminal = sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
     if progress and terminal:
         return BarConsole(start_step, total_steps, steps_per_epoch)
@@ -90,7 +92,9 @@ class BarConsole:
         self._step = step
         if not self._live.is_started and not self._gone:
             self._show(self._live.start)
-            self._show(lambda: self._console.show_cursor(True))  # Live hides it; a killed process could not undo that
+            self._show(
+                lambda: self._console.show_cursor(True)
+            )  # Live hides it; a killed process could not undo that
 
     def say(self, text: str) -> None:
         self._show(lambda: self._console.print(Text(printable(redact(text))), soft_wrap=True))
@@ -108,7 +112,11 @@ class BarConsole:
 
 def train_text(metrics: dict[str, Any]) -> str:
     """`loss 1.2034  top1 57.2  lr 0.0200  1,234 img/s`, or nothing for a row that is not about training."""
-    formats = {"train/loss": "loss {:.4f}", "train/top1": "top1 {:.1f}", "train/grad_norm": "grad {:.3g}"}
+    formats = {
+        "train/loss": "loss {:.4f}",
+        "train/top1": "top1 {:.1f}",
+        "train/grad_norm": "grad {:.3g}",
+    }
     parts = [text.format(metrics[name]) for name, text in formats.items() if name in metrics]
     if "train/lr" in metrics:
         lr = metrics["train/lr"]

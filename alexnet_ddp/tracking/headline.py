@@ -1,11 +1,16 @@
 """The first line of a run: what is trained on what, and how the global batch is cut."""
 
 from alexnet_ddp.config import Config, OptimizerConfig, Scaling
-from alexnet_ddp.distributed import World
+from alexnet_ddp.runtime.distributed import World
 
 
 def headline(
-    cfg: Config, world: World, parameters: int, counts: tuple[int, int, int], warmup_steps: int, progress: str
+    cfg: Config,
+    world: World,
+    parameters: int,
+    counts: tuple[int, int, int],
+    warmup_steps: int,
+    progress: str,
 ) -> str:
     """parameters: their number. counts: training images, validation images, classes. progress: where the run stands."""
     trainer, (num_train, num_val, num_classes) = cfg.trainer, counts
@@ -24,7 +29,9 @@ def headline(
 
 def recipe(cfg: Config, warmup_steps: int) -> str:
     """The length, the optimizer and the learning rate over time: they differ between the data choices."""
-    optimizer, schedule = (type(part).__name__.removesuffix("Config") for part in (cfg.optimizer, cfg.scheduler))
+    optimizer, schedule = (
+        type(part).__name__.removesuffix("Config") for part in (cfg.optimizer, cfg.scheduler)
+    )
     rate = learning_rate(cfg.optimizer, cfg.trainer.global_batch_size)
     warmup = f" after {warmup_steps} steps of warm-up" if warmup_steps else ""
     return f"{cfg.trainer.epochs} epochs of {optimizer}, {rate}, {schedule}{warmup}"

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from alexnet_ddp.atomic import plain, write_bytes
+from alexnet_ddp.runtime.files import plain, write_bytes
 
 Say = Callable[[str], None]
 

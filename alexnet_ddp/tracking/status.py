@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from alexnet_ddp.distributed import lost_peer
-from alexnet_ddp.errors import ConfigError, Preempted, RunError, out_of_memory
-from alexnet_ddp.startup import before_exit
+from alexnet_ddp.runtime.distributed import lost_peer
+from alexnet_ddp.runtime.errors import ConfigError, Preempted, RunError, out_of_memory
+from alexnet_ddp.runtime.startup import before_exit
 from alexnet_ddp.tracking.record import write_status
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,9 @@ class RunStatus:
 
     def stopped_while_starting(self) -> None:
         if self._started:
-            self._write("preempted", Preempted.exit_code, "stopped while it started; nothing is lost")
+            self._write(
+                "preempted", Preempted.exit_code, "stopped while it started; nothing is lost"
+            )
 
     def is_someone_elses(self, error: RunError) -> bool:
         """A command that was refused before it began has nothing to say about a run that was here before it."""

@@ -26,7 +26,9 @@ End = queue.Queue[int]
 
 def main() -> None:
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(name, signal.SIG_IGN)  # they are for the run, whose end is the end of standard input
+        signal.signal(
+            name, signal.SIG_IGN
+        )  # they are for the run, whose end is the end of standard input
     stdout = os.dup(1)
     os.dup2(2, 1)  # what libraries print goes to the log
     spec = json.loads(Path(sys.argv[1]).read_bytes())
@@ -42,7 +44,9 @@ def follow(spec: dict[str, Any], mode: str, end: End, say: Any) -> int:
         run = init(spec, mode)
     except Exception as error:
         if mode == "online":
-            say(f"warning: wandb cannot go online ({one_line(error)}) and logs offline; {spec['upload']}")
+            say(
+                f"warning: wandb cannot go online ({one_line(error)}) and logs offline; {spec['upload']}"
+            )
             return spec["not_online"]
         say(f"warning: wandb cannot start ({one_line(error)}); the run goes on without it")
         return 0
@@ -69,7 +73,9 @@ def init(spec: dict[str, Any], mode: str) -> Any:
         "x_stats_pid": spec["pid"],
         "stop_fn": lambda: None,  # its default is a SIGINT
     }
-    settings = wandb.Settings(**{name: value for name, value in wanted.items() if name in wandb.Settings.model_fields})
+    settings = wandb.Settings(
+        **{name: value for name, value in wanted.items() if name in wandb.Settings.model_fields}
+    )
     names = {name: spec[name] for name in ("id", "project", "name", "config")}
     return wandb.init(dir=spec["run_dir"], mode=mode, resume="allow", settings=settings, **names)
 
@@ -95,7 +101,10 @@ def new_rows(file: BinaryIO) -> Iterator[dict[str, Any]]:
             file.seek(-len(line), os.SEEK_CUR)
             return
         row = json.loads(line)
-        yield {name: float(value) if value in ("nan", "inf", "-inf") else value for name, value in row.items()}
+        yield {
+            name: float(value) if value in ("nan", "inf", "-inf") else value
+            for name, value in row.items()
+        }
 
 
 def listen(end: End) -> None:

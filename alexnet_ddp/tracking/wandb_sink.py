@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from alexnet_ddp.atomic import write_bytes, write_json
-from alexnet_ddp.redact import redact
+from alexnet_ddp.runtime.files import write_bytes, write_json
+from alexnet_ddp.runtime.redaction import redact
 from alexnet_ddp.tracking.jsonl import Say
 
 CLOSE_S = 10.0
@@ -53,7 +53,12 @@ class WandbSink:
         self._say = say
         self._directory = directory
         self._mode = spec["mode"]
-        own = {"run_dir": str(directory.parent), "id": wandb_id(run_dir), "pid": os.getpid(), "not_online": NOT_ONLINE}
+        own = {
+            "run_dir": str(directory.parent),
+            "id": wandb_id(run_dir),
+            "pid": os.getpid(),
+            "not_online": NOT_ONLINE,
+        }
         self._upload = f"upload with: wandb sync {directory}/offline-run-*"
         write_json(directory / "follower.json", redact(spec) | own | {"upload": self._upload})
         if self._mode == "offline":
@@ -78,7 +83,13 @@ class WandbSink:
     def _start(self) -> subprocess.Popen[bytes]:
         with (self._directory / "follower.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-P", str(FOLLOWER), str(self._directory / "follower.json"), self._mode],
+                [
+                    sys.executable,
+                    "-P",
+                    str(FOLLOWER),
+                    str(self._directory / "follower.json"),
+                    self._mode,
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -96,11 +107,15 @@ class WandbSink:
             self._process = self._start()
             return True
         if code:
-            raise RuntimeError(f"its process ended with code {code}, see {self._directory / 'follower.log'}")
+            raise RuntimeError(
+                f"its process ended with code {code}, see {self._directory / 'follower.log'}"
+            )
         return False
 
     def _finish(self, exit_code: int, deadline: float) -> int:
-        with contextlib.suppress(BrokenPipeError):  # it has ended already; its code, below, says how
+        with contextlib.suppress(
+            BrokenPipeError
+        ):  # it has ended already; its code, below, says how
             self._process.stdin.write(f"{exit_code}\n".encode())
             self._process.stdin.flush()
         try:

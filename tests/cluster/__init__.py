@@ -29,7 +29,9 @@ def why_not(slurm: bool = False) -> str | None:
     missing = [tool for tool in tools if not shutil.which(tool, path=_ENV["PATH"])]
     if missing:
         return f"needs {', '.join(missing)}; apt-get install slurmctld slurmd slurm-client munge iproute2 util-linux"
-    tried = subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True, check=False)
+    tried = subprocess.run(
+        ["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True, check=False
+    )
     return f"no namespaces here: {tried.stderr.decode().strip()}" if tried.returncode else None
 
 
@@ -37,17 +39,41 @@ class Hosts:
     """A context: n1 .. nN and ctl, at 10.77.0.11 .. and 10.77.0.1 under these names."""
 
     def __init__(self, num_hosts: int, slurm: bool = False) -> None:
-        flags = ["--net", "--uts", "--mount", "--pid", "--ipc", "--fork", "--kill-child", "--mount-proc"]
-        self._command = ["unshare", *flags, str(HERE / "hosts.sh"), str(num_hosts), *(["slurm"] if slurm else [])]
+        flags = [
+            "--net",
+            "--uts",
+            "--mount",
+            "--pid",
+            "--ipc",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+        ]
+        self._command = [
+            "unshare",
+            *flags,
+            str(HERE / "hosts.sh"),
+            str(num_hosts),
+            *(["slurm"] if slurm else []),
+        ]
 
     def __enter__(self) -> Self:
         # In a session of its own: ctrl-C is for the test, which then leaves this context.
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True, "text": True}
+        pipes = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "start_new_session": True,
+            "text": True,
+        }
         self._process = subprocess.Popen(self._command, env=_ENV, **pipes)
         try:
             said = self._process.stdout.readline()
-            assert said == "up\n", f"the hosts did not come up (exit code {self._process.wait(10)}); why is above"
-            found = subprocess.run(["pgrep", "-P", str(self._process.pid)], capture_output=True, check=True)
+            assert said == "up\n", (
+                f"the hosts did not come up (exit code {self._process.wait(10)}); why is above"
+            )
+            found = subprocess.run(
+                ["pgrep", "-P", str(self._process.pid)], capture_output=True, check=True
+            )
         except BaseException:
             self._end()
             raise
@@ -63,8 +89,16 @@ class Hosts:
 
     def run(self, host: str, *command: str, **options: Any) -> str:
         """Its output. Raises CalledProcessError with what it said."""
-        options = {"env": _ENV, "text": True, "stdout": subprocess.PIPE, "timeout": 60, "check": True} | options
-        return subprocess.run(self.command(host, *command), stdin=subprocess.DEVNULL, **options).stdout.strip()
+        options = {
+            "env": _ENV,
+            "text": True,
+            "stdout": subprocess.PIPE,
+            "timeout": 60,
+            "check": True,
+        } | options
+        return subprocess.run(
+            self.command(host, *command), stdin=subprocess.DEVNULL, **options
+        ).stdout.strip()
 
     def link(self, host: str, *, up: bool) -> None:
         """Cut a host off, or bring it back: what was on the way is lost."""

@@ -48,7 +48,17 @@ def minutes(text: str) -> float:
 def run_all() -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         env = {**os.environ, "ALEXNET_DDP_DRILLS": folder}
-        command = [sys.executable, "-m", "pytest", "-n", "0", "--full", "-m", "drill", "tests/drills"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-n",
+            "0",
+            "--full",
+            "-m",
+            "drill",
+            "tests/drills",
+        ]
         subprocess.run(command, cwd=PROJECT, env=env, check=False)  # what failed is in the table
         return [json.loads(file.read_text()) for file in sorted(Path(folder).iterdir())]
 

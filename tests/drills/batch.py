@@ -12,7 +12,14 @@ FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"
 class Batch(Job):
     """A Job whose start() is an sbatch. As calm's it has two ranks, with half of the machine's cores each."""
 
-    def __init__(self, slurm: Slurm, root: Path, name: str, *overrides: str, env: dict[str, str] | None = None):
+    def __init__(
+        self,
+        slurm: Slurm,
+        root: Path,
+        name: str,
+        *overrides: str,
+        env: dict[str, str] | None = None,
+    ):
         super().__init__(root, name, *overrides, "logger.wandb=offline", env=env)
         self.slurm = slurm
         self.env |= {"PROJECT_DIR": str(PROJECT), "WANDB_MODE": "offline"}
@@ -20,7 +27,10 @@ class Batch(Job):
         self.id = ""
 
     def submit(
-        self, *options: str, script: Path = PROJECT / "slurm/train.sbatch", arguments: list[str] | None = None
+        self,
+        *options: str,
+        script: Path = PROJECT / "slurm/train.sbatch",
+        arguments: list[str] | None = None,
     ) -> "Batch":
         """`options` are sbatch's; the script's arguments are the run's, which were given when the Batch was made."""
         run = arguments or [f"run.root={self.root}/runs", f"run.name={self.name}", *self.overrides]
@@ -33,7 +43,9 @@ class Batch(Job):
 
     def until_restart(self, number: int = 1, timeout_s: float = 60) -> float:
         """Until Slurm has taken the job back into its queue so many times."""
-        return self.until(lambda: int(self.slurm_says()["Restarts"]) >= number, timeout_s, f"requeue {number}")
+        return self.until(
+            lambda: int(self.slurm_says()["Restarts"]) >= number, timeout_s, f"requeue {number}"
+        )
 
     def until_requeued_with_more_time(self) -> None:
         """A minute would be too short for the rest on a busy machine, and one requeue is to be seen."""
@@ -44,7 +56,9 @@ class Batch(Job):
     def until_saved(self, timeout_s: float = 60) -> float:
         """Seconds until the stopped run says that it is saved."""
         status = self.run_dir / "status.json"
-        return self.until(lambda: status.exists() and self.status()["state"] == "preempted", timeout_s, "the save")
+        return self.until(
+            lambda: status.exists() and self.status()["state"] == "preempted", timeout_s, "the save"
+        )
 
     def assert_saved_soon(self) -> float:
         """Within 5 s of the signal, which was sent just now."""
@@ -64,7 +78,9 @@ class Batch(Job):
 
     def wandb_ids(self) -> set[str]:
         """Of all of wandb's runs that this run has made."""
-        return {path.name.rsplit("-", 1)[1] for path in (self.run_dir / "wandb").glob("offline-run-*-*")}
+        return {
+            path.name.rsplit("-", 1)[1] for path in (self.run_dir / "wandb").glob("offline-run-*-*")
+        }
 
     def end(self) -> None:
         for _ in range(3):  # a job may be on its way back into the queue

@@ -56,7 +56,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> objec
     """Each drill's outcome as a file in the folder ALEXNET_DDP_DRILLS: see tests/drills/__main__.py."""
     report = yield
     where = os.environ.get("ALEXNET_DDP_DRILLS")
-    if where and item.name.startswith("test_d") and (report.when == "call" or report.outcome != "passed"):
+    if (
+        where
+        and item.name.startswith("test_d")
+        and (report.when == "call" or report.outcome != "passed")
+    ):
         row = {"test": item.name, "outcome": report.outcome, "seconds": round(call.duration, 1)}
         row["measured"] = dict(item.user_properties).get("measured", {})
         (Path(where) / f"{item.name}.json").write_text(json.dumps(row))
@@ -68,6 +72,8 @@ def slurm() -> Iterator[Slurm]:
     """A cluster of two nodes, n1 and n2."""
     reason = why_not(slurm=True)
     if reason:
-        pytest.skip(reason)  # the real thing or nothing: a laptop has no Slurm; .ci/run installs it and shows skips
+        pytest.skip(
+            reason
+        )  # the real thing or nothing: a laptop has no Slurm; .ci/run installs it and shows skips
     with Slurm() as cluster:
         yield cluster

@@ -16,28 +16,56 @@ FAULTS = Path(__file__).parent / "faults"
 MARK = "ALEXNET_DDP_DRILL"  # in the environment of every process of a job
 
 # AlexNet's small sibling at 64 px: a step takes some 50 ms, a start of the processes some 5 s.
-SMALL = ["data=folder", "data.image_size=64", "trainer.log_every_steps=1", "logger.tensorboard=false"]
+SMALL = [
+    "data=folder",
+    "data.image_size=64",
+    "trainer.log_every_steps=1",
+    "logger.tensorboard=false",
+]
 SMALL += ["trainer.epochs=2", "trainer.global_batch_size=8", "checkpoint.save_every_steps=5"]
 
 
 class Job:
     """One run.name in one run.root; start() may be called again, as a user would."""
 
-    def __init__(self, root: Path, name: str, *overrides: str, ranks: int = 2, env: dict[str, str] | None = None):
+    def __init__(
+        self,
+        root: Path,
+        name: str,
+        *overrides: str,
+        ranks: int = 2,
+        env: dict[str, str] | None = None,
+    ):
         self.root, self.name, self.ranks, self.overrides = root, name, ranks, [*SMALL, *overrides]
         self.run_dir = root / "runs" / name
         self.log = root / f"{name}.log"
         self.mark = f"{name}-{secrets.token_hex(4)}"
-        self.env = {**os.environ, "PYTHONPATH": str(PROJECT), "PYTHON": sys.executable, "WANDB_MODE": "disabled"}
+        self.env = {
+            **os.environ,
+            "PYTHONPATH": str(PROJECT),
+            "PYTHON": sys.executable,
+            "WANDB_MODE": "disabled",
+        }
         self.env |= {MARK: self.mark, "NPROC": str(ranks), "RESTART_DELAY": "0", **(env or {})}
         self.process: subprocess.Popen | None = None
 
     def start(self, *more: str, launcher: list[str] | None = None) -> "Job":
         command = launcher or [str(PROJECT / "launch/local.sh")]
-        command = [*command, f"run.root={self.root}/runs", f"run.name={self.name}", *self.overrides, *more]
+        command = [
+            *command,
+            f"run.root={self.root}/runs",
+            f"run.name={self.name}",
+            *self.overrides,
+            *more,
+        ]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                command, cwd=self.root, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                command,
+                cwd=self.root,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         return self
 
@@ -47,7 +75,9 @@ class Job:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.end()
-            raise AssertionError(f"{self.name} did not end in {timeout_s} s:\n{self.said()[-3000:]}") from None
+            raise AssertionError(
+                f"{self.name} did not end in {timeout_s} s:\n{self.said()[-3000:]}"
+            ) from None
 
     def inject(self, fault: str) -> "Job":
         """From the next start on: see faults/sitecustomize.py. "" for none."""
@@ -57,12 +87,16 @@ class Job:
     def run(self, *more: str, timeout_s: float = 180) -> int:
         return self.start(*more).wait(timeout_s)
 
-    def until(self, condition: Callable[[], object], timeout_s: float = 90, what: str = "the condition") -> float:
+    def until(
+        self, condition: Callable[[], object], timeout_s: float = 90, what: str = "the condition"
+    ) -> float:
         """Wait for it; seconds that it took. Fails where the launcher has ended, or the time is over."""
         began = time.monotonic()
         while not condition():
             waited = time.monotonic() - began
-            assert waited < timeout_s, f"{self.name}: {what} did not come in {timeout_s} s:\n{self.said()[-3000:]}"
+            assert waited < timeout_s, (
+                f"{self.name}: {what} did not come in {timeout_s} s:\n{self.said()[-3000:]}"
+            )
             time.sleep(0.02)
         return time.monotonic() - began
 
@@ -144,7 +178,9 @@ def _marked(mark: str) -> Iterator[tuple[int, dict[str, str]]]:
             continue
         raw = _read(int(entry.name), "environ")
         if f"{MARK}={mark}".encode() in raw.split(b"\0"):
-            pairs = (pair.decode(errors="replace").partition("=") for pair in raw.split(b"\0") if pair)
+            pairs = (
+                pair.decode(errors="replace").partition("=") for pair in raw.split(b"\0") if pair
+            )
             yield int(entry.name), {name: value for name, _, value in pairs}
 
 

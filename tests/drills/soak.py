@@ -15,9 +15,17 @@ from tests.conftest import make_folder
 from tests.drills.harness import Job
 
 EVERY_S = 30
-AGAIN = (75, 76)  # what a scheduler starts again: 76 where the stop signal met a rank that had just been killed
+AGAIN = (
+    75,
+    76,
+)  # what a scheduler starts again: 76 where the stop signal met a rank that had just been killed
 KEPT = 20  # epochs of 26 steps between two checkpoints that are kept
-LONG = ["trainer.epochs=2000", "trainer.hang_timeout_s=5", "checkpoint.save_every_steps=20", "checkpoint.keep_last=3"]
+LONG = [
+    "trainer.epochs=2000",
+    "trainer.hang_timeout_s=5",
+    "checkpoint.save_every_steps=20",
+    "checkpoint.keep_last=3",
+]
 LONG += [
     f"checkpoint.keep_every_epochs={KEPT}",
     "trainer.eval_every_epochs=5",
@@ -43,7 +51,9 @@ def soak(seconds: float) -> dict:
         calm = Job(root, "calm", f"data.root={images}", *LONG, f"trainer.max_steps={reached}")
         assert calm.run(timeout_s=3600) == 0, calm.said()
         rows = calm.rows("train/loss")
-        step_s = (rows[-1]["time_s"] - rows[0]["time_s"]) / (reached - 1)  # with its evaluations and its saves
+        step_s = (rows[-1]["time_s"] - rows[0]["time_s"]) / (
+            reached - 1
+        )  # with its evaluations and its saves
         goodput = step_s * (job.step() - first) / seconds
         kept = next(d for d in job.checkpoints() if int(d.name[5:]) == reached)
         assert all(
@@ -60,7 +70,12 @@ def soak(seconds: float) -> dict:
         shutil.rmtree(root)
     print(f"goodput {goodput:.1%}, {counts}, bit-equal at step {reached}")
     assert goodput > 0.7
-    measured = {"minutes": round(seconds / 60), "goodput, %": round(100 * goodput, 1), **counts, "steps": reached}
+    measured = {
+        "minutes": round(seconds / 60),
+        "goodput, %": round(100 * goodput, 1),
+        **counts,
+        "steps": reached,
+    }
     return {"seconds": ran, "measured": measured}
 
 
@@ -102,7 +117,9 @@ def fill(disk: Path) -> None:
         with contextlib.suppress(OSError):  # it is full
             while True:
                 os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), 1 << 20)
-        file.truncate(file.seek(0, os.SEEK_END) - (4 << 20))  # rows still fit, a checkpoint does not
+        file.truncate(
+            file.seek(0, os.SEEK_END) - (4 << 20)
+        )  # rows still fit, a checkpoint does not
     time.sleep(0.5)
     ballast.unlink()
 

@@ -19,7 +19,7 @@ from alexnet_ddp.checkpoint import files
 from alexnet_ddp.checkpoint.find import find_newest
 from alexnet_ddp.checkpoint.store import Checkpoints
 from alexnet_ddp.config import CheckpointConfig, Device
-from alexnet_ddp.distributed import session
+from alexnet_ddp.runtime.distributed import session
 from tests.drills.harness import Job, assert_same_run
 from tests.ranks import SPAWN
 
@@ -72,7 +72,9 @@ def test_d03_kills_during_a_save_leave_a_loadable_checkpoint(tmp_path, measured,
         step = 0 if found is None else files.step_of(found)
         assert begun >= step >= max(newest, begun - 1), "this one or the one before"
         if found is not None:
-            assert all((tensor == step).all() for tensor in files.read_tensors(found, "optimizer").values())
+            assert all(
+                (tensor == step).all() for tensor in files.read_tensors(found, "optimizer").values()
+            )
         loadable += found is not None or begun == 1
         newest = step
     measured |= {"kills": kills, "loadable": loadable, "drafts left and cleaned": drafts}
@@ -99,11 +101,15 @@ def test_d03_a_run_that_is_killed_while_it_saves_ends_with_the_same_bits(new_job
     job = new_job("saving").start()
     for _ in range(3):
         before = drafts(job)
-        job.until(lambda before=before: drafts(job) - before, what="a checkpoint that is being written")
+        job.until(
+            lambda before=before: drafts(job) - before, what="a checkpoint that is being written"
+        )
         victims, starts = [writer_of(job), job.rank(0)], job.said().count("starting again")
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
-        job.until(lambda starts=starts: job.said().count("starting again") > starts, what="the next start")
+        job.until(
+            lambda starts=starts: job.said().count("starting again") > starts, what="the next start"
+        )
     assert job.wait() == 0, job.said()
     measured["killed while saving"] = 3
     assert_same_run(job, calm)
@@ -111,12 +117,19 @@ def test_d03_a_run_that_is_killed_while_it_saves_ends_with_the_same_bits(new_job
 
 def test_d04_a_writer_that_is_killed_shows_at_once_and_the_next_save_works(new_job, calm, measured):
     job = new_job("writer").start()
-    job.until(lambda: list((job.run_dir / "checkpoints").glob(".tmp-*")), what="a checkpoint that is being written")
+    job.until(
+        lambda: list((job.run_dir / "checkpoints").glob(".tmp-*")),
+        what="a checkpoint that is being written",
+    )
     before = job.step()
     os.kill(writer_of(job), signal.SIGKILL)
-    job.until(lambda: "the process that writes checkpoints ended with -9" in job.said(), 20, "the warning")
+    job.until(
+        lambda: "the process that writes checkpoints ended with -9" in job.said(), 20, "the warning"
+    )
     measured["shown after, steps"] = job.step() - before
-    assert measured["shown after, steps"] <= 2  # the step that was going on, and one that this test was late
+    assert (
+        measured["shown after, steps"] <= 2
+    )  # the step that was going on, and one that this test was late
     assert job.wait() == 0, job.said()
     assert "training goes on, and the checkpoints before it are untouched" in job.said()
     assert [row["checkpoint/num_failed"] for row in job.rows("checkpoint/num_failed")][-1] == 1
@@ -147,20 +160,27 @@ def fill_up(place: Path, leave: int = 10_000_000) -> Path:
     return ballast
 
 
-def test_d14_a_full_disk_is_survived_twice_and_the_third_time_ends_with_74(small_disk, new_job, calm, measured):
+def test_d14_a_full_disk_is_survived_twice_and_the_third_time_ends_with_74(
+    small_disk, new_job, calm, measured
+):
     job = new_job("full", "checkpoint.keep_last=1").start()
     job.until(lambda: len(job.checkpoints()) >= 1, what="a checkpoint")
     ballast = fill_up(small_disk)
     assert job.wait() == 74, job.said()
     said = job.said()
-    measured["failures survived"] = said.count("training goes on, and the checkpoints before it are untouched")
+    measured["failures survived"] = said.count(
+        "training goes on, and the checkpoints before it are untouched"
+    )
     assert measured["failures survived"] == 2
     assert "No space left on device); it needs 49 MB, 10 MB are free; make room below" in said
     assert find_newest(job.run_dir / "checkpoints") is not None
     assert not list((job.run_dir / "checkpoints").glob(".*"))
     assert job.status()["exit_code"] == 74
     assert job.run() == 74  # before its first step
-    assert "has 10 MB free, a checkpoint needs 49 MB; make room, or choose another run.root" in job.said()
+    assert (
+        "has 10 MB free, a checkpoint needs 49 MB; make room, or choose another run.root"
+        in job.said()
+    )
     ballast.unlink()
     assert job.run() == 0, job.said()
     assert_same_run(job, calm)
@@ -172,7 +192,9 @@ def test_d15_a_disk_that_turns_read_only_is_survived_twice_and_the_third_time_en
     job = new_job("readonly", "checkpoint.keep_last=1", "trainer.epochs=20").start()
     job.until(lambda: len(job.checkpoints()) >= 1, what="a checkpoint")
     checkpoints = job.run_dir / "checkpoints"
-    job.process.send_signal(signal.SIGTERM)  # files that are open for writing hold off the remount: a mount of its own
+    job.process.send_signal(
+        signal.SIGTERM
+    )  # files that are open for writing hold off the remount: a mount of its own
     assert job.wait() == 75, job.said()
     subprocess.run(["mount", "--bind", str(checkpoints), str(checkpoints)], check=True)
     try:
@@ -181,7 +203,9 @@ def test_d15_a_disk_that_turns_read_only_is_survived_twice_and_the_third_time_en
         job.until_step(job.step() + 1)
         subprocess.run(["mount", "-o", "remount,bind,ro", str(checkpoints)], check=True)
         assert job.wait() == 74, job.said()
-        measured["failures survived"] = job.said()[before:].count("training goes on, and the checkpoints before it")
+        measured["failures survived"] = job.said()[before:].count(
+            "training goes on, and the checkpoints before it"
+        )
         assert measured["failures survived"] == 2
         assert "Read-only file system" in job.said()[before:]
         assert find_newest(checkpoints) is not None
@@ -196,10 +220,14 @@ def stopped_copy(calm: Job, job: Job) -> Job:
     return job
 
 
-def test_d16_a_newest_checkpoint_that_is_cut_is_named_and_the_one_before_is_used(new_job, calm, measured):
+def test_d16_a_newest_checkpoint_that_is_cut_is_named_and_the_one_before_is_used(
+    new_job, calm, measured
+):
     job = stopped_copy(calm, new_job("cut"))
     newest, before = job.checkpoints()[-1], job.checkpoints()[-2]
-    os.truncate(newest / "optimizer.safetensors", (newest / "optimizer.safetensors").stat().st_size // 2)
+    os.truncate(
+        newest / "optimizer.safetensors", (newest / "optimizer.safetensors").stat().st_size // 2
+    )
     assert job.run() == 0, job.said()
     assert f"checkpoint {newest.name} is rejected: optimizer.safetensors has " in job.said()
     measured["steps repeated"] = int(newest.name[5:]) - int(before.name[5:])

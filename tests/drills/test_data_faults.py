@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 from alexnet_ddp.config import Device, ShardsConfig, Shuffle
-from alexnet_ddp.data.index import index_folder
 from alexnet_ddp.data.sampler import GlobalBatchSampler, Windows, evaluation_work, index_hash
-from alexnet_ddp.data.shard_index import INDEX
-from alexnet_ddp.data.shards import open_shards
-from alexnet_ddp.data.tars import TarWriter
-from alexnet_ddp.distributed import gather_objects, session
-from alexnet_ddp.resilience.health import Health, Wish
+from alexnet_ddp.data.sources.index import index_folder
+from alexnet_ddp.data.sources.shard_index import INDEX
+from alexnet_ddp.data.sources.shards import open_shards
+from alexnet_ddp.data.sources.tars import TarWriter
+from alexnet_ddp.runtime.distributed import gather_objects, session
+from alexnet_ddp.training.vote import Health, StepVote
 from tests.conftest import make_folder
 from tests.drills.harness import PROJECT
 from tests.packing import pack
@@ -68,7 +68,10 @@ def test_d20_truncated_images_are_left_out_of_every_epoch_on_any_world_or_end_th
     assert strict.wait() == strict.status()["exit_code"] == 65
     assert any(str(path) in strict.status()["message"] for path in paths)
     assert few.wait() == 65
-    assert f"more than data.max_bad_images (2); mend or remove those that {few.run_dir}" in few.status()["message"]
+    assert (
+        f"more than data.max_bad_images (2); mend or remove those that {few.run_dir}"
+        in few.status()["message"]
+    )
 
     two = new_job("two", f"data.root={root}", SKIP)
     one = new_job("one", f"data.root={root}", SKIP, "trainer.max_steps=26", ranks=1)
@@ -89,7 +92,9 @@ def test_d20_truncated_images_are_left_out_of_every_epoch_on_any_world_or_end_th
     measured |= {"quarantined": len(paths), "lost in each epoch": 3, "worlds": "1, 2"}
 
 
-def test_d21_images_that_vanish_during_a_run_are_left_out_and_named(images, calm, new_job, tmp_path, measured):
+def test_d21_images_that_vanish_during_a_run_are_left_out_and_named(
+    images, calm, new_job, tmp_path, measured
+):
     root = shutil.copytree(images, tmp_path / "gone")
     index = index_folder(root, "train")
     paths = [Path(index.name(i)) for i in BAD]
@@ -107,10 +112,16 @@ def test_d21_images_that_vanish_during_a_run_are_left_out_and_named(images, calm
     assert lost_by_epoch(job)[1] <= 3
     assert len(warnings(job)) == 1
     assert job.index_hashes() == calm.index_hashes()
-    measured |= {"deleted at step": seen, "lost in epoch 1": lost_by_epoch(job)[1], "lost in epoch 2": 3}
+    measured |= {
+        "deleted at step": seen,
+        "lost in epoch 1": lost_by_epoch(job)[1],
+        "lost in epoch 2": 3,
+    }
 
 
-def test_d22_classes_that_differ_are_named_before_the_first_step(images, new_job, tmp_path, measured):
+def test_d22_classes_that_differ_are_named_before_the_first_step(
+    images, new_job, tmp_path, measured
+):
     def spoil(name, change):
         root = shutil.copytree(images, tmp_path / name)
         change(root)
@@ -137,7 +148,9 @@ def test_d22_classes_that_differ_are_named_before_the_first_step(images, new_job
     hidden = spoil("hidden", notebook)  # no class, and no reason to stop: said, and left out
     assert hidden.wait() == 0, hidden.said()
     assert "ignored 1 entries (hidden), such as" in hidden.said()
-    assert json.loads((hidden.run_dir / "classes.json").read_text())["ids"] == [f"class{c}" for c in range(5)]
+    assert json.loads((hidden.run_dir / "classes.json").read_text())["ids"] == [
+        f"class{c}" for c in range(5)
+    ]
     measured |= {"refused before step 1": len(refused), "hidden folders": "ignored and said"}
 
 
@@ -147,7 +160,7 @@ from pathlib import Path
 import numpy as np, torch
 from alexnet_ddp.config import BasicAugmentConfig, FolderConfig, OnBadImage
 from alexnet_ddp.data.augment import build_augment
-from alexnet_ddp.data.index import index_folder
+from alexnet_ddp.data.sources.index import index_folder
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import Work
 
@@ -172,18 +185,26 @@ print(peak_mb() - before)
 """
 
 
-def test_d23_a_giant_in_the_header_is_refused_before_memory_is_taken(images, new_job, tmp_path, measured):
+def test_d23_a_giant_in_the_header_is_refused_before_memory_is_taken(
+    images, new_job, tmp_path, measured
+):
     root = shutil.copytree(images, tmp_path / "bombs")
     for kind in ("JPEG", "PNG"):
         for k in range(3):
-            (root / f"train/class{k}/bomb{kind}{k}.{kind.lower()}").write_bytes(damaged_header(kind, 30_000))
+            (root / f"train/class{k}/bomb{kind}{k}.{kind.lower()}").write_bytes(
+                damaged_header(kind, 30_000)
+            )
     env = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    done = subprocess.run([sys.executable, "-c", PEAK, root], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, root], env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     more = float(done.stdout)
     assert more < 50
 
-    job = new_job("bombs", f"data.root={root}", SKIP, "trainer.max_steps=27")  # 211 images: one epoch
+    job = new_job(
+        "bombs", f"data.root={root}", SKIP, "trainer.max_steps=27"
+    )  # 211 images: one epoch
     assert job.run() == 0, job.said()
     assert [row["kind"] for row in quarantine(job)] == ["too large"] * 6
     assert "30000 x 30000 pixels; the limit is 20000 a side" in quarantine(job)[0]["reason"]
@@ -215,7 +236,11 @@ def odd_files() -> dict[str, bytes]:
         "sixteen.tif": saved(deep, "TIFF"),
         "one.jpg": saved(rgb.resize((1, 1)), "JPEG"),
         "one.png": saved(rgb.resize((1, 1)), "PNG"),
-        "exif.jpg": plain[:2] + b"\xff\xe1" + (len(bad_exif) + 2).to_bytes(2, "big") + bad_exif + plain[2:],
+        "exif.jpg": plain[:2]
+        + b"\xff\xe1"
+        + (len(bad_exif) + 2).to_bytes(2, "big")
+        + bad_exif
+        + plain[2:],
         "rgba.png": saved(rgb.convert("RGBA"), "PNG"),
         "palette.png": saved(rgb.quantize(16), "PNG"),
         "clear.png": saved(clear, "PNG"),
@@ -225,23 +250,38 @@ def odd_files() -> dict[str, bytes]:
     }
 
 
-def test_d24_odd_files_are_decoded_or_named_with_one_warning_a_kind(images, new_job, tmp_path, measured):
+def test_d24_odd_files_are_decoded_or_named_with_one_warning_a_kind(
+    images, new_job, tmp_path, measured
+):
     root = shutil.copytree(images, tmp_path / "odd")
-    broken = {"page.jpg": b"<html>404</html>", "page2.png": b"<html>", "nothing.jpg": b"", "nothing.png": b""}
+    broken = {
+        "page.jpg": b"<html>404</html>",
+        "page2.png": b"<html>",
+        "nothing.jpg": b"",
+        "nothing.png": b"",
+    }
     files = odd_files()
     for split, label in (("train", 1), ("val", 2)):
         for name, data in (files | broken).items():
             (root / f"{split}/class{label}/{name}").write_bytes(data)
-    job = new_job("odd", f"data.root={root}", SKIP, "trainer.max_steps=28", ranks=1)  # 224 images: one epoch
+    job = new_job(
+        "odd", f"data.root={root}", SKIP, "trainer.max_steps=28", ranks=1
+    )  # 224 images: one epoch
     assert job.run() == 0, job.said()
     found = sorted((row["split"], Path(row["name"]).name) for row in quarantine(job))
     assert found == sorted((split, name) for split in ("train", "val") for name in broken)
     assert Counter(row["kind"] for row in quarantine(job)) == {"not an image": 4, "empty": 4}
     assert len(warnings(job)) == 2
-    lines = Counter(line for line in job.said().splitlines() if "Warning" in line)  # a library's own
+    lines = Counter(
+        line for line in job.said().splitlines() if "Warning" in line
+    )  # a library's own
     assert all(count == 1 for count in lines.values()), lines
     assert "Traceback" not in job.said()
-    measured |= {"decoded": 2 * len(files), "quarantined": 2 * len(broken), "warnings": 2 + len(lines)}
+    measured |= {
+        "decoded": 2 * len(files),
+        "quarantined": 2 * len(broken),
+        "warnings": 2 + len(lines),
+    }
 
 
 def _rounds(batch_size):
@@ -250,7 +290,7 @@ def _rounds(batch_size):
     with session(Device.cpu) as world:
         health, steps = Health(world), range(2 * sampler.steps_per_epoch)
         for work in sampler.work(steps, world.rank, world.world_size, None):
-            health.begin(torch.zeros(()), len(work.indices), Wish(), torch.zeros(()))
+            health.begin(torch.zeros(()), len(work.indices), StepVote(), torch.zeros(()))
             assert health.finish().num_images == len(sampler.batch(work.step))
             seen.append((work.epoch, work.indices.tolist()))
         epochs = gather_objects(seen)
@@ -268,7 +308,9 @@ def test_d25_where_nothing_divides_every_image_comes_once_an_epoch(batch_size, m
         num_steps, seen, _, evaluated = results[0]
         steps.add(num_steps)
         for epoch in (0, 1):
-            assert sorted(i for e, indices in seen if e == epoch for i in indices) == list(range(1_003))
+            assert sorted(i for e, indices in seen if e == epoch for i in indices) == list(
+                range(1_003)
+            )
         assert sorted(evaluated) == list(range(1_003))
     assert steps == {2 * -(-1_003 // batch_size)}
     measured |= {"worlds": "1 to 5", "steps": steps.pop(), "images an epoch": 1_003}
@@ -286,13 +328,19 @@ def repack(root: Path, sizes: list[int]) -> None:
         tar = TarWriter(out)
         for i in mine.tolist():
             one = samples[i]
-            data = tars[int(one["shard"])][int(one["offset"]) : int(one["offset"]) + int(one["size"])]
+            data = tars[int(one["shard"])][
+                int(one["offset"]) : int(one["offset"]) + int(one["size"])
+            ]
             new[i]["offset"], new[i]["shard"] = tar.add(f"{i:09d}.jpg", data), k
         digest = tar.close()
         (root / f"train-{k:06d}.tar").write_bytes(out.getvalue())
-        shards.append(entry["shards"][k] | {"images": size, "bytes": len(out.getvalue()), "sha256": digest})
+        shards.append(
+            entry["shards"][k] | {"images": size, "bytes": len(out.getvalue()), "sha256": digest}
+        )
     np.save(root / "train.samples.npy", new)
-    entry["files"]["train.samples.npy"] = hashlib.sha256((root / "train.samples.npy").read_bytes()).hexdigest()
+    entry["files"]["train.samples.npy"] = hashlib.sha256(
+        (root / "train.samples.npy").read_bytes()
+    ).hexdigest()
     entry["shards"] = shards
     (root / INDEX).write_text(json.dumps(index))
 
@@ -300,21 +348,33 @@ def repack(root: Path, sizes: list[int]) -> None:
 def test_d26_shards_of_unequal_size_are_read_whole_by_two_ranks(new_job, tmp_path, measured):
     images = make_folder(tmp_path / "images", 1_003, 21)
     root, sizes = pack(images, tmp_path / "shards"), [500, 400, 103]
-    whole = {i: (train := open_shards(ShardsConfig(root=str(root)))[0]).read(i) for i in range(0, 1_003, 50)}
+    whole = {
+        i: (train := open_shards(ShardsConfig(root=str(root)))[0]).read(i)
+        for i in range(0, 1_003, 50)
+    }
     repack(root, sizes)
     train = open_shards(ShardsConfig(root=str(root)))[0]
     assert np.bincount(train.store.shards).tolist() == sizes
     assert all(train.read(i) == data for i, data in whole.items())
 
-    common = ("data=shards", f"data.root={root}", "trainer.global_batch_size=64", "checkpoint.save_every_steps=null")
+    common = (
+        "data=shards",
+        f"data.root={root}",
+        "trainer.global_batch_size=64",
+        "checkpoint.save_every_steps=null",
+    )
     for shuffle in Shuffle:
         window = ["data.window_shards=1"] if shuffle is Shuffle.window else []
-        job = new_job(shuffle.value, *common, f"data.shuffle={shuffle.value}", *window, "trainer.epochs=1")
+        job = new_job(
+            shuffle.value, *common, f"data.shuffle={shuffle.value}", *window, "trainer.epochs=1"
+        )
         assert job.run() == 0, job.said()
         windows = Windows(train.store.shards, 1) if window else None
         sampler = GlobalBatchSampler(1_003, 64, seed=0, windows=windows)
         batches = [sampler.batch(step) for step in range(16)]
-        assert job.index_hashes() == {step + 1: index_hash(batch) for step, batch in enumerate(batches)}
+        assert job.index_hashes() == {
+            step + 1: index_hash(batch) for step, batch in enumerate(batches)
+        }
         assert sorted(np.concatenate(batches).tolist()) == list(range(1_003))
         assert not job.rows("data/num_bad_images")
     measured |= {"shards": "500 + 400 + 103", "steps": 16, "images": 1_003}

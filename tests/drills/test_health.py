@@ -24,7 +24,13 @@ def record_of(job: Job) -> dict:
 def replayed(job: Job) -> str:
     """What one process says to the record."""
     before = {path: path.stat().st_mtime_ns for path in job.run_dir.rglob("*") if path.is_file()}
-    command = [sys.executable, "-m", "alexnet_ddp.train", f"run.root={job.root}/runs", f"run.name={job.name}"]
+    command = [
+        sys.executable,
+        "-m",
+        "alexnet_ddp.train",
+        f"run.root={job.root}/runs",
+        f"run.name={job.name}",
+    ]
     env = {**os.environ, "PYTHONPATH": str(PROJECT)}
     done = subprocess.run(
         [*command, f"replay={job.run_dir}/replay.json"], env=env, cwd=job.root, capture_output=True, text=True,
@@ -54,7 +60,10 @@ def test_d27_a_poisoned_gradient_of_one_rank_stops_all_before_it_is_applied_and_
     job = new_job("stop", *SHORT).inject("gradient rank=1 step=8")
     assert job.run() == 70, job.said()
     said = job.said()
-    assert "the gradient of step 8 is not finite; nothing of that step was applied; lower optimizer.lr" in said
+    assert (
+        "the gradient of step 8 is not finite; nothing of that step was applied; lower optimizer.lr"
+        in said
+    )
     assert "Traceback" not in said
     assert job.status()["exit_code"] == 70
     assert job.checkpoints()[-1].name == "step-00000007"  # as it was before the step
@@ -67,19 +76,28 @@ def test_d27_a_poisoned_gradient_of_one_rank_stops_all_before_it_is_applied_and_
     measured["replay, s"] = round(time.monotonic() - began, 1)
     assert "from the state after step 7" in text
     assert "images: 8, the recorded ones" in text
-    assert float(re.search(r"loss (\S+), recorded", text)[1]) == pytest.approx(losses(plain)[8], rel=1e-5)
+    assert float(re.search(r"loss (\S+), recorded", text)[1]) == pytest.approx(
+        losses(plain)[8], rel=1e-5
+    )
     assert "the machine that ran the step is to blame" in text
 
-    assert job.inject("").run() == 0, job.said()  # the fault is gone: what comes out is the undisturbed run
+    assert job.inject("").run() == 0, (
+        job.said()
+    )  # the fault is gone: what comes out is the undisturbed run
     assert job.digest() == plain.digest()
     assert losses(job) == losses(plain)
 
 
-def test_d27_where_bad_steps_are_skipped_the_others_are_trained_and_the_count_survives_a_stop(new_job, plain, measured):
-    job = new_job("skip", *SHORT, "trainer.on_nan=skip").inject("gradient rank=1 step=4; stop rank=0 step=6")
+def test_d27_where_bad_steps_are_skipped_the_others_are_trained_and_the_count_survives_a_stop(
+    new_job, plain, measured
+):
+    job = new_job("skip", *SHORT, "trainer.on_nan=skip").inject(
+        "gradient rank=1 step=4; stop rank=0 step=6"
+    )
     assert job.run() == 75, job.said()
-    assert "warning: the gradient of step 4 is not finite; nothing of that step was applied (trainer.on_nan=skip)" in (
-        job.said()
+    assert (
+        "warning: the gradient of step 4 is not finite; nothing of that step was applied (trainer.on_nan=skip)"
+        in (job.said())
     )
     assert job.inject("gradient rank=0 step=9").run() == 0, job.said()
     found = losses(job)
@@ -90,11 +108,15 @@ def test_d27_where_bad_steps_are_skipped_the_others_are_trained_and_the_count_su
     measured["steps skipped"] = counts[-1]
 
 
-def test_d27_a_bad_step_rolls_back_to_the_newest_checkpoint_and_the_data_goes_on_behind_it(new_job, measured):
+def test_d27_a_bad_step_rolls_back_to_the_newest_checkpoint_and_the_data_goes_on_behind_it(
+    new_job, measured
+):
     """The same with rows at every step and at none: when the host hears of a bad gradient decides nothing."""
     digests = []
     for name, log_every in (("every", 1), ("seldom", 7)):
-        job = new_job(name, *SHORT, "trainer.on_nan=rollback", f"trainer.log_every_steps={log_every}")
+        job = new_job(
+            name, *SHORT, "trainer.on_nan=rollback", f"trainer.log_every_steps={log_every}"
+        )
         assert job.inject("gradient rank=1 step=8").run() == 0, job.said()
         assert "the weights are those of step 5 again; the data goes on with step 9" in job.said()
         assert job.rows("train/lr")[-1]["train/num_rollbacks"] == 1
@@ -103,10 +125,16 @@ def test_d27_a_bad_step_rolls_back_to_the_newest_checkpoint_and_the_data_goes_on
     measured["steps lost"] = 8 - 5
 
 
-def test_d28_a_loss_spike_is_flagged_at_once_with_its_images_and_training_goes_on(new_job, measured):
-    job = new_job("spike", "scheduler=constant", "trainer.max_steps=20").inject("scale step=15 factor=400")
+def test_d28_a_loss_spike_is_flagged_at_once_with_its_images_and_training_goes_on(
+    new_job, measured
+):
+    job = new_job("spike", "scheduler=constant", "trainer.max_steps=20").inject(
+        "scale step=15 factor=400"
+    )
     assert job.run() == 0, job.said()
-    warning = re.search(r"warning: the loss of step 15 is (\S+), more than .* the usual (\S+);", job.said())
+    warning = re.search(
+        r"warning: the loss of step 15 is (\S+), more than .* the usual (\S+);", job.said()
+    )
     assert warning, job.said()
     measured["spike, times the usual loss"] = round(float(warning[1]) / float(warning[2]))
     text = job.said()
@@ -118,11 +146,14 @@ def test_d28_a_loss_spike_is_flagged_at_once_with_its_images_and_training_goes_o
 
 
 def test_d29_a_flipped_bit_of_a_parameter_is_found_and_the_rank_is_named(new_job, measured):
-    job = new_job("flip", *SHORT, "trainer.check_every_steps=5", ranks=3).inject("flip rank=2 step=7 parameter=0 bit=0")
+    job = new_job("flip", *SHORT, "trainer.check_every_steps=5", ranks=3).inject(
+        "flip rank=2 step=7 parameter=0 bit=0"
+    )
     assert job.run() == 70, job.said()
     said = job.said()
     found = re.search(
-        r"the replicas differ after step (\d+): (\S+).*\(rank (\d) of 3\); they were equal at step 5", said
+        r"the replicas differ after step (\d+): (\S+).*\(rank (\d) of 3\); they were equal at step 5",
+        said,
     )
     assert found, said
     assert (found[1], found[3]) == ("10", "2")
@@ -140,13 +171,19 @@ def test_d29_a_model_that_is_not_synchronised_does_not_take_a_step(new_job):
 def test_d31_a_rank_with_a_slow_loader_is_named_within_three_windows(new_job, calm, measured):
     """In 2,000 clean steps, run by hand at a load of 13 on two cores, no window came near: 0.15 of a step at most."""
     assert "is slow in" not in calm.said()
-    job = new_job("slow", "scheduler=constant", "trainer.log_every_steps=10", "trainer.max_steps=50")
+    job = new_job(
+        "slow", "scheduler=constant", "trainer.log_every_steps=10", "trainer.max_steps=50"
+    )
     assert job.inject("loader rank=1 ms=100").run() == 0, job.said()
     said = job.said()
-    warning = re.search(r"warning: rank (\d) is slow in (\w+): (\d+) ms a step where the others take (\d+)", said)
+    warning = re.search(
+        r"warning: rank (\d) is slow in (\w+): (\d+) ms a step where the others take (\d+)", said
+    )
     assert warning, said
     assert (warning[1], warning[2]) == ("1", "data")
-    steps = [int(step) for step in re.findall(r"^step (\d+)/", said[: warning.start()], re.MULTILINE)]
+    steps = [
+        int(step) for step in re.findall(r"^step (\d+)/", said[: warning.start()], re.MULTILINE)
+    ]
     assert steps[-1] <= 30
     assert {row["train/slowest_rank"] for row in job.rows("time/step_s")} == {1}
     measured["named after, steps"] = steps[-1] + 10
@@ -154,7 +191,9 @@ def test_d31_a_rank_with_a_slow_loader_is_named_within_three_windows(new_job, ca
 
 
 def test_d34_a_rank_without_memory_ends_all_and_says_which_and_how_much(new_job, measured):
-    job = new_job("memory", "trainer.global_batch_size=100", ranks=2).inject("memory rank=1 step=1 mb=30")
+    job = new_job("memory", "trainer.global_batch_size=100", ranks=2).inject(
+        "memory rank=1 step=1 mb=30"
+    )
     job.start()
     job.until(lambda: "no memory left" in job.said(), what="the line that says so")
     began = time.monotonic()

@@ -17,7 +17,9 @@ HANG_S = 8
 def hosts() -> Iterator[Hosts]:
     reason = why_not()
     if reason:
-        pytest.skip(reason)  # the real thing or nothing: links can only be cut in namespaces, which need root
+        pytest.skip(
+            reason
+        )  # the real thing or nothing: links can only be cut in namespaces, which need root
     with Hosts(2) as hosts:
         yield hosts
 
@@ -27,9 +29,15 @@ def two_nodes(hosts: Hosts, new_job: Callable[..., Job]) -> Callable[..., list[J
     """two_nodes("name", "1:2"): calm's training, one rank on each host; of each its node.sh."""
 
     def start(name: str, num_nodes: str) -> list[Job]:
-        env = {"NNODES": num_nodes, "RDZV_ENDPOINT": "n1:29500", "RDZV_ID": name, "LAST_CALL_S": "2"}
+        env = {
+            "NNODES": num_nodes,
+            "RDZV_ENDPOINT": "n1:29500",
+            "RDZV_ID": name,
+            "LAST_CALL_S": "2",
+        }
         jobs = [
-            new_job(name, f"trainer.hang_timeout_s={HANG_S}", env=env | {"NODE_RANK": str(rank)}) for rank in (0, 1)
+            new_job(name, f"trainer.hang_timeout_s={HANG_S}", env=env | {"NODE_RANK": str(rank)})
+            for rank in (0, 1)
         ]
         for number, job in enumerate(jobs, 1):
             job.log = job.root / f"n{number}.log"
@@ -50,10 +58,17 @@ def test_d07_a_node_disappears_and_the_other_one_goes_on_alone(hosts, two_nodes,
     saved, began = step_of_newest(survivor), time.monotonic()
     hosts.link("n2", up=False)
     hosts.crash("n2")
-    survivor.until(lambda: "exit code 76; starting again" in survivor.said(), 30, "the end of the survivor's rank")
+    survivor.until(
+        lambda: "exit code 76; starting again" in survivor.said(),
+        30,
+        "the end of the survivor's rank",
+    )
     measured["stopped with 76 after, s"] = round(time.monotonic() - began, 1)
     reached = survivor.step()
-    survivor.until(lambda: survivor.said().rpartition("starting again")[2].count("; step "), what="the next start")
+    survivor.until(
+        lambda: survivor.said().rpartition("starting again")[2].count("; step "),
+        what="the next start",
+    )
     measured["training alone after, s"] = round(time.monotonic() - began, 1)
     start = int(survivor.said().rpartition("; step ")[2].split()[0])
     measured["steps repeated"] = reached - start

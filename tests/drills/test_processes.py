@@ -54,21 +54,32 @@ def kill_often(job: Job, rank: int, times: int, measured: dict) -> None:
     job.start()
     start = 0
     for _ in range(times):
-        job.until(lambda start=start: job.checkpoints() and step_of(job) > start, what="a newer checkpoint")
+        job.until(
+            lambda start=start: job.checkpoints() and step_of(job) > start,
+            what="a newer checkpoint",
+        )
         job.until_step(step_of(job) + moments.randint(1, 4))
         other, before = job.rank(1 - rank), len(job.said())
         victim = job.hit(signal.SIGKILL, rank)
         reached = job.step()
-        gone.append(job.until(lambda other=other: not alive(other), 20, "the end of the other rank"))
+        gone.append(
+            job.until(lambda other=other: not alive(other), 20, "the end of the other rank")
+        )
         job.until(lambda before=before: "; step " in job.said()[before:], what="the next start")
         start = int(job.said()[before:].partition("; step ")[2].split()[0])
         repeated.append(reached - start)
         assert failure(job)["rank"] == rank
         assert failure(job)["pid"] == victim
     assert job.wait() == 0, job.said()
-    measured |= {"kills": times, "others gone after, s": round(max(gone), 2), "steps repeated, at most": max(repeated)}
+    measured |= {
+        "kills": times,
+        "others gone after, s": round(max(gone), 2),
+        "steps repeated, at most": max(repeated),
+    }
     assert max(gone) < 5
-    assert max(repeated) <= 4 * EVERY  # one distance, and what is trained while a checkpoint is being written
+    assert (
+        max(repeated) <= 4 * EVERY
+    )  # one distance, and what is trained while a checkpoint is being written
 
 
 def step_of(job: Job) -> int:
@@ -78,7 +89,9 @@ def step_of(job: Job) -> int:
 
 
 @pytest.mark.parametrize("rank", [pytest.param(1, id="D01"), pytest.param(0, id="D02")])
-def test_d01_d02_a_rank_that_is_killed_is_replaced_and_nothing_changes(rank, new_job, kills, measured):
+def test_d01_d02_a_rank_that_is_killed_is_replaced_and_nothing_changes(
+    rank, new_job, kills, measured
+):
     job = new_job("killed", *kills.overrides)
     kill_often(job, rank, kills.times, measured)
     assert_same_run(job, kills.calm)
@@ -88,7 +101,9 @@ def test_d05_a_rank_that_is_stopped_is_found_named_and_replaced(new_job, calm, m
     job = new_job("stopped", "trainer.hang_timeout_s=8").start()
     job.until_step(12)
     victim = job.hit(signal.SIGSTOP, 1)
-    measured["detected after, s"] = round(job.until(lambda: not alive(victim), 30, "the end of the rank"), 1)
+    measured["detected after, s"] = round(
+        job.until(lambda: not alive(victim), 30, "the end of the rank"), 1
+    )
     assert measured["detected after, s"] < 10
     assert job.wait() == 0, job.said()
     found = failure(job)
@@ -97,17 +112,23 @@ def test_d05_a_rank_that_is_stopped_is_found_named_and_replaced(new_job, calm, m
     assert found["indices"]
     stacks = Path(found["stacks"]).read_text()
     assert "alexnet_ddp/train.py" in stacks
-    assert "alexnet_ddp/data" in stacks or "concurrent/futures/thread.py" in stacks  # those that load images, too
+    assert (
+        "alexnet_ddp/data" in stacks or "concurrent/futures/thread.py" in stacks
+    )  # those that load images, too
     assert_same_run(job, calm)
 
 
-def test_d06_a_rank_that_hangs_with_the_gil_is_found_named_and_replaced(new_job, calm, tmp_path, measured):
+def test_d06_a_rank_that_hangs_with_the_gil_is_found_named_and_replaced(
+    new_job, calm, tmp_path, measured
+):
     go = tmp_path / "go"
     job = new_job("gil", "trainer.hang_timeout_s=8").inject(f"gil rank=1 when={go}").start()
     job.until_step(12)
     victim = job.rank(1)
     go.touch()
-    measured["detected after, s"] = round(job.until(lambda: not alive(victim), 30, "the end of the rank"), 1)
+    measured["detected after, s"] = round(
+        job.until(lambda: not alive(victim), 30, "the end of the rank"), 1
+    )
     assert job.wait() == 0, job.said()
     assert (failure(job)["rank"], failure(job)["pid"]) == (1, victim)
     assert "a thread holds the GIL" in failure(job)["cause"]
@@ -116,7 +137,9 @@ def test_d06_a_rank_that_hangs_with_the_gil_is_found_named_and_replaced(new_job,
     assert_same_run(job, calm)
 
 
-def test_d13_signals_at_bad_moments_stop_all_ranks_at_one_step_and_tear_nothing(new_job, calm, measured):
+def test_d13_signals_at_bad_moments_stop_all_ranks_at_one_step_and_tear_nothing(
+    new_job, calm, measured
+):
     job = new_job("asked").start()
     job.until_step(7)
     job.hit(signal.SIGTERM, 1)  # one rank only
@@ -129,7 +152,10 @@ def test_d13_signals_at_bad_moments_stop_all_ranks_at_one_step_and_tear_nothing(
     assert job.wait() == 75, job.said()
 
     job.start()
-    job.until(lambda: list((job.run_dir / "checkpoints").glob(".tmp-*")), what="a checkpoint that is being written")
+    job.until(
+        lambda: list((job.run_dir / "checkpoints").glob(".tmp-*")),
+        what="a checkpoint that is being written",
+    )
     began = time.monotonic()
     job.process.send_signal(signal.SIGUSR1)
     assert job.wait() == 75, job.said()
@@ -145,19 +171,27 @@ def test_d13_signals_at_bad_moments_stop_all_ranks_at_one_step_and_tear_nothing(
     assert_same_run(job, calm)
 
 
-def test_d35_a_busy_port_is_named_with_its_holder_and_one_node_alone_takes_another(new_job, measured):
+def test_d35_a_busy_port_is_named_with_its_holder_and_one_node_alone_takes_another(
+    new_job, measured
+):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        env = {"NNODES": "1", "RDZV_ENDPOINT": f"127.0.0.1:{port}", "RDZV_ID": "x", "NODE_RANK": "0"}
+        env = {
+            "NNODES": "1",
+            "RDZV_ENDPOINT": f"127.0.0.1:{port}",
+            "RDZV_ID": "x",
+            "NODE_RANK": "0",
+        }
         several = new_job("several", env={**env, "NPROC_PER_NODE": "1"})
         began = time.monotonic()
         several.start(launcher=[str(PROJECT / "launch/node.sh")])
         assert several.wait() == 64
         measured["refused after, s"] = round(time.monotonic() - began, 1)
-        assert f"port {port} of this host cannot be had (Address already in use; process {os.getpid()} has" in (
-            several.said()
+        assert (
+            f"port {port} of this host cannot be had (Address already in use; process {os.getpid()} has"
+            in (several.said())
         )
         alone = new_job("alone", "trainer.max_steps=1", ranks=1, env={"MASTER_PORT": str(port)})
         assert alone.run() == 0, alone.said()
@@ -168,9 +202,15 @@ def test_d45_an_image_that_kills_each_time_ends_after_three_restarts(new_job, im
     job = new_job("cursed").inject(f"kill at={victim.parent.name}/{victim.name}")
     began = time.monotonic()
     assert job.run(timeout_s=240) == 93, job.said()
-    measured |= {"restarts": job.said().count("starting again"), "given up after, s": round(time.monotonic() - began)}
+    measured |= {
+        "restarts": job.said().count("starting again"),
+        "given up after, s": round(time.monotonic() - began),
+    }
     assert measured["restarts"] >= 3
-    assert "no newer checkpoint after three restarts; failure.json in the run's folder says where" in job.said()
+    assert (
+        "no newer checkpoint after three restarts; failure.json in the run's folder says where"
+        in job.said()
+    )
     assert failure(job)["cause"] == "died"
     assert len(failure(job)["indices"]) > 0
 
@@ -184,7 +224,9 @@ def test_d47_where_a_launcher_is_killed_nothing_of_it_lives_on(what, new_job, me
     else:
         (victim,) = [pid for pid in job.processes() if b"launch/torchrun.py" in command(pid)]
     os.kill(victim, signal.SIGKILL)
-    measured["nothing left after, s"] = round(job.until(lambda: not job.processes(), 20, "the end of all"), 1)
+    measured["nothing left after, s"] = round(
+        job.until(lambda: not job.processes(), 20, "the end of all"), 1
+    )
     assert measured["nothing left after, s"] < 10
     assert job.run() == 0, job.said()
 
@@ -197,10 +239,21 @@ def command(pid: int) -> bytes:
 
 
 def test_two_trainings_of_one_run_at_once_are_refused(new_job):
-    job = new_job("twice", "trainer.epochs=50", ranks=1).start()  # it still runs when the second one has started
+    job = new_job(
+        "twice", "trainer.epochs=50", ranks=1
+    ).start()  # it still runs when the second one has started
     job.until_step(2)
-    again = [sys.executable, "-m", "alexnet_ddp.train", f"run.root={job.root}/runs", "run.name=twice", *job.overrides]
-    done = subprocess.run(again, cwd=job.root, env=job.env, capture_output=True, text=True, timeout=60, check=False)
+    again = [
+        sys.executable,
+        "-m",
+        "alexnet_ddp.train",
+        f"run.root={job.root}/runs",
+        "run.name=twice",
+        *job.overrides,
+    ]
+    done = subprocess.run(
+        again, cwd=job.root, env=job.env, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 64
     assert f"run.name=twice is being trained by process {job.rank(0)} on " in done.stderr
     assert job.status()["state"] == "running"

@@ -30,7 +30,9 @@ def test_d44_with_other_threads_of_the_loader_three_stops_in_an_epoch_and_one_at
     """
     job = new_job("threads")
     for threads, step in ((3, 7), (1, 12), (4, 20), (2, 26)):
-        assert job.inject(f"stop rank=1 step={step}").run(f"data.num_threads={threads}") == 75, job.said()
+        assert job.inject(f"stop rank=1 step={step}").run(f"data.num_threads={threads}") == 75, (
+            job.said()
+        )
         assert job.status()["step"] == step
     assert job.inject("").run("data.num_threads=5") == 0, job.said()
     assert_same_run(job, calm)

@@ -18,12 +18,12 @@ import torch
 
 from alexnet_ddp.config import BasicAugmentConfig, ImageNetConfig, ShardsConfig
 from alexnet_ddp.data.augment import build_augment
-from alexnet_ddp.data.imagenet import open_imagenet
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import Work
-from alexnet_ddp.data.shard_index import INDEX
-from alexnet_ddp.data.shards import open_shards
-from alexnet_ddp.errors import DataError
+from alexnet_ddp.data.sources.imagenet import open_imagenet
+from alexnet_ddp.data.sources.shard_index import INDEX
+from alexnet_ddp.data.sources.shards import open_shards
+from alexnet_ddp.runtime.errors import DataError
 from tests.archives import TRAIN, VAL, jpeg, make_archives, tar, write
 from tests.drills.harness import PROJECT, SMALL
 from tests.packing import pack
@@ -46,7 +46,9 @@ def start(root: str, *arguments: str, cwd: Path, **env: str) -> subprocess.Popen
     environment = {**os.environ, "PYTHONPATH": f"{PROJECT}:{cwd}", "WANDB_MODE": "disabled", **env}
     command = [sys.executable, "-m", f"alexnet_ddp.{root}", *arguments]
     out = subprocess.STDOUT
-    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=out, text=True)
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=out, text=True
+    )
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str]:
@@ -54,7 +56,9 @@ def ended(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, said
 
 
-def test_d37_nothing_in_a_malicious_checkpoint_or_file_of_weights_is_run(images, calm, tmp_path, measured):
+def test_d37_nothing_in_a_malicious_checkpoint_or_file_of_weights_is_run(
+    images, calm, tmp_path, measured
+):
     canary = tmp_path / "canary"
     evil = pickle.dumps({"features.0.weight": Evil(canary)}, protocol=2)
     pickle.loads(evil)
@@ -71,7 +75,13 @@ def test_d37_nothing_in_a_malicious_checkpoint_or_file_of_weights_is_run(images,
     (tmp_path / "named.safetensors").write_bytes(evil)
     common = [*SMALL, f"data.root={images}"]
     refused = [
-        start("evaluate", *common, "model=alexnet_small", f"model.weights={tmp_path / name}", cwd=tmp_path)
+        start(
+            "evaluate",
+            *common,
+            "model=alexnet_small",
+            f"model.weights={tmp_path / name}",
+            cwd=tmp_path,
+        )
         for name in ("saved.pt", "raw.pt", "zip.pt", "named.safetensors")
     ]
     for process in refused:
@@ -96,7 +106,10 @@ def test_d37_nothing_in_a_malicious_checkpoint_or_file_of_weights_is_run(images,
         assert code == 66, said
         assert "is usable; restore one, or choose another run.name to start afresh" in said
     assert not canary.exists()
-    measured |= {"files of weights refused": len(refused), "starts on forged checkpoints refused": len(unusable)}
+    measured |= {
+        "files of weights refused": len(refused),
+        "starts on forged checkpoints refused": len(unusable),
+    }
 
 
 def forge(directory: Path) -> None:
@@ -148,7 +161,10 @@ def test_d38_malicious_archives_are_refused_and_nothing_is_extracted(tmp_path, m
     evil = evil_members(outside)
     refused = 0
     for name, content in evil.items():
-        for archive, data in {TRAIN: tar({f"{wnid}.tar": content for wnid in wnids}), VAL: content}.items():
+        for archive, data in {
+            TRAIN: tar({f"{wnid}.tar": content for wnid in wnids}),
+            VAL: content,
+        }.items():
             write(root / archive, data)
             with pytest.raises(DataError, match=r"holds a (link|sparse)") as error:
                 open_imagenet(root)
@@ -161,7 +177,9 @@ def test_d38_malicious_archives_are_refused_and_nothing_is_extracted(tmp_path, m
             pack(tmp_path / "packed" / name, tmp_path / "out" / name, split="train")
         refused += 1
 
-    member = tarfile.TarInfo("a.JPEG")  # a regular member of a terabyte, in an archive that is one hole
+    member = tarfile.TarInfo(
+        "a.JPEG"
+    )  # a regular member of a terabyte, in an archive that is one hole
     member.size = 1 << 40
     header = member.tobuf(tarfile.GNU_FORMAT)
     inner = tarfile.TarInfo(f"{wnids[0]}.tar")
@@ -176,12 +194,16 @@ def test_d38_malicious_archives_are_refused_and_nothing_is_extracted(tmp_path, m
         file.truncate(file.tell() + 1024)
     began = peak_mb()
     index = open_imagenet(root)[0]
-    with pytest.raises(DataError, match=r"cannot be read \(1,099,511,627,776 bytes, an image has at most"):
+    with pytest.raises(
+        DataError, match=r"cannot be read \(1,099,511,627,776 bytes, an image has at most"
+    ):
         read_all(ImageNetConfig(root=str(root), image_size=16), index)
     assert peak_mb() - began < 50
 
     write(root / TRAIN, tar({f"{wnid}.tar": evil["dots"] for wnid in wnids}))
-    run = start("train", "data=imagenet", f"data.root={root}", *SMALL[1:], "run.name=a", cwd=tmp_path)
+    run = start(
+        "train", "data=imagenet", f"data.root={root}", *SMALL[1:], "run.name=a", cwd=tmp_path
+    )
     shards = hostile_shards(tmp_path)
     code, said = ended(run)
     assert code == 65, said
@@ -197,7 +219,11 @@ def hostile_shards(tmp_path: Path) -> int:
 
     root = pack(make_folder(tmp_path / "images", 12, 6), tmp_path / "shards")
     index = json.loads((root / INDEX).read_text())
-    for key, value in (("name", "../secret.tar"), ("name", "/etc/passwd"), ("sha256", "../../outside/evil")):
+    for key, value in (
+        ("name", "../secret.tar"),
+        ("name", "/etc/passwd"),
+        ("sha256", "../../outside/evil"),
+    ):
         forged = json.loads(json.dumps(index))
         forged["splits"]["train"]["shards"][0][key] = value
         (root / INDEX).write_text(json.dumps(forged))
@@ -208,12 +234,16 @@ def hostile_shards(tmp_path: Path) -> int:
     samples["size"] = 4_000_000_000
     np.save(root / "train.samples.npy", samples)
     np.save(root / "pickled.npy", np.array([{}], dtype=object))
-    with pytest.raises(DataError, match=r"train.samples.npy is not the one that index.json was written for"):
+    with pytest.raises(
+        DataError, match=r"train.samples.npy is not the one that index.json was written for"
+    ):
         open_shards(ShardsConfig(root=str(root)))
     sha256 = hashlib.sha256((root / "train.samples.npy").read_bytes()).hexdigest()
     index["splits"]["train"]["files"]["train.samples.npy"] = sha256
     (root / INDEX).write_text(json.dumps(index))
-    with pytest.raises(DataError, match=r"cannot be read: 4,000,000,000 bytes, an image has at most"):
+    with pytest.raises(
+        DataError, match=r"cannot be read: 4,000,000,000 bytes, an image has at most"
+    ):
         open_shards(ShardsConfig(root=str(root)))
     shutil.copy(root / "pickled.npy", root / "train.samples.npy")
     with pytest.raises(DataError, match="Python objects in dtype"):
@@ -223,7 +253,9 @@ def hostile_shards(tmp_path: Path) -> int:
 
 def read_all(cfg, index) -> list:
     """The images that a loader had to skip."""
-    loader = build_loader(cfg, index, build_augment(BasicAugmentConfig(), 0, 16, 18), 1, torch.device("cpu"))
+    loader = build_loader(
+        cfg, index, build_augment(BasicAugmentConfig(), 0, 16, 18), 1, torch.device("cpu")
+    )
     try:
         (batch,) = loader.batches([Work(0, 0, np.arange(len(index)), True)])
         return batch.bad
@@ -238,13 +270,17 @@ def peak_mb() -> float:
 
 def test_d39_a_configuration_cannot_call_what_it_names(images, calm, tmp_path, measured):
     canary = tmp_path / "canary"
-    (tmp_path / "evil.py").write_text(f"def run(*a, **k):\n    open({str(canary)!r}, 'w').close()\n")
+    (tmp_path / "evil.py").write_text(
+        f"def run(*a, **k):\n    open({str(canary)!r}, 'w').close()\n"
+    )
     experiments = tmp_path / "conf" / "experiment"
     experiments.mkdir(parents=True)
     top = "# @package _global_\n"
     (experiments / "key.yaml").write_text(f"{top}optimizer: {{_target_: evil.run, lr: 0.1}}\n")
     (experiments / "new.yaml").write_text(f"{top}plugin: {{_target_: evil.run}}\n")
-    (experiments / "back.yaml").write_text(f"{top}hydra: {{callbacks: {{x: {{_target_: evil.run}}}}}}\n")
+    (experiments / "back.yaml").write_text(
+        f"{top}hydra: {{callbacks: {{x: {{_target_: evil.run}}}}}}\n"
+    )
     (experiments / "pack.yaml").write_text("# @package hydra.callbacks.x\n_target_: evil.run\n")
     logging = "version: 1\nformatters: {f: {(): evil.run}}\nroot: {handlers: []}"
     (experiments / "log.yaml").write_text(
@@ -258,7 +294,9 @@ def test_d39_a_configuration_cannot_call_what_it_names(images, calm, tmp_path, m
         ("++model={_target_:evil.run}",): "model._target_ is not a key",
         ("+hydra.callbacks.x._target_=evil.run",): "hydra.callbacks.x._target_ is refused",
         ("hydra/launcher=evil",): "hydra/launcher is refused",
-        ("hydra.job_logging={version:1,formatters:{f:{():evil.run}}}",): "hydra.job_logging is refused",
+        (
+            "hydra.job_logging={version:1,formatters:{f:{():evil.run}}}",
+        ): "hydra.job_logging is refused",
         ("--experimental-rerun", "run.pickle"): "--experimental-rerun is not supported",
         ("--exp", "run.pickle"): "--exp is not supported",
         (*folder, "experiment=key"): "Key '_target_' not in 'SGDConfig'",
@@ -271,7 +309,9 @@ def test_d39_a_configuration_cannot_call_what_it_names(images, calm, tmp_path, m
 
     def door(*arguments):  # what alexnet_ddp.train does before it imports torch
         command = [sys.executable, "-c", code, *arguments]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
 
     for arguments, reason in by_name.items():
         done = door(*arguments)
@@ -282,9 +322,17 @@ def test_d39_a_configuration_cannot_call_what_it_names(images, calm, tmp_path, m
 
     records = {
         "target": (["+optimizer._target_=evil.run"], 64, "optimizer._target_ is not a key"),
-        "callback": (["+hydra.callbacks.x._target_=evil.run"], 64, "hydra.callbacks.x._target_ is refused"),
+        "callback": (
+            ["+hydra.callbacks.x._target_=evil.run"],
+            64,
+            "hydra.callbacks.x._target_ is refused",
+        ),
         "nonsense": ("text", 64, "is no"),
-        "elsewhere": ([*calm.overrides, f"run.root={tmp_path}/elsewhere", "run.name=x"], 0, "top-1"),
+        "elsewhere": (
+            [*calm.overrides, f"run.root={tmp_path}/elsewhere", "run.name=x"],
+            0,
+            "top-1",
+        ),
     }
     processes = {}
     for name, (overrides, _, _) in records.items():
@@ -306,12 +354,27 @@ def test_d40_secrets_are_neither_written_nor_said(new_job, images, tmp_path, mea
     canaries = {f"CANARY{k}" for k in range(7)}
     shards = pack(images, tmp_path / "shards")
     url = "https://me:CANARY0@host.test/x?sig=CANARY1&token=CANARY2"
-    env = {"WANDB_API_KEY": "CANARY3" * 6, "AWS_SECRET_ACCESS_KEY": "CANARY4", "WANDB_MODE": "offline"}
+    env = {
+        "WANDB_API_KEY": "CANARY3" * 6,
+        "AWS_SECRET_ACCESS_KEY": "CANARY4",
+        "WANDB_MODE": "offline",
+    }
     data = ("data=shards", f"data.root={shards}", f"data.cache_dir='{url}'")
-    common = ("logger.wandb=offline", "logger.tensorboard=true", "trainer.max_steps=3", "data.limit_val=8")
+    common = (
+        "logger.wandb=offline",
+        "logger.tensorboard=true",
+        "trainer.max_steps=3",
+        "data.limit_val=8",
+    )
     job = new_job("secret", *data, *common, env=env)
     assert job.run() == 0, job.said()
-    for wanted in ("config.yaml", "run.json", "status.json", "tensorboard/events*", "wandb/offline*/*.wandb"):
+    for wanted in (
+        "config.yaml",
+        "run.json",
+        "status.json",
+        "tensorboard/events*",
+        "wandb/offline*/*.wandb",
+    ):
         assert list(job.run_dir.glob(wanted)), wanted
     assert "https://***@host.test/x" in (job.run_dir / "config.yaml").read_text()
     jobs = [job]
@@ -323,7 +386,11 @@ def test_d40_secrets_are_neither_written_nor_said(new_job, images, tmp_path, mea
         ("unknown", 64, ("+logger.api_key=CANARY5",)),
         ("wrong", 64, ("+data.aws_secret_key='CANARY5,CANARY6'",)),
         ("nested", 64, ("+logger={password:CANARY5,x:1}",)),
-        ("address", 64, ("data=shards", "data.root='zzz://me:CANARY0@host.test/x'", "data.cache_dir=cache")),
+        (
+            "address",
+            64,
+            ("data=shards", "data.root='zzz://me:CANARY0@host.test/x'", "data.cache_dir=cache"),
+        ),
     ):
         jobs.append(new_job(name, *overrides, "trainer.max_steps=3", ranks=1, env=env))
         got = jobs[-1].start()
@@ -342,5 +409,8 @@ def test_d40_secrets_are_neither_written_nor_said(new_job, images, tmp_path, mea
     evaluation = start("evaluate", "run.name=secret", "run.root=runs", cwd=tmp_path)
     code, said = ended(evaluation)
     assert code == 64, said
-    assert "data.cache_dir of secret holds a secret, which is not recorded; give data.cache_dir=... again" in said
+    assert (
+        "data.cache_dir of secret holds a secret, which is not recorded; give data.cache_dir=... again"
+        in said
+    )
     measured |= {"canaries": len(canaries), "files searched": len(files), "leaks": 0}

@@ -35,9 +35,13 @@ def assert_went_on(job: Batch, calm: Job, restarts: int = 1) -> None:
     assert [path.name for path in job.run_dir.parent.iterdir()] == [job.name]
 
 
-def test_usr1_to_the_batch_shell_or_to_the_steps_saves_and_requeues_the_job(new_batch, calm, measured):
+def test_usr1_to_the_batch_shell_or_to_the_steps_saves_and_requeues_the_job(
+    new_batch, calm, measured
+):
     job = new_batch("usr1").submit()
-    for restarts, to in enumerate(([], ["--batch"])):  # Slurm's default is the processes of the steps
+    for restarts, to in enumerate(
+        ([], ["--batch"])
+    ):  # Slurm's default is the processes of the steps
         job.until_step(7 + 12 * restarts)
         job.slurm.run("ctl", "scancel", *to, "--signal=USR1", job.id)
         measured[f"saved after {to or ''}, s"] = job.assert_saved_soon()
@@ -53,7 +57,9 @@ def test_d10_a_preempted_job_is_saved_within_5_s_and_requeued_once(new_batch, ca
         job.slurm.run("ctl", "scontrol", "requeue", job.id)
         measured["saved after, s"] = job.assert_saved_soon()
     else:  # no node is left for a job of a partition that comes first
-        first = job.slurm.sbatch("--nodes=2", "--exclusive", "--wrap=true", "--output=/dev/null", env={}, cwd=job.root)
+        first = job.slurm.sbatch(
+            "--nodes=2", "--exclusive", "--wrap=true", "--output=/dev/null", env={}, cwd=job.root
+        )
         measured["saved after, s"] = job.assert_saved_soon()
         assert job.slurm.job(first)["Partition"] == "main"
     assert_went_on(job, calm)

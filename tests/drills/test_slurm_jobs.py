@@ -26,7 +26,10 @@ def test_a_job_that_would_fail_again_is_not_requeued(slurm, images, calm, tmp_pa
     shutil.copytree(calm.run_dir, damaged)
     for file in damaged.glob("checkpoints/*/model.safetensors"):
         file.write_bytes(file.read_bytes()[:-1] + b"\0")
-    jobs = {code: Batch(slurm, tmp_path, str(code), f"data.root={images}", why) for code, why in ENDS.items()}
+    jobs = {
+        code: Batch(slurm, tmp_path, str(code), f"data.root={images}", why)
+        for code, why in ENDS.items()
+    }
     jobs[93].inject(f"kill at={min(path.name for path in images.glob('train/*/*.jpg'))}")
     jobs[93].env |= {"RESTART_DELAY": "0"}
     try:
@@ -46,7 +49,12 @@ def test_evaluate_on_gpus_of_a_run_whose_folder_has_a_space(slurm, calm, tmp_pat
     shutil.copytree(calm.run_dir, root / "calm")
     job = Batch(slurm, tmp_path, "calm")
     arguments = ["run.name=calm", f"run.root={root}"]
-    job.submit("--nodes=1", "--gpus-per-node=2", script=PROJECT / "slurm/evaluate.sbatch", arguments=arguments)
+    job.submit(
+        "--nodes=1",
+        "--gpus-per-node=2",
+        script=PROJECT / "slurm/evaluate.sbatch",
+        arguments=arguments,
+    )
     assert job.outcome() == ("COMPLETED", 0), job.said()
     found = json.loads((root / "calm/evaluation.json").read_text())
     best = max(calm.rows("val/top1"), key=lambda row: row["val/top1"])
@@ -90,10 +98,16 @@ def test_a_sweep_trains_a_run_a_line_and_refuses_what_is_no_line(slurm, sweep, t
     ended = outcomes(slurm, array, range(1, 6))
     said = {task: (tmp_path / f"{task}.log").read_text() for task in range(1, 6)}
     assert [ended[task][1] for task in range(1, 6)] == ["0:0", "0:0", "0:0", "64:0", "64:0"], said
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["learning rates-2", "two words"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
+        "learning rates-2",
+        "two words",
+    ]
     assert "seed: 6" in (tmp_path / "runs/two words/config.yaml").read_text()
     assert said[1] == f"sweep.sbatch: line 1 of {file} is empty: nothing to train\n"
-    assert said[4] == f'sweep.sbatch: line 4 of {file} (seed=7 run.name="half) has a quote without its other half\n'
+    assert (
+        said[4]
+        == f'sweep.sbatch: line 4 of {file} (seed=7 run.name="half) has a quote without its other half\n'
+    )
     rule = f"the array's index (5) must be 1 to 4, the lines of {file}"
     assert said[5] == f"sweep.sbatch: {rule}; sbatch --array=1-4 slurm/sweep.sbatch {file} ...\n"
 
@@ -103,7 +117,12 @@ def test_a_sweep_trains_a_run_a_line_and_refuses_what_is_no_line(slurm, sweep, t
     [
         ([], "none.txt", [], "the first argument ({file}) must be a file that can be read"),
         ([], "sweep.txt", [], "the array's index (not given) must be 1 to 1"),
-        (["--array=1"], "sweep.txt", ["run.name=x"], "run.name=x would be the same run for all tasks"),
+        (
+            ["--array=1"],
+            "sweep.txt",
+            ["run.name=x"],
+            "run.name=x would be the same run for all tasks",
+        ),
     ],
     ids=["no file", "no array", "one name"],
 )
@@ -114,7 +133,11 @@ def test_a_sweep_that_cannot_be_is_refused(slurm, sweep, tmp_path, options, file
     while slurm.job(array)["JobState"] not in FINAL:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert (tmp_path / "log").read_text().startswith("sweep.sbatch: " + message.format(file=tmp_path / file))
+    assert (
+        (tmp_path / "log")
+        .read_text()
+        .startswith("sweep.sbatch: " + message.format(file=tmp_path / file))
+    )
     assert slurm.job(array)["ExitCode"] == "64:0"
 
 
@@ -122,7 +145,9 @@ def test_only_the_task_that_was_stopped_is_requeued(slurm, sweep, tmp_path):
     file = tmp_path / "seeds.txt"
     file.write_text("seed=1\nseed=2\n")
     array = sweep(["--array=1-2"], file)
-    last = next(task for task in (1, 2) if slurm.job(f"{array}_{task}")["JobId"] == array)  # also the array's id
+    last = next(
+        task for task in (1, 2) if slurm.job(f"{array}_{task}")["JobId"] == array
+    )  # also the array's id
     metrics = tmp_path / f"runs/seeds-{last}/metrics.jsonl"
     deadline = time.monotonic() + 90
     while not (metrics.exists() and metrics.read_text().count("\n") > 3):
@@ -131,4 +156,7 @@ def test_only_the_task_that_was_stopped_is_requeued(slurm, sweep, tmp_path):
     slurm.run("ctl", "scancel", "--batch", "--signal=USR1", f"{array}_{last}")
     ended = outcomes(slurm, array, range(1, 3))
     assert {state for state, _ in ended.values()} == {"COMPLETED"}
-    assert {task: slurm.job(f"{array}_{task}")["Restarts"] for task in (1, 2)} == {last: "1", 3 - last: "0"}
+    assert {task: slurm.job(f"{array}_{task}")["Restarts"] for task in (1, 2)} == {
+        last: "1",
+        3 - last: "0",
+    }

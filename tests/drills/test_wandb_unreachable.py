@@ -10,15 +10,27 @@ from tests.drills.wandb_server import WandbServer
 
 pytestmark = pytest.mark.drill
 
-STEPS = {"init": 12, "middle": 60, "finish": 12}  # to have a middle, a run must last longer than wandb's start
+STEPS = {
+    "init": 12,
+    "middle": 60,
+    "finish": 12,
+}  # to have a middle, a run must last longer than wandb's start
 
 
 def _start(new_job, name, steps, server=None):
     """One rank on one core: runs beside each other must not slow each other's steps by fighting for threads."""
     env, wandb = {}, "disabled"
     if server:
-        env, wandb = {"WANDB_MODE": "online", "WANDB_API_KEY": "c" * 40, "WANDB_BASE_URL": server.url}, "online"
-    overrides = (f"trainer.max_steps={steps}", "trainer.epochs=9", "data.limit_train=96", f"logger.wandb={wandb}")
+        env, wandb = (
+            {"WANDB_MODE": "online", "WANDB_API_KEY": "c" * 40, "WANDB_BASE_URL": server.url},
+            "online",
+        )
+    overrides = (
+        f"trainer.max_steps={steps}",
+        "trainer.epochs=9",
+        "data.limit_train=96",
+        f"logger.wandb={wandb}",
+    )
     cores = sorted(os.sched_getaffinity(0))
     core = cores[sum(name.encode()) % len(cores)]
     launcher = ["taskset", "-c", str(core), str(PROJECT / "launch/local.sh")]
@@ -51,9 +63,13 @@ def _steps_s(job):
 @pytest.mark.parametrize("when", STEPS)
 def test_d36_a_server_of_wandbs_that_fails_costs_the_run_nothing(new_job, when, measured):
     began = time.monotonic()
-    servers = {fault: WandbServer(fault if when == "init" else "work") for fault in WandbServer.FAULTS}
+    servers = {
+        fault: WandbServer(fault if when == "init" else "work") for fault in WandbServer.FAULTS
+    }
     steps = STEPS[when]
-    jobs = {fault: _start(new_job, fault, steps, servers.get(fault)) for fault in ("plain", *servers)}
+    jobs = {
+        fault: _start(new_job, fault, steps, servers.get(fault)) for fault in ("plain", *servers)
+    }
     is_due = {
         "init": lambda job, server: False,
         "middle": lambda job, server: job.step() and server.num_runs,
@@ -76,5 +92,7 @@ def test_d36_a_server_of_wandbs_that_fails_costs_the_run_nothing(new_job, when, 
             assert list(job.run_dir.glob("wandb/offline-run-*/*.wandb"))
         job.until(lambda job=job: not job.processes(), 30, "the end of all processes")
     measured["start later by, s"] = round(max(first_row.values()) - first_row["plain"], 1)
-    measured["steps longer by, s"] = round(max(map(_steps_s, jobs.values())) - _steps_s(jobs["plain"]), 1)
+    measured["steps longer by, s"] = round(
+        max(map(_steps_s, jobs.values())) - _steps_s(jobs["plain"]), 1
+    )
     measured["end later by, s"] = round(max(ended.values()) - ended["plain"], 1)

@@ -40,8 +40,16 @@ class WandbServer:
         self.num_runs += asked.get("operationName") == "UpsertBucket"
         variables = asked.get("variables", {})
         project = {"id": "1", "name": variables.get("project"), "entity": {"id": "1", "name": "us"}}
-        bucket = {"id": "1", "name": variables.get("name"), "displayName": variables.get("name"), "project": project}
-        files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables.get("files") or []]
+        bucket = {
+            "id": "1",
+            "name": variables.get("name"),
+            "displayName": variables.get("name"),
+            "project": project,
+        }
+        files = [
+            {"name": name, "uploadUrl": f"{self.url}/upload/{name}"}
+            for name in variables.get("files") or []
+        ]
         return {
             "data": {
                 "upsertBucket": {"bucket": bucket, "inserted": True},

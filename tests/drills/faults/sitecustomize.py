@@ -25,14 +25,18 @@ def _faults() -> list[tuple[str, dict[str, Any]]]:
     for fault in filter(None, map(str.strip, _TEXT.split(";"))):
         name, *pairs = fault.split()
         texts = dict(pair.split("=") for pair in pairs)
-        values = {key: text if key in ("at", "when") else float(text) for key, text in texts.items()}
+        values = {
+            key: text if key in ("at", "when") else float(text) for key, text in texts.items()
+        }
         if values.get("rank", -1) in (-1, int(os.environ["RANK"])):
             found.append((name, values))
     return found
 
 
 def _kill(event: str, arguments: tuple) -> None:
-    if event == "open" and any(name == "kill" and str(arguments[0]).endswith(v["at"]) for name, v in _faults()):
+    if event == "open" and any(
+        name == "kill" and str(arguments[0]).endswith(v["at"]) for name, v in _faults()
+    ):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -47,14 +51,16 @@ def _inject() -> None:
     import torch
 
     from alexnet_ddp.data.prefetch import Prefetcher
-    from alexnet_ddp.engine import TrainStep
+    from alexnet_ddp.training.step import TrainStep
 
     faults = _faults()
     call, start, finish = TrainStep.__call__, TrainStep.__post_init__, Prefetcher._finish
     now = {"step": 0}
 
     def active(wanted: str) -> list[dict[str, float]]:
-        return [v for name, v in faults if name == wanted and v.get("step", now["step"]) == now["step"]]
+        return [
+            v for name, v in faults if name == wanted and v.get("step", now["step"]) == now["step"]
+        ]
 
     def spoilt(grad: torch.Tensor) -> torch.Tensor:
         if active("gradient"):
@@ -67,9 +73,13 @@ def _inject() -> None:
         parameters = list(self.parallel_model.model.parameters())
         parameters[-2].register_hook(spoilt)
         self.parallel_model.model.register_forward_hook(
-            lambda module, args, out: out * active("scale")[0]["factor"] if active("scale") and module.training else out
+            lambda module, args, out: (
+                out * active("scale")[0]["factor"] if active("scale") and module.training else out
+            )
         )
-        for fault in active("unequal"):  # before the first step: a model that was loaded on one rank only
+        for fault in active(
+            "unequal"
+        ):  # before the first step: a model that was loaded on one rank only
             parameters[int(fault["parameter"])].data += 1
 
     def step(self: TrainStep, batches: object, k: int, *more: object) -> object:
@@ -79,7 +89,9 @@ def _inject() -> None:
             more = (*more[:-1], type(more[-1])(stop=True, save=more[-1].save, error=more[-1].error))
         for fault in active("flip"):  # one bit of one value of a parameter
             parameter = list(self.parallel_model.model.parameters())[int(fault["parameter"])].data
-            parameter.as_strided((parameter.numel(),), (1,)).view(torch.int32)[17] ^= 1 << int(fault["bit"])
+            parameter.as_strided((parameter.numel(),), (1,)).view(torch.int32)[17] ^= 1 << int(
+                fault["bit"]
+            )
         for fault in active("memory"):
             import resource
 

@@ -1,0 +1,135 @@
+"""What a network costs before it is placed anywhere: parameters, arithmetic, memory, layer by layer.
+
+Read off shapes on the meta device: nothing is computed, whatever the size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from alexnet_ddp.parallel.layers import worth_splitting
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module with parameters of its own, and its arithmetic for one image."""
+
+    name: str
+    parameters: int
+    flops: float  # forward; a multiply-add is two
+    backward_flops: (
+        float  # twice the forward; once for the first layer, whose input needs no gradient
+    )
+    inputs: int  # floats an image
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Network:
+    layers: tuple[Layer, ...]  # in the order of the forward pass
+    split: tuple[Layer, ...]  # those that a hybrid splits; none where it is not worth it
+    saved: int  # floats an image that the forward pass keeps for the backward pass
+
+    @property
+    def parameters(self) -> int:
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def train_flops(self) -> float:
+        """Of one image, forward and backward."""
+        return sum(layer.flops + layer.backward_flops for layer in self.layers)
+
+    @property
+    def split_parameters(self) -> int:
+        return sum(layer.parameters for layer in self.split)
+
+    @property
+    def exchanged(self) -> int:
+        """Floats an image that a hybrid's group exchanges forward, and again backward: 14,312 for AlexNet.
+
+        The first split layer's inputs are gathered, the later ones' outputs are summed and scattered.
+        """
+        return sum(layer.outputs for layer in self.split[1:]) + (
+            self.split[0].inputs if self.split else 0
+        )
+
+    @property
+    def crossover(self) -> float | None:
+        """Images of the global batch from which data parallel sends fewer bytes than a hybrid of the whole world.
+
+        2 (K-1) b exchanged = 2 (K-1) / K * split_parameters; 4,096 for AlexNet. None without split layers.
+        """
+        return self.split_parameters / self.exchanged if self.split else None
+
+
+def read_network(model: nn.Module, image_size: int, split: list[str] | None = None) -> Network:
+    """Run one image of `image_size` pixels through the shapes of `model`, which stays as it is.
+
+    split: names of the layers that a hybrid splits, in the order of the forward pass; None: worth_splitting().
+    """
+    calls: dict[str, tuple[nn.Module, int, int]] = {}
+    names = {
+        module: name
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(False))
+    }
+
+    def note(module: nn.Module, inputs: tuple, output: object) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        calls[names[module]] = (module, inputs[0].numel(), first.numel())
+
+    hooks = [module.register_forward_hook(note) for module in names]
+    was_training, saved = model.training, _Saved()
+    meta = {name: torch.empty_like(t, device="meta") for name, t in model.state_dict().items()}
+    for name, _ in model.named_parameters():
+        meta[name].requires_grad_()
+    counter = FlopCounterMode(display=False)
+    try:
+        image = torch.empty(1, 3, image_size, image_size, device="meta")
+        with counter, torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x):
+            torch.func.functional_call(model.eval(), meta, image)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    counts = {
+        name.partition(".")[2]: sum(c.values()) for name, c in counter.get_flop_counts().items()
+    }
+    layers: list[Layer] = []
+    for name, (module, inputs, outputs) in calls.items():
+        leaf = not any(True for _ in module.children())
+        flops = counts.get(name, 0) if leaf else 0
+        own = sum(p.numel() for p in module.parameters(recurse=False))
+        backward = 2 * flops if layers else flops
+        layers.append(Layer(name, own, flops, backward, inputs, outputs))
+    rest = sum(p.numel() for p in model.parameters()) - sum(layer.parameters for layer in layers)
+    flops = counter.get_total_flops() - sum(layer.flops for layer in layers)
+    if (
+        rest or flops
+    ):  # what no module's own forward pass tells, such as attention: as if ready last
+        layers.insert(0, Layer("others", rest, flops, 2 * flops, 0, 0))
+    wanted = worth_splitting(model) if split is None else split
+    chosen = tuple(layer for layer in layers if layer.name in wanted)
+    return Network(
+        tuple(layers), chosen, saved.floats - sum(t.numel() for t in meta.values() if saved.has(t))
+    )
+
+
+class _Saved:
+    """The distinct storages that autograd keeps."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Tensor] = {}  # kept alive, or an address could come back as another's
+
+    def pack(self, x: Tensor) -> Tensor:
+        self._kept[x.untyped_storage()._cdata] = x
+        return x
+
+    def has(self, x: Tensor) -> bool:
+        return x.untyped_storage()._cdata in self._kept
+
+    @property
+    def floats(self) -> int:
+        return sum(x.untyped_storage().nbytes() // 4 for x in self._kept.values())

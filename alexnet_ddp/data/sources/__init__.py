@@ -1,0 +1,1 @@
+"""Sources of images: what they contain and how it is found."""

@@ -1,0 +1,340 @@
+"""The images of a split: N images as a few arrays, never a Python object for each.
+
+The order is (label, file name), whatever holds the bytes, so the same data as folders or as archives is the same data
+set, and a position in it means the same image on every rank and after every restart.
+"""
+
+import errno
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from alexnet_ddp import rng
+from alexnet_ddp.data.image import read_file
+from alexnet_ddp.data.sources import scan
+from alexnet_ddp.data.sources.classes import BY_NAME, ClassOrder, class_difference
+from alexnet_ddp.data.sources.tars import ArchiveStore
+from alexnet_ddp.runtime.errors import DataError
+
+_CHECKED = (
+    50_000  # images of a cached index whose sizes are all compared with the files at each start
+)
+_SAMPLED = (
+    10_000  # at least so many, evenly spread, of a larger one: comparing 1.28 million takes 8 s
+)
+_THREADS = 8  # that list folders at once: network file systems answer slowly
+_NO_FILE = -1  # as a size: a link that leads nowhere
+
+
+@dataclass(frozen=True, eq=False)
+class FileStore:
+    """Images that are files below `root`."""
+
+    root: str
+    blob: np.ndarray  # uint8: the relative paths, one after the other
+    ends: np.ndarray  # int64 [N]: where each ends in blob
+    sizes: np.ndarray  # int64 [N]: bytes of each file when it was listed
+
+    @classmethod
+    def pack(cls, root: str, paths: Iterable[str], sizes: np.ndarray | None = None) -> "FileStore":
+        blob, ends = bytearray(), array("q")
+        for path in paths:
+            blob += os.fsencode(path)
+            ends.append(len(blob))
+        sizes = np.full(len(ends), _NO_FILE, np.int64) if sizes is None else sizes
+        return cls(root, np.frombuffer(blob, np.uint8), np.frombuffer(ends, np.int64), sizes)
+
+    @property
+    def nbytes(self) -> int:
+        return self.blob.nbytes + self.ends.nbytes + self.sizes.nbytes
+
+    def path(self, i: int) -> str:
+        """Relative to root."""
+        return os.fsdecode(self.blob[self.ends[i - 1] if i else 0 : self.ends[i]].tobytes())
+
+    def take(self, positions: np.ndarray) -> "FileStore":
+        return self.pack(self.root, map(self.path, positions.tolist()), self.sizes[positions])
+
+    def read(self, i: int) -> bytes:
+        return read_file(self.name(i))
+
+    def name(self, i: int) -> str:
+        return f"{self.root}/{self.path(i)}"
+
+
+@dataclass(frozen=True, eq=False)
+class SampleIndex:
+    """N images of C classes, sorted by (label, file name)."""
+
+    classes: list[str]  # in the order of the labels
+    labels: np.ndarray  # int32 [N]: positions in classes
+    store: FileStore | ArchiveStore
+    names: str = (
+        ""  # SHA-256 of the names CLASS/FILE, one a line; of a subset: the fingerprint of the whole
+    )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def nbytes(self) -> int:
+        return self.labels.nbytes + self.store.nbytes
+
+    def read(self, i: int) -> bytes:
+        """The encoded bytes of image `i`. DataError with its name when they cannot be had."""
+        try:
+            return self.store.read(i)
+        except OSError as error:
+            why = error.strerror or error
+            raise DataError(
+                f"{self.name(i)} cannot be read ({why}); put it back, or start again without it"
+            ) from error
+
+    def will_need(self, indices: np.ndarray) -> None:
+        """A hint that these images are read soon. Costs a microsecond an image; errors show when they are read."""
+        with suppress(OSError):
+            getattr(self.store, "will_need", _nothing)(indices)
+
+    def name(self, i: int) -> str:
+        """A path, or archive:member, for messages."""
+        return self.store.name(i)
+
+    def subset(self, n: int | None) -> "SampleIndex":
+        """The same `n` images each time, in the order they have here. All of them for None and for n >= N."""
+        if n is None or n >= len(self):
+            return self
+        kept = np.sort(rng.permutation(rng.fold(rng.SUBSET), len(self))[:n])
+        return SampleIndex(
+            self.classes, self.labels[kept], self.store.take(kept), self.fingerprint()
+        )
+
+    def fingerprint(self) -> str:
+        """ "v2:" and a SHA-256 (hex) of the classes, and of the label, the name CLASS/FILE and the size of each image.
+
+        It does not depend on where the images lie, nor on whether folders, archives or shards hold them. Resized or
+        encoded again for shards they have other sizes, and are other images. Not noticed: another image of equal size.
+        """
+        digest = hashlib.sha256(json.dumps([len(self), self.classes, self.names]).encode())
+        digest.update(self.labels.astype("<i4").tobytes())
+        digest.update(self.store.sizes.astype("<i8").tobytes())
+        return f"v2:{digest.hexdigest()}"
+
+
+def _nothing(indices: np.ndarray) -> None:
+    pass
+
+
+def index_folder(root: Path, split: str, order: ClassOrder = BY_NAME) -> SampleIndex:
+    """The images of root/split/CLASS/**, as torchvision's ImageFolder orders them, but without hidden entries.
+
+    Cached until a folder in root/split changes or an image has another size. What is left out is a warning; DataError
+    when root, split or every class is missing, when images lie outside of the classes, or when a class of `train` has
+    none.
+    """
+    top = Path(os.path.abspath(root)) / split
+    if not os.path.isdir(root):
+        raise DataError(f"data.root ({root}) is not a folder; give one that holds {split}/CLASS/*")
+    if not top.is_dir():
+        raise DataError(
+            f"data.root ({root}) holds no folder {split}; lay the images out as {split}/CLASS/*"
+        )
+
+    def build(stamps: scan.Stamps) -> scan.Arrays:
+        return _scan_split(str(top), stamps, order)
+
+    try:
+        found = scan.cached(
+            "folder", top, build, order.key(), lambda arrays: _is_current(top, arrays)
+        )
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or top} cannot be read ({error.strerror}); check its permissions"
+        ) from error
+    scan.report(found)
+    names = scan.from_json(found["names"])
+    return SampleIndex(scan.from_json(found["classes"]), found["labels"], _store(top, found), names)
+
+
+def list_images(top: str) -> tuple[list[str], list[str]]:
+    """(the images below the folder `top`, notes about what was left out), by the rules that training follows."""
+    try:
+        listed = _list_class(top.rstrip("/") or "/")
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or top} cannot be read ({error.strerror}); check its permissions"
+        ) from error
+    return listed.paths, listed.ignored.notes()
+
+
+def _store(top: Path, found: scan.Arrays) -> FileStore:
+    return FileStore(str(top), found["blob"], found["ends"], found["sizes"])
+
+
+def _is_current(top: Path, found: scan.Arrays) -> bool:
+    """Whether the files still have the sizes in the index: rewriting a file leaves the times of its folder unchanged.
+
+    All files of a small index are compared, and their number in each folder, in case a file system keeps no times for
+    folders. Of a larger index an evenly spread sample is compared.
+    """
+    store, sizes = _store(top, found), found["sizes"].tolist()
+    n, entries = len(sizes), scan.from_json(found["entries"])
+    if n <= _CHECKED and any(len(os.listdir(folder)) != count for folder, count in entries.items()):
+        return False
+    return all(
+        _size_of(store.name(i)) == sizes[i]
+        for i in range(0, n, 1 if n <= _CHECKED else n // _SAMPLED)
+    )
+
+
+def _size_of(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return _NO_FILE
+
+
+def names_digest(names: Iterable[str]) -> str:
+    """SHA-256 (hex) of names, one a line, as names.txt of shards holds them."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(f"{name}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _scan_split(top: str, stamps: scan.Stamps, order: ClassOrder) -> scan.Arrays:
+    ignored, paths, sizes, counts, entries = (
+        scan.Ignored(),
+        [],
+        array("q"),
+        [],
+        {top: len(os.listdir(top))},
+    )
+    classes = order.arrange(_class_names(top, stamps, ignored), top)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        lists = pool.map(lambda name: _list_class(f"{top}/{name}"), classes)
+        for listed in scan.watched(lists, len(classes), f"indexing {top}"):
+            stamps |= listed.stamps
+            ignored.merge(listed.ignored)
+            entries |= listed.entries
+            counts.append(len(listed.sizes))
+            sizes += listed.sizes
+            paths += [path[len(top) + 1 :] for path in listed.paths]
+    store = FileStore.pack(top, paths, np.frombuffer(sizes, np.int64))
+    empty = [name for name, count in zip(classes, counts) if not count]
+    if empty and (len(empty) == len(classes) or os.path.basename(top) == "train"):
+        raise DataError(
+            f"{top} holds no images of {scan.listed(empty)}; add some to its folder, or remove it"
+        )
+    notes = ignored.notes() + [f"{top} holds no images of {scan.listed(empty)}"] * bool(empty)
+    labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
+    texts = {"classes": classes, "notes": notes, "names": names_digest(paths), "entries": entries}
+    arrays = {"labels": labels, "blob": store.blob, "ends": store.ends, "sizes": store.sizes}
+    return arrays | {key: scan.to_json(value) for key, value in texts.items()}
+
+
+def _class_names(top: str, stamps: scan.Stamps, ignored: scan.Ignored) -> list[str]:
+    """Unordered."""
+    stamps[top] = scan.stamp(top)
+    classes, stray = [], []
+    with os.scandir(top) as entries:
+        for name, is_folder in sorted((entry.name, _is_folder(entry)) for entry in entries):
+            if is_folder and name.startswith("."):
+                ignored.add("hidden", f"{top}/{name}")
+            elif is_folder:
+                classes.append(name)
+            elif ignored.accepts(name, top):
+                ignored.add("outside of the class folders", f"{top}/{name}")
+                stray.append(name)
+    if not classes:
+        lies = f"{len(stray):,} images but no class folders" if stray else "no class folders"
+        remedy = f"move the images into {top}/CLASS/"
+        if stray and stray[0].startswith("ILSVRC2012_val_"):
+            remedy = "keep ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz: data=imagenet reads them in place"
+        raise DataError(f"{top} holds {lies}; {remedy}")
+    return classes
+
+
+@dataclass
+class _Listed:
+    """The images of a class."""
+
+    paths: list[str]  # sorted by folder, then by name
+    sizes: "array[int]"  # bytes
+    stamps: scan.Stamps  # of its folders
+    entries: dict[str, int]  # of its folders: how many entries each has
+    ignored: scan.Ignored
+
+
+def _list_class(top: str) -> _Listed:
+    """The images of `top` and of every visible folder below it, in the order of sorted(os.walk(top)).
+
+    Links are followed; one that leads back to a folder above it is a DataError, since it has no end.
+    """
+    listed = _Listed([], array("q"), {}, {}, scan.Ignored())
+    found: list[tuple[str, list[tuple[str, int]]]] = []
+    todo: list[tuple[str, frozenset[str]]] = [(top, frozenset())]
+    while todo:
+        folder, above = todo.pop()
+        listed.stamps[folder], here = scan.stamp(folder), os.path.realpath(folder)
+        if here in above:
+            raise DataError(
+                f"{folder} links to a folder that contains it, without end; remove that link"
+            )
+        images, count = [], 0
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                count += 1
+                if not _is_folder(entry):
+                    if listed.ignored.accepts(entry.name, folder):
+                        images.append((entry.name, _entry_size(entry)))
+                elif entry.name.startswith("."):
+                    listed.ignored.add("hidden", entry.path)
+                else:
+                    todo.append((entry.path, above | {here}))
+        listed.entries[folder] = count
+        found.append((folder, sorted(images)))
+    for folder, images in sorted(found):
+        listed.paths += [f"{folder}/{name}" for name, _ in images]
+        listed.sizes.extend(size for _, size in images)
+    return listed
+
+
+_LEADS_NOWHERE = (
+    errno.ENOENT,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)  # of a link: it is a bad image, not a bad folder
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno in _LEADS_NOWHERE:
+            return False
+        raise
+
+
+def _entry_size(entry: os.DirEntry) -> int:
+    try:
+        return entry.stat().st_size
+    except OSError as error:
+        if error.errno in _LEADS_NOWHERE:
+            return _NO_FILE
+        raise
+
+
+def check_same_classes(train: SampleIndex, val: SampleIndex) -> None:
+    """DataError naming the classes that only one of the two has."""
+    remedy = "add or remove these class folders"
+    differ = class_difference("train", train.classes, "val", val.classes, remedy)
+    if differ:
+        raise DataError(f"train and val must have the same classes, but {differ}")

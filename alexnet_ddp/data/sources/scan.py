@@ -1,0 +1,183 @@
+"""Looking at a disk once: walks through folders and tar archives, and the cache that remembers what they found.
+
+The one rule: a name found here is compared, sorted and shown; it never becomes a path that something is written to.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from alexnet_ddp.runtime.printing import printable
+
+# torchvision's ImageFolder takes the same ones.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+Arrays = dict[str, np.ndarray]
+Stamps = dict[str, list[int]]
+T = TypeVar("T")
+
+_FORMAT = 3  # of the cached arrays: another number, another file
+_FRESH_NS = 2_000_000_000  # what changed so recently may change again within one tick of the file system's clock
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Ignored:
+    """What an index leaves out: a count and an example for each reason."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, reason: str, example: str) -> None:
+        self.counts[reason] += 1
+        self.examples.setdefault(reason, example)
+
+    def merge(self, other: "Ignored") -> None:
+        self.counts += other.counts
+        self.examples = other.examples | self.examples
+
+    def accepts(self, name: str, where: str, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
+        """Whether `name` is that of a visible image; if not, it is counted."""
+        if name.startswith("."):
+            self.add("hidden", f"{where}/{name}")
+        elif not name.lower().endswith(suffixes):
+            self.add("other types", f"{where}/{name}")
+        else:
+            return True
+        return False
+
+    def notes(self) -> list[str]:
+        return [
+            f"ignored {n:,} entries ({reason}), such as {self.examples[reason]}"
+            for reason, n in self.counts.items()
+        ]
+
+
+def report(found: Arrays) -> None:
+    """Log what a scan left out, in the run that scanned and in those that read its cache."""
+    for note in from_json(found["notes"]):
+        log.warning(note)
+
+
+def listed(names: list[str]) -> str:
+    """At most five names, and the number of the others."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+
+
+def watched(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """Pass `items` on. If that takes more than a second, and stderr is a terminal, a progress bar shows it."""
+    from alexnet_ddp.runtime.terminal import progress_bar  # slow to import
+
+    bar = progress_bar()
+    task, begin = bar.add_task(printable(what), total=total), time.monotonic()
+    try:
+        for item in items:
+            yield item
+            bar.advance(task)
+            if bar.console.is_terminal and not bar.live.is_started and time.monotonic() - begin > 1:
+                bar.start()
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
+def to_json(value: Any) -> np.ndarray:
+    """`value` as JSON in a uint8 array, so that .npz files hold no pickles."""
+    return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+
+
+def from_json(array: np.ndarray) -> Any:
+    return json.loads(array.tobytes())
+
+
+def stamp(path: str | Path) -> list[int]:
+    """[size in bytes, mtime in ns, ctime in ns, inode] of a file or folder.
+
+    Modification times can be set (tar, rsync and cp -p do so), so they alone do not show that another file or folder
+    took the place of the first. A file system that changes inode numbers with each mount costs a new scan, no more.
+    """
+    found = os.stat(path)
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def cached(
+    kind: str,
+    path: Path,
+    build: Callable[[Stamps], Arrays],
+    variant: str = "",
+    is_current: Callable[[Arrays], bool] = lambda arrays: True,
+) -> Arrays:
+    """The arrays that `build` makes of `path`, from the user's cache if nothing they were made of has changed.
+
+    `build` puts the `stamp` of each file or folder it reads into the dict it is given, before it reads. `variant` names
+    the options of `build`. `is_current` checks what no stamp shows. A cache that is damaged or cannot be written costs
+    a line in the log and the time to build again, never the run. Any number of processes may do this at once: files
+    appear by rename, complete.
+    """
+    file = _cache_file(kind, path, variant)
+    arrays = _load(file) if file else None
+    if arrays is None or not is_current(arrays):
+        stamps: Stamps = {}
+        begin = time.time_ns()
+        arrays = build(stamps)
+        if file and all(mtime < begin - _FRESH_NS for _, mtime, *_ in stamps.values()):
+            _save(file, arrays | {"stamps": to_json(stamps)})
+    return arrays
+
+
+def _cache_file(kind: str, path: Path, variant: str) -> Path | None:
+    what = f"{_FORMAT}\0{kind}\0{variant}\0".encode(errors="surrogateescape")
+    key = hashlib.sha256(what + os.fsencode(os.path.abspath(path))).hexdigest()
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        base = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
+    except RuntimeError:  # a user without a home, as in some containers
+        return None
+    return base / "alexnet_ddp" / "index" / f"{kind}-{key[:32]}.npz"
+
+
+def _load(file: Path) -> Arrays | None:
+    try:
+        with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as found:
+            if any(stamp(path) != value for path, value in from_json(found["stamps"]).items()):
+                return None
+            return {name: found[name] for name in found.files if name != "stamps"}
+    except FileNotFoundError:  # no cache yet, or something it was made of is gone
+        return None
+    except Exception as error:  # damaged bytes can raise nearly anything in zipfile and numpy
+        log.warning(
+            "the index in %s is unreadable (%s: %s): building it again",
+            file,
+            type(error).__name__,
+            error,
+        )
+        return None
+
+
+def _save(file: Path, arrays: Arrays) -> None:
+    draft = file.with_name(f".{file.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(draft, "wb") as stream:
+            np.savez(stream, **arrays)  # with a CRC for each array, so a torn file is noticed
+        os.replace(draft, file)
+    except OSError as error:
+        log.warning(
+            "the index cannot be cached in %s (%s): the next start builds it again",
+            file.parent,
+            error,
+        )
+        with suppress(OSError):
+            draft.unlink()

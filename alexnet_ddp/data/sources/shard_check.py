@@ -1,0 +1,122 @@
+"""Whether shards are those that index.json was written for: an interrupted copy leaves files of two preparations.
+
+Sizes alone do not show that, for all shards of raw images have one size. The first and the last image of each shard
+are compared with their CRC-32, and the small files with their SHA-256. `prepare action=verify` reads every byte.
+"""
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alexnet_ddp.data.sources import scan
+from alexnet_ddp.data.sources.shard_index import INDEX
+from alexnet_ddp.data.sources.tars import pread
+from alexnet_ddp.data.storage import Storage
+from alexnet_ddp.runtime.errors import DataError
+
+REMEDY = "copy all files again from one preparation, or prepare the shards again"
+
+_THREADS = 8  # that read shards at once: network file systems answer slowly
+
+
+def check_split(storage: Storage, entry: dict[str, Any], split: str, samples: np.ndarray) -> None:
+    """Raises DataError naming a local file that is from another preparation than `entry`, the split's in index.json.
+
+    What was found right is not read again while size, times and inode of the files are the same.
+    """
+
+    def build(stamps: scan.Stamps) -> scan.Arrays:
+        small = [f"{split}.samples.npy", f"{split}.names.txt", *stats_of(storage, split)]
+        shards = [storage.path(shard["name"]) for shard in entry["shards"]]
+        stamps |= {path: scan.stamp(path) for path in (*map(storage.path, small), *shards)}
+        for name in small:
+            check_file(storage, name, entry, storage.sha256(name))
+        wrong = wrong_shards(samples, shards)
+        if wrong:
+            names = scan.listed([f"{shards[k]} ({why})" for k, why in sorted(wrong.items())])
+            how = f"{names} of {len(shards):,} shards" if len(wrong) > 1 else names
+            raise DataError(f"{how} do not match {split}.samples.npy and {INDEX}; {REMEDY}")
+        return {}
+
+    what = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
+    try:
+        scan.cached("shards", Path(storage.path(f"{split}.samples.npy")), build, what)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or storage.root} cannot be read ({error.strerror}); {REMEDY}"
+        ) from error
+
+
+def stats_of(storage: Storage, split: str) -> list[str]:
+    """The file of the colours, if it is there: training does without it, but not with another preparation's."""
+    name = f"{split}.stats.json"
+    return [name] if storage.size(name) is not None else []
+
+
+def check_file(storage: Storage, name: str, entry: dict[str, Any], sha256: str) -> None:
+    """Raises DataError if `sha256` is not the one that index.json has for the file."""
+    if sha256 != entry["files"][name]:
+        raise DataError(
+            f"{storage.path(name)} is not the one that {INDEX} was written for; {REMEDY}"
+        )
+
+
+def wrong_shards(
+    samples: np.ndarray, paths: list[str], only: Iterable[int] | None = None
+) -> dict[int, str]:
+    """Shard -> what is wrong, for those whose first or last image is not that of `samples`.
+
+    paths: a local file for each shard; only: the shards to look at, by default all.
+    """
+    ends = _ends(samples, len(paths))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        shards = list(ends if only is None else ends.keys() & set(only))
+        found = pool.map(lambda shard: _problem(paths[shard], ends[shard]), shards)
+        return {shard: problem for shard, problem in zip(shards, found) if problem}
+
+
+def _ends(samples: np.ndarray, num_shards: int) -> dict[int, list[tuple[int, int, int]]]:
+    """Shard -> (offset, size, CRC-32) of its first and of its last image."""
+    shards, offsets = (
+        np.ascontiguousarray(samples["shard"]),
+        np.ascontiguousarray(samples["offset"]),
+    )
+    if len(shards) and int(shards.max()) >= num_shards:
+        raise DataError(
+            f"an image is in shard {shards.max():,}, and {INDEX} has {num_shards:,}; {REMEDY}"
+        )
+    first, last = (
+        np.full(num_shards, np.iinfo(np.uint64).max, np.uint64),
+        np.zeros(num_shards, np.uint64),
+    )
+    np.minimum.at(first, shards, offsets)
+    np.maximum.at(last, shards, offsets)
+    rows = np.flatnonzero((offsets == first[shards]) | (offsets == last[shards]))
+    _, one_each = np.unique(np.stack([shards[rows], offsets[rows]]), axis=1, return_index=True)
+    found: dict[int, list[tuple[int, int, int]]] = {}
+    for shard, offset, size, *_, crc in samples[rows[one_each]].tolist():
+        found.setdefault(shard, []).append((offset, size, crc))
+    return found
+
+
+def _problem(path: str, images: list[tuple[int, int, int]]) -> str | None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            wrong = [
+                offset
+                for offset, size, crc in images
+                if zlib.crc32(pread(descriptor, size, offset)) != crc
+            ]
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    return f"other bytes at {wrong[0]:,}" if wrong else None

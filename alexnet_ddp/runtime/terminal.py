@@ -1,0 +1,86 @@
+"""Tables and progress bars. Text is never rich's markup: a class named "cat [male]" or ":smile:" is shown as it is.
+
+Other modules use these classes instead of rich's own; tests/test_architecture.py checks that.
+"""
+
+import sys
+from typing import Any
+
+from rich import box
+from rich.console import Console as RichConsole
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from alexnet_ddp.runtime.printing import discard, escape_unencodable, printable
+
+__all__ = [
+    "BarColumn",
+    "Console",
+    "MofNCompleteColumn",
+    "Table",
+    "TimeRemainingColumn",
+    "column",
+    "progress_bar",
+]
+
+_NO_LIMIT = 1_000_000  # characters: a table in a file or a pipe is as wide as its longest names
+
+
+class Console(RichConsole):
+    """Prints text as it is. Outside of a terminal nothing is wrapped or cut.
+
+    width: characters, outside of a terminal.
+    """
+
+    def __init__(self, stderr: bool = False, width: int = _NO_LIMIT) -> None:
+        stream = sys.stderr if stderr else sys.stdout
+        escape_unencodable(stream)
+        limit = None if stream.isatty() else width
+        super().__init__(stderr=stderr, width=limit, markup=False, emoji=False, highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        """The reader has gone. rich would exit with 1; the command has its own exit code."""
+        discard(self.file)
+
+
+class Table(RichTable):
+    """A table of plain text. Cells that are too wide for the terminal are folded, not cut."""
+
+    def __init__(self, *headings: str, title: str | None = None, is_compact: bool = False) -> None:
+        shown = (
+            None if title is None else Text(printable(title), style="table.title", justify="center")
+        )
+        style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
+        super().__init__(title=shown, **(style if is_compact else {}))
+        for heading in headings:
+            self.add_column(heading)
+
+    def add_column(self, header: str = "", **options: Any) -> None:
+        super().add_column(Text(printable(header, keep="\n")), **{"overflow": "fold"} | options)
+
+    def add_row(self, *cells: str, style: str | None = None) -> None:
+        super().add_row(*(Text(printable(cell)) for cell in cells), style=style)
+
+
+def column(template: str) -> TextColumn:
+    """A column of a progress bar, such as "{task.description}"."""
+    return TextColumn(template, markup=False)
+
+
+def progress_bar(*columns: ProgressColumn, **options: Any) -> Progress:
+    """A bar on stderr that disappears when it is done."""
+    columns = columns or (
+        column("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), transient=True, **options)

@@ -1,0 +1,111 @@
+"""Sums and counts, until someone reads them. Means are made where a row is written, never averaged again."""
+
+import time
+
+import torch
+from torch import Tensor
+
+from alexnet_ddp.runtime.distributed import sum_over_ranks
+
+_SUMS = ("loss", "correct1", "correct5", "images")
+
+
+class Meter:
+    """Sums over images. They stay on the device until read(); float64, so that counts are exact to 2**53.
+
+    `local` is what this rank has added since.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.local = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
+        self._total = torch.zeros(len(_SUMS), dtype=torch.float64)
+
+    def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """loss_sum: a scalar, summed over the n images; logits: [n, classes]; labels: int64 [n]. Waits for nothing."""
+        images, correct1, correct5 = correct_counts(logits.detach(), labels).sum(0)
+        self.local += torch.stack([loss_sum.detach().double(), correct1, correct5, images])
+
+    def read(self) -> dict[str, float]:
+        """Collective. The sums over all ranks since the last reset(). Waits for the device."""
+        self._total += sum_over_ranks(self.local).cpu()
+        self.local.zero_()
+        return dict(zip(_SUMS, self._total.tolist()))
+
+    def load(self, sums: dict[str, float]) -> None:
+        self._total = torch.tensor([sums[name] for name in _SUMS], dtype=torch.float64)
+
+    def reset(self) -> None:
+        self._total.zero_()
+
+
+def correct_counts(logits: Tensor, labels: Tensor) -> Tensor:
+    """int64 [n, 3]: 1, correct at 1, correct at 5."""
+    found = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return torch.stack([torch.ones_like(labels), found[:, 0], found.any(1)], dim=1)
+
+
+def train_row(sums: dict[str, float]) -> dict[str, float]:
+    """loss: mean over the images; top1: percent. Nothing where no step was applied."""
+    if sums["images"] == 0:
+        return {}
+    return {
+        "train/loss": sums["loss"] / sums["images"],
+        "train/top1": 100 * sums["correct1"] / sums["images"],
+    }
+
+
+def evaluation_row(sums: dict[str, float]) -> dict[str, float | int]:
+    """Means and percentages for people, integers for exactness."""
+    n = int(sums["images"])
+    correct1, correct5 = int(sums["correct1"]), int(sums["correct5"])
+    return {
+        "val/loss": sums["loss"] / n,
+        "val/top1": 100 * correct1 / n,
+        "val/top5": 100 * correct5 / n,
+        "val/num_images": n,
+        "val/correct1": correct1,
+        "val/correct5": correct5,
+    }
+
+
+class Throughput:
+    """How fast, since the last row."""
+
+    def __init__(self) -> None:
+        self._began, self._images, self._bad, self._steps, self._waited_s = (
+            time.monotonic(),
+            0,
+            0,
+            0,
+            0.0,
+        )
+
+    def add(self, planned: int, seen: int) -> None:
+        """Images of a step: as planned, and as could be read."""
+        self._images += seen
+        self._bad += planned - seen
+        self._steps += 1
+
+    @property
+    def steps(self) -> int:
+        return self._steps
+
+    def pause(self, seconds: float) -> None:
+        """Leave out what is no training: an evaluation, a checkpoint."""
+        self._began += seconds
+
+    def row(self, waited_s: float) -> dict[str, float]:
+        """images/s over all ranks; seconds of a step, and those of them that this rank waited for data.
+
+        waited_s: its sum since the start.
+        """
+        now = time.monotonic()
+        row = {
+            "train/images_per_sec": self._images / max(1e-9, now - self._began),
+            "time/step_s": (now - self._began) / max(1, self._steps),
+            "time/data_s": (waited_s - self._waited_s) / max(1, self._steps),
+        }
+        if self._bad:
+            row["data/num_bad_images"] = self._bad
+        self._began, self._images, self._bad, self._steps, self._waited_s = now, 0, 0, 0, waited_s
+        return row
