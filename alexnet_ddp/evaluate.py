@@ -41,8 +41,8 @@ from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.signals import StopSignal
 from alexnet_ddp.runtime.terminal import Console, Table
 from alexnet_ddp.tracking import read_classes
+from alexnet_ddp.training.evaluation import Evaluation, evaluate
 from alexnet_ddp.training.precision import check_precision
-from alexnet_ddp.training.step import Evaluation, evaluate
 
 log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
 
@@ -77,7 +77,7 @@ def main(cfg: Config, overrides: list[str]) -> None:
         result = evaluate(model, batches, cfg.trainer, num_classes, world, StopSignal())
         if result is None:
             raise Preempted("stopped before the evaluation was complete; start it again")
-        bad = sorted(one.reason for one in distributed.gather_objects(result.bad))
+        bad = sorted(one.reason for one in distributed.gather_objects(result.skipped))
         if bad:
             log.warning(
                 "%d images could not be read and do not count, such as %s", len(bad), bad[0]

@@ -24,8 +24,9 @@ from alexnet_ddp.data.sampler import GlobalBatchSampler, Work
 from alexnet_ddp.model import set_dropout_keys
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.printing import say
-from alexnet_ddp.training.build import Training
+from alexnet_ddp.training.parts import TrainingParts
 from alexnet_ddp.training.precision import autocast
+from alexnet_ddp.training.setup import RunSetup
 from alexnet_ddp.training.step import TrainStep, cross_entropy
 from alexnet_ddp.training.vote import StepVote
 
@@ -49,13 +50,13 @@ def replay(cfg: Config, overrides: list[str]) -> None:
             raise ConfigError(
                 f"replay takes one process, not {world.world_size}; start it without torchrun"
             )
-        training = Training(cfg, world, up_to=record["step"] - 1)
-        training.build()
-        loader, name = training.train_loader, training.data.train.name
-        again = Replay(training.train_step, training.sampler, loader, training.lr, name, exact)
-        for line in again.lines(record, training.state.step):
+        setup = RunSetup(cfg, world, up_to=record["step"] - 1)
+        parts = TrainingParts(setup)
+        loader, name = parts.train_loader, setup.data.train.name
+        again = Replay(parts.train_step, setup.sampler, loader, setup.lr, name, exact)
+        for line in again.lines(record, setup.state.step):
             say(line)
-        training.close()
+        parts.close()
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def ours(more: Callable[[], bool], ask: dict) -> None:
     """The trainer's own step, loader and agreement of the ranks included."""
     from alexnet_ddp import cli
     from alexnet_ddp.runtime import distributed
-    from alexnet_ddp.training.build import Training
+    from alexnet_ddp.training.parts import TrainingParts
+    from alexnet_ddp.training.setup import RunSetup
     from alexnet_ddp.training.vote import StepVote
 
     overrides = [
@@ -90,16 +91,17 @@ def ours(more: Callable[[], bool], ask: dict) -> None:
     with tempfile.TemporaryDirectory() as root:
         cfg = cli.compose([*overrides, f"run.root={root}"])
         with distributed.session(cfg.device) as world:
-            training = Training(cfg, world)
-            training.build()
+            setup = RunSetup(cfg, world)
+            training = TrainingParts(setup)
+            batches = training.batches(setup.state.step)
             if ask.get("record"):
                 keep(training, Path(ask["record"]), "start")
-                training.batches = recorded(training.batches, Path(ask["record"]), world.rank)
-            state = training.state
+                batches = recorded(batches, Path(ask["record"]), world.rank)
+            state = setup.state
             while more():
-                num_images = len(training.sampler.batch(state.step))
-                lr = training.lr(state.step)
-                training.train_step(training.batches, state.step, lr, num_images, StepVote())
+                num_images = len(setup.sampler.batch(state.step))
+                lr = setup.lr(state.step)
+                training.train_step(batches, state.step, lr, num_images, StepVote())
                 state.step += 1
             if ask.get("record"):
                 keep(training, Path(ask["record"]), "ours")
@@ -108,7 +110,7 @@ def ours(more: Callable[[], bool], ask: dict) -> None:
 
 def keep(training: object, folder: Path, name: str) -> None:
     """Collective. The parameters, by torchvision's names, from rank 0."""
-    tensors = training.tensors()["model"]
+    tensors = training.state_dict()["model"]
     whole = {
         key: t if isinstance(t, torch.Tensor) else t.part.whole(t.local)
         for key, t in tensors.items()

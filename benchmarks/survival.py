@@ -25,19 +25,20 @@ from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.signals import StopSignal
 from alexnet_ddp.runtime.watchdog import Watchdog
 from alexnet_ddp.tracking import RunStatus
-from alexnet_ddp.train import Run
-from alexnet_ddp.training.build import Training
-from alexnet_ddp.training.vote import StepOutcome
+from alexnet_ddp.training.parts import TrainingParts
+from alexnet_ddp.training.setup import RunSetup
+from alexnet_ddp.training.trainer import Trainer
+from alexnet_ddp.training.vote import VoteResult
 
 
-class NoHealth:
-    """In place of the health vector: everything is always well."""
+class NoExchange:
+    """In place of the vote: no rank ever objects."""
 
-    def begin(self, loss_sum, num_images, wish, late) -> None:
+    def start(self, loss_sum, num_images, vote, nonfinite_previous) -> None:
         self.num_images = num_images
 
-    def finish(self) -> StepOutcome:
-        return StepOutcome(False, False, False, False, False, self.num_images, 0.0)
+    def finish(self) -> VoteResult:
+        return VoteResult(False, False, False, False, False, self.num_images, 0.0)
 
 
 def main() -> None:
@@ -77,10 +78,10 @@ def measure(directory: Path, turns: int, steps: int, batch: int) -> list[dict]:
         Watchdog(cfg.trainer.hang_timeout_s, cfg.run_dir, world) as watchdog,
     ):
         cfg.run_dir.mkdir(parents=True)
-        training = Training(cfg, world)
-        training.build()
-        run = Run(cfg, training, world, RunStatus(cfg.run_dir, is_main=False), StopSignal())
-        run.prepare(watchdog, [])
+        setup = RunSetup(cfg, world)
+        parts = TrainingParts(setup, on_phase=watchdog.phase)
+        status = RunStatus(cfg.run_dir, is_main=False)
+        run = Trainer(setup, parts, [], watchdog, status, StopSignal())
         for _ in range(3):
             run.advance()
         with_all, without = [], []
@@ -90,8 +91,8 @@ def measure(directory: Path, turns: int, steps: int, batch: int) -> list[dict]:
                 without.append(seconds_a_step(run, steps))
         stalls = [stall(run) for _ in range(turns)]
         checks = [check(run) for _ in range(turns)]
-        training.checkpoints.close()
-        training.close()
+        setup.checkpoints.close()
+        parts.close()
     step, bare = statistics.median(with_all), statistics.median(without)
     each = statistics.median(a / b for a, b in zip(with_all, without)) - 1
     now_and_then = statistics.median(checks) / 1000 / bare + statistics.median(stalls) / 300
@@ -132,7 +133,7 @@ def row(mark: str | None, what: str, value: float, values: list[float]) -> dict:
     }
 
 
-def seconds_a_step(run: Run, steps: int) -> float:
+def seconds_a_step(run: Trainer, steps: int) -> float:
     began = time.perf_counter()
     for _ in range(steps):
         run.advance()
@@ -140,31 +141,31 @@ def seconds_a_step(run: Run, steps: int) -> float:
 
 
 @contextmanager
-def taken_out(run: Run):
+def taken_out(run: Trainer):
     """The same training without what watches it."""
-    train_step = run.training.train_step
-    kept = train_step._health, train_step._undo, train_step.on_phase, run.guard, run.watchdog
-    train_step._health, train_step.on_phase = NoHealth(), lambda phase: None
+    train_step = run.train_step
+    kept = train_step._exchange, train_step._undo, train_step.on_phase, run.guard, run.watchdog
+    train_step._exchange, train_step.on_phase = NoExchange(), lambda phase: None
     run.watchdog = Watchdog(None, run.cfg.run_dir, run.world)
     run.guard = type("NoGuard", (), {"watch": lambda self, step, loss: None})()
-    train_step._undo = type(
-        "NoUndo", (), {"mark": lambda self: None, "back": lambda self, bad: None}
+    train_step._before = type(
+        "NoSnapshot", (), {"snapshot": lambda self: None, "restore": lambda self, bad: None}
     )()
     yield
-    train_step._health, train_step._undo, train_step.on_phase, run.guard, run.watchdog = kept
+    train_step._exchange, train_step._undo, train_step.on_phase, run.guard, run.watchdog = kept
 
 
-def stall(run: Run) -> float:
+def stall(run: Trainer) -> float:
     run.checkpoints.poll(wait=True)
     began = time.perf_counter()
-    run.checkpoints.save(RunState(step=run.state.step), run.training.tensors(), is_last=False)
+    run.checkpoints.save(RunState(step=run.state.step), run.parts.state_dict(), is_last=False)
     return time.perf_counter() - began
 
 
-def check(run: Run) -> float:
+def check(run: Trainer) -> float:
     run.checkpoints.poll(wait=True)
     began = time.perf_counter()
-    tensors = {name: t for group in run.training.tensors().values() for name, t in group.items()}
+    tensors = {name: t for group in run.parts.state_dict().values() for name, t in group.items()}
     run.replicas._compare(0, tensors)  # in a world of one: the sums, and no message
     return time.perf_counter() - began
 

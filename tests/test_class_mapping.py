@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import safetensors
 import torch
+from alexnet_ddp.parts.parts import TrainingParts
+from alexnet_ddp.parts.setup import RunSetup
 from PIL import Image
 
 from alexnet_ddp import evaluate, predict
@@ -23,7 +25,6 @@ from alexnet_ddp.data.sources.sets import ImageSets, open_data
 from alexnet_ddp.model import build_model
 from alexnet_ddp.runtime.distributed import World, session
 from alexnet_ddp.runtime.errors import DataError
-from alexnet_ddp.training.build import Training
 from tests.ranks import run_ranks
 
 HEAD = ("classifier.3.weight", "classifier.3.bias")
@@ -72,27 +73,25 @@ def config(root: Path, *more: str) -> Config:
 
 def saved(cfg: Config, world: World, step: int = 1) -> dict[str, dict[str, torch.Tensor]]:
     """A checkpoint of `cfg` after `step`, with moments and averages that differ in each row. Its tensors."""
-    training = Training(cfg, world)
-    training.build()
-    for state in training.optimizer.state.values():
+    parts = TrainingParts(RunSetup(cfg, world))
+    for state in parts.optimizer.state.values():
         for moment in state.values():
             moment.uniform_(1, 2) if moment.dim() else moment.fill_(9)
-    for average in training.train_step.ema._average.values():
+    for average in parts.ema._average.values():
         average.uniform_(1, 2)
-    training.state.step = step
-    training.checkpoints.prepare(training.tensors())
-    assert training.checkpoints.save(training.state, training.tensors(), is_last=True) is None
-    tensors = training.tensors()
-    training.checkpoints.close()
-    training.close()
+    parts.setup.state.step = step
+    parts.setup.checkpoints.prepare(parts.state_dict())
+    assert parts.setup.checkpoints.save(parts.setup.state, parts.state_dict(), is_last=True) is None
+    tensors = parts.state_dict()
+    parts.setup.checkpoints.close()
+    parts.close()
     return tensors
 
 
-def resumed(cfg: Config, world: World) -> Training:
-    training = Training(cfg, world)
-    training.build()
-    training.close()
-    return training
+def resumed(cfg: Config, world: World) -> TrainingParts:
+    parts = TrainingParts(RunSetup(cfg, world))
+    parts.close()
+    return parts
 
 
 def test_class_names_are_recorded_in_the_checkpoint_and_in_its_files_of_weights(tmp_path, world):
@@ -118,7 +117,7 @@ def test_a_renamed_class_is_refused_by_name_and_with_allow_changes_the_other_row
     then = saved(config(tmp_path), world)
     rename(data, "a", "z")  # the first of three becomes the last
     with pytest.raises(ConfigError) as e:
-        Training(config(tmp_path), world)
+        RunSetup(config(tmp_path), world)
     assert "started as another run: the classes differ: class a is gone, class z is new" in str(
         e.value
     )
@@ -126,10 +125,10 @@ def test_a_renamed_class_is_refused_by_name_and_with_allow_changes_the_other_row
 
     caplog.clear()
     cfg = config(tmp_path, "resume.allow_changes=true")
-    training = resumed(cfg, world)
+    parts = resumed(cfg, world)
     line = "classes: 2 kept (m, q), 1 dropped (a), 1 new (z): rows of the head follow their class names"
     assert caplog.messages.count(line) == 1
-    now = training.tensors()
+    now = parts.state_dict()
     fresh = build_model(cfg.model, 3, 64, cfg.seed).state_dict()
     for name in HEAD:
         for stem, start in (("model", fresh[name]), ("ema", fresh[name])):
@@ -150,24 +149,23 @@ def test_a_class_may_be_added_and_one_removed_with_allow_changes(tmp_path, world
         shutil.copytree(data / split / "q", data / split / "b")
         shutil.copytree(data / split / "q", data / split / "c")
         shutil.rmtree(data / split / "m")
-    training = resumed(config(tmp_path, "resume.allow_changes=true"), world)  # a b c q
+    parts = resumed(config(tmp_path, "resume.allow_changes=true"), world)  # a b c q
     for name in HEAD:
-        assert torch.equal(training.tensors()["model"][name][[0, 3]], then["model"][name][[0, 2]])
-    assert training.state.best == {}
+        assert torch.equal(parts.state_dict()["model"][name][[0, 3]], then["model"][name][[0, 2]])
+    assert parts.setup.state.best == {}
 
 
 def test_the_best_evaluation_of_other_classes_is_forgotten(tmp_path, world):
     data, cfg = make_images(tmp_path), config(tmp_path)
-    training = Training(cfg, world)
-    training.build()
-    training.state.step = 1
-    training.state.note_evaluation(50.0)
-    assert training.checkpoints.save(training.state, training.tensors(), is_last=True) is None
-    training.checkpoints.close()
-    training.close()
-    assert Training(cfg, world).state.best["step"] == 1
+    parts = TrainingParts(RunSetup(cfg, world))
+    parts.setup.state.step = 1
+    parts.setup.state.note_evaluation(50.0)
+    assert parts.setup.checkpoints.save(parts.setup.state, parts.state_dict(), is_last=True) is None
+    parts.setup.checkpoints.close()
+    parts.close()
+    assert RunSetup(cfg, world).state.best["step"] == 1
     rename(data, "a", "z")
-    changed = Training(config(tmp_path, "resume.allow_changes=true"), world)
+    changed = RunSetup(config(tmp_path, "resume.allow_changes=true"), world)
     assert (changed.state.best, changed.state.evaluated_at) == ({}, None)
 
 
@@ -175,11 +173,11 @@ def test_a_checkpoint_of_before_the_change_is_read_by_class_when_a_run_rolls_bac
     data = make_images(tmp_path)
     then = saved(config(tmp_path), world)
     rename(data, "a", "z")
-    training = resumed(config(tmp_path, "resume.allow_changes=true"), world)
-    training.roll_back(3)
+    parts = resumed(config(tmp_path, "resume.allow_changes=true"), world)
+    parts.roll_back(3)
     for name in HEAD:
-        assert torch.equal(training.tensors()["model"][name][:2], then["model"][name][1:])
-    training.close()
+        assert torch.equal(parts.state_dict()["model"][name][:2], then["model"][name][1:])
+    parts.close()
 
 
 def test_more_and_fewer_images_are_refused_with_their_numbers(tmp_path, world):
@@ -190,7 +188,7 @@ def test_more_and_fewer_images_are_refused_with_their_numbers(tmp_path, world):
         ConfigError,
         match=r"another run: 15 training images then, 14 now \(m: 5 -> 4\); restore the",
     ):
-        Training(config(tmp_path), world)
+        RunSetup(config(tmp_path), world)
 
 
 def test_a_removed_bad_image_is_named_with_what_to_do(tmp_path, world):
@@ -209,7 +207,7 @@ def test_a_removed_bad_image_is_named_with_what_to_do(tmp_path, world):
     (tmp_path / "runs/r/quarantine.jsonl").write_text(json.dumps(row) + "\n")
     bad.unlink()
     with pytest.raises(ConfigError) as e:
-        Training(config(tmp_path), world)
+        RunSetup(config(tmp_path), world)
     assert (
         f"removed, of those that {tmp_path}/runs/r/quarantine.jsonl lists as bad: {bad}; "
         in str(e.value)
@@ -228,7 +226,7 @@ def test_other_images_with_the_same_counts_are_called_so(tmp_path, world, monkey
         ConfigError,
         match="the training images differ: as many in each class, but other files or siz",
     ):
-        Training(config(tmp_path), world)
+        RunSetup(config(tmp_path), world)
 
 
 def test_a_fingerprint_of_an_older_version_is_compared_as_far_as_it_goes(
@@ -236,23 +234,22 @@ def test_a_fingerprint_of_an_older_version_is_compared_as_far_as_it_goes(
 ):
     caplog.set_level(logging.INFO)
     data, cfg = make_images(tmp_path), config(tmp_path)
-    training = Training(cfg, world)
-    old = training.checkpoints._data.labels
-    training.checkpoints._identity["data"] = old
-    training.build()
-    training.state.step = 1
-    assert training.checkpoints.save(training.state, training.tensors(), is_last=True) is None
-    training.checkpoints.close()
-    training.close()
+    setup = RunSetup(cfg, world)
+    setup.checkpoints._identity["data"] = setup.checkpoints._data.labels
+    parts = TrainingParts(setup)
+    parts.setup.state.step = 1
+    assert parts.setup.checkpoints.save(parts.setup.state, parts.state_dict(), is_last=True) is None
+    parts.setup.checkpoints.close()
+    parts.close()
     monkeypatch.setattr(SampleIndex, "fingerprint", lambda self: "v2:now")
-    Training(cfg, world)
+    RunSetup(cfg, world)
     assert any(
         "did not record names and sizes of images: only the classes and" in m
         for m in caplog.messages
     )
     (data / "train/m/0.jpg").unlink()
     with pytest.raises(ConfigError, match="15 training images then, 14 now"):
-        Training(cfg, world)
+        RunSetup(cfg, world)
 
 
 def other_order(cfg: Config) -> ImageSets:
@@ -304,9 +301,9 @@ def test_a_new_run_starts_from_the_best_weights_of_another_by_class_name(tmp_pat
     data = make_images(tmp_path)
     then = saved(config(tmp_path), world)["ema"]
     rename(data, "a", "z")
-    training = resumed(config(tmp_path, "run.name=s", "model.weights=run:r"), world)
+    parts = resumed(config(tmp_path, "run.name=s", "model.weights=run:r"), world)
     for name in HEAD:
-        assert torch.equal(training.model.state_dict()[name][:2], then[name][1:])
+        assert torch.equal(parts.model.state_dict()[name][:2], then[name][1:])
     with pytest.raises(
         ConfigError, match=r"model\.weights \(run:x\): \S+ has no such trained run; there are: r"
     ):
@@ -325,12 +322,12 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path, worl
     make_images(tmp_path)
     cfg = config(tmp_path)
     saved(cfg, world)
-    training = resumed(cfg, world)
+    parts = resumed(cfg, world)
     with torch.no_grad():
-        training.model.features[0].bias[3] = float("inf")
-    training.state.step = 2
-    error = training.checkpoints.save(training.state, training.tensors(), is_last=True)
-    training.checkpoints.close()
+        parts.model.features[0].bias[3] = float("inf")
+    parts.setup.state.step = 2
+    error = parts.setup.checkpoints.save(parts.setup.state, parts.state_dict(), is_last=True)
+    parts.setup.checkpoints.close()
     assert error.exit_code == 70
     assert (
         "the weights after step 2 are not finite, and were not saved (model.safetensors has"
@@ -343,17 +340,17 @@ def split_rows(root: str, allow: bool) -> dict[str, list]:
     """In a group of ranks that split the head: save, or resume. The rows of the whole head, as lists."""
     more = ["parallel=hybrid"] + ["resume.allow_changes=true"] * allow
     with session(Device.cpu) as world:
-        training = Training(config(Path(root), *more), world)
-        training.build()
+        parts = TrainingParts(RunSetup(config(Path(root), *more), world))
         if not allow:
-            training.state.step = 1
+            parts.setup.state.step = 1
             assert (
-                training.checkpoints.save(training.state, training.tensors(), is_last=True) is None
+                parts.setup.checkpoints.save(parts.setup.state, parts.state_dict(), is_last=True)
+                is None
             )
-            training.checkpoints.close()
-        with training.as_evaluated() as model:  # collective: whole layers
+            parts.setup.checkpoints.close()
+        with parts.evaluation_model() as model:  # collective: whole layers
             head = {name: model.state_dict()[name].tolist() for name in HEAD}
-        training.close()
+        parts.close()
         return head
 
 
@@ -372,7 +369,7 @@ def differing(root: str) -> str:
         if world.rank == 1:
             (Path(root) / "b" / "data/val/m/0.jpg").unlink()
         try:
-            Training(config(Path(root) / "ab"[world.rank]), world)
+            RunSetup(config(Path(root) / "ab"[world.rank]), world)
         except Exception as error:
             return str(error)
     return ""

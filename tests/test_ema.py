@@ -8,8 +8,9 @@ from alexnet_ddp.cli import compose
 from alexnet_ddp.config import Device
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.distributed import World
-from alexnet_ddp.training.build import Training
 from alexnet_ddp.training.ema import EMA
+from alexnet_ddp.training.parts import TrainingParts
+from alexnet_ddp.training.setup import RunSetup
 from alexnet_ddp.training.vote import StepVote
 
 YES, NO = torch.tensor(True), torch.tensor(False)
@@ -40,23 +41,23 @@ def test_the_average_follows_its_formula_and_begins_as_the_weights():
             n: 0.9 * expected[n] + 0.1 * p.detach().double() for n, p in model.named_parameters()
         }
     for name, average in expected.items():
-        torch.testing.assert_close(ema.tensors()[name].double(), average, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(ema.state_dict()[name].double(), average, rtol=1e-6, atol=1e-6)
 
 
 def test_a_step_that_was_not_applied_leaves_the_average_as_it_is():
     ema = EMA(model := net(), 0.9)
-    before = {n: t.clone() for n, t in ema.tensors().items()}
+    before = {n: t.clone() for n, t in ema.state_dict().items()}
     drift(model)
     ema.update(NO)
     assert all(
-        torch.equal(ema.tensors()[name], before[name]) for name, _ in model.named_parameters()
+        torch.equal(ema.state_dict()[name], before[name]) for name, _ in model.named_parameters()
     )
 
 
 def test_a_file_of_averages_is_a_file_of_weights_with_the_buffers_of_now():
     ema = EMA(model := net(), 0.9)
     drift(model)
-    found = ema.tensors()
+    found = ema.state_dict()
     assert list(found) == list(model.state_dict())
     assert torch.equal(found["1.running_mean"], model[1].running_mean)
     assert not torch.equal(found["0.weight"], model[0].weight)
@@ -69,7 +70,7 @@ def test_an_evaluation_has_the_averages_and_training_its_weights_again_even_afte
 
     def evaluate() -> None:
         with ema.in_place():
-            assert all(torch.equal(t, ema.tensors()[n]) for n, t in model.state_dict().items())
+            assert all(torch.equal(t, ema.state_dict()[n]) for n, t in model.state_dict().items())
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -86,23 +87,26 @@ def world():
         yield alone
 
 
-def training(world: World, root, *overrides: str) -> Training:
+def training(world: World, root, *overrides: str) -> TrainingParts:
     cfg = compose(["data=synthetic", "data.image_size=32", "data.num_train=64", "data.num_val=8", *overrides,
                    "data.num_classes=3", "trainer.global_batch_size=4", f"run.root={root}", "run.name=x"])  # fmt: skip
-    found = Training(cfg, world)
-    found.build()
-    return found
+    return TrainingParts(RunSetup(cfg, world))
 
 
-def go(run: Training, steps: int) -> None:
+def go(run: TrainingParts, steps: int) -> None:
+    setup = run.setup
+    batches = run.batches(setup.state.step)
     for _ in range(steps):
-        step = run.state.step
-        run.train_step(run.batches, step, run.lr(step), len(run.sampler.batch(step)), StepVote())
-        run.state.step += 1
+        step = setup.state.step
+        num_images = len(setup.sampler.batch(step))
+        run.train_step(batches, step, setup.lr(step), num_images, StepVote())
+        setup.state.step += 1
 
 
-def copies(run: Training) -> dict[str, dict[str, Tensor]]:
-    return {stem: {n: t.clone() for n, t in group.items()} for stem, group in run.tensors().items()}
+def copies(run: TrainingParts) -> dict[str, dict[str, Tensor]]:
+    return {
+        stem: {n: t.clone() for n, t in group.items()} for stem, group in run.state_dict().items()
+    }
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_averages_and_a_roll_back_takes_them_back(
@@ -110,31 +114,31 @@ def test_a_gradient_that_is_not_finite_leaves_the_averages_and_a_roll_back_takes
 ):
     run = training(world, tmp_path, "trainer.ema_decay=0.9")
     go(run, 2)
-    run.checkpoints.save(run.state, run.tensors(), is_last=True)
+    run.setup.checkpoints.save(run.setup.state, run.state_dict(), is_last=True)
     saved = copies(run)["ema"]
     parameter = next(run.model.parameters())
     poison = parameter.register_hook(lambda grad: grad * torch.nan)
     go(run, 1)
     poison.remove()
-    assert run.train_step.settle()
+    assert run.train_step.poll_nonfinite()
     assert all(torch.equal(t, saved[name]) for name, t in copies(run)["ema"].items())
     go(run, 1)
     assert not torch.equal(copies(run)["ema"]["features.0.weight"], saved["features.0.weight"])
     run.roll_back(3)
     assert all(torch.equal(t, saved[name]) for name, t in copies(run)["ema"].items())
-    run.checkpoints.close()
+    run.setup.checkpoints.close()
     run.close()
 
 
 def test_a_checkpoint_without_averages_lets_them_begin_as_its_weights(world, tmp_path, caplog):
     run = training(world, tmp_path)
     go(run, 1)
-    run.checkpoints.save(run.state, run.tensors(), is_last=True)
-    run.checkpoints.close()
+    run.setup.checkpoints.save(run.setup.state, run.state_dict(), is_last=True)
+    run.setup.checkpoints.close()
     run.close()
     again = training(world, tmp_path, "trainer.ema_decay=0.9", "resume.allow_changes=true")
     assert "no averaged weights (trainer.ema_decay): they begin as its weights" in caplog.text
     found = copies(again)
     assert all(torch.equal(t, found["model"][name]) for name, t in found["ema"].items())
-    again.checkpoints.close()
+    again.setup.checkpoints.close()
     again.close()

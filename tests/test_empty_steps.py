@@ -15,7 +15,7 @@ from alexnet_ddp.checkpoint import files
 from alexnet_ddp.data.sampler import GlobalBatchSampler
 from alexnet_ddp.data.sources.sets import open_data
 from alexnet_ddp.runtime.errors import RunError
-from alexnet_ddp.train import train
+from alexnet_ddp.training.trainer import train
 from tests.ranks import run_ranks
 
 BATCH, STEPS_PER_EPOCH = 6, 4  # 22 images: the last batch of an epoch has 4

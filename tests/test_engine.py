@@ -33,9 +33,10 @@ from alexnet_ddp.parallel import build_parallel
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.errors import DataError, RunError
 from alexnet_ddp.runtime.signals import StopSignal
+from alexnet_ddp.training.evaluation import evaluate
 from alexnet_ddp.training.optim import build_optimizer, state_by_name
 from alexnet_ddp.training.precision import autocast, check_precision
-from alexnet_ddp.training.step import TrainStep, evaluate
+from alexnet_ddp.training.step import TrainStep
 from alexnet_ddp.training.vote import StepVote
 from tests.ranks import run_ranks
 
@@ -256,14 +257,19 @@ def bad_step(what, rank, optimizer_cfg, on_nan, bad=1, num_steps=4):
         layer.register_forward_hook(
             lambda m, x, y: y * float("inf") if spoil and what == "loss" and m.training else y
         )
-        states, verdicts = [], []
+        states, votes = [], []
         for k in range(num_steps + 1):
             tensors = {**model.state_dict(), **state_by_name(optimizer, model)}
             states.append({name: t.clone().numpy() for name, t in tensors.items()})
             if k < num_steps:
                 spoil = k == bad and world.rank == rank
-                verdicts.append(step(batches, k, 0.01, 17, StepVote()))
-        return states, [(v.diverged, v.late) for v in verdicts], step.meter.read(), step.settle()
+                votes.append(step(batches, k, 0.01, 17, StepVote()).votes)
+        return (
+            states,
+            [(v.nonfinite_loss, v.nonfinite_previous) for v in votes],
+            step.meter.read(),
+            step.poll_nonfinite(),
+        )
 
 
 def same(a, b):

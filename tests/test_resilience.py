@@ -17,7 +17,7 @@ from alexnet_ddp.runtime.distributed import session
 from alexnet_ddp.runtime.errors import DataError
 from alexnet_ddp.runtime.heartbeat import Heartbeat
 from alexnet_ddp.runtime.signals import StopSignal
-from alexnet_ddp.training.vote import Health, StepOutcome, StepSnapshot, StepVote
+from alexnet_ddp.training.vote import StepSnapshot, StepVote, VoteExchange, VoteResult
 from tests.ranks import run_ranks  # its forkserver has torch loaded
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -68,7 +68,7 @@ def test_a_later_signal_exits_at_once_with_75(same_event_s, pause_s, exit_code):
     assert process.exitcode == exit_code
 
 
-# --- the health vector ------------------------------------------------------------------------------------------
+# --- the vote of a step ------------------------------------------------------------------------------------------
 
 # What each of two ranks brings: (its loss, its number of images, its vote).
 STEPS = {
@@ -88,25 +88,25 @@ STEPS = {
 }
 
 
-def verdicts() -> dict[str, StepOutcome]:
+def votes() -> dict[str, VoteResult]:
     with session(Device.cpu) as world:
-        health, found = Health(world), {}
+        exchange, found = VoteExchange(world), {}
         for name, ranks in STEPS.items():
             loss, num_images, vote = ranks[world.rank]
             late = torch.tensor(float(name == "late"))
-            health.begin(torch.tensor(loss), num_images, vote, late)
-            found[name] = health.finish()
+            exchange.start(torch.tensor(loss), num_images, vote, late)
+            found[name] = exchange.finish()
         return found
 
 
 @pytest.fixture(scope="module")
-def by_rank() -> list[dict[str, StepOutcome]]:
-    return run_ranks(verdicts, 2)
+def by_rank() -> list[dict[str, VoteResult]]:
+    return run_ranks(votes, 2)
 
 
-def outcome(num_images: int, **flags: bool) -> StepOutcome:
-    none = dict.fromkeys(("stop", "diverged", "late", "failed", "save"), False)
-    return StepOutcome(**{**none, **flags}, num_images=num_images, loss=0)
+def outcome(num_images: int, **flags: bool) -> VoteResult:
+    none = dict.fromkeys(("stop", "nonfinite_loss", "nonfinite_previous", "failed", "save"), False)
+    return VoteResult(**{**none, **flags}, num_images=num_images, loss=0)
 
 
 @pytest.mark.parametrize(
@@ -116,15 +116,15 @@ def outcome(num_images: int, **flags: bool) -> StepOutcome:
         ("stop", outcome(9, stop=True)),
         ("save", outcome(9, save=True)),
         ("failed", outcome(9, failed=True)),
-        ("nan", outcome(9, diverged=True)),
-        ("infinite", outcome(9, diverged=True)),
-        ("all at once", outcome(0, stop=True, save=True, diverged=True)),
+        ("nan", outcome(9, nonfinite_loss=True)),
+        ("infinite", outcome(9, nonfinite_loss=True)),
+        ("all at once", outcome(0, stop=True, save=True, nonfinite_loss=True)),
         ("huge", outcome(2**32 + 1)),
-        ("late", outcome(9, late=True)),
+        ("late", outcome(9, nonfinite_previous=True)),
         ("well again", outcome(5)),
     ],
 )
-def test_what_one_rank_brings_both_ranks_know(by_rank, step, expected):
+def test_the_vote_of_one_rank_reaches_both_ranks(by_rank, step, expected):
     assert [replace(found[step], loss=0) for found in by_rank] == [expected] * 2
 
 
@@ -133,12 +133,12 @@ def test_the_loss_of_a_step_is_the_mean_over_the_images_of_all_ranks(by_rank):
     assert all(math.isnan(found["nan"].loss) for found in by_rank)
 
 
-def test_a_verdict_tells_of_the_gradient_before_and_of_the_loss_of_its_own_step():
-    assert outcome(9).bad_steps(7) == []
-    assert outcome(9, late=True, diverged=True).bad_steps(7) == [6, 7]
+def test_a_vote_reports_the_previous_gradient_and_the_loss_of_its_own_step():
+    assert outcome(9).nonfinite_steps(7) == []
+    assert outcome(9, nonfinite_previous=True, nonfinite_loss=True).nonfinite_steps(7) == [6, 7]
 
 
-def test_what_a_step_changed_by_itself_is_taken_back_where_the_step_is_bad():
+def test_a_snapshot_restores_what_a_bad_step_has_changed():
     tensors = [
         torch.ones(2, 3),
         torch.tensor(4),

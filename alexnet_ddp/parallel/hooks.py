@@ -64,17 +64,18 @@ class PowerSGD:
         rank, start = cfg.powersgd_rank or 4, cfg.powersgd_start_step or 100
         self._state = PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=start)
         ddp.register_comm_hook(self._state, powerSGD_hook)
+        self._world = world
         on_gpu = world.device.type == "cuda"
         self._layout = torch.tensor(
             [rank, cfg.bucket_mb or 0, on_gpu], dtype=torch.float32
         )  # of what it remembers
 
-    def tensors(self, world: World) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Collective. By name; the same on all ranks, which then go on with the mean error, too. Nothing where a bad
         gradient has spoilt it: a run that goes on from there begins without errors.
         """
         errors = self._state.error_dict
-        average(list(errors.values()), world)
+        average(list(errors.values()), self._world)
         found = {f"error.{key}": t for key, t in errors.items()}
         found |= {f"p.{key}": t for key, t in self._state.p_memory_dict.items()}
         found |= {f"q.{key}": t for key, t in self._state.q_memory_dict.items()}
@@ -84,9 +85,11 @@ class PowerSGD:
             else {}
         )
 
-    def go_on(self, step: int, tensors: dict[str, Tensor]) -> None:
-        """`step` steps are done; tensors: what tensors() gave then."""
+    def set_step(self, step: int) -> None:
+        """`step` steps are done."""
         self._state.iter = step
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         layout = tensors.pop("layout", self._layout)
         if not torch.equal(layout.cpu(), self._layout):
             log.warning(
@@ -122,18 +125,21 @@ class LocalSGD:
             None, dist.new_subgroups(size, timeout=TIMEOUT)[0], self._start
         )
         ddp.register_comm_hook(self._state, post_localSGD_hook)
-        self.go_on(0, {})
+        self.set_step(0)
 
-    def tensors(self, world: World) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Nothing to remember behind a meeting."""
         return {}
 
-    def go_on(self, step: int, tensors: dict[str, Tensor]) -> None:
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Nothing to load."""
+
+    def set_step(self, step: int) -> None:
         """`step` steps are done, and the ranks are equal."""
         self._state.iter = self._met = step
         self.is_apart = step >= self._start  # in the coming step the ranks' gradients may differ
 
-    def meet(
+    def sync_replicas(
         self,
         step: int,
         planned: bool,

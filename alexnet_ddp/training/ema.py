@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights: what is evaluated and predicts, where trainer.ema_decay is set."""
+"""An exponential moving average of the weights for evaluation: trainer.ema_decay."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """After each applied step, average = decay * average + (1 - decay) * weights; it begins as the weights.
+    """After each applied step: average = decay * average + (1 - decay) * weights.
 
-    Parameters are averaged. Buffers (BatchNorm's running statistics, averages already) are the model's own, as they
-    are. The averages have the parameters' names and shapes, whatever part of a layer this rank holds.
+    The averages start as the weights. Parameters are averaged; buffers (BatchNorm's running
+    statistics, which are averages already) are those of the model. Each average has the name and
+    the shape of its parameter, which may be this rank's shard of a layer.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -20,28 +21,27 @@ class EMA:
 
     @torch.no_grad()
     def update(self, applied: Tensor) -> None:
-        """applied: a bool on the device; where it is false nothing changes, and nobody waits to know."""
-        averages, weights = (
-            list(self._average.values()),
-            [self._weights[name] for name in self._average],
-        )
+        """Average once more if `applied`, a bool on the device, is true. No host wait."""
+        parameters = self._parameters
+        averages = list(self._average.values())
+        weights = [parameters[name] for name in self._average]
         share = (1 - self._decay) * applied.to(averages[0].dtype)
         torch._foreach_lerp_(averages, weights, [share] * len(averages))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All that the model's state_dict has, so that a file of them is a file of weights."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the names of the model's state_dict, so that a file of them is a weights file."""
         return self._model.state_dict() | self._average
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of tensors(); without any, the averages begin anew as the weights. Buffers stay the model's."""
-        for name, weights in self._weights.items():
-            self._average[name].copy_(tensors.get(name, weights))
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Load the averages. One that is missing starts as the weight. Buffers are ignored."""
+        for name, weights in self._parameters.items():
+            self._average[name].copy_(state_dict.get(name, weights))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the model has the averages for weights; afterwards its own again, bit for bit."""
-        kept = {name: p.detach().clone() for name, p in self._weights.items()}
+        """Give the model the averages as its weights; restore its own afterwards, bit for bit."""
+        kept = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._fill(self._average)
         try:
             yield
@@ -50,9 +50,9 @@ class EMA:
 
     @torch.no_grad()
     def _fill(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in self._weights.items():
+        for name, parameter in self._parameters.items():
             parameter.copy_(values[name])
 
     @property
-    def _weights(self) -> dict[str, nn.Parameter]:
+    def _parameters(self) -> dict[str, nn.Parameter]:
         return dict(self._model.named_parameters())

@@ -1,6 +1,6 @@
-"""What becomes of a step that went wrong: it is counted, recorded for a replay, and left behind or ended with.
+"""Decides about faulty steps: counts them, records them for a replay, and ends the run if it must.
 
-Every rank decides alike, from what all of them know; rank 0 writes the record.
+All ranks decide from the same facts, so they decide alike. Rank 0 writes the record.
 """
 
 import logging
@@ -17,16 +17,17 @@ from alexnet_ddp.runtime.files import write_json
 
 log = logging.getLogger(__name__)
 
-_MAX_IN_A_ROW = 10  # steps skipped one after the other; rollbacks to one and the same checkpoint
+_MAX_IN_A_ROW = 10  # consecutive skipped steps; rollbacks to the same checkpoint
 _REMEDY = "lower optimizer.lr, or set trainer.clip_grad_norm"
-_HISTORY, _ENOUGH = 100, 10  # losses that a spike is compared with
-_LOW = 0.1  # a median below counts as this: one mislabelled image in a small batch is no spike
+_HISTORY, _ENOUGH = 100, 10  # most and fewest recent losses that a spike is compared with
+_LOW = 0.1  # least median: one mislabelled image in a small batch is not a spike
 
 
 class Guard:
-    """`counts`: of the run's bad steps so far; it is kept up to date, and belongs into the checkpoint.
+    """Counts non-finite, empty and spiking steps, and decides whether the run ends.
 
-    describe(step): the batch of a step (0-based), as JSON, for the file `path`.
+    counts: bad-step counters. Updated in place; save them with the checkpoint.
+    describe(step): the batch of a step (0-based) as JSON, for the record at `path`.
     """
 
     def __init__(
@@ -49,15 +50,16 @@ class Guard:
         self._loss_of: dict[int, float] = {}  # of the last two steps
 
     def bad(self, step: int) -> Diverged | None:
-        """Step `step` (0-based) has a loss, or where that is finite a gradient, that is not finite. Nothing of it was
-        applied. What the run has to end with, if it has to.
+        """Count step `step` (0-based), whose loss or gradient is not finite and was not applied.
+
+        Return the error that the run must end with, or None.
         """
         loss = self._loss_of[step]
         what = "gradient" if math.isfinite(loss) else "loss"
         fact = f"the {what} of step {step + 1} is not finite; nothing of that step was applied"
         self._record(step, f"{what} not finite", loss)
         if self._cfg.on_nan is OnNan.stop:
-            return Diverged(f"{fact}; {_REMEDY}, or go on with trainer.on_nan=skip or rollback")
+            return Diverged(f"{fact}; {_REMEDY}, or continue with trainer.on_nan=skip or rollback")
         if self._cfg.on_nan is OnNan.skip:
             in_a_row = 1 + (
                 self._counts.get("in_a_row", 0) if self._counts.get("last") == step - 1 else 0
@@ -71,23 +73,28 @@ class Guard:
         return None
 
     def rolled_back(self, step: int, to: int) -> None:
-        """Behind step `step` (0-based) the run goes on from the checkpoint of step `to`. Raises Diverged."""
+        """Count a rollback from step `step` (0-based) to the checkpoint of step `to`.
+
+        Raises Diverged if the run was rolled back to that checkpoint too often.
+        """
         times = 1 + (self._counts.get("rollbacks_to", 0) if self._counts.get("to") == to else 0)
         self._counts.update(
             to=to, rollbacks_to=times, rollbacks=self._counts.get("rollbacks", 0) + 1
         )
         if times >= _MAX_IN_A_ROW:
             raise Diverged(
-                f"step {step + 1} led back to the checkpoint of step {to} for the {times}th time; {_REMEDY}"
+                f"step {step + 1} led back to the checkpoint of step {to} for the {times}th time; "
+                f"{_REMEDY}"
             )
         log.warning(
-            "the weights are those of step %d again; the data goes on with step %d", to, step + 2
+            "the weights are those of step %d again; the data continues with step %d", to, step + 2
         )
 
     def empty(self, step: int, limit: int | None) -> DataError | None:
-        """No image of step `step` (0-based) could be read on any rank, so it was skipped. Count it.
+        """Count step `step` (0-based), of which no rank could read an image.
 
-        limit: so many empty steps in a row end the run, if this step completes an epoch or the run.
+        limit: number of consecutive empty steps that ends the run; None: this step ends no epoch.
+        Return the error that the run must end with, or None.
         """
         counts = self._counts
         in_a_row = 1 + (
@@ -113,7 +120,7 @@ class Guard:
         return None
 
     def watch(self, step: int, loss: float) -> None:
-        """Look at the loss of step `step` (0-based), the mean over its global batch, for a spike."""
+        """Warn if `loss`, the mean over the global batch of step `step` (0-based), is a spike."""
         self._loss_of = {step - 1: self._loss_of.get(step - 1, math.nan), step: loss}
         factor = self._cfg.spike_factor
         if factor is None or not math.isfinite(loss):
@@ -122,7 +129,7 @@ class Guard:
             max(_LOW, statistics.median(self._losses)) if len(self._losses) >= _ENOUGH else math.inf
         )
         spikes = loss > factor * usual
-        if spikes and not self._in_spike:  # one that lasts is told once
+        if spikes and not self._in_spike:  # one that lasts is reported once
             self._record(step, "loss spike", loss)
             rule = f"more than trainer.spike_factor ({factor:g}) times the usual {usual:.4g}"
             log.warning(
@@ -135,7 +142,7 @@ class Guard:
         self._losses.append(loss)
 
     def row(self) -> dict[str, int]:
-        """What a row of metrics says about bad steps, if there were any."""
+        """Return the counters of bad steps for a row of metrics; empty if there were none."""
         names = {"skipped": "train/num_skipped_steps", "rollbacks": "train/num_rollbacks"}
         return {name: self._counts[key] for key, name in names.items() if key in self._counts}
 

@@ -1,4 +1,4 @@
-"""Sums and counts, until someone reads them. Means are made where a row is written, never averaged again."""
+"""Metrics as sums and counts. Means are computed when a row is written, and never averaged."""
 
 import time
 
@@ -11,9 +11,9 @@ _SUMS = ("loss", "correct1", "correct5", "images")
 
 
 class Meter:
-    """Sums over images. They stay on the device until read(); float64, so that counts are exact to 2**53.
+    """Sums over images, on the device until read(). float64: counts are exact to 2**53.
 
-    `local` is what this rank has added since.
+    `local`: float64 [4], the sums of this rank since the last read().
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -21,31 +21,36 @@ class Meter:
         self._total = torch.zeros(len(_SUMS), dtype=torch.float64)
 
     def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """loss_sum: a scalar, summed over the n images; logits: [n, classes]; labels: int64 [n]. Waits for nothing."""
+        """Add n images. No host wait.
+
+        loss_sum: scalar, summed over the images; logits: [n, classes]; labels: int64 [n].
+        """
         images, correct1, correct5 = correct_counts(logits.detach(), labels).sum(0)
         self.local += torch.stack([loss_sum.detach().double(), correct1, correct5, images])
 
     def read(self) -> dict[str, float]:
-        """Collective. The sums over all ranks since the last reset(). Waits for the device."""
+        """Collective. Return the sums over all ranks since reset(). Waits for the device."""
         self._total += sum_over_ranks(self.local).cpu()
         self.local.zero_()
         return dict(zip(_SUMS, self._total.tolist()))
 
     def load(self, sums: dict[str, float]) -> None:
+        """Restore what read() returned."""
         self._total = torch.tensor([sums[name] for name in _SUMS], dtype=torch.float64)
 
     def reset(self) -> None:
+        """Start a new row."""
         self._total.zero_()
 
 
 def correct_counts(logits: Tensor, labels: Tensor) -> Tensor:
-    """int64 [n, 3]: 1, correct at 1, correct at 5."""
+    """Return int64 [n, 3]: 1, correct in the top 1, correct in the top 5."""
     found = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     return torch.stack([torch.ones_like(labels), found[:, 0], found.any(1)], dim=1)
 
 
 def train_row(sums: dict[str, float]) -> dict[str, float]:
-    """loss: mean over the images; top1: percent. Nothing where no step was applied."""
+    """Return loss (mean over images) and top1 (percent); empty if no step was applied."""
     if sums["images"] == 0:
         return {}
     return {
@@ -55,7 +60,7 @@ def train_row(sums: dict[str, float]) -> dict[str, float]:
 
 
 def evaluation_row(sums: dict[str, float]) -> dict[str, float | int]:
-    """Means and percentages for people, integers for exactness."""
+    """Return means and percentages, and the exact counts."""
     n = int(sums["images"])
     correct1, correct5 = int(sums["correct1"]), int(sums["correct5"])
     return {
@@ -69,7 +74,7 @@ def evaluation_row(sums: dict[str, float]) -> dict[str, float | int]:
 
 
 class Throughput:
-    """How fast, since the last row."""
+    """Images per second and seconds per step since the last row."""
 
     def __init__(self) -> None:
         self._began, self._images, self._bad, self._steps, self._waited_s = (
@@ -81,7 +86,7 @@ class Throughput:
         )
 
     def add(self, planned: int, seen: int) -> None:
-        """Images of a step: as planned, and as could be read."""
+        """Add a step of `planned` images, of which `seen` could be read."""
         self._images += seen
         self._bad += planned - seen
         self._steps += 1
@@ -91,13 +96,13 @@ class Throughput:
         return self._steps
 
     def pause(self, seconds: float) -> None:
-        """Leave out what is no training: an evaluation, a checkpoint."""
+        """Leave out `seconds` that were not training: an evaluation, a checkpoint."""
         self._began += seconds
 
     def row(self, waited_s: float) -> dict[str, float]:
-        """images/s over all ranks; seconds of a step, and those of them that this rank waited for data.
+        """Return images/s over all ranks, seconds per step, and this rank's wait for data.
 
-        waited_s: its sum since the start.
+        waited_s: seconds that this rank has waited for data since the start of the process.
         """
         now = time.monotonic()
         row = {

@@ -102,6 +102,21 @@ def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, state
         optimizer.state[parameter][key] = copy
 
 
+class OptimizerState:
+    """An optimizer's tensors as a part of a checkpoint. See state_by_name."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        self._optimizer, self._model = optimizer, model
+
+    def state_dict(self) -> State:
+        """Return the tensors as "momentum_buffer/features.0.weight" -> tensor."""
+        return state_by_name(self._optimizer, self._model)
+
+    def load_state_dict(self, state_dict: State) -> None:
+        """Load the tensors. An empty state starts all moments at zero."""
+        load_state_by_name(self._optimizer, self._model, state_dict)
+
+
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling: You, Gitman, Ginsburg 2017, algorithm 1.
 

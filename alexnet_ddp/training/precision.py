@@ -8,7 +8,7 @@ from alexnet_ddp.runtime.errors import ConfigError
 
 
 def check_precision(precision: Precision, world: World) -> None:
-    """Raises ConfigError for half precision without a GPU: there it is slower by one or two orders of magnitude."""
+    """Raise ConfigError for half precision without a GPU, where it is 10 to 100 times slower."""
     if precision is not Precision.fp32 and world.device.type != "cuda":
         rule = "needs a CUDA device, this run is on the CPU; use trainer.precision=fp32"
         raise ConfigError(f"trainer.precision={precision.value} {rule}")

@@ -1,7 +1,8 @@
-"""Replicas are equal, or they are found out: a checksum of every tensor, compared over the ranks.
+"""Detects replicas that differ: a checksum of every tensor, compared over the ranks.
 
-The sum of bit pattern times an odd weight of the position, modulo 2**32: one flipped bit always changes it, and so do
-two values that change places. Integers add up the same on every machine and in every order.
+The checksum is the sum of (bit pattern * odd weight of the position) modulo 2**32. One flipped bit
+always changes it, and so do two values that are swapped. Integer sums do not depend on the machine
+or on the order.
 """
 
 from collections import Counter
@@ -15,12 +16,15 @@ from alexnet_ddp import rng
 from alexnet_ddp.runtime.distributed import World, all_equal, gather
 from alexnet_ddp.runtime.errors import Diverged
 
-_PIECE = 1 << 16  # values; their weights stay in the cache of a core
-_PIECE_ON_GPU = 1 << 24  # there what counts is the number of kernels
+_PIECE = 1 << 16  # values per kernel: their weights fit into the cache of a core
+_PIECE_ON_GPU = 1 << 24  # on a GPU the number of kernels matters
 
 
 class Replicas:
-    """Compares the replicas of a model, its optimizer state included."""
+    """Compares the replicas of a model and of its optimizer state.
+
+    every_steps: steps between two comparisons; None: never.
+    """
 
     def __init__(self, every_steps: int | None, world: World) -> None:
         self._every, self._world = every_steps, world
@@ -32,11 +36,14 @@ class Replicas:
         self._weights = rng.mix(positions) | 1
 
     def due(self, step: int) -> bool:
+        """True if a comparison is due after `step` steps."""
         return self._every is not None and step % self._every == 0
 
     def check(self, step: int, tensors: Callable[[], dict[str, dict[str, Tensor]]]) -> None:
-        """Collective. Where a comparison is due after `step` steps, as it is before the first one, raises Diverged on
-        all ranks if the tensors differ, and names which and where.
+        """Collective. Compare the replicas if that is due after `step` steps, or was never done.
+
+        tensors(): part -> tensors by name. Raises Diverged on all ranks, with the names of the
+        tensors that differ and the ranks, if a majority agrees.
         """
         is_due = self.due(step) or (self._every is not None and self._equal_at is None)
         if not is_due or self._world.world_size == 1 or step == self._equal_at:
@@ -52,7 +59,8 @@ class Replicas:
         )
 
     def _compare(self, step: int, tensors: dict[str, Tensor]) -> None:
-        # Integers (BatchNorm's count of batches) are left out: a rank without images in a short batch does not count.
+        # Integers (BatchNorm's num_batches_tracked) are left out: they differ if a rank had no
+        # images in a short batch.
         tensors = {name: t for name, t in tensors.items() if t.is_floating_point()}
         split = [not isinstance(t, Tensor) for t in tensors.values()]
         locals_ = [t if isinstance(t, Tensor) else t.local for t in tensors.values()]
@@ -73,29 +81,31 @@ class Replicas:
         )
         if self._equal_at is not None:
             cause = f"they were equal at step {self._equal_at}: suspect the memory of that machine"
-            remedy = f"remove the checkpoints after step {self._equal_at} and start the same command again"
+            remedy = f"remove the checkpoints after step {self._equal_at} and start the "
+            remedy += "same command again"
         raise Diverged(
-            f"the replicas differ after step {step}: {describe(list(tensors), found)}; {cause}; {remedy}"
+            f"the replicas differ after step {step}: {describe(list(tensors), found)}; "
+            f"{cause}; {remedy}"
         )
 
 
 def differences(sums: np.ndarray, size: int) -> np.ndarray:
-    """sums: int64 [ranks, tensors], of tensors that are split over groups of `size` ranks. What differs from most of
-    the ranks that hold the same part; 0 where all is well.
+    """Compare the checksums of shards with those of the same shard in other groups.
+
+    sums: int64 [ranks, tensors], of tensors that are split over groups of `size` ranks. Returns the
+    same shape: 0 if the shard agrees with most of its copies, otherwise the difference.
     """
     copies = sums.reshape(-1, size, sums.shape[1])  # [groups, members, tensors]
-    usual = np.sort(copies, axis=0)[
-        len(copies) // 2
-    ]  # what most have lies in the middle, if most agree
+    usual = np.sort(copies, axis=0)[len(copies) // 2]  # if most agree, their value is the median
     nobody = np.arange(1, len(copies) + 1)[
         :, None, None
-    ]  # all differ from each other: nobody is to blame
+    ]  # without a majority every copy counts as different
     agree = 2 * (copies == usual).sum(axis=0) > len(copies)
     return np.where(agree, copies - usual, nobody).reshape(sums.shape)
 
 
 def checksum(tensor: Tensor, weights: Tensor) -> Tensor:
-    """int64 scalar on the tensor's device."""
+    """Return an int64 scalar on the tensor's device. weights: odd int32, cycled."""
     bits = (
         tensor.detach()
         .flatten()
@@ -109,12 +119,15 @@ def checksum(tensor: Tensor, weights: Tensor) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Modulo 2**32. Of integers only the CPU has it as one pass; there it is 20 times faster than two."""
+    """The dot product modulo 2**32. For integers only the CPU has torch.dot: 20 times faster."""
     return torch.dot(a, b) if a.device.type == "cpu" else (a * b).sum()
 
 
 def describe(names: list[str], sums: np.ndarray) -> str:
-    """sums: int64 [ranks, tensors]. Which tensors differ, and on which ranks where most of them agree."""
+    """Name the tensors that differ, and the ranks if most ranks agree.
+
+    sums: int64 [ranks, tensors].
+    """
     differing = [k for k in range(len(names)) if len(set(sums[:, k].tolist())) > 1]
     shown = ", ".join(names[k] for k in differing[:3]) + (" ..." if len(differing) > 3 else "")
     odd = sorted({rank for k in differing for rank in _odd_ranks(sums[:, k].tolist())})

@@ -1,6 +1,7 @@
 """All arithmetic about time: images -> steps -> learning rate. Pure Python, no torch.
 
-`step` is the only clock of a run. Everything here is a function of it, so resuming a run means restoring one integer.
+`step` is the only clock of a run. Everything here is a function of it, so that resuming a run means
+restoring one integer.
 """
 
 import math
@@ -22,18 +23,19 @@ _WARMUP_SHARE = 0.05  # of the run, if scheduler.warmup_epochs is null
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a run is, and when something is due. A step is due at its end: step counts steps that are done."""
+    """How long a run is, and when something is due. `step` counts the steps that are done."""
 
     steps_per_epoch: int
     total_steps: int
     eval_every_steps: int
     log_every_steps: int
-    save_every_steps: int | None = None  # beside the ends of the epochs
+    save_every_steps: int | None = None  # in addition to the ends of the epochs
 
     @classmethod
     def plan(
         cls, cfg: TrainerConfig, steps_per_epoch: int, save_every_steps: int | None = None
     ) -> "Budget":
+        """Return the budget of a run of `steps_per_epoch` steps an epoch."""
         total = cfg.epochs * steps_per_epoch
         total = min(total, cfg.max_steps or total)
         eval_every_steps = cfg.eval_every_epochs * steps_per_epoch
@@ -64,7 +66,10 @@ class Budget:
 def build_lr_schedule(
     cfg: SchedulerConfig, base_lr: float, budget: Budget
 ) -> Callable[[int], float]:
-    """Return lr(step) for step in [0, budget.total_steps). Warm-up rises linearly and reaches base_lr at its end."""
+    """Return lr(step) for step in [0, budget.total_steps).
+
+    Warm-up rises linearly and reaches `base_lr` at its last step.
+    """
     warmup_steps = count_warmup_steps(cfg, budget)
     decay = _decay(cfg, warmup_steps, budget)
 
@@ -77,7 +82,7 @@ def build_lr_schedule(
 
 
 def count_warmup_steps(cfg: SchedulerConfig, budget: Budget) -> int:
-    """Steps of the linear rise: as given, or a share of the run that holds for runs of any length."""
+    """Return the steps of the linear warm-up: as configured, or a fixed share of the run."""
     if cfg.warmup_epochs is None:
         return cfg.warmup_steps or round(_WARMUP_SHARE * budget.total_steps)
     return cfg.warmup_steps or round(cfg.warmup_epochs * budget.steps_per_epoch)

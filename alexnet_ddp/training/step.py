@@ -1,8 +1,10 @@
-"""One training step, and one exact evaluation, on sums over images. The place where the rooms meet below train.py."""
+"""One optimizer step over a global batch: fetch, forward, vote, backward, agree, clip, apply."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,167 +17,172 @@ from alexnet_ddp.data.loader import Batch
 from alexnet_ddp.data.sampler import micro_batches
 from alexnet_ddp.model import set_dropout_keys
 from alexnet_ddp.parallel import ParallelModel
-from alexnet_ddp.runtime.distributed import World, any_rank, average, raise_together, sum_over_ranks
-from alexnet_ddp.runtime.errors import DataError
+from alexnet_ddp.runtime.distributed import World, any_rank, average, raise_together
+from alexnet_ddp.runtime.errors import DataError, RunError
 from alexnet_ddp.runtime.heartbeat import WAITING
-from alexnet_ddp.runtime.signals import StopSignal
 from alexnet_ddp.training.ema import EMA
-from alexnet_ddp.training.metrics import Meter, correct_counts, evaluation_row
+from alexnet_ddp.training.metrics import Meter
 from alexnet_ddp.training.optim import norms, set_lr
 from alexnet_ddp.training.precision import autocast
 from alexnet_ddp.training.stragglers import Stopwatch
-from alexnet_ddp.training.vote import Health, StepOutcome, StepSnapshot, StepVote
-
-_ROUNDS_BETWEEN_LOOKS = 8  # of an evaluation, between two looks at the stop signal
+from alexnet_ddp.training.vote import StepSnapshot, StepVote, VoteExchange, VoteResult
 
 
-@dataclass
+class StepStatus(Enum):
+    """What the ranks did with a step."""
+
+    applied = (
+        "applied"  # or cancelled on the device if its gradient is not finite: known one step late
+    )
+    skipped = "skipped"  # its loss is not finite, or no image could be read
+    retry = "retry"  # the previous step's gradient was not finite, and trainer.on_nan decides
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """The result of one step. All but `skipped_images` is the same on every rank."""
+
+    status: StepStatus
+    votes: VoteResult
+    skipped_images: list[Skipped]  # images that this rank could not read
+    grad_norm: Tensor | None  # scalar on the device, before clipping; None unless applied
+
+
 class TrainStep:
-    """One optimizer step over a global batch, cut into slices for the ranks and micro-batches in time.
+    """Runs optimizer steps. Each rank computes its slice of the global batch, in micro-batches.
 
-    The gradient is the mean over the images of the global batch, whatever the cuts. Nothing is applied before all ranks
-    know that all is well.
+    The gradient is the mean over the images of the global batch, however they are divided. No rank
+    applies anything before all ranks know that the step is valid.
+
+    image_size: pixels, the largest that the run uses. on_phase: called with the next phase, one of
+    runtime.heartbeat.PHASES.
     """
 
-    parallel_model: ParallelModel
-    optimizer: torch.optim.Optimizer
-    cfg: TrainerConfig
-    seed: int
-    world: World
-    image_size: int
-    on_phase: Callable[[str], None] = lambda phase: (
-        None
-    )  # told what comes next: one of resilience.beacon.PHASES
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        parallel_model: ParallelModel,
+        optimizer: torch.optim.Optimizer,
+        cfg: TrainerConfig,
+        seed: int,
+        world: World,
+        image_size: int,
+        *,
+        ema: EMA | None = None,
+        on_phase: Callable[[str], None] = lambda phase: None,
+    ) -> None:
+        self.parallel_model, self.optimizer = parallel_model, optimizer
+        self.cfg, self.seed, self.world = cfg, seed, world
+        self.ema, self._on_phase = ema, on_phase
         self.scaler = torch.amp.GradScaler(
-            self.world.device.type, enabled=self.cfg.precision is Precision.fp16
+            world.device.type, enabled=cfg.precision is Precision.fp16
         )
-        self.meter = Meter(self.world.device)
-        self.bad: list[Skipped] = []  # images that this rank left out of the last step
-        self.grad_norm: Tensor | None = None  # of the last step, before it was clipped
-        self.ema: EMA | None = None
-        self.stopwatch = Stopwatch(self.world)
-        self._health = Health(self.world)
-        self._model = self.parallel_model.model
+        self.meter, self.stopwatch = Meter(world.device), Stopwatch(world)
+        self._model = parallel_model.model
         self._statistics = [b for b in self._model.buffers() if b.is_floating_point()]
         self._before = StepSnapshot([*self._model.buffers(), self.meter.local])
-        self._bad = torch.zeros(
-            (), device=self.world.device
-        )  # 1 where the last step's gradient was not finite
-        if (
-            not self.scaler.is_enabled()
-        ):  # which finds infinities itself. The fused kernels look at it: no rank waits
-            self.optimizer.found_inf = self._bad
-        self._blank = torch.zeros(1, 3, self.image_size, self.image_size, device=self.world.device)
-        self.parallel_model.on_wait(self._waiting)
-        with autocast(self.cfg.precision, self.world):
-            self.parallel_model.warm_up_buckets(self._blank)
+        self._exchange = VoteExchange(world)
+        self._nonfinite = torch.zeros(
+            (), device=world.device
+        )  # 1 if the last gradient was not finite
+        if not self.scaler.is_enabled():  # the scaler finds infinities itself
+            optimizer.found_inf = (
+                self._nonfinite
+            )  # fused kernels read it on the device: no host wait
+        self._blank = torch.zeros(1, 3, image_size, image_size, device=world.device)
+        parallel_model.on_wait(self._waiting)
+        with autocast(cfg.precision, world):
+            parallel_model.warm_up_buckets(self._blank)
 
     def __call__(
         self, batches: Iterator[Batch], step: int, lr: float, num_images: int, vote: StepVote
     ) -> StepOutcome:
-        """Collective. Step `step` (0-based) over this rank's `batches`, up to the one that says it is the last.
+        """Collective. Train step `step` (0-based) on the next micro-batches of `batches`.
 
-        num_images: of the global batch. Where a loss or a gradient is not finite, nothing of the step is applied. The
-        outcome tells of a loss; of a gradient settle() tells, or the next step's outcome, of which then nothing is
-        applied either, unless bad steps are skipped. If no image could be read (outcome.is_empty), nothing is applied.
-        Raises DataError, or a vote's error; the weights stay as they were.
+        num_images: size of the global batch. A non-finite loss is reported in this step's outcome.
+        A non-finite gradient is detected on the device and reported one step late: by
+        poll_nonfinite() or by the next call, which is then not applied either unless
+        trainer.on_nan=skip. Raises DataError or the error of a vote on all ranks; weights stay.
         """
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
         self._before.snapshot()
-        outcome, error = self._gradients(batches, step, num_images, vote)
-        if outcome.failed:
+        votes, skipped_images, error = self._accumulate(batches, step, num_images, vote)
+        if votes.failed:
             raise_together(error, self.world)
-        if outcome.diverged or (outcome.late and self.cfg.on_nan is not OnNan.skip):
-            self._before.restore(torch.ones_like(self._bad))
-            self._bad.zero_()
-            return outcome
-        if outcome.is_empty:
-            self._bad.zero_()  # the outcome has reported the step before
-            self.grad_norm = None
-            return outcome
-        self.on_phase("update")
-        self._apply(num_images / outcome.num_images)
-        self.on_phase(WAITING)
+        status = self._status(votes)
+        if votes.nonfinite_loss or status is StepStatus.retry:
+            self._before.restore(torch.ones_like(self._nonfinite))
+        if status is not StepStatus.applied:
+            self._nonfinite.zero_()  # this vote has reported the previous step
+            return StepOutcome(status, votes, skipped_images, None)
+        self._on_phase("update")
+        grad_norm = self._apply(num_images / votes.num_images)
+        self._on_phase(WAITING)
         average(self._statistics, self.world)
-        self._before.restore(self._bad)
-        return outcome
+        self._before.restore(self._nonfinite)
+        return StepOutcome(status, votes, skipped_images, grad_norm)
 
-    def settle(self) -> bool:
-        """Collective. True, once, where the last step's gradient was not finite. Waits for the device."""
-        late = any_rank(bool(self._bad.item()), self.world)
-        self._bad.zero_()
-        return late
+    def poll_nonfinite(self) -> bool:
+        """Collective. True, once, if the last gradient was not finite. Waits for the device."""
+        nonfinite = any_rank(bool(self._nonfinite.item()), self.world)
+        self._nonfinite.zero_()
+        return nonfinite
 
-    def load(self, sums: dict[str, float], scaler: dict[str, float]) -> None:
-        """Go on with the row and the loss scale of a checkpoint."""
+    def load_state_dict(self, sums: dict[str, float], scaler: dict[str, Any]) -> None:
+        """Restore the sums of the row that was being collected, and the loss scale."""
         if sums:
             self.meter.load(sums)
         if scaler:
             self.scaler.load_state_dict(scaler)
 
-    def extras(self) -> dict[str, float]:
-        """What a row carries beside loss and accuracy. Waits for the device."""
-        return {} if self.grad_norm is None else {"train/grad_norm": self.grad_norm.item()}
+    def _status(self, votes: VoteResult) -> StepStatus:
+        if votes.nonfinite_previous and self.cfg.on_nan is not OnNan.skip:
+            return StepStatus.retry
+        if votes.nonfinite_loss or votes.is_empty:
+            return StepStatus.skipped
+        return StepStatus.applied
 
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
-        """Within a forward pass: what the other ranks need longer is not this one's time, nor its fault."""
-        self.on_phase(WAITING)
-        with self.stopwatch.paused():
-            yield
-        self.on_phase("forward")
-
-    def _gradients(
+    def _accumulate(
         self, batches: Iterator[Batch], step: int, num_images: int, vote: StepVote
-    ) -> tuple[StepOutcome, Exception | None]:
-        """Leave the mean gradient in .grad, assuming that all `num_images` could be read."""
-        scale = (
-            self.world.world_size / num_images
-        )  # DDP divides the sum over the ranks by world_size
-        losses, seen, self.bad, is_last, has_data = (
-            torch.zeros((), device=self.world.device),
-            0,
-            [],
-            False,
-            True,
-        )
+    ) -> tuple[VoteResult, list[Skipped], RunError | None]:
+        """Fetch, forward, vote, backward: leave the mean gradient over `num_images` in .grad."""
+        scale = self.world.world_size / num_images  # DDP divides the sum over ranks by world_size
+        loss_sum, num_read = torch.zeros((), device=self.world.device), 0
+        skipped_images: list[Skipped] = []
         passes = micro_batches(num_images, self.world.world_size, self.cfg.micro_batch_size)
+        is_last, has_data = False, True
         while not is_last:
-            slots, batch = (
-                passes.pop(0) if passes else 1,
-                None,
-            )  # a replay makes the passes of all ranks
-            is_last = not passes
-            self.on_phase("data")
-            if has_data:  # without, this rank takes part in the passes that the others still make
+            slots = passes.pop(0) if passes else 1  # a replay makes the passes of all ranks
+            is_last, batch = not passes, None
+            self._on_phase("data")
+            if has_data:
                 try:
                     with self.stopwatch.data():
                         batch = next(batches)
                     is_last = batch.work.is_last
                 except DataError as error:
+                    # This rank still takes part in the passes that the other ranks make.
                     has_data, vote = False, replace(vote, error=error)
-            self.on_phase("forward")
+            self._on_phase("forward")
             with nullcontext() if is_last else self.parallel_model.no_sync():
                 with self.stopwatch.forward():
                     loss = self._loss_sum(batch, step, slots)
-                losses += loss.detach()
+                loss_sum += loss.detach()
                 if batch is not None:
-                    seen, self.bad = seen + len(batch.labels), self.bad + batch.bad
+                    num_read += len(batch.labels)
+                    skipped_images += batch.bad
                 if is_last or self.parallel_model.is_split:
-                    self.on_phase(WAITING)
+                    self._on_phase(WAITING)
                 if is_last:
-                    self._health.begin(losses, seen, vote, self._bad)
+                    self._exchange.start(loss_sum, num_read, vote, self._nonfinite)
                 self.scaler.scale(loss * scale).backward()
         self.parallel_model.finish_backward()
-        return self._health.finish(), vote.error
+        return self._exchange.finish(), skipped_images, vote.error
 
     def _loss_sum(self, batch: Batch | None, step: int, slots: int) -> Tensor:
-        """The loss summed over the batch's images; a zero that DDP can differentiate where there are none."""
+        """The loss summed over the images; a zero with a gradient of zeros if there are none."""
         if batch is None or len(batch.labels) == 0:
-            with autocast(self.cfg.precision, self.world):  # what the ranks exchange must be alike
+            with autocast(self.cfg.precision, self.world):  # ranks must exchange equal dtypes
                 return self.parallel_model.nothing_to_learn(self._blank, slots)
         set_dropout_keys(self._model, self.seed, step, batch.indices)
         with autocast(self.cfg.precision, self.world):
@@ -184,30 +191,44 @@ class TrainStep:
         self.meter.add(loss, logits, batch.labels)
         return loss
 
-    def _apply(self, correction: float) -> None:
-        """Update the weights, if the gradient is finite. `correction` is not 1 where bad images were skipped.
+    def _apply(self, correction: float) -> Tensor:
+        """Agree, clip, apply. Return the gradient's norm; if it is not finite, nothing is applied.
 
-        The gradient's norm is the same on all ranks (see ParallelModel.global_norms): each decides alike.
+        correction: planned images / images that were read. Gradients were scaled by the first.
+        The norm is the same on all ranks (see ParallelModel.global_norms), so they decide alike.
         """
         self.scaler.unscale_(self.optimizer)
         self.parallel_model.agree_on_infinities(self.scaler, self.optimizer)
         parameters = [p for p in self._model.parameters() if p.grad is not None]
         if correction != 1:
             torch._foreach_mul_([p.grad for p in parameters], correction)
-        whole = self.parallel_model.global_norms(norms([p.grad for p in parameters]), parameters)
-        self.grad_norm = torch.linalg.vector_norm(whole)
+        local_norms = norms([p.grad for p in parameters])
+        global_norms = self.parallel_model.global_norms(local_norms, parameters)
+        grad_norm = torch.linalg.vector_norm(global_norms)
         if self.cfg.clip_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self.cfg.clip_grad_norm, self.grad_norm)
+            nn.utils.clip_grads_with_norm_(parameters, self.cfg.clip_grad_norm, grad_norm)
         if not self.scaler.is_enabled():
-            self._bad.copy_(~torch.isfinite(self.grad_norm))
+            self._nonfinite.copy_(~torch.isfinite(grad_norm))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None:
-            self.ema.update(torch.isfinite(self.grad_norm))
+            self.ema.update(torch.isfinite(grad_norm))
+        return grad_norm
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Within a forward pass: do not count the wait for other ranks as this rank's time."""
+        self._on_phase(WAITING)
+        with self.stopwatch.paused():
+            yield
+        self._on_phase("forward")
 
 
 def cross_entropy(logits: Tensor, batch: Batch, smoothing: float, reduction: str = "sum") -> Tensor:
-    """Summed over the images, or "none"; of two labels an image, weighted by their shares, where images are mixed."""
+    """The loss of logits [n, classes]: summed over the images, or [n] if reduction is "none".
+
+    If images are mixed, the two labels of an image are weighted by their shares of it.
+    """
     mixing = batch.effects.mixing
     if mixing is None:
         return F.cross_entropy(logits, batch.labels, reduction=reduction, label_smoothing=smoothing)
@@ -217,63 +238,3 @@ def cross_entropy(logits: Tensor, batch: Batch, smoothing: float, reduction: str
     )
     losses = torch.lerp(other, own, mixing.share)
     return losses.sum() if reduction == "sum" else losses
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Sums over all validation images, the same on every rank; `bad` are the images that this rank left out."""
-
-    row: dict[str, float | int]
-    per_class: Tensor  # int64 [num_classes, 3] on the CPU: images, correct at 1, correct at 5
-    bad: list[Skipped]
-
-
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    cfg: TrainerConfig,
-    num_classes: int,
-    world: World,
-    stop: StopSignal,
-) -> Evaluation | None:
-    """Collective. Every image once, in the same batches for every world size. None if a stop was asked for.
-
-    `batches` has the same length on all ranks; some may be empty. Raises DataError on all ranks.
-    """
-    model.eval()
-    meter, error, bad = Meter(world.device), None, []
-    per_class = torch.zeros(num_classes, 3, dtype=torch.int64, device=world.device)
-    try:
-        for k, batch in enumerate(batches):
-            if k % _ROUNDS_BETWEEN_LOOKS == 0 and _must_leave(stop, None, world):
-                return None
-            bad += batch.bad
-            if len(batch.labels):
-                with autocast(cfg.precision, world):
-                    logits = model(apply_effects(batch.images, batch.effects)).float()
-                meter.add(
-                    F.cross_entropy(logits, batch.labels, reduction="sum"), logits, batch.labels
-                )
-                per_class.index_add_(0, batch.labels, correct_counts(logits, batch.labels))
-    except DataError as e:
-        error = e
-    if _must_leave(stop, error, world):
-        return None
-    model.train()
-    sums = meter.read()
-    if sums["images"] == 0:
-        raise DataError(f"none of the validation images could be read{_such_as(bad)}")
-    return Evaluation(evaluation_row(sums), sum_over_ranks(per_class).cpu(), bad)
-
-
-def _such_as(bad: list[Skipped]) -> str:
-    return f", such as {bad[0].reason}" if bad else ""
-
-
-def _must_leave(stop: StopSignal, error: DataError | None, world: World) -> bool:
-    """Collective. True where a rank was asked to stop; raises where a rank has an error."""
-    leave = any_rank(stop.received or error is not None, world)
-    if leave:
-        raise_together(error, world)
-    return leave

@@ -1,6 +1,7 @@
-"""Who is late: what each rank does before the first collective of a step, timed, and compared at the log step.
+"""Finds slow ranks: times what each rank does before the first collective of a step.
 
-After that collective all ranks wait for the slowest one, so only the time before it tells who that is.
+After that collective all ranks have waited for the slowest one, so only the time before it shows
+which rank is slow. The times are compared when a row is logged.
 """
 
 import logging
@@ -16,13 +17,13 @@ from alexnet_ddp.runtime.distributed import World, gather
 log = logging.getLogger(__name__)
 
 PHASES = ("data", "forward")
-_SHARE = 0.2  # of the step: so much must a rank be behind the others to count as slow
-_WINDOWS = 3  # in a row
-_STEPS = 10  # of a window, at least: a few steps may be anybody's
+_SHARE = 0.2  # a rank is slow if it is later than the others by this share of a step
+_WINDOWS = 3  # consecutive windows before a warning
+_STEPS = 10  # fewest steps of a window: single steps vary too much
 
 
 class Stopwatch:
-    """Seconds of this rank by phase. On a GPU those of the device too, read where the host waits for it anyway."""
+    """Seconds of this rank by phase; on a GPU also the device's, read when the host waits."""
 
     def __init__(self, world: World) -> None:
         self._seconds = dict.fromkeys(PHASES, 0.0)
@@ -31,14 +32,14 @@ class Stopwatch:
 
     @contextmanager
     def data(self) -> Iterator[None]:
-        """Around the wait for a batch."""
+        """Time the wait for a batch."""
         began = time.monotonic()
         yield
         self._seconds["data"] += time.monotonic() - began
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Around a forward pass."""
+        """Time a forward pass."""
         if self._on_gpu:
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
@@ -52,13 +53,13 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within a forward pass, around a wait for other ranks. On a GPU the host does not wait there."""
+        """Leave out a wait for other ranks in a forward pass. On a GPU the host does not wait."""
         began = time.monotonic()
         yield
         self._seconds["forward"] -= 0 if self._on_gpu else time.monotonic() - began
 
     def read(self) -> list[float]:
-        """Seconds by phase since the last read. The device must have passed the last forward pass."""
+        """Return seconds by phase since the last read. The last forward pass must be complete."""
         self._seconds["forward"] += sum(
             first.elapsed_time(last) / 1000 for first, last in self._events
         )
@@ -68,7 +69,7 @@ class Stopwatch:
 
 
 class Stragglers:
-    """Names a rank that is slow for three windows in a row, once each time that it becomes slow."""
+    """Warns about a rank that is slow for three consecutive windows, once per slow period."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -77,7 +78,10 @@ class Stragglers:
         self._windows = 0
 
     def row(self, seconds: list[float], steps: int, wall_s: float) -> dict[str, int]:
-        """Collective. seconds: this rank's by phase, over `steps` that took wall_s together."""
+        """Collective. Add a window and return the slowest rank.
+
+        seconds: this rank's seconds by phase over `steps` steps, which took wall_s seconds.
+        """
         if self._world.world_size == 1 or steps == 0:
             return {}
         mine = torch.tensor(seconds, dtype=torch.float32, device=self._world.device)
@@ -90,7 +94,10 @@ class Stragglers:
         return {"train/slowest_rank": int(found.sum(1).argmax())}
 
     def judge(self, seconds: Tensor, step_s: float) -> str | None:
-        """A window. seconds: [ranks, phases] a step. The warning that it leads to."""
+        """Look at one window. Return its warning if there is one.
+
+        seconds: float [ranks, phases] per step; step_s: seconds per step.
+        """
         behind = seconds - seconds.median(0).values  # of two ranks the faster one is the median
         rank, phase = divmod(int(behind.argmax()), len(PHASES))
         slow = (rank, PHASES[phase]) if behind.max() > _SHARE * step_s else None
@@ -100,8 +107,8 @@ class Stragglers:
             return None
         late, usual = 1000 * float(seconds[rank, phase]), 1000 * float(seconds[:, phase].median())
         warning = (
-            f"rank {rank} is slow in {PHASES[phase]}: {late:.0f} ms a step where the others take {usual:.0f}, "
-            f"of steps of {1000 * step_s:.0f} ms"
+            f"rank {rank} is slow in {PHASES[phase]}: {late:.0f} ms a step where the others take "
+            f"{usual:.0f}, of steps of {1000 * step_s:.0f} ms"
         )
         log.warning(warning)
         return warning

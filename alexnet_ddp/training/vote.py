@@ -1,7 +1,7 @@
-"""Stop together, or not at all: the small all-reduce that every step carries.
+"""The one small all-reduce that every step carries: the vote of each rank on the step.
 
-A signal or a fault reaches one rank; the decision what to do about it is made by all, at the same step, before anybody
-acts.
+A stop signal or a fault reaches a single rank. The vote makes it known to all ranks, so that they
+act on it in the same step. StepSnapshot undoes a step that the ranks decide not to apply.
 """
 
 import math
@@ -16,7 +16,7 @@ from alexnet_ddp.runtime.errors import RunError
 
 @dataclass(frozen=True)
 class StepVote:
-    """What this rank would do at the end of a step, if it were alone."""
+    """What this rank requests at a step."""
 
     stop: bool = False
     save: bool = False
@@ -24,29 +24,29 @@ class StepVote:
 
 
 @dataclass(frozen=True)
-class StepOutcome:
-    """What all ranks know about a step before they apply it."""
+class VoteResult:
+    """The votes of all ranks, and their sums. The same on every rank."""
 
     stop: bool  # a rank was asked to stop
-    diverged: bool  # a rank's loss is not finite
-    late: bool  # the gradient of the step before was not finite; the devices have not applied it
+    save: bool  # a checkpoint is due by time
     failed: bool  # a rank has an error
-    save: bool  # the time for a checkpoint has come
-    num_images: int  # that the ranks have really seen
-    loss: float  # mean over these images; nan if there are none
+    nonfinite_loss: bool  # a rank's loss of this step is not finite
+    nonfinite_previous: bool  # the previous step's gradient was not finite and was not applied
+    num_images: int  # images of the global batch that could be read
+    loss: float  # mean over these images; NaN if there are none
 
     @property
     def is_empty(self) -> bool:
-        """No rank could read an image of this step, so there was nothing to learn and nothing was applied."""
-        return self.num_images == 0 and not self.diverged
+        """No rank could read an image of this step."""
+        return self.num_images == 0 and not self.nonfinite_loss
 
-    def bad_steps(self, step: int) -> list[int]:
-        """Which steps are known since this outcome, of `step`, to be bad."""
-        return [step - 1] * self.late + [step] * self.diverged
+    def nonfinite_steps(self, step: int) -> list[int]:
+        """The steps (0-based) that this vote of `step` reveals as not finite, in order."""
+        return [step - 1] * self.nonfinite_previous + [step] * self.nonfinite_loss
 
 
-class Health:
-    """Collects the outcome of a step while its backward pass runs."""
+class VoteExchange:
+    """Sums the votes of a step over the ranks while the backward pass runs."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -55,57 +55,70 @@ class Health:
         self._mine, self._host = (
             torch.zeros(7, dtype=torch.float64, pin_memory=on_gpu) for _ in range(2)
         )
+        self._sum = torch.zeros(7, dtype=torch.float64, device=world.device)
         self._ready = torch.cuda.Event() if on_gpu else None
 
-    def begin(
-        self, loss_sum: torch.Tensor, num_images: int, vote: StepVote, late: torch.Tensor
+    def start(
+        self,
+        loss_sum: torch.Tensor,
+        num_images: int,
+        vote: StepVote,
+        nonfinite_previous: torch.Tensor,
     ) -> None:
-        """Collective. Before the backward pass that synchronises.
+        """Collective. Call it before the backward pass that synchronises gradients.
 
-        loss_sum: this rank's; late: 1 where the gradient of the step before was not finite. Scalars on the device.
+        loss_sum: of this rank's images. nonfinite_previous: 1 if the previous step's gradient was
+        not finite, else 0. Both are scalars on the device.
         """
         mine = [vote.stop, 0, vote.error is not None, vote.save, num_images, 0, 0]
         self._mine.copy_(torch.tensor(mine, dtype=torch.float64))
-        vector = torch.empty_like(self._mine, device=self._world.device)
-        vector.copy_(self._mine, non_blocking=True)  # from pinned memory: waits for nothing
-        vector[1] = ~torch.isfinite(loss_sum)
-        vector[5], vector[6] = late, loss_sum
-        self._wait = start_sum(vector)
-        self._vector = vector
+        self._sum = torch.empty_like(self._mine, device=self._world.device)
+        self._sum.copy_(self._mine, non_blocking=True)  # from pinned memory: no host wait
+        self._sum[1] = ~torch.isfinite(loss_sum)
+        self._sum[5], self._sum[6] = nonfinite_previous, loss_sum
+        self._wait = start_sum(self._sum)
         if self._ready is not None:
-            self._wait()  # on a GPU this orders streams, it does not block
-            self._host.copy_(vector, non_blocking=True)
+            self._wait()  # on a GPU this orders streams and does not block the host
+            self._host.copy_(self._sum, non_blocking=True)
             self._ready.record()
 
-    def finish(self) -> StepOutcome:
-        """After the backward pass was queued. Waits for the sum, not for the backward pass."""
+    def finish(self) -> VoteResult:
+        """Return the result. Waits for the all-reduce, not for the backward pass."""
         if self._ready is not None:
             self._ready.synchronize()
         else:
             self._wait()
-            self._host.copy_(self._vector)
-        stop, diverged, failed, save, num_images, late, loss_sum = self._host.tolist()
-        loss = loss_sum / num_images if num_images else math.nan
-        return StepOutcome(
-            stop > 0, diverged > 0, late > 0, failed > 0, save > 0, round(num_images), loss
+            self._host.copy_(self._sum)
+        stop, nonfinite, failed, save, num_images, previous, loss_sum = self._host.tolist()
+        return VoteResult(
+            stop=stop > 0,
+            save=save > 0,
+            failed=failed > 0,
+            nonfinite_loss=nonfinite > 0,
+            nonfinite_previous=previous > 0,
+            num_images=round(num_images),
+            loss=loss_sum / num_images if num_images else math.nan,
         )
 
 
 class StepSnapshot:
-    """What a forward pass changes by itself, running statistics and sums: taken back where its step is not applied."""
+    """Restores tensors that a forward pass changes: running statistics and the sums of metrics."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         dtypes = {t.dtype for t in tensors}
         self._groups = [[t for t in tensors if t.dtype == dtype] for dtype in dtypes]
-
-    def snapshot(self) -> None:
         self._kept = [_flat(group) for group in self._groups]
 
-    def restore(self, bad: torch.Tensor) -> None:
-        """As at the mark, where `bad`, a scalar on the device, is not 0. Waits for nothing."""
+    def snapshot(self) -> None:
+        """Remember the present values."""
+        self._kept = [_flat(group) for group in self._groups]
+
+    def restore(self, condition: torch.Tensor) -> None:
+        """Restore the values if `condition`, a scalar on the device, is not 0. No host wait."""
         for group, kept in zip(self._groups, self._kept):
-            found = torch.where(bad != 0, kept, _flat(group)).split([t.numel() for t in group])
-            torch._foreach_copy_(group, [part.view_as(t) for part, t in zip(found, group)])
+            values = torch.where(condition != 0, kept, _flat(group))
+            pieces = values.split([t.numel() for t in group])
+            torch._foreach_copy_(group, [piece.view_as(t) for piece, t in zip(pieces, group)])
 
 
 def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -22,7 +22,7 @@ from alexnet_ddp.data.sources.shard_index import INDEX
 from alexnet_ddp.data.sources.shards import open_shards
 from alexnet_ddp.data.sources.tars import TarWriter
 from alexnet_ddp.runtime.distributed import gather_objects, session
-from alexnet_ddp.training.vote import Health, StepVote
+from alexnet_ddp.training.vote import StepVote, VoteExchange
 from tests.conftest import make_folder
 from tests.drills.harness import PROJECT
 from tests.packing import pack
@@ -288,10 +288,10 @@ def _rounds(batch_size):
     """What each step and each evaluation batch holds, over the ranks, with the collective that a step carries."""
     sampler, epochs, evaluated, seen = GlobalBatchSampler(1_003, batch_size, seed=5), [], [], []
     with session(Device.cpu) as world:
-        health, steps = Health(world), range(2 * sampler.steps_per_epoch)
+        exchange, steps = VoteExchange(world), range(2 * sampler.steps_per_epoch)
         for work in sampler.work(steps, world.rank, world.world_size, None):
-            health.begin(torch.zeros(()), len(work.indices), StepVote(), torch.zeros(()))
-            assert health.finish().num_images == len(sampler.batch(work.step))
+            exchange.start(torch.zeros(()), len(work.indices), StepVote(), torch.zeros(()))
+            assert exchange.finish().num_images == len(sampler.batch(work.step))
             seen.append((work.epoch, work.indices.tolist()))
         epochs = gather_objects(seen)
         rounds = list(evaluation_work(1_003, batch_size, world.rank, world.world_size))

@@ -118,7 +118,7 @@ def test_d27_a_bad_step_rolls_back_to_the_newest_checkpoint_and_the_data_goes_on
             name, *SHORT, "trainer.on_nan=rollback", f"trainer.log_every_steps={log_every}"
         )
         assert job.inject("gradient rank=1 step=8").run() == 0, job.said()
-        assert "the weights are those of step 5 again; the data goes on with step 9" in job.said()
+        assert "the weights are those of step 5 again; the data continues with step 9" in job.said()
         assert job.rows("train/lr")[-1]["train/num_rollbacks"] == 1
         digests.append(job.digest())
     assert digests[0] == digests[1]

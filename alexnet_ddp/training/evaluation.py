@@ -1,0 +1,77 @@
+"""An exact evaluation: each image counts once, and the world size does not change the result."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alexnet_ddp.config import TrainerConfig
+from alexnet_ddp.data.effects import apply_effects
+from alexnet_ddp.data.fill import Skipped
+from alexnet_ddp.data.loader import Batch
+from alexnet_ddp.runtime.distributed import World, any_rank, raise_together, sum_over_ranks
+from alexnet_ddp.runtime.errors import DataError
+from alexnet_ddp.runtime.signals import StopSignal
+from alexnet_ddp.training.metrics import Meter, correct_counts, evaluation_row
+from alexnet_ddp.training.precision import autocast
+
+_BATCHES_BETWEEN_STOP_CHECKS = 8
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of an evaluation. `row` and `per_class` are sums over all ranks, equal on all."""
+
+    row: dict[str, float | int]
+    per_class: Tensor  # int64 [num_classes, 3] on the CPU: images, correct at 1, correct at 5
+    skipped: list[Skipped]  # images that this rank could not read
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    cfg: TrainerConfig,
+    num_classes: int,
+    world: World,
+    stop: StopSignal,
+) -> Evaluation | None:
+    """Collective. Evaluate `model` on the images of `batches`. Return None if a stop was requested.
+
+    batches: the same number of batches on all ranks; a batch may be empty. Raises DataError on all
+    ranks if a rank has one, or if no image could be read.
+    """
+    model.eval()
+    meter, error, skipped = Meter(world.device), None, []
+    per_class = torch.zeros(num_classes, 3, dtype=torch.int64, device=world.device)
+    try:
+        for k, batch in enumerate(batches):
+            if k % _BATCHES_BETWEEN_STOP_CHECKS == 0 and _must_end(stop, None, world):
+                return None
+            skipped += batch.bad
+            if len(batch.labels):
+                with autocast(cfg.precision, world):
+                    logits = model(apply_effects(batch.images, batch.effects)).float()
+                loss_sum = F.cross_entropy(logits, batch.labels, reduction="sum")
+                meter.add(loss_sum, logits, batch.labels)
+                per_class.index_add_(0, batch.labels, correct_counts(logits, batch.labels))
+    except DataError as e:
+        error = e
+    if _must_end(stop, error, world):
+        return None
+    model.train()
+    sums = meter.read()
+    if sums["images"] == 0:
+        example = f", such as {skipped[0].reason}" if skipped else ""
+        raise DataError(f"none of the validation images could be read{example}")
+    return Evaluation(evaluation_row(sums), sum_over_ranks(per_class).cpu(), skipped)
+
+
+def _must_end(stop: StopSignal, error: DataError | None, world: World) -> bool:
+    """Collective. True if a rank was asked to stop. Raises on all ranks if a rank has an error."""
+    must_end = any_rank(stop.received or error is not None, world)
+    if must_end:
+        raise_together(error, world)
+    return must_end

@@ -1,0 +1,224 @@
+"""The parts of a run that have state, built and restored: model, optimizer, EMA, hook, scaler."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from alexnet_ddp.checkpoint.background import Groups
+from alexnet_ddp.checkpoint.find import weights_of_run
+from alexnet_ddp.data.augment import build_augment
+from alexnet_ddp.data.loader import Batch, Loader, build_loader
+from alexnet_ddp.model import (
+    ClassChange,
+    build_model,
+    check_image_size,
+    follow_classes,
+    head_parameters,
+    load_checkpoint,
+    transforms_input,
+    without_weights,
+)
+from alexnet_ddp.parallel import LocalSGD, build_parallel
+from alexnet_ddp.runtime import distributed
+from alexnet_ddp.training.ema import EMA
+from alexnet_ddp.training.optim import OptimizerState, build_optimizer
+from alexnet_ddp.training.setup import RunSetup, choose_parallelism
+from alexnet_ddp.training.step import TrainStep
+
+log = logging.getLogger(__name__)
+
+
+class Stateful(Protocol):
+    """A part of a run that has state; the protocol of torch.distributed.checkpoint.stateful."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class ModelState:
+    """The network's weights and buffers as a part of a checkpoint. `source` is for messages."""
+
+    def __init__(self, model: nn.Module, source: str) -> None:
+        self._model, self._source = model, source
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the tensors by torchvision's names."""
+        return self._model.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load `state_dict`. Raises ConfigError if names or shapes differ."""
+        load_checkpoint(self._model, state_dict, self._source)
+
+
+class TrainingParts:
+    """Everything that a step uses: the stateful parts by name, the step itself and the loaders.
+
+    Collective. Parts are initialised from the configuration, then restored from `setup.saved`.
+    on_phase: see TrainStep.
+    """
+
+    def __init__(
+        self, setup: RunSetup, on_phase: Callable[[str], None] = lambda phase: None
+    ) -> None:
+        cfg, world, data = setup.cfg, setup.world, setup.data
+        self.setup = setup
+        self.model = self._build_model()
+        saved = self._follow_classes(setup.saved, self.model)
+        self.model.to(world.device, memory_format=torch.channels_last)
+        parallel = choose_parallelism(cfg, self.model, world)
+        if cfg.trainer.compile:
+            # A few recompilations per image size, if images grow. Past 8 torch would run eagerly.
+            torch.compiler.config.recompile_limit = 64
+            self.model.compile()
+        self.parallel_model = build_parallel(parallel, self.model, world)
+        self.optimizer = build_optimizer(
+            cfg.optimizer, self.model, self.parallel_model.global_norms
+        )
+        decay = cfg.trainer.ema_decay
+        self.ema = EMA(self.model, decay) if decay is not None else None
+        self._stateful = self._name_parts()
+        if saved:
+            self.load_state_dict(saved, setup.state.step)
+        self.train_step = TrainStep(
+            self.parallel_model,
+            self.optimizer,
+            cfg.trainer,
+            cfg.seed,
+            world,
+            cfg.data.image_size,
+            ema=self.ema,
+            on_phase=on_phase,
+        )
+        self.train_step.load_state_dict(setup.state.sums, setup.state.scaler)
+        augment = build_augment(
+            cfg.augment, cfg.seed, cfg.data.image_size, cfg.data.eval_resize, data.colour_basis
+        )
+        cores, device = world.num_cores, world.device
+        self.train_loader: Loader = build_loader(cfg.data, data.train, augment, cores, device, True)
+        self.val_loader: Loader = build_loader(cfg.data, data.val, None, cores, device)
+
+    def state_dict(self) -> Groups:
+        """Collective. Part -> its tensors by name; a tensor may be a shard of a split one."""
+        groups = {name: part.state_dict() for name, part in self._stateful.items()}
+        return {
+            name: self.parallel_model.canonical(tensors)
+            for name, tensors in groups.items()
+            if tensors or name in ("model", "optimizer")
+        }
+
+    def load_state_dict(self, groups: Groups, step: int) -> None:
+        """Collective. Restore all parts from full tensors, as after `step` steps.
+
+        A part that `groups` lacks starts as new. Raises ConfigError if the model does not fit.
+        """
+        local = {name: self.parallel_model.local(tensors) for name, tensors in groups.items()}
+        for name, part in self._stateful.items():
+            part.load_state_dict(local.get(name, {}))
+        if self.parallel_model.hook is not None:
+            self.parallel_model.hook.set_step(step)
+
+    def roll_back(self, step: int) -> int:
+        """Collective. Restore the newest checkpoint, to continue with the data of `step`.
+
+        Return the checkpoint's step. The hook starts as new: its memory belongs to later weights.
+        """
+        cfg, checkpoints = self.setup.cfg, self.setup.checkpoints
+        checkpoint_step, groups = checkpoints.newest()
+        groups.pop("hook", None)
+        classes = self.setup.data.train.classes
+        if checkpoints.classes_read not in (None, classes):  # saved before the classes changed
+            size = cfg.data.image_size
+            fresh = build_model(without_weights(cfg.model), len(classes), size, cfg.seed)
+            groups = self._follow_classes(groups, fresh, quiet=True)
+        self.load_state_dict(groups, step)
+        return checkpoint_step
+
+    def batches(self, from_step: int) -> Iterator[Batch]:
+        """This rank's micro-batches of all steps from `from_step` on."""
+        setup, world = self.setup, self.setup.world
+        steps = range(from_step, setup.budget.total_steps)
+        micro_batch_size = setup.cfg.trainer.micro_batch_size
+        work = setup.sampler.work(steps, world.rank, world.world_size, micro_batch_size)
+        return self.train_loader.batches(work)
+
+    def sync_replicas(self, step: int, planned: bool, progress: Callable[[], None]) -> bool:
+        """Collective. True if the ranks are equal, which only local SGD makes a question.
+
+        planned: they must be equal now. progress: called before each message.
+        """
+        hook = self.parallel_model.hook
+        if not isinstance(hook, LocalSGD):
+            return True
+
+        def tensors() -> list[Tensor]:  # buffers are averaged after each step
+            weights = {name: p.detach() for name, p in self.model.named_parameters()}
+            moments = [t for t in self._stateful["optimizer"].state_dict().values() if t.dim()]
+            averages = self.ema.state_dict() if self.ema is not None else {}
+            return [*weights.values(), *moments, *(averages[name] for name in weights if averages)]
+
+        return hook.sync_replicas(step, planned, tensors, progress)
+
+    @contextmanager
+    def evaluation_model(self) -> Iterator[nn.Module]:
+        """Collective. The full model as it is evaluated: with averaged weights if there are any."""
+        with nullcontext() if self.ema is None else self.ema.in_place():
+            yield self.parallel_model.whole_model()
+
+    def close(self) -> None:
+        """Stop the loaders' threads."""
+        self.train_loader.close()
+        self.val_loader.close()
+
+    def _build_model(self) -> nn.Module:
+        """The network with the weights that a new run starts from."""
+        setup, cfg, world = self.setup, self.setup.cfg, self.setup.world
+        classes, size, known = setup.data.train.classes, cfg.data.image_size, None
+        start = without_weights(cfg.model, setup.state.transform_input)
+        if not setup.saved and cfg.model.weights is not None:
+            weights, known = distributed.from_main(
+                lambda: weights_of_run(cfg.model.weights, cfg.run.root), world
+            )
+            start = replace(cfg.model, weights=weights)
+        model = distributed.on_all(
+            lambda: build_model(start, len(classes), size, cfg.seed, classes, known), world
+        )
+        setup.state.transform_input = transforms_input(model)
+        check_image_size(model, len(classes), cfg.data.train_image_size(0), "data.start_image_size")
+        return model
+
+    def _name_parts(self) -> dict[str, Stateful]:
+        """The parts by the name of their file in a checkpoint. The averages follow the model."""
+        parts: dict[str, Stateful] = {
+            "model": ModelState(self.model, f"the checkpoint of {self.setup.cfg.run.name}"),
+            "optimizer": OptimizerState(self.optimizer, self.model),
+        }
+        if self.ema is not None:
+            parts["ema"] = self.ema
+        if self.parallel_model.hook is not None:
+            parts["hook"] = self.parallel_model.hook
+        return parts
+
+    def _follow_classes(self, groups: Groups, fresh: nn.Module, quiet: bool = False) -> Groups:
+        """Move the head's rows of a checkpoint to the positions of their classes in the data.
+
+        fresh: the network as initialised; a class that the checkpoint lacks gets its rows. Rows
+        keep their positions if the checkpoint's classes are not known.
+        """
+        then, now = self.setup.checkpoints.classes_read, self.setup.data.train.classes
+        if not groups or then is None or then == now:
+            return groups
+        change = ClassChange(then, now)
+        groups = dict(groups)
+        has_memory = bool(groups.pop("hook", None))
+        if not quiet:
+            log.warning("classes: %s: rows of the head follow their class names", change)
+            if has_memory:
+                log.warning("parallel.hook starts without memory: it belongs to the earlier rows")
+        names, own = head_parameters(fresh), fresh.state_dict()
+        rows = {name: own[name].to(self.setup.world.device) for name in names}
+        return {name: follow_classes(tensors, change, rows) for name, tensors in groups.items()}

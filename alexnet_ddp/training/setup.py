@@ -1,0 +1,140 @@
+"""What a run is before anything is built: its data, its order, its length, and where it resumes."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from alexnet_ddp.checkpoint.identity import DataFacts, first_fingerprint, identity
+from alexnet_ddp.checkpoint.store import Checkpoints
+from alexnet_ddp.config import (
+    AUTO,
+    AlexNet2012AugmentConfig,
+    AutoParallelConfig,
+    Config,
+    DDPConfig,
+    HybridConfig,
+    ParallelConfig,
+    Precision,
+    WireDtype,
+)
+from alexnet_ddp.cost_model.choose import choose_guessing, guess
+from alexnet_ddp.cost_model.network import read_network
+from alexnet_ddp.data.sampler import build_sampler, micro_batches
+from alexnet_ddp.data.sources.index import SampleIndex
+from alexnet_ddp.data.sources.sets import ImageSets, open_data
+from alexnet_ddp.parallel.layers import find_layers
+from alexnet_ddp.runtime import distributed
+from alexnet_ddp.runtime.distributed import World
+from alexnet_ddp.training.precision import check_precision
+from alexnet_ddp.training.schedule import Budget, build_lr_schedule
+
+log = logging.getLogger(__name__)
+
+
+class RunSetup:
+    """Data, sampler, budget, learning rates, checkpoints and the state that the run resumes from.
+
+    `state.step` is the only clock of a run: everything else is derived from it. `saved` are the
+    tensors of the checkpoint, empty for a new run.
+
+    Collective. up_to: resume from the newest checkpoint of this step or an earlier one, and write
+    nothing. Raises ConfigError if the ranks have different data or options.
+    """
+
+    def __init__(self, cfg: Config, world: World, up_to: int | None = None) -> None:
+        self.cfg, self.world = cfg, world
+        check_precision(cfg.trainer.precision, world)
+        self.data = distributed.first_on_node(lambda: open_data(cfg.data, may_make=True), world)
+        self.sampler = build_sampler(cfg, self.data.train)
+        self.budget = Budget.plan(
+            cfg.trainer, self.sampler.steps_per_epoch, cfg.checkpoint.save_every_steps
+        )
+        base_lr = cfg.optimizer.lr_at(cfg.trainer.global_batch_size)
+        self.lr: Callable[[int], float] = build_lr_schedule(cfg.scheduler, base_lr, self.budget)
+        run_identity = self._identity()
+        self._require_same_on_all_ranks(run_identity)
+        self.checkpoints = Checkpoints(
+            cfg.run_dir,
+            cfg.checkpoint,
+            run_identity,
+            world,
+            self.sampler.steps_per_epoch,
+            _data_facts(self.data),
+        )
+        self.state, self.saved = self.checkpoints.resume(
+            cfg.run.name, cfg.resume.allow_changes, up_to
+        )
+
+    @property
+    def is_complete(self) -> bool:
+        """The last step is done and evaluated."""
+        return self.budget.is_end(self.state.step) and self.state.evaluated_at == self.state.step
+
+    def _identity(self) -> dict[str, object]:
+        """The options and data that may not change when a run is resumed."""
+        windows = self.sampler.windows.fingerprint() if self.sampler.windows else None
+        found = identity(self.cfg, self.data.train.fingerprint(), windows)
+        if isinstance(self.cfg.augment, AlexNet2012AugmentConfig):
+            basis = self.data.colour_basis
+            found["augment.colour_basis"] = basis and [part.tolist() for part in basis]
+        return found
+
+    def _require_same_on_all_ranks(self, run_identity: dict[str, object]) -> None:
+        """Collective. Images come first and in words: a fingerprint alone names no difference."""
+        trainer = self.cfg.trainer
+        same = {
+            "training images": _description(self.data.train),
+            "validation images": _description(self.data.val),
+        }
+        same |= {key: value for key, value in run_identity.items() if key != "data"}
+        same |= {"budget": str(self.budget)}
+        options = ("eval_batch_size", "on_nan", "check_every_steps")
+        same |= {name: getattr(trainer, name) for name in options}
+        distributed.require_same(same, self.world)
+
+
+def choose_parallelism(cfg: Config, model: torch.nn.Module, world: World) -> ParallelConfig:
+    """Collective. The parallelism of the configuration; the cost model decides what is `auto`."""
+    is_hybrid = isinstance(cfg.parallel, HybridConfig)
+    is_auto = isinstance(cfg.parallel, AutoParallelConfig)
+    if not is_auto and not (is_hybrid and cfg.parallel.group_size == AUTO):
+        return cfg.parallel
+    if cfg.trainer.compile:
+        log.info("parallel=auto takes ddp: trainer.compile=true does not go with a hybrid")
+        return DDPConfig()
+    # All images of a step: a hybrid exchanges activations in each of its passes, ddp exchanges its
+    # gradients once.
+    images = micro_batches(cfg.trainer.global_batch_size, world.world_size, None)[0]
+    gpu = torch.cuda.get_device_name() if world.device.type == "cuda" else None
+
+    def choose() -> tuple[int, str]:
+        names = find_layers(model, cfg.parallel.split) if is_hybrid else None
+        network = read_network(model, cfg.data.image_size, names)
+        machines = guess(world.world_size, world.local_world_size, gpu, cfg.trainer.precision)
+        narrow = cfg.trainer.precision is not Precision.fp32
+        narrow |= is_hybrid and cfg.parallel.wire_dtype is WireDtype.bf16
+        choice = choose_guessing(network, *machines, images, is_hybrid, 2 if narrow else 4)
+        return choice.strategy.group, choice.reason
+
+    group, reason = distributed.from_main(choose, world)
+    if is_hybrid:
+        log.info("parallel.group_size=auto takes %s", reason)
+        return replace(cfg.parallel, group_size=group)
+    log.info("parallel=auto takes %s", reason)
+    return HybridConfig(group_size=group) if group > 1 else DDPConfig()
+
+
+def _data_facts(data: ImageSets) -> DataFacts:
+    classes, labels = data.train.classes, data.train.labels
+    counts = np.bincount(labels, minlength=len(classes)).tolist()
+    names = {"ids": classes, "names": data.class_names}
+    return DataFacts(names, counts, first_fingerprint(classes, labels), data.val.fingerprint())
+
+
+def _description(index: SampleIndex) -> str:
+    """Enough to see that two sets of images differ, and how."""
+    fingerprint = index.fingerprint()[:24]
+    return f"{len(index)} images of {len(index.classes)} classes with fingerprint {fingerprint}"

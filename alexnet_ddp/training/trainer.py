@@ -1,0 +1,368 @@
+"""The training loop: steps, and what is due between two steps.
+
+Read `train`, then `Trainer.run`. A step is in step.py; what the run is made of is in setup.py and
+parts.py.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+
+from alexnet_ddp.checkpoint.store import RunState
+from alexnet_ddp.config import Config, OnNan
+from alexnet_ddp.config.door import to_plain, to_yaml
+from alexnet_ddp.data.fill import Skipped
+from alexnet_ddp.data.quarantine import Quarantine
+from alexnet_ddp.data.sampler import describe_batch, evaluation_work, index_hash, rank_slice
+from alexnet_ddp.runtime import distributed
+from alexnet_ddp.runtime.deadline import Deadline
+from alexnet_ddp.runtime.errors import (
+    DataError,
+    PeerFailed,
+    Preempted,
+    RunError,
+    was_asked_to_stop,
+    write_start_step,
+)
+from alexnet_ddp.runtime.heartbeat import WAITING
+from alexnet_ddp.runtime.lock import lock_run
+from alexnet_ddp.runtime.signals import StopSignal
+from alexnet_ddp.runtime.startup import before_exit
+from alexnet_ddp.runtime.watchdog import Watchdog
+from alexnet_ddp.tracking import (
+    RunInfo,
+    RunStatus,
+    Tracker,
+    build_tracker,
+    headline,
+    make_run_dir,
+    run_status,
+)
+from alexnet_ddp.training.evaluation import evaluate
+from alexnet_ddp.training.faults import Guard
+from alexnet_ddp.training.metrics import Throughput, train_row
+from alexnet_ddp.training.parts import TrainingParts
+from alexnet_ddp.training.replicas import Replicas
+from alexnet_ddp.training.schedule import count_warmup_steps
+from alexnet_ddp.training.setup import RunSetup
+from alexnet_ddp.training.step import StepOutcome
+from alexnet_ddp.training.stragglers import Stragglers
+from alexnet_ddp.training.vote import StepVote
+
+log = logging.getLogger(__name__)
+
+
+def train(cfg: Config, overrides: list[str]) -> None:
+    """Train the run that `cfg` describes, or resume it. overrides: recorded with the run."""
+    with (
+        distributed.session(cfg.device, cfg.trainer.tf32) as world,
+        run_status(cfg.run_dir, world.is_main) as status,
+    ):
+        distributed.from_main(lambda: make_run_dir(cfg.run_dir), world)
+        lock = distributed.on_all(lambda: lock_run(cfg.run_dir), world, takes_part=world.is_main)
+        timeout_s = cfg.trainer.hang_timeout_s
+        watchdog = Watchdog(timeout_s, cfg.run_dir, world, cfg.trainer.compile)
+        with lock or nullcontext(), watchdog, before_exit(lambda: watchdog.phase("end")):
+            setup = RunSetup(cfg, world)
+            status.running(setup.state.step)
+            if setup.is_complete:
+                done = setup.state.step
+                log.info("run %s is complete after %d steps: %s", cfg.run.name, done, cfg.run_dir)
+                return
+            parts = TrainingParts(setup, on_phase=watchdog.phase)
+            stop = StopSignal()  # until here a stop signal ends the process at once
+            with _lost_peers_explained(stop, setup.state):
+                trainer = Trainer(setup, parts, overrides, watchdog, status, stop)
+                with trainer.tracker, closing(setup.checkpoints):
+                    try:
+                        trainer.run()
+                    finally:
+                        watchdog.phase("checkpoint")
+            parts.close()
+
+
+@contextmanager
+def _lost_peers_explained(stop: StopSignal, state: RunState) -> Iterator[None]:
+    """Raise Preempted if a peer is lost in the first step after a stop signal.
+
+    That peer received the signal a moment earlier and ended before its first step.
+    """
+    start = state.step
+    try:
+        yield
+    except Exception as error:
+        is_first = state.step == start and was_asked_to_stop()
+        if stop.received and is_first and distributed.lost_peer(error) is not None:
+            message = "stopped while it started; nothing is lost: start the same command again"
+            raise Preempted(message) from error
+        raise
+
+
+@dataclass(frozen=True)
+class Due:
+    """What is due after a step. The same on all ranks."""
+
+    log: bool = False
+    evaluate: bool = False
+    save: bool = False
+    stop: bool = False
+
+
+class Trainer:
+    """Runs the steps of a run to its end, or to a stop. Collective: every public method.
+
+    overrides: recorded in run.json. watchdog: told about every phase. status: the run's
+    status.json. stop: set by a signal or by Slurm's time limit.
+    """
+
+    def __init__(
+        self,
+        setup: RunSetup,
+        parts: TrainingParts,
+        overrides: list[str],
+        watchdog: Watchdog,
+        status: RunStatus,
+        stop: StopSignal,
+    ) -> None:
+        cfg, world, data, state = setup.cfg, setup.world, setup.data, setup.state
+        self.cfg, self.world, self.data, self.state = cfg, world, data, state
+        self.parts, self.train_step = parts, parts.train_step
+        self.sampler, self.budget, self.lr = setup.sampler, setup.budget, setup.lr
+        self.checkpoints, self.watchdog = setup.checkpoints, watchdog
+        self.status, self.stop = status, stop
+        self.checkpoints.prepare(parts.state_dict())
+        self.tracker = self._build_tracker(overrides)
+        Deadline(stop, lambda: self.checkpoints.longest_write_s).watch(world.is_main)
+        batch = partial(describe_batch, self.sampler, data.train)
+        self.guard = Guard(cfg.trainer, state.bad_steps, batch, cfg.run_dir / "replay.json", world)
+        self.replicas = Replicas(cfg.trainer.check_every_steps, world)
+        self.stragglers = Stragglers(world)
+        sets = {"train": data.train, "val": data.val}
+        max_bad = cfg.data.max_bad_images or 0
+        self.quarantine = Quarantine(cfg.run_dir, sets, max_bad, state.step, world)
+        self.throughput = Throughput()
+        self.batches = parts.batches(state.step)
+        self.outcome: StepOutcome | None = None  # of the last step
+        self.saved_at = time.monotonic()
+        self.save_error: RunError | None = None  # rank 0's, until the next vote tells all ranks
+
+    def run(self) -> None:
+        """Train until the last step. Raises Preempted after a stop, RunError if the run fails."""
+        write_start_step(self.state.step)
+        due = Due(evaluate=self._evaluation_is_due())  # one that a stop interrupted
+        while True:
+            self._perform(due)
+            if self.budget.is_end(self.state.step):
+                return
+            due = self.advance()
+
+    def advance(self) -> Due:
+        """Train one step and handle its faults. Return what is due after it."""
+        step = self.state.step
+        indices = self.sampler.batch(step)
+        mine = rank_slice(len(indices), self.world.rank, self.world.world_size)
+        self.watchdog.begin_step(step, indices[mine][:16].tolist())
+        outcome = self.train_step(self.batches, step, self.lr(step), len(indices), self._vote())
+        self.state.step, self.outcome = step + 1, outcome
+        self.save_error = self.checkpoints.poll() or self.save_error
+        self.guard.watch(step, outcome.votes.loss)
+        for nonfinite in outcome.votes.nonfinite_steps(step):
+            self._handle_nonfinite(nonfinite)
+        is_retried = self.state.step != step + 1
+        due = self._due(outcome, is_retried)
+        if outcome.votes.num_images < len(indices):
+            self._quarantine("train", outcome.skipped_images)
+        if not is_retried:
+            if outcome.votes.is_empty:
+                self._handle_empty(step)
+            self.throughput.add(len(indices), outcome.votes.num_images)
+            self.tracker.advance(self.state.step)
+        return due
+
+    def _vote(self) -> StepVote:
+        """What this rank requests at the coming step."""
+        minutes = self.cfg.checkpoint.save_every_minutes
+        save = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
+        return StepVote(self.stop.received, save, self.save_error)
+
+    def _due(self, outcome: StepOutcome, is_retried: bool) -> Due:
+        """Collective. What is due now. A save and a stop wait until the replicas are equal."""
+        step, budget = self.state.step, self.budget
+        due = Due(
+            log=budget.log_due(step) and not is_retried,
+            evaluate=self._evaluation_is_due(),
+            save=outcome.votes.save or budget.save_due(step),
+            stop=outcome.votes.stop,
+        )
+        planned = self.replicas.due(step) or budget.eval_due(step) or budget.save_due(step)
+        if self._sync_replicas(planned or budget.is_end(step)):
+            return due
+        return replace(due, save=False, stop=False)
+
+    def _perform(self, due: Due) -> None:
+        """Everything between two steps, in one order on all ranks."""
+        self.replicas.check(self.state.step, self.parts.state_dict)
+        if due != Due() and self.train_step.poll_nonfinite():
+            self._handle_nonfinite(self.state.step - 1)
+        if due.log:
+            self._log_row()
+        if due.evaluate:
+            with self._not_training():
+                due = self._evaluate(due)
+        if due.save or due.stop:
+            with self._not_training():
+                self._save(is_last=due.stop)
+        if due.stop:
+            self.stop.ignore()
+            done = f"stopped at step {self.state.step} of {self.budget.total_steps} and saved"
+            raise Preempted(f"{done}; start the same command again to resume")
+
+    def _evaluation_is_due(self) -> bool:
+        step = self.state.step
+        return self.budget.eval_due(step) and self.state.evaluated_at != step
+
+    def _sync_replicas(self, planned: bool) -> bool:
+        """Collective. True if the ranks are equal. See TrainingParts.sync_replicas."""
+        progress = partial(self.watchdog.phase, WAITING)
+        return self.parts.sync_replicas(self.state.step, planned, progress)
+
+    # --- faults -----------------------------------------------------------------------------------
+
+    def _handle_nonfinite(self, step: int) -> None:
+        """Collective. Step `step` was not finite and not applied: end, skip it, or roll back.
+
+        This is the only place that moves the clock back.
+        """
+        error = self.guard.bad(step)
+        if error is not None:
+            self._sync_replicas(planned=True)
+            self.state.step = step
+            self._save(is_last=True)
+            raise error
+        if self.cfg.trainer.on_nan is OnNan.rollback:
+            self.watchdog.phase("checkpoint")
+            self.watchdog.pause()
+            self.state.step = step + 1
+            checkpoint_step = self.parts.roll_back(self.state.step)
+            self.batches = self.parts.batches(self.state.step)
+            self.guard.rolled_back(step, checkpoint_step)
+
+    def _handle_empty(self, step: int) -> None:
+        """No rank could read an image of step `step`.
+
+        Raises DataError if that holds for a whole epoch, or for the whole run.
+        """
+        budget, limit = self.budget, None
+        if self.state.step % budget.steps_per_epoch == 0:
+            limit = budget.steps_per_epoch
+        elif budget.is_end(self.state.step):
+            limit = budget.total_steps
+        error = self.guard.empty(step, limit)
+        if error is not None:
+            raise error
+
+    def _quarantine(self, split: str, skipped: list[Skipped]) -> None:
+        """Collective. Record the images that this rank could not read."""
+        step = self.state.step
+        self.quarantine.note(split, skipped, step, self.budget.epoch(step))
+
+    # --- rows, evaluations, checkpoints -----------------------------------------------------------
+
+    def _log_row(self) -> None:
+        """Collective. Write a row of training metrics. The one place that waits for the device."""
+        meter, stopwatch = self.train_step.meter, self.train_step.stopwatch
+        row = train_row(meter.read()) | {"train/lr": self.lr(self.state.step - 1)}
+        meter.reset()
+        if self.outcome is not None and self.outcome.grad_norm is not None:
+            row |= {"train/grad_norm": self.outcome.grad_norm.item()}
+        steps = self.throughput.steps
+        throughput = self.throughput.row(self.parts.train_loader.waited_s)
+        row |= throughput | self.guard.row() | self.checkpoints.row()
+        row |= self.stragglers.row(stopwatch.read(), steps, throughput["time/step_s"] * steps)
+        self._log(row)
+
+    def _evaluate(self, due: Due) -> Due:
+        """Collective. Evaluate and log. Return `due` with what follows from it: a save, or a stop.
+
+        If bad data ends the evaluation, the training is saved before the error is raised.
+        """
+        cfg, world = self.cfg.trainer, self.world
+        work = evaluation_work(
+            len(self.data.val), cfg.eval_batch_size, world.rank, world.world_size
+        )
+        batches = self.watchdog.evaluating(self.parts.val_loader.batches(work))
+        num_classes = len(self.data.train.classes)
+        try:
+            with self.parts.evaluation_model() as model:
+                result = evaluate(model, batches, cfg, num_classes, world, self.stop)
+            if result is None:  # stopped: it is repeated when the run resumes
+                return replace(due, stop=True)
+            num_bad = len(self.data.val) - int(result.row["val/num_images"])
+            if num_bad:
+                self._quarantine("val", result.skipped)
+        except (DataError, PeerFailed):  # raised on all ranks together
+            self._save(is_last=True)
+            raise
+        self.state.note_evaluation(result.row["val/top1"])
+        self._log(result.row | ({"val/num_bad_images": num_bad} if num_bad else {}))
+        return replace(due, save=True)
+
+    def _save(self, is_last: bool) -> None:
+        """Collective. Save a checkpoint. If the last one fails, the run ends; see checkpoint/."""
+        is_last = is_last or self.budget.is_end(self.state.step)
+        self.watchdog.phase(WAITING)
+        self.state.sums = self.train_step.meter.read()
+        self.state.scaler = self.train_step.scaler.state_dict()
+        self.watchdog.phase("checkpoint")
+        tensors = self.parts.state_dict()
+        self.save_error = self.checkpoints.save(self.state, tensors, is_last) or self.save_error
+        if is_last or self.state.best.get("step") == self.state.step:
+            # Rank 0 waits for the disk in these saves, so all ranks wait here. When rank 0 has
+            # finished writing, the normal step timeout applies to the others again.
+            if self.world.is_main:
+                self.watchdog.phase(WAITING)
+            distributed.raise_together(self.save_error if is_last else None, self.world)
+        self.saved_at = time.monotonic()
+        self.status.running(self.state.step)
+
+    def _log(self, row: dict[str, float | int | str]) -> None:
+        """Write a row, with a hash that identifies the images of the last step."""
+        images = {"data/index_hash": index_hash(self.sampler.batch(self.state.step - 1))}
+        self.tracker.log(self.state.step, self.budget.epoch(self.state.step), row | images)
+
+    @contextmanager
+    def _not_training(self) -> Iterator[None]:
+        """Keep the time of an evaluation or a checkpoint out of images/s and of step times."""
+        began = time.monotonic()
+        self.watchdog.pause()
+        yield
+        self.throughput.pause(time.monotonic() - began)
+
+    def _build_tracker(self, overrides: list[str]) -> Tracker:
+        """The tracker, with the run's configuration, facts and headline written to it."""
+        cfg, world, data, budget, step = (
+            self.cfg,
+            self.world,
+            self.data,
+            self.budget,
+            self.state.step,
+        )
+        total, per_epoch = budget.total_steps, budget.steps_per_epoch
+        info = RunInfo(cfg.run.name, world.is_main, step, total, per_epoch, to_plain(cfg))
+        tracker = build_tracker(cfg.logger, cfg.run_dir, info)
+        facts = {"world_size": world.world_size, "overrides": overrides, "start_step": step}
+        tracker.record(to_yaml(cfg), facts, {"ids": data.train.classes, "names": data.class_names})
+        tracker.say(
+            headline(
+                cfg,
+                world,
+                self.parts.parallel_model.num_parameters,
+                (len(data.train), len(data.val), len(data.class_names)),
+                count_warmup_steps(cfg.scheduler, budget),
+                f"step {step} of {total} ({per_epoch} an epoch)",
+            )
+        )
+        return tracker
