@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import safetensors
 import torch
-from alexnet_ddp.parts.parts import TrainingParts
-from alexnet_ddp.parts.setup import RunSetup
 from PIL import Image
 
 from alexnet_ddp import evaluate, predict
@@ -25,6 +23,8 @@ from alexnet_ddp.data.sources.sets import ImageSets, open_data
 from alexnet_ddp.model import build_model
 from alexnet_ddp.runtime.distributed import World, session
 from alexnet_ddp.runtime.errors import DataError
+from alexnet_ddp.training.parts import TrainingParts
+from alexnet_ddp.training.setup import RunSetup
 from tests.ranks import run_ranks
 
 HEAD = ("classifier.3.weight", "classifier.3.bias")
