@@ -111,7 +111,7 @@ def test_d05_a_rank_that_is_stopped_is_found_named_and_replaced(new_job, calm, m
     assert "it is stopped (SIGSTOP)" in found["cause"]
     assert found["indices"]
     stacks = Path(found["stacks"]).read_text()
-    assert "alexnet_ddp/train.py" in stacks
+    assert "alexnet_ddp/training/trainer.py" in stacks
     assert (
         "alexnet_ddp/data" in stacks or "concurrent/futures/thread.py" in stacks
     )  # those that load images, too

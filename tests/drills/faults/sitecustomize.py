@@ -1,7 +1,7 @@
 """Faults of a drill, injected into the real program: this folder comes first on PYTHONPATH of a job's processes.
 
 ALEXNET_DDP_FAULT="gradient rank=1 step=7" and the like, several with ";". The program knows nothing of it, and has no
-knob for it. Steps count from 1, as in metrics.jsonl; rank=-1 means all. Without step: always.
+option for it. Steps count from 1, as in metrics.jsonl; rank=-1 means all. Without step: always.
 
     kill at=NAME            whoever opens a file whose path ends so is killed
     gil rank=1 when=FILE    a thread runs a catastrophic regular expression once FILE is there, which it removes first
@@ -54,7 +54,7 @@ def _inject() -> None:
     from alexnet_ddp.training.step import TrainStep
 
     faults = _faults()
-    call, start, finish = TrainStep.__call__, TrainStep.__post_init__, Prefetcher._finish
+    call, start, finish = TrainStep.__call__, TrainStep.__init__, Prefetcher._finish
     now = {"step": 0}
 
     def active(wanted: str) -> list[dict[str, float]]:
@@ -68,8 +68,8 @@ def _inject() -> None:
             grad.view(-1)[grad.numel() // 2] = float("nan")
         return grad
 
-    def begin(self: TrainStep) -> None:
-        start(self)
+    def begin(self: TrainStep, *args: object, **options: object) -> None:
+        start(self, *args, **options)
         parameters = list(self.parallel_model.model.parameters())
         parameters[-2].register_hook(spoilt)
         self.parallel_model.model.register_forward_hook(
@@ -105,7 +105,7 @@ def _inject() -> None:
             time.sleep(fault["ms"] / 1000)
         return finish(self, tasks)
 
-    TrainStep.__call__, TrainStep.__post_init__, Prefetcher._finish = step, begin, slow
+    TrainStep.__call__, TrainStep.__init__, Prefetcher._finish = step, begin, slow
     sys.addaudithook(_kill)
     for name, values in faults:
         if name == "gil":
