@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from alexnet_ddp import cli
-from alexnet_ddp.checkpoint import files
+from alexnet_ddp.checkpoint import format as files
 from alexnet_ddp.checkpoint.find import find_best, weights_of_run
 from alexnet_ddp.config import Config, ConfigError, Head
 from alexnet_ddp.data.loader import build_loader

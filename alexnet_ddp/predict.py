@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from alexnet_ddp import cli
-from alexnet_ddp.checkpoint import files
+from alexnet_ddp.checkpoint import format as files
 from alexnet_ddp.checkpoint.find import find_best
 from alexnet_ddp.config import Config, ConfigError, DataConfig, PredictConfig
 from alexnet_ddp.data.decode import BadImage, centre_into

@@ -18,7 +18,7 @@ from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 
 from alexnet_ddp import cli
-from alexnet_ddp.checkpoint.store import RunState
+from alexnet_ddp.checkpoint.manager import RunState
 from alexnet_ddp.config import Config, OnNan
 from alexnet_ddp.config.door import to_plain, to_yaml
 from alexnet_ddp.data.fill import Skipped

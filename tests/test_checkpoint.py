@@ -17,10 +17,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from alexnet_ddp.checkpoint import files, remote, writer
+from alexnet_ddp.checkpoint import format as files
+from alexnet_ddp.checkpoint import remote, writer
 from alexnet_ddp.checkpoint.find import find_best, find_newest
 from alexnet_ddp.checkpoint.identity import identity
-from alexnet_ddp.checkpoint.store import Checkpoints, RunState
+from alexnet_ddp.checkpoint.manager import Checkpoints, RunState
 from alexnet_ddp.cli import compose
 from alexnet_ddp.config import AlexNetSmallConfig, CheckpointConfig, ConfigError, Device, SGDConfig
 from alexnet_ddp.model import build_model, load_checkpoint
@@ -859,7 +860,7 @@ def test_other_images_are_another_run(run, me):
 
 def test_resuming_with_other_numerics_says_that_bits_may_differ(run, caplog, monkeypatch):
     save(run(), 10)
-    path = "alexnet_ddp.checkpoint.store.numerics"
+    path = "alexnet_ddp.checkpoint.manager.numerics"
     monkeypatch.setattr(path, lambda: {"torch": "9.9", "threads": torch.get_num_threads()})
     with caplog.at_level(logging.INFO):
         run().resume("r", allow_changes=False)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from alexnet_ddp import evaluate, predict
-from alexnet_ddp.checkpoint import files
+from alexnet_ddp.checkpoint import format as files
 from alexnet_ddp.checkpoint.find import find_best, weights_of_run
 from alexnet_ddp.cli import compose
 from alexnet_ddp.config import Config, ConfigError, Device

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from alexnet_ddp import cli
-from alexnet_ddp.checkpoint import files
+from alexnet_ddp.checkpoint import format as files
 from alexnet_ddp.data.sampler import GlobalBatchSampler
 from alexnet_ddp.data.sources.sets import open_data
 from alexnet_ddp.runtime.errors import RunError

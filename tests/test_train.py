@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from alexnet_ddp import cli, predict
-from alexnet_ddp.checkpoint import files
+from alexnet_ddp.checkpoint import format as files
 from tests.conftest import make_folder
 from tests.ranks import run_command
 

@@ -3,8 +3,8 @@
 import logging
 from pathlib import Path
 
-from alexnet_ddp.checkpoint import files
-from alexnet_ddp.checkpoint.files import Rejected
+from alexnet_ddp.checkpoint import format as files
+from alexnet_ddp.checkpoint.format import Rejected
 from alexnet_ddp.runtime.errors import ConfigError, NoCheckpoint
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alexnet_ddp.checkpoint import files
-from alexnet_ddp.checkpoint.files import classes_of
+from alexnet_ddp.checkpoint import format as files
+from alexnet_ddp.checkpoint.format import classes_of
 from alexnet_ddp.config import Config, ConfigError
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from alexnet_ddp.checkpoint import files
+from alexnet_ddp.checkpoint import format as files
 
 
 def copy(directory: Path, url: str) -> None:

@@ -4,7 +4,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from alexnet_ddp.checkpoint import files
+from alexnet_ddp.checkpoint import format as files
 from alexnet_ddp.runtime.errors import CheckpointIOError
 
 log = logging.getLogger(__name__)

@@ -19,8 +19,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from alexnet_ddp.checkpoint import files, remote
-from alexnet_ddp.checkpoint.files import Rejected
+from alexnet_ddp.checkpoint import format as files
+from alexnet_ddp.checkpoint import remote
+from alexnet_ddp.checkpoint.format import Rejected
 from alexnet_ddp.runtime.files import write_json
 
 _RUN = os.getppid()  # the process that trains, while it lives

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from alexnet_ddp.checkpoint.background import Groups
 from alexnet_ddp.checkpoint.find import weights_of_run
 from alexnet_ddp.checkpoint.identity import DataFacts, first_fingerprint, identity
-from alexnet_ddp.checkpoint.store import Checkpoints
+from alexnet_ddp.checkpoint.manager import Checkpoints
 from alexnet_ddp.config import (
     AUTO,
     AlexNet2012AugmentConfig,

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from alexnet_ddp.checkpoint import files
+from alexnet_ddp.checkpoint import format as files
 from alexnet_ddp.checkpoint.find import find_newest
-from alexnet_ddp.checkpoint.store import Checkpoints
+from alexnet_ddp.checkpoint.manager import Checkpoints
 from alexnet_ddp.config import CheckpointConfig, Device
 from alexnet_ddp.runtime.distributed import session
 from tests.drills.harness import Job, assert_same_run
