@@ -77,7 +77,7 @@ def main(cfg: Config, overrides: list[str]) -> None:
         result = evaluate(model, batches, cfg.trainer, num_classes, world, StopSignal())
         if result is None:
             raise Preempted("stopped before the evaluation was complete; start it again")
-        bad = sorted(one.reason for one in distributed.gather_objects(result.bad))
+        bad = sorted(one.reason for one in distributed.all_gather_objects(result.bad))
         if bad:
             log.warning(
                 "%d images could not be read and do not count, such as %s", len(bad), bad[0]

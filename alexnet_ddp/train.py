@@ -36,11 +36,10 @@ from alexnet_ddp.runtime.errors import (
     was_asked_to_stop,
     write_start_step,
 )
-from alexnet_ddp.runtime.heartbeat import WAITING
-from alexnet_ddp.runtime.lock import lock_run
+from alexnet_ddp.runtime.files import lock_run
 from alexnet_ddp.runtime.signals import StopSignal
 from alexnet_ddp.runtime.startup import before_exit
-from alexnet_ddp.runtime.watchdog import Watchdog
+from alexnet_ddp.runtime.watchdog import WAITING, Watchdog
 from alexnet_ddp.tracking import (
     RunInfo,
     RunStatus,

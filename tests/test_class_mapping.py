@@ -384,7 +384,7 @@ def test_ranks_that_see_other_validation_images_are_refused(tmp_path):
         make_images(tmp_path / name)
     for line in run_ranks(differing, 2, str(tmp_path)):
         assert (
-            "rank 1 was started as another run than rank 0: validation images=14 images of 3 classes"
+            "rank 1 was started with other settings than rank 0: validation images=14 images of 3 classes"
             in line
         )
         assert "(rank 0: 15 images of 3 classes" in line

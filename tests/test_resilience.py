@@ -15,8 +15,8 @@ from alexnet_ddp.runtime import signals
 from alexnet_ddp.runtime import watchdog_process as watch
 from alexnet_ddp.runtime.distributed import session
 from alexnet_ddp.runtime.errors import DataError
-from alexnet_ddp.runtime.heartbeat import Heartbeat
 from alexnet_ddp.runtime.signals import StopSignal
+from alexnet_ddp.runtime.watchdog import Heartbeat
 from alexnet_ddp.training.vote import Health, StepOutcome, StepSnapshot, StepVote
 from tests.ranks import run_ranks  # its forkserver has torch loaded
 
@@ -167,19 +167,19 @@ def test_a_machine_that_slept_is_not_taken_for_hung_and_a_rank_that_stands_still
 ):
     """jumps: seconds that pass between two looks of the watchdog."""
     now, looks, ended = [time.monotonic()], iter(jumps), []
-    beacon = Heartbeat()
-    beacon.show(30.0, "data", 12, [1, 2])
+    heartbeat = Heartbeat()
+    heartbeat.report_progress(30.0, "data", 12, [1, 2])
 
     def look(*arguments):
         jump = next(looks, None)
         now[0] += jump or 0
-        beacon.tick()  # its threads run
+        heartbeat.tick()  # its threads run
         return [[jump] if jump is None else [], [], []]
 
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(watch.select, "select", look)
-    monkeypatch.setattr(watch, "_end", lambda rank, seen, cause, began: ended.append(cause))
-    monkeypatch.setattr(watch, "_tell", lambda *arguments: None)
-    watched = watch.Watched(os.getpid(), 0, "here", "runs/a", os.dup(beacon.file.fileno()), 0)
+    monkeypatch.setattr(watch, "_kill", lambda rank, state, cause, started: ended.append(cause))
+    monkeypatch.setattr(watch, "_report", lambda *arguments: None)
+    watched = watch.Watched(os.getpid(), 0, "here", "runs/a", os.dup(heartbeat.file.fileno()), 0)
     watch.watch(watched)
     assert ended == (["made no progress for 31 s"] if killed else [])

@@ -11,8 +11,8 @@ from torch import Tensor
 from alexnet_ddp.checkpoint import format as files
 from alexnet_ddp.checkpoint import remote
 from alexnet_ddp.checkpoint.background import BackgroundWriter, Groups
-from alexnet_ddp.checkpoint.format import Rejected
 from alexnet_ddp.checkpoint.find import find_newest
+from alexnet_ddp.checkpoint.format import Rejected
 from alexnet_ddp.checkpoint.identity import DataFacts, check_same_run, numerics
 from alexnet_ddp.checkpoint.layout import needed
 from alexnet_ddp.checkpoint.space import check_space, free_bytes

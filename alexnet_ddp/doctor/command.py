@@ -101,7 +101,7 @@ def main(cfg: DoctorConfig, overrides: list[str]) -> None:
 
 def _examine(cfg: DoctorConfig, world: World, everyone: list[Facts], report: Report) -> None:
     """Collective. everyone: on rank 0 the facts of all ranks."""
-    ranks = distributed.gather_objects([(world.local_rank, socket.gethostname())])
+    ranks = distributed.all_gather_objects([(world.local_rank, socket.gethostname())])
     leaders = [rank for rank, (local_rank, _) in enumerate(ranks) if local_rank == 0]
 
     def host_of(rank: int) -> str:
@@ -114,7 +114,7 @@ def _examine(cfg: DoctorConfig, world: World, everyone: list[Facts], report: Rep
     report.sums = links.time_sums(world)
     skews = links.time_clocks(world, leaders)
     log.info("doctor: a step and the loader ...")
-    trials = distributed.gather_objects([_try(cfg, world)])
+    trials = distributed.all_gather_objects([_try(cfg, world)])
     log.info("doctor: the disk ...")
     folder, blind = _who_sees_the_run(cfg, world)
     if world.is_main:
@@ -214,7 +214,7 @@ def _who_sees_the_run(cfg: DoctorConfig, world: World) -> tuple[str, list[str]]:
     """Collective. (rank 0's folder, the hosts that do not see what it writes there)."""
     mark = distributed.broadcast(storage.leave_mark(cfg.run_dir) if world.is_main else None)
     sees = mark is None or world.local_rank != 0 or storage.sees(mark)
-    blind = distributed.gather_objects([] if sees else [socket.gethostname()])
+    blind = distributed.all_gather_objects([] if sees else [socket.gethostname()])
     if world.is_main and mark is not None:
         mark.unlink()
     return str(storage.existing(cfg.run_dir)), blind

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from alexnet_ddp import rng
-from alexnet_ddp.runtime.distributed import World, all_equal, gather
+from alexnet_ddp.runtime.distributed import World, all_equal, all_gather
 from alexnet_ddp.runtime.errors import Diverged
 
 _PIECE = 1 << 16  # values; their weights stay in the cache of a core
@@ -60,7 +60,7 @@ class Replicas:
         if not any(split) and all_equal(sums):
             self._equal_at = step
             return
-        found = gather(sums, self._world).cpu().numpy()
+        found = all_gather(sums, self._world).cpu().numpy()
         if any(split):
             size = next(t.part.group.size for t in tensors.values() if not isinstance(t, Tensor))
             found[:, split] = differences(found[:, split], size)

@@ -17,8 +17,8 @@ from alexnet_ddp.model import set_dropout_keys
 from alexnet_ddp.parallel import ParallelModel
 from alexnet_ddp.runtime.distributed import World, any_rank, average, raise_together, sum_over_ranks
 from alexnet_ddp.runtime.errors import DataError
-from alexnet_ddp.runtime.heartbeat import WAITING
 from alexnet_ddp.runtime.signals import StopSignal
+from alexnet_ddp.runtime.watchdog import WAITING
 from alexnet_ddp.training.ema import EMA
 from alexnet_ddp.training.metrics import Meter, correct_counts, evaluation_row
 from alexnet_ddp.training.optim import norms, set_lr
