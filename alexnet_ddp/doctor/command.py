@@ -43,7 +43,7 @@ from alexnet_ddp.parallel.layers import worth_splitting
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.runtime.errors import RunError, out_of_memory
-from alexnet_ddp.runtime.files import write_json
+from alexnet_ddp.runtime.files import existing_parent, write_json
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.redaction import redact
 from alexnet_ddp.runtime.terminal import Console, Table
@@ -217,7 +217,7 @@ def _who_sees_the_run(cfg: DoctorConfig, world: World) -> tuple[str, list[str]]:
     blind = distributed.all_gather_objects([] if sees else [socket.gethostname()])
     if world.is_main and mark is not None:
         mark.unlink()
-    return str(storage.existing(cfg.run_dir)), blind
+    return str(existing_parent(cfg.run_dir)), blind
 
 
 def _sent(cfg: DoctorConfig, tried: Trial) -> tuple[int, str | None]:
