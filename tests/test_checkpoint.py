@@ -17,11 +17,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from alexnet_ddp.checkpoint import format as files
-from alexnet_ddp.checkpoint import remote, writer
-from alexnet_ddp.checkpoint.find import find_best, find_newest
+from alexnet_ddp.checkpoint import format as ckpt
+from alexnet_ddp.checkpoint import writer
+from alexnet_ddp.checkpoint.format import find_best, find_newest
 from alexnet_ddp.checkpoint.identity import identity
-from alexnet_ddp.checkpoint.manager import Checkpoints, RunState
+from alexnet_ddp.checkpoint.manager import CheckpointManager, RunState
 from alexnet_ddp.cli import compose
 from alexnet_ddp.config import AlexNetSmallConfig, CheckpointConfig, ConfigError, Device, SGDConfig
 from alexnet_ddp.model import build_model, load_checkpoint
@@ -61,13 +61,13 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.fixture
 def run(tmp_path, world):
-    """run(...) -> the Checkpoints of one run directory; run.at is where they lie."""
+    """run(...) returns a CheckpointManager of one run directory; run.at contains its checkpoints."""
 
     made = []
 
-    def make(keep_last: int = 2, who: dict[str, object] = WHO, **cfg) -> Checkpoints:
+    def make(keep_last: int = 2, who: dict[str, object] = WHO, **cfg) -> CheckpointManager:
         made.append(
-            Checkpoints(
+            CheckpointManager(
                 tmp_path,
                 CheckpointConfig(keep_last=keep_last, **cfg),
                 who,
@@ -83,7 +83,7 @@ def run(tmp_path, world):
         checkpoints.close()
 
 
-def save(checkpoints: Checkpoints, *steps: int, **state) -> None:
+def save(checkpoints: CheckpointManager, *steps: int, **state) -> None:
     for step in steps:
         assert checkpoints.save(RunState(step=step, **state), tensors(step), is_last=False) is None
         assert checkpoints.poll(wait=True) is None
@@ -110,7 +110,7 @@ def test_a_commit_leaves_exactly_its_files_and_verifies(run):
     save(run(), 7)
     assert names(run.at) == ["step-00000007"]
     assert names(step_dir(run.at, 7)) == FILES
-    files.verify(step_dir(run.at, 7))
+    ckpt.verify(step_dir(run.at, 7))
 
 
 def test_the_manifest_says_size_and_checksum_of_every_other_file(run):
@@ -177,8 +177,8 @@ def test_names_in_the_files_are_torchvisions_and_load_into_a_fresh_model(run):
     with safetensors.safe_open(directory / "optimizer.safetensors", "pt") as file:
         assert "momentum_buffer/classifier.0.weight" in file.keys()  # noqa: SIM118
     other = build_model(AlexNetSmallConfig(), 3, 64, seed=1)
-    load_checkpoint(other, files.read_tensors(directory, "model"), str(directory))
-    assert files.read_state(directory)["step"] == 1
+    load_checkpoint(other, ckpt.read_tensors(directory, "model"), str(directory))
+    assert ckpt.read_state(directory)["step"] == 1
     assert same(other.state_dict(), model.state_dict())
 
 
@@ -195,11 +195,11 @@ def test_forty_flipped_bits_spread_over_all_files_are_all_rejected_by_name(run):
             flip(directory / name, offset, bit)
             # What a damaged manifest no longer describes is another file, or the manifest itself.
             with pytest.raises(
-                files.Rejected, match=r"\w\.\w" if name == "MANIFEST.json" else re.escape(name)
+                ckpt.Rejected, match=r"\w\.\w" if name == "MANIFEST.json" else re.escape(name)
             ):
-                files.verify(directory)
+                ckpt.verify(directory)
             flip(directory / name, offset, bit)
-    files.verify(directory)
+    ckpt.verify(directory)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -222,8 +222,8 @@ def test_a_checkpoint_with_a_value_that_is_not_finite_is_not_written_and_an_olde
         "state.json": b"{}"
     }
     with monkeypatch.context() as old:  # a version that did not look
-        old.setattr(files, "_check_finite", lambda path: None)
-        files.write(run.at, 8, contents)
+        old.setattr(ckpt, "_check_finite", lambda path: None)
+        ckpt.write_checkpoint(run.at, 8, contents)
     assert find_newest(run.at).name == "step-00000007"
     assert (
         f"step-00000008 is rejected: {stem}.safetensors has values that are not finite (in late)"
@@ -243,8 +243,8 @@ def test_every_single_flipped_bit_of_a_manifests_head_is_rejected(run):
     ):  # version, step and the beginning of the files
         for bit in range(8):
             flip(manifest, offset, bit)
-            with contextlib.suppress(files.Rejected):  # which is what must happen
-                files.verify(manifest.parent)
+            with contextlib.suppress(ckpt.Rejected):  # which is what must happen
+                ckpt.verify(manifest.parent)
                 accepted.append((offset, bit))
             flip(manifest, offset, bit)
     assert accepted == []
@@ -258,9 +258,9 @@ def test_a_truncated_file_is_rejected_by_name_and_size(run, name, share):
     size = path.stat().st_size
     os.truncate(path, int(size * share))
     with pytest.raises(
-        files.Rejected, match=f"^{re.escape(name)} has {int(size * share)} bytes instead of {size}$"
+        ckpt.Rejected, match=f"^{re.escape(name)} has {int(size * share)} bytes instead of {size}$"
     ):
-        files.verify(path.parent)
+        ckpt.verify(path.parent)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -268,10 +268,10 @@ def test_a_missing_file_is_rejected_by_name(run, name):
     save(run(), 7)
     (step_dir(run.at, 7) / name).unlink()
     with pytest.raises(
-        files.Rejected,
+        ckpt.Rejected,
         match=rf"^{re.escape(name)} is unreadable \(.*No such file or directory.*\)$",
     ):
-        files.verify(step_dir(run.at, 7))
+        ckpt.verify(step_dir(run.at, 7))
 
 
 def test_another_schema_version_is_rejected(run):
@@ -279,16 +279,16 @@ def test_another_schema_version_is_rejected(run):
     path = step_dir(run.at, 7) / "MANIFEST.json"
     path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
     with pytest.raises(
-        files.Rejected, match=r"^MANIFEST\.json has schema version 2, this program reads 1$"
+        ckpt.Rejected, match=r"^MANIFEST\.json has schema version 2, this program reads 1$"
     ):
-        files.verify(path.parent)
+        ckpt.verify(path.parent)
 
 
 def test_a_checkpoint_under_another_steps_name_is_rejected(run):
     save(run(), 7)
     step_dir(run.at, 7).rename(step_dir(run.at, 9))
-    with pytest.raises(files.Rejected, match=r"^MANIFEST\.json is of step 7$"):
-        files.verify(step_dir(run.at, 9))
+    with pytest.raises(ckpt.Rejected, match=r"^MANIFEST\.json is of step 7$"):
+        ckpt.verify(step_dir(run.at, 9))
 
 
 @pytest.mark.parametrize(
@@ -298,8 +298,8 @@ def test_a_manifest_of_anything_else_is_rejected(run, content):
     save(run(), 7)
     path = step_dir(run.at, 7) / "MANIFEST.json"
     path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(files.Rejected, match=r"^MANIFEST\.json is unreadable"):
-        files.verify(path.parent)
+    with pytest.raises(ckpt.Rejected, match=r"^MANIFEST\.json is unreadable"):
+        ckpt.verify(path.parent)
 
 
 class Bomb:
@@ -318,7 +318,7 @@ def test_a_pickle_in_place_of_the_model_is_rejected_and_never_unpickled(run, tmp
         run().resume("r", allow_changes=False)
     assert "model.safetensors has " in caplog.text
     with pytest.raises(safetensors.SafetensorError):  # also where the checksums were forged
-        files.read_tensors(path.parent, "model")
+        ckpt.read_tensors(path.parent, "model")
     assert not (tmp_path / "it ran").exists()
 
 
@@ -455,7 +455,7 @@ def test_foreign_files_beside_the_checkpoints_are_left_alone(run):
 # --- a disk that refuses ----------------------------------------------------------------------------------------
 
 
-def refuse(checkpoints: Checkpoints, largest_file: int | None = 100) -> Checkpoints:
+def refuse(checkpoints: CheckpointManager, largest_file: int | None = 100) -> CheckpointManager:
     """From here on the kernel lets the writer of `checkpoints` write no file of more bytes; None: it does again."""
     checkpoints._writer.prepare(1 << 24)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -471,7 +471,7 @@ def test_a_failed_write_warns_and_leaves_the_old_ones_untouched(run, caplog):
     (message,) = caplog.messages
     assert re.fullmatch(
         r"the checkpoint of step 30 could not be written \(\[Errno 27\] File too large\); it needs 0 MB, "
-        r"[\d,]+ MB are free; training goes on, and the checkpoints before it are untouched",
+        r"[\d,]+ MB are free; training continues, and the checkpoints before it are untouched",
         message,
     )
     assert names(run.at) == ["step-00000010", "step-00000020"]
@@ -517,8 +517,8 @@ def test_a_write_that_reads_back_differently_is_a_failed_write(tmp_path, monkeyp
         f"{stem}.safetensors": safetensors.torch.save(group) for stem, group in tensors(1).items()
     }
     contents["state.json"] = b"{}"
-    assert files.write(tmp_path, 10, contents) == step_dir(tmp_path, 10)
-    real = files._write_durably
+    assert ckpt.write_checkpoint(tmp_path, 10, contents) == step_dir(tmp_path, 10)
+    real = ckpt._write_file
 
     def write_wrongly(path: Path, data: bytes) -> dict:
         entry = real(path, data)
@@ -526,11 +526,11 @@ def test_a_write_that_reads_back_differently_is_a_failed_write(tmp_path, monkeyp
             flip(path, 200)
         return entry
 
-    monkeypatch.setattr(files, "_write_durably", write_wrongly)
+    monkeypatch.setattr(ckpt, "_write_file", write_wrongly)
     with pytest.raises(
-        files.Rejected, match=r"^model.safetensors does not match its SHA-256 checksum$"
+        ckpt.Rejected, match=r"^model.safetensors does not match its SHA-256 checksum$"
     ):
-        files.write(tmp_path, 20, contents)
+        ckpt.write_checkpoint(tmp_path, 20, contents)
     assert names(tmp_path) == ["step-00000010"]
 
 
@@ -556,7 +556,7 @@ def test_the_tensors_may_change_as_soon_as_save_returns(run):
     for t in value["model"].values():
         t.zero_()
     assert checkpoints.poll(wait=True) is None
-    assert same(files.read_tensors(step_dir(run.at, 1), "model"), expected)
+    assert same(ckpt.read_tensors(step_dir(run.at, 1), "model"), expected)
 
 
 def test_the_files_are_what_the_library_would_write_for_every_type(run):
@@ -576,8 +576,8 @@ def test_the_files_are_what_the_library_would_write_for_every_type(run):
         "one": torch.tensor(2.5),
     }
     assert run().save(RunState(step=1), {"model": model, "optimizer": {}}, is_last=True) is None
-    assert same(files.read_tensors(step_dir(run.at, 1), "model"), model)
-    assert files.read_tensors(step_dir(run.at, 1), "optimizer") == {}
+    assert same(ckpt.read_tensors(step_dir(run.at, 1), "model"), model)
+    assert ckpt.read_tensors(step_dir(run.at, 1), "optimizer") == {}
 
 
 def test_a_writer_that_is_killed_is_a_failed_write_and_the_next_one_works(run, caplog):
@@ -630,7 +630,7 @@ def test_copies_lie_where_they_should_follow_what_is_kept_and_bring_back_a_lost_
     save(checkpoints, 20, best={"step": 10, "val/top1": 50.0})
     checkpoints.close()
     assert names(far) == ["step-00000010", "step-00000020"]
-    files.verify(far / "step-00000020")
+    ckpt.verify(far / "step-00000020")
     shutil.rmtree(run.at)
     (far / "step-00000030").mkdir()  # half a copy: no manifest
     again = run(keep_last=1, copy_to=url)
@@ -664,17 +664,17 @@ def test_a_store_that_hangs_delays_no_save(tmp_path):
         go = threading.Event()
 
         @staticmethod
-        def _copy(order, checkpoint):
+        def _copy(request, checkpoint):
             assert Hanging.go.wait(30)
             assert checkpoint.exists()
 
     copier, memory = Hanging(), memoryview(safetensors.torch.save({"w": torch.ones(2)}))
-    places = {"model": (0, len(memory)), "optimizer": (0, len(memory))}
+    ranges = {"model": (0, len(memory)), "optimizer": (0, len(memory))}
     for step in (1, 2, 3, 4):
-        order = writer.Order(
-            str(tmp_path / "checkpoints"), step, places, {}, {}, 1, None, "memory://x"
+        request = writer.SaveRequest(
+            str(tmp_path / "checkpoints"), step, ranges, {}, {}, 1, None, "memory://x"
         )
-        assert writer.obey(order, memory, copier) == writer.Reply(
+        assert writer.save(request, memory, copier) == writer.SaveResult(
             step, seconds=pytest.approx(0, abs=5)
         )
     assert names(tmp_path / "checkpoints") == [
@@ -683,7 +683,7 @@ def test_a_store_that_hangs_delays_no_save(tmp_path):
     ]  # the one being copied, and the newest
     Hanging.go.set()
     copier.finish()
-    assert copier.warning() == ""
+    assert copier.take_warning() == ""
 
 
 def test_where_no_copy_verifies_the_run_does_not_start_afresh(run, tmp_path):
@@ -705,13 +705,13 @@ def test_copies_in_a_store_that_is_no_file_system(tmp_path):
             f"{stem}.safetensors": safetensors.torch.save(group)
             for stem, group in tensors(step).items()
         }
-        files.write(tmp_path / "here", step, {**contents, "state.json": b"{}"})
-        remote.copy(step_dir(tmp_path / "here", step), "memory://copies/run")
-    remote.keep_only(lambda steps: {max(steps)}, "memory://copies/run")
-    assert remote.fetch_newest("memory://copies/run", tmp_path / "there") == step_dir(
+        ckpt.write_checkpoint(tmp_path / "here", step, {**contents, "state.json": b"{}"})
+        writer.copy_to_url(step_dir(tmp_path / "here", step), "memory://copies/run")
+    writer.prune_copies("memory://copies/run", lambda steps: {max(steps)})
+    assert writer.fetch_newest_copy("memory://copies/run", tmp_path / "there") == step_dir(
         tmp_path / "there", 20
     )
-    assert remote.fetch_newest("memory://copies/none", tmp_path / "none") is None
+    assert writer.fetch_newest_copy("memory://copies/none", tmp_path / "none") is None
 
 
 # --- several ranks ----------------------------------------------------------------------------------------------
@@ -721,7 +721,7 @@ def save_and_resume(run_dir: str) -> tuple[object, dict, list]:
     """Each rank has its own values; what comes back is rank 0's. Rank 1 does not see the files."""
     with session(Device.cpu) as world:
         place = Path(run_dir) / ("seen" if world.is_main else "unseen")
-        checkpoints = Checkpoints(place, CheckpointConfig(), WHO, world)
+        checkpoints = CheckpointManager(place, CheckpointConfig(), WHO, world)
         outcome = checkpoints.save(
             RunState(step=7 + world.rank), tensors(7 + world.rank), is_last=True
         )

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from alexnet_ddp import evaluate, predict
-from alexnet_ddp.checkpoint import format as files
-from alexnet_ddp.checkpoint.find import find_best, weights_of_run
+from alexnet_ddp.checkpoint import format as ckpt
+from alexnet_ddp.checkpoint.format import find_best, weights_of_run
 from alexnet_ddp.cli import compose
 from alexnet_ddp.config import Config, ConfigError, Device
 from alexnet_ddp.data.sources.index import SampleIndex
@@ -99,7 +99,7 @@ def test_class_names_are_recorded_in_the_checkpoint_and_in_its_files_of_weights(
     make_images(tmp_path)
     saved(config(tmp_path), world)
     (checkpoint,) = (tmp_path / "runs/r/checkpoints").iterdir()
-    state = files.read_state(checkpoint)
+    state = ckpt.read_state(checkpoint)
     assert state["classes"] == {"ids": ["a", "m", "q"], "names": ["a", "m", "q"]}
     assert state["images_per_class"] == [4, 5, 6]
     for stem in ("model", "ema"):
@@ -336,7 +336,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path, worl
         "the weights after step 2 are not finite, and were not saved (model.safetensors has"
         in str(error)
     )
-    assert [d.name for d in files.listed(tmp_path / "runs/r/checkpoints")] == ["step-00000001"]
+    assert [d.name for d in ckpt.list_checkpoints(tmp_path / "runs/r/checkpoints")] == ["step-00000001"]
 
 
 def split_rows(root: str, allow: bool) -> dict[str, list]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from alexnet_ddp import cli, predict
-from alexnet_ddp.checkpoint import format as files
+from alexnet_ddp.checkpoint import format as ckpt
 from tests.conftest import make_folder
 from tests.ranks import run_command
 
@@ -246,7 +246,7 @@ def test_where_weights_are_averaged_they_are_what_the_run_and_evaluate_and_predi
         0
     ].state_dict()
     checkpoint = tmp_path / "runs/x/checkpoints" / found["checkpoint"]
-    averages, weights = (files.read_tensors(checkpoint, stem) for stem in ("ema", "model"))
+    averages, weights = (ckpt.read_tensors(checkpoint, stem) for stem in ("ema", "model"))
     assert all(torch.equal(t, averages[name]) for name, t in shown.items())
     assert not torch.equal(averages["classifier.0.weight"], weights["classifier.0.weight"])
 

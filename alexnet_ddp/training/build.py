@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from alexnet_ddp.checkpoint.background import Groups
-from alexnet_ddp.checkpoint.find import weights_of_run
-from alexnet_ddp.checkpoint.identity import DataFacts, first_fingerprint, identity
-from alexnet_ddp.checkpoint.manager import Checkpoints
+from alexnet_ddp.checkpoint.format import weights_of_run
+from alexnet_ddp.checkpoint.identity import DataFacts, identity, labels_fingerprint
+from alexnet_ddp.checkpoint.manager import CheckpointManager, LoadedGroups
 from alexnet_ddp.config import (
     AUTO,
     AlexNet2012AugmentConfig,
@@ -87,7 +86,7 @@ class Training:
             for name in ("eval_batch_size", "on_nan", "check_every_steps")
         }
         distributed.require_same(alike, world)
-        self.checkpoints = Checkpoints(
+        self.checkpoints = CheckpointManager(
             cfg.run_dir, cfg.checkpoint, who, world, self.sampler.steps_per_epoch, facts
         )
         self.state, self._saved = self.checkpoints.resume(
@@ -206,7 +205,7 @@ class Training:
             tensors = self._by_class(tensors, fresh)
         local = {stem: self.parallel_model.local(whole) for stem, whole in tensors.items()}
         load_checkpoint(self.model, local["model"], f"the checkpoint of step {to}")
-        load_state_by_name(self.optimizer, self.model, local["optimizer"])
+        load_state_by_name(self.optimizer, self.model, local.get("optimizer", {}))
         if self.train_step.ema is not None:
             self.train_step.ema.load(local.get("ema", {}))
         if self.parallel_model.hook is not None:
@@ -219,7 +218,7 @@ class Training:
         self.train_loader.close()
         self.val_loader.close()
 
-    def _by_class(self, groups: Groups, fresh: nn.Module, say: bool = False) -> Groups:
+    def _by_class(self, groups: LoadedGroups, fresh: nn.Module, say: bool = False) -> LoadedGroups:
         """A checkpoint's tensors with the head's rows at the places of their classes in the data.
 
         fresh: the network as initialised. Rows keep their positions if the checkpoint's classes are not known.
@@ -281,7 +280,7 @@ def _data_facts(data: ImageSets) -> DataFacts:
     classes, labels = data.train.classes, data.train.labels
     counts = np.bincount(labels, minlength=len(classes)).tolist()
     names = {"ids": classes, "names": data.class_names}
-    return DataFacts(names, counts, first_fingerprint(classes, labels), data.val.fingerprint())
+    return DataFacts(names, counts, labels_fingerprint(classes, labels), data.val.fingerprint())
 
 
 def _described(index: SampleIndex) -> str:
