@@ -88,7 +88,7 @@ STEPS = {
 }
 
 
-def verdicts() -> dict[str, StepOutcome]:
+def step_outcomes() -> dict[str, StepOutcome]:
     with session(Device.cpu) as world:
         health, found = Health(world), {}
         for name, ranks in STEPS.items():
@@ -101,7 +101,7 @@ def verdicts() -> dict[str, StepOutcome]:
 
 @pytest.fixture(scope="module")
 def by_rank() -> list[dict[str, StepOutcome]]:
-    return run_ranks(verdicts, 2)
+    return run_ranks(step_outcomes, 2)
 
 
 def outcome(num_images: int, **flags: bool) -> StepOutcome:
@@ -124,7 +124,7 @@ def outcome(num_images: int, **flags: bool) -> StepOutcome:
         ("well again", outcome(5)),
     ],
 )
-def test_what_one_rank_brings_both_ranks_know(by_rank, step, expected):
+def test_a_vote_of_one_rank_is_known_to_both(by_rank, step, expected):
     assert [replace(found[step], loss=0) for found in by_rank] == [expected] * 2
 
 
@@ -133,12 +133,12 @@ def test_the_loss_of_a_step_is_the_mean_over_the_images_of_all_ranks(by_rank):
     assert all(math.isnan(found["nan"].loss) for found in by_rank)
 
 
-def test_a_verdict_tells_of_the_gradient_before_and_of_the_loss_of_its_own_step():
+def test_bad_steps_are_the_previous_gradient_and_the_current_loss():
     assert outcome(9).bad_steps(7) == []
     assert outcome(9, late=True, diverged=True).bad_steps(7) == [6, 7]
 
 
-def test_what_a_step_changed_by_itself_is_taken_back_where_the_step_is_bad():
+def test_a_snapshot_is_restored_if_the_step_is_bad():
     tensors = [
         torch.ones(2, 3),
         torch.tensor(4),
@@ -162,7 +162,7 @@ def test_what_a_step_changed_by_itself_is_taken_back_where_the_step_is_bad():
 @pytest.mark.parametrize(
     ("jumps", "killed"), [([0, 100, 0, 0], False), ([0, 1, 1, 1, *[1] * 40], True)]
 )
-def test_a_machine_that_slept_is_not_taken_for_hung_and_a_rank_that_stands_still_is(
+def test_a_rank_without_progress_is_hung_but_not_after_the_machine_slept(
     monkeypatch, jumps, killed
 ):
     """jumps: seconds that pass between two looks of the watchdog."""

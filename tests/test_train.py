@@ -375,8 +375,7 @@ def test_ranks_that_were_started_differently_are_refused(image_folder, tmp_path)
     )
     assert (
         "rank 1 was started with other settings than rank 0: optimizer.lr=0.02 (rank 0: 0.01); "
-        "start all ranks with the same command and data"
-        in done.stderr
+        "start all ranks with the same command and data" in done.stderr
     )
     assert status(tmp_path / "runs/a")["exit_code"] == 64
 

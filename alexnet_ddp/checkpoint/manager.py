@@ -49,7 +49,7 @@ from alexnet_ddp.runtime.files import free_bytes
 log = logging.getLogger(__name__)
 
 _MAX_FAILURES = 3  # writes in a row
-_ALIGNMENT = 64  # bytes; where a file may begin in the shared memory
+_ALIGNMENT = 64  # bytes; files begin at multiples of it in the shared memory
 
 
 class ShardedTensor(TensorLike, Protocol):
@@ -95,7 +95,7 @@ class CheckpointManager:
 
     Args:
         run_dir: the directory of the run.
-        cfg: when to save, what to keep, where to copy.
+        cfg: when to save, which checkpoints to keep, and the URL for copies.
         identity: the options that must not change between a checkpoint and its resumption.
         world: this rank.
         steps_per_epoch: unit of checkpoint.keep_every_epochs.
@@ -276,7 +276,7 @@ class CheckpointManager:
         )
         if is_last or self._failures_in_a_row >= _MAX_FAILURES:
             return CheckpointIOError(
-                f"{reason}; make room below {self._directory}, then start the same command again"
+                f"{reason}; free some space in {self._directory}, then start the same command again"
             )
         log.warning("%s; training continues, and the checkpoints before it are untouched", reason)
         return None
@@ -291,13 +291,13 @@ class CheckpointManager:
         if free < size:
             raise CheckpointIOError(
                 f"{directory.parent} has {free / 1e6:,.0f} MB free, a checkpoint needs "
-                f"{size / 1e6:,.0f} MB; make room, or choose another run.root"
+                f"{size / 1e6:,.0f} MB; free some space, or choose another run.root"
             )
         used = sum(f.stat().st_size for d in list_checkpoints(directory) for f in d.iterdir())
         num_kept = keep_last + 2  # the best one, and the one being written
         if free + used < num_kept * size:
             log.warning(
-                "checkpoint.keep_last=%d takes up to %s MB, and %s has room for %s MB",
+                "checkpoint.keep_last=%d takes up to %s MB, and %s has space for %s MB",
                 keep_last,
                 f"{num_kept * size / 1e6:,.0f}",
                 directory,

@@ -1,6 +1,7 @@
 """The helper processes of a rank (watchdog, checkpoint writer): how they start, and shared memory.
 
-They import no torch, so they start in 0.1 s. They import this package from where the rank did.
+They import no torch, so they start in 0.1 s. They import this package from the same directory as
+the rank.
 """
 
 import os

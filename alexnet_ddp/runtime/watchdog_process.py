@@ -41,9 +41,9 @@ class Failure:
     stacks: str | None = None  # the file with the stacks of all threads
 
     def line(self) -> str:
-        where = f"after step {self.step}, phase: {self.phase}, images {self.indices[:4]}..."
-        end = f"; its stacks: {self.stacks}" if self.stacks else ""
-        return f"alexnet_ddp: rank {self.rank} on {self.host} {self.cause} ({where}){end}"
+        position = f"after step {self.step}, phase: {self.phase}, images {self.indices[:4]}..."
+        stacks = f"; its stacks: {self.stacks}" if self.stacks else ""
+        return f"alexnet_ddp: rank {self.rank} on {self.host} {self.cause} ({position}){stacks}"
 
 
 def watch(rank: Watched) -> None:

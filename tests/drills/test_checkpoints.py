@@ -172,13 +172,13 @@ def test_d14_a_full_disk_is_survived_twice_and_the_third_time_ends_with_74(
         "training continues, and the checkpoints before it are untouched"
     )
     assert measured["failures survived"] == 2
-    assert "No space left on device); it needs 49 MB, 10 MB are free; make room below" in said
+    assert "No space left on device); it needs 49 MB, 10 MB are free; free some space in" in said
     assert find_newest(job.run_dir / "checkpoints") is not None
     assert not list((job.run_dir / "checkpoints").glob(".*"))
     assert job.status()["exit_code"] == 74
     assert job.run() == 74  # before its first step
     assert (
-        "has 10 MB free, a checkpoint needs 49 MB; make room, or choose another run.root"
+        "has 10 MB free, a checkpoint needs 49 MB; free some space, or choose another run.root"
         in job.said()
     )
     ballast.unlink()
