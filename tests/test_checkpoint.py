@@ -458,7 +458,7 @@ def refuse(checkpoints: CheckpointManager, largest_file: int | None = 100) -> Ch
     checkpoints._writer.prepare(1 << 24)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     limit = (hard if largest_file is None else largest_file, hard)
-    resource.prlimit(checkpoints._writer._process.pid, resource.RLIMIT_FSIZE, limit)
+    resource.prlimit(checkpoints._writer._process.popen.pid, resource.RLIMIT_FSIZE, limit)
     return checkpoints
 
 
@@ -579,14 +579,14 @@ def test_the_files_are_what_the_library_would_write_for_every_type(run):
 def test_a_writer_that_is_killed_is_a_failed_write_and_the_next_one_works(run, caplog):
     checkpoints = run()
     save(checkpoints, 10)
-    pid = checkpoints._writer._process.pid
+    pid = checkpoints._writer._process.popen.pid
     os.kill(pid, signal.SIGSTOP)
     assert checkpoints.save(RunState(step=20), tensors(20), is_last=False) is None
     assert (
         checkpoints.save(RunState(step=30), tensors(30), is_last=False) is None
     )  # left out: it is busy
     os.kill(pid, signal.SIGKILL)
-    checkpoints._writer._process.wait()
+    checkpoints._writer._process.popen.wait()
     save(checkpoints, 40)
     assert (
         "no checkpoint of step 30: checkpoints are due faster than the disk takes them"

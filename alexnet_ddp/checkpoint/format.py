@@ -66,7 +66,10 @@ class NotFinite(Rejected):
 
 def step_of(directory: Path) -> int:
     """Return the step in the name of a checkpoint directory."""
-    return int(_NAME.search(directory.name).group(1))
+    found = _NAME.search(directory.name)
+    if found is None:
+        raise ValueError(f"{directory.name} does not name a step")
+    return int(found[1])
 
 
 def is_checkpoint_name(name: str) -> bool:
@@ -429,4 +432,4 @@ def weights_of_run(weights: str, root: str) -> tuple[str, list[str] | None]:
     kind = "averaged weights" if group == "ema" else "weights"
     log.info("model.weights=%s takes the %s of %s", weights, kind, checkpoint)
     classes = classes_of(checkpoint, read_state(checkpoint))
-    return str(checkpoint / f"{group}.safetensors"), classes and classes["ids"]
+    return str(checkpoint / f"{group}.safetensors"), classes["ids"] if classes else None

@@ -125,7 +125,6 @@ class CheckpointManager:
         self._data = data
         self._copy_url = f"{cfg.copy_to.rstrip('/')}/{run_dir.name}" if cfg.copy_to else None
         self._writer = BackgroundWriter()
-        self._memory: mmap.mmap | None = None
         self._size = 0  # bytes of a checkpoint
         self._failures_in_a_row = 0
         self._num_failed = 0  # since this process started
@@ -145,7 +144,7 @@ class CheckpointManager:
         self._size = _size_in_memory(groups, self._metadata(RunState()))
         on_all(self._check_space, self._world, takes_part=self._world.is_main)
         if self._world.is_main:
-            self._memory = self._writer.prepare(self._size)
+            self._writer.prepare(self._size)
 
     def save(self, state: RunState, groups: Groups, is_last: bool) -> RunError | None:
         """Copy the tensors and have them written in the background.
@@ -166,18 +165,18 @@ class CheckpointManager:
         sharded = [
             t for group in groups.values() for t in group.values() if not isinstance(t, Tensor)
         ]
-        error, ready = None, False
+        error, memory = None, None
         if self._world.is_main:
-            error, ready = self._ready(state, groups, is_last)
+            error, memory = self._prepare_save(state, groups, is_last)
+        is_saved = memory is not None
         if sharded:
-            ready = any_rank(ready, self._world)
-        if not ready:
+            is_saved = any_rank(is_saved, self._world)
+        if memory is None:  # on rank 0: the checkpoint is skipped
+            if is_saved:
+                for tensor in sharded:
+                    tensor.collect(None)
             return error
-        if not self._world.is_main:
-            for tensor in sharded:
-                tensor.collect(None)
-            return None
-        ranges = _copy_tensors(groups, self._metadata(state), self._memory)
+        ranges = _copy_tensors(groups, self._metadata(state), memory)
         self._writer.start(self._request(state, ranges))
         return self.poll(wait=True, is_last=True) if is_last else error
 
@@ -214,10 +213,13 @@ class CheckpointManager:
         if last is not None:
             log.warning("the checkpoint of step %d is saved, but %s", last.step, last.warning)
 
-    def _ready(
+    def _prepare_save(
         self, state: RunState, groups: Groups, is_last: bool
-    ) -> tuple[RunError | None, bool]:
-        """Return the error of the previous save, and whether this checkpoint can be saved now."""
+    ) -> tuple[RunError | None, mmap.mmap | None]:
+        """Return the error to end the run with, and memory for the tensors.
+
+        The memory is None if this checkpoint cannot be saved now.
+        """
         error = self.poll(wait=is_last or state.best.get("step") == state.step)
         if self._writer.is_busy:
             if not self._num_skipped:
@@ -226,14 +228,13 @@ class CheckpointManager:
                     state.step,
                 )
             self._num_skipped += 1
-            return error, False
+            return error, None
         self._size = _size_in_memory(groups, self._metadata(state))
         self._save_began_at = time.monotonic()
         try:
-            self._memory = self._writer.prepare(self._size)
+            return error, self._writer.prepare(self._size)
         except OSError as e:  # not enough memory
-            return self._failed(SaveResult(state.step, error=str(e)), is_last), False
-        return error, True
+            return self._failed(SaveResult(state.step, error=str(e)), is_last), None
 
     def _request(self, state: RunState, ranges: dict[str, tuple[int, int]]) -> SaveRequest:
         record = {**asdict(state), "identity": self._identity, "numerics": numerics()}

@@ -21,9 +21,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.connection import wait as wait_readable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -80,9 +81,7 @@ class BackgroundWriter:
     """Starts the writer process and sends it one request at a time; there is no queue."""
 
     def __init__(self) -> None:
-        self._file: BinaryIO | None = None
-        self._memory: mmap.mmap | None = None
-        self._process: subprocess.Popen | None = None
+        self._process: _Process | None = None
         self._step: int | None = None  # of the request that is not answered yet
 
     @property
@@ -94,27 +93,20 @@ class BackgroundWriter:
 
         Call it before the first step, so that no step waits for it. Raises OSError.
         """
-        if self._memory is None or len(self._memory) < size:
+        if self._process is None or len(self._process.memory) < size:
             self.close()
-            self._file = helper_process.shared_file("checkpoint", size)
-            self._memory = mmap.mmap(self._file.fileno(), size)
-            np.frombuffer(self._memory, np.uint8)[:] = 0  # cause the page faults now
-        if self._process is None:
-            self._process = helper_process.start(
-                "checkpoint.writer", str(self._file.fileno()), [self._file], stdout=subprocess.PIPE
-            )
-        return self._memory
+            self._process = _Process(size)
+        return self._process.memory
 
     def start(self, request: SaveRequest) -> None:
         """Send a request whose files are in the memory, which must not change until the result.
 
         Requires prepare(), and that is_busy is false.
         """
+        assert self._process is not None
         assert not self.is_busy
         self._step = request.step
-        with suppress(BrokenPipeError):  # the process died: result() reports that
-            self._process.stdin.write(json.dumps(asdict(request)).encode() + b"\n")
-            self._process.stdin.flush()
+        self._process.send(request)
 
     def result(self, wait: bool = False) -> SaveResult | None:
         """Return the result of the last request, once; None if there is none yet.
@@ -124,45 +116,76 @@ class BackgroundWriter:
         Args:
             wait: block until the result arrives.
         """
-        if not self.is_busy or not (wait or wait_readable([self._process.stdout], 0)):
+        if self._process is None or self._step is None:
             return None
-        line = self._process.stdout.readline()
-        step, self._step = self._step, None
-        if line.endswith(b"\n"):
-            return SaveResult(**json.loads(line))
-        process, self._process = self._process, None
-        return SaveResult(
-            step, error=f"the process that writes checkpoints ended with {_wait(process)}"
-        )
+        if not wait and not self._process.has_output():
+            return None
+        result = self._process.receive()
+        if result is None:
+            code = self._process.end()
+            self._process = None
+            result = SaveResult(
+                self._step, error=f"the process that writes checkpoints ended with {code}"
+            )
+        self._step = None
+        return result
 
     def close(self) -> SaveResult | None:
         """Wait for unfinished writes and copies, and end the process.
 
         Returns a result with a warning if the last copy failed.
         """
-        last = None
-        if self._process is not None:
-            self.result(wait=True)
-        if self._process is not None:
-            with suppress(BrokenPipeError):
-                self._process.stdin.close()
-            line = self._process.stdout.readline()
-            last = SaveResult(**json.loads(line)) if line.endswith(b"\n") else None
-            _wait(self._process)
+        self.result(wait=True)
+        if self._process is None:
+            return None
+        self._process.close_input()
+        last = self._process.receive()
+        self._process.end()
         self._process = None
-        if self._file is not None:
-            self._file.close()
-        self._file = None
-        self._memory = None  # unmapped when the last tensor that uses it is freed
         return last
 
 
-def _wait(process: subprocess.Popen) -> int:
-    """Wait for the process and return its exit code, negative if a signal ended it."""
-    with suppress(BrokenPipeError):
-        process.stdin.close()
-    process.stdout.close()
-    return process.wait()
+class _Process:
+    """A writer process, and the memory of `size` bytes that it shares with this process."""
+
+    def __init__(self, size: int) -> None:
+        self._file = helper_process.shared_file("checkpoint", size)
+        # Unmapped when the last tensor that uses it is freed.
+        self.memory = mmap.mmap(self._file.fileno(), size)
+        np.frombuffer(self.memory, np.uint8)[:] = 0  # cause the page faults now
+        self.popen = helper_process.start(
+            "checkpoint.writer", str(self._file.fileno()), [self._file], stdout=subprocess.PIPE
+        )
+        assert self.popen.stdin is not None
+        assert self.popen.stdout is not None
+        self._stdin = self.popen.stdin
+        self._stdout = self.popen.stdout
+
+    def send(self, request: SaveRequest) -> None:
+        with suppress(BrokenPipeError):  # the process died: receive() returns None
+            self._stdin.write(json.dumps(asdict(request)).encode() + b"\n")
+            self._stdin.flush()
+
+    def has_output(self) -> bool:
+        """Return whether receive() would return at once."""
+        return bool(wait_readable([self._stdout.fileno()], 0))
+
+    def receive(self) -> SaveResult | None:
+        """Wait for the next result and return it; None if the process ended without one."""
+        line = self._stdout.readline()
+        return SaveResult(**json.loads(line)) if line.endswith(b"\n") else None
+
+    def close_input(self) -> None:
+        """Have the process end when it has finished its work."""
+        with suppress(BrokenPipeError):
+            self._stdin.close()
+
+    def end(self) -> int:
+        """Wait for the end of the process; return its exit code, negative if a signal ended it."""
+        self.close_input()
+        self._stdout.close()
+        self._file.close()
+        return self.popen.wait()
 
 
 # --- in the writer process ----------------------------------------------------------------------
@@ -218,7 +241,8 @@ def steps_to_keep(steps: list[int], request: SaveRequest) -> set[int]:
     past = [step for step in steps if step <= request.step]
     every = request.keep_every_steps
     periodic = [step for step in past if every is not None and step % every == 0]
-    return {*past[-request.keep_last :], *periodic, request.best.get("step", -1)}
+    best = [int(request.best["step"])] if request.best else []
+    return {*past[-request.keep_last :], *periodic, *best}
 
 
 def _remove_old(directory: Path, request: SaveRequest, held_steps: set[int]) -> None:
@@ -244,7 +268,7 @@ class Copier:
 
     def offer(self, request: SaveRequest, checkpoint: Path) -> None:
         """Copy `checkpoint` later, if the request names a URL."""
-        if request.copy_to:
+        if request.copy_to is not None:
             self._steps.append(request.step)
             self._offers.put((request, checkpoint))
 
@@ -266,13 +290,12 @@ class Copier:
         while (offer := self._offers.get()) is not None:
             request, checkpoint = offer
             if request.step == self._steps[-1]:  # otherwise a newer one waits
-                self._warning = _attempt(
-                    lambda request=request, checkpoint=checkpoint: self._copy(request, checkpoint)
-                )
+                self._warning = _attempt(partial(self._copy, request, checkpoint))
             self._steps.pop(0)
 
     @staticmethod
     def _copy(request: SaveRequest, checkpoint: Path) -> None:
+        assert request.copy_to is not None  # see offer()
         copy_to_url(checkpoint, request.copy_to)
         if os.getppid() == _PARENT:
             prune_copies(request.copy_to, lambda steps: steps_to_keep(steps, request))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -208,17 +208,18 @@ def raise_together(error: RunError | None, world: World) -> None:
     source = int(first.item())
     if source == world.world_size:
         return
-    reasons = [(error.exit_code, str(error))] if world.rank == source else [None]
+    mine = error if world.rank == source else None
+    reasons = [(mine.exit_code, str(mine)) if mine else (0, "")]
     dist.broadcast_object_list(reasons, src=source)
-    if world.rank == source:
-        error.only_here = True
-        raise error
+    if mine:
+        mine.only_here = True
+        raise mine
     raise PeerFailed(*reasons[0])
 
 
 def from_main(build: Callable[[], T], world: World) -> T:
     """Collective. Call build() on rank 0 and return its result, picklable and small, everywhere."""
-    return broadcast(on_all(build, world, takes_part=world.is_main))
+    return cast(T, broadcast(on_all(build, world, takes_part=world.is_main)))
 
 
 def on_all(build: Callable[[], T], world: World, takes_part: bool = True) -> T | None:
@@ -243,7 +244,7 @@ def first_on_node(build: Callable[[], T], world: World) -> T:
     """
     first = on_all(build, world, takes_part=world.local_rank == 0)
     other = on_all(build, world, takes_part=world.local_rank != 0)
-    return first if world.local_rank == 0 else other
+    return cast(T, first if world.local_rank == 0 else other)
 
 
 def require_same(facts: dict[str, object], world: World) -> None:

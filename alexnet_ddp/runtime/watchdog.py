@@ -192,6 +192,7 @@ class Watchdog:
             return
         self.phase("end")
         self._ended.set()
+        assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
         faulthandler.unregister(signal.SIGUSR2)
