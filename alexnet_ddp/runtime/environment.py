@@ -35,8 +35,8 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
     Raises ConfigError if the variables contradict each other.
     """
     if "RANK" not in env:
-        for name, alone in (("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
-            if name in env and _number(env, name) != alone:
+        for name, expected in (("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
+            if name in env and _number(env, name) != expected:
                 raise ConfigError(
                     f"{name} ({env[name]}) in the environment is set, but RANK is not; "
                     f"{_LAUNCHERS}, or unset {name}"
@@ -44,11 +44,12 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
         return Ranks()
     rank = _number(env, "RANK")
     world_size = _number(env, "WORLD_SIZE")
-    alone = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"} if world_size == 1 else {}
-    local_rank = _number({**alone, **env}, "LOCAL_RANK")
-    local_world_size = _number({**alone, **env}, "LOCAL_WORLD_SIZE")
-    _require_less(env, "RANK", rank, "WORLD_SIZE", world_size)
-    _require_less({**alone, **env}, "LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_world_size)
+    if world_size == 1:
+        env = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", **env}
+    local_rank = _number(env, "LOCAL_RANK")
+    local_world_size = _number(env, "LOCAL_WORLD_SIZE")
+    _require_less("RANK", rank, "WORLD_SIZE", world_size)
+    _require_less("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_world_size)
     if local_world_size > world_size:
         raise ConfigError(
             f"LOCAL_WORLD_SIZE ({local_world_size}) in the environment must be at most "
@@ -106,9 +107,7 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= 9
 
 
-def _require_less(
-    env: Mapping[str, str], name: str, value: int, limit_name: str, limit: int
-) -> None:
+def _require_less(name: str, value: int, limit_name: str, limit: int) -> None:
     if value >= limit:
         raise ConfigError(
             f"{name} ({value}) in the environment must be less than {limit_name} ({limit}); "
@@ -154,9 +153,9 @@ def _cpu_groups(membership: Path, mounts: Path, root: Path) -> Iterator[tuple[Pa
         return
     paths = {}
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, controllers, group = line.split(":", 2)
         if controllers == "" or "cpu" in controllers.split(","):
-            paths["cgroup2" if controllers == "" else "cgroup"] = PurePosixPath(path)
+            paths["cgroup2" if controllers == "" else "cgroup"] = PurePosixPath(group)
     for target, source in mounted:
         kind, _, *options = source.split()
         top, point = (_unescaped(field) for field in target.split()[3:5])
