@@ -1,4 +1,4 @@
-"""The end of a Slurm job's time is known, and a run stops early enough; a stand-in for squeue says when it is."""
+"""A run stops early enough before Slurm's time limit. A fake squeue returns the limit."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ class Flag:
 
 @pytest.fixture
 def squeue(tmp_path, monkeypatch):
-    """squeue(answer): what the next questions are answered; asked() the arguments of those so far."""
+    """squeue(answer) sets the next answers; asked() returns the arguments of the calls so far."""
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_END_TIME"):

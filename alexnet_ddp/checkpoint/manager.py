@@ -147,11 +147,10 @@ class CheckpointManager:
             self._writer.prepare(self._size)
 
     def save(self, state: RunState, groups: Groups, is_last: bool) -> RunError | None:
-        """Copy the tensors and have them written in the background.
+        """Collective if tensors are sharded. Copy the tensors and write them in the background.
 
-        Collective if tensors are sharded. The tensors may change after the return. While the
-        previous checkpoint is being written, this one is skipped and counted, unless it is the
-        best or the last one.
+        The tensors may change after the return. While the previous checkpoint is being written,
+        this one is skipped and counted, unless it is the best or the last one.
 
         Args:
             state: written to state.json.
@@ -171,7 +170,7 @@ class CheckpointManager:
         is_saved = memory is not None
         if sharded:
             is_saved = any_rank(is_saved, self._world)
-        if memory is None:  # on rank 0: the checkpoint is skipped
+        if memory is None:  # this is not rank 0, or rank 0 skips this checkpoint
             if is_saved:
                 for tensor in sharded:
                     tensor.collect(None)
