@@ -25,9 +25,9 @@ _recorded: set[int] = set()  # signals that arrived while _record was their hand
 def begin(command: str) -> None:
     """Prepare this process for `command`.
 
-    From here on a stop signal ends the process with one line, whatever the process is importing or
-    waiting for, until another handler is installed (see StopSignal). Exits with 64 and one line if
-    the environment variables of the ranks contradict each other.
+    From here on a stop signal ends the process with one line, also during imports and waits, until
+    another handler is installed (see StopSignal). Exits with 64 and one line if the environment
+    variables of the ranks contradict each other.
     """
     make_streams_safe()  # first, because a new pipe would get the number of a closed stream
     exit_on_stop(can_continue=command in _RESTARTABLE_COMMANDS)
