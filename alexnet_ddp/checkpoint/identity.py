@@ -20,7 +20,16 @@ _MAX_SHOWN = 5  # classes or files in a message
 _MAX_OPTIONS_SHOWN = 6
 # These may change: they distribute or monitor the work, but leave every update the same. The
 # communication hooks of `parallel` are the exception: they change updates slightly.
-_FREE_SECTIONS = {"run", "replay", "device", "checkpoint", "resume", "logger", "parallel"}
+_FREE_SECTIONS = {
+    "run",
+    "plugins",
+    "replay",
+    "device",
+    "checkpoint",
+    "resume",
+    "logger",
+    "parallel",
+}
 _FREE_OPTIONS = {
     "data.root",
     "data.num_threads",
@@ -52,6 +61,8 @@ _FREE_OPTIONS = {
     "trainer.on_nan",
     "trainer.spike_factor",
     "trainer.check_every_steps",
+    "trainer.metrics",
+    "trainer.callbacks",
 }
 # With these values a newer option has no effect, so an older checkpoint without it still matches.
 _OFF = (None, 0, "none")

@@ -104,6 +104,7 @@ class CheckpointManager:
     Attributes:
         classes_read: ids of the classes of the last checkpoint that was read, if known.
         longest_write_s: the duration of the slowest save so far.
+        last_saved: on rank 0, step and directory of the last checkpoint that this process wrote.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class CheckpointManager:
     ) -> None:
         self.classes_read: list[str] | None = None
         self.longest_write_s = 0.0
+        self.last_saved: tuple[int, Path] | None = None
         self._directory = run_dir / "checkpoints"
         self._cfg = cfg
         self._identity = identity
@@ -195,6 +197,7 @@ class CheckpointManager:
         if result.warning:
             log.warning("the checkpoint of step %d is saved, but %s", result.step, result.warning)
         self._failures_in_a_row = 0
+        self.last_saved = (result.step, self._directory / f"step-{result.step:08d}")
         return None
 
     def row(self) -> dict[str, int]:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-_MULTI_RANK_COMMANDS = ("train", "evaluate", "doctor")
+_MULTI_RANK_COMMANDS = ("train", "evaluate", "doctor", "replay")
 # If these are stopped, the same command continues or starts again: exit code 75, also under Slurm.
 _RESTARTABLE_COMMANDS = ("train", "evaluate", "prepare")
 
