@@ -34,7 +34,7 @@ from alexnet_ddp.runtime.errors import (
     ConfigError,
     PeerFailed,
     RunError,
-    speaks_for_all,
+    is_rank_zero,
     write_exit_code,
 )
 from alexnet_ddp.runtime.printing import say
@@ -93,7 +93,7 @@ def run(root: str, story: Callable[[Config, list[str]], None]) -> None:
     ):  # a bug: here it keeps its trace, and the others, who only lost a peer, do not speak for it
         write_exit_code(1)
         raise
-    startup.ignore_stop()
+    startup.ignore_stop_signals()
     write_exit_code(code)
     sys.exit(code)
 
@@ -219,7 +219,7 @@ def config_of_run(run_dir: Path, overrides: list[str]) -> Config:
 def _explain(error: Exception, root: str) -> int:
     """Print one line on the rank that has to say it; return the exit code."""
     own = isinstance(error, RunError)
-    mine = speaks_for_all() and not isinstance(error, PeerFailed)
+    mine = is_rank_zero() and not isinstance(error, PeerFailed)
     if mine or (own and error.only_here):
         say(redact(f"alexnet_ddp: {error if own else one_line(error, ROOTS[root])}"), sys.stderr)
     return error.exit_code if own else ConfigError.exit_code
@@ -237,7 +237,7 @@ class _Say(logging.Handler):
     """What the package logs on rank 0, as plain lines on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if speaks_for_all():
+        if is_rank_zero():
             prefix = "warning: " if record.levelno >= logging.WARNING else ""
             say(
                 prefix + redact(record.getMessage()), sys.stderr

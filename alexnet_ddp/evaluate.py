@@ -17,8 +17,15 @@ import torch
 from torch import nn
 
 from alexnet_ddp import cli
-from alexnet_ddp.checkpoint import files
-from alexnet_ddp.checkpoint.find import find_best, weights_of_run
+from alexnet_ddp.checkpoint.format import (
+    classes_of,
+    find_best,
+    read_state,
+    read_tensors,
+    step_of,
+    weights_group,
+    weights_of_run,
+)
 from alexnet_ddp.config import Config, ConfigError, Head
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_work
@@ -77,7 +84,7 @@ def main(cfg: Config, overrides: list[str]) -> None:
         result = evaluate(model, batches, cfg.trainer, num_classes, world, StopSignal())
         if result is None:
             raise Preempted("stopped before the evaluation was complete; start it again")
-        bad = sorted(one.reason for one in distributed.gather_objects(result.skipped))
+        bad = sorted(one.reason for one in distributed.all_gather_objects(result.skipped))
         if bad:
             log.warning(
                 "%d images could not be read and do not count, such as %s", len(bad), bad[0]
@@ -93,8 +100,8 @@ def main(cfg: Config, overrides: list[str]) -> None:
 
 def _trained(cfg: Config, data: ImageSets, directory: Path) -> tuple[nn.Module, dict]:
     """A checkpoint's network; the data must have the classes that it was trained on, in any order."""
-    state = files.read_state(directory)
-    known = files.classes_of(directory, state) or read_classes(cfg.run_dir)
+    state = read_state(directory)
+    known = classes_of(directory, state) or read_classes(cfg.run_dir)
     expected, found = known["ids"], data.val.classes
     differ = class_difference(
         f"run {cfg.run.name}",
@@ -109,8 +116,8 @@ def _trained(cfg: Config, data: ImageSets, directory: Path) -> tuple[nn.Module, 
         )
     start = without_weights(cfg.model, state.get("transform_input", False))
     model = build_model(start, len(expected), cfg.data.image_size, cfg.seed)
-    stem = files.stem_of_weights(directory)
-    tensors = files.read_tensors(directory, stem)
+    stem = weights_group(directory)
+    tensors = read_tensors(directory, stem)
     if expected != found:
         change, own = ClassChange(expected, found), model.state_dict()
         tensors = follow_classes(
@@ -120,7 +127,7 @@ def _trained(cfg: Config, data: ImageSets, directory: Path) -> tuple[nn.Module, 
             "the data has %s than the training: rows of the head follow their class names", change
         )
     load_checkpoint(model, tensors, str(directory))
-    origin = {"checkpoint": directory.name, "step": files.step_of(directory)}
+    origin = {"checkpoint": directory.name, "step": step_of(directory)}
     return model, origin | ({"weights": "averaged"} if stem == "ema" else {})
 
 

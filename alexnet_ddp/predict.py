@@ -20,8 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from alexnet_ddp import cli
-from alexnet_ddp.checkpoint import files
-from alexnet_ddp.checkpoint.find import find_best
+from alexnet_ddp.checkpoint.format import (
+    classes_of,
+    find_best,
+    read_state,
+    read_tensors,
+    weights_group,
+)
 from alexnet_ddp.config import Config, ConfigError, DataConfig, PredictConfig
 from alexnet_ddp.data.decode import BadImage, centre_into
 from alexnet_ddp.data.effects import normalise
@@ -124,11 +129,11 @@ def _matches(pattern: str) -> list[str]:
 def _trained(cfg: Config, run_dir: Path) -> tuple[nn.Module, list[str]]:
     """The network of the best checkpoint, and the names of its classes: later ones of the run may have others."""
     best = find_best(run_dir / "checkpoints")
-    state = files.read_state(best)
-    names = (files.classes_of(best, state) or read_classes(run_dir))["names"]
+    state = read_state(best)
+    names = (classes_of(best, state) or read_classes(run_dir))["names"]
     start = without_weights(cfg.model, state.get("transform_input", False))
     model = build_model(start, len(names), cfg.data.image_size, cfg.seed)
-    load_checkpoint(model, files.read_tensors(best, files.stem_of_weights(best)), str(best))
+    load_checkpoint(model, read_tensors(best, weights_group(best)), str(best))
     return model, names
 
 

@@ -25,7 +25,7 @@ SPAWN.set_forkserver_preload(
         "torch._dynamo",
         "torchvision",
         "alexnet_ddp.training.step",
-        "alexnet_ddp.checkpoint.store",
+        "alexnet_ddp.checkpoint.manager",
     ]
 )
 

@@ -31,6 +31,7 @@ ONLY_IN = {  # library -> the modules that may import it: packages, or files of 
     r"scipy": {"data"},
     r"rich": {"runtime/terminal", "tracking/console"},  # console: the progress bar of a training
     r"matplotlib": {"cost_model/picture"},
+    r"fcntl": {"runtime/files"},  # file locks
     r"pyspark": {"prepare/spark"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

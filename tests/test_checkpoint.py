@@ -17,10 +17,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from alexnet_ddp.checkpoint import files, remote, writer
-from alexnet_ddp.checkpoint.find import find_best, find_newest
+from alexnet_ddp.checkpoint import format as ckpt
+from alexnet_ddp.checkpoint import writer
+from alexnet_ddp.checkpoint.format import find_best, find_newest
 from alexnet_ddp.checkpoint.identity import identity
-from alexnet_ddp.checkpoint.store import Checkpoints, RunState
+from alexnet_ddp.checkpoint.manager import CheckpointManager, RunState
 from alexnet_ddp.cli import compose
 from alexnet_ddp.config import AlexNetSmallConfig, CheckpointConfig, ConfigError, Device, SGDConfig
 from alexnet_ddp.model import build_model, load_checkpoint
@@ -60,13 +61,13 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.fixture
 def run(tmp_path, world):
-    """run(...) -> the Checkpoints of one run directory; run.at is where they lie."""
+    """run(...) returns a CheckpointManager of one run directory; run.at contains its checkpoints."""
 
     made = []
 
-    def make(keep_last: int = 2, who: dict[str, object] = WHO, **cfg) -> Checkpoints:
+    def make(keep_last: int = 2, who: dict[str, object] = WHO, **cfg) -> CheckpointManager:
         made.append(
-            Checkpoints(
+            CheckpointManager(
                 tmp_path,
                 CheckpointConfig(keep_last=keep_last, **cfg),
                 who,
@@ -82,7 +83,7 @@ def run(tmp_path, world):
         checkpoints.close()
 
 
-def save(checkpoints: Checkpoints, *steps: int, **state) -> None:
+def save(checkpoints: CheckpointManager, *steps: int, **state) -> None:
     for step in steps:
         assert checkpoints.save(RunState(step=step, **state), tensors(step), is_last=False) is None
         assert checkpoints.poll(wait=True) is None
@@ -109,10 +110,10 @@ def test_a_commit_leaves_exactly_its_files_and_verifies(run):
     save(run(), 7)
     assert names(run.at) == ["step-00000007"]
     assert names(step_dir(run.at, 7)) == FILES
-    files.verify(step_dir(run.at, 7))
+    ckpt.verify(step_dir(run.at, 7))
 
 
-def test_the_manifest_says_size_and_checksum_of_every_other_file(run):
+def test_the_manifest_contains_size_and_checksum_of_every_other_file(run):
     save(run(), 7)
     manifest = json.loads((step_dir(run.at, 7) / "MANIFEST.json").read_bytes())
     assert (manifest["schema_version"], manifest["step"]) == (1, 7)
@@ -122,7 +123,7 @@ def test_the_manifest_says_size_and_checksum_of_every_other_file(run):
         assert re.fullmatch("[0-9a-f]{64}", entry["sha256"])
 
 
-def test_state_json_names_run_numerics_and_world_beside_the_state(run):
+def test_state_json_contains_identity_numerics_and_world_size(run):
     save(run(), 7)
     record = json.loads((step_dir(run.at, 7) / "state.json").read_bytes())
     assert (record["identity"], record["world_size"]) == (WHO, 1)
@@ -130,7 +131,7 @@ def test_state_json_names_run_numerics_and_world_beside_the_state(run):
     assert record["numerics"]["threads"] == torch.get_num_threads()
 
 
-def test_a_run_comes_back_as_it_was_saved(run):
+def test_a_restored_run_equals_the_saved_one(run):
     state = RunState(
         step=7,
         evaluated_at=6,
@@ -145,7 +146,7 @@ def test_a_run_comes_back_as_it_was_saved(run):
     assert all(same(saved[stem], tensors(7)[stem]) for stem in saved)
 
 
-def test_saving_leaves_the_tensors_of_the_run_alone_whatever_their_strides(run):
+def test_saving_does_not_change_the_tensors_for_any_strides(run):
     weight = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
     strides = weight.stride()
     assert (
@@ -176,15 +177,15 @@ def test_names_in_the_files_are_torchvisions_and_load_into_a_fresh_model(run):
     with safetensors.safe_open(directory / "optimizer.safetensors", "pt") as file:
         assert "momentum_buffer/classifier.0.weight" in file.keys()  # noqa: SIM118
     other = build_model(AlexNetSmallConfig(), 3, 64, seed=1)
-    load_checkpoint(other, files.read_tensors(directory, "model"), str(directory))
-    assert files.read_state(directory)["step"] == 1
+    load_checkpoint(other, ckpt.read_tensors(directory, "model"), str(directory))
+    assert ckpt.read_state(directory)["step"] == 1
     assert same(other.state_dict(), model.state_dict())
 
 
 # --- what is rejected -------------------------------------------------------------------------------------------
 
 
-def test_forty_flipped_bits_spread_over_all_files_are_all_rejected_by_name(run):
+def test_forty_flipped_bits_over_all_files_are_all_rejected_by_file_name(run):
     save(run(), 7)
     directory = step_dir(run.at, 7)
     for name in FILES:
@@ -194,11 +195,11 @@ def test_forty_flipped_bits_spread_over_all_files_are_all_rejected_by_name(run):
             flip(directory / name, offset, bit)
             # What a damaged manifest no longer describes is another file, or the manifest itself.
             with pytest.raises(
-                files.Rejected, match=r"\w\.\w" if name == "MANIFEST.json" else re.escape(name)
+                ckpt.Rejected, match=r"\w\.\w" if name == "MANIFEST.json" else re.escape(name)
             ):
-                files.verify(directory)
+                ckpt.verify(directory)
             flip(directory / name, offset, bit)
-    files.verify(directory)
+    ckpt.verify(directory)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -221,8 +222,8 @@ def test_a_checkpoint_with_a_value_that_is_not_finite_is_not_written_and_an_olde
         "state.json": b"{}"
     }
     with monkeypatch.context() as old:  # a version that did not look
-        old.setattr(files, "_check_finite", lambda path: None)
-        files.write(run.at, 8, contents)
+        old.setattr(ckpt, "_check_finite", lambda path: None)
+        ckpt.write_checkpoint(run.at, 8, contents)
     assert find_newest(run.at).name == "step-00000007"
     assert (
         f"step-00000008 is rejected: {stem}.safetensors has values that are not finite (in late)"
@@ -242,8 +243,8 @@ def test_every_single_flipped_bit_of_a_manifests_head_is_rejected(run):
     ):  # version, step and the beginning of the files
         for bit in range(8):
             flip(manifest, offset, bit)
-            with contextlib.suppress(files.Rejected):  # which is what must happen
-                files.verify(manifest.parent)
+            with contextlib.suppress(ckpt.Rejected):  # which is what must happen
+                ckpt.verify(manifest.parent)
                 accepted.append((offset, bit))
             flip(manifest, offset, bit)
     assert accepted == []
@@ -257,9 +258,9 @@ def test_a_truncated_file_is_rejected_by_name_and_size(run, name, share):
     size = path.stat().st_size
     os.truncate(path, int(size * share))
     with pytest.raises(
-        files.Rejected, match=f"^{re.escape(name)} has {int(size * share)} bytes instead of {size}$"
+        ckpt.Rejected, match=f"^{re.escape(name)} has {int(size * share)} bytes instead of {size}$"
     ):
-        files.verify(path.parent)
+        ckpt.verify(path.parent)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -267,10 +268,10 @@ def test_a_missing_file_is_rejected_by_name(run, name):
     save(run(), 7)
     (step_dir(run.at, 7) / name).unlink()
     with pytest.raises(
-        files.Rejected,
+        ckpt.Rejected,
         match=rf"^{re.escape(name)} is unreadable \(.*No such file or directory.*\)$",
     ):
-        files.verify(step_dir(run.at, 7))
+        ckpt.verify(step_dir(run.at, 7))
 
 
 def test_another_schema_version_is_rejected(run):
@@ -278,27 +279,27 @@ def test_another_schema_version_is_rejected(run):
     path = step_dir(run.at, 7) / "MANIFEST.json"
     path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
     with pytest.raises(
-        files.Rejected, match=r"^MANIFEST\.json has schema version 2, this program reads 1$"
+        ckpt.Rejected, match=r"^MANIFEST\.json has schema version 2, this program reads 1$"
     ):
-        files.verify(path.parent)
+        ckpt.verify(path.parent)
 
 
 def test_a_checkpoint_under_another_steps_name_is_rejected(run):
     save(run(), 7)
     step_dir(run.at, 7).rename(step_dir(run.at, 9))
-    with pytest.raises(files.Rejected, match=r"^MANIFEST\.json is of step 7$"):
-        files.verify(step_dir(run.at, 9))
+    with pytest.raises(ckpt.Rejected, match=r"^MANIFEST\.json is of step 7$"):
+        ckpt.verify(step_dir(run.at, 9))
 
 
 @pytest.mark.parametrize(
     "content", ["", "[]", "null", "{}", '{"schema_version": 1, "step": 7, "files": []}', "\xff"]
 )
-def test_a_manifest_of_anything_else_is_rejected(run, content):
+def test_a_manifest_with_other_json_is_rejected(run, content):
     save(run(), 7)
     path = step_dir(run.at, 7) / "MANIFEST.json"
     path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(files.Rejected, match=r"^MANIFEST\.json is unreadable"):
-        files.verify(path.parent)
+    with pytest.raises(ckpt.Rejected, match=r"^MANIFEST\.json is unreadable"):
+        ckpt.verify(path.parent)
 
 
 class Bomb:
@@ -317,7 +318,7 @@ def test_a_pickle_in_place_of_the_model_is_rejected_and_never_unpickled(run, tmp
         run().resume("r", allow_changes=False)
     assert "model.safetensors has " in caplog.text
     with pytest.raises(safetensors.SafetensorError):  # also where the checksums were forged
-        files.read_tensors(path.parent, "model")
+        ckpt.read_tensors(path.parent, "model")
     assert not (tmp_path / "it ran").exists()
 
 
@@ -330,12 +331,12 @@ def test_a_new_run_starts_fresh(run):
     assert run().resume("r", allow_changes=False) == (RunState(), {})
 
 
-def test_the_newest_is_the_one_of_the_highest_step(run):
+def test_the_newest_checkpoint_has_the_highest_step(run):
     save(run(keep_last=9), 9, 10, 20, 100)
     assert find_newest(run.at) == step_dir(run.at, 100)
 
 
-def test_the_newest_valid_one_wins_and_the_rejected_are_named_with_the_reason(run, caplog):
+def test_the_newest_valid_one_is_used_and_rejected_ones_are_reported(run, caplog):
     save(run(keep_last=3), 10, 20, 30)
     flip(step_dir(run.at, 30) / "optimizer.safetensors", 100)
     os.truncate(step_dir(run.at, 20) / "state.json", 5)
@@ -351,7 +352,7 @@ def test_the_newest_valid_one_wins_and_the_rejected_are_named_with_the_reason(ru
     )
 
 
-def test_where_all_are_damaged_the_run_does_not_start_afresh(run):
+def test_if_all_are_damaged_the_run_does_not_start_afresh(run):
     save(run(), 10, 20)
     for step in (10, 20):
         flip(step_dir(run.at, step) / "model.safetensors", 50)
@@ -364,7 +365,7 @@ def test_where_all_are_damaged_the_run_does_not_start_afresh(run):
         find_best(run.at)
 
 
-def test_the_best_is_found_and_the_newest_where_it_is_damaged_or_where_there_is_none(run, caplog):
+def test_the_best_is_found_or_the_newest_if_it_is_damaged_or_missing(run, caplog):
     checkpoints = run()
     save(checkpoints, 10)
     assert find_best(run.at) == step_dir(run.at, 10)
@@ -383,7 +384,7 @@ def test_without_any_checkpoint_there_is_no_best_one(run):
         find_best(run.at)
 
 
-def test_the_best_evaluation_is_the_first_of_the_highest():
+def test_the_best_evaluation_is_the_first_with_the_highest_value():
     state = RunState()
     for step, top1 in ((10, 40.0), (20, 60.0), (30, 60.0), (40, 50.0)):
         state.step = step
@@ -400,7 +401,7 @@ def test_the_last_k_are_kept(run, keep_last, kept):
     assert names(run.at) == [f"step-{step:08d}" for step in kept]
 
 
-def test_the_best_is_kept_beside_the_last_and_goes_when_there_is_a_better_one(run):
+def test_the_best_is_kept_until_there_is_a_better_one(run):
     checkpoints = run(keep_last=1)
     save(checkpoints, 10, 20, 30, best={"step": 10, "val/top1": 50.0})
     assert names(run.at) == ["step-00000010", "step-00000030"]
@@ -409,9 +410,7 @@ def test_the_best_is_kept_beside_the_last_and_goes_when_there_is_a_better_one(ru
 
 
 @pytest.mark.parametrize(("keep_last", "kept"), [(1, [25]), (2, [10, 25])])
-def test_rejected_checkpoints_of_later_steps_do_not_crowd_out_what_is_saved_after_falling_back(
-    run, keep_last, kept
-):
+def test_rejected_checkpoints_of_later_steps_do_not_displace_newly_saved_ones(run, keep_last, kept):
     save(run(keep_last=3), 10, 30, 40)
     for step in (30, 40):
         flip(step_dir(run.at, step) / "model.safetensors", 50)
@@ -431,7 +430,7 @@ def test_the_same_step_saved_again_replaces_the_first(run):
     assert names(run.at) == ["step-00000010", "step-00000020"]
 
 
-def test_drafts_of_a_crash_are_dropped_and_a_checkpoint_that_was_being_replaced_comes_back(run):
+def test_after_a_crash_drafts_are_removed_and_a_replaced_checkpoint_is_restored(run):
     save(run(keep_last=3), 10, 20, 30)
     (run.at / ".tmp-step-40-0a1b2c3d").mkdir()
     (run.at / ".tmp-step-40-0a1b2c3d" / "model.safetensors").write_bytes(b"half")
@@ -442,7 +441,7 @@ def test_drafts_of_a_crash_are_dropped_and_a_checkpoint_that_was_being_replaced_
     assert names(run.at) == ["step-00000010", "step-00000020", "step-00000030"]
 
 
-def test_foreign_files_beside_the_checkpoints_are_left_alone(run):
+def test_other_files_in_the_directory_are_not_changed(run):
     run.at.mkdir()
     (run.at / "notes.txt").write_text("mine")
     (run.at / "step-best").mkdir()
@@ -454,12 +453,12 @@ def test_foreign_files_beside_the_checkpoints_are_left_alone(run):
 # --- a disk that refuses ----------------------------------------------------------------------------------------
 
 
-def refuse(checkpoints: Checkpoints, largest_file: int | None = 100) -> Checkpoints:
+def refuse(checkpoints: CheckpointManager, largest_file: int | None = 100) -> CheckpointManager:
     """From here on the kernel lets the writer of `checkpoints` write no file of more bytes; None: it does again."""
     checkpoints._writer.prepare(1 << 24)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     limit = (hard if largest_file is None else largest_file, hard)
-    resource.prlimit(checkpoints._writer._process.pid, resource.RLIMIT_FSIZE, limit)
+    resource.prlimit(checkpoints._writer._process.popen.pid, resource.RLIMIT_FSIZE, limit)
     return checkpoints
 
 
@@ -470,7 +469,7 @@ def test_a_failed_write_warns_and_leaves_the_old_ones_untouched(run, caplog):
     (message,) = caplog.messages
     assert re.fullmatch(
         r"the checkpoint of step 30 could not be written \(\[Errno 27\] File too large\); it needs 0 MB, "
-        r"[\d,]+ MB are free; training goes on, and the checkpoints before it are untouched",
+        r"[\d,]+ MB are free; training continues, and the checkpoints before it are untouched",
         message,
     )
     assert names(run.at) == ["step-00000010", "step-00000020"]
@@ -478,7 +477,7 @@ def test_a_failed_write_warns_and_leaves_the_old_ones_untouched(run, caplog):
     assert run().resume("r", allow_changes=False)[0].step == 20
 
 
-def test_the_third_failure_in_a_row_is_the_end(run):
+def test_the_third_failure_in_a_row_ends_the_run(run):
     checkpoints = refuse(run())
     save(checkpoints, 10, 20)
     assert checkpoints.save(RunState(step=30), tensors(1, size=1000), is_last=False) is None
@@ -487,24 +486,24 @@ def test_the_third_failure_in_a_row_is_the_end(run):
     assert error.exit_code == 74
     assert "could not be written ([Errno 27] File too large); it needs 8 MB, " in str(error)
     assert str(error).endswith(
-        f" MB are free; make room below {run.at}, then start the same command again"
+        f" MB are free; free some space in {run.at}, then start the same command again"
     )
     assert names(run.at) == []
 
 
-def test_a_success_in_between_starts_the_count_anew(run):
+def test_a_success_resets_the_count_of_failures(run):
     checkpoints = run()
     for largest, steps in ((100, (10, 20)), (None, (30,)), (100, (40, 50))):
         save(refuse(checkpoints, largest), *steps)  # None each time
     assert names(run.at) == ["step-00000030"]
 
 
-def test_a_last_checkpoint_that_cannot_be_written_is_the_end_at_once(run):
+def test_a_last_checkpoint_that_cannot_be_written_ends_the_run(run):
     error = refuse(run()).save(RunState(step=10), tensors(1), is_last=True)
     assert isinstance(error, CheckpointIOError)
 
 
-def test_a_place_that_cannot_be_written_to_is_a_failed_write(run, caplog):
+def test_a_directory_that_cannot_be_written_is_a_failed_write(run, caplog):
     run.at.parent.mkdir(exist_ok=True)
     run.at.write_text("a file where the directory should be")
     save(run(), 10)
@@ -516,8 +515,8 @@ def test_a_write_that_reads_back_differently_is_a_failed_write(tmp_path, monkeyp
         f"{stem}.safetensors": safetensors.torch.save(group) for stem, group in tensors(1).items()
     }
     contents["state.json"] = b"{}"
-    assert files.write(tmp_path, 10, contents) == step_dir(tmp_path, 10)
-    real = files._write_durably
+    assert ckpt.write_checkpoint(tmp_path, 10, contents) == step_dir(tmp_path, 10)
+    real = ckpt._write_file
 
     def write_wrongly(path: Path, data: bytes) -> dict:
         entry = real(path, data)
@@ -525,22 +524,20 @@ def test_a_write_that_reads_back_differently_is_a_failed_write(tmp_path, monkeyp
             flip(path, 200)
         return entry
 
-    monkeypatch.setattr(files, "_write_durably", write_wrongly)
+    monkeypatch.setattr(ckpt, "_write_file", write_wrongly)
     with pytest.raises(
-        files.Rejected, match=r"^model.safetensors does not match its SHA-256 checksum$"
+        ckpt.Rejected, match=r"^model.safetensors does not match its SHA-256 checksum$"
     ):
-        files.write(tmp_path, 20, contents)
+        ckpt.write_checkpoint(tmp_path, 20, contents)
     assert names(tmp_path) == ["step-00000010"]
 
 
-def test_a_run_whose_disk_has_no_room_for_a_checkpoint_is_refused_before_its_first_step(
-    run, world, monkeypatch
-):
+def test_a_run_is_refused_if_the_disk_has_no_space_for_a_checkpoint(run, world, monkeypatch):
     run().prepare(tensors(1))
     usage = shutil.disk_usage(run.at.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(
-        CheckpointIOError, match=r"has 0 MB free, a checkpoint needs 8 MB; make room, or choose ano"
+        CheckpointIOError, match=r"has 0 MB free, a checkpoint needs 8 MB; free some space, or cho"
     ):
         run().prepare(tensors(1, size=1000))
 
@@ -555,7 +552,7 @@ def test_the_tensors_may_change_as_soon_as_save_returns(run):
     for t in value["model"].values():
         t.zero_()
     assert checkpoints.poll(wait=True) is None
-    assert same(files.read_tensors(step_dir(run.at, 1), "model"), expected)
+    assert same(ckpt.read_tensors(step_dir(run.at, 1), "model"), expected)
 
 
 def test_the_files_are_what_the_library_would_write_for_every_type(run):
@@ -575,21 +572,21 @@ def test_the_files_are_what_the_library_would_write_for_every_type(run):
         "one": torch.tensor(2.5),
     }
     assert run().save(RunState(step=1), {"model": model, "optimizer": {}}, is_last=True) is None
-    assert same(files.read_tensors(step_dir(run.at, 1), "model"), model)
-    assert files.read_tensors(step_dir(run.at, 1), "optimizer") == {}
+    assert same(ckpt.read_tensors(step_dir(run.at, 1), "model"), model)
+    assert ckpt.read_tensors(step_dir(run.at, 1), "optimizer") == {}
 
 
 def test_a_writer_that_is_killed_is_a_failed_write_and_the_next_one_works(run, caplog):
     checkpoints = run()
     save(checkpoints, 10)
-    pid = checkpoints._writer._process.pid
+    pid = checkpoints._writer._process.popen.pid
     os.kill(pid, signal.SIGSTOP)
     assert checkpoints.save(RunState(step=20), tensors(20), is_last=False) is None
     assert (
         checkpoints.save(RunState(step=30), tensors(30), is_last=False) is None
     )  # left out: it is busy
     os.kill(pid, signal.SIGKILL)
-    checkpoints._writer._process.wait()
+    checkpoints._writer._process.popen.wait()
     save(checkpoints, 40)
     assert (
         "no checkpoint of step 30: checkpoints are due faster than the disk takes them"
@@ -603,7 +600,7 @@ def test_a_writer_that_is_killed_is_a_failed_write_and_the_next_one_works(run, c
     assert checkpoints.row() == {"checkpoint/num_failed": 1, "checkpoint/num_skipped": 1}
 
 
-def test_the_best_one_is_written_even_where_another_is_being_written(run):
+def test_the_best_one_is_written_even_if_another_is_being_written(run):
     checkpoints = run()
     assert checkpoints.save(RunState(step=9), tensors(9, size=1500), is_last=False) is None
     best = RunState(step=10, best={"step": 10, "val/top1": 50.0})
@@ -612,7 +609,7 @@ def test_the_best_one_is_written_even_where_another_is_being_written(run):
     assert names(run.at) == ["step-00000009", "step-00000010"]
 
 
-def test_those_of_every_so_many_epochs_are_kept(run):
+def test_periodic_checkpoints_are_kept(run):
     save(run(keep_last=1, keep_every_epochs=2), 5, 20, 30, 40, 45)  # 10 steps an epoch
     assert names(run.at) == ["step-00000020", "step-00000040", "step-00000045"]
 
@@ -620,7 +617,7 @@ def test_those_of_every_so_many_epochs_are_kept(run):
 # --- copies -----------------------------------------------------------------------------------------------------
 
 
-def test_copies_lie_where_they_should_follow_what_is_kept_and_bring_back_a_lost_run(run, tmp_path):
+def test_copies_are_pruned_and_restore_a_lost_run(run, tmp_path):
     url = f"file://{tmp_path}/far"
     far = tmp_path / "far" / tmp_path.name  # the name of the run
     checkpoints = run(keep_last=1, copy_to=url)
@@ -629,7 +626,7 @@ def test_copies_lie_where_they_should_follow_what_is_kept_and_bring_back_a_lost_
     save(checkpoints, 20, best={"step": 10, "val/top1": 50.0})
     checkpoints.close()
     assert names(far) == ["step-00000010", "step-00000020"]
-    files.verify(far / "step-00000020")
+    ckpt.verify(far / "step-00000020")
     shutil.rmtree(run.at)
     (far / "step-00000030").mkdir()  # half a copy: no manifest
     again = run(keep_last=1, copy_to=url)
@@ -645,7 +642,7 @@ def test_copies_lie_where_they_should_follow_what_is_kept_and_bring_back_a_lost_
     ]  # the best one outlives the machine that had it
 
 
-def test_a_copy_that_fails_is_a_warning_and_costs_no_checkpoint_here(run, tmp_path, caplog):
+def test_a_failed_copy_is_a_warning_and_loses_no_checkpoint(run, tmp_path, caplog):
     (tmp_path / "far").write_text("a file where the folder should be")
     checkpoints = run(keep_last=1, copy_to=f"file://{tmp_path}/far")
     save(checkpoints, 10)
@@ -663,17 +660,17 @@ def test_a_store_that_hangs_delays_no_save(tmp_path):
         go = threading.Event()
 
         @staticmethod
-        def _copy(order, checkpoint):
+        def _copy(request, checkpoint):
             assert Hanging.go.wait(30)
             assert checkpoint.exists()
 
     copier, memory = Hanging(), memoryview(safetensors.torch.save({"w": torch.ones(2)}))
-    places = {"model": (0, len(memory)), "optimizer": (0, len(memory))}
+    ranges = {"model": (0, len(memory)), "optimizer": (0, len(memory))}
     for step in (1, 2, 3, 4):
-        order = writer.Order(
-            str(tmp_path / "checkpoints"), step, places, {}, {}, 1, None, "memory://x"
+        request = writer.SaveRequest(
+            str(tmp_path / "checkpoints"), step, ranges, {}, {}, 1, None, "memory://x"
         )
-        assert writer.obey(order, memory, copier) == writer.Reply(
+        assert writer.save(request, memory, copier) == writer.SaveResult(
             step, seconds=pytest.approx(0, abs=5)
         )
     assert names(tmp_path / "checkpoints") == [
@@ -682,10 +679,10 @@ def test_a_store_that_hangs_delays_no_save(tmp_path):
     ]  # the one being copied, and the newest
     Hanging.go.set()
     copier.finish()
-    assert copier.warning() == ""
+    assert copier.take_warning() == ""
 
 
-def test_where_no_copy_verifies_the_run_does_not_start_afresh(run, tmp_path):
+def test_if_no_copy_verifies_the_run_does_not_start_afresh(run, tmp_path):
     url, checkpoints = f"file://{tmp_path}/far", run(copy_to=f"file://{tmp_path}/far")
     save(checkpoints, 10)
     checkpoints.close()
@@ -704,13 +701,13 @@ def test_copies_in_a_store_that_is_no_file_system(tmp_path):
             f"{stem}.safetensors": safetensors.torch.save(group)
             for stem, group in tensors(step).items()
         }
-        files.write(tmp_path / "here", step, {**contents, "state.json": b"{}"})
-        remote.copy(step_dir(tmp_path / "here", step), "memory://copies/run")
-    remote.keep_only(lambda steps: {max(steps)}, "memory://copies/run")
-    assert remote.fetch_newest("memory://copies/run", tmp_path / "there") == step_dir(
+        ckpt.write_checkpoint(tmp_path / "here", step, {**contents, "state.json": b"{}"})
+        writer.copy_to_url(step_dir(tmp_path / "here", step), "memory://copies/run")
+    writer.prune_copies("memory://copies/run", lambda steps: {max(steps)})
+    assert writer.fetch_newest_copy("memory://copies/run", tmp_path / "there") == step_dir(
         tmp_path / "there", 20
     )
-    assert remote.fetch_newest("memory://copies/none", tmp_path / "none") is None
+    assert writer.fetch_newest_copy("memory://copies/none", tmp_path / "none") is None
 
 
 # --- several ranks ----------------------------------------------------------------------------------------------
@@ -720,7 +717,7 @@ def save_and_resume(run_dir: str) -> tuple[object, dict, list]:
     """Each rank has its own values; what comes back is rank 0's. Rank 1 does not see the files."""
     with session(Device.cpu) as world:
         place = Path(run_dir) / ("seen" if world.is_main else "unseen")
-        checkpoints = Checkpoints(place, CheckpointConfig(), WHO, world)
+        checkpoints = CheckpointManager(place, CheckpointConfig(), WHO, world)
         outcome = checkpoints.save(
             RunState(step=7 + world.rank), tensors(7 + world.rank), is_last=True
         )
@@ -813,7 +810,7 @@ def me() -> dict[str, object]:
     return who()
 
 
-def test_what_moves_or_watches_the_work_is_not_in_the_identity(me):
+def test_options_that_change_no_update_are_not_in_the_identity(me):
     assert who(*FREE) == me
 
 
@@ -824,9 +821,7 @@ def test_the_identity_survives_json(me):
 
 
 @pytest.mark.parametrize("override", FIXED)
-def test_what_decides_an_update_is_in_the_identity_and_refused_with_the_difference(
-    run, me, override
-):
+def test_options_that_change_updates_are_in_the_identity_and_refused(run, me, override):
     save(run(who=me), 10)
     changed = who(*override.split())
     with pytest.raises(ConfigError) as e:
@@ -839,7 +834,7 @@ def test_what_decides_an_update_is_in_the_identity_and_refused_with_the_differen
     assert run(who=changed).resume("mine", allow_changes=True)[0].step == 10
 
 
-def test_a_checkpoint_from_before_there_was_a_knob_goes_on_while_the_knob_is_off(run, me):
+def test_a_checkpoint_without_a_newer_option_resumes_while_the_option_is_off(run, me):
     newer = ("augment.mixup_alpha", "augment.policy", "augment.num_ops", "data.start_image_size")
     save(run(who={key: value for key, value in me.items() if key not in newer}), 10)
     assert run(who=me).resume("mine", allow_changes=False)[0].step == 10
@@ -847,6 +842,21 @@ def test_a_checkpoint_from_before_there_was_a_knob_goes_on_while_the_knob_is_off
         ConfigError, match=r"another run: augment.mixup_alpha=0.2 \(was unset\); choose"
     ):
         run(who=who("augment.mixup_alpha=0.2")).resume("mine", allow_changes=False)
+
+
+def test_groups_that_this_run_does_not_use_are_not_restored(run, caplog):
+    sgd = {**WHO, "optimizer": "SGD", "trainer.ema_decay": None}
+    groups = {**tensors(10), "ema": tensors(10)["model"], "hook": {"error": torch.ones(2)}}
+    assert run(who=sgd).save(RunState(step=10), groups, is_last=True) is None
+    assert list(run(who=sgd).newest()[1]) == ["model", "optimizer", "hook"]
+    assert list(run(who={**sgd, "trainer.ema_decay": 0.9}).newest()[1]) == list(groups)
+    assert caplog.messages == []
+    adamw = run(who={**sgd, "optimizer": "AdamW"})
+    assert list(adamw.resume("r", allow_changes=True)[1]) == ["model", "hook"]
+    assert list(adamw.newest()[1]) == ["model", "hook"]  # a rollback to the other optimizer's
+    assert (
+        caplog.messages == ["another optimizer than the checkpoint's: its state starts afresh"] * 2
+    )
 
 
 def test_other_images_are_another_run(run, me):
@@ -857,9 +867,9 @@ def test_other_images_are_another_run(run, me):
         run(who={**me, "data": "xyz"}).resume("mine", allow_changes=False)
 
 
-def test_resuming_with_other_numerics_says_that_bits_may_differ(run, caplog, monkeypatch):
+def test_resuming_with_other_numerics_is_logged(run, caplog, monkeypatch):
     save(run(), 10)
-    path = "alexnet_ddp.checkpoint.store.numerics"
+    path = "alexnet_ddp.checkpoint.manager.numerics"
     monkeypatch.setattr(path, lambda: {"torch": "9.9", "threads": torch.get_num_threads()})
     with caplog.at_level(logging.INFO):
         run().resume("r", allow_changes=False)

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from alexnet_ddp import evaluate, predict
-from alexnet_ddp.checkpoint import files
-from alexnet_ddp.checkpoint.find import find_best, weights_of_run
+from alexnet_ddp.checkpoint import format as ckpt
+from alexnet_ddp.checkpoint.format import find_best, weights_of_run
 from alexnet_ddp.cli import compose
 from alexnet_ddp.config import Config, ConfigError, Device
 from alexnet_ddp.data.sources.index import SampleIndex
@@ -98,7 +98,7 @@ def test_class_names_are_recorded_in_the_checkpoint_and_in_its_files_of_weights(
     make_images(tmp_path)
     saved(config(tmp_path), world)
     (checkpoint,) = (tmp_path / "runs/r/checkpoints").iterdir()
-    state = files.read_state(checkpoint)
+    state = ckpt.read_state(checkpoint)
     assert state["classes"] == {"ids": ["a", "m", "q"], "names": ["a", "m", "q"]}
     assert state["images_per_class"] == [4, 5, 6]
     for stem in ("model", "ema"):
@@ -333,7 +333,9 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path, worl
         "the weights after step 2 are not finite, and were not saved (model.safetensors has"
         in str(error)
     )
-    assert [d.name for d in files.listed(tmp_path / "runs/r/checkpoints")] == ["step-00000001"]
+    assert [d.name for d in ckpt.list_checkpoints(tmp_path / "runs/r/checkpoints")] == [
+        "step-00000001"
+    ]
 
 
 def split_rows(root: str, allow: bool) -> dict[str, list]:
@@ -381,7 +383,7 @@ def test_ranks_that_see_other_validation_images_are_refused(tmp_path):
         make_images(tmp_path / name)
     for line in run_ranks(differing, 2, str(tmp_path)):
         assert (
-            "rank 1 was started as another run than rank 0: validation images=14 images of 3 classes"
+            "rank 1 was started with other settings than rank 0: validation images=14 images of 3 classes"
             in line
         )
         assert "(rank 0: 15 images of 3 classes" in line

@@ -1,4 +1,4 @@
-"""The end of a Slurm job's time is known, and a run stops early enough; a stand-in for squeue says when it is."""
+"""A run stops early enough before Slurm's time limit. A fake squeue returns the limit."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ class Flag:
 
 @pytest.fixture
 def squeue(tmp_path, monkeypatch):
-    """squeue(answer): what the next questions are answered; asked() the arguments of those so far."""
+    """squeue(answer) sets the next answers; asked() returns the arguments of the calls so far."""
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_END_TIME"):
@@ -43,7 +43,7 @@ def squeue(tmp_path, monkeypatch):
     return answer
 
 
-def test_time_left_is_what_squeue_says(squeue):
+def test_time_left_is_read_from_squeue(squeue):
     squeue(f"{time.time() + 90:.0f}")
     assert 85 < time_left() < 91
     assert squeue.asked() == ["%s --noheader --jobs 12 --format %e"]
@@ -63,7 +63,7 @@ def test_a_task_of_an_array_asks_for_itself(squeue, monkeypatch):
     assert "--jobs 12_3" in squeue.asked()[0]
 
 
-def test_without_squeue_the_environment_is_believed(squeue, monkeypatch):
+def test_without_squeue_the_environment_is_used(squeue, monkeypatch):
     squeue("slurm_load_jobs error", code=1)
     assert time_left() is None
     monkeypatch.setenv("SLURM_JOB_END_TIME", f"{time.time() + 90:.0f}")
@@ -96,11 +96,11 @@ def test_the_run_is_stopped_half_a_minute_before_the_end(left_at_stop):
     assert left_at_stop(3600) == pytest.approx(30, abs=0.5)
 
 
-def test_a_slow_save_is_begun_earlier(left_at_stop):
+def test_a_slow_save_starts_earlier(left_at_stop):
     assert left_at_stop(3600, save_s=100) == pytest.approx(30 + 2 * 100, abs=0.5)
 
 
-def test_half_of_the_time_is_for_training_however_short(left_at_stop):
+def test_at_least_half_of_the_time_is_for_training(left_at_stop):
     assert left_at_stop(40) == pytest.approx(20, abs=0.5)
 
 

@@ -100,11 +100,11 @@ def on_all(ranks: list[dict], what: str) -> list:
     return [rank[what] for rank in ranks]
 
 
-def test_a_rank_knows_its_place(ranks):
+def test_each_rank_has_its_ranks_and_sizes(ranks):
     assert on_all(ranks, "world") == [(0, 0, 3, 3, True), (1, 1, 3, 3, False), (2, 2, 3, 3, False)]
 
 
-def test_sums_and_flags_are_seen_by_all(ranks):
+def test_sums_and_flags_are_equal_on_all_ranks(ranks):
     assert on_all(ranks, "sum") == [[3, 30]] * RANKS
     assert on_all(ranks, "any") == [[True, False]] * RANKS
 
@@ -132,7 +132,7 @@ def test_the_lowest_failing_rank_raises_its_own_error_and_the_others_its_code_an
     ]
 
 
-def test_what_rank_0_builds_or_raises_is_what_all_get(ranks):
+def test_all_ranks_get_what_rank_0_builds_or_raises(ranks):
     assert on_all(ranks, "from main") == [True] * RANKS
     assert on_all(ranks, "main fails") == [
         ("ConfigError", 64, "rank 0 says no", True),
@@ -151,7 +151,7 @@ def test_the_first_of_every_node_builds_before_any_other_rank(ranks):
     assert began_1 >= max(ended_0, ended_2)
 
 
-def test_an_error_in_a_later_turn_of_a_node_is_everyones(ranks):
+def test_an_error_of_a_later_rank_is_raised_on_all_ranks(ranks):
     assert [e[:3] for e in on_all(ranks, "node fails")] == [
         ("PeerFailed", 64, "rank 0 says no"),
         ("ConfigError", 64, "rank 0 says no"),
@@ -228,7 +228,7 @@ def gpus(monkeypatch):
     return have
 
 
-def test_auto_is_this_ranks_gpu_where_there_is_one_and_the_cpu_where_there_is_none(gpus):
+def test_auto_is_this_ranks_gpu_or_the_cpu_without_gpus(gpus):
     gpus(4)
     assert choose_device(Device.auto, 2) == torch.device("cuda", 2)
     assert choose_device(Device.cuda, 0) == torch.device("cuda", 0)

@@ -137,7 +137,10 @@ def test_a_checkpoint_without_averages_lets_them_begin_as_its_weights(world, tmp
     run.setup.checkpoints.close()
     run.close()
     again = training(world, tmp_path, "trainer.ema_decay=0.9", "resume.allow_changes=true")
-    assert "no averaged weights (trainer.ema_decay): they begin as its weights" in caplog.text
+    assert (
+        "no averaged weights (trainer.ema_decay): they are initialised with its weights"
+        in caplog.text
+    )
     found = copies(again)
     assert all(torch.equal(t, found["model"][name]) for name, t in found["ema"].items())
     again.setup.checkpoints.close()

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from alexnet_ddp import cli
-from alexnet_ddp.checkpoint import files
+from alexnet_ddp.checkpoint import format as ckpt
 from alexnet_ddp.data.sampler import GlobalBatchSampler
 from alexnet_ddp.data.sources.sets import open_data
 from alexnet_ddp.runtime.errors import RunError
@@ -86,7 +86,7 @@ def rows(runs: Path, key: str = "data/index_hash") -> list[dict]:
 
 
 def weights(runs: Path) -> dict[str, torch.Tensor]:
-    return files.read_tensors(max((runs / "r/checkpoints").glob("step-*")), "model")
+    return ckpt.read_tensors(max((runs / "r/checkpoints").glob("step-*")), "model")
 
 
 @pytest.mark.slow

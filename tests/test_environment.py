@@ -19,7 +19,7 @@ def check(env: dict[str, str]) -> None:
     refuse_lone_tasks(env)
 
 
-def test_torchruns_variables_are_the_ranks():
+def test_ranks_are_read_from_torchruns_variables():
     assert read_ranks(TORCHRUN) == Ranks(1, 1, 4, 2)
     several_tasks = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "OMPI_COMM_WORLD_SIZE": "2"}
     assert read_ranks(TORCHRUN | several_tasks) == Ranks(1, 1, 4, 2)
@@ -172,13 +172,13 @@ def v1(folder: str, quota: int) -> dict[str, str]:
         ("", "", {}, 8),
     ],
 )  # fmt: skip
-def test_the_quotas_of_the_own_group_and_of_those_above_it_count(
+def test_the_quotas_of_a_group_and_its_parents_limit_the_cores(
     cores, membership, mounts, files, expected
 ):
     assert cores(membership, mounts, files) == expected
 
 
-def test_without_proc_the_affinity_counts(tmp_path, monkeypatch):
+def test_without_proc_the_affinity_limits_the_cores(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 4, 5}, raising=False)
     assert num_usable_cores(tmp_path / "none", tmp_path / "none") == 3
 
@@ -186,7 +186,7 @@ def test_without_proc_the_affinity_counts(tmp_path, monkeypatch):
 @pytest.mark.skipif(
     not os.access("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", os.W_OK), reason="cannot make a group"
 )
-def test_a_real_quota_counts():
+def test_a_real_quota_limits_the_cores():
     group = Path(f"/sys/fs/cgroup/cpu/alexnet_ddp_test_{os.getpid()}")
     group.mkdir()
     try:

@@ -454,7 +454,7 @@ def test_the_room_that_shards_need_is_known_where_it_can_be(archives, tmp_path, 
     ]
     needed = claim.bytes_needed(tasks)
     monkeypatch.setattr(
-        claim.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, needed - 1)
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, needed - 1)
     )
     with pytest.raises(
         MachineError, match=r"root has 0.00 GB free, the 6 shards to write need 0.00; make room, or"

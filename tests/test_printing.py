@@ -72,7 +72,7 @@ SHOWN = [show_evaluation, show_doctor, show_plain, show_table, show_stats]
 
 
 @pytest.mark.parametrize("show", SHOWN, ids=lambda f: f.__name__)
-def test_names_are_printed_whole_and_as_they_are(show, capsys):
+def test_names_are_printed_completely_and_literally(show, capsys):
     show(NAMES)
     out = capsys.readouterr().out
     if show is show_doctor:  # its cells are folded at a width for reading
@@ -107,7 +107,7 @@ def in_process(body, **options):
     )
 
 
-def test_a_reader_who_has_gone_does_not_change_the_exit_code():
+def test_a_reader_that_ended_does_not_change_the_exit_code():
     read, write = os.pipe()
     os.close(read)
     ended = in_process(

@@ -46,11 +46,11 @@ def test_a_secret_becomes_three_stars_and_the_rest_stays(text):
 
 
 @pytest.mark.parametrize("text", HARMLESS)
-def test_what_is_no_secret_is_not_touched(text):
+def test_text_without_secrets_is_not_changed(text):
     assert redact(text) == text
 
 
-def test_a_value_is_hidden_by_the_name_it_stands_under():
+def test_a_value_is_hidden_because_of_its_name():
     assert redact({"wandb": {"api_key": "CANARY", "tokens": ["CANARY"], "keep": "x"}, "n": 1}) == {
         "wandb": {"api_key": "***", "tokens": ["***"], "keep": "x"}, "n": 1
     }  # fmt: skip
@@ -64,7 +64,7 @@ def test_a_document_of_yaml_can_still_be_read():
     assert found == {"a": {"api_key": "***", "root": "s3://***@h/x", "token": None, "keep": 2}}
 
 
-def test_what_is_logged_said_and_traced_is_redacted(capsys):
+def test_log_output_and_traces_are_redacted(capsys):
     handler = cli._Say()
     handler.emit(
         logging.LogRecord(

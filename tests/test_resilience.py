@@ -15,8 +15,8 @@ from alexnet_ddp.runtime import signals
 from alexnet_ddp.runtime import watchdog_process as watch
 from alexnet_ddp.runtime.distributed import session
 from alexnet_ddp.runtime.errors import DataError
-from alexnet_ddp.runtime.heartbeat import Heartbeat
 from alexnet_ddp.runtime.signals import StopSignal
+from alexnet_ddp.runtime.watchdog import Heartbeat
 from alexnet_ddp.training.vote import StepSnapshot, StepVote, VoteExchange, VoteResult
 from tests.ranks import run_ranks  # its forkserver has torch loaded
 
@@ -68,7 +68,7 @@ def test_a_later_signal_exits_at_once_with_75(same_event_s, pause_s, exit_code):
     assert process.exitcode == exit_code
 
 
-# --- the vote of a step ------------------------------------------------------------------------------------------
+# --- the health vector ------------------------------------------------------------------------------------------
 
 # What each of two ranks brings: (its loss, its number of images, its vote).
 STEPS = {
@@ -124,7 +124,7 @@ def outcome(num_images: int, **flags: bool) -> VoteResult:
         ("well again", outcome(5)),
     ],
 )
-def test_the_vote_of_one_rank_reaches_both_ranks(by_rank, step, expected):
+def test_a_vote_of_one_rank_is_known_to_both(by_rank, step, expected):
     assert [replace(found[step], loss=0) for found in by_rank] == [expected] * 2
 
 
@@ -133,12 +133,12 @@ def test_the_loss_of_a_step_is_the_mean_over_the_images_of_all_ranks(by_rank):
     assert all(math.isnan(found["nan"].loss) for found in by_rank)
 
 
-def test_a_vote_reports_the_previous_gradient_and_the_loss_of_its_own_step():
+def test_bad_steps_are_the_previous_gradient_and_the_current_loss():
     assert outcome(9).nonfinite_steps(7) == []
     assert outcome(9, nonfinite_previous=True, nonfinite_loss=True).nonfinite_steps(7) == [6, 7]
 
 
-def test_a_snapshot_restores_what_a_bad_step_has_changed():
+def test_a_snapshot_is_restored_if_the_step_is_bad():
     tensors = [
         torch.ones(2, 3),
         torch.tensor(4),
@@ -162,24 +162,24 @@ def test_a_snapshot_restores_what_a_bad_step_has_changed():
 @pytest.mark.parametrize(
     ("jumps", "killed"), [([0, 100, 0, 0], False), ([0, 1, 1, 1, *[1] * 40], True)]
 )
-def test_a_machine_that_slept_is_not_taken_for_hung_and_a_rank_that_stands_still_is(
+def test_a_rank_without_progress_is_hung_but_not_after_the_machine_slept(
     monkeypatch, jumps, killed
 ):
     """jumps: seconds that pass between two looks of the watchdog."""
     now, looks, ended = [time.monotonic()], iter(jumps), []
-    beacon = Heartbeat()
-    beacon.show(30.0, "data", 12, [1, 2])
+    heartbeat = Heartbeat()
+    heartbeat.report_progress(30.0, "data", 12, [1, 2])
 
     def look(*arguments):
         jump = next(looks, None)
         now[0] += jump or 0
-        beacon.tick()  # its threads run
+        heartbeat.tick()  # its threads run
         return [[jump] if jump is None else [], [], []]
 
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(watch.select, "select", look)
-    monkeypatch.setattr(watch, "_end", lambda rank, seen, cause, began: ended.append(cause))
-    monkeypatch.setattr(watch, "_tell", lambda *arguments: None)
-    watched = watch.Watched(os.getpid(), 0, "here", "runs/a", os.dup(beacon.file.fileno()), 0)
+    monkeypatch.setattr(watch, "_kill", lambda rank, state, cause, started: ended.append(cause))
+    monkeypatch.setattr(watch, "_report", lambda *arguments: None)
+    watched = watch.Watched(os.getpid(), 0, "here", "runs/a", os.dup(heartbeat.file.fileno()), 0)
     watch.watch(watched)
     assert ended == (["made no progress for 31 s"] if killed else [])

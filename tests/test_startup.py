@@ -63,7 +63,7 @@ GREEDY = "while True:\n    try: time.sleep(0.001)\n    except BaseException: pas
 
 
 @pytest.mark.parametrize("code", [IN_C, GREEDY])
-def test_neither_c_code_nor_a_greedy_except_keeps_the_process(code):
+def test_a_signal_ends_c_code_and_a_loop_that_catches_everything(code):
     assert signalled(code, signal.SIGINT)[0] == 75
 
 
@@ -91,7 +91,7 @@ def test_nohup_keeps_sighup_away():
     assert (process.communicate(timeout=60)[1], process.returncode) == ("", 9)
 
 
-def test_the_launch_script_is_told_and_only_rank_0_prints(tmp_path):
+def test_the_exit_code_file_is_written_and_only_rank_0_prints(tmp_path):
     rank = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     env = rank | {
         "MASTER_ADDR": "localhost",
@@ -102,7 +102,7 @@ def test_the_launch_script_is_told_and_only_rank_0_prints(tmp_path):
     assert (tmp_path / "code").read_text() == "75\n"
 
 
-def test_what_was_registered_is_done_before_the_exit(tmp_path):
+def test_registered_actions_run_before_the_exit(tmp_path):
     code = f"""
 def note(name): open({str(tmp_path)!r} + "/" + name, "w").close()
 with startup.before_exit(lambda: note("left")): pass
@@ -115,6 +115,15 @@ with startup.before_exit(lambda: note("within")):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert [path.name for path in tmp_path.iterdir()] == ["within"]
+
+
+@pytest.mark.parametrize(
+    "module", ["runtime.startup", "runtime.watchdog_process", "checkpoint.writer"]
+)
+def test_helper_processes_and_the_start_of_a_command_import_no_torch(module):
+    code = f"import sys, alexnet_ddp.{module}\nassert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, timeout=60, check=False)
+    assert done.returncode == 0
 
 
 def test_importing_the_package_changes_no_handler_and_no_stream():
@@ -155,7 +164,7 @@ def test_output_that_cannot_be_written_does_not_change_the_exit_code(closed, tmp
         assert done.stderr.splitlines() == lines
 
 
-def test_a_reader_that_leaves_does_not_change_the_exit_code():
+def test_a_closed_pipe_does_not_change_the_exit_code():
     process = python(PRINTS)
     process.stdout.read(1)
     process.stdout.close()
@@ -202,7 +211,7 @@ COMMANDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_stop_signal_at_any_moment_is_one_line_and_a_true_code(command, tmp_path):
+def test_a_stop_signal_at_any_moment_prints_one_line_and_the_right_code(command, tmp_path):
     """Delays from the first line of the command on: Python itself prints a trace if SIGINT ends its own start."""
     arguments, codes = COMMANDS[command]
     moments = random.Random(command)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from alexnet_ddp import cli, predict
-from alexnet_ddp.checkpoint import files
+from alexnet_ddp.checkpoint import format as ckpt
 from tests.conftest import make_folder
 from tests.ranks import run_command
 
@@ -246,7 +246,7 @@ def test_where_weights_are_averaged_they_are_what_the_run_and_evaluate_and_predi
         0
     ].state_dict()
     checkpoint = tmp_path / "runs/x/checkpoints" / found["checkpoint"]
-    averages, weights = (files.read_tensors(checkpoint, stem) for stem in ("ema", "model"))
+    averages, weights = (ckpt.read_tensors(checkpoint, stem) for stem in ("ema", "model"))
     assert all(torch.equal(t, averages[name]) for name, t in shown.items())
     assert not torch.equal(averages["classifier.0.weight"], weights["classifier.0.weight"])
 
@@ -374,8 +374,8 @@ def test_ranks_that_were_started_differently_are_refused(image_folder, tmp_path)
         command, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=120, check=False
     )
     assert (
-        "rank 1 was started as another run than rank 0: optimizer.lr=0.02 (rank 0: 0.01); start all alike"
-        in done.stderr
+        "rank 1 was started with other settings than rank 0: optimizer.lr=0.02 (rank 0: 0.01); "
+        "start all ranks with the same command and data" in done.stderr
     )
     assert status(tmp_path / "runs/a")["exit_code"] == 64
 

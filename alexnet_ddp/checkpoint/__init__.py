@@ -1,1 +1,1 @@
-"""The whole run on disk, or nothing: files, identity, the process that writes, and what is found again."""
+"""Checkpoints: the format on disk, the writer process, the manager, and the identity of a run."""

@@ -1,4 +1,4 @@
-"""What makes a run the same run: what may not change between a checkpoint and its resumption."""
+"""The identity of a run: what must not change between a checkpoint and its resumption."""
 
 import hashlib
 import json
@@ -6,207 +6,280 @@ import logging
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from alexnet_ddp.checkpoint import files
-from alexnet_ddp.checkpoint.files import classes_of
+from alexnet_ddp.checkpoint.format import classes_of, read_state
 from alexnet_ddp.config import Config, ConfigError
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 5  # classes or files in a message
-# Free to change: they move work or watch it, but leave every update what it is (hooks: almost).
-_FREE_SECTIONS = {"run", "replay", "device", "checkpoint", "resume", "logger", "parallel"}
-_FREE = {
-    *(
-        "data.root",
-        "data.num_threads",
-        "data.on_bad_image",
-        "data.max_bad_images",
-        "data.limit_train",
-        "data.limit_val",
-        "model.weights",
-        "model.head",
-    ),
-    *(
-        "data.num_train",
-        "data.num_val",
-        "data.num_classes",
-        "data.class_order",
-    ),  # the fingerprint covers them
-    *(
-        "data.shuffle",
-        "data.window_shards",
-        "data.cache_dir",
-        "data.cache_gb",
-    ),  # `windows` covers them
-    *(
-        "trainer.epochs",
-        "trainer.max_steps",
-        "trainer.micro_batch_size",
-        "trainer.eval_batch_size",
-        "trainer.compile",
-    ),
-    *(
-        "trainer.tf32",
-        "trainer.log_every_steps",
-        "trainer.eval_every_epochs",
-        "trainer.hang_timeout_s",
-    ),
-    *("trainer.on_nan", "trainer.spike_factor", "trainer.check_every_steps"),
+_MAX_SHOWN = 5  # classes or files in a message
+_MAX_OPTIONS_SHOWN = 6
+# These may change: they distribute or monitor the work, but leave every update the same. The
+# communication hooks of `parallel` are the exception: they change updates slightly.
+_FREE_SECTIONS = {
+    "run",
+    "plugins",
+    "replay",
+    "device",
+    "checkpoint",
+    "resume",
+    "logger",
+    "parallel",
 }
-
-_OFF = (
-    None,
-    0,
-    "none",
-)  # values of a knob that leaves everything as it was before there was the knob
+_FREE_OPTIONS = {
+    "data.root",
+    "data.num_threads",
+    "data.on_bad_image",
+    "data.max_bad_images",
+    "data.limit_train",
+    "data.limit_val",
+    "model.weights",
+    "model.head",
+    # The fingerprint of the data covers these.
+    "data.num_train",
+    "data.num_val",
+    "data.num_classes",
+    "data.class_order",
+    # `windows` covers these.
+    "data.shuffle",
+    "data.window_shards",
+    "data.cache_dir",
+    "data.cache_gb",
+    "trainer.epochs",
+    "trainer.max_steps",
+    "trainer.micro_batch_size",
+    "trainer.eval_batch_size",
+    "trainer.compile",
+    "trainer.tf32",
+    "trainer.log_every_steps",
+    "trainer.eval_every_epochs",
+    "trainer.hang_timeout_s",
+    "trainer.on_nan",
+    "trainer.spike_factor",
+    "trainer.check_every_steps",
+    "trainer.metrics",
+    "trainer.callbacks",
+}
+# With these values a newer option has no effect, so an older checkpoint without it still matches.
+_OFF = (None, 0, "none")
 
 
 def identity(cfg: Config, fingerprint: str, windows: str | None = None) -> dict[str, object]:
-    """Flat, JSON: every option that decides an update, and the fingerprints of the training images and their windows.
+    """Return all options that affect an update, and fingerprints of the data, as a flat dict.
 
-    The same files in folders, archives or shards have the same fingerprint; resized or raw shards have another one.
-    Windows follow the shards.
+    The same files in directories, archives or shards have the same fingerprint; resized or raw
+    shards have another one.
+
+    Args:
+        cfg: the configuration.
+        fingerprint: of the training images.
+        windows: fingerprint of the shuffle windows, which depend on the shards; None without them.
     """
-    flat: dict[str, object] = {"data": fingerprint} | ({"data.windows": windows} if windows else {})
+    flat: dict[str, object] = {"data": fingerprint}
+    if windows:
+        flat["data.windows"] = windows
     for section, values in asdict(cfg).items():
-        if section not in _FREE_SECTIONS:
-            flat |= (
-                {f"{section}.{k}": v for k, v in values.items()}
-                if isinstance(values, dict)
-                else {section: values}
-            )
+        if section in _FREE_SECTIONS:
+            continue
+        if isinstance(values, dict):
+            flat |= {f"{section}.{key}": value for key, value in values.items()}
+        else:
+            flat[section] = values
     for section in ("augment", "model", "optimizer", "scheduler"):
         flat[section] = type(getattr(cfg, section)).__name__.removesuffix("Config")
-    return {key: value for key, value in flat.items() if key not in _FREE}
-
-
-def check_same_run(
-    name: str, checkpoint: Path, now: dict[str, object], data: "DataFacts | None" = None
-) -> None:
-    """Raises ConfigError naming what differs, and how to continue. A checkpoint may be older than some options.
-
-    checkpoint: its directory; data: the training data now.
-    """
-    record = files.read_state(checkpoint)
-    then = record["identity"]
-    now = {key: value for key, value in now.items() if key in then or value not in _OFF}
-    changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
-    if data is not None:
-        if "data" in changed and then.get("data") == data.labels:
-            changed.remove("data")
-            old = "the checkpoint is from a version that did not record names and sizes of images"
-            log.info("%s: only the classes and the number of their images were compared", old)
-        if record.get("evaluation", data.evaluation) != data.evaluation and "data" not in changed:
-            log.warning(
-                "the validation images are not those of the checkpoint: compare no val/top1 with earlier ones"
-            )
-    if changed:
-        shown = [
-            f"{key}={_short(now.get(key))} (was {_short(then.get(key))})"
-            for key in changed
-            if key != "data"
-        ][:6]
-        remedy = "choose another run.name, or continue with resume.allow_changes=true"
-        if "data" in changed and data is not None:
-            shown.insert(
-                0,
-                data_difference(
-                    classes_of(checkpoint, record), record, data, checkpoint.parent.parent
-                ),
-            )
-            remedy = f"restore the data, {remedy}: rows of the head then follow their class names"
-        elif "data" in changed:
-            shown.insert(0, f"data={_short(now.get('data'))} (was {_short(then.get('data'))})")
-        raise ConfigError(
-            f"run.name={name} was started as another run: {', '.join(shown)}; {remedy}"
-        )
+    return {key: value for key, value in flat.items() if key not in _FREE_OPTIONS}
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a checkpoint records of the data, to say later what has changed about it. Goes into state.json."""
+    """Facts about the data that state.json records, to describe later what has changed."""
 
-    classes: dict[
-        str, list[str]
-    ]  # "ids": folder names in the order of the labels; "names": what people call them
+    # "ids": directory names ordered by label; "names": names for people
+    classes: dict[str, list[str]]
     images_per_class: list[int]  # of the training images
-    labels: str  # SHA-256 of the classes and labels of the training images: first_fingerprint()
+    labels: str  # labels_fingerprint() of the training images
     evaluation: str  # fingerprint of the validation images
 
 
-def first_fingerprint(classes: list[str], labels: np.ndarray) -> str:
-    """The fingerprint of versions that looked at neither names nor sizes of images."""
+def labels_fingerprint(classes: list[str], labels: np.ndarray) -> str:
+    """Return the data fingerprint of older versions: without names and sizes of the images.
+
+    Args:
+        classes: ids ordered by label.
+        labels: integers [number of images].
+    """
     digest = hashlib.sha256(json.dumps([len(labels), classes]).encode())
     digest.update(labels.astype("<i4").tobytes())
     return digest.hexdigest()
 
 
+def check_same_run(
+    name: str, checkpoint: Path, now: dict[str, object], data: DataFacts | None = None
+) -> None:
+    """Raise ConfigError if a checkpoint belongs to a run with other options or data.
+
+    The message names the differences and how to continue.
+
+    Args:
+        name: of the run.
+        checkpoint: its directory. It may be older than some options.
+        now: the identity of this run.
+        data: the current data, if it should be described.
+    """
+    record = read_state(checkpoint)
+    then = record["identity"]
+    now = {key: value for key, value in now.items() if key in then or value not in _OFF}
+    changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    if data is not None and "data" in changed and then.get("data") == data.labels:
+        changed.remove("data")
+        log.info(
+            "the checkpoint is from a version that did not record names and sizes of images: "
+            "only the classes and the number of their images were compared"
+        )
+    if data is not None and "data" not in changed:
+        _warn_of_other_evaluation(record, data)
+    if not changed:
+        return
+    shown = [
+        f"{key}={_shorten(now.get(key))} (was {_shorten(then.get(key))})"
+        for key in changed
+        if key != "data"
+    ][:_MAX_OPTIONS_SHOWN]
+    remedy = "choose another run.name, or continue with resume.allow_changes=true"
+    if "data" in changed and data is not None:
+        classes = classes_of(checkpoint, record)
+        shown.insert(0, data_difference(classes, record, data, checkpoint.parent.parent))
+        remedy = f"restore the data, {remedy}: rows of the head then follow their class names"
+    elif "data" in changed:
+        shown.insert(0, f"data={_shorten(now.get('data'))} (was {_shorten(then.get('data'))})")
+    raise ConfigError(f"run.name={name} was started as another run: {', '.join(shown)}; {remedy}")
+
+
+def _warn_of_other_evaluation(record: dict[str, Any], data: DataFacts) -> None:
+    if record.get("evaluation", data.evaluation) != data.evaluation:
+        log.warning(
+            "the validation images differ from the checkpoint's: "
+            "do not compare val/top1 with earlier values"
+        )
+
+
+def groups_to_restore(
+    saved: list[str], then: dict[str, object], now: dict[str, object]
+) -> list[str]:
+    """Return which of a checkpoint's groups of tensors this run restores. Logs what is left out.
+
+    Args:
+        saved: the groups in the checkpoint.
+        then: the identity in the checkpoint.
+        now: the identity of this run.
+    """
+    groups = list(saved)
+    if then.get("optimizer") != now.get("optimizer"):
+        log.warning("another optimizer than the checkpoint's: its state starts afresh")
+        groups.remove("optimizer")
+    has_averages = now.get("trainer.ema_decay") is not None
+    if has_averages and "ema" not in groups:
+        log.warning(
+            "the checkpoint has no averaged weights (trainer.ema_decay): "
+            "they are initialised with its weights"
+        )
+    if not has_averages and "ema" in groups:
+        groups.remove("ema")
+    return groups
+
+
+# --- differences of the data --------------------------------------------------------------------
+
+
 def data_difference(
-    then: dict[str, list[str]] | None, record: dict, now: DataFacts, run_dir: Path
+    then: dict[str, list[str]] | None, record: dict[str, Any], now: DataFacts, run_dir: Path
 ) -> str:
-    """What has changed about the training data since a checkpoint whose state.json is `record`; then: its classes."""
-    ids, counts = now.classes["ids"], dict(zip(now.classes["ids"], now.images_per_class))
+    """Describe how the training data differ from a checkpoint's.
+
+    Args:
+        then: the checkpoint's classes, if known.
+        record: its state.json.
+        now: the current data.
+        run_dir: may contain quarantine.jsonl.
+    """
+    ids = now.classes["ids"]
+    counts = dict(zip(ids, now.images_per_class))
     if then is None:
         return "other training images or classes"
-    gone, new = (
-        [c for c in then["ids"] if c not in counts],
-        [c for c in ids if c not in then["ids"]],
-    )
-    if gone or new:
-        parts = [f"class {_names(gone)} is gone"] * bool(gone) + [
-            f"class {_names(new)} is new"
-        ] * bool(new)
-        return f"the classes differ: {', '.join(parts)}" + (
-            " (a renamed folder?)" if len(gone) == len(new) else ""
-        )
+    if set(then["ids"]) != set(ids):
+        return _class_difference(then["ids"], ids)
     if then["ids"] != ids:
-        return f"the classes have another order: {_names(ids)} (was {_names(then['ids'])})"
+        order, old_order = _shorten_list(ids), _shorten_list(then["ids"])
+        return f"the classes have another order: {order} (was {old_order})"
     before = dict(zip(then["ids"], record.get("images_per_class", [])))
+    if not before:
+        return "the number of training images differs"
     differ = [
         f"{c}: {before[c]} -> {counts[c]}" for c in ids if c in before and before[c] != counts[c]
     ]
     if differ:
         totals = f"{sum(before.values()):,} training images then, {sum(counts.values()):,} now"
-        return f"{totals} ({_names(differ)}){_removed_bad_images(run_dir)}"
-    if before:
-        differ = "the training images differ: as many in each class, but other files or sizes"
-        return f"{differ} (resized or raw shards are other files, too)"
-    return "the number of training images differs"
+        return f"{totals} ({_shorten_list(differ)}){_removed_bad_images(run_dir)}"
+    return (
+        "the training images differ: as many in each class, but other files or sizes "
+        "(resized or raw shards are other files, too)"
+    )
+
+
+def _class_difference(then: list[str], now: list[str]) -> str:
+    removed = [c for c in then if c not in set(now)]
+    added = [c for c in now if c not in set(then)]
+    changes = []
+    if removed:
+        changes.append(f"class {_shorten_list(removed)} is gone")
+    if added:
+        changes.append(f"class {_shorten_list(added)} is new")
+    hint = " (a renamed folder?)" if len(removed) == len(added) else ""
+    return f"the classes differ: {', '.join(changes)}{hint}"
 
 
 def _removed_bad_images(run_dir: Path) -> str:
-    """A hint if images that data.on_bad_image=skip has left out were removed since."""
+    """Return a hint if images that data.on_bad_image=skip left out were removed since, else ""."""
     path = run_dir / "quarantine.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text(errors="replace").splitlines()]
         names = [row["name"] for row in rows if row["split"] == "train"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-    gone = [name for name in names if not Path(name).exists()]
-    if not gone:
+    removed = [name for name in names if not Path(name).exists()]
+    if not removed:
         return ""
-    why = "the order of an epoch counts bad images too, so a removed one changes the batches"
-    back = "put them back, data.on_bad_image=skip leaves them out"
-    return f"; removed, of those that {path} lists as bad: {_names(gone)}; {why}; {back}"
-
-
-def _names(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (
-        f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (
+        f"; removed, of those that {path} lists as bad: {_shorten_list(removed)}; "
+        "the order of an epoch counts bad images too, so a removed one changes the batches; "
+        "put them back, data.on_bad_image=skip leaves them out"
     )
 
 
-def _short(value: object) -> str:
-    """A fingerprint is recognised by its beginning."""
+def _shorten_list(names: list[str]) -> str:
+    shown = ", ".join(names[:_MAX_SHOWN])
+    num_more = len(names) - _MAX_SHOWN
+    return f"{shown} and {num_more} more" if num_more > 0 else shown
+
+
+def _shorten(value: object) -> str:
+    """Return a value for a message: the first characters identify a fingerprint."""
     return "unset" if value is None else str(value)[:24]
 
 
+# --- numerics -----------------------------------------------------------------------------------
+
+
 def numerics() -> dict[str, object]:
-    """Where these differ between a checkpoint and its resumption, equal means equal to rounding, not bit for bit."""
+    """Return the properties of the machine and libraries that affect rounding.
+
+    If they differ between a checkpoint and its resumption, results are equal to rounding, not bit
+    for bit.
+    """
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -3,7 +3,6 @@
 The one rule: a file is named by its SHA-256, so it is the right one or it is not there, whatever else uses the folder.
 """
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -17,6 +16,7 @@ from queue import SimpleQueue
 from threading import Thread
 
 from alexnet_ddp.data.storage import Storage
+from alexnet_ddp.runtime.files import atomic_file, lock_file
 
 _ATTEMPTS, _PAUSE_S = 3, 1.0  # to fetch a file; the pause doubles
 _FETCHERS = 2  # files fetched at once, a process
@@ -107,22 +107,14 @@ class NodeCache:
                 time.sleep(_PAUSE_S * 2**attempt)
 
     def _copy(self, name: str, sha256: str, path: Path) -> None:
-        digest, draft = (
-            hashlib.sha256(),
-            path.with_name(f".{sha256}.tmp"),
-        )  # whoever holds the lock may replace it
-        try:
-            with open(draft, "wb") as out:
-                for chunk in self.storage.chunks(name):
-                    digest.update(chunk)
-                    out.write(chunk)
-                out.flush()
-                os.fsync(out.fileno())
+        digest = hashlib.sha256()
+        draft = path.with_name(f".{sha256}.tmp")  # only the holder of the lock writes it
+        with atomic_file(path, draft) as out:
+            for chunk in self.storage.chunks(name):
+                digest.update(chunk)
+                out.write(chunk)
             if digest.hexdigest() != sha256:
                 raise OSError("its SHA-256 is not the one in the index")
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
 
     def _touch(self, path: Path, size: int | None) -> bool:
         """Note that the file was used, if it is there. The time of the last change says so: access times may be off."""
@@ -161,7 +153,7 @@ class NodeCache:
         """One process of the node, and one thread of it, at a time."""
         os.makedirs(self.directory, exist_ok=True)
         with open(Path(self.directory, name), "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock_file(file, wait=True)
             yield
 
     def __getstate__(self) -> dict[str, object]:

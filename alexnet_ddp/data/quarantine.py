@@ -11,7 +11,7 @@ from pathlib import Path
 
 from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.sources.index import SampleIndex
-from alexnet_ddp.runtime.distributed import World, from_main, gather_objects
+from alexnet_ddp.runtime.distributed import World, all_gather_objects, from_main
 from alexnet_ddp.runtime.errors import DataError
 from alexnet_ddp.runtime.files import write_bytes
 from alexnet_ddp.runtime.redaction import redact
@@ -54,7 +54,9 @@ class Quarantine:
         Raises DataError on all ranks where too many training images are bad.
         """
         new = {
-            one.index: one for one in gather_objects(bad) if (split, one.index) not in self._known
+            one.index: one
+            for one in all_gather_objects(bad)
+            if (split, one.index) not in self._known
         }
         for index, one in sorted(new.items()):
             row = {

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from alexnet_ddp.runtime.errors import ConfigError
+from alexnet_ddp.runtime.files import atomic_file
 
 SCRATCH = "_tmp"  # the folder of drafts, below root
 _CHUNK = 1 << 22  # bytes read at once
@@ -161,14 +162,8 @@ class Storage:
         draft = f"{folder}/{os.path.basename(name)}.{uuid.uuid4().hex[:12]}"
         os.makedirs(folder, exist_ok=True)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        try:
-            with _naming(target), open(draft, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, target)
-        finally:
-            Path(draft).unlink(missing_ok=True)
+        with _naming(target), atomic_file(Path(target), Path(draft)) as file:
+            yield file
 
     def write(self, name: str, data: bytes) -> None:
         with self.create(name) as file:

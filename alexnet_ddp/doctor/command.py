@@ -43,7 +43,7 @@ from alexnet_ddp.parallel.layers import worth_splitting
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.runtime.errors import RunError, out_of_memory
-from alexnet_ddp.runtime.files import write_json
+from alexnet_ddp.runtime.files import existing_parent, write_json
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.redaction import redact
 from alexnet_ddp.runtime.terminal import Console, Table
@@ -101,7 +101,7 @@ def main(cfg: DoctorConfig, overrides: list[str]) -> None:
 
 def _examine(cfg: DoctorConfig, world: World, everyone: list[Facts], report: Report) -> None:
     """Collective. everyone: on rank 0 the facts of all ranks."""
-    ranks = distributed.gather_objects([(world.local_rank, socket.gethostname())])
+    ranks = distributed.all_gather_objects([(world.local_rank, socket.gethostname())])
     leaders = [rank for rank, (local_rank, _) in enumerate(ranks) if local_rank == 0]
 
     def host_of(rank: int) -> str:
@@ -114,7 +114,7 @@ def _examine(cfg: DoctorConfig, world: World, everyone: list[Facts], report: Rep
     report.sums = links.time_sums(world)
     skews = links.time_clocks(world, leaders)
     log.info("doctor: a step and the loader ...")
-    trials = distributed.gather_objects([_try(cfg, world)])
+    trials = distributed.all_gather_objects([_try(cfg, world)])
     log.info("doctor: the disk ...")
     folder, blind = _who_sees_the_run(cfg, world)
     if world.is_main:
@@ -214,10 +214,10 @@ def _who_sees_the_run(cfg: DoctorConfig, world: World) -> tuple[str, list[str]]:
     """Collective. (rank 0's folder, the hosts that do not see what it writes there)."""
     mark = distributed.broadcast(storage.leave_mark(cfg.run_dir) if world.is_main else None)
     sees = mark is None or world.local_rank != 0 or storage.sees(mark)
-    blind = distributed.gather_objects([] if sees else [socket.gethostname()])
+    blind = distributed.all_gather_objects([] if sees else [socket.gethostname()])
     if world.is_main and mark is not None:
         mark.unlink()
-    return str(storage.existing(cfg.run_dir)), blind
+    return str(existing_parent(cfg.run_dir)), blind
 
 
 def _sent(cfg: DoctorConfig, tried: Trial) -> tuple[int, str | None]:

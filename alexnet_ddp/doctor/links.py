@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from alexnet_ddp.doctor.finding import Finding, Level, seconds, shortened, size
-from alexnet_ddp.runtime.distributed import World, any_rank, gather_objects
+from alexnet_ddp.runtime.distributed import World, all_gather_objects, any_rank
 
 SIZES = (4_000, 64_000, 1_000_000, 16_000_000, 64_000_000, 256_000_000)  # bytes of an all-reduce
 _SUM_S = 5.0  # no all-reduce that would take longer
@@ -85,7 +85,7 @@ def time_links(world: World, leaders: list[int]) -> list[Link]:
                 _answer(first, world)
         if any_rank(time.monotonic() - began > _MOST_LINKS_S, world):
             break
-    return gather_objects(found)
+    return all_gather_objects(found)
 
 
 def pairings(players: list[int]) -> list[list[tuple[int, int]]]:

@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from alexnet_ddp.config import CheckpointConfig
 from alexnet_ddp.doctor.finding import Finding, Level, seconds, shortened, size
+from alexnet_ddp.runtime.files import existing_parent, free_bytes
 
 _WRITE_S = 3.0
 _PIECE = 16_000_000  # bytes between two looks at the clock
@@ -28,8 +28,8 @@ class Disk:
 
 def try_disk(run_dir: Path, num_bytes: int) -> Disk:
     """Write up to `num_bytes`, but some, where the run will be, for 3 s at most, and delete them."""
-    folder = existing(run_dir)
-    free = shutil.disk_usage(folder).free
+    folder = existing_parent(run_dir)
+    free = free_bytes(folder)
     num_bytes, piece = max(1, num_bytes), os.urandom(_PIECE)  # some disks compress
     written, began = 0, time.monotonic()
     try:
@@ -43,14 +43,9 @@ def try_disk(run_dir: Path, num_bytes: int) -> Disk:
     return Disk(str(folder), free, written / (time.monotonic() - began))
 
 
-def existing(run_dir: Path) -> Path:
-    """The run's folder, or the one in which it would be made: what there is of its path."""
-    return next(d for d in (run_dir.absolute(), *run_dir.absolute().parents) if d.exists())
-
-
 def leave_mark(run_dir: Path) -> Path | None:
     """A file for the other nodes to look for; None where nothing can be written."""
-    mark = existing(run_dir) / f".doctor-{secrets.token_hex(8)}"
+    mark = existing_parent(run_dir) / f".doctor-{secrets.token_hex(8)}"
     try:
         mark.touch()
     except OSError:

@@ -1,9 +1,7 @@
 """Before anything is written: a root is one preparation's at a time, and must have room for what will come."""
 
-import fcntl
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.prepare.listing import WHOLE
 from alexnet_ddp.prepare.plan import ShardTask
 from alexnet_ddp.runtime.errors import MachineError
+from alexnet_ddp.runtime.files import free_bytes, lock_file
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +45,9 @@ def claimed(root: Storage) -> Iterator[None]:
     folder = os.open(root.root, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            rule = "wait for it, or give another root"
-            raise MachineError(f"another preparation is at work in {root.root}; {rule}") from None
+            if not lock_file(folder):
+                rule = "wait for it, or give another root"
+                raise MachineError(f"another preparation is at work in {root.root}; {rule}")
         except OSError as error:  # a network file system that cannot lock folders
             log.warning(
                 "%s cannot be locked (%s): start no other preparation in it",
@@ -81,8 +79,7 @@ def check_room(root: Storage, tasks: list[ShardTask]) -> None:
     needed = bytes_needed(tasks)
     if not needed or not root.is_local:
         return
-    there = next(path for path in (Path(root.root), *Path(root.root).parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    free = free_bytes(Path(root.root))
     if free < needed:
         raise MachineError(
             f"{root.root} has {free / 1e9:,.2f} GB free, the {len(tasks):,} shards to write need {needed / 1e9:,.2f}; "

@@ -34,7 +34,7 @@ from alexnet_ddp.prepare.verify import verify
 from alexnet_ddp.prepare.watch import Engine, watched
 from alexnet_ddp.prepare.write import is_intact, read_quarantine, read_sidecar, write_shard
 from alexnet_ddp.runtime.errors import DataError, MachineError, Preempted
-from alexnet_ddp.runtime.startup import STOP_SIGNALS
+from alexnet_ddp.runtime.startup import STOP_SIGNALS, ignore_stop_signals
 
 log = logging.getLogger("alexnet_ddp")
 
@@ -276,8 +276,7 @@ def _foreseen_ends() -> Iterator[None]:
     """A stop signal and a failing disk end it with one line. A second signal does not disturb the end of the first."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        ignore_stop_signals()
         raise KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}

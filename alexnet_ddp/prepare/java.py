@@ -9,10 +9,10 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 from alexnet_ddp.config import ConfigError
+from alexnet_ddp.runtime.files import atomic_file
 
 _OLDEST = 17
 _MODULE = "--add-modules=jdk.incubator.vector"
@@ -78,10 +78,9 @@ def _wrapped(java: Path) -> Path:
     wrapper = home / "bin/java"
     if not wrapper.exists() or wrapper.read_text() != text:
         wrapper.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=wrapper.parent, delete=False) as file:
-            file.write(text)
-        os.chmod(file.name, 0o755)
-        os.replace(file.name, wrapper)
+        with atomic_file(wrapper) as file:
+            file.write(text.encode())
+            os.fchmod(file.fileno(), 0o755)
     return home
 
 

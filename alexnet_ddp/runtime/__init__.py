@@ -1,1 +1,1 @@
-"""Staying alive: stop signals, the health of a step, replicas, stragglers, the watchdog. One file each."""
+"""What a process needs in order to run: ranks, signals, the watchdog, files, output, exit codes."""

@@ -1,4 +1,4 @@
-"""Slurm's time limit: known beforehand, so that a run stops itself while there is still time to save, signal or not."""
+"""Slurm's time limit: stop a run while there is still time for its final checkpoint."""
 
 import logging
 import os
@@ -11,46 +11,52 @@ from alexnet_ddp.runtime.signals import StopSignal
 
 log = logging.getLogger(__name__)
 
-_LEAST_MARGIN_S = 30.0  # a step, a save of some MB, the end of the processes, and the requeue
+_MIN_MARGIN_S = 30.0  # for a step, a small checkpoint, the end of the processes, and the requeue
 
 
 class Deadline:
-    """Sets `stop` when what is left of the job's time is what a last save needs: 30 s and twice save_s(), the longest.
+    """Requests a stop once the remaining job time is needed for the final checkpoint.
 
-    However short the time, half of it is for training: a run that only starts and stops would be requeued for ever.
+    The margin is 30 s plus twice the longest save, but at most half of the job's remaining time at
+    the start, so that a short job still trains.
+
+    Args:
+        stop: its flag `received` is set.
+        save_s: returns the duration of the longest save so far.
     """
 
     def __init__(self, stop: StopSignal, save_s: Callable[[], float]) -> None:
-        self._stop, self._save_s = stop, save_s
+        self._stop = stop
+        self._save_s = save_s
 
     def watch(self, is_main: bool) -> None:
-        """A thread of rank 0 does so; elsewhere, and outside of Slurm, nothing happens."""
+        """Start the thread that watches the limit, on rank 0 of a Slurm job; else do nothing."""
         if is_main and "SLURM_JOB_ID" in os.environ:
             threading.Thread(target=self._watch, name="deadline", daemon=True).start()
 
     def _watch(self) -> None:
-        left = time_left()
-        if left is None:
+        left_s = time_left()
+        if left_s is None:
             return
-        most = left / 2
-        while (wait := left - min(_LEAST_MARGIN_S + 2 * self._save_s(), most)) > 0:
-            pause = max(wait / 2, 0.2)  # asks a dozen times a day, for a limit may be moved
-            time.sleep(pause)
-            now = time_left()
-            left = left - pause if now is None else now
-        log.info("Slurm ends this job in %.0f s: saving as soon as the ranks are equal", left)
+        max_margin_s = left_s / 2
+        while (wait_s := left_s - min(_MIN_MARGIN_S + 2 * self._save_s(), max_margin_s)) > 0:
+            pause_s = max(wait_s / 2, 0.2)  # about a dozen queries a day: a limit may be changed
+            time.sleep(pause_s)
+            now_left_s = time_left()
+            left_s = left_s - pause_s if now_left_s is None else now_left_s
+        log.info("Slurm ends this job in %.0f s: saving as soon as the ranks are equal", left_s)
         self._stop.received = True
 
 
 def time_left() -> float | None:
-    """Seconds until Slurm's time limit; None where there is none, or nobody knows it."""
+    """Return the seconds until Slurm's time limit; None if there is none or it is unknown."""
     job, array = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_JOB_ID")
-    if array:  # the id of an array's last task is also that of the whole array
+    if array:  # the id of an array's last task is also the id of the whole array
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    ask = ["squeue", "--noheader", "--jobs", job, "--format", "%e"]
+    command = ["squeue", "--noheader", "--jobs", job, "--format", "%e"]
     try:
-        said = subprocess.run(
-            ask,
+        end = subprocess.run(
+            command,
             env={**os.environ, "SLURM_TIME_FORMAT": "%s"},
             capture_output=True,
             text=True,
@@ -58,5 +64,6 @@ def time_left() -> float | None:
             check=True,
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        said = os.environ.get("SLURM_JOB_END_TIME", "")  # of the start, and not in every Slurm
-    return float(said) - time.time() if said.isdecimal() else None
+        # The limit as it was when the job started. Not every version of Slurm sets it.
+        end = os.environ.get("SLURM_JOB_END_TIME", "")
+    return float(end) - time.time() if end.isdecimal() else None

@@ -1,8 +1,8 @@
-"""The world of a run: who am I, how many are we, and how do we agree.
+"""The process group of a run (World, session) and its collective operations.
 
-With parallel/, and with the links that doctor examines, the only room that talks to torch.distributed. A single process
-is a world of one, so nothing downstream asks "are we distributed?". A function that all ranks must call begins with
-"Collective."
+Only this module, parallel/ and doctor's link checks use torch.distributed. A single process is a
+process group of size 1, so no caller needs to ask whether the run is distributed. The docstring of
+a function that all ranks must call begins with "Collective."
 """
 
 import os
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,12 +22,12 @@ from alexnet_ddp.runtime.errors import ConfigError, PeerFailed, PeerLost, RunErr
 
 T = TypeVar("T")
 
-# How gloo, NCCL and the store say that the other end does not answer; gloo raises plain RuntimeErrors.
+# Errors of gloo, NCCL and the store if a peer does not answer. gloo raises plain RuntimeErrors.
 _LOST = re.compile(
     r"^Dist(Backend|Network|Store)Error|gloo/|Connection (closed|reset)|Broken pipe", re.MULTILINE
 )
 
-# Of a collective: long enough for a first scan of ImageNet on a slow disk, which the node's other ranks wait for.
+# Of a collective. A node's other ranks wait while one scans ImageNet on a slow disk.
 TIMEOUT = timedelta(hours=1)
 
 
@@ -53,10 +53,17 @@ class World:
 def session(
     device: Device, tf32: bool = True, store: dist.Store | None = None, timeout: timedelta = TIMEOUT
 ) -> Iterator[World]:
-    """Join the process group that torchrun describes, or form a world of one without torchrun.
+    """Join the process group that torchrun describes; without torchrun, create a group of size 1.
 
-    tf32: fp32 products on GPUs by TF32. store: where the ranks have met already. timeout: for the others to join, and
-    for each collective. Raises ConfigError where a device is asked for that is not there.
+    Args:
+        device: cpu, cuda or auto.
+        tf32: compute fp32 matrix products and convolutions on GPUs with TF32.
+        store: the store of an earlier rendezvous. Default: make a new rendezvous.
+        timeout: of the rendezvous and of each collective.
+
+    Raises:
+        ConfigError: the device does not exist, or the ranks contradict each other.
+        PeerLost: another rank was lost inside the block.
     """
     ranks = read_ranks(os.environ)
     refuse_lone_tasks(os.environ)
@@ -65,9 +72,8 @@ def session(
     torch.set_num_threads(world.num_cores)  # torchrun's OMP_NUM_THREADS=1 would leave cores idle
     options: dict[str, Any] = {"backend": "gloo", "timeout": timeout}
     if world.device.type == "cuda":
-        torch.cuda.set_device(
-            world.device
-        )  # before the group exists: NCCL binds to the current device
+        # Before the group is created: NCCL binds to the current device.
+        torch.cuda.set_device(world.device)
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = tf32
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -82,35 +88,41 @@ def session(
     except BaseException as error:
         if (lost := lost_peer(error)) is not None:
             raise lost from error
-        if world.world_size == 1:  # more would wait for ranks that are gone
-            dist.destroy_process_group()  # gloo's threads must not meet the end of the interpreter
+        # gloo's threads must end before the interpreter. More ranks would wait for lost ones.
+        if world.world_size == 1:
+            dist.destroy_process_group()
         raise
     dist.destroy_process_group()
 
 
 def lost_peer(error: BaseException) -> PeerLost | None:
-    """What to end with where `error` is a collective's that another rank has left without a word."""
-    if not isinstance(error, dist.DistError | RuntimeError) or not _LOST.search(
-        f"{type(error).__name__}: {error}"
-    ):
+    """Return the error to end with if `error` means that another rank was lost, else None."""
+    if not isinstance(error, dist.DistError | RuntimeError):
+        return None
+    if not _LOST.search(f"{type(error).__name__}: {error}"):
         return None
     reason = str(error).splitlines()[0].partition(". ")[0][-120:]
-    return PeerLost(f"a rank is lost, or the way to it ({reason}); start the same command again")
+    return PeerLost(
+        f"a rank, or the connection to it, is lost ({reason}); start the same command again"
+    )
 
 
 def choose_device(choice: Device, local_rank: int) -> torch.device:
-    """auto: this rank's GPU where there is one. Raises ConfigError where cuda was asked for and is not there."""
+    """Return this rank's device. auto: its GPU if the machine has GPUs, else the CPU.
+
+    Raises ConfigError if there are fewer GPUs than ranks.
+    """
     if choice is Device.cpu or (choice is Device.auto and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if local_rank >= count:
         remedy = f"start at most {count} processes on this node" if count else "use device=cpu"
         error = ConfigError(
-            f"device={choice.value} needs a GPU for local rank {local_rank}, found {count}; {remedy}"
+            f"device={choice.value} needs a GPU for local rank {local_rank}, found {count}; "
+            f"{remedy}"
         )
-        error.only_here = (
-            local_rank == count
-        )  # the first one without speaks: no process group exists yet
+        # Only the first rank without a GPU prints the error; there is no process group yet.
+        error.only_here = local_rank == count
         raise error
     return torch.device("cuda", local_rank)
 
@@ -122,12 +134,12 @@ def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
 
 
 def start_sum(x: torch.Tensor) -> Callable[[], None]:
-    """Collective. Begin to sum `x` over all ranks, in place; the returned function waits for the result."""
+    """Collective. Start to sum `x` over all ranks, in place; call the result to wait for it."""
     return dist.all_reduce(x, op=dist.ReduceOp.SUM, async_op=True).wait
 
 
 def average(tensors: list[torch.Tensor], world: World) -> None:
-    """Collective. Replace floating tensors by their mean over the ranks, in one message."""
+    """Collective. Replace floating-point tensors with their mean over the ranks, in one message."""
     if world.world_size == 1 or not tensors:
         return
     flat = torch.cat([t.flatten() for t in tensors])
@@ -138,77 +150,83 @@ def average(tensors: list[torch.Tensor], world: World) -> None:
 
 
 def any_rank(flag: bool, world: World) -> bool:
-    """Collective. True on every rank if it is true on one."""
+    """Collective. Return True on every rank if `flag` is true on any rank."""
     x = torch.tensor(int(flag), device=world.device)
     dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return bool(x.item())
 
 
 def all_equal(x: torch.Tensor) -> bool:
-    """Collective. True on every rank if `x`, of integers, is the same on all of them."""
+    """Collective. Return on every rank whether the integer tensor `x` is the same on all ranks."""
     highest = torch.cat([x, ~x])
-    dist.all_reduce(highest, op=dist.ReduceOp.MAX)  # ~ turns the order round, without an overflow
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)  # ~x reverses the order without overflow
     return torch.equal(highest[: len(x)], ~highest[len(x) :])
 
 
-def gather(x: torch.Tensor, world: World) -> torch.Tensor:
-    """Collective. The ranks' `x`, stacked: [world_size, ...], on every rank."""
-    parts = [torch.empty_like(x) for _ in range(world.world_size)]
-    dist.all_gather(parts, x)
-    return torch.stack(parts)
+def all_gather(x: torch.Tensor, world: World) -> torch.Tensor:
+    """Collective. Return the tensors `x` of all ranks, stacked: [world_size, *x.shape]."""
+    received = [torch.empty_like(x) for _ in range(world.world_size)]
+    dist.all_gather(received, x)
+    return torch.stack(received)
 
 
 def broadcast(value: T) -> T:
-    """Collective. Rank 0's value, a small plain object, on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    """Collective. Return rank 0's value, a small picklable object, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
-def gather_objects(items: list[T]) -> list[T]:
-    """Collective. The items of all ranks, small plain objects, on every rank, in the order of the ranks."""
-    parts: list[list[T]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
+def all_gather_objects(items: list[T]) -> list[T]:
+    """Collective. Return the items of all ranks, small picklable objects, ordered by rank."""
+    lists: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(lists, items)
+    return [item for received in lists for item in received]
 
 
 def broadcast_tensors(tensors: dict[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:
-    """Collective. Rank 0's tensors, on every rank's device. The other ranks pass an empty dict."""
+    """Collective. Return rank 0's tensors on every rank's device; others pass an empty dict."""
     shapes = broadcast({name: (t.shape, t.dtype) for name, t in tensors.items()})
     received = {}
     for name, (shape, dtype) in shapes.items():
-        x = (
-            tensors[name].to(world.device)
-            if world.is_main
-            else torch.empty(shape, dtype=dtype, device=world.device)
-        )
+        if world.is_main:
+            x = tensors[name].to(world.device)
+        else:
+            x = torch.empty(shape, dtype=dtype, device=world.device)
         dist.broadcast(x, src=0)
         received[name] = x
     return received
 
 
 def raise_together(error: RunError | None, world: World) -> None:
-    """Collective. If any rank has an error all ranks raise: the lowest such rank its own, the others PeerFailed."""
+    """Collective. Raise on all ranks if any rank has an error.
+
+    The lowest rank with an error raises its own; all others raise PeerFailed.
+    """
     first = torch.tensor(world.rank if error else world.world_size, device=world.device)
     dist.all_reduce(first, op=dist.ReduceOp.MIN)
     source = int(first.item())
     if source == world.world_size:
         return
-    box = [(error.exit_code, str(error))] if world.rank == source else [None]
-    dist.broadcast_object_list(box, src=source)
-    if world.rank == source:
-        error.only_here = True
-        raise error
-    raise PeerFailed(*box[0])
+    mine = error if world.rank == source else None
+    reasons = [(mine.exit_code, str(mine)) if mine else (0, "")]
+    dist.broadcast_object_list(reasons, src=source)
+    if mine:
+        mine.only_here = True
+        raise mine
+    raise PeerFailed(*reasons[0])
 
 
 def from_main(build: Callable[[], T], world: World) -> T:
-    """Collective. What build() returns on rank 0, a small plain object, on every rank."""
-    return broadcast(on_all(build, world, takes_part=world.is_main))
+    """Collective. Call build() on rank 0 and return its result, picklable and small, everywhere."""
+    return cast(T, broadcast(on_all(build, world, takes_part=world.is_main)))
 
 
 def on_all(build: Callable[[], T], world: World, takes_part: bool = True) -> T | None:
-    """Collective. build() on every rank that takes part; an error on one of them is raised on all."""
+    """Collective. Call build() on the ranks that take part; raise on all if one raises RunError.
+
+    Returns this rank's result, or None if it does not take part.
+    """
     result, error = None, None
     if takes_part:
         try:
@@ -220,20 +238,29 @@ def on_all(build: Callable[[], T], world: World, takes_part: bool = True) -> T |
 
 
 def first_on_node(build: Callable[[], T], world: World) -> T:
-    """Collective. build() on local rank 0 of each node (it may write files and caches), then on the node's others."""
+    """Collective. Call build() on local rank 0 of each node, then on the node's other ranks.
+
+    The first call may write files and caches that the others read.
+    """
     first = on_all(build, world, takes_part=world.local_rank == 0)
     other = on_all(build, world, takes_part=world.local_rank != 0)
-    return first if world.local_rank == 0 else other
+    return cast(T, first if world.local_rank == 0 else other)
 
 
 def require_same(facts: dict[str, object], world: World) -> None:
-    """Collective. Raises ConfigError on all ranks where a rank's facts, small and plain, are not rank 0's."""
+    """Collective. Raise ConfigError on all ranks if a rank's facts differ from rank 0's.
+
+    Args:
+        facts: small picklable values by the names that the message shows.
+        world: this rank.
+    """
     main = broadcast(facts)
     changed = [key for key in main if facts.get(key) != main[key]]
     error = None
     if changed:
         shown = ", ".join(f"{key}={facts.get(key)} (rank 0: {main[key]})" for key in changed[:4])
         error = ConfigError(
-            f"rank {world.rank} was started as another run than rank 0: {shown}; start all alike"
+            f"rank {world.rank} was started with other settings than rank 0: {shown}; "
+            "start all ranks with the same command and data"
         )
     raise_together(error, world)

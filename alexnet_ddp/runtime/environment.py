@@ -1,4 +1,4 @@
-"""Rank and usable cores of this process, read from its environment. Needs no torch."""
+"""Ranks and usable CPU cores of this process, read from its environment. Needs no torch."""
 
 import math
 import os
@@ -9,9 +9,10 @@ from pathlib import Path, PurePosixPath
 from alexnet_ddp.runtime.errors import ConfigError
 
 _LAUNCHERS = "start with torchrun or launch/local.sh"
-# Variables in which a launcher that starts several processes states how many there are.
+# Variables that launchers of several processes set to the number of processes. Not SLURM_NTASKS,
+# which batch scripts and salloc shells have too.
 _NUM_TASKS = {
-    "SLURM_STEP_NUM_TASKS": "srun",  # not SLURM_NTASKS: a batch script and an salloc shell have that too
+    "SLURM_STEP_NUM_TASKS": "srun",
     "OMPI_COMM_WORLD_SIZE": "mpirun",
     "PMI_SIZE": "mpiexec",
     "MV2_COMM_WORLD_SIZE": "mpirun",
@@ -20,7 +21,7 @@ _NUM_TASKS = {
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of a process among the processes of a run, as torchrun describes it."""
+    """The rank of a process and the number of processes, as set by torchrun."""
 
     rank: int = 0
     local_rank: int = 0
@@ -29,31 +30,35 @@ class Ranks:
 
 
 def read_ranks(env: Mapping[str, str]) -> Ranks:
-    """Ranks from torchrun's variables; a world of one if RANK is not set. Raises ConfigError if they contradict."""
+    """Return the ranks from torchrun's variables; rank 0 of 1 if RANK is not set.
+
+    Raises ConfigError if the variables contradict each other.
+    """
     if "RANK" not in env:
-        for name, alone in (("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
-            if name in env and _number(env, name) != alone:
-                rule = "is set, but RANK is not"
+        for name, expected in (("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
+            if name in env and _number(env, name) != expected:
                 raise ConfigError(
-                    f"{name} ({env[name]}) in the environment {rule}; {_LAUNCHERS}, or unset {name}"
+                    f"{name} ({env[name]}) in the environment is set, but RANK is not; "
+                    f"{_LAUNCHERS}, or unset {name}"
                 )
         return Ranks()
-    rank, world_size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
-    alone = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"} if world_size == 1 else {}
-    local_rank, local_world_size = (
-        _number({**alone, **env}, name) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    )
-    _require_less(env, "RANK", rank, "WORLD_SIZE", world_size)
-    _require_less({**alone, **env}, "LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_world_size)
+    rank = _number(env, "RANK")
+    world_size = _number(env, "WORLD_SIZE")
+    if world_size == 1:
+        env = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", **env}
+    local_rank = _number(env, "LOCAL_RANK")
+    local_world_size = _number(env, "LOCAL_WORLD_SIZE")
+    _require_less("RANK", rank, "WORLD_SIZE", world_size)
+    _require_less("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_world_size)
     if local_world_size > world_size:
-        rule = f"must be at most WORLD_SIZE ({world_size})"
         raise ConfigError(
-            f"LOCAL_WORLD_SIZE ({local_world_size}) in the environment {rule}; {_LAUNCHERS}"
+            f"LOCAL_WORLD_SIZE ({local_world_size}) in the environment must be at most "
+            f"WORLD_SIZE ({world_size}); {_LAUNCHERS}"
         )
     if not env.get("MASTER_ADDR"):
-        rule = "must name the host of rank 0, because RANK is set"
         raise ConfigError(
-            f"MASTER_ADDR ({_shown(env, 'MASTER_ADDR')}) in the environment {rule}; {_LAUNCHERS}"
+            f"MASTER_ADDR ({_shown(env, 'MASTER_ADDR')}) in the environment must name the host of "
+            f"rank 0, because RANK is set; {_LAUNCHERS}"
         )
     port = _number(env, "MASTER_PORT")
     if not 1 <= port <= 65535:
@@ -64,10 +69,16 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
 
 
 def refuse_lone_tasks(env: Mapping[str, str]) -> None:
-    """Raises ConfigError if srun or mpirun started several tasks without torchrun: each would run alone."""
+    """Raise ConfigError if srun or mpirun started several tasks without torchrun.
+
+    Each task would train a separate run.
+    """
     if "RANK" in env:
         return
-    remedy = "start one task a node with launch/node.sh, as slurm/train.sbatch does, or one task for a run alone"
+    remedy = (
+        "start one task a node with launch/node.sh, as slurm/train.sbatch does, "
+        "or one task for a run alone"
+    )
     for name, launcher in _NUM_TASKS.items():
         count = env.get(name, "")
         if _is_number(count) and int(count) > 1:
@@ -96,12 +107,11 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= 9
 
 
-def _require_less(
-    env: Mapping[str, str], name: str, value: int, limit_name: str, limit: int
-) -> None:
+def _require_less(name: str, value: int, limit_name: str, limit: int) -> None:
     if value >= limit:
         raise ConfigError(
-            f"{name} ({value}) in the environment must be less than {limit_name} ({limit}); {_LAUNCHERS}"
+            f"{name} ({value}) in the environment must be less than {limit_name} ({limit}); "
+            f"{_LAUNCHERS}"
         )
 
 
@@ -114,9 +124,14 @@ def num_usable_cores(
     mounts: Path = Path("/proc/self/mountinfo"),
     root: Path = Path("/"),
 ) -> int:
-    """Cores that this process may use: its CPU affinity, and at most the CPU quotas of its control groups, rounded up.
+    """Return the number of cores that this process may use, at least 1.
 
-    root: the folder below which the paths in `mounts` lie.
+    It is the size of the CPU affinity, limited by the CPU quotas of the control groups, rounded up.
+
+    Args:
+        membership: the file that lists the control groups of this process.
+        mounts: the file that lists the mounted file systems.
+        root: the directory that contains the paths in `mounts`.
     """
     affinity = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -128,7 +143,7 @@ def num_usable_cores(
 
 
 def _cpu_groups(membership: Path, mounts: Path, root: Path) -> Iterator[tuple[Path, Path]]:
-    """(this process's folder, the mount point above it) of cgroup v2, and of v1's cpu controller."""
+    """Yield (directory of this process, mount point) of cgroup v2 and of v1's cpu controller."""
     try:
         lines = membership.read_text().splitlines()
         mounted = [
@@ -138,16 +153,16 @@ def _cpu_groups(membership: Path, mounts: Path, root: Path) -> Iterator[tuple[Pa
         return
     paths = {}
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, controllers, group = line.split(":", 2)
         if controllers == "" or "cpu" in controllers.split(","):
-            paths["cgroup2" if controllers == "" else "cgroup"] = PurePosixPath(path)
-    for place, source in mounted:
+            paths["cgroup2" if controllers == "" else "cgroup"] = PurePosixPath(group)
+    for target, source in mounted:
         kind, _, *options = source.split()
-        top, point = (_unescaped(field) for field in place.split()[3:5])
+        top, point = (_unescaped(field) for field in target.split()[3:5])
         if kind not in paths or (kind == "cgroup" and "cpu" not in ",".join(options).split(",")):
             continue
         mount, path = root / point.lstrip("/"), paths[kind]
-        # In a container the mount shows the container's own group, whose path outside is `top`.
+        # In a container the mount contains only the container's group, whose outer path is `top`.
         inside = (
             path.relative_to(top)
             if path.is_relative_to(top) and ".." not in path.parts
@@ -161,7 +176,7 @@ def _unescaped(field: str) -> str:
 
 
 def _quotas(folder: Path, mount: Path) -> Iterator[float]:
-    """Cores that each group from `folder` up to `mount` allows; nothing for a group without a limit."""
+    """Yield the cores allowed by each group with a limit, from `folder` up to `mount`."""
     for group in (folder, *folder.parents):
         try:
             if (group / "cpu.max").exists():
@@ -173,10 +188,8 @@ def _quotas(folder: Path, mount: Path) -> Iterator[float]:
                 )
             if quota not in ("max", "-1") and int(period) > 0:
                 yield int(quota) / int(period)
-        except (
-            OSError,
-            ValueError,
-        ):  # no such group in this namespace, or a root group, which has no limit
+        # The group is not visible in this namespace, or it is a root group, which has no limit.
+        except (OSError, ValueError):
             pass
         if group == mount:
             return

@@ -1,6 +1,7 @@
-"""How a run can end, as exceptions: each carries its exit code, and its message is one line for the user.
+"""Exceptions for the foreseen ends of a run, each with an exit code and a one-line message.
 
-A message says the value, the rule and the remedy. Anything else that is raised is a bug and keeps its trace.
+A message contains the value, the rule and the remedy. Any other exception is a bug and is shown
+with its trace.
 """
 
 import os
@@ -11,59 +12,64 @@ from pathlib import Path
 from alexnet_ddp.runtime.printing import say
 
 
-def speaks_for_all() -> bool:
-    """True in the process that prints what concerns all ranks."""
+def is_rank_zero() -> bool:
+    """Return whether this process is rank 0, which prints what concerns all ranks."""
     return os.environ.get("RANK", "") in ("", "0")
 
 
 def write_exit_code(code: int) -> None:
-    """Tell the launch script how this process ends: torchrun turns every code but 0 into 1.
+    """Write the exit code to the launch script's file, because torchrun turns all but 0 into 1.
 
-    Local rank 0 speaks for its node; another rank only where it fails and nobody has spoken. Whoever lost a peer knows
-    no reason: the one that the peer gave, full memory for instance, stands.
+    Local rank 0 writes the code of its node. Another rank writes only a failure, and only if there
+    is no code yet. A lost-peer code never overwrites a more specific one.
     """
     path = os.environ.get("ALEXNET_DDP_EXIT_CODE_FILE")
     if not path:
         return
-    file, is_first = Path(path), os.environ.get("LOCAL_RANK", "0") == "0"
+    file = Path(path)
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    lost_peer = PeerLost.exit_code
     try:
-        reason = (file.read_text().strip() if file.exists() else "").replace(
-            str(PeerLost.exit_code), ""
-        )
-        if (is_first and code != PeerLost.exit_code) or (code and not reason):
+        written = file.read_text().strip() if file.exists() else ""
+        has_reason = written not in ("", str(lost_peer))
+        if (is_first and code != lost_peer) or (code and not has_reason):
             file.write_text(f"{code}\n")
     except OSError as error:  # the process still ends with its own code
         say(
-            f"warning: {file} could not be written ({error.strerror}), so a launch script reports 1",
+            f"warning: {file} could not be written ({error.strerror}), "
+            "so a launch script reports 1",
             sys.stderr,
         )
 
 
 def was_asked_to_stop() -> bool:
-    """False if a launch script runs this process and had no stop signal: torchrun ends it for another reason."""
+    """Return whether a stop was requested from outside, as far as this process can know.
+
+    False if a launch script runs this process and received no stop signal: then torchrun ends the
+    process for another reason.
+    """
     path = os.environ.get("ALEXNET_DDP_EXIT_CODE_FILE")
     return not path or os.path.exists(f"{path}.stop")
 
 
 def write_start_step(step: int) -> None:
-    """Tell the launch script that the run goes on from the checkpoint of `step`: its measure of progress."""
+    """Write the step at which this run starts, from which the launch script measures progress."""
     path = os.environ.get("ALEXNET_DDP_START_FILE")
     if path and os.environ.get("LOCAL_RANK", "0") == "0":
         Path(path).write_text(f"{step}\n")
-        Path(os.environ["ALEXNET_DDP_EXIT_CODE_FILE"]).write_text(
-            ""
-        )  # of workers that torchrun has replaced by us
+        # Remove the exit code of workers that torchrun has replaced with this process.
+        Path(os.environ["ALEXNET_DDP_EXIT_CODE_FILE"]).write_text("")
 
 
 class RunError(Exception):
-    """Base of the ends that a run can foresee. `exit_code` is what the process and status.json report."""
+    """Base class of foreseen ends. The process and status.json report `exit_code`."""
 
     exit_code = 1
-    only_here = False  # raised on this rank alone, so this rank has to print it
+    only_here = False  # raised on this rank alone, so this rank must print it
 
 
 class ConfigError(RunError, ValueError):
-    """The configuration is wrong, or asks for what this machine cannot do."""
+    """The configuration is invalid, or requires something that this machine lacks."""
 
     exit_code = 64
 
@@ -75,13 +81,13 @@ class DataError(RunError, ValueError):
 
 
 class NoCheckpoint(RunError):
-    """Checkpoints exist, but none is usable: a run never silently starts afresh."""
+    """Checkpoints exist, but none is usable. A run never silently starts from scratch."""
 
     exit_code = 66
 
 
 class Diverged(RunError):
-    """A loss or a gradient is not finite, or the replicas are not equal any more."""
+    """A loss or a gradient is not finite, or the replicas are no longer equal."""
 
     exit_code = 70
 
@@ -93,20 +99,25 @@ class CheckpointIOError(RunError):
 
 
 class MachineError(RunError):
-    """A disk, a store or the memory is full or fails, or a worker process was lost: no image is to blame."""
+    """A disk, a store or the memory is full or fails, or a worker process was lost."""
 
     exit_code = 74
 
 
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|bad_alloc|Cannot allocate memory"
+    r"|could not create a memory"
+)
+
+
 def out_of_memory(error: BaseException) -> MachineError | None:
-    """What to end with where `error` is a failed allocation, of Python, numpy, torch's CPU allocator or a GPU's."""
-    name, text = type(error).__name__, str(error)
-    signs = r"can't allocate memory|not enough memory|bad_alloc|Cannot allocate memory|could not create a memory"
-    if (
-        not isinstance(error, MemoryError)
-        and name != "OutOfMemoryError"
-        and not re.search(signs, text)
-    ):
+    """Return the error to end with if `error` is a failed allocation, else None.
+
+    It recognises the errors of Python, numpy, and torch's allocators for CPU and GPU.
+    """
+    text = str(error)
+    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if not is_memory and not _NO_MEMORY.search(text):
         return None
     found = re.search(r"allocate ([\d.]+) ?(bytes|[KMGT]i?B)", text)
     size = "more than there is" if found is None else f"{found[1]} {found[2]}"
@@ -121,19 +132,19 @@ def out_of_memory(error: BaseException) -> MachineError | None:
 
 
 class Preempted(RunError):
-    """A stop signal arrived and the run was saved: start it again to go on."""
+    """A stop signal arrived and the run was saved. Start it again to continue."""
 
     exit_code = 75
 
 
 class PeerLost(RunError):
-    """A rank, or the way to it, is gone, or it hangs: start the run again."""
+    """A rank, or the connection to it, was lost, or a rank hangs. Start the run again."""
 
     exit_code = 76
 
 
 class PeerFailed(RunError):
-    """Another rank failed and says why; this one only leaves with it."""
+    """Another rank failed, and this rank ends with it. The message is the other rank's."""
 
     def __init__(self, exit_code: int, reason: str) -> None:
         super().__init__(reason)

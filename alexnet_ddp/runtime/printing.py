@@ -1,4 +1,4 @@
-"""Plain lines for people. Names of files and classes come from anywhere, so they are never printed as they are."""
+"""Plain lines for users. Names of files and classes are untrusted, so they are escaped."""
 
 import os
 import sys
@@ -6,9 +6,11 @@ from typing import TextIO
 
 
 def printable(text: object, keep: str = "") -> str:
-    """`text` with escapes such as \\x1b in place of control characters, bytes that are not UTF-8 and the like.
+    r"""Return `text` with control characters, invalid UTF-8 and the like escaped, such as \x1b.
 
-    keep: characters that stay, such as the newlines of a heading.
+    Args:
+        text: converted with str().
+        keep: characters that are not escaped, such as the newlines of a heading.
     """
     shown = str(text)
     if shown.isprintable():
@@ -19,7 +21,7 @@ def printable(text: object, keep: str = "") -> str:
 
 
 def say(line: object = "", stream: TextIO | None = None) -> None:
-    """Print one line, on stdout by default. A reader who has gone does not end the command."""
+    """Print one escaped line, on stdout by default. A reader that has ended is no error."""
     stream = stream or sys.stdout
     escape_unencodable(stream)
     try:
@@ -29,13 +31,13 @@ def say(line: object = "", stream: TextIO | None = None) -> None:
 
 
 def escape_unencodable(stream: TextIO) -> None:
-    """In a Latin-1 locale a name in another alphabet is escaped, instead of ending the command."""
+    """Escape characters that the encoding of `stream` lacks, such as a Latin-1 locale's."""
     if hasattr(stream, "reconfigure") and stream.errors != "backslashreplace":
         stream.reconfigure(errors="backslashreplace")
 
 
 def discard(stream: TextIO) -> None:
-    """What is written to `stream` from now on goes nowhere, also Python's last flush."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+    """Redirect `stream` to /dev/null, including Python's last flush."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)

@@ -1,7 +1,7 @@
-"""Secrets stay out of whatever a run says or writes: each sink passes its text through here.
+"""Removes secrets from everything that a run prints or writes.
 
-Values of names like key, token, secret, password or signature, and credentials in URLs, become ***. Names decide, so a
-secret under a harmless name is not known as one.
+Values of names such as key, token, secret, password or signature, and credentials in URLs, become
+***. Only names are compared: a secret under any other name is not detected.
 """
 
 import re
@@ -13,8 +13,9 @@ _WORDS = r"(?:(?<![a-z])(?:key|token|credential|sig)|api_?key|passw(?:or)?d|secr
 _NAME = rf"[\w.\-]*{_WORDS}(?![a-z])[\w\-]*"
 _SECRET_NAME = re.compile(_NAME, re.IGNORECASE)
 _OVERRIDE = re.compile(rf"[~+]*({_NAME})=.*", re.IGNORECASE | re.DOTALL)
-_EXAMPLE = r"(?!(?:null|value|\.\.\.)(?![^\s,;'\"\]}])|(?:\[|['\"])value1,)"  # Hydra's advice: key=value, key=[value1,value2]
-_ASSIGNED = re.compile(  # within a text: name=value, "name": value
+# Not a secret: the examples in Hydra's messages, key=value and key=[value1,value2].
+_EXAMPLE = r"(?!(?:null|value|\.\.\.)(?![^\s,;'\"\]}])|(?:\[|['\"])value1,)"
+_ASSIGNED = re.compile(  # name=value or "name": value within a text
     rf"({_NAME}(?:=|['\"]?: ?)(?=\S){_EXAMPLE})(?:'[^']*'|\"[^\"]*\"|\[[^\]]*\]|[^\s,'\"\]}}&]+)",
     re.IGNORECASE,
 )
@@ -23,7 +24,12 @@ _URL = re.compile(r"(\b[a-z][a-z0-9+.\-]*://)[^/\s'\"]+@", re.IGNORECASE)
 
 
 def redact(value: Any, name: str = "") -> Any:
-    """The same text, list or dict without secrets; `name` is the key that it was found under."""
+    """Return a copy of a text, list or dict without secrets.
+
+    Args:
+        value: any JSON value; values that are not text are returned unchanged.
+        name: the key of `value` in its dict.
+    """
     if isinstance(value, dict):
         return {key: redact(item, str(key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -38,5 +44,5 @@ def redact(value: Any, name: str = "") -> Any:
 
 
 def redact_yaml(text: str) -> str:
-    """A YAML document, a key a line, without secrets."""
+    """Return a YAML document, which has one key per line, without secrets."""
     return _YAML_LINE.sub(rf"\1 '{HIDDEN}'", redact(text))

@@ -1,9 +1,10 @@
-"""The first line of each command: standard streams, stop signals and ranks, before the seconds that torch takes.
+"""What each command does first, before the seconds that importing torch takes.
 
     if __name__ == "__main__":
         startup.begin("train")
 
-Importing a module of the package changes nothing. Needs no torch.
+It makes the standard streams safe, handles stop signals and checks the ranks. Importing this module
+changes nothing and imports only light modules of the standard library.
 """
 
 import io
@@ -13,28 +14,26 @@ import sys
 from collections.abc import Callable
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-_FORMS_A_WORLD = ("train", "evaluate", "doctor")
-_CAN_CONTINUE = (
-    "train",
-    "evaluate",
-    "prepare",
-)  # the same command continues or starts again: 75, also under Slurm
+_MULTI_RANK_COMMANDS = ("train", "evaluate", "doctor", "replay")
+# If these are stopped, the same command continues or starts again: exit code 75, also under Slurm.
+_RESTARTABLE_COMMANDS = ("train", "evaluate", "prepare")
 
 _before_exit: list[Callable[[], object]] = []
-_noticed: set[int] = set()  # signals that arrived while _noted was their handler
+_recorded: set[int] = set()  # signals that arrived while _record was their handler
 
 
 def begin(command: str) -> None:
-    """Prepare this process for `command`. Exits with 64 and one line if the environment contradicts itself.
+    """Prepare this process for `command`.
 
-    From here on a stop signal ends the process with one line, whatever it is importing or waiting for, until
-    another handler is installed: see StopSignal.
+    From here on a stop signal ends the process with one line, also during imports and waits, until
+    another handler is installed (see StopSignal). Exits with 64 and one line if the environment
+    variables of the ranks contradict each other.
     """
-    make_streams_safe()  # first, because a pipe would get the number of a closed stream
-    exit_on_stop(can_continue=command in _CAN_CONTINUE)
+    make_streams_safe()  # first, because a new pipe would get the number of a closed stream
+    exit_on_stop(can_continue=command in _RESTARTABLE_COMMANDS)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
-    if command not in _FORMS_A_WORLD:
+    if command not in _MULTI_RANK_COMMANDS:
         return
     from alexnet_ddp.runtime.environment import read_ranks, refuse_lone_tasks
     from alexnet_ddp.runtime.errors import ConfigError, write_exit_code
@@ -42,7 +41,7 @@ def begin(command: str) -> None:
 
     try:
         read_ranks(os.environ)
-        if command != "doctor":  # which reports it in its table
+        if command != "doctor":  # doctor reports lone tasks in its table
             refuse_lone_tasks(os.environ)
     except ConfigError as error:
         say(f"alexnet_ddp: {error}", sys.stderr)
@@ -50,47 +49,65 @@ def begin(command: str) -> None:
         sys.exit(error.exit_code)
 
 
-def exit_on_stop(can_continue: bool) -> None:
-    """Exit when a stop signal arrives. A thread does so: the main thread may be in C code for minutes.
+# --- stop signals -------------------------------------------------------------------------------
 
-    can_continue: the same command continues, or starts again and loses nothing, so the exit code is 75.
+
+def handle_stop_signals(handler: Callable[..., object]) -> None:
+    """Install `handler` for all stop signals, except for a SIGHUP that nohup has disabled."""
+    for number in STOP_SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def ignore_stop_signals() -> None:
+    """Ignore stop signals from here on."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def exit_on_stop(can_continue: bool) -> None:
+    """Exit when a stop signal arrives.
+
+    A thread handles the signal, because the main thread may be in C code for minutes.
+
+    Args:
+        can_continue: the same command continues, or starts again and loses nothing. The exit code
+            is then 75 instead of 128 + the signal's number.
     """
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # a silent end, while Python's own handler would print a trace
-    import threading  # and all other imports come later
+    # Until the handlers are installed: Python's own SIGINT handler would print a trace.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    import threading  # after that line, as are all other imports
 
     reader, writer = os.pipe()
-    for end in (reader, writer):
-        os.set_blocking(end, end == reader)
+    os.set_blocking(reader, True)
+    os.set_blocking(writer, False)
     threading.Thread(
         target=_exit_when_stopped, args=(reader, can_continue), name="stop signals", daemon=True
     ).start()
-    for number in STOP_SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
-            signal.signal(number, _noted)
+    handle_stop_signals(_record)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
 
-def _noted(number: int, frame: object) -> None:
-    """Python needs a handler to write a signal's number to the wakeup pipe; the thread acts on it."""
-    _noticed.add(number)
+def _record(number: int, frame: object) -> None:
+    """Record the signal. Python writes its number to the wakeup pipe only if there is a handler."""
+    _recorded.add(number)
 
 
 def _exit_when_stopped(reader: int, can_continue: bool) -> None:
     while True:
         (number,) = os.read(reader, 1)
-        # Otherwise another handler has replaced it, and has had this signal. It may have been replaced just now.
-        if number in _noticed or signal.getsignal(number) is _noted:
+        # If another handler was installed, it handled this signal, unless _record had run already.
+        if number in _recorded or signal.getsignal(number) is _record:
             _exit(number, can_continue)
 
 
 def _exit(number: int, can_continue: bool) -> None:
     """Exit now. Files are replaced by renaming, so none is left incomplete."""
-    from alexnet_ddp.runtime.errors import Preempted, speaks_for_all, write_exit_code
+    from alexnet_ddp.runtime.errors import Preempted, is_rank_zero, write_exit_code
     from alexnet_ddp.runtime.printing import say
 
-    line, code = f"stopped by {signal.Signals(number).name}", 128 + number
+    line = f"stopped by {signal.Signals(number).name}"
+    code = 128 + number
     if can_continue:
         line += " while it started; nothing is lost: start the same command again"
         code = Preempted.exit_code
@@ -98,14 +115,17 @@ def _exit(number: int, can_continue: bool) -> None:
         for action in reversed(_before_exit):
             action()
         write_exit_code(code)
-        if speaks_for_all():
+        if is_rank_zero():
             say(f"alexnet_ddp: {line}", sys.stderr)
     finally:
         os._exit(code)
 
 
 class before_exit:
-    """Within it, action() is called before a stop signal ends the process. (contextlib is slow to import.)"""
+    """Context manager: call `action` if a stop signal ends the process inside the block.
+
+    It is a class because contextlib is slow to import.
+    """
 
     def __init__(self, action: Callable[[], object]) -> None:
         self._action = action
@@ -118,26 +138,24 @@ class before_exit:
 
 
 def end_with_parent() -> None:
-    """From here on the kernel sends SIGTERM when the process that started this one is gone (Linux only).
+    """Have the kernel send SIGTERM to this process when its parent ends (Linux only).
 
-    A launcher that is killed cannot end what it started.
+    A launcher that is killed cannot stop the processes that it started.
     """
     if sys.platform == "linux":
         import ctypes
 
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
 
 
-def ignore_stop() -> None:
-    """The exit code is known: a signal must not replace it while the interpreter ends."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+# --- standard streams ---------------------------------------------------------------------------
 
 
 def make_streams_safe() -> None:
-    """Output that cannot be written is dropped: a closed stream, a lost reader and a full disk do not end a command.
+    """Discard output that cannot be written, instead of failing.
 
-    A closed standard stream becomes /dev/null, because the next file that is opened would get its number.
+    A closed stream, a reader that has ended and a full disk do not end the command. A closed
+    standard stream is opened as /dev/null, because otherwise the next opened file gets its number.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -146,13 +164,17 @@ def make_streams_safe() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115 (until the process ends)
+            mode = "w" if number else "r"
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open until the process ends)
         elif number:
             setattr(sys, name, _never_failing(stream))
 
 
 class _NeverFailing(io.FileIO):
-    """Drops what cannot be written. A full stdout is reported once on stderr; a reader that has gone is not."""
+    """A file that discards what cannot be written.
+
+    A full stdout is reported once on stderr; a reader that has ended is not.
+    """
 
     has_failed = False
 
@@ -160,11 +182,7 @@ class _NeverFailing(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            if (
-                not self.has_failed
-                and not isinstance(error, BrokenPipeError)
-                and self.fileno() == 1
-            ):
+            if not (self.has_failed or isinstance(error, BrokenPipeError) or self.fileno() != 1):
                 from alexnet_ddp.runtime.printing import say
 
                 self.has_failed = True
@@ -178,7 +196,7 @@ class _NeverFailing(io.FileIO):
 def _never_failing(stream: io.TextIOWrapper) -> io.TextIOWrapper:
     try:
         number = stream.fileno()
-    except (OSError, ValueError):  # not a file, so nothing of it can fail
+    except (OSError, ValueError):  # not a file, so writing to it does not fail
         return stream
     raw = _NeverFailing(number, "wb", closefd=False)
     return io.TextIOWrapper(

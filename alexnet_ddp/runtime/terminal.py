@@ -1,6 +1,7 @@
-"""Tables and progress bars. Text is never rich's markup: a class named "cat [male]" or ":smile:" is shown as it is.
+"""Tables and progress bars that show text literally.
 
-Other modules use these classes instead of rich's own; tests/test_architecture.py checks that.
+rich would interpret a class named "cat [male]" or ":smile:" as markup. Other modules therefore use
+these classes instead of rich's own; tests/test_architecture.py checks that.
 """
 
 import sys
@@ -31,13 +32,15 @@ __all__ = [
     "progress_bar",
 ]
 
-_NO_LIMIT = 1_000_000  # characters: a table in a file or a pipe is as wide as its longest names
+_NO_LIMIT = 1_000_000  # characters; a table in a file or a pipe is not wrapped
 
 
 class Console(RichConsole):
-    """Prints text as it is. Outside of a terminal nothing is wrapped or cut.
+    """Prints text literally. Without a terminal, nothing is wrapped or cut.
 
-    width: characters, outside of a terminal.
+    Args:
+        stderr: print to stderr instead of stdout.
+        width: characters per line without a terminal.
     """
 
     def __init__(self, stderr: bool = False, width: int = _NO_LIMIT) -> None:
@@ -47,12 +50,12 @@ class Console(RichConsole):
         super().__init__(stderr=stderr, width=limit, markup=False, emoji=False, highlight=False)
 
     def on_broken_pipe(self) -> None:
-        """The reader has gone. rich would exit with 1; the command has its own exit code."""
+        """Discard output after the reader has ended. rich would exit with 1."""
         discard(self.file)
 
 
 class Table(RichTable):
-    """A table of plain text. Cells that are too wide for the terminal are folded, not cut."""
+    """A table of plain text. Cells that are too wide for the terminal are wrapped, not cut."""
 
     def __init__(self, *headings: str, title: str | None = None, is_compact: bool = False) -> None:
         shown = (
@@ -71,12 +74,12 @@ class Table(RichTable):
 
 
 def column(template: str) -> TextColumn:
-    """A column of a progress bar, such as "{task.description}"."""
+    """Return a text column of a progress bar for a template such as "{task.description}"."""
     return TextColumn(template, markup=False)
 
 
 def progress_bar(*columns: ProgressColumn, **options: Any) -> Progress:
-    """A bar on stderr that disappears when it is done."""
+    """Return a progress bar on stderr that disappears when it is complete."""
     columns = columns or (
         column("{task.description}"),
         BarColumn(),

@@ -1,7 +1,8 @@
-"""The watchdog of one rank, a process of its own: python -m alexnet_ddp.runtime.watchdog_process
+"""The watchdog process of one rank: python -m alexnet_ddp.runtime.watchdog_process
 
-It sees the rank's beacon and the end of the rank's life (its standard input closes), and needs nothing else of it: it
-works while the rank is stopped, holds the GIL, or waits in a collective for a rank that is gone. It imports no torch.
+It reads the rank's heartbeat from shared memory and notices the rank's end when its own standard
+input closes. It therefore works while the rank is stopped, holds the GIL, or waits in a collective
+for a lost rank. It imports no torch.
 """
 
 import json
@@ -10,137 +11,124 @@ import select
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from alexnet_ddp.runtime.errors import PeerLost, write_exit_code
 from alexnet_ddp.runtime.files import write_json
-from alexnet_ddp.runtime.heartbeat import WAITING, Heartbeat, Sighting
 from alexnet_ddp.runtime.printing import say
+from alexnet_ddp.runtime.startup import ignore_stop_signals
+from alexnet_ddp.runtime.watchdog import WAITING, Heartbeat, HeartbeatState, Watched
 
-_LOOK_EVERY_S = 0.2
-_TICK_S = 2.0  # a rank that lives and lets its threads run ticks twice a second
-_DUMP_S = 0.7  # for the stacks to be written
-
-
-@dataclass(frozen=True)
-class Watched:
-    """Who is watched, and where a failure is to be told."""
-
-    pid: int
-    rank: int
-    host: str
-    run_dir: str
-    beacon: int  # file descriptors
-    stacks: int
+_CHECK_EVERY_S = 0.2
+_MAX_TICK_AGE_S = 2.0  # a rank whose threads run ticks twice a second
+_DUMP_S = 0.7  # time for faulthandler to write the stacks
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What failure.json says."""
+    """The content of failure.json."""
 
     rank: int
     host: str
     pid: int
-    step: int  # steps that were done
+    step: int  # completed optimizer steps
     phase: str
     cause: str
-    indices: list[int]  # the first ones of the images in work
+    indices: list[int]  # the first images of the current batch
     time: str = ""
-    stacks: str | None = None  # file with the stacks of all threads
+    stacks: str | None = None  # the file with the stacks of all threads
 
     def line(self) -> str:
-        where = f"after step {self.step}, phase: {self.phase}, images {self.indices[:4]}..."
-        end = f"; its stacks: {self.stacks}" if self.stacks else ""
-        return f"alexnet_ddp: rank {self.rank} on {self.host} {self.cause} ({where}){end}"
+        position = f"after step {self.step}, phase: {self.phase}, images {self.indices[:4]}..."
+        stacks = f"; its stacks: {self.stacks}" if self.stacks else ""
+        return f"alexnet_ddp: rank {self.rank} on {self.host} {self.cause} ({position}){stacks}"
 
 
 def watch(rank: Watched) -> None:
-    """Until the rank is gone."""
-    beacon, began, looked = (
-        Heartbeat(os.fdopen(rank.beacon, "r+b", buffering=0)),
-        time.time(),
-        time.monotonic(),
-    )
-    while not select.select([sys.stdin], [], [], _LOOK_EVERY_S)[0]:
-        seen, now = beacon.see(), time.monotonic()
-        if (
-            now - looked > 10 * _LOOK_EVERY_S
-        ):  # we were stopped too, or the machine was asleep: nobody is late
-            beacon.show(seen.limit_s, seen.phase, seen.step, seen.indices)
-            seen = beacon.see()
-        looked = now
-        cause = _hung(rank, seen, now)
+    """Watch `rank` until it ends. Kill it if it hangs; report it if it died."""
+    heartbeat = Heartbeat(os.fdopen(rank.heartbeat_fd, "r+b", buffering=0))
+    started = time.time()
+    checked_at = time.monotonic()
+    while not select.select([sys.stdin], [], [], _CHECK_EVERY_S)[0]:
+        state = heartbeat.read()
+        now = time.monotonic()
+        if now - checked_at > 10 * _CHECK_EVERY_S:
+            # This process was stopped too, or the machine slept: restart the rank's time.
+            heartbeat.report_progress(state.limit_s, state.phase, state.step, state.indices)
+            state = heartbeat.read()
+        checked_at = now
+        cause = _why_hung(rank, state, now)
         if cause:
-            _end(rank, seen, cause, began)
+            _kill(rank, state, cause, started)
             return
-    seen = beacon.see()
-    if seen.phase != "end":
-        _tell(
-            rank,
-            Failure(rank.rank, rank.host, rank.pid, seen.step, seen.phase, "died", seen.indices),
-            began,
-        )
+    state = heartbeat.read()
+    if state.phase != "end":
+        _report(rank, _failure(rank, state, "died"), started)
 
 
-def _hung(rank: Watched, seen: Sighting, now: float) -> str:
-    """Why it is taken for hung; empty while it is not.
+def _why_hung(rank: Watched, state: HeartbeatState, now: float) -> str:
+    """Return why the rank counts as hung, or "" if it does not.
 
-    Who only waits for others in a collective gets more time than who is at fault, so that the one at fault is named.
+    A rank that waits in a collective gets a longer limit, so that the rank which caused the hang is
+    reported first.
     """
-    silent = now - seen.progress_at
-    if silent <= seen.limit_s:
+    silent_s = now - state.progress_at
+    if silent_s <= state.limit_s:
         return ""
     if _is_stopped(rank.pid):
-        return f"made no progress for {silent:.0f} s: it is stopped (SIGSTOP)"
-    if now - seen.ticked_at > _TICK_S:
-        return f"made no progress for {silent:.0f} s: a thread holds the GIL"
-    if seen.phase != WAITING:
-        return f"made no progress for {silent:.0f} s"
-    if silent > seen.limit_s * 1.25 + 2:
-        return f"has waited {silent:.0f} s for the others, of which one is lost"
+        return f"made no progress for {silent_s:.0f} s: it is stopped (SIGSTOP)"
+    if now - state.ticked_at > _MAX_TICK_AGE_S:
+        return f"made no progress for {silent_s:.0f} s: a thread holds the GIL"
+    if state.phase != WAITING:
+        return f"made no progress for {silent_s:.0f} s"
+    if silent_s > state.limit_s * 1.25 + 2:
+        return f"has waited {silent_s:.0f} s for the other ranks, one of which is lost"
     return ""
 
 
-def _end(rank: Watched, seen: Sighting, cause: str, began: float) -> None:
-    """Let it write the stacks of its threads, which needs no GIL, and kill it."""
+def _kill(rank: Watched, state: HeartbeatState, cause: str, started: float) -> None:
+    """Let the rank write the stacks of its threads, which needs no GIL, report it and kill it."""
     stacks = Path(rank.run_dir) / f"stacks-rank-{rank.rank}.txt"
     for number in (signal.SIGUSR2, signal.SIGCONT):
         os.kill(rank.pid, number)
     time.sleep(_DUMP_S)
-    written = os.pread(rank.stacks, 1 << 20, 0)
-    failure = Failure(rank.rank, rank.host, rank.pid, seen.step, seen.phase, cause, seen.indices)
+    written = os.pread(rank.stacks_fd, 1 << 20, 0)
+    failure = _failure(rank, state, cause)
     try:
         stacks.write_bytes(written)
-        failure = Failure(**{**asdict(failure), "stacks": str(stacks)})
+        failure = replace(failure, stacks=str(stacks))
     except OSError as error:
         say(f"alexnet_ddp: {stacks} could not be written: {error}", sys.stderr)
-    _tell(rank, failure, began)
+    _report(rank, failure, started)
     write_exit_code(PeerLost.exit_code)
     os.kill(rank.pid, signal.SIGKILL)
 
 
-def _tell(rank: Watched, failure: Failure, began: float) -> None:
-    """Say it, and write failure.json, unless another rank has said since `began` what went wrong."""
+def _failure(rank: Watched, state: HeartbeatState, cause: str) -> Failure:
+    return Failure(rank.rank, rank.host, rank.pid, state.step, state.phase, cause, state.indices)
+
+
+def _report(rank: Watched, failure: Failure, started: float) -> None:
+    """Print the failure. Write failure.json unless another rank wrote it after `started`."""
     path = Path(rank.run_dir) / "failure.json"
     say(failure.line(), sys.stderr)
     try:
-        if not (path.exists() and path.stat().st_mtime > began):
+        if not (path.exists() and path.stat().st_mtime > started):
             now = datetime.now(UTC).isoformat(timespec="seconds")
             write_json(path, {**asdict(failure), "time": now})
-    except OSError as error:  # the disk may be what is wrong
+    except OSError as error:  # a failing disk may be the cause of the hang
         say(f"alexnet_ddp: {path} could not be written: {error}", sys.stderr)
 
 
 def _is_stopped(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
-    except OSError:  # gone, or no /proc
+    except OSError:  # the process has ended, or there is no /proc
         return False
 
 
 if __name__ == "__main__":
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)  # the rank's business
+    ignore_stop_signals()  # they are meant for the rank
     watch(Watched(**json.loads(sys.argv[1])))

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from alexnet_ddp.checkpoint.background import Groups
-from alexnet_ddp.checkpoint.find import weights_of_run
+from alexnet_ddp.checkpoint.format import weights_of_run
+from alexnet_ddp.checkpoint.manager import Groups, LoadedGroups
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import Batch, Loader, build_loader
 from alexnet_ddp.model import (
@@ -111,7 +111,7 @@ class TrainingParts:
             if tensors or name in ("model", "optimizer")
         }
 
-    def load_state_dict(self, groups: Groups, step: int) -> None:
+    def load_state_dict(self, groups: LoadedGroups, step: int) -> None:
         """Collective. Restore all parts from full tensors, as after `step` steps.
 
         A part that `groups` lacks starts as new. Raises ConfigError if the model does not fit.
@@ -203,7 +203,9 @@ class TrainingParts:
             parts["hook"] = self.parallel_model.hook
         return parts
 
-    def _follow_classes(self, groups: Groups, fresh: nn.Module, quiet: bool = False) -> Groups:
+    def _follow_classes(
+        self, groups: LoadedGroups, fresh: nn.Module, quiet: bool = False
+    ) -> LoadedGroups:
         """Move the head's rows of a checkpoint to the positions of their classes in the data.
 
         fresh: the network as initialised; a class that the checkpoint lacks gets its rows. Rows

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alexnet_ddp import rng
-from alexnet_ddp.runtime.distributed import World, all_equal, gather
+from alexnet_ddp.runtime.distributed import World, all_equal, all_gather
 from alexnet_ddp.runtime.errors import Diverged
 
 _PIECE = 1 << 16  # values per kernel: their weights fit into the cache of a core
@@ -68,7 +68,7 @@ class Replicas:
         if not any(split) and all_equal(sums):
             self._equal_at = step
             return
-        found = gather(sums, self._world).cpu().numpy()
+        found = all_gather(sums, self._world).cpu().numpy()
         if any(split):
             size = next(t.part.group.size for t in tensors.values() if not isinstance(t, Tensor))
             found[:, split] = differences(found[:, split], size)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from alexnet_ddp.checkpoint.identity import DataFacts, first_fingerprint, identity
-from alexnet_ddp.checkpoint.store import Checkpoints
+from alexnet_ddp.checkpoint.identity import DataFacts, identity, labels_fingerprint
+from alexnet_ddp.checkpoint.manager import CheckpointManager
 from alexnet_ddp.config import (
     AUTO,
     AlexNet2012AugmentConfig,
@@ -56,7 +56,7 @@ class RunSetup:
         self.lr: Callable[[int], float] = build_lr_schedule(cfg.scheduler, base_lr, self.budget)
         run_identity = self._identity()
         self._require_same_on_all_ranks(run_identity)
-        self.checkpoints = Checkpoints(
+        self.checkpoints = CheckpointManager(
             cfg.run_dir,
             cfg.checkpoint,
             run_identity,
@@ -131,7 +131,7 @@ def _data_facts(data: ImageSets) -> DataFacts:
     classes, labels = data.train.classes, data.train.labels
     counts = np.bincount(labels, minlength=len(classes)).tolist()
     names = {"ids": classes, "names": data.class_names}
-    return DataFacts(names, counts, first_fingerprint(classes, labels), data.val.fingerprint())
+    return DataFacts(names, counts, labels_fingerprint(classes, labels), data.val.fingerprint())
 
 
 def _description(index: SampleIndex) -> str:

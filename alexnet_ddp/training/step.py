@@ -19,7 +19,7 @@ from alexnet_ddp.model import set_dropout_keys
 from alexnet_ddp.parallel import ParallelModel
 from alexnet_ddp.runtime.distributed import World, any_rank, average, raise_together
 from alexnet_ddp.runtime.errors import DataError, RunError
-from alexnet_ddp.runtime.heartbeat import WAITING
+from alexnet_ddp.runtime.watchdog import WAITING
 from alexnet_ddp.training.ema import EMA
 from alexnet_ddp.training.metrics import Meter
 from alexnet_ddp.training.optim import norms, set_lr
@@ -55,7 +55,7 @@ class TrainStep:
     applies anything before all ranks know that the step is valid.
 
     image_size: pixels, the largest that the run uses. on_phase: called with the next phase, one of
-    runtime.heartbeat.PHASES.
+    runtime.watchdog.PHASES.
     """
 
     def __init__(

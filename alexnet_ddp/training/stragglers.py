@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from alexnet_ddp.runtime.distributed import World, gather
+from alexnet_ddp.runtime.distributed import World, all_gather
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Stragglers:
         if self._world.world_size == 1 or steps == 0:
             return {}
         mine = torch.tensor(seconds, dtype=torch.float32, device=self._world.device)
-        found = gather(mine, self._world).cpu()
+        found = all_gather(mine, self._world).cpu()
         self._window += found
         self._steps, self._wall_s = self._steps + steps, self._wall_s + wall_s
         if self._steps >= _STEPS:

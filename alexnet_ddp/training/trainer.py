@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
-from alexnet_ddp.checkpoint.store import RunState
+from alexnet_ddp.checkpoint.manager import RunState
 from alexnet_ddp.config import Config, OnNan
 from alexnet_ddp.config.door import to_plain, to_yaml
 from alexnet_ddp.data.fill import Skipped
@@ -27,11 +27,10 @@ from alexnet_ddp.runtime.errors import (
     was_asked_to_stop,
     write_start_step,
 )
-from alexnet_ddp.runtime.heartbeat import WAITING
-from alexnet_ddp.runtime.lock import lock_run
+from alexnet_ddp.runtime.files import lock_run
 from alexnet_ddp.runtime.signals import StopSignal
 from alexnet_ddp.runtime.startup import before_exit
-from alexnet_ddp.runtime.watchdog import Watchdog
+from alexnet_ddp.runtime.watchdog import WAITING, Watchdog
 from alexnet_ddp.tracking import (
     RunInfo,
     RunStatus,

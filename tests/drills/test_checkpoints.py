@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from alexnet_ddp.checkpoint import files
-from alexnet_ddp.checkpoint.find import find_newest
-from alexnet_ddp.checkpoint.store import Checkpoints
+from alexnet_ddp.checkpoint import format as ckpt
+from alexnet_ddp.checkpoint.format import find_newest
+from alexnet_ddp.checkpoint.manager import CheckpointManager
 from alexnet_ddp.config import CheckpointConfig, Device
 from alexnet_ddp.runtime.distributed import session
 from tests.drills.harness import Job, assert_same_run
@@ -30,7 +30,7 @@ def save_for_ever(run_dir: str, pipe: Connection) -> None:
     """Each value of a checkpoint is its step. Sends the step whose save begins."""
     os.environ.pop("RANK", None)
     with session(Device.cpu) as world:
-        checkpoints = Checkpoints(Path(run_dir), CheckpointConfig(keep_last=2), {}, world)
+        checkpoints = CheckpointManager(Path(run_dir), CheckpointConfig(keep_last=2), {}, world)
         state, _ = checkpoints.resume("r", allow_changes=False)
         group = {name: torch.empty(500_000) for name in "ab"}
         while True:
@@ -67,13 +67,13 @@ def test_d03_kills_during_a_save_leave_a_loadable_checkpoint(tmp_path, measured,
             while True:
                 begun = here.recv()
         drafts += len(list((tmp_path / "checkpoints").glob(".*")))
-        files.clean_up(tmp_path / "checkpoints")
+        ckpt.clean_up(tmp_path / "checkpoints")
         found = find_newest(tmp_path / "checkpoints")
-        step = 0 if found is None else files.step_of(found)
+        step = 0 if found is None else ckpt.step_of(found)
         assert begun >= step >= max(newest, begun - 1), "this one or the one before"
         if found is not None:
             assert all(
-                (tensor == step).all() for tensor in files.read_tensors(found, "optimizer").values()
+                (tensor == step).all() for tensor in ckpt.read_tensors(found, "optimizer").values()
             )
         loadable += found is not None or begun == 1
         newest = step
@@ -131,7 +131,7 @@ def test_d04_a_writer_that_is_killed_shows_at_once_and_the_next_save_works(new_j
         measured["shown after, steps"] <= 2
     )  # the step that was going on, and one that this test was late
     assert job.wait() == 0, job.said()
-    assert "training goes on, and the checkpoints before it are untouched" in job.said()
+    assert "training continues, and the checkpoints before it are untouched" in job.said()
     assert [row["checkpoint/num_failed"] for row in job.rows("checkpoint/num_failed")][-1] == 1
     assert_same_run(job, calm)
 
@@ -169,16 +169,16 @@ def test_d14_a_full_disk_is_survived_twice_and_the_third_time_ends_with_74(
     assert job.wait() == 74, job.said()
     said = job.said()
     measured["failures survived"] = said.count(
-        "training goes on, and the checkpoints before it are untouched"
+        "training continues, and the checkpoints before it are untouched"
     )
     assert measured["failures survived"] == 2
-    assert "No space left on device); it needs 49 MB, 10 MB are free; make room below" in said
+    assert "No space left on device); it needs 49 MB, 10 MB are free; free some space in" in said
     assert find_newest(job.run_dir / "checkpoints") is not None
     assert not list((job.run_dir / "checkpoints").glob(".*"))
     assert job.status()["exit_code"] == 74
     assert job.run() == 74  # before its first step
     assert (
-        "has 10 MB free, a checkpoint needs 49 MB; make room, or choose another run.root"
+        "has 10 MB free, a checkpoint needs 49 MB; free some space, or choose another run.root"
         in job.said()
     )
     ballast.unlink()
@@ -204,7 +204,7 @@ def test_d15_a_disk_that_turns_read_only_is_survived_twice_and_the_third_time_en
         subprocess.run(["mount", "-o", "remount,bind,ro", str(checkpoints)], check=True)
         assert job.wait() == 74, job.said()
         measured["failures survived"] = job.said()[before:].count(
-            "training goes on, and the checkpoints before it"
+            "training continues, and the checkpoints before it"
         )
         assert measured["failures survived"] == 2
         assert "Read-only file system" in job.said()[before:]
@@ -250,12 +250,12 @@ def test_d17_two_hundred_flipped_bytes_are_all_rejected(calm, tmp_path, measured
             file.write(bytes([byte ^ moments.randrange(1, 256)]))
             file.flush()
             try:
-                files.verify(directory)
-            except files.Rejected:
+                ckpt.verify(directory)
+            except ckpt.Rejected:
                 rejected += 1
             file.seek(offset)
             file.write(bytes([byte]))
-    files.verify(directory)
+    ckpt.verify(directory)
     measured["rejected of 200"] = rejected
     assert rejected == 200
 

@@ -21,7 +21,7 @@ from alexnet_ddp.data.sources.index import index_folder
 from alexnet_ddp.data.sources.shard_index import INDEX
 from alexnet_ddp.data.sources.shards import open_shards
 from alexnet_ddp.data.sources.tars import TarWriter
-from alexnet_ddp.runtime.distributed import gather_objects, session
+from alexnet_ddp.runtime.distributed import all_gather_objects, session
 from alexnet_ddp.training.vote import StepVote, VoteExchange
 from tests.conftest import make_folder
 from tests.drills.harness import PROJECT
@@ -293,9 +293,9 @@ def _rounds(batch_size):
             exchange.start(torch.zeros(()), len(work.indices), StepVote(), torch.zeros(()))
             assert exchange.finish().num_images == len(sampler.batch(work.step))
             seen.append((work.epoch, work.indices.tolist()))
-        epochs = gather_objects(seen)
+        epochs = all_gather_objects(seen)
         rounds = list(evaluation_work(1_003, batch_size, world.rank, world.world_size))
-        evaluated = gather_objects([i for work in rounds for i in work.indices.tolist()])
+        evaluated = all_gather_objects([i for work in rounds for i in work.indices.tolist()])
         return len(seen), epochs, len(rounds), evaluated
 
 

@@ -11,13 +11,13 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from alexnet_ddp.runtime.files import atomic_file
 from alexnet_ddp.runtime.printing import printable
 
 # torchvision's ImageFolder takes the same ones.
@@ -170,14 +170,11 @@ def _save(file: Path, arrays: Arrays) -> None:
     draft = file.with_name(f".{file.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(draft, "wb") as stream:
+        with atomic_file(file, draft) as stream:
             np.savez(stream, **arrays)  # with a CRC for each array, so a torn file is noticed
-        os.replace(draft, file)
     except OSError as error:
         log.warning(
             "the index cannot be cached in %s (%s): the next start builds it again",
             file.parent,
             error,
         )
-        with suppress(OSError):
-            draft.unlink()
