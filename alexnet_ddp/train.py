@@ -21,9 +21,9 @@ from alexnet_ddp import cli
 from alexnet_ddp.checkpoint.store import RunState
 from alexnet_ddp.config import Config, OnNan
 from alexnet_ddp.config.door import to_plain, to_yaml
-from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.quarantine import Quarantine
-from alexnet_ddp.data.sampler import describe_batch, evaluation_work, index_hash, rank_slice
+from alexnet_ddp.data.sampler import describe_batch, evaluation_batches, index_hash, rank_slice
+from alexnet_ddp.data.sources.source import Skipped
 from alexnet_ddp.replay import replay
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.deadline import Deadline
@@ -302,7 +302,7 @@ class Run:
     def evaluate(self) -> None:
         """Collective. Where a stop was asked for, the evaluation is left and made anew when the run goes on."""
         cfg, world = self.cfg.trainer, self.world
-        works = evaluation_work(
+        works = evaluation_batches(
             len(self.training.data.val), cfg.eval_batch_size, world.rank, world.world_size
         )
         num_classes = len(self.training.data.train.classes)

@@ -24,12 +24,12 @@ from alexnet_ddp.config import (
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.decode import centre_into, crop_into, size_of
 from alexnet_ddp.data.effects import Effects
-from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.image import FORMATS
 from alexnet_ddp.data.loader import Loader, build_loader
-from alexnet_ddp.data.sampler import GlobalBatchSampler, Work, evaluation_work
+from alexnet_ddp.data.sampler import GlobalBatchSampler, MicroBatch, evaluation_batches
 from alexnet_ddp.data.sources.index import index_folder
 from alexnet_ddp.data.sources.sets import open_data
+from alexnet_ddp.data.sources.source import Skipped
 from alexnet_ddp.runtime.errors import DataError
 from tests.conftest import make_folder
 
@@ -60,17 +60,18 @@ def loading(fill, num_threads=2, colour=None, device=CPU, image_size=lambda epoc
         loader.close()
 
 
-def works(*sizes: int, epoch: int = 0) -> list[Work]:
+def works(*sizes: int, epoch: int = 0) -> list[MicroBatch]:
     """One Work a step with so many images, counted upwards."""
     ends = np.cumsum(sizes)
     return [
-        Work(k, epoch, np.arange(end - n, end), True) for k, (end, n) in enumerate(zip(ends, sizes))
+        MicroBatch(k, epoch, np.arange(end - n, end), True)
+        for k, (end, n) in enumerate(zip(ends, sizes))
     ]
 
 
-def assert_shows(batch, work: Work) -> None:
+def assert_shows(batch, work: MicroBatch) -> None:
     n = len(work.indices)
-    assert (batch.work.step, batch.work.epoch) == (work.step, work.epoch)
+    assert (batch.micro_batch.step, batch.micro_batch.epoch) == (work.step, work.epoch)
     assert batch.images.shape == (n, SIZE, SIZE, 3)
     assert (batch.images.dtype, batch.labels.dtype, batch.indices.dtype) == (
         torch.uint8,
@@ -100,7 +101,7 @@ def test_batches_arrive_in_order_with_their_labels_indices_and_pixels(num_thread
         time.sleep(0.002 * (indices[0] % 3))  # later batches are often ready first
         return paint(slots, indices, epoch)
 
-    plan = list(GlobalBatchSampler(103, 20, seed=1).work(range(14), 0, 1, None))
+    plan = list(GlobalBatchSampler(103, 20, seed=1).micro_batches(range(14), 0, 1, None))
     with loading(slow, num_threads) as loader:
         for batch, work in zip(loader.batches(plan), plan, strict=True):
             assert_shows(batch, work)
@@ -137,7 +138,9 @@ def test_colours_are_those_of_the_images_and_the_epoch_of_the_work():
     with loading(paint, colour=colour) as loader:
         for batch in loader.batches(works(10, 3, epoch=6)):
             assert batch.effects.colour.dtype == torch.float32
-            assert np.array_equal(batch.effects.colour.numpy(), colour(6, batch.work.indices))
+            assert np.array_equal(
+                batch.effects.colour.numpy(), colour(6, batch.micro_batch.indices)
+            )
     with loading(paint) as loader:
         assert next(loader.batches(works(4))).effects.colour is None
 
@@ -180,8 +183,8 @@ def test_a_batch_stays_as_it_is_until_the_next_is_asked_for():
 
     with loading(fill, num_threads=4) as loader:
         for batch in loader.batches(works(*[8] * 12)):
-            assert becomes(min(12, batch.work.step + 1 + AHEAD), lambda: len(filled))
-            assert_shows(batch, batch.work)
+            assert becomes(min(12, batch.micro_batch.step + 1 + AHEAD), lambda: len(filled))
+            assert_shows(batch, batch.micro_batch)
 
 
 def test_the_images_of_a_batch_are_shared_out_to_the_threads():
@@ -195,7 +198,7 @@ def test_the_images_of_a_batch_are_shared_out_to_the_threads():
 
     with loading(fill, num_threads=3) as loader:
         (batch,) = loader.batches(works(48))
-        assert_shows(batch, batch.work)
+        assert_shows(batch, batch.micro_batch)
     assert len(names) == 3
 
 
@@ -404,7 +407,7 @@ def test_training_images_are_the_same_pixels_whatever_threads_batches_and_ranks(
     ):
         sampler, found = GlobalBatchSampler(40, batch, seed=0), {}
         for rank in range(world_size):
-            plan = sampler.work(range(sampler.steps_per_epoch), rank, world_size, micro)
+            plan = sampler.micro_batches(range(sampler.steps_per_epoch), rank, world_size, micro)
             found |= seen(real_loader(folder, num_threads)[0], plan)
         assert found == expected
 
@@ -425,7 +428,7 @@ def test_a_small_image_that_will_grow_shows_what_the_large_one_shows(tmp_path, a
     for may_grow in (False, True):
         how = build_augment(augment, 0, 32, cfg.eval_resize)
         loader = build_loader(cfg, index, how, 2, CPU, may_grow)
-        (batch,) = loader.batches([Work(0, 0, np.arange(8), True)])
+        (batch,) = loader.batches([MicroBatch(0, 0, np.arange(8), True)])
         images[may_grow] = batch.images.float().permute(0, 3, 1, 2).clone()
         loader.close()
     assert images[True].shape == (8, 3, 16, 16)
@@ -433,7 +436,7 @@ def test_a_small_image_that_will_grow_shows_what_the_large_one_shows(tmp_path, a
 
 
 def test_another_epoch_or_seed_shows_the_images_differently(folder):
-    plan = {epoch: [Work(0, epoch, np.arange(40), True)] for epoch in (0, 1)}
+    plan = {epoch: [MicroBatch(0, epoch, np.arange(40), True)] for epoch in (0, 1)}
     here, later = (seen(real_loader(folder)[0], plan[epoch]) for epoch in (0, 1))
     other = seen(real_loader(folder, seed=1)[0], plan[0])
     assert all(len({here[i], later[i], other[i]}) == 3 for i in range(40))
@@ -443,7 +446,7 @@ def test_another_epoch_or_seed_shows_the_images_differently(folder):
 def test_evaluation_images_are_the_central_crops_with_their_labels(folder, num_threads):
     loader, index = real_loader(folder, num_threads, augment=False, split="val")
     shown = {}
-    for batch in loader.batches(evaluation_work(21, 6, 0, 1)):
+    for batch in loader.batches(evaluation_batches(21, 6, 0, 1)):
         assert batch.labels.tolist() == index.labels[batch.indices].tolist()
         assert batch.effects.colour is None
         shown |= {int(i): image.numpy().copy() for i, image in zip(batch.indices, batch.images)}
@@ -483,7 +486,7 @@ def test_a_bad_image_is_a_data_error_with_path_reason_and_remedy(damaged, augmen
         30: f"{vanished} cannot be read (No such file or directory)",
     }.items():
         with pytest.raises(DataError) as error:
-            list(loader.batches([Work(0, 0, np.array([1, i, 2]), True)]))
+            list(loader.batches([MicroBatch(0, 0, np.array([1, i, 2]), True)]))
         assert str(error.value).startswith(message)
         assert "\n" not in str(error.value)
         assert error.value.exit_code == 65
@@ -492,7 +495,9 @@ def test_a_bad_image_is_a_data_error_with_path_reason_and_remedy(damaged, augmen
 
 @pytest.mark.parametrize("augment", [True, False])
 def test_skipping_leaves_out_exactly_the_bad_images_and_says_why(damaged, augment):
-    clean = seen(real_loader(damaged, augment=augment)[0], [Work(0, 0, np.r_[0:11, 13:40], True)])
+    clean = seen(
+        real_loader(damaged, augment=augment)[0], [MicroBatch(0, 0, np.r_[0:11, 13:40], True)]
+    )
     loader, index = real_loader(damaged, augment=augment, on_bad_image=OnBadImage.skip)
     why = {
         11: ("not an image", ": not an image"),
@@ -502,17 +507,17 @@ def test_skipping_leaves_out_exactly_the_bad_images_and_says_why(damaged, augmen
     gone(index, 30)
     order = np.random.default_rng(0).permutation(40)
     plan = [
-        Work(k, 0, part, True)
+        MicroBatch(k, 0, part, True)
         for k, part in enumerate((order[:37], order[37:], np.array([11, 12, 30]), order))
     ]
     good = [[i for i in work.indices.tolist() if i not in (11, 12, 30)] for work in plan]
     for batch, expected in zip(loader.batches(plan), good, strict=True):
         assert batch.indices.tolist() == expected
         assert sorted(one.index for one in batch.bad) == sorted(
-            set(why) & set(batch.work.indices.tolist())
+            set(why) & set(batch.micro_batch.indices.tolist())
         )
         for one in batch.bad:
-            assert batch.work.indices[one.position] == one.index
+            assert batch.micro_batch.indices[one.position] == one.index
             assert one.kind == why[one.index][0]
             assert one.reason.startswith(index.name(one.index) + why[one.index][1])
         assert batch.labels.tolist() == index.labels[expected].tolist()
@@ -538,10 +543,10 @@ def test_where_images_are_mixed_the_one_before_them_comes_last_and_partners_are_
 
     augment = build_augment(BasicAugmentConfig(mixup_alpha=1.0), 0, SIZE, SIZE)
     plan = [
-        Work(0, 0, np.arange(5, 9), False, 4),
-        Work(0, 0, np.arange(0, 10), False, 17),
-        Work(0, 0, np.array([3]), False, 2),
-        Work(0, 0, np.arange(0), True, None),
+        MicroBatch(0, 0, np.arange(5, 9), False, 4),
+        MicroBatch(0, 0, np.arange(0, 10), False, 17),
+        MicroBatch(0, 0, np.array([3]), False, 2),
+        MicroBatch(0, 0, np.arange(0), True, None),
     ]
     expected = [  # images, own indices, partners
         ([5, 6, 7, 8, 4], [5, 6, 7, 8], [4, 5, 6, 7]),

@@ -137,7 +137,7 @@ def test_a_policy_shows_the_same_pixels_whatever_the_threads_ranks_and_micro_bat
             augment = build_augment(BasicAugmentConfig(policy=policy), 0, 64, 73)
             loader = build_loader(data, index, augment, num_threads, torch.device("cpu"))
             for seen in loader.batches(
-                sampler.work(range(sampler.steps_per_epoch), rank, world_size, micro)
+                sampler.micro_batches(range(sampler.steps_per_epoch), rank, world_size, micro)
             ):
                 found |= {
                     int(i): image.numpy().tobytes() for i, image in zip(seen.indices, seen.images)
@@ -149,7 +149,9 @@ def test_a_policy_shows_the_same_pixels_whatever_the_threads_ranks_and_micro_bat
     plain = build_loader(
         data, index, build_augment(BasicAugmentConfig(), 0, 64, 73), 1, torch.device("cpu")
     )
-    (whole,) = plain.batches(GlobalBatchSampler(103, 103, seed=0).work(range(1), 0, 1, None))
+    (whole,) = plain.batches(
+        GlobalBatchSampler(103, 103, seed=0).micro_batches(range(1), 0, 1, None)
+    )
     plain.close()
     changed = [
         shown[0][int(i)] != image.numpy().tobytes() for i, image in zip(whole.indices, whole.images)
@@ -167,7 +169,13 @@ def test_the_kernels_of_a_policy_run_on_one_thread_and_leave_the_others_theirs()
 
     loader = Loader(fill, np.zeros(103, np.int32), None, lambda epoch: 4, 2, torch.device("cpu"))
     assert (
-        len(list(loader.batches(GlobalBatchSampler(103, 50, seed=0).work(range(3), 0, 1, None))))
+        len(
+            list(
+                loader.batches(
+                    GlobalBatchSampler(103, 50, seed=0).micro_batches(range(3), 0, 1, None)
+                )
+            )
+        )
         == 3
     )
     loader.close()

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from alexnet_ddp.config import Device
-from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.quarantine import Quarantine
 from alexnet_ddp.data.sources.index import index_folder
+from alexnet_ddp.data.sources.source import Skipped
 from alexnet_ddp.runtime.distributed import World, session
 from alexnet_ddp.runtime.errors import DataError
 from tests.ranks import run_ranks

@@ -11,9 +11,9 @@ from alexnet_ddp.config import ConfigError
 from alexnet_ddp.data.sampler import (
     GlobalBatchSampler,
     Windows,
-    evaluation_work,
+    evaluation_batches,
     index_hash,
-    micro_batches,
+    micro_batch_sizes,
     rank_slice,
 )
 
@@ -24,7 +24,7 @@ WORLDS = (1, 2, 3, 4, 5)
 
 def works(sampler, steps, rank=0, world_size=1, micro_batch_size=None):
     """The Works as comparable tuples."""
-    found = sampler.work(steps, rank, world_size, micro_batch_size)
+    found = sampler.micro_batches(steps, rank, world_size, micro_batch_size)
     return [(work.step, work.epoch, work.indices.tolist(), work.is_last) for work in found]
 
 
@@ -34,7 +34,9 @@ def test_every_image_comes_exactly_once_an_epoch(batch, world_size, micro):
     for epoch in (0, 1):
         steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
         parts = [
-            w for rank in range(world_size) for w in sampler.work(steps, rank, world_size, micro)
+            w
+            for rank in range(world_size)
+            for w in sampler.micro_batches(steps, rank, world_size, micro)
         ]
         assert np.array_equal(np.sort(np.concatenate([w.indices for w in parts])), np.arange(N))
         assert {w.epoch for w in parts} == {epoch}
@@ -132,7 +134,7 @@ def test_previous_is_the_image_before_in_the_global_batch_however_it_is_cut(
         whole = sampler.batch(step).tolist()
         before = dict(zip(whole, [whole[-1], *whole[:-1]]))
         for rank in range(world_size):
-            for work in sampler.work(range(step, step + 1), rank, world_size, micro):
+            for work in sampler.micro_batches(range(step, step + 1), rank, world_size, micro):
                 assert work.previous == (before[work.indices[0]] if len(work.indices) else None)
 
 
@@ -190,7 +192,7 @@ def test_only_the_last_work_of_a_step_is_last(micro):
     ("n", "world_size", "micro"), [*product((1, 2, 7, 64, 65), (1, 2, 3, 5, 40), (None, 1, 3, 64))]
 )
 def test_all_ranks_make_the_same_passes_and_none_is_larger_than_its_slots(n, world_size, micro):
-    slots = micro_batches(n, world_size, micro)
+    slots = micro_batch_sizes(n, world_size, micro)
     for rank in range(world_size):
         found = works(GlobalBatchSampler(n, n, seed=0), range(1), rank, world_size, micro)
         assert len(found) == len(slots)
@@ -200,7 +202,7 @@ def test_all_ranks_make_the_same_passes_and_none_is_larger_than_its_slots(n, wor
 
 @pytest.mark.parametrize(("batch", "world_size"), [*product((*BATCHES, 2_000), (*WORLDS, 40))])
 def test_evaluation_deals_whole_batches_of_a_fixed_grid_and_every_image_once(batch, world_size):
-    ranks = [list(evaluation_work(N, batch, rank, world_size)) for rank in range(world_size)]
+    ranks = [list(evaluation_batches(N, batch, rank, world_size)) for rank in range(world_size)]
     assert len({len(found) for found in ranks}) == 1
     for found in ranks:
         assert [work.step for work in found] == list(range(len(found)))

@@ -21,7 +21,7 @@ from alexnet_ddp.config import (
 )
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import build_loader
-from alexnet_ddp.data.sampler import Work
+from alexnet_ddp.data.sampler import MicroBatch
 from alexnet_ddp.data.sources import shard_check
 from alexnet_ddp.data.sources.sets import open_data
 from alexnet_ddp.data.sources.shard_index import INDEX
@@ -88,7 +88,7 @@ def test_batches_are_the_same_pixels_as_from_the_archives(archives, packed, trai
         augment = build_augment(BasicAugmentConfig(), 0, 16, cfg.eval_resize) if training else None
         index = open_data(cfg).train
         loader = build_loader(cfg, index, augment, 3, torch.device("cpu"))
-        works = [Work(k, 1, np.arange(k * 20, min(48, k * 20 + 20)), True) for k in range(3)]
+        works = [MicroBatch(k, 1, np.arange(k * 20, min(48, k * 20 + 20)), True) for k in range(3)]
         found.append([(b.images.clone(), b.labels.clone()) for b in loader.batches(works)])
         loader.close()
     for (images, labels), (others, their_labels) in zip(*found):
@@ -252,7 +252,7 @@ def test_a_raw_image_that_cannot_be_read_is_skipped_where_that_is_asked_for(arch
     for choice, train in sets.items():
         cfg = ShardsConfig(root=str(root), image_size=16, on_bad_image=choice)
         loader = build_loader(cfg, train, build_augment(BasicAugmentConfig(), 0, 16, 18), 1, cpu)
-        batches = loader.batches([Work(0, 0, indices, True)])
+        batches = loader.batches([MicroBatch(0, 0, indices, True)])
         if choice is OnBadImage.skip:
             assert next(batches).indices.tolist() == indices[1:].tolist()
         else:

@@ -9,8 +9,8 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.sources.index import SampleIndex
+from alexnet_ddp.data.sources.source import Skipped
 from alexnet_ddp.runtime.distributed import World, from_main, gather_objects
 from alexnet_ddp.runtime.errors import DataError
 from alexnet_ddp.runtime.files import write_bytes

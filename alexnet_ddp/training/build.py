@@ -28,7 +28,7 @@ from alexnet_ddp.cost_model.choose import choose_guessing, guess
 from alexnet_ddp.cost_model.network import read_network
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import Batch, build_loader
-from alexnet_ddp.data.sampler import build_sampler, micro_batches
+from alexnet_ddp.data.sampler import build_sampler, micro_batch_sizes
 from alexnet_ddp.data.sources.index import SampleIndex
 from alexnet_ddp.data.sources.sets import ImageSets, open_data
 from alexnet_ddp.model import (
@@ -250,7 +250,7 @@ class Training:
             log.info("parallel=auto takes ddp: trainer.compile=true does not go with a hybrid")
             return DDPConfig()
         # All of a step's: a hybrid exchanges activations in each of its passes, ddp its gradients once.
-        images = micro_batches(cfg.trainer.global_batch_size, world.world_size, None)[0]
+        images = micro_batch_sizes(cfg.trainer.global_batch_size, world.world_size, None)[0]
         gpu = torch.cuda.get_device_name() if world.device.type == "cuda" else None
 
         def choose() -> tuple[int, str]:
@@ -271,7 +271,7 @@ class Training:
 
     def _from_here(self) -> Generator[Batch]:
         steps, world = range(self.state.step, self.budget.total_steps), self._world
-        works = self.sampler.work(
+        works = self.sampler.micro_batches(
             steps, world.rank, world.world_size, self._cfg.trainer.micro_batch_size
         )
         return self.train_loader.batches(works)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from alexnet_ddp.config import OnNan, Precision, TrainerConfig
 from alexnet_ddp.data.effects import apply_effects
-from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.loader import Batch
-from alexnet_ddp.data.sampler import micro_batches
+from alexnet_ddp.data.sampler import micro_batch_sizes
+from alexnet_ddp.data.sources.source import Skipped
 from alexnet_ddp.model import set_dropout_keys
 from alexnet_ddp.parallel import ParallelModel
 from alexnet_ddp.runtime.distributed import World, any_rank, average, raise_together, sum_over_ranks
@@ -142,7 +142,7 @@ class TrainStep:
             False,
             True,
         )
-        passes = micro_batches(num_images, self.world.world_size, self.cfg.micro_batch_size)
+        passes = micro_batch_sizes(num_images, self.world.world_size, self.cfg.micro_batch_size)
         while not is_last:
             slots, batch = (
                 passes.pop(0) if passes else 1,
@@ -154,7 +154,7 @@ class TrainStep:
                 try:
                     with self.stopwatch.data():
                         batch = next(batches)
-                    is_last = batch.work.is_last
+                    is_last = batch.micro_batch.is_last
                 except DataError as error:
                     has_data, vote = False, replace(vote, error=error)
             self.on_phase("forward")

@@ -132,7 +132,7 @@ class _Draws:
         return int(self.integers(1, low, high)[0])
 
     def normals(self, shape: tuple[int, ...], sigma: int) -> Ints:
-        """Approximately normal: the sum of a word's four bytes has a standard deviation of 147.8."""
+        """Nearly normal: the sum of the four bytes of a word; its standard deviation is 147.8."""
         words = self._words(math.prod(shape))
         total = (words & 255) + (words >> 8 & 255) + (words >> 16 & 255) + (words >> 24 & 255)
         return ((total - 510) * sigma // 148).reshape(shape)
