@@ -1,7 +1,8 @@
-"""Whether shards are those that index.json was written for: an interrupted copy leaves files of two preparations.
+"""Checks that shards belong to their index.json: an interrupted copy can mix two preparations.
 
-Sizes alone do not show that, for all shards of raw images have one size. The first and the last image of each shard
-are compared with their CRC-32, and the small files with their SHA-256. `prepare action=verify` reads every byte.
+Sizes are not enough, because all shards of raw images have the same size. The first and the last
+image of each shard are compared with their CRC-32, and the small files with their SHA-256.
+`prepare action=verify` reads every byte.
 """
 
 import hashlib
@@ -23,13 +24,15 @@ from alexnet_ddp.runtime.errors import DataError
 
 REMEDY = "copy all files again from one preparation, or prepare the shards again"
 
-_THREADS = 8  # that read shards at once: network file systems answer slowly
+_THREADS = 8  # threads that read shards: network file systems answer slowly
 
 
 def check_split(storage: Storage, entry: dict[str, Any], split: str, samples: np.ndarray) -> None:
-    """Raises DataError naming a local file that is from another preparation than `entry`, the split's in index.json.
+    """Check the local files of a split against `entry`, its entry in index.json.
 
-    What was found right is not read again while size, times and inode of the files are the same.
+    samples: SAMPLE [N], the rows of SPLIT.samples.npy. A successful check is cached until the size,
+    the times or the inode of a file change.
+    Raises DataError, naming a file that is unreadable or from another preparation.
     """
 
     def build(stamps: scan.Stamps) -> scan.Arrays:
@@ -55,13 +58,13 @@ def check_split(storage: Storage, entry: dict[str, Any], split: str, samples: np
 
 
 def stats_of(storage: Storage, split: str) -> list[str]:
-    """The file of the colours, if it is there: training does without it, but not with another preparation's."""
+    """The file name of the colour statistics, if that file exists; it is optional for training."""
     name = f"{split}.stats.json"
     return [name] if storage.size(name) is not None else []
 
 
 def check_file(storage: Storage, name: str, entry: dict[str, Any], sha256: str) -> None:
-    """Raises DataError if `sha256` is not the one that index.json has for the file."""
+    """Raises DataError if `sha256` differs from the one in index.json for the file `name`."""
     if sha256 != entry["files"][name]:
         raise DataError(
             f"{storage.path(name)} is not the one that {INDEX} was written for; {REMEDY}"
@@ -71,9 +74,9 @@ def check_file(storage: Storage, name: str, entry: dict[str, Any], sha256: str) 
 def wrong_shards(
     samples: np.ndarray, paths: list[str], only: Iterable[int] | None = None
 ) -> dict[int, str]:
-    """Shard -> what is wrong, for those whose first or last image is not that of `samples`.
+    """Shards whose first or last image differs from `samples`: {shard: problem}.
 
-    paths: a local file for each shard; only: the shards to look at, by default all.
+    paths: a local file for each shard; only: the shards to check, by default all.
     """
     ends = _ends(samples, len(paths))
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -84,18 +87,14 @@ def wrong_shards(
 
 def _ends(samples: np.ndarray, num_shards: int) -> dict[int, list[tuple[int, int, int]]]:
     """Shard -> (offset, size, CRC-32) of its first and of its last image."""
-    shards, offsets = (
-        np.ascontiguousarray(samples["shard"]),
-        np.ascontiguousarray(samples["offset"]),
-    )
+    shards = np.ascontiguousarray(samples["shard"])
+    offsets = np.ascontiguousarray(samples["offset"])
     if len(shards) and int(shards.max()) >= num_shards:
         raise DataError(
             f"an image is in shard {shards.max():,}, and {INDEX} has {num_shards:,}; {REMEDY}"
         )
-    first, last = (
-        np.full(num_shards, np.iinfo(np.uint64).max, np.uint64),
-        np.zeros(num_shards, np.uint64),
-    )
+    first = np.full(num_shards, np.iinfo(np.uint64).max, np.uint64)
+    last = np.zeros(num_shards, np.uint64)
     np.minimum.at(first, shards, offsets)
     np.maximum.at(last, shards, offsets)
     rows = np.flatnonzero((offsets == first[shards]) | (offsets == last[shards]))

@@ -1,4 +1,4 @@
-"""index.json of packed shards: what there is. It may come from anybody, so nothing in it is believed unseen."""
+"""Reads index.json of packed shards. Untrusted input: every field that becomes a path is validated."""
 
 import json
 import re
@@ -14,15 +14,15 @@ FORMAT = 1  # of the shards and of the index
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What index.json says."""
+    """The content of index.json."""
 
-    classes: list[str] = field(default_factory=list)
-    class_names: list[str] = field(default_factory=list)
-    splits: dict[str, dict[str, Any]] = field(default_factory=dict)
+    classes: list[str] = field(default_factory=list)  # in the order of the labels
+    class_names: list[str] = field(default_factory=list)  # readable names, in the same order
+    splits: dict[str, dict[str, Any]] = field(default_factory=dict)  # split -> files, shards, ...
 
 
 def read_index(storage: Storage) -> ShardIndex | None:
-    """None where nothing is committed. Raises DataError where it is damaged."""
+    """Read index.json; None if there is none yet. Raises DataError if it is damaged, OSError."""
     try:
         content = storage.read(INDEX)
     except FileNotFoundError:
@@ -42,10 +42,12 @@ def read_index(storage: Storage) -> ShardIndex | None:
 
 
 def _check_names(split: str, entry: dict[str, Any]) -> None:
-    """Names become paths below root, hashes become names in the node's cache. Raises ValueError."""
-    missing = {f"{split}.{kind}" for kind in ("samples.npy", "names.txt", "stats.json")} - entry[
-        "files"
-    ].keys()
+    """Validate names, which become paths below root, and hashes, which become names in the cache.
+
+    Raises ValueError.
+    """
+    needed = {f"{split}.{kind}" for kind in ("samples.npy", "names.txt", "stats.json")}
+    missing = needed - entry["files"].keys()
     if missing:
         raise ValueError(f"it has no SHA-256 of {min(missing)}")
     for shard in entry["shards"]:
