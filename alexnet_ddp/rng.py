@@ -66,7 +66,10 @@ def normals(key: int, index: np.ndarray, count: int) -> np.ndarray:
 
 
 def permutation(key: int, n: int) -> np.ndarray:
-    """A permutation of range(n), int64: the order of 64-bit hashes of the indices. 1.28 M in about 50 ms."""
+    """A permutation of range(n), int64 [n]: the indices sorted by their 64-bit hashes.
+
+    1.28 million take about 50 ms.
+    """
     return in_order(key, np.arange(n), high_words(key, n))
 
 

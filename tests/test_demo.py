@@ -137,7 +137,8 @@ def test_a_folder_of_something_else_is_refused_and_not_touched(tmp_path, small):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "thesis.txt").write_text("mine")
     with pytest.raises(
-        DataError, match=r"must be absent, empty or hold a finished demo data set .* choose another"
+        DataError,
+        match=r"must be absent, empty or contain a finished demo data set .* choose another",
     ):
         ensure_demo(tmp_path / "a")
     assert files(tmp_path / "a") == {"thesis.txt": b"mine"}
@@ -172,7 +173,7 @@ def test_a_set_with_lost_images_is_refused(tmp_path, small):
     ensure_demo(tmp_path / "a")
     (tmp_path / "a" / "train" / "star" / "00007.jpg").unlink()
     with pytest.raises(
-        DataError, match=r"holds 29 of the 30 train images .* delete it to have it made anew"
+        DataError, match=r"contains 29 of the 30 train images .* delete it to have it created again"
     ):
         ensure_demo(tmp_path / "a")
 

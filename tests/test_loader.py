@@ -477,7 +477,7 @@ def gone(index, i: int) -> Path:
 @pytest.mark.parametrize("augment", [True, False])
 def test_a_bad_image_is_a_data_error_with_path_reason_and_remedy(damaged, augment):
     loader, index = real_loader(damaged, augment=augment)
-    remedy = "remove or mend it, or leave it out with data.on_bad_image=skip"
+    remedy = "remove or fix it, or leave it out with data.on_bad_image=skip"
     formats = ", ".join(FORMATS)
     vanished = gone(index, 30)
     for i, message in {

@@ -384,7 +384,7 @@ def test_another_number_of_classes_starts_the_head_afresh_and_says_so(tmp_path, 
     head = target[2].weight.clone()
     with caplog.at_level(logging.WARNING):
         load_weights(target, save(source, tmp_path / "w.safetensors"))
-    line = "model.weights: 4 classes in the file, 7 in the data: the head (2.weight, 2.bias) starts afresh"
+    line = "model.weights: 4 classes in the file, 7 in the data: the head (2.weight, 2.bias) starts from its initialisation"
     assert caplog.messages == [line]
     assert torch.equal(target[0].weight, source[0].weight)
     assert torch.equal(target[2].weight, head)

@@ -184,7 +184,7 @@ DAMAGE = {
     ),
     "shard gone": (
         lambda root: (root / "val-000001.tar").unlink(),
-        r"val-000001.tar is not there; copy it again, or",
+        r"val-000001.tar is missing; copy it again, or",
     ),
     "shard cut": (
         lambda root: os.truncate(root / "train-000002.tar", 999),

@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 class NodeCache:
     """Files of `storage` in the folder `directory`, shared by all ranks of a node. Pickles.
 
-    If the files exceed `limit` (bytes), the least recently used ones are deleted. A process that has
-    a deleted file open can still read it.
+    If the files exceed `limit` (bytes), the least recently used ones are deleted. Processes that
+    have a deleted file open can still read it.
     """
 
     storage: Storage

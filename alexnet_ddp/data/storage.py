@@ -1,4 +1,4 @@
-"""A local or remote directory: a path, or any URL that fsspec supports (s3://, gs://, hdfs://, ...).
+"""A local or remote directory: a path, or any URL that fsspec supports (s3://, gs://, hdfs://).
 
 A file is complete or absent: it is written to a temporary file, then renamed or uploaded.
 OSErrors carry the file name; one with an errno is an I/O failure, never a corrupt image.
@@ -37,8 +37,9 @@ class NotAFile(OSError):
 def read_regular(
     path: str, offset: int = 0, size: int | None = None, largest: int | None = None
 ) -> bytes:
-    """Read up to `size` bytes of a regular file from `offset`, by default all. Never blocks on a pipe.
+    """Read up to `size` bytes of a regular file from `offset`, by default all of them.
 
+    Never blocks on a pipe.
     Raises NotAFile for anything but a regular file, for a link without a target and for a file of
     more than `largest` bytes; OSError for I/O failures.
     """
@@ -63,7 +64,10 @@ def absolute(url: str) -> str:
 
 @dataclass(frozen=True)
 class Storage:
-    """Files below `root`; names are relative to it. Pickles; each process opens its own connection."""
+    """Files below `root`; names are relative to it.
+
+    Can be pickled; each process opens its own connection.
+    """
 
     root: str
 
@@ -108,7 +112,7 @@ class Storage:
     def read(
         self, name: str, offset: int = 0, size: int | None = None, largest: int | None = None
     ) -> bytes:
-        """The whole file, or up to `size` bytes from `offset`. Raises NotAFile as read_regular does."""
+        """Read the whole file, or up to `size` bytes from `offset`; see read_regular."""
         if self.is_local:
             return read_regular(self.path(name), offset, size, largest)
         if size is None and largest is not None:

@@ -69,7 +69,7 @@ def test_d20_truncated_images_are_left_out_of_every_epoch_on_any_world_or_end_th
     assert any(str(path) in strict.status()["message"] for path in paths)
     assert few.wait() == 65
     assert (
-        f"more than data.max_bad_images (2); mend or remove those that {few.run_dir}"
+        f"more than data.max_bad_images (2); fix or remove those that {few.run_dir}"
         in few.status()["message"]
     )
 

@@ -124,10 +124,10 @@ class SampleIndex:
     def fingerprint(self) -> str:
         """A string that identifies the data: "v2:" and a SHA-256 (hex).
 
-        It covers the classes, and the label, the name CLASS/FILE and the size of each image. It does
-        not depend on the path of the data, nor on whether folders, archives or shards contain the
-        images. Images that were resized or re-encoded for shards have other sizes, hence another
-        fingerprint. An image replaced by another one of equal size is not detected.
+        It covers the classes, and the label, the name CLASS/FILE and the size of each image. It
+        does not depend on the path of the data, nor on whether folders, archives or shards contain
+        the images. Images that were resized or re-encoded for shards have other sizes, hence
+        another fingerprint. An image replaced by another one of equal size is not detected.
         """
         digest = hashlib.sha256(json.dumps([len(self), self.classes, self.names]).encode())
         digest.update(self.labels.astype("<i4").tobytes())
@@ -280,7 +280,7 @@ class _Listed:
 
 
 def _list_class(top: str) -> _Listed:
-    """The images of `top` and of every visible folder below it, in the order of sorted(os.walk(top)).
+    """The images of `top` and all visible folders below it, in the order of sorted(os.walk(top)).
 
     Links are followed. Raises DataError for a link to a folder that contains it.
     """

@@ -108,8 +108,8 @@ def from_json(array: np.ndarray) -> Any:
 def stamp(path: str | Path) -> list[int]:
     """[size in bytes, mtime in ns, ctime in ns, inode] of a file or folder.
 
-    The modification time alone does not detect a replaced file, because tar, rsync and cp -p set it.
-    On a file system that changes inode numbers with each mount, the only cost is a new scan.
+    The modification time alone does not detect a replaced file, because tar, rsync and cp -p set
+    it. On a file system that changes inode numbers with each mount, the only cost is a new scan.
     """
     found = os.stat(path)
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]

@@ -1,4 +1,4 @@
-"""Reads index.json of packed shards. Untrusted input: every field that becomes a path is validated."""
+"""Reads index.json of packed shards. Untrusted input: names that become paths are validated."""
 
 import json
 import re

@@ -108,7 +108,7 @@ class ShardStore:
         return self._open_for(shard, pread, size, offset)
 
     def read_rows(self, i: int, top: int, rows: np.ndarray) -> None:
-        """Fill `rows`, uint8 [n, raw_size, 3], with raw image `i` from row `top`. Raises OSError."""
+        """Read raw image `i` from row `top` into `rows`, uint8 [n, raw_size, 3]. Raises OSError."""
         shard, offset, *_ = self.samples[i].item()
         at = offset + NPY_HEADER + top * self.raw_size * 3
         count = self._open_for(shard, os.preadv, [rows], at)

@@ -36,9 +36,9 @@ def tar_members(
 ) -> Iterator[Member]:
     """The regular files of the tar archive in bytes [start, stop) of the open file `fd`, in order.
 
-    Reads ustar, GNU (long names, large sizes) and pax headers and verifies their checksums, but does
-    not read the files themselves: about 10 us each. With `may_be_cut`, a last file that is cut short
-    is returned with the bytes that exist.
+    Reads ustar, GNU (long names, large sizes) and pax headers and verifies their checksums, but
+    does not read the files themselves: about 10 us each. With `may_be_cut`, a last file that is cut
+    short is returned with the bytes that exist.
     Raises DataError with `path` and the offset if the archive is cut short, damaged or sparse, or
     contains links, devices or paths that lead out of it.
     """
