@@ -22,7 +22,7 @@ from alexnet_ddp.config import (
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import MicroBatch
-from alexnet_ddp.data.sources import shard_check
+from alexnet_ddp.data.sources import shard_index
 from alexnet_ddp.data.sources.sets import open_data
 from alexnet_ddp.data.sources.shard_index import INDEX
 from alexnet_ddp.data.sources.shards import open_shards
@@ -400,7 +400,7 @@ def test_what_was_found_right_is_not_read_again(two, tmp_path, monkeypatch):
     for path in root.iterdir():
         os.utime(path, ns=(10**18, 10**18))
     first = opened(root)[0]
-    monkeypatch.setattr(shard_check, "wrong_shards", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(shard_index, "wrong_shards", lambda *_: pytest.fail("read again"))
     assert opened(root)[0].fingerprint() == first.fingerprint()
 
 

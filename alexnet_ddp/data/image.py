@@ -1,8 +1,8 @@
 """Opens an image, checks it and converts it to RGB.
 
-No other module passes untrusted bytes to Pillow. Training, evaluation, prediction and preparation use it, so they accept the same files and get the
-same pixels. PIL is imported when the first image is opened, because importing it takes time and the
-fast JPEG path does not need it.
+No other module passes untrusted bytes to Pillow. Training, evaluation, prediction and preparation
+use this one, so they accept the same files and get the same pixels. PIL is imported when the first
+image is opened, because importing it takes time and the fast JPEG path does not need it.
 """
 
 import io

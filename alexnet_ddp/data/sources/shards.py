@@ -23,14 +23,16 @@ import numpy as np
 from alexnet_ddp.config import ConfigError, ShardsConfig, Shuffle
 from alexnet_ddp.data.cache import NodeCache
 from alexnet_ddp.data.sources.index import SampleIndex
-from alexnet_ddp.data.sources.shard_check import (
+from alexnet_ddp.data.sources.shard_index import (
+    INDEX,
     REMEDY,
+    ShardIndex,
     check_file,
     check_split,
+    read_index,
     stats_of,
     wrong_shards,
 )
-from alexnet_ddp.data.sources.shard_index import INDEX, ShardIndex, read_index
 from alexnet_ddp.data.sources.tars import pread, will_need
 from alexnet_ddp.data.storage import Storage, absolute
 from alexnet_ddp.runtime.errors import DataError
