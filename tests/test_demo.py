@@ -78,7 +78,7 @@ def test_files_are_colour_jpegs_of_64_to_80_px_in_many_shapes():
     assert len(shapes) > 30
 
 
-def test_a_complete_set_is_left_alone(tmp_path, small):
+def test_a_complete_set_is_not_changed(tmp_path, small):
     ensure_demo(tmp_path / "a")
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     ensure_demo(tmp_path / "a")
@@ -123,7 +123,7 @@ def test_who_loses_the_race_drops_its_copy_quietly(tmp_path, small, monkeypatch)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_failed_writer_leaves_nothing_behind(tmp_path, small, monkeypatch):
+def test_a_failed_writer_leaves_no_files(tmp_path, small, monkeypatch):
     def fail(split, index):
         raise OSError(28, "No space left on device")
 

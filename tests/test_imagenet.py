@@ -138,7 +138,8 @@ def test_missing_archives_are_named(root, gone, lacks):
     for name in gone:
         (root / name).unlink()
     with pytest.raises(
-        DataError, match=re.escape(f"({root}) lacks {lacks}; put them there as distributed, or arrange")
+        DataError,
+        match=re.escape(f"({root}) lacks {lacks}; put them there as distributed, or arrange"),
     ):
         open_imagenet(root)
 

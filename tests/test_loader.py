@@ -60,8 +60,8 @@ def loading(fill, num_threads=2, colour=None, device=CPU, image_size=lambda epoc
         loader.close()
 
 
-def works(*sizes: int, epoch: int = 0) -> list[MicroBatch]:
-    """One Work a step with so many images, counted upwards."""
+def micro_batches(*sizes: int, epoch: int = 0) -> list[MicroBatch]:
+    """One micro-batch per step, of the given sizes, with consecutive images."""
     ends = np.cumsum(sizes)
     return [
         MicroBatch(k, epoch, np.arange(end - n, end), True)
@@ -69,18 +69,24 @@ def works(*sizes: int, epoch: int = 0) -> list[MicroBatch]:
     ]
 
 
-def assert_shows(batch, work: MicroBatch) -> None:
-    n = len(work.indices)
-    assert (batch.micro_batch.step, batch.micro_batch.epoch) == (work.step, work.epoch)
+def assert_shows(batch, micro_batch: MicroBatch) -> None:
+    n = len(micro_batch.indices)
+    assert (batch.micro_batch.step, batch.micro_batch.epoch) == (
+        micro_batch.step,
+        micro_batch.epoch,
+    )
     assert batch.images.shape == (n, SIZE, SIZE, 3)
     assert (batch.images.dtype, batch.labels.dtype, batch.indices.dtype) == (
         torch.uint8,
         torch.int64,
         torch.int32,
     )
-    assert batch.indices.tolist() == work.indices.tolist()
-    assert batch.labels.tolist() == LABELS[work.indices].tolist()
-    assert (batch.images.numpy() == ((work.indices + work.epoch) % 251)[:, None, None, None]).all()
+    assert batch.indices.tolist() == micro_batch.indices.tolist()
+    assert batch.labels.tolist() == LABELS[micro_batch.indices].tolist()
+    assert (
+        batch.images.numpy()
+        == ((micro_batch.indices + micro_batch.epoch) % 251)[:, None, None, None]
+    ).all()
 
 
 def becomes(expected: int, count) -> bool:
@@ -103,32 +109,32 @@ def test_batches_arrive_in_order_with_their_labels_indices_and_pixels(num_thread
 
     plan = list(GlobalBatchSampler(103, 20, seed=1).micro_batches(range(14), 0, 1, None))
     with loading(slow, num_threads) as loader:
-        for batch, work in zip(loader.batches(plan), plan, strict=True):
-            assert_shows(batch, work)
-    assert {work.epoch for work in plan} == {0, 1, 2}
+        for batch, micro_batch in zip(loader.batches(plan), plan, strict=True):
+            assert_shows(batch, micro_batch)
+    assert {micro_batch.epoch for micro_batch in plan} == {0, 1, 2}
 
 
 def test_smaller_larger_and_empty_batches_are_shown_exactly():
-    plan = works(20, 20, 3, 0, 1, 0, 0, 33, 20, 33, 70, 2, 70, 0)
+    plan = micro_batches(20, 20, 3, 0, 1, 0, 0, 33, 20, 33, 70, 2, 70, 0)
     with loading(paint) as loader:
-        for batch, work in zip(loader.batches(plan), plan, strict=True):
-            assert_shows(batch, work)
+        for batch, micro_batch in zip(loader.batches(plan), plan, strict=True):
+            assert_shows(batch, micro_batch)
 
 
 def test_a_plan_may_begin_with_an_empty_batch_or_have_none_at_all():
-    plan = works(0, 0, 9)
+    plan = micro_batches(0, 0, 9)
     with loading(paint) as loader:
         assert list(loader.batches([])) == []
-        for batch, work in zip(loader.batches(plan), plan, strict=True):
-            assert_shows(batch, work)
+        for batch, micro_batch in zip(loader.batches(plan), plan, strict=True):
+            assert_shows(batch, micro_batch)
 
 
 def test_a_loader_goes_through_one_plan_after_another():
     with loading(paint) as loader:
         for epoch in range(3):
-            plan = works(20, 20, 5, epoch=epoch)
-            for batch, work in zip(loader.batches(plan), plan, strict=True):
-                assert_shows(batch, work)
+            plan = micro_batches(20, 20, 5, epoch=epoch)
+            for batch, micro_batch in zip(loader.batches(plan), plan, strict=True):
+                assert_shows(batch, micro_batch)
 
 
 def test_colours_are_those_of_the_images_and_the_epoch_of_the_work():
@@ -136,13 +142,13 @@ def test_colours_are_those_of_the_images_and_the_epoch_of_the_work():
         return (indices[:, None] + [0, 0.25, epoch]).astype(np.float32)
 
     with loading(paint, colour=colour) as loader:
-        for batch in loader.batches(works(10, 3, epoch=6)):
+        for batch in loader.batches(micro_batches(10, 3, epoch=6)):
             assert batch.effects.colour.dtype == torch.float32
             assert np.array_equal(
                 batch.effects.colour.numpy(), colour(6, batch.micro_batch.indices)
             )
     with loading(paint) as loader:
-        assert next(loader.batches(works(4))).effects.colour is None
+        assert next(loader.batches(micro_batches(4))).effects.colour is None
 
 
 # Ahead, buffers, time
@@ -156,7 +162,7 @@ def test_nothing_is_filled_before_the_first_batch_is_asked_for_and_a_bounded_num
         return paint(slots, indices, epoch)
 
     taken = []
-    plan = (taken.append(work) or work for work in works(*[5] * 30))
+    plan = (taken.append(micro_batch) or micro_batch for micro_batch in micro_batches(*[5] * 30))
     with loading(fill) as loader:
         batches = loader.batches(plan)
         assert becomes(0, lambda: len(filled))
@@ -169,7 +175,9 @@ def test_nothing_is_filled_before_the_first_batch_is_asked_for_and_a_bounded_num
 
 def test_few_buffers_are_used_again_and_again():
     with loading(paint) as loader:
-        places = Counter(batch.images.data_ptr() for batch in loader.batches(works(*[20] * 40, 3)))
+        places = Counter(
+            batch.images.data_ptr() for batch in loader.batches(micro_batches(*[20] * 40, 3))
+        )
     assert len(places) <= AHEAD + 1
     assert min(places.values()) > 1
 
@@ -182,7 +190,7 @@ def test_a_batch_stays_as_it_is_until_the_next_is_asked_for():
         return paint(slots, indices, epoch)
 
     with loading(fill, num_threads=4) as loader:
-        for batch in loader.batches(works(*[8] * 12)):
+        for batch in loader.batches(micro_batches(*[8] * 12)):
             assert becomes(min(12, batch.micro_batch.step + 1 + AHEAD), lambda: len(filled))
             assert_shows(batch, batch.micro_batch)
 
@@ -197,7 +205,7 @@ def test_the_images_of_a_batch_are_shared_out_to_the_threads():
         return paint(slots, indices, epoch)
 
     with loading(fill, num_threads=3) as loader:
-        (batch,) = loader.batches(works(48))
+        (batch,) = loader.batches(micro_batches(48))
         assert_shows(batch, batch.micro_batch)
     assert len(names) == 3
 
@@ -209,7 +217,7 @@ def test_waiting_for_images_is_counted_and_time_spent_elsewhere_is_not():
 
     with loading(slow, num_threads=1) as loader:
         waited = []
-        for _ in loader.batches(works(1, 1)):
+        for _ in loader.batches(micro_batches(1, 1)):
             waited.append(loader.waited_s)
             time.sleep(0.1)
             assert loader.waited_s == waited[-1]
@@ -226,14 +234,19 @@ def test_images_that_grow_have_the_size_of_their_epoch_while_two_sizes_are_on_th
         filled.add((epoch, slots.shape[1:]))
         return paint(slots, indices, epoch)
 
-    plan = [work for epoch in range(5) for work in works(*[num_images] * 4, 3, epoch=epoch)]
+    plan = [
+        micro_batch
+        for epoch in range(5)
+        for micro_batch in micro_batches(*[num_images] * 4, 3, epoch=epoch)
+    ]
     with loading(fill, image_size=sizes.__getitem__) as loader:
-        for batch, work in zip(loader.batches(plan), plan, strict=True):
-            size = sizes[work.epoch]
-            assert batch.images.shape == (len(work.indices), size, size, 3)
+        for batch, micro_batch in zip(loader.batches(plan), plan, strict=True):
+            size = sizes[micro_batch.epoch]
+            assert batch.images.shape == (len(micro_batch.indices), size, size, 3)
             assert batch.images.is_contiguous()
             assert (
-                batch.images.numpy() == ((work.indices + work.epoch) % 251)[:, None, None, None]
+                batch.images.numpy()
+                == ((micro_batch.indices + micro_batch.epoch) % 251)[:, None, None, None]
             ).all()
     assert filled == {(epoch, (size, size, 3)) for epoch, size in enumerate(sizes)}
 
@@ -241,7 +254,7 @@ def test_images_that_grow_have_the_size_of_their_epoch_while_two_sizes_are_on_th
 # Errors and ends
 
 
-def test_an_error_in_a_thread_is_raised_where_its_batch_is_asked_for_and_not_earlier():
+def test_an_error_in_a_thread_is_raised_when_its_batch_is_requested_and_not_earlier():
     failed = threading.Event()
 
     def fill(slots, indices, epoch):
@@ -250,7 +263,7 @@ def test_an_error_in_a_thread_is_raised_where_its_batch_is_asked_for_and_not_ear
             raise DataError("image 23 is broken")
         return paint(slots, indices, epoch)
 
-    plan = works(10, 10, 10, 10)
+    plan = micro_batches(10, 10, 10, 10)
     with loading(fill) as loader:
         batches = loader.batches(plan)
         assert_shows(next(batches), plan[0])
@@ -274,13 +287,13 @@ def test_closing_early_cancels_what_was_not_begun_and_leaves_no_threads():
 
     before = set(threading.enumerate())
     with loading(fill, num_threads=1) as loader:
-        batches = loader.batches(works(*[5] * 30))
+        batches = loader.batches(micro_batches(*[5] * 30))
         next(batches)
         assert begun.wait(5)
         batches.close()
         go_on.set()
         assert_shows(
-            next(loader.batches(works(3))), works(3)[0]
+            next(loader.batches(micro_batches(3))), micro_batches(3)[0]
         )  # queued behind whatever was not cancelled
     assert filled == [0, 5, 0]
     assert set(threading.enumerate()) <= before
@@ -289,7 +302,7 @@ def test_closing_early_cancels_what_was_not_begun_and_leaves_no_threads():
 def test_closing_waits_for_threads_that_are_at_work_and_may_be_repeated():
     before = set(threading.enumerate())
     with loading(paint, num_threads=4) as loader:
-        next(loader.batches(works(*[40] * 5)))
+        next(loader.batches(micro_batches(*[40] * 5)))
         loader.close()
         assert set(threading.enumerate()) <= before
 
@@ -332,7 +345,7 @@ def asked(monkeypatch):
 
 
 def test_memory_is_pinned_for_a_gpu_and_a_buffer_is_filled_again_only_after_its_copy(asked):
-    plan = works(*[6] * 12)
+    plan = micro_batches(*[6] * 12)
     waited_at = []
 
     def fill(slots, indices, epoch):
@@ -340,8 +353,8 @@ def test_memory_is_pinned_for_a_gpu_and_a_buffer_is_filled_again_only_after_its_
         return paint(slots, indices, epoch)
 
     with loading(fill, num_threads=1, device=torch.device("cuda", 0)) as loader:
-        for batch, work in zip(loader.batches(plan), plan, strict=True):
-            assert_shows(batch, work)
+        for batch, micro_batch in zip(loader.batches(plan), plan, strict=True):
+            assert_shows(batch, micro_batch)
     assert set(asked) == {True}
     assert len(asked) <= AHEAD + 1
     assert len(FakeEvent.made) == 12
@@ -353,7 +366,7 @@ def test_memory_is_pinned_for_a_gpu_and_a_buffer_is_filled_again_only_after_its_
 
 def test_on_a_cpu_nothing_is_pinned_and_no_events_are_made(asked):
     with loading(paint) as loader:
-        list(loader.batches(works(*[6] * 5)))
+        list(loader.batches(micro_batches(*[6] * 5)))
     assert set(asked) == {False}
     assert FakeEvent.made == []
 
@@ -386,7 +399,7 @@ def seen(loader: Loader, plan) -> dict[int, bytes]:
         loader.close()
 
 
-def test_training_images_are_the_same_pixels_whatever_threads_batches_and_ranks(folder):
+def test_training_pixels_do_not_depend_on_threads_batches_or_ranks(folder):
     loader, index = real_loader(folder, 1)
     expected = {}
     for i in range(40):
@@ -494,7 +507,7 @@ def test_a_bad_image_is_a_data_error_with_path_reason_and_remedy(damaged, augmen
 
 
 @pytest.mark.parametrize("augment", [True, False])
-def test_skipping_leaves_out_exactly_the_bad_images_and_says_why(damaged, augment):
+def test_skipping_leaves_out_exactly_the_bad_images_and_reports_the_reasons(damaged, augment):
     clean = seen(
         real_loader(damaged, augment=augment)[0], [MicroBatch(0, 0, np.r_[0:11, 13:40], True)]
     )
@@ -510,7 +523,9 @@ def test_skipping_leaves_out_exactly_the_bad_images_and_says_why(damaged, augmen
         MicroBatch(k, 0, part, True)
         for k, part in enumerate((order[:37], order[37:], np.array([11, 12, 30]), order))
     ]
-    good = [[i for i in work.indices.tolist() if i not in (11, 12, 30)] for work in plan]
+    good = [
+        [i for i in micro_batch.indices.tolist() if i not in (11, 12, 30)] for micro_batch in plan
+    ]
     for batch, expected in zip(loader.batches(plan), good, strict=True):
         assert batch.indices.tolist() == expected
         assert sorted(one.index for one in batch.bad) == sorted(
@@ -531,12 +546,12 @@ def test_the_colours_of_a_batch_with_bad_images_are_those_of_the_good_ones():
         return [Skipped(k, i, "", "") for k, i in enumerate(indices) if i in (3, 9, 17)]
 
     with loading(fill, colour=lambda epoch, indices: indices[:, None].astype(np.float32)) as loader:
-        (batch,) = loader.batches(works(20))
+        (batch,) = loader.batches(micro_batches(20))
     assert batch.indices.tolist() == [i for i in range(20) if i not in (3, 9, 17)]
     assert batch.effects.colour[:, 0].tolist() == batch.indices.tolist()
 
 
-def test_where_images_are_mixed_the_one_before_them_comes_last_and_partners_are_the_neighbours():
+def test_with_mixing_the_previous_image_comes_last_and_partners_are_the_neighbours():
     def fill(slots, indices, epoch):
         paint(slots, indices, epoch)
         return [Skipped(k, i, "", "") for k, i in enumerate(indices) if i in (3, 17)]
@@ -580,7 +595,7 @@ def test_synthetic_images_are_the_same_in_every_run_and_batch_and_differ_from_ea
     num_threads,
 ):
     sets = [open_data(synthetic()) for _ in range(2)]
-    plans = [works(50), works(*[7] * 7, 1)]
+    plans = [micro_batches(50), micro_batches(*[7] * 7, 1)]
     augment = build_augment(BasicAugmentConfig(), 0, 16, 18)
     first, second = (
         seen(build_loader(synthetic(), data.train, augment, num_threads, CPU), plan)
@@ -600,5 +615,5 @@ def test_synthetic_sets_have_the_numbers_asked_for_and_every_class():
     assert set(data.val.labels) == set(range(7))
     assert [
         batch.labels.tolist()
-        for batch in build_loader(synthetic(), data.val, None, 1, CPU).batches(works(20))
+        for batch in build_loader(synthetic(), data.val, None, 1, CPU).batches(micro_batches(20))
     ] == [data.val.labels.tolist()]

@@ -88,8 +88,10 @@ def test_batches_are_the_same_pixels_as_from_the_archives(archives, packed, trai
         augment = build_augment(BasicAugmentConfig(), 0, 16, cfg.eval_resize) if training else None
         index = open_data(cfg).train
         loader = build_loader(cfg, index, augment, 3, torch.device("cpu"))
-        works = [MicroBatch(k, 1, np.arange(k * 20, min(48, k * 20 + 20)), True) for k in range(3)]
-        found.append([(b.images.clone(), b.labels.clone()) for b in loader.batches(works)])
+        micro_batches = [
+            MicroBatch(k, 1, np.arange(k * 20, min(48, k * 20 + 20)), True) for k in range(3)
+        ]
+        found.append([(b.images.clone(), b.labels.clone()) for b in loader.batches(micro_batches)])
         loader.close()
     for (images, labels), (others, their_labels) in zip(*found):
         assert torch.equal(images, others)
@@ -238,7 +240,7 @@ def test_raw_shards_are_read_by_rows(archives, tmp_path):
     assert np.array_equal(part, image[5:12])
 
 
-def test_a_raw_image_that_cannot_be_read_is_skipped_where_that_is_asked_for(archives, tmp_path):
+def test_an_unreadable_raw_image_is_skipped_if_the_option_allows_it(archives, tmp_path):
     root = pack(archives, tmp_path / "raw", encoding="raw", size=24, num_shards=1)
     sets = {
         choice: opened(root, on_bad_image=choice)[0]
@@ -270,7 +272,7 @@ def test_the_colour_axes_of_the_shards_come_with_them(packed, archives):
 
 
 @pytest.mark.slow
-def test_a_run_with_colour_noise_is_another_run_where_the_colours_are_others(packed, tmp_path):
+def test_a_run_with_colour_noise_is_another_run_if_the_colours_differ(packed, tmp_path):
     root = Path(shutil.copytree(packed, tmp_path / "shards"))
     overrides = [
         "data=shards",

@@ -16,6 +16,7 @@ import numpy as np
 from alexnet_ddp import rng
 from alexnet_ddp.config import Config, ConfigError, ShardsConfig, Shuffle
 from alexnet_ddp.data.sources.index import SampleIndex
+from alexnet_ddp.data.sources.shards import ShardStore
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def build_sampler(cfg: Config, index: SampleIndex) -> GlobalBatchSampler:
     """The sampler of the training images `index`. Raises ConfigError."""
     windows = None
     if isinstance(cfg.data, ShardsConfig) and cfg.data.shuffle is Shuffle.window:
+        assert isinstance(index.store, ShardStore)
         windows = Windows(index.store.shards, cfg.data.window_shards)
     trainer = cfg.trainer
     return GlobalBatchSampler(
