@@ -270,12 +270,10 @@ def _check_sizes(files: Shards) -> None:
     """Raises DataError if a local shard is missing or has another size than in index.json."""
     for name, expected in zip(files.names, files.sizes):
         size = files.storage.size(name)
-        if size != expected:
-            problem = f"has {size:,} bytes instead of {expected:,}"
-            problem = "is missing" if size is None else problem
-            raise DataError(
-                f"{files.storage.path(name)} {problem}; copy it again, or prepare it again"
-            )
+        if size == expected:
+            continue
+        problem = "is missing" if size is None else f"has {size:,} bytes instead of {expected:,}"
+        raise DataError(f"{files.storage.path(name)} {problem}; copy it again, or prepare it again")
 
 
 def _samples_of(cache: NodeCache, name: str, sha256: str) -> Path:
