@@ -15,7 +15,7 @@ class ImageSource(Protocol):
 
     @property
     def sizes(self) -> np.ndarray:
-        """int64 [N]: bytes of each image, for the fingerprint of the data."""
+        """int64 [N]: bytes of each image, for the fingerprint of the data; empty if unknown."""
         ...
 
     def take(self, positions: np.ndarray) -> Self:
@@ -23,7 +23,7 @@ class ImageSource(Protocol):
         ...
 
     def read(self, i: int) -> bytes:
-        """The encoded bytes of image `i`. Raises OSError, or BadImage if it cannot be an image."""
+        """The encoded bytes of image `i`. Raises OSError; SampleIndex.read() adds the name."""
         ...
 
     def name(self, i: int) -> str:
