@@ -617,3 +617,30 @@ def test_synthetic_sets_have_the_numbers_asked_for_and_every_class():
         batch.labels.tolist()
         for batch in build_loader(synthetic(), data.val, None, 1, CPU).batches(micro_batches(20))
     ] == [data.val.labels.tolist()]
+
+
+def test_a_synthetic_image_has_no_encoded_bytes():
+    images = open_data(synthetic()).train
+    with pytest.raises(
+        DataError, match=r"^synthetic image 3 cannot be read \(synthetic images have"
+    ):
+        images.read(3)
+    assert images.nbytes > 16 * 16 * 3
+
+
+def test_the_loader_announces_each_micro_batch_before_it_is_read():
+    events = []
+
+    def fill(slots, indices, epoch):
+        events.append(("read", indices.tolist()))
+        return []
+
+    def will_need(indices):
+        events.append(("hint", indices.tolist()))
+
+    loader = Loader(fill, LABELS, None, lambda epoch: SIZE, 1, CPU, will_need)
+    list(loader.batches(micro_batches(7, 3)))
+    loader.close()
+    for indices in (list(range(7)), list(range(7, 10))):
+        assert events.index(("hint", indices)) < events.index(("read", indices))
+    assert len(events) == 4
