@@ -28,7 +28,7 @@ from alexnet_ddp.checkpoint.format import (
 )
 from alexnet_ddp.config import Config, ConfigError, Head
 from alexnet_ddp.data.loader import build_loader
-from alexnet_ddp.data.sampler import evaluation_work
+from alexnet_ddp.data.sampler import evaluation_batches
 from alexnet_ddp.data.sources.classes import class_difference
 from alexnet_ddp.data.sources.sets import ImageSets, open_data
 from alexnet_ddp.model import (
@@ -77,7 +77,7 @@ def main(cfg: Config, overrides: list[str]) -> None:
             model, origin = distributed.on_all(lambda: _from_file(cfg, data, *weights), world)
         model.to(world.device, memory_format=torch.channels_last)
         loader = build_loader(cfg.data, data.val, None, world.num_cores, world.device)
-        works = evaluation_work(
+        works = evaluation_batches(
             len(data.val), cfg.trainer.eval_batch_size, world.rank, world.world_size
         )
         batches, num_classes = loader.batches(works), len(data.val.classes)

@@ -20,7 +20,7 @@ from alexnet_ddp import cli
 from alexnet_ddp.config import Config, ConfigError, DDPConfig, Hook, OnNan
 from alexnet_ddp.data.effects import apply_effects
 from alexnet_ddp.data.loader import Batch, Loader
-from alexnet_ddp.data.sampler import GlobalBatchSampler, Work
+from alexnet_ddp.data.sampler import GlobalBatchSampler, MicroBatch
 from alexnet_ddp.model import set_dropout_keys
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.printing import say
@@ -116,12 +116,14 @@ class Replay:
         ):
             yield "all is finite here: not these images and weights, but the machine that ran the step is to blame"
 
-    def _works(self, steps: range, world_size: int) -> Iterator[Work]:
+    def _works(self, steps: range, world_size: int) -> Iterator[MicroBatch]:
         """The forward passes of all ranks one after the other: what is normalised together then is so now."""
         micro = self.train_step.cfg.micro_batch_size
         for step in steps:
             for rank in range(world_size):
-                for work in self.sampler.work(range(step, step + 1), rank, world_size, micro):
+                for work in self.sampler.micro_batches(
+                    range(step, step + 1), rank, world_size, micro
+                ):
                     yield replace(work, is_last=work.is_last and rank == world_size - 1)
 
     def _losses(self, batches: Iterator[Batch], step: int, num_images: int) -> dict[int, float]:
@@ -136,7 +138,7 @@ class Replay:
                 found = cross_entropy(logits, batch, train_step.cfg.label_smoothing, "none")
                 (found.sum() / num_images).backward()
                 losses |= dict(zip(batch.indices.tolist(), found.tolist()))
-            if batch.work.is_last:
+            if batch.micro_batch.is_last:
                 break
         return losses
 

@@ -1,23 +1,24 @@
-"""Randomness without state: hash32(seed, coordinates...), the same on numpy arrays and on torch tensors.
+"""Counter-based random numbers: hash32(key, index), identical for numpy arrays and torch tensors.
 
-Nothing in a run draws from a generator. The order of an epoch, a crop and a dropout mask are functions of where they
-are (seed, epoch, step, index of the image, unit), so threads, ranks, restarts and micro-batches cannot change them.
+A run never draws from a generator. The order of an epoch, a crop or a dropout mask is a function of
+its coordinates (seed, epoch, step, image index, unit), so threads, ranks, restarts and
+micro-batches cannot change it.
 
-The mixer is the 32-bit finaliser found by C. Wellons' search ("lowbias32", hash-prospector, 2018), written with
-signed arithmetic that wraps, because torch has no unsigned multiplication.
+The hash function is the 32-bit finaliser "lowbias32" (C. Wellons, hash-prospector, 2018). It uses
+signed arithmetic that wraps around, because torch has no unsigned multiplication.
 """
 
 from typing import Any
 
 import numpy as np
 
-# One number a use, so that two uses with equal coordinates stay independent.
+# One number per purpose, so that two purposes with equal coordinates are independent.
 ORDER, CROP, FLIP, COLOUR, DROPOUT, SUBSET, SYNTHETIC, POLICY, JITTER, ERASE, MIX, SHARDS = range(
     1, 13
 )
 
 _GOLDEN = 0x9E3779B9
-_AT_ONCE = 1 << 15  # words, in steps that stay in the cache of a core
+_AT_ONCE = 1 << 15  # words per block, which fits in the cache of a core
 
 
 def _signed(x: int) -> int:
@@ -26,7 +27,10 @@ def _signed(x: int) -> int:
 
 
 def mix(x: Any) -> Any:
-    """A bijection of 32-bit words in which each input bit flips half of the output bits. int32 array or tensor."""
+    """A bijection of 32-bit words; each input bit flips about half of the output bits.
+
+    x: int32 array or tensor of any shape; returns the same type and shape.
+    """
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
     x = (x ^ ((x >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
     return x ^ ((x >> 16) & 0xFFFF)
@@ -41,12 +45,15 @@ def fold(key: int, *coordinates: int) -> int:
 
 
 def hash32(key: int, index: Any) -> Any:
-    """Uniform signed 32-bit words for an int32 array or tensor of coordinates. Another key, another sequence."""
+    """Uniform signed 32-bit words for an int32 array or tensor `index`; same type and shape.
+
+    Different keys give independent sequences.
+    """
     return mix(mix(index * _signed(_GOLDEN) ^ _signed(key)) + _signed(key * 0x2545F491 + 1))
 
 
 def uniforms(key: int, index: np.ndarray, count: int) -> np.ndarray:
-    """float64 [n, count] in [0, 1): `count` independent numbers for each of n coordinates."""
+    """float64 [n, count] in [0, 1): `count` independent numbers for each index (int [n])."""
     rows = hash32(key, index.astype(np.int32))[:, None]
     words = mix(rows + mix(np.arange(1, count + 1, dtype=np.int32)))
     return words.view(np.uint32) * 2.0**-32
@@ -59,7 +66,10 @@ def normals(key: int, index: np.ndarray, count: int) -> np.ndarray:
 
 
 def permutation(key: int, n: int) -> np.ndarray:
-    """A permutation of range(n), int64: the order of 64-bit hashes of the indices. 1.28 M in about 50 ms."""
+    """A permutation of range(n), int64 [n]: the indices sorted by their 64-bit hashes.
+
+    1.28 million take about 50 ms.
+    """
     return in_order(key, np.arange(n), high_words(key, n))
 
 
@@ -75,14 +85,16 @@ def high_words(key: int, n: int) -> np.ndarray:
 
 
 def in_order(key: int, members: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """`members`, int64, a part of range(n) whose high words are `high`, as permutation(key, n) orders them."""
-    order = np.argsort(
-        high.astype(np.uint16), kind="stable"
-    )  # a radix sort: half of the bits, then the other half
+    """`members` (int64 [m], a subset of range(n)) in their order in permutation(key, n).
+
+    high: uint32 [m], their high words.
+    """
+    # A radix sort: the lower 16 bits, then the upper 16 bits.
+    order = np.argsort(high.astype(np.uint16), kind="stable")
     order = order[np.argsort((high >> np.uint32(16)).astype(np.uint16)[order], kind="stable")]
     members, high = members[order], high[order]
     ties = np.flatnonzero(high[1:] == high[:-1])
-    if len(ties):  # few: the low words decide
+    if len(ties):  # rare: the low words decide
         at = np.union1d(ties, ties + 1)
         tied = members[at]
         low = hash32(fold(key, 1), tied.astype(np.int32)).view(np.uint32)

@@ -55,7 +55,7 @@ def ours(
     loader, sampler = open_loader(cfg, index), GlobalBatchSampler(len(index), BATCH, seed=0)
 
     def run() -> int:
-        works = sampler.work(range(epochs * sampler.steps_per_epoch), 0, 1, None)
+        works = sampler.micro_batches(range(epochs * sampler.steps_per_epoch), 0, 1, None)
         return sum(
             len(normalise(b.images, None) if on_cpu else b.images) for b in loader.batches(works)
         )
@@ -212,7 +212,9 @@ def resume(report: Report, have: Materials, repetitions: int, step: int) -> None
             GlobalBatchSampler(len(index), BATCH, seed=next(seeds)),
         )
         began = time.perf_counter()
-        batches = loader.batches(sampler.work(range(step, sampler.steps_per_epoch), 0, 1, None))
+        batches = loader.batches(
+            sampler.micro_batches(range(step, sampler.steps_per_epoch), 0, 1, None)
+        )
         next(batches)
         seconds = time.perf_counter() - began
         batches.close()

@@ -68,7 +68,7 @@ def ours(ask: dict) -> Iterator[int]:
         )
         loader = Prefetcher(build_fill(cfg, index, augment), lambda epoch: SIZE, threads, allocate)
     sampler = GlobalBatchSampler(len(index), BATCH, seed=0)
-    for batch in loader.batches(sampler.work(range(sampler.steps_per_epoch), 0, 1, None)):
+    for batch in loader.batches(sampler.micro_batches(range(sampler.steps_per_epoch), 0, 1, None)):
         yield len(batch.images)
 
 

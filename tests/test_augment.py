@@ -55,7 +55,7 @@ def test_random_resized_crop_has_torchvisions_distribution(shape):
     assert_same_distribution(boxes(views_of(shape)), torchvision_boxes(shape, 3_000))
 
 
-def test_the_knobs_of_random_resized_crop_mean_what_torchvisions_mean():
+def test_options_of_random_resized_crop_match_torchvision():
     cfg = BasicAugmentConfig(min_scale=0.3, max_scale=0.6, max_ratio=2.0)
     ours = boxes(views_of((300, 200), cfg=cfg))
     assert_same_distribution(ours, torchvision_boxes((300, 200), 3_000, (0.3, 0.6), (0.5, 2.0)))

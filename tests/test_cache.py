@@ -72,7 +72,7 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if len(path.name) == 64}
 
 
-def test_images_from_far_away_are_those_of_the_shards_here(shards, tmp_path):
+def test_images_of_remote_shards_equal_those_of_local_shards(shards, tmp_path):
     here, there = open_data(ShardsConfig(root=str(shards))), open_data(far(shards, tmp_path))
     assert here.class_names == there.class_names
     for near, distant in ((here.train, there.train), (here.val, there.val)):
@@ -171,7 +171,7 @@ def test_a_hint_fetches_in_the_background(shards, tmp_path):
     assert names_in(tmp_path / "cache") - before == {index.store.files.sha256[2]}
 
 
-def test_a_far_root_needs_a_folder_with_room_for_what_is_read_at_a_time(shards, tmp_path):
+def test_a_remote_root_needs_a_cache_that_is_large_enough_for_the_shuffle(shards, tmp_path):
     with pytest.raises(
         ConfigError, match=r"data.root \(faraway://.*\) needs a folder on each node .*cache_dir=DIR"
     ):

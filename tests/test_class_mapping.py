@@ -357,7 +357,7 @@ def split_rows(root: str, allow: bool) -> dict[str, list]:
 
 
 @pytest.mark.slow
-def test_rows_follow_their_classes_where_the_head_is_split_over_ranks(tmp_path):
+def test_rows_are_matched_to_classes_if_the_head_is_split_over_ranks(tmp_path):
     data = make_images(tmp_path)
     then = run_ranks(split_rows, 2, str(tmp_path), False)[0]
     rename(data, "a", "z")

@@ -83,7 +83,10 @@ def test_there_is_no_warning_if_the_orders_agree_or_names_are_no_numbers(tmp_pat
             ["1", "2", "cat", "dog"],
             r"class_order=numeric needs class names that are whole numbers, .* has cat, dog; use",
         ),
-        (["1", "01", "2"], r"/train has 01, 1, which are one number; rename or join these classes"),
+        (
+            ["1", "01", "2"],
+            r"/train has 01, 1, which are the same number; rename or merge these classes",
+        ),
     ],
 )
 def test_numeric_order_needs_different_numbers(tmp_path, names, message):

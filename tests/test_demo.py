@@ -78,7 +78,7 @@ def test_files_are_colour_jpegs_of_64_to_80_px_in_many_shapes():
     assert len(shapes) > 30
 
 
-def test_a_complete_set_is_left_alone(tmp_path, small):
+def test_a_complete_set_is_not_changed(tmp_path, small):
     ensure_demo(tmp_path / "a")
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     ensure_demo(tmp_path / "a")
@@ -123,7 +123,7 @@ def test_who_loses_the_race_drops_its_copy_quietly(tmp_path, small, monkeypatch)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_failed_writer_leaves_nothing_behind(tmp_path, small, monkeypatch):
+def test_a_failed_writer_leaves_no_files(tmp_path, small, monkeypatch):
     def fail(split, index):
         raise OSError(28, "No space left on device")
 
@@ -137,7 +137,8 @@ def test_a_folder_of_something_else_is_refused_and_not_touched(tmp_path, small):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "thesis.txt").write_text("mine")
     with pytest.raises(
-        DataError, match=r"must be absent, empty or hold a finished demo data set .* choose another"
+        DataError,
+        match=r"must be absent, empty or contain a finished demo data set .* choose another",
     ):
         ensure_demo(tmp_path / "a")
     assert files(tmp_path / "a") == {"thesis.txt": b"mine"}
@@ -172,7 +173,7 @@ def test_a_set_with_lost_images_is_refused(tmp_path, small):
     ensure_demo(tmp_path / "a")
     (tmp_path / "a" / "train" / "star" / "00007.jpg").unlink()
     with pytest.raises(
-        DataError, match=r"holds 29 of the 30 train images .* delete it to have it made anew"
+        DataError, match=r"contains 29 of the 30 train images .* delete it to have it created again"
     ):
         ensure_demo(tmp_path / "a")
 

@@ -255,7 +255,7 @@ def test_with_both_half_of_the_images_are_cut_and_the_others_blended():
     assert torch.equal(m.weight[~is_cut], alone.weight[~is_cut])
 
 
-def test_a_partner_is_the_image_before_or_itself_where_that_one_is_bad():
+def test_a_partner_is_the_previous_image_or_itself_if_that_one_is_bad():
     assert partner_rows(np.arange(5), 4).tolist() == [4, 0, 1, 2]
     assert partner_rows(np.array([0, 2, 3, 4]), 4).tolist() == [
         3,
@@ -321,7 +321,7 @@ def test_the_uses_are_independent_of_each_other():
 
 
 @pytest.mark.parametrize("cfg", [BasicAugmentConfig, AlexNet2012AugmentConfig])
-def test_with_all_knobs_off_there_is_nothing_to_do_and_pixels_are_only_normalised(cfg):
+def test_with_all_options_off_pixels_are_only_normalised(cfg):
     effects = drawn(6, cfg=cfg)
     assert (effects.jitter, effects.erased, effects.mixing) == ({}, None, None)
     assert torch.equal(apply_effects(images(), effects), normalise(images(), effects.colour))

@@ -26,7 +26,7 @@ from alexnet_ddp.config import (
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.effects import apply_effects, normalise
 from alexnet_ddp.data.loader import build_loader
-from alexnet_ddp.data.sampler import GlobalBatchSampler, evaluation_work
+from alexnet_ddp.data.sampler import GlobalBatchSampler, evaluation_batches
 from alexnet_ddp.data.sources.sets import open_data
 from alexnet_ddp.model import build_model, set_dropout_keys
 from alexnet_ddp.parallel import build_parallel
@@ -61,7 +61,9 @@ def steps(num_steps, world, model_cfg=None, trainer=None, data=IMAGES, spoil=Non
     how = how or (NoAugmentConfig() if isinstance(data, SyntheticConfig) else BasicAugmentConfig())
     augment = build_augment(how, 0, 64, 73)
     loader = build_loader(data, images, augment, 1, world.device)
-    works = sampler.work(range(num_steps), world.rank, world.world_size, trainer.micro_batch_size)
+    works = sampler.micro_batches(
+        range(num_steps), world.rank, world.world_size, trainer.micro_batch_size
+    )
     batches, losses = loader.batches(works), []
     for k in range(num_steps):
         if spoil:
@@ -103,9 +105,9 @@ def test_twenty_steps_of_alexnet_equal_a_plain_torch_loop(world):
     )
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     reference = []
-    for batch in loader.batches(sampler.work(range(20), 0, 1, None)):
+    for batch in loader.batches(sampler.micro_batches(range(20), 0, 1, None)):
         x = ((batch.images / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
-        set_dropout_keys(model, 0, batch.work.step, batch.indices)
+        set_dropout_keys(model, 0, batch.micro_batch.step, batch.indices)
         loss = F.cross_entropy(model(x), batch.labels)
         optimizer.zero_grad()
         loss.backward()
@@ -158,13 +160,15 @@ def seen(root, skip, rank, world_size, micro=None):
         data, images, build_augment(EVERYTHING, 0, 48, 55), 2, torch.device("cpu")
     )
     for batch in loader.batches(
-        GlobalBatchSampler(len(images), 17, seed=0).work(range(14), rank, world_size, micro)
+        GlobalBatchSampler(len(images), 17, seed=0).micro_batches(
+            range(14), rank, world_size, micro
+        )
     ):
         if not len(batch.indices):
             continue
         x, mixing = apply_effects(batch.images, batch.effects), batch.effects.mixing
         for k, i in enumerate(batch.indices.tolist()):
-            found[batch.work.step, i] = (
+            found[batch.micro_batch.step, i] = (
                 x[k].numpy().tobytes(),
                 int(mixing.labels[k]),
                 float(mixing.share[k]),
@@ -219,7 +223,7 @@ def statistics_on_a_rank():
         )
         images = open_data(IMAGES).train
         sampler = GlobalBatchSampler(103, 17, seed=0)
-        works = sampler.work(range(3), world.rank, 2, None)
+        works = sampler.micro_batches(range(3), world.rank, 2, None)
         batches = build_loader(IMAGES, images, None, 1, world.device).batches(works)
         for k in range(3):
             step(batches, k, SGD.lr, 17, StepVote())
@@ -249,7 +253,7 @@ def bad_step(what, rank, optimizer_cfg, on_nan, bad=1, num_steps=4):
         images = open_data(IMAGES).train
         sampler = GlobalBatchSampler(103, 17, seed=0)
         batches = build_loader(IMAGES, images, None, 1, world.device).batches(
-            sampler.work(range(num_steps), world.rank, world.world_size, None)
+            sampler.micro_batches(range(num_steps), world.rank, world.world_size, None)
         )
         spoil, layer = False, model.classifier[-1]
         layer.weight.register_hook(
@@ -343,7 +347,9 @@ def test_a_skipped_image_is_a_smaller_batch_with_the_exact_mean(world, image_fol
     loader = build_loader(
         data, images, build_augment(BasicAugmentConfig(), 0, 64, 73), 1, world.device
     )
-    batch = next(loader.batches(GlobalBatchSampler(103, 103, seed=0).work(range(1), 0, 1, None)))
+    batch = next(
+        loader.batches(GlobalBatchSampler(103, 103, seed=0).micro_batches(range(1), 0, 1, None))
+    )
     assert len(batch.labels) == 101
     set_dropout_keys(model, 0, 0, batch.indices)
     loss = F.cross_entropy(model(normalise(batch.images, None)), batch.labels)
@@ -391,7 +397,7 @@ def evaluate_on_a_rank():
         torch.set_num_threads(1)
         model = build_model(AlexNetSmallConfig(), 7, 32, seed=1)
         images = open_data(data).val
-        works = evaluation_work(len(images), 64, world.rank, world.world_size)
+        works = evaluation_batches(len(images), 64, world.rank, world.world_size)
         batches = build_loader(data, images, None, 1, world.device).batches(works)
         result = evaluate(
             model, batches, TrainerConfig(epochs=1, global_batch_size=1), 7, world, StopSignal()
@@ -424,7 +430,7 @@ def stop_in_an_evaluation():
         images, stop = open_data(data).val, StopSignal()
         stop.received = world.rank == 1
         batches = build_loader(data, images, None, 1, world.device).batches(
-            evaluation_work(1003, 8, world.rank, world.world_size)
+            evaluation_batches(1003, 8, world.rank, world.world_size)
         )
         return (
             evaluate(model, batches, TrainerConfig(epochs=1, global_batch_size=1), 7, world, stop)
@@ -442,7 +448,7 @@ def test_a_broken_validation_image_names_itself(world, image_folder, tmp_path):
     data = FolderConfig(root=str(root), image_size=64)
     images = open_data(data).val
     batches = build_loader(data, images, None, 1, world.device).batches(
-        evaluation_work(61, 16, 0, 1)
+        evaluation_batches(61, 16, 0, 1)
     )
     model, trainer = (
         build_model(AlexNetSmallConfig(), 5, 64, 0),

@@ -359,7 +359,7 @@ def test_another_library_that_wants_truncated_images_does_not_get_them_on_any_pa
 
 @pytest.mark.parametrize("error", [TypeError, RuntimeError, SystemError, RecursionError, struct.error, OverflowError,
                                    EOFError, AttributeError, KeyError, OSError, AssertionError])  # fmt: skip
-def test_whatever_a_decoder_raises_is_a_bad_image(error, monkeypatch):
+def test_any_exception_of_a_decoder_is_a_bad_image(error, monkeypatch):
     def failing(*_: object) -> None:
         raise error("<object at 0x7f0011223344>")
 

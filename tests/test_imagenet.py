@@ -138,14 +138,15 @@ def test_missing_archives_are_named(root, gone, lacks):
     for name in gone:
         (root / name).unlink()
     with pytest.raises(
-        DataError, match=re.escape(f"({root}) lacks {lacks}; put them there as distributed, or lay")
+        DataError,
+        match=re.escape(f"({root}) lacks {lacks}; put them there as distributed, or arrange"),
     ):
         open_imagenet(root)
 
 
 def test_a_missing_root_and_a_flat_val_are_explained(root, tmp_path):
     with pytest.raises(
-        DataError, match=r"is not a folder; give the one that holds ILSVRC2012_img_train.tar, "
+        DataError, match=r"is not a folder; give the one that contains ILSVRC2012_img_train.tar, "
     ):
         open_imagenet(tmp_path / "nowhere")
     (root / VAL).unlink()
@@ -208,18 +209,18 @@ def test_a_damaged_header_is_noticed(root):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"readme.txt": b"x"}, "must hold one .tar for each class, got none; copy it again"),
+        ({"readme.txt": b"x"}, "must contain one .tar for each class, got none; copy it again"),
         (
             {"a/n1.tar": tar({"x.JPEG": b"x"}), "n1.tar": tar({"x.JPEG": b"x"})},
             "one .tar for each class, got n1, n1;",
         ),
         (
             {"n1.tar": tar({"x.txt": b"x"}), "n2.tar": tar({"x.JPEG": b"x"})},
-            "holds no images of n1; copy it again",
+            "contains no images of n1; copy it again",
         ),
         (
             {"n1.tar": tar({"a/x.JPEG": b"x", "x.JPEG": b"y"})},
-            "img_train.tar:n1.tar holds x.JPEG twice; copy it again",
+            "img_train.tar:n1.tar contains x.JPEG twice; copy it again",
         ),
     ],
 )
@@ -254,7 +255,7 @@ def test_labels_and_validation_images_must_fit(root):
     write(root / VAL, tar({"ILSVRC2012_val_1.JPEG": b"x"}))
     with pytest.raises(
         DataError,
-        match=r"holds ILSVRC2012_val_1.JPEG; images must be named ILSVRC2012_val_00000001",
+        match=r"contains ILSVRC2012_val_1.JPEG; images must be named ILSVRC2012_val_00000001",
     ):
         open_imagenet(root)
 

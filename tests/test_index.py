@@ -171,7 +171,7 @@ def test_subset_is_fixed_sorted_and_keeps_the_classes(tmp_path):
     assert index.subset(None) is index.subset(33) is index.subset(99) is index
 
 
-def test_fingerprint_follows_classes_labels_names_and_sizes_but_not_where_the_images_lie(tmp_path):
+def test_fingerprint_depends_on_classes_labels_names_and_sizes_but_not_on_the_path(tmp_path):
     one = index_folder(small(tmp_path / "x"), "train")
     assert one.fingerprint() == index_folder(small(tmp_path / "y"), "train").fingerprint()
     assert re.fullmatch("v2:[0-9a-f]{64}", one.fingerprint())

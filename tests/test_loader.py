@@ -24,12 +24,12 @@ from alexnet_ddp.config import (
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.decode import centre_into, crop_into, size_of
 from alexnet_ddp.data.effects import Effects
-from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.image import FORMATS
 from alexnet_ddp.data.loader import Loader, build_loader
-from alexnet_ddp.data.sampler import GlobalBatchSampler, Work, evaluation_work
+from alexnet_ddp.data.sampler import GlobalBatchSampler, MicroBatch, evaluation_batches
 from alexnet_ddp.data.sources.index import index_folder
 from alexnet_ddp.data.sources.sets import open_data
+from alexnet_ddp.data.sources.source import Skipped
 from alexnet_ddp.runtime.errors import DataError
 from tests.conftest import make_folder
 
@@ -60,26 +60,33 @@ def loading(fill, num_threads=2, colour=None, device=CPU, image_size=lambda epoc
         loader.close()
 
 
-def works(*sizes: int, epoch: int = 0) -> list[Work]:
-    """One Work a step with so many images, counted upwards."""
+def micro_batches(*sizes: int, epoch: int = 0) -> list[MicroBatch]:
+    """One micro-batch per step, of the given sizes, with consecutive images."""
     ends = np.cumsum(sizes)
     return [
-        Work(k, epoch, np.arange(end - n, end), True) for k, (end, n) in enumerate(zip(ends, sizes))
+        MicroBatch(k, epoch, np.arange(end - n, end), True)
+        for k, (end, n) in enumerate(zip(ends, sizes))
     ]
 
 
-def assert_shows(batch, work: Work) -> None:
-    n = len(work.indices)
-    assert (batch.work.step, batch.work.epoch) == (work.step, work.epoch)
+def assert_shows(batch, micro_batch: MicroBatch) -> None:
+    n = len(micro_batch.indices)
+    assert (batch.micro_batch.step, batch.micro_batch.epoch) == (
+        micro_batch.step,
+        micro_batch.epoch,
+    )
     assert batch.images.shape == (n, SIZE, SIZE, 3)
     assert (batch.images.dtype, batch.labels.dtype, batch.indices.dtype) == (
         torch.uint8,
         torch.int64,
         torch.int32,
     )
-    assert batch.indices.tolist() == work.indices.tolist()
-    assert batch.labels.tolist() == LABELS[work.indices].tolist()
-    assert (batch.images.numpy() == ((work.indices + work.epoch) % 251)[:, None, None, None]).all()
+    assert batch.indices.tolist() == micro_batch.indices.tolist()
+    assert batch.labels.tolist() == LABELS[micro_batch.indices].tolist()
+    assert (
+        batch.images.numpy()
+        == ((micro_batch.indices + micro_batch.epoch) % 251)[:, None, None, None]
+    ).all()
 
 
 def becomes(expected: int, count) -> bool:
@@ -100,34 +107,34 @@ def test_batches_arrive_in_order_with_their_labels_indices_and_pixels(num_thread
         time.sleep(0.002 * (indices[0] % 3))  # later batches are often ready first
         return paint(slots, indices, epoch)
 
-    plan = list(GlobalBatchSampler(103, 20, seed=1).work(range(14), 0, 1, None))
+    plan = list(GlobalBatchSampler(103, 20, seed=1).micro_batches(range(14), 0, 1, None))
     with loading(slow, num_threads) as loader:
-        for batch, work in zip(loader.batches(plan), plan, strict=True):
-            assert_shows(batch, work)
-    assert {work.epoch for work in plan} == {0, 1, 2}
+        for batch, micro_batch in zip(loader.batches(plan), plan, strict=True):
+            assert_shows(batch, micro_batch)
+    assert {micro_batch.epoch for micro_batch in plan} == {0, 1, 2}
 
 
 def test_smaller_larger_and_empty_batches_are_shown_exactly():
-    plan = works(20, 20, 3, 0, 1, 0, 0, 33, 20, 33, 70, 2, 70, 0)
+    plan = micro_batches(20, 20, 3, 0, 1, 0, 0, 33, 20, 33, 70, 2, 70, 0)
     with loading(paint) as loader:
-        for batch, work in zip(loader.batches(plan), plan, strict=True):
-            assert_shows(batch, work)
+        for batch, micro_batch in zip(loader.batches(plan), plan, strict=True):
+            assert_shows(batch, micro_batch)
 
 
 def test_a_plan_may_begin_with_an_empty_batch_or_have_none_at_all():
-    plan = works(0, 0, 9)
+    plan = micro_batches(0, 0, 9)
     with loading(paint) as loader:
         assert list(loader.batches([])) == []
-        for batch, work in zip(loader.batches(plan), plan, strict=True):
-            assert_shows(batch, work)
+        for batch, micro_batch in zip(loader.batches(plan), plan, strict=True):
+            assert_shows(batch, micro_batch)
 
 
 def test_a_loader_goes_through_one_plan_after_another():
     with loading(paint) as loader:
         for epoch in range(3):
-            plan = works(20, 20, 5, epoch=epoch)
-            for batch, work in zip(loader.batches(plan), plan, strict=True):
-                assert_shows(batch, work)
+            plan = micro_batches(20, 20, 5, epoch=epoch)
+            for batch, micro_batch in zip(loader.batches(plan), plan, strict=True):
+                assert_shows(batch, micro_batch)
 
 
 def test_colours_are_those_of_the_images_and_the_epoch_of_the_work():
@@ -135,11 +142,13 @@ def test_colours_are_those_of_the_images_and_the_epoch_of_the_work():
         return (indices[:, None] + [0, 0.25, epoch]).astype(np.float32)
 
     with loading(paint, colour=colour) as loader:
-        for batch in loader.batches(works(10, 3, epoch=6)):
+        for batch in loader.batches(micro_batches(10, 3, epoch=6)):
             assert batch.effects.colour.dtype == torch.float32
-            assert np.array_equal(batch.effects.colour.numpy(), colour(6, batch.work.indices))
+            assert np.array_equal(
+                batch.effects.colour.numpy(), colour(6, batch.micro_batch.indices)
+            )
     with loading(paint) as loader:
-        assert next(loader.batches(works(4))).effects.colour is None
+        assert next(loader.batches(micro_batches(4))).effects.colour is None
 
 
 # Ahead, buffers, time
@@ -153,7 +162,7 @@ def test_nothing_is_filled_before_the_first_batch_is_asked_for_and_a_bounded_num
         return paint(slots, indices, epoch)
 
     taken = []
-    plan = (taken.append(work) or work for work in works(*[5] * 30))
+    plan = (taken.append(micro_batch) or micro_batch for micro_batch in micro_batches(*[5] * 30))
     with loading(fill) as loader:
         batches = loader.batches(plan)
         assert becomes(0, lambda: len(filled))
@@ -166,7 +175,9 @@ def test_nothing_is_filled_before_the_first_batch_is_asked_for_and_a_bounded_num
 
 def test_few_buffers_are_used_again_and_again():
     with loading(paint) as loader:
-        places = Counter(batch.images.data_ptr() for batch in loader.batches(works(*[20] * 40, 3)))
+        places = Counter(
+            batch.images.data_ptr() for batch in loader.batches(micro_batches(*[20] * 40, 3))
+        )
     assert len(places) <= AHEAD + 1
     assert min(places.values()) > 1
 
@@ -179,9 +190,9 @@ def test_a_batch_stays_as_it_is_until_the_next_is_asked_for():
         return paint(slots, indices, epoch)
 
     with loading(fill, num_threads=4) as loader:
-        for batch in loader.batches(works(*[8] * 12)):
-            assert becomes(min(12, batch.work.step + 1 + AHEAD), lambda: len(filled))
-            assert_shows(batch, batch.work)
+        for batch in loader.batches(micro_batches(*[8] * 12)):
+            assert becomes(min(12, batch.micro_batch.step + 1 + AHEAD), lambda: len(filled))
+            assert_shows(batch, batch.micro_batch)
 
 
 def test_the_images_of_a_batch_are_shared_out_to_the_threads():
@@ -194,8 +205,8 @@ def test_the_images_of_a_batch_are_shared_out_to_the_threads():
         return paint(slots, indices, epoch)
 
     with loading(fill, num_threads=3) as loader:
-        (batch,) = loader.batches(works(48))
-        assert_shows(batch, batch.work)
+        (batch,) = loader.batches(micro_batches(48))
+        assert_shows(batch, batch.micro_batch)
     assert len(names) == 3
 
 
@@ -206,7 +217,7 @@ def test_waiting_for_images_is_counted_and_time_spent_elsewhere_is_not():
 
     with loading(slow, num_threads=1) as loader:
         waited = []
-        for _ in loader.batches(works(1, 1)):
+        for _ in loader.batches(micro_batches(1, 1)):
             waited.append(loader.waited_s)
             time.sleep(0.1)
             assert loader.waited_s == waited[-1]
@@ -223,14 +234,19 @@ def test_images_that_grow_have_the_size_of_their_epoch_while_two_sizes_are_on_th
         filled.add((epoch, slots.shape[1:]))
         return paint(slots, indices, epoch)
 
-    plan = [work for epoch in range(5) for work in works(*[num_images] * 4, 3, epoch=epoch)]
+    plan = [
+        micro_batch
+        for epoch in range(5)
+        for micro_batch in micro_batches(*[num_images] * 4, 3, epoch=epoch)
+    ]
     with loading(fill, image_size=sizes.__getitem__) as loader:
-        for batch, work in zip(loader.batches(plan), plan, strict=True):
-            size = sizes[work.epoch]
-            assert batch.images.shape == (len(work.indices), size, size, 3)
+        for batch, micro_batch in zip(loader.batches(plan), plan, strict=True):
+            size = sizes[micro_batch.epoch]
+            assert batch.images.shape == (len(micro_batch.indices), size, size, 3)
             assert batch.images.is_contiguous()
             assert (
-                batch.images.numpy() == ((work.indices + work.epoch) % 251)[:, None, None, None]
+                batch.images.numpy()
+                == ((micro_batch.indices + micro_batch.epoch) % 251)[:, None, None, None]
             ).all()
     assert filled == {(epoch, (size, size, 3)) for epoch, size in enumerate(sizes)}
 
@@ -238,7 +254,7 @@ def test_images_that_grow_have_the_size_of_their_epoch_while_two_sizes_are_on_th
 # Errors and ends
 
 
-def test_an_error_in_a_thread_is_raised_where_its_batch_is_asked_for_and_not_earlier():
+def test_an_error_in_a_thread_is_raised_when_its_batch_is_requested_and_not_earlier():
     failed = threading.Event()
 
     def fill(slots, indices, epoch):
@@ -247,7 +263,7 @@ def test_an_error_in_a_thread_is_raised_where_its_batch_is_asked_for_and_not_ear
             raise DataError("image 23 is broken")
         return paint(slots, indices, epoch)
 
-    plan = works(10, 10, 10, 10)
+    plan = micro_batches(10, 10, 10, 10)
     with loading(fill) as loader:
         batches = loader.batches(plan)
         assert_shows(next(batches), plan[0])
@@ -271,13 +287,13 @@ def test_closing_early_cancels_what_was_not_begun_and_leaves_no_threads():
 
     before = set(threading.enumerate())
     with loading(fill, num_threads=1) as loader:
-        batches = loader.batches(works(*[5] * 30))
+        batches = loader.batches(micro_batches(*[5] * 30))
         next(batches)
         assert begun.wait(5)
         batches.close()
         go_on.set()
         assert_shows(
-            next(loader.batches(works(3))), works(3)[0]
+            next(loader.batches(micro_batches(3))), micro_batches(3)[0]
         )  # queued behind whatever was not cancelled
     assert filled == [0, 5, 0]
     assert set(threading.enumerate()) <= before
@@ -286,7 +302,7 @@ def test_closing_early_cancels_what_was_not_begun_and_leaves_no_threads():
 def test_closing_waits_for_threads_that_are_at_work_and_may_be_repeated():
     before = set(threading.enumerate())
     with loading(paint, num_threads=4) as loader:
-        next(loader.batches(works(*[40] * 5)))
+        next(loader.batches(micro_batches(*[40] * 5)))
         loader.close()
         assert set(threading.enumerate()) <= before
 
@@ -329,7 +345,7 @@ def asked(monkeypatch):
 
 
 def test_memory_is_pinned_for_a_gpu_and_a_buffer_is_filled_again_only_after_its_copy(asked):
-    plan = works(*[6] * 12)
+    plan = micro_batches(*[6] * 12)
     waited_at = []
 
     def fill(slots, indices, epoch):
@@ -337,8 +353,8 @@ def test_memory_is_pinned_for_a_gpu_and_a_buffer_is_filled_again_only_after_its_
         return paint(slots, indices, epoch)
 
     with loading(fill, num_threads=1, device=torch.device("cuda", 0)) as loader:
-        for batch, work in zip(loader.batches(plan), plan, strict=True):
-            assert_shows(batch, work)
+        for batch, micro_batch in zip(loader.batches(plan), plan, strict=True):
+            assert_shows(batch, micro_batch)
     assert set(asked) == {True}
     assert len(asked) <= AHEAD + 1
     assert len(FakeEvent.made) == 12
@@ -350,7 +366,7 @@ def test_memory_is_pinned_for_a_gpu_and_a_buffer_is_filled_again_only_after_its_
 
 def test_on_a_cpu_nothing_is_pinned_and_no_events_are_made(asked):
     with loading(paint) as loader:
-        list(loader.batches(works(*[6] * 5)))
+        list(loader.batches(micro_batches(*[6] * 5)))
     assert set(asked) == {False}
     assert FakeEvent.made == []
 
@@ -383,7 +399,7 @@ def seen(loader: Loader, plan) -> dict[int, bytes]:
         loader.close()
 
 
-def test_training_images_are_the_same_pixels_whatever_threads_batches_and_ranks(folder):
+def test_training_pixels_do_not_depend_on_threads_batches_or_ranks(folder):
     loader, index = real_loader(folder, 1)
     expected = {}
     for i in range(40):
@@ -404,7 +420,7 @@ def test_training_images_are_the_same_pixels_whatever_threads_batches_and_ranks(
     ):
         sampler, found = GlobalBatchSampler(40, batch, seed=0), {}
         for rank in range(world_size):
-            plan = sampler.work(range(sampler.steps_per_epoch), rank, world_size, micro)
+            plan = sampler.micro_batches(range(sampler.steps_per_epoch), rank, world_size, micro)
             found |= seen(real_loader(folder, num_threads)[0], plan)
         assert found == expected
 
@@ -425,7 +441,7 @@ def test_a_small_image_that_will_grow_shows_what_the_large_one_shows(tmp_path, a
     for may_grow in (False, True):
         how = build_augment(augment, 0, 32, cfg.eval_resize)
         loader = build_loader(cfg, index, how, 2, CPU, may_grow)
-        (batch,) = loader.batches([Work(0, 0, np.arange(8), True)])
+        (batch,) = loader.batches([MicroBatch(0, 0, np.arange(8), True)])
         images[may_grow] = batch.images.float().permute(0, 3, 1, 2).clone()
         loader.close()
     assert images[True].shape == (8, 3, 16, 16)
@@ -433,7 +449,7 @@ def test_a_small_image_that_will_grow_shows_what_the_large_one_shows(tmp_path, a
 
 
 def test_another_epoch_or_seed_shows_the_images_differently(folder):
-    plan = {epoch: [Work(0, epoch, np.arange(40), True)] for epoch in (0, 1)}
+    plan = {epoch: [MicroBatch(0, epoch, np.arange(40), True)] for epoch in (0, 1)}
     here, later = (seen(real_loader(folder)[0], plan[epoch]) for epoch in (0, 1))
     other = seen(real_loader(folder, seed=1)[0], plan[0])
     assert all(len({here[i], later[i], other[i]}) == 3 for i in range(40))
@@ -443,7 +459,7 @@ def test_another_epoch_or_seed_shows_the_images_differently(folder):
 def test_evaluation_images_are_the_central_crops_with_their_labels(folder, num_threads):
     loader, index = real_loader(folder, num_threads, augment=False, split="val")
     shown = {}
-    for batch in loader.batches(evaluation_work(21, 6, 0, 1)):
+    for batch in loader.batches(evaluation_batches(21, 6, 0, 1)):
         assert batch.labels.tolist() == index.labels[batch.indices].tolist()
         assert batch.effects.colour is None
         shown |= {int(i): image.numpy().copy() for i, image in zip(batch.indices, batch.images)}
@@ -474,7 +490,7 @@ def gone(index, i: int) -> Path:
 @pytest.mark.parametrize("augment", [True, False])
 def test_a_bad_image_is_a_data_error_with_path_reason_and_remedy(damaged, augment):
     loader, index = real_loader(damaged, augment=augment)
-    remedy = "remove or mend it, or leave it out with data.on_bad_image=skip"
+    remedy = "remove or fix it, or leave it out with data.on_bad_image=skip"
     formats = ", ".join(FORMATS)
     vanished = gone(index, 30)
     for i, message in {
@@ -483,7 +499,7 @@ def test_a_bad_image_is_a_data_error_with_path_reason_and_remedy(damaged, augmen
         30: f"{vanished} cannot be read (No such file or directory)",
     }.items():
         with pytest.raises(DataError) as error:
-            list(loader.batches([Work(0, 0, np.array([1, i, 2]), True)]))
+            list(loader.batches([MicroBatch(0, 0, np.array([1, i, 2]), True)]))
         assert str(error.value).startswith(message)
         assert "\n" not in str(error.value)
         assert error.value.exit_code == 65
@@ -491,8 +507,10 @@ def test_a_bad_image_is_a_data_error_with_path_reason_and_remedy(damaged, augmen
 
 
 @pytest.mark.parametrize("augment", [True, False])
-def test_skipping_leaves_out_exactly_the_bad_images_and_says_why(damaged, augment):
-    clean = seen(real_loader(damaged, augment=augment)[0], [Work(0, 0, np.r_[0:11, 13:40], True)])
+def test_skipping_leaves_out_exactly_the_bad_images_and_reports_the_reasons(damaged, augment):
+    clean = seen(
+        real_loader(damaged, augment=augment)[0], [MicroBatch(0, 0, np.r_[0:11, 13:40], True)]
+    )
     loader, index = real_loader(damaged, augment=augment, on_bad_image=OnBadImage.skip)
     why = {
         11: ("not an image", ": not an image"),
@@ -502,17 +520,19 @@ def test_skipping_leaves_out_exactly_the_bad_images_and_says_why(damaged, augmen
     gone(index, 30)
     order = np.random.default_rng(0).permutation(40)
     plan = [
-        Work(k, 0, part, True)
+        MicroBatch(k, 0, part, True)
         for k, part in enumerate((order[:37], order[37:], np.array([11, 12, 30]), order))
     ]
-    good = [[i for i in work.indices.tolist() if i not in (11, 12, 30)] for work in plan]
+    good = [
+        [i for i in micro_batch.indices.tolist() if i not in (11, 12, 30)] for micro_batch in plan
+    ]
     for batch, expected in zip(loader.batches(plan), good, strict=True):
         assert batch.indices.tolist() == expected
         assert sorted(one.index for one in batch.bad) == sorted(
-            set(why) & set(batch.work.indices.tolist())
+            set(why) & set(batch.micro_batch.indices.tolist())
         )
         for one in batch.bad:
-            assert batch.work.indices[one.position] == one.index
+            assert batch.micro_batch.indices[one.position] == one.index
             assert one.kind == why[one.index][0]
             assert one.reason.startswith(index.name(one.index) + why[one.index][1])
         assert batch.labels.tolist() == index.labels[expected].tolist()
@@ -526,22 +546,22 @@ def test_the_colours_of_a_batch_with_bad_images_are_those_of_the_good_ones():
         return [Skipped(k, i, "", "") for k, i in enumerate(indices) if i in (3, 9, 17)]
 
     with loading(fill, colour=lambda epoch, indices: indices[:, None].astype(np.float32)) as loader:
-        (batch,) = loader.batches(works(20))
+        (batch,) = loader.batches(micro_batches(20))
     assert batch.indices.tolist() == [i for i in range(20) if i not in (3, 9, 17)]
     assert batch.effects.colour[:, 0].tolist() == batch.indices.tolist()
 
 
-def test_where_images_are_mixed_the_one_before_them_comes_last_and_partners_are_the_neighbours():
+def test_with_mixing_the_previous_image_comes_last_and_partners_are_the_neighbours():
     def fill(slots, indices, epoch):
         paint(slots, indices, epoch)
         return [Skipped(k, i, "", "") for k, i in enumerate(indices) if i in (3, 17)]
 
     augment = build_augment(BasicAugmentConfig(mixup_alpha=1.0), 0, SIZE, SIZE)
     plan = [
-        Work(0, 0, np.arange(5, 9), False, 4),
-        Work(0, 0, np.arange(0, 10), False, 17),
-        Work(0, 0, np.array([3]), False, 2),
-        Work(0, 0, np.arange(0), True, None),
+        MicroBatch(0, 0, np.arange(5, 9), False, 4),
+        MicroBatch(0, 0, np.arange(0, 10), False, 17),
+        MicroBatch(0, 0, np.array([3]), False, 2),
+        MicroBatch(0, 0, np.arange(0), True, None),
     ]
     expected = [  # images, own indices, partners
         ([5, 6, 7, 8, 4], [5, 6, 7, 8], [4, 5, 6, 7]),
@@ -575,7 +595,7 @@ def test_synthetic_images_are_the_same_in_every_run_and_batch_and_differ_from_ea
     num_threads,
 ):
     sets = [open_data(synthetic()) for _ in range(2)]
-    plans = [works(50), works(*[7] * 7, 1)]
+    plans = [micro_batches(50), micro_batches(*[7] * 7, 1)]
     augment = build_augment(BasicAugmentConfig(), 0, 16, 18)
     first, second = (
         seen(build_loader(synthetic(), data.train, augment, num_threads, CPU), plan)
@@ -595,5 +615,32 @@ def test_synthetic_sets_have_the_numbers_asked_for_and_every_class():
     assert set(data.val.labels) == set(range(7))
     assert [
         batch.labels.tolist()
-        for batch in build_loader(synthetic(), data.val, None, 1, CPU).batches(works(20))
+        for batch in build_loader(synthetic(), data.val, None, 1, CPU).batches(micro_batches(20))
     ] == [data.val.labels.tolist()]
+
+
+def test_a_synthetic_image_has_no_encoded_bytes():
+    images = open_data(synthetic()).train
+    with pytest.raises(
+        DataError, match=r"^synthetic image 3 cannot be read \(synthetic images have"
+    ):
+        images.read(3)
+    assert images.nbytes > 16 * 16 * 3
+
+
+def test_the_loader_announces_each_micro_batch_before_it_is_read():
+    events = []
+
+    def fill(slots, indices, epoch):
+        events.append(("read", indices.tolist()))
+        return []
+
+    def will_need(indices):
+        events.append(("hint", indices.tolist()))
+
+    loader = Loader(fill, LABELS, None, lambda epoch: SIZE, 1, CPU, will_need)
+    list(loader.batches(micro_batches(7, 3)))
+    loader.close()
+    for indices in (list(range(7)), list(range(7, 10))):
+        assert events.index(("hint", indices)) < events.index(("read", indices))
+    assert len(events) == 4

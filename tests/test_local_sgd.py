@@ -40,7 +40,7 @@ def batches_of(rank: int, world_size: int, num_steps: int):
     loader = build_loader(
         IMAGES, data, build_augment(NoAugmentConfig(), 0, 64, 73), 1, torch.device("cpu")
     )
-    batches = loader.batches(sampler.work(range(num_steps), rank, world_size, None))
+    batches = loader.batches(sampler.micro_batches(range(num_steps), rank, world_size, None))
     for step in range(num_steps):
         yield next(batches), len(sampler.batch(step))
     loader.close()

@@ -177,7 +177,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(small):
     )
 
 
-def test_building_a_model_leaves_the_global_generator_where_it_was():
+def test_building_a_model_does_not_change_the_global_generator():
     torch.manual_seed(123)
     before = torch.get_rng_state()
     build(TorchvisionConfig(name="squeezenet1_1"), seed=7)
@@ -379,18 +379,18 @@ def test_a_model_can_be_built_from_a_weight_file(tmp_path, small):
     assert all(torch.equal(t, small.state_dict()[n]) for n, t in built.state_dict().items())
 
 
-def test_another_number_of_classes_starts_the_head_afresh_and_says_so(tmp_path, caplog):
+def test_another_number_of_classes_reinitialises_the_head_with_a_warning(tmp_path, caplog):
     source, target = net(classes=4), net(classes=7)
     head = target[2].weight.clone()
     with caplog.at_level(logging.WARNING):
         load_weights(target, save(source, tmp_path / "w.safetensors"))
-    line = "model.weights: 4 classes in the file, 7 in the data: the head (2.weight, 2.bias) starts afresh"
+    line = "model.weights: 4 classes in the file, 7 in the data: the head (2.weight, 2.bias) starts from its initialisation"
     assert caplog.messages == [line]
     assert torch.equal(target[0].weight, source[0].weight)
     assert torch.equal(target[2].weight, head)
 
 
-def test_another_number_of_classes_is_refused_where_the_head_matters(tmp_path):
+def test_another_number_of_classes_is_refused_if_the_head_is_needed(tmp_path):
     with pytest.raises(ConfigError, match="does not fit the model"):
         load_weights(net(classes=7), save(net(classes=4), tmp_path / "w.safetensors"), head=None)
 

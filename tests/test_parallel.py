@@ -86,7 +86,9 @@ def trained(parallel, num_steps, trainer=TRAINER, make=small_alexnet, optimizer=
             IMAGES, data, build_augment(NoAugmentConfig(), 0, 64, 73), 1, world.device
         )
         batches = loader.batches(
-            sampler.work(range(num_steps), world.rank, world.world_size, trainer.micro_batch_size)
+            sampler.micro_batches(
+                range(num_steps), world.rank, world.world_size, trainer.micro_batch_size
+            )
         )
         losses, norms = [], []
         for k in range(num_steps):
@@ -349,7 +351,7 @@ def powersgd_goes_on():
                 load_state_by_name(optimizer, model, saved["optimizer"])
             wrapped.hook.go_on(steps.start, saved["hook"] if saved else {})
             batches, losses = (
-                loader.batches(sampler.work(steps, world.rank, world.world_size, None)),
+                loader.batches(sampler.micro_batches(steps, world.rank, world.world_size, None)),
                 [],
             )
             for k in steps:

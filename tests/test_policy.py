@@ -105,7 +105,7 @@ def test_trivialaugment_draws_one_operation_and_its_magnitude_evenly():
     assert stats.chisquare([bins[k] for k in range(NUM_BINS)]).pvalue > 1e-3
 
 
-def test_the_knobs_of_randaugment_are_heeded():
+def test_the_options_of_randaugment_take_effect():
     assert {len(steps) for steps in drawn(10, policy=Policy.randaugment, num_ops=5)} == {5}
     found = drawn(2_000, policy=Policy.randaugment, magnitude=30)
     assert {abs(amount) for steps in found for name, amount in steps if name == "Rotate"} == {30.0}
@@ -126,9 +126,7 @@ def test_operations_depend_on_seed_epoch_and_index_only_and_not_on_the_batch(pol
 
 
 @pytest.mark.parametrize("policy", THEIRS)
-def test_a_policy_shows_the_same_pixels_whatever_the_threads_ranks_and_micro_batches(
-    image_folder, policy
-):
+def test_pixels_of_a_policy_do_not_depend_on_threads_ranks_or_micro_batches(image_folder, policy):
     data = FolderConfig(root=str(image_folder), image_size=64)
     index, shown = open_data(data).train, []
     for num_threads, batch, world_size, micro in ((1, 103, 1, None), (3, 17, 1, 5), (2, 40, 3, 7)):
@@ -137,7 +135,7 @@ def test_a_policy_shows_the_same_pixels_whatever_the_threads_ranks_and_micro_bat
             augment = build_augment(BasicAugmentConfig(policy=policy), 0, 64, 73)
             loader = build_loader(data, index, augment, num_threads, torch.device("cpu"))
             for seen in loader.batches(
-                sampler.work(range(sampler.steps_per_epoch), rank, world_size, micro)
+                sampler.micro_batches(range(sampler.steps_per_epoch), rank, world_size, micro)
             ):
                 found |= {
                     int(i): image.numpy().tobytes() for i, image in zip(seen.indices, seen.images)
@@ -149,7 +147,9 @@ def test_a_policy_shows_the_same_pixels_whatever_the_threads_ranks_and_micro_bat
     plain = build_loader(
         data, index, build_augment(BasicAugmentConfig(), 0, 64, 73), 1, torch.device("cpu")
     )
-    (whole,) = plain.batches(GlobalBatchSampler(103, 103, seed=0).work(range(1), 0, 1, None))
+    (whole,) = plain.batches(
+        GlobalBatchSampler(103, 103, seed=0).micro_batches(range(1), 0, 1, None)
+    )
     plain.close()
     changed = [
         shown[0][int(i)] != image.numpy().tobytes() for i, image in zip(whole.indices, whole.images)
@@ -167,7 +167,13 @@ def test_the_kernels_of_a_policy_run_on_one_thread_and_leave_the_others_theirs()
 
     loader = Loader(fill, np.zeros(103, np.int32), None, lambda epoch: 4, 2, torch.device("cpu"))
     assert (
-        len(list(loader.batches(GlobalBatchSampler(103, 50, seed=0).work(range(3), 0, 1, None))))
+        len(
+            list(
+                loader.batches(
+                    GlobalBatchSampler(103, 50, seed=0).micro_batches(range(3), 0, 1, None)
+                )
+            )
+        )
         == 3
     )
     loader.close()

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from alexnet_ddp.config import Device
-from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.quarantine import Quarantine
 from alexnet_ddp.data.sources.index import index_folder
+from alexnet_ddp.data.sources.source import Skipped
 from alexnet_ddp.runtime.distributed import World, session
 from alexnet_ddp.runtime.errors import DataError
 from tests.ranks import run_ranks
@@ -91,9 +91,7 @@ def test_more_bad_training_images_than_allowed_end_the_run_after_they_were_liste
     with pytest.raises(DataError) as error:
         quarantine.note("train", bad(1, 3), 9, 1.1)
     assert error.value.exit_code == 65
-    rule = (
-        "3 training images are bad, more than data.max_bad_images (2); mend or remove those that "
-    )
+    rule = "3 training images are bad, more than data.max_bad_images (2); fix or remove those that "
     assert str(error.value) == f"{rule}{tmp_path}/quarantine.jsonl lists, or allow more"
     assert len(listed(tmp_path)) == 13
 

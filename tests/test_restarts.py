@@ -74,7 +74,7 @@ def test_a_crop_of_a_cut_is_that_of_the_whole_at_every_scale_of_the_decoder(size
         assert np.array_equal(slot, other), box
 
 
-def test_without_a_table_or_where_all_is_needed_nothing_is_cut():
+def test_without_a_table_or_if_the_whole_image_is_needed_nothing_is_cut():
     out = io.BytesIO()
     photo(64, 64).save(out, "JPEG", restart_marker_blocks=2)
     assert restarts.cut(out.getvalue(), (0, 0, 16, 16)) is None
@@ -103,7 +103,7 @@ def test_a_segment_too_long_for_the_table_leaves_the_file_as_it_was():
     assert restarts.with_table(out.getvalue(), 700) == out.getvalue()
 
 
-def test_a_file_cut_short_is_a_bad_image_whatever_part_is_wanted():
+def test_a_file_cut_short_is_a_bad_image_for_any_crop():
     data, slot = packed(341, 256), np.empty((64, 64, 3), np.uint8)
     for end in (len(data) - 600, len(data) // 2):
         with pytest.raises(BadImage, match="damaged"):
@@ -120,7 +120,7 @@ def test_an_edited_file_that_kept_the_comment_is_decoded_as_what_it_is():
     assert np.array_equal(slot, pixels(edited)[20:70, 10:60])
 
 
-def test_whatever_is_damaged_in_the_headers_it_is_a_bad_image_or_it_is_decoded():
+def test_a_jpeg_with_any_damaged_header_is_a_bad_image_or_is_decoded():
     data, rng, slot = packed(96, 64), np.random.default_rng(0), np.empty((16, 16, 3), np.uint8)
     end, bad = data.index(b"\xff\xda"), 0
     for _ in range(1_500):

@@ -56,7 +56,7 @@ def test_mix_is_lowbias32_and_known_words_are_pinned():
     assert unsigned(mixed).tolist() == PINNED_MIX
 
 
-def test_mix_is_a_bijection_where_each_input_bit_flips_half_of_the_output_bits():
+def test_mix_is_a_bijection_and_each_input_bit_flips_half_of_the_output_bits():
     words = rng.hash32(5, MANY[: 1 << 13])
     assert len(np.unique(rng.mix(MANY))) == len(MANY)
     for bit in range(32):

@@ -11,9 +11,9 @@ from alexnet_ddp.config import ConfigError
 from alexnet_ddp.data.sampler import (
     GlobalBatchSampler,
     Windows,
-    evaluation_work,
+    evaluation_batches,
     index_hash,
-    micro_batches,
+    micro_batch_sizes,
     rank_slice,
 )
 
@@ -22,10 +22,13 @@ BATCHES = (7, 64)
 WORLDS = (1, 2, 3, 4, 5)
 
 
-def works(sampler, steps, rank=0, world_size=1, micro_batch_size=None):
+def plan_of(sampler, steps, rank=0, world_size=1, micro_batch_size=None):
     """The Works as comparable tuples."""
-    found = sampler.work(steps, rank, world_size, micro_batch_size)
-    return [(work.step, work.epoch, work.indices.tolist(), work.is_last) for work in found]
+    found = sampler.micro_batches(steps, rank, world_size, micro_batch_size)
+    return [
+        (micro_batch.step, micro_batch.epoch, micro_batch.indices.tolist(), micro_batch.is_last)
+        for micro_batch in found
+    ]
 
 
 @pytest.mark.parametrize(("batch", "world_size", "micro"), [*product(BATCHES, WORLDS, (None, 3))])
@@ -34,7 +37,9 @@ def test_every_image_comes_exactly_once_an_epoch(batch, world_size, micro):
     for epoch in (0, 1):
         steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
         parts = [
-            w for rank in range(world_size) for w in sampler.work(steps, rank, world_size, micro)
+            w
+            for rank in range(world_size)
+            for w in sampler.micro_batches(steps, rank, world_size, micro)
         ]
         assert np.array_equal(np.sort(np.concatenate([w.indices for w in parts])), np.arange(N))
         assert {w.epoch for w in parts} == {epoch}
@@ -51,7 +56,7 @@ def test_the_slices_of_the_ranks_are_contiguous_and_together_the_global_batch(
         slices = [
             [
                 i
-                for _, _, indices, _ in works(
+                for _, _, indices, _ in plan_of(
                     sampler, range(step, step + 1), rank, world_size, micro
                 )
                 for i in indices
@@ -65,7 +70,7 @@ def test_the_slices_of_the_ranks_are_contiguous_and_together_the_global_batch(
 
 
 @pytest.mark.parametrize("n", [1, 2, 17, 3_000])
-def test_an_epoch_is_the_permutation_of_its_key_wherever_it_is_entered(n):
+def test_an_epoch_is_the_permutation_of_its_key_from_any_start(n):
     for batch, epoch in product((1, 7, 1_000, 4_000), (0, 3)):
         whole = rng.permutation(rng.fold(5, rng.ORDER, epoch), n)
         for k in range(0, -(-n // batch), max(1, n // batch // 5)):
@@ -132,18 +137,22 @@ def test_previous_is_the_image_before_in_the_global_batch_however_it_is_cut(
         whole = sampler.batch(step).tolist()
         before = dict(zip(whole, [whole[-1], *whole[:-1]]))
         for rank in range(world_size):
-            for work in sampler.work(range(step, step + 1), rank, world_size, micro):
-                assert work.previous == (before[work.indices[0]] if len(work.indices) else None)
+            for micro_batch in sampler.micro_batches(
+                range(step, step + 1), rank, world_size, micro
+            ):
+                assert micro_batch.previous == (
+                    before[micro_batch.indices[0]] if len(micro_batch.indices) else None
+                )
 
 
 @pytest.mark.parametrize(("batch", "micro"), [*product(BATCHES, (None, 3))])
 def test_starting_at_any_step_gives_the_same_works_as_skipping_to_it(batch, micro):
     per_epoch = GlobalBatchSampler(N, batch, seed=3).steps_per_epoch
     end = 2 * per_epoch + 5
-    whole = works(GlobalBatchSampler(N, batch, seed=3), range(end), 1, 3, micro)
+    whole = plan_of(GlobalBatchSampler(N, batch, seed=3), range(end), 1, 3, micro)
     for start in (1, per_epoch - 1, per_epoch, per_epoch + 7, end - 1, end):
-        resumed = works(GlobalBatchSampler(N, batch, seed=3), range(start, end), 1, 3, micro)
-        assert resumed == [work for work in whole if work[0] >= start]
+        resumed = plan_of(GlobalBatchSampler(N, batch, seed=3), range(start, end), 1, 3, micro)
+        assert resumed == [micro_batch for micro_batch in whole if micro_batch[0] >= start]
 
 
 def test_the_global_batches_depend_on_seed_and_epoch_and_on_nothing_else():
@@ -165,19 +174,19 @@ def test_the_global_batches_depend_on_seed_and_epoch_and_on_nothing_else():
 def test_a_rank_without_images_has_exactly_one_empty_work_a_step():
     sampler = GlobalBatchSampler(N, 7, seed=0)  # the last batch has 2 images
     for rank in (2, 3, 4):
-        assert works(sampler, range(143, 144), rank, 5, 3) == [(143, 0, [], True)]
-        assert works(sampler, range(143, 144), rank, 5) == [(143, 0, [], True)]
+        assert plan_of(sampler, range(143, 144), rank, 5, 3) == [(143, 0, [], True)]
+        assert plan_of(sampler, range(143, 144), rank, 5) == [(143, 0, [], True)]
     one = GlobalBatchSampler(N, 1, seed=0)
-    assert works(one, range(3), 1, 2) == [(step, 0, [], True) for step in range(3)]
+    assert plan_of(one, range(3), 1, 2) == [(step, 0, [], True) for step in range(3)]
 
 
 @pytest.mark.parametrize("micro", [None, 1, 2, 3, 64])
 def test_only_the_last_work_of_a_step_is_last(micro):
     sampler = GlobalBatchSampler(N, 64, seed=0)
-    found = works(sampler, range(20), 1, 3, micro)
-    for work, following in zip(found, [*found[1:], (20,)]):
-        assert work[3] == (following[0] != work[0])
-    assert [work[0] for work in found if work[3]] == list(range(20))
+    found = plan_of(sampler, range(20), 1, 3, micro)
+    for micro_batch, following in zip(found, [*found[1:], (20,)]):
+        assert micro_batch[3] == (following[0] != micro_batch[0])
+    assert [micro_batch[0] for micro_batch in found if micro_batch[3]] == list(range(20))
     sizes = [len(indices) for step, _, indices, _ in found if step == 0]
     # Rank 0 has 22 images: where that is one pass more, this one takes part in it without images.
     assert (
@@ -190,9 +199,9 @@ def test_only_the_last_work_of_a_step_is_last(micro):
     ("n", "world_size", "micro"), [*product((1, 2, 7, 64, 65), (1, 2, 3, 5, 40), (None, 1, 3, 64))]
 )
 def test_all_ranks_make_the_same_passes_and_none_is_larger_than_its_slots(n, world_size, micro):
-    slots = micro_batches(n, world_size, micro)
+    slots = micro_batch_sizes(n, world_size, micro)
     for rank in range(world_size):
-        found = works(GlobalBatchSampler(n, n, seed=0), range(1), rank, world_size, micro)
+        found = plan_of(GlobalBatchSampler(n, n, seed=0), range(1), rank, world_size, micro)
         assert len(found) == len(slots)
         assert all(len(indices) <= size for (_, _, indices, _), size in zip(found, slots))
     assert sum(slots) == max(1, -(-n // world_size))
@@ -200,12 +209,12 @@ def test_all_ranks_make_the_same_passes_and_none_is_larger_than_its_slots(n, wor
 
 @pytest.mark.parametrize(("batch", "world_size"), [*product((*BATCHES, 2_000), (*WORLDS, 40))])
 def test_evaluation_deals_whole_batches_of_a_fixed_grid_and_every_image_once(batch, world_size):
-    ranks = [list(evaluation_work(N, batch, rank, world_size)) for rank in range(world_size)]
+    ranks = [list(evaluation_batches(N, batch, rank, world_size)) for rank in range(world_size)]
     assert len({len(found) for found in ranks}) == 1
     for found in ranks:
-        assert [work.step for work in found] == list(range(len(found)))
-        assert [work.is_last for work in found] == [False] * (len(found) - 1) + [True]
-    in_turn = [work.indices for round_ in zip(*ranks) for work in round_]
+        assert [micro_batch.step for micro_batch in found] == list(range(len(found)))
+        assert [micro_batch.is_last for micro_batch in found] == [False] * (len(found) - 1) + [True]
+    in_turn = [micro_batch.indices for round_ in zip(*ranks) for micro_batch in round_]
     full = [chunk for chunk in in_turn if len(chunk)]
     assert np.array_equal(np.concatenate(in_turn), np.arange(N))
     assert [(chunk[0], len(chunk)) for chunk in full] == [
@@ -307,13 +316,13 @@ def test_windows_are_exact_from_any_step_and_on_any_number_of_ranks(world_size):
     whole, end = windowed(), 2 * windowed().steps_per_epoch
     for start in (0, 5, whole.steps_per_epoch - 1):
         found = [
-            works(windowed(), range(start, end), rank, world_size) for rank in range(world_size)
+            plan_of(windowed(), range(start, end), rank, world_size) for rank in range(world_size)
         ]
         for step, parts in zip(range(start, end), zip(*found)):
             assert [i for _, _, indices, _ in parts for i in indices] == whole.batch(step).tolist()
 
 
-def test_windows_are_alike_in_size_also_where_a_subset_leaves_shards_out():
+def test_windows_have_equal_sizes_even_if_a_subset_lacks_some_shards():
     shards = packed(N, 17)
     order = epoch_of(windowed(num_shards=17, size=16), 0)
     assert [len(np.unique(shards[order[part]])) for part in (slice(0, 450), slice(-450, None))] == [
@@ -366,7 +375,7 @@ def test_batches_of_windows_are_as_mixed_as_those_of_the_full_shuffle(imagenet, 
     assert pairs_that_meet_again(few) / pairs_that_meet_again(full) == pytest.approx(4.88, rel=0.06)
 
 
-def test_the_fingerprint_of_windows_says_which_shards_and_how_many_at_a_time():
+def test_the_fingerprint_of_windows_depends_on_shards_and_window_size():
     one = Windows(packed(N, 20), 3).fingerprint()
     assert one == Windows(packed(N, 20).astype(np.int64), 3).fingerprint()
     assert one not in (

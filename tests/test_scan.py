@@ -115,7 +115,7 @@ def test_files_added_on_a_file_system_without_folder_times_are_noticed(tmp_path,
     assert index_folder(tmp_path, "train").classes == ["cat", "dog", "emu", "fox"]
 
 
-def test_a_link_that_leads_nowhere_is_listed_and_named_when_it_is_read(tmp_path):
+def test_a_link_without_a_target_is_listed_and_reported_when_it_is_read(tmp_path):
     cat = small(tmp_path) / "train/cat"
     (cat / "cat_99.jpg").symlink_to(tmp_path / "nowhere")
     (cat / "loop.jpg").symlink_to(cat / "loop.jpg")

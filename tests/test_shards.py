@@ -21,8 +21,8 @@ from alexnet_ddp.config import (
 )
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import build_loader
-from alexnet_ddp.data.sampler import Work
-from alexnet_ddp.data.sources import shard_check
+from alexnet_ddp.data.sampler import MicroBatch
+from alexnet_ddp.data.sources import shard_index
 from alexnet_ddp.data.sources.sets import open_data
 from alexnet_ddp.data.sources.shard_index import INDEX
 from alexnet_ddp.data.sources.shards import open_shards
@@ -88,8 +88,10 @@ def test_batches_are_the_same_pixels_as_from_the_archives(archives, packed, trai
         augment = build_augment(BasicAugmentConfig(), 0, 16, cfg.eval_resize) if training else None
         index = open_data(cfg).train
         loader = build_loader(cfg, index, augment, 3, torch.device("cpu"))
-        works = [Work(k, 1, np.arange(k * 20, min(48, k * 20 + 20)), True) for k in range(3)]
-        found.append([(b.images.clone(), b.labels.clone()) for b in loader.batches(works)])
+        micro_batches = [
+            MicroBatch(k, 1, np.arange(k * 20, min(48, k * 20 + 20)), True) for k in range(3)
+        ]
+        found.append([(b.images.clone(), b.labels.clone()) for b in loader.batches(micro_batches)])
         loader.close()
     for (images, labels), (others, their_labels) in zip(*found):
         assert torch.equal(images, others)
@@ -184,7 +186,7 @@ DAMAGE = {
     ),
     "shard gone": (
         lambda root: (root / "val-000001.tar").unlink(),
-        r"val-000001.tar is not there; copy it again, or",
+        r"val-000001.tar is missing; copy it again, or",
     ),
     "shard cut": (
         lambda root: os.truncate(root / "train-000002.tar", 999),
@@ -238,7 +240,7 @@ def test_raw_shards_are_read_by_rows(archives, tmp_path):
     assert np.array_equal(part, image[5:12])
 
 
-def test_a_raw_image_that_cannot_be_read_is_skipped_where_that_is_asked_for(archives, tmp_path):
+def test_an_unreadable_raw_image_is_skipped_if_the_option_allows_it(archives, tmp_path):
     root = pack(archives, tmp_path / "raw", encoding="raw", size=24, num_shards=1)
     sets = {
         choice: opened(root, on_bad_image=choice)[0]
@@ -252,7 +254,7 @@ def test_a_raw_image_that_cannot_be_read_is_skipped_where_that_is_asked_for(arch
     for choice, train in sets.items():
         cfg = ShardsConfig(root=str(root), image_size=16, on_bad_image=choice)
         loader = build_loader(cfg, train, build_augment(BasicAugmentConfig(), 0, 16, 18), 1, cpu)
-        batches = loader.batches([Work(0, 0, indices, True)])
+        batches = loader.batches([MicroBatch(0, 0, indices, True)])
         if choice is OnBadImage.skip:
             assert next(batches).indices.tolist() == indices[1:].tolist()
         else:
@@ -270,7 +272,7 @@ def test_the_colour_axes_of_the_shards_come_with_them(packed, archives):
 
 
 @pytest.mark.slow
-def test_a_run_with_colour_noise_is_another_run_where_the_colours_are_others(packed, tmp_path):
+def test_a_run_with_colour_noise_is_another_run_if_the_colours_differ(packed, tmp_path):
     root = Path(shutil.copytree(packed, tmp_path / "shards"))
     overrides = [
         "data=shards",
@@ -400,7 +402,7 @@ def test_what_was_found_right_is_not_read_again(two, tmp_path, monkeypatch):
     for path in root.iterdir():
         os.utime(path, ns=(10**18, 10**18))
     first = opened(root)[0]
-    monkeypatch.setattr(shard_check, "wrong_shards", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(shard_index, "wrong_shards", lambda *_: pytest.fail("read again"))
     assert opened(root)[0].fingerprint() == first.fingerprint()
 
 

@@ -77,7 +77,7 @@ def test_a_write_that_fails_leaves_what_was_there(storage):
         assert os.listdir(storage.path("_tmp")) == []
 
 
-def test_pickles_and_works_elsewhere(storage):
+def test_can_be_pickled_and_used_in_another_process(storage):
     storage.write("a", b"x")
     assert pickle.loads(pickle.dumps(storage)).read("a") == b"x"
 

@@ -122,7 +122,7 @@ def test_weights_load_as_other_programs_nest_and_name_them(tmp_path, form, legac
         ),
     ],
 )
-def test_averaged_weights_are_preferred_and_it_says_so(tmp_path, caplog, content, taken, left):
+def test_averaged_weights_are_preferred_and_logged(tmp_path, caplog, content, taken, left):
     caplog.set_level(logging.INFO)
     assert same(SOURCE, loaded(content, tmp_path / "w.pth"))
     assert re.search(rf"takes {taken}; .*averaged weights, not \S*{left}", caplog.messages[0])
@@ -226,7 +226,7 @@ def test_a_file_of_another_kind_is_called_what_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_file_is_read_by_its_content_whatever_its_suffix(tmp_path, suffix):
+def test_a_file_is_read_by_its_content_for_any_suffix(tmp_path, suffix):
     safetensors.torch.save_file(SOURCE, tmp_path / f"a{suffix}")
     torch.save(SOURCE, tmp_path / f"b{suffix}")
     for name in "ab":
@@ -357,7 +357,7 @@ def test_model_head_new_replaces_the_head_and_serves_a_file_without_one(tmp_path
         assert torch.equal(state["conv.weight"], SOURCE["conv.weight"])
 
 
-def test_a_file_without_class_names_says_in_which_order_its_rows_are_taken(tmp_path, caplog):
+def test_for_a_file_without_class_names_the_order_of_its_rows_is_logged(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     loaded(SOURCE, tmp_path / "w.pth")
     assert caplog.messages == [

@@ -1,7 +1,7 @@
-"""Bytes on disk -> a batch on the device.
+"""The data pipeline: from bytes on disk to batches on the device.
 
-sets.py says what there is, from index.py (folders), imagenet.py, shards.py or demo.py; sampler.py which image comes
-when and to whom; augment.py what happens to it. decode.py, policy.py and fill.py turn its bytes into pixels;
-prefetch.py does so ahead of the step; loader.py copies them to the device, where effects.py changes whole batches.
-packing/ makes shards. Only loader.py and effects.py need torch at once.
+sources/ opens the images of a data set. sampler.py decides which images each rank uses in each
+step. augment.py draws their augmentation. decode.py, policy.py and fill.py turn bytes into pixels,
+in the threads of prefetch.py. loader.py copies batches to the device, and effects.py modifies them
+there. Only loader.py and effects.py import torch at import time.
 """

@@ -1,7 +1,8 @@
-"""What happens to a training image: a crop box, a flip, a colour shift, ..., as functions of (seed, epoch, index).
+"""Draws the augmentation of training images as a function of (seed, epoch, image index).
 
-Everything is drawn for many images at once from their sizes alone. decode.py applies crop and flip, policy.py its
-operations, both in the loader's threads; effects.py the rest, on the device.
+Parameters are drawn for many images at once and depend on their sizes only. In the loader's
+threads, decode.py applies crop and flip, and policy.py its operations; on the device, effects.py
+applies the rest.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 _ATTEMPTS = 10  # of RandomResizedCrop, before it falls back to a centre crop
 
-# Principal components of ImageNet's RGB values in [0, 1]: fb.resnet.torch, datasets/imagenet.lua.
+# Principal components of ImageNet's RGB values in [0, 1], from fb.resnet.torch, imagenet.lua.
 _EIGENVALUES = np.array([0.2175, 0.0188, 0.0045])
 _EIGENVECTORS = np.array(
     [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
@@ -36,9 +37,12 @@ _EIGENVECTORS = np.array(
 
 @dataclass(frozen=True)
 class Views:
-    """How n images are seen. Boxes are in pixels of the whole image, and may be resized without regard to aspect."""
+    """Crop boxes and flips of n images.
 
-    left: np.ndarray  # int64 [n]
+    Boxes are in pixels of the original image. Resizing one to a square may change its aspect ratio.
+    """
+
+    left: np.ndarray  # int64 [n], as the next three
     top: np.ndarray
     width: np.ndarray
     height: np.ndarray
@@ -53,14 +57,13 @@ class Augment:
     seed: int
     image_size: int
     eval_resize: int
-    colour_basis: tuple[np.ndarray, np.ndarray] | None = (
-        None  # eigenvalues, eigenvectors as columns; None: ImageNet's
-    )
+    # (eigenvalues [3], eigenvectors [3, 3] as columns) of the RGB values; None: those of ImageNet.
+    colour_basis: tuple[np.ndarray, np.ndarray] | None = None
 
     def views(
         self, epoch: int, indices: np.ndarray, widths: np.ndarray, heights: np.ndarray
     ) -> Views:
-        """The views of images `indices` (int64 [n]), whose sizes are given in pixels, in `epoch`."""
+        """The views of images `indices` in `epoch`. All arrays are int64 [n]; sizes in pixels."""
         u = rng.uniforms(rng.fold(self.seed, rng.CROP, epoch), indices, 2 * _ATTEMPTS + 3)
         flip = u[:, -1] < self.cfg.flip
         match self.cfg:
@@ -71,21 +74,21 @@ class Augment:
         return Views(*boxes, flip)
 
     def colour(self, epoch: int, indices: np.ndarray) -> np.ndarray | None:
-        """float32 [n, 3] to add to RGB in [0, 1], or None. Krizhevsky 2012, section 4.1."""
-        sigma = getattr(self.cfg, "colour_sigma", 0.0)
-        if not sigma:
+        """float32 [n, 3] to add to RGB in [0, 1]; None if off. Krizhevsky 2012, section 4.1."""
+        if not isinstance(self.cfg, AlexNet2012AugmentConfig) or not self.cfg.colour_sigma:
             return None
+        sigma = self.cfg.colour_sigma
         alpha = sigma * rng.normals(rng.fold(self.seed, rng.COLOUR, epoch), indices, 3)
         values, vectors = self.colour_basis or (_EIGENVALUES, _EIGENVECTORS)
         return (alpha * values @ vectors.T).astype(np.float32)
 
     def operations(self, epoch: int, indices: np.ndarray, size: int) -> list[list[Operation]]:
-        """What the policy does to each image, once it is `size` pixels wide and high."""
+        """The policy's operations for each image. size: height = width after the crop, pixels."""
         return draw_operations(self.cfg, rng.fold(self.seed, rng.POLICY, epoch), indices, size)
 
     @property
     def mixes(self) -> bool:
-        """Whether images are mixed with others."""
+        """Whether mixup or CutMix is on."""
         return self.cfg.mixup_alpha > 0 or self.cfg.cutmix_alpha > 0
 
     def effects(
@@ -96,38 +99,38 @@ class Augment:
         partners: "Partners | None",
         copy: Callable[[np.ndarray], "Tensor"],
     ) -> "Effects":
-        """Of the images `indices`, int64 [m], the first n of which are mixed with `partners`. copy: to the device."""
-        from alexnet_ddp.data.effects import (
-            Effects,
-            Mixing,
-            draw_erased,
-            draw_jitter,
-            draw_mixing,
-        )  # needs torch
+        """Draw what effects.py applies to a batch.
 
-        jitter, erase, mix = (
-            rng.fold(self.seed, use, epoch) for use in (rng.JITTER, rng.ERASE, rng.MIX)
-        )
-        colour, mixing = self.colour(epoch, indices), None
+        indices: int64 [m], the decoded images. size: height = width in pixels.
+        partners: the images that the first n of them are mixed with; None if mixing is off.
+        copy: copies an array to the device.
+        """
+        from alexnet_ddp.data import effects  # imports torch
+
+        mixing = erased = None
         if partners is not None:
-            drawn = draw_mixing(self.cfg, mix, indices[: len(partners.rows)], size)
-            mixing = Mixing(*(copy(values) for values in (*partners, *drawn)))
-        return Effects(
+            key = rng.fold(self.seed, rng.MIX, epoch)
+            drawn = effects.draw_mixing(self.cfg, key, indices[: len(partners.rows)], size)
+            mixing = effects.Mixing(*(copy(values) for values in (*partners, *drawn)))
+        if self.cfg.erase:
+            key = rng.fold(self.seed, rng.ERASE, epoch)
+            erased = copy(effects.draw_erased(self.cfg.erase, key, indices, size))
+        colour = self.colour(epoch, indices)
+        jitter = effects.draw_jitter(self.cfg, rng.fold(self.seed, rng.JITTER, epoch), indices)
+        return effects.Effects(
             colour=None if colour is None else copy(colour),
-            jitter={
-                name: copy(values)
-                for name, values in draw_jitter(self.cfg, jitter, indices).items()
-            },
-            erased=copy(draw_erased(self.cfg.erase, erase, indices, size))
-            if self.cfg.erase
-            else None,
+            jitter={name: copy(values) for name, values in jitter.items()},
+            erased=erased,
             mixing=mixing,
         )
 
     def _square_boxes(
         self, u: np.ndarray, widths: np.ndarray, heights: np.ndarray
     ) -> tuple[np.ndarray, ...]:
-        """A random image_size crop of the central square of eval_resize pixels, in the pixels of the image."""
+        """Boxes of a random crop of `image_size` from the central square of `eval_resize` pixels.
+
+        In pixels of the original image, as left, top, width, height: int64 [n] each.
+        """
         short = np.minimum(widths, heights)
         side = np.maximum(1, np.rint(short * self.image_size / self.eval_resize).astype(np.int64))
         left = (widths - short) // 2 + _randint(u[:, 0], short - side + 1)
@@ -142,21 +145,25 @@ def build_augment(
     eval_resize: int,
     colour_basis: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Augment | None:
-    """None: images are seen as the evaluation sees them. colour_basis: the principal axes of the data set's colours."""
-    return (
-        None
-        if isinstance(cfg, NoAugmentConfig)
-        else Augment(cfg, seed, image_size, eval_resize, colour_basis)
-    )
+    """The augmentation of `cfg`; None for augment=none, which uses the evaluation's transform.
+
+    colour_basis: principal components of the colours of the data set, see Augment.
+    """
+    if isinstance(cfg, NoAugmentConfig):
+        return None
+    return Augment(cfg, seed, image_size, eval_resize, colour_basis)
 
 
 def random_resized_boxes(
     cfg: BasicAugmentConfig, u: np.ndarray, widths: np.ndarray, heights: np.ndarray
 ) -> tuple[np.ndarray, ...]:
-    """left, top, width, height, int64 [n] each, distributed as torchvision's RandomResizedCrop.get_params.
+    """Boxes distributed as those of torchvision's RandomResizedCrop (Szegedy 2015, section 6).
 
-    Up to ten tries of an area and an aspect ratio, the first that fits; else the largest central crop whose aspect
-    ratio is allowed. Szegedy 2015, section 6.
+    u: float64 [n, 2 * _ATTEMPTS + 2 or more], uniform in [0, 1).
+    widths, heights: int64 [n], pixels.
+    Draws up to ten areas and aspect ratios and uses the first box that fits; if none fits, the
+    largest central box with an allowed aspect ratio.
+    Returns left, top, width, height: int64 [n] each, pixels.
     """
     n = np.arange(len(widths))
     area = (cfg.min_scale + (cfg.max_scale - cfg.min_scale) * u[:, :_ATTEMPTS]) * (

@@ -1,6 +1,7 @@
-"""Shards that are far away, on the disk of this node: whole files, each fetched by one process of the node, verified.
+"""A cache on the disk of this node for remote shards.
 
-The one rule: a file is named by its SHA-256, so it is the right one or it is not there, whatever else uses the folder.
+Whole files are fetched by one process of the node and verified. Each file is named by its SHA-256,
+so several data sets can share the folder.
 """
 
 import hashlib
@@ -18,17 +19,19 @@ from threading import Thread
 from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.runtime.files import atomic_file, lock_file
 
-_ATTEMPTS, _PAUSE_S = 3, 1.0  # to fetch a file; the pause doubles
-_FETCHERS = 2  # files fetched at once, a process
+_ATTEMPTS = 3  # to fetch a file
+_PAUSE_S = 1.0  # before the second attempt; doubles with each attempt
+_FETCHERS = 2  # background threads per process that fetch files
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class NodeCache:
-    """Files of `storage` in `directory`, which all ranks of a node share. Pickles.
+    """Files of `storage` in the folder `directory`, shared by all ranks of a node. Pickles.
 
-    With `limit` (bytes), those that were used least recently give way to new ones; who has one open may go on reading.
+    If the files exceed `limit` (bytes), the least recently used ones are deleted. Processes that
+    have a deleted file open can still read it.
     """
 
     storage: Storage
@@ -37,13 +40,16 @@ class NodeCache:
 
     @cached_property
     def _wanted(self) -> SimpleQueue[tuple[str, str, int]]:
-        """What to fetch in the background. Daemon threads do it: the end of a run does not wait for them."""
+        """Queue of files to fetch in the background.
+
+        The threads are daemons, so the end of a run does not wait for them.
+        """
         wanted: SimpleQueue[tuple[str, str, int]] = SimpleQueue()
 
         def fetch() -> None:
             while True:
                 name, sha256, size = wanted.get()
-                with suppress(OSError):  # shows when the file is asked for
+                with suppress(OSError):  # get() will try again and raise it to its caller
                     self.get(name, sha256, size)
                 self._asked.discard(sha256)
 
@@ -56,20 +62,20 @@ class NodeCache:
         return set()
 
     def open(self, name: str, sha256: str, size: int) -> int:
-        """A file descriptor, for reading; the file is fetched first if it is not here. Raises OSError."""
+        """A file descriptor for reading; fetches the file first if needed. Raises OSError."""
         while True:
             path = self.get(name, sha256, size)
             try:
                 return os.open(path, os.O_RDONLY)
-            except FileNotFoundError:  # another process needed the room just now
+            except FileNotFoundError:  # another process has just deleted it to free space
                 continue
 
     def path(self, sha256: str) -> Path:
-        """Where the file is, once it is fetched."""
+        """The path of the file once it has been fetched."""
         return Path(self.directory, sha256)
 
     def drop(self, name: str, sha256: str) -> None:
-        """Remove a file that is not what was fetched: the next get fetches it again."""
+        """Remove a file that has changed since it was fetched; the next get() fetches it again."""
         log.warning(
             "%s, fetched from %s, was changed or damaged: fetching it again",
             self.path(sha256),
@@ -78,17 +84,20 @@ class NodeCache:
         self.path(sha256).unlink(missing_ok=True)
 
     def get(self, name: str, sha256: str, size: int | None = None) -> Path:
-        """The local file. One that is not of `size` bytes, if that is known, is fetched again."""
+        """The path of the local file, fetched if it is missing or not of `size` bytes.
+
+        Raises OSError if it cannot be fetched.
+        """
         path = self.path(sha256)
         if not self._touch(path, size):
-            with self._alone(f"{sha256}.lock"):
-                if not self._touch(path, size):  # another process has fetched it meanwhile
+            with self._locked(f"{sha256}.lock"):
+                if not self._touch(path, size):  # another process may have fetched it meanwhile
                     self._fetch(name, sha256, path)
-                    self._make_room(path)
+                    self._free_space(path)
         return path
 
     def will_need(self, name: str, sha256: str, size: int) -> None:
-        """Begin to fetch it, without waiting; an error shows when the file is asked for."""
+        """Start to fetch the file in the background. An error is raised by open() or get()."""
         if sha256 not in self._asked and not Path(self.directory, sha256).exists():
             self._asked.add(sha256)
             self._wanted.put((name, sha256, size))
@@ -117,7 +126,10 @@ class NodeCache:
                 raise OSError("its SHA-256 is not the one in the index")
 
     def _touch(self, path: Path, size: int | None) -> bool:
-        """Note that the file was used, if it is there. The time of the last change says so: access times may be off."""
+        """Record the use of the file in its mtime, because access times may be disabled.
+
+        Returns False if the file is missing or not of `size` bytes.
+        """
         try:
             found = path.stat()
             if size is not None and found.st_size != size:
@@ -131,10 +143,11 @@ class NodeCache:
         except FileNotFoundError:
             return False
 
-    def _make_room(self, newest: Path) -> None:
+    def _free_space(self, newest: Path) -> None:
+        """Delete the least recently used files, except `newest`, until `limit` is kept."""
         if self.limit is None:
             return
-        with self._alone("room.lock"):
+        with self._locked("room.lock"):
             found = []
             for entry in os.scandir(self.directory):
                 if len(entry.name) == len(newest.name):
@@ -149,8 +162,8 @@ class NodeCache:
                 total -= size
 
     @contextmanager
-    def _alone(self, name: str) -> Iterator[None]:
-        """One process of the node, and one thread of it, at a time."""
+    def _locked(self, name: str) -> Iterator[None]:
+        """Hold an exclusive lock against all other processes and threads of the node."""
         os.makedirs(self.directory, exist_ok=True)
         with open(Path(self.directory, name), "w") as file:
             lock_file(file, wait=True)

@@ -1,7 +1,8 @@
-"""Bytes of an image -> one slot of a uint8 batch.
+"""Decodes an image into one slot of a uint8 batch.
 
-Training: simplejpeg (libjpeg-turbo) and cv2, which release the GIL; Pillow for what they refuse (PNG, CMYK, ...).
-Evaluation: Pillow, exactly as torchvision's classification preset does it.
+Training uses simplejpeg (libjpeg-turbo) and cv2, which release the GIL, and Pillow for the formats
+that they do not support (PNG, CMYK, ...). Evaluation uses Pillow, with the same pixels as
+torchvision's classification preset.
 """
 
 import math
@@ -16,14 +17,14 @@ from alexnet_ddp.data.image import (
     DECODE_ERROR,
     BadImage,
     check_size,
+    crop_long_image,
     open_image,
     scaled_size,
     to_rgb,
-    without_far_ends,
 )
 
 _thread = threading.local()
-cv2.setNumThreads(1)  # the loader's threads are the parallelism
+cv2.setNumThreads(1)  # the loader's threads decode in parallel already
 
 
 def size_of(data: bytes) -> tuple[int, int]:
@@ -32,13 +33,16 @@ def size_of(data: bytes) -> tuple[int, int]:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
     except MemoryError:
         raise
-    except Exception:  # Pillow opens more formats, and finds the reason if it is none of them
+    except Exception:  # Pillow supports more formats and reports why it cannot open a file
         return open_image(data).size
     return check_size(width, height)
 
 
 def crop_into(slot: np.ndarray, data: bytes, box: tuple[int, int, int, int], flip: bool) -> None:
-    """Decode, cut out `box` (left, top, width, height), resize it to `slot` (uint8 [size, size, 3]), perhaps flip."""
+    """Decode `data`, crop `box` (left, top, width, height in pixels) and resize it into `slot`.
+
+    slot: uint8 [size, size, 3]; flip: mirror horizontally. Raises BadImage.
+    """
     part = restarts.cut(data, box)
     if part is not None:
         data, box = part.data, (box[0] - part.left, box[1] - part.top, *box[2:])
@@ -46,31 +50,30 @@ def crop_into(slot: np.ndarray, data: bytes, box: tuple[int, int, int, int], fli
     left, top, width, height = (round(value * scale) for value in box)
     crop = image[top : top + max(1, height), left : left + max(1, width)]
     if top + height > image.shape[0] + 1 or left + width > image.shape[1] + 1 or not crop.size:
-        raise BadImage("damaged: it is smaller than its index says", DECODE_ERROR)
+        raise BadImage("damaged: it is smaller than in its index", DECODE_ERROR)
     resize_into(slot, crop, flip)
 
 
 def resize_into(slot: np.ndarray, crop: np.ndarray, flip: bool) -> None:
-    """Resize `crop`, uint8 [height, width, 3], to `slot`, perhaps flip."""
+    """Resize `crop`, uint8 [height, width, 3], into `slot`, uint8 [size, size, 3]."""
     size = slot.shape[0]
-    shrinks = (
-        min(crop.shape[:2]) >= 2 * size
-    )  # INTER_LINEAR would skip pixels; between 1 and 2 it does not
-    cv2.resize(
-        crop, (size, size), dst=slot, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    )
+    # INTER_LINEAR skips pixels if an image shrinks by a factor of 2 or more.
+    shrinks = min(crop.shape[:2]) >= 2 * size
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    cv2.resize(crop, (size, size), dst=slot, interpolation=interpolation)
     if flip:
         cv2.flip(slot, 1, dst=slot)
 
 
 def centre_into(slot: np.ndarray, data: bytes, resize: int) -> None:
-    """Shorter side to `resize` (bilinear, antialiased), centre crop: torchvision's preset, the same pixels.
+    """Resize the shorter side to `resize` (bilinear, antialiased), crop the centre into `slot`.
 
-    A very long image loses its ends first, see without_far_ends.
+    The pixels equal those of torchvision's preset. Very long images are cropped before they are
+    resized, see crop_long_image. Raises BadImage.
     """
     from PIL import Image
 
-    image, size = without_far_ends(to_rgb(open_image(data))), slot.shape[0]
+    image, size = crop_long_image(to_rgb(open_image(data))), slot.shape[0]
     width, height = scaled_size(image.size, resize)
     left, top = round((width - size) / 2.0), round((height - size) / 2.0)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -80,13 +83,15 @@ def centre_into(slot: np.ndarray, data: bytes, resize: int) -> None:
 def _decode_reduced(
     data: bytes, box: tuple[int, int, int, int], size: int
 ) -> tuple[np.ndarray, float]:
-    """The rows down to the end of `box`, uint8 [h, w, 3], at the smallest scale that leaves `box` `size` pixels.
+    """Decode the rows down to the end of `box`, at reduced scale.
 
-    The scale is 1, or 4/8 to 1/8, which libjpeg decodes faster. The array is valid until this thread decodes again.
+    The scale is the smallest one at which both sides of `box` have at least `size` pixels.
+    Returns uint8 [h, w, 3], valid until this thread decodes again, and the scale: 1, or 4/8 to 1/8,
+    which libjpeg decodes faster. Raises BadImage.
     """
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-        check_size(width, height)  # of packed images, only the index has been asked so far
+        check_size(width, height)  # for packed images, only the size in the index is known so far
         if space not in ("YCbCr", "Gray", "RGB"):
             raise ValueError(f"colour space {space}")
         rows = _rows_to_decode(box[1] + box[3], height)
@@ -108,12 +113,12 @@ def _decode_reduced(
         return image, eighths / 8
     except (BadImage, MemoryError):
         raise
-    except Exception:  # Pillow reads more kinds, and says better what is wrong with the rest
+    except Exception:  # Pillow supports more formats and reports damage better
         return np.asarray(to_rgb(open_image(data))), 1.0
 
 
 def scratch(size: int) -> bytearray:
-    """This thread's buffer of at least `size` bytes: a fresh one for each image would be page-faulted in anew."""
+    """This thread's buffer of at least `size` bytes; reusing it avoids page faults per image."""
     buffer = getattr(_thread, "buffer", b"")
     if len(buffer) < size:
         buffer = _thread.buffer = bytearray(size)
@@ -121,27 +126,26 @@ def scratch(size: int) -> bytearray:
 
 
 def _rows_to_decode(bottom: int, height: int) -> int:
-    """Whole blocks of the JPEG, and one more: chroma is interpolated across their edges."""
+    """Rows down to `bottom` in whole JPEG blocks, and one block more for chroma interpolation."""
     return int(min(height, -(-bottom // 16) * 16 + 16))
 
 
 def _height_position(data: bytes) -> int | None:
-    """Where the height stands in the header of a JPEG that can be decoded from the top down to any row.
+    """The position of the image height in a JPEG whose lower rows need not be decoded.
 
-    Decoding is mostly reading the bit stream, so the rows below a crop are worth leaving out: an image that claims
-    fewer rows is decoded so far and no further. That holds for one sequential scan of all colours, complete to its
-    end marker (a file cut short must be noticed, and with fewer rows it would not be). None for any other.
+    Most of the decoding time is spent on the bit stream, so rows below a crop should be skipped: if
+    the header declares fewer rows, the decoder stops there. This works for a single sequential scan
+    of all colours. The end marker must exist: a file that is cut short must be detected, and with
+    fewer rows it would not be. Returns None for any other file.
     """
-    at, position, colours = 2, None, 0
+    position, colours = None, 0
     if data[-2:] != b"\xff\xd9":
         return None
-    while at + 9 < len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
+    for marker, at in restarts.segments(data):
         if marker in (0xC0, 0xC1):  # baseline or extended sequential, Huffman
             position, colours = at + 5, data[at + 9]
-        elif marker == 0xDA:  # the scan
+        elif marker == restarts.START_OF_SCAN:
             return position if data[at + 4] == colours else None
         elif not (marker == 0xC4 or 0xDB <= marker <= 0xFE):  # tables, comments, application data
             return None
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return None

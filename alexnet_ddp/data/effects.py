@@ -1,7 +1,8 @@
-"""What happens to a training batch on the device: colours, erased rectangles, mixtures of two images.
+"""Augmentation on the device: colour jitter and noise, random erasing, mixup and CutMix.
 
-The host draws numbers, a function of (seed, epoch, index of the image); the device computes with them and never makes
-the host wait. The order is that of torchvision's references: jitter, noise, normalisation, erasing, mixing.
+The host draws the parameters as a function of (seed, epoch, image index). The device applies them
+without synchronising with the host, in the order of torchvision's references: jitter, noise,
+normalisation, erasing, mixing.
 """
 
 from dataclasses import dataclass, field
@@ -15,23 +16,24 @@ from torch import Tensor
 from alexnet_ddp import rng
 from alexnet_ddp.config import RandomAugmentConfig
 
-# Of ImageNet's RGB values in [0, 1]: what torchvision's weights expect.
+# Mean and standard deviation of ImageNet's RGB values in [0, 1], as torchvision's weights expect.
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 
-_JITTERS = ("brightness", "contrast", "saturation", "hue")  # in this order for every image
-_ERASED_AREA = (
-    0.02,
-    0.33,
-)  # shares of the image; these two and the tries are torchvision's defaults
+_JITTERS = ("brightness", "contrast", "saturation", "hue")  # applied in this order
+# The defaults of torchvision's RandomErasing.
+_ERASED_AREA = (0.02, 0.33)  # fraction of the image
 _ERASED_RATIO = (0.3, 3.3)  # height / width, log-uniform
 _ERASE_TRIES = 10
 
 
 class Partners(NamedTuple):
-    """What n images are mixed with: the one before each in the global batch, or itself where that one is bad."""
+    """The images that n images are mixed with.
 
-    rows: np.ndarray  # int64 [n], among the m images that were decoded
+    The partner of an image is the one before it in the global batch, or itself if that one is bad.
+    """
+
+    rows: np.ndarray  # int64 [n], rows of the m decoded images
     labels: np.ndarray  # int64 [n]
 
 
@@ -41,28 +43,33 @@ class Mixing:
 
     rows: Tensor  # int64 [n]
     labels: Tensor  # int64 [n]
-    weight: Tensor  # float32 [n], of an image's own pixels outside of its box
-    boxes: Tensor  # int32 [n, 4], where only the partner is seen: left, top, right, bottom; empty for mixup
-    share: Tensor  # float32 [n], of an image's own label in the loss
+    weight: Tensor  # float32 [n], weight of an image's own pixels outside of its box
+    boxes: Tensor  # int32 [n, 4], left, top, right, bottom: replaced by the partner; empty in mixup
+    share: Tensor  # float32 [n], weight of an image's own label in the loss
 
 
 @dataclass(frozen=True)
 class Effects:
-    """What is done to m decoded images, of which the first n are a batch. Tensors on the device; None: nothing."""
+    """The effects on m decoded images, the first n of which are the batch.
+
+    Tensors are on the device; None means that an effect is off.
+    """
 
     colour: Tensor | None = None  # float32 [m, 3], to add to RGB in [0, 1]
-    jitter: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # of those that are on: float32 [m], factors or turns
-    erased: Tensor | None = None  # int32 [m, 4]: left, top, right, bottom; may be empty
+    # The active ones of _JITTERS: float32 [m], factors, or turns for the hue.
+    jitter: dict[str, Tensor] = field(default_factory=dict)
+    erased: Tensor | None = None  # int32 [m, 4]: left, top, right, bottom; boxes may be empty
     mixing: Mixing | None = None
 
 
-# On the host
+# Functions that run on the host
 
 
 def draw_jitter(cfg: RandomAugmentConfig, key: int, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """float32 [n] each, distributed as torchvision's ColorJitter: factors around 1, and the hue's turns around 0."""
+    """Draw the parameters of torchvision's ColorJitter, by name: float32 [n] each.
+
+    Brightness, contrast and saturation are factors around 1, the hue is in turns around 0.
+    """
     u = 2 * rng.uniforms(key, indices, len(_JITTERS)) - 1
     reach = {name: getattr(cfg, name) for name in _JITTERS}
     drawn = {
@@ -74,15 +81,17 @@ def draw_jitter(cfg: RandomAugmentConfig, key: int, indices: np.ndarray) -> dict
 
 
 def draw_erased(probability: float, key: int, indices: np.ndarray, size: int) -> np.ndarray:
-    """int32 [n, 4], distributed as torchvision's RandomErasing: up to ten tries, the first that fits. Zhong 2020."""
+    """Draw boxes as torchvision's RandomErasing (Zhong 2020): up to ten tries, the first that fits.
+
+    Returns int32 [n, 4]: left, top, right, bottom in pixels; empty boxes for images that stay.
+    """
     u = rng.uniforms(key, indices, 2 * _ERASE_TRIES + 3)
     low, high = _ERASED_AREA
     area = (low + (high - low) * u[:, :_ERASE_TRIES]) * size**2
     low, high = np.log(_ERASED_RATIO)
     ratio = np.exp(low + (high - low) * u[:, _ERASE_TRIES : 2 * _ERASE_TRIES])
-    sides = np.rint(np.sqrt(np.stack([area / ratio, area * ratio], axis=2))).astype(
-        np.int64
-    )  # width, height
+    sides = np.sqrt(np.stack([area / ratio, area * ratio], axis=2))  # width, height
+    sides = np.rint(sides).astype(np.int64)
     fits = (sides < size).all(axis=2)
     sides = sides[np.arange(len(u)), fits.argmax(1)]
     sides[(u[:, -1] >= probability) | ~fits.any(1)] = 0
@@ -93,11 +102,11 @@ def draw_erased(probability: float, key: int, indices: np.ndarray, size: int) ->
 def draw_mixing(
     cfg: RandomAugmentConfig, key: int, indices: np.ndarray, size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """weight, boxes and share of a Mixing.
+    """Draw (weight, boxes, share) of a Mixing for images `indices`, int64 [n].
 
-    mixup (Zhang 2018): weight = share ~ Beta(a, a). CutMix (Yun 2019): a box with 1 - Beta(a, a) of the image's area
-    and a centre anywhere, cut off at the edges; share is what is left of the image itself. With both, each is drawn for
-    half of the images.
+    mixup (Zhang 2018): weight = share ~ Beta(a, a), and an empty box. CutMix (Yun 2019): a box with
+    1 - Beta(a, a) of the area, with a uniform centre, clipped at the edges; share is the remaining
+    fraction of the image. If both are on, each is used for half of the images.
     """
     from scipy.special import betaincinv  # slow to import
 
@@ -114,9 +123,10 @@ def draw_mixing(
 
 
 def partner_rows(slots: np.ndarray, num_images: int) -> np.ndarray:
-    """int64 [n]: the row of each image's partner, where the images in `slots` could be decoded.
+    """The row of each image's partner among the decoded images: int64 [n].
 
-    slots: int64 [m], ascending, of num_images + 1: a part of the global batch, and last the image before that part.
+    slots: int64 [m], ascending: which of num_images + 1 slots could be decoded. The last slot
+    contains the image before the others in the global batch.
     """
     row = np.full(num_images + 1, -1)
     row[slots] = np.arange(len(slots))
@@ -125,11 +135,14 @@ def partner_rows(slots: np.ndarray, num_images: int) -> np.ndarray:
     return np.where(before < 0, row[own], before)
 
 
-# On the device
+# Functions that run on the device
 
 
 def apply_effects(images: Tensor, effects: Effects) -> Tensor:
-    """uint8 [m, size, size, 3] -> float [n, 3, size, size], channels last in memory: what the network sees."""
+    """Apply `effects` to uint8 [m, size, size, 3] images and normalise them.
+
+    Returns float32 [n, 3, size, size], channels last in memory.
+    """
     for name, amount in effects.jitter.items():
         images = _jitter(images.float(), name, amount[:, None, None, None])
     x = _normalised(images, effects.colour)
@@ -141,7 +154,10 @@ def apply_effects(images: Tensor, effects: Effects) -> Tensor:
 
 
 def normalise(images: Tensor, colour: Tensor | None) -> Tensor:
-    """uint8 [n, size, size, 3] -> float [n, 3, size, size], channels last in memory, normalised on the device."""
+    """Normalise uint8 [n, size, size, 3] images; colour: float32 [n, 3] to add to RGB in [0, 1].
+
+    Returns float32 [n, 3, size, size], channels last in memory.
+    """
     return _normalised(images, colour).permute(0, 3, 1, 2)
 
 
@@ -154,7 +170,7 @@ def _normalised(images: Tensor, colour: Tensor | None) -> Tensor:
 
 @lru_cache
 def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Copied to the device once: a copy in each step would wait for it."""
+    """Mean and standard deviation on `device`; cached, because a copy per step would block."""
     with torch.inference_mode(False):
         return torch.tensor(_MEAN, device=device), torch.tensor(_STD, device=device)
 
@@ -165,14 +181,14 @@ def _mix(x: Tensor, mixing: Mixing) -> Tensor:
 
 
 def _inside(boxes: Tensor, size: int) -> Tensor:
-    """bool [n, size, size]: the pixels within boxes, int32 [n, 4]."""
+    """bool [n, size, size]: the pixels inside `boxes`, int32 [n, 4]."""
     at = torch.arange(size, device=boxes.device)
     left, top, right, bottom = boxes[:, :, None].unbind(1)
     return ((at >= top) & (at < bottom))[:, :, None] & ((at >= left) & (at < right))[:, None, :]
 
 
 def _jitter(x: Tensor, name: str, amount: Tensor) -> Tensor:
-    """torchvision's adjust_brightness, adjust_contrast, ... of float [n, size, size, 3] in [0, 255]."""
+    """torchvision's adjust_{name} for float [n, size, size, 3] images in [0, 255]."""
     match name:
         case "brightness":
             other: Tensor | float = 0.0
@@ -191,11 +207,15 @@ def _grey(x: Tensor) -> Tensor:
 
 
 def _turn_hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Add to H of HSV. H is in sixths of the circle; each channel is a trapezium over it, shifted by two sixths."""
+    """Add `turns` to the hue.
+
+    In HSV with H in sixths of the circle, each RGB channel is a trapezoidal function of H, shifted
+    by two sixths from the previous channel.
+    """
     r, g, b = x.split(1, dim=3)
     value = x.amax(3, keepdim=True)
     chroma = value - x.amin(3, keepdim=True)
-    per_sixth = chroma.clamp_min(1e-9)  # grey has no hue; any will do
+    per_sixth = chroma.clamp_min(1e-9)  # avoids 0 / 0 for grey, which has no hue
     of_g_or_b = torch.where(value == g, 2 + (b - r) / per_sixth, 4 + (r - g) / per_sixth)
     hue = torch.where(value == r, (g - b) / per_sixth, of_g_or_b) + 6 * turns
     position = torch.cat([hue + 5, hue + 3, hue + 1], dim=3) % 6

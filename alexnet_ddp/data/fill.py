@@ -1,8 +1,11 @@
-"""Images -> slots of a batch, in the loader's threads: read, decode, crop, resize, flip. Nothing here needs torch."""
+"""Fills a batch with images, in the loader's threads: read, decode, crop, resize, flip.
+
+This module does not need torch.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TypeVar
 
 import numpy as np
 
@@ -11,62 +14,64 @@ from alexnet_ddp.data.augment import Augment, Views
 from alexnet_ddp.data.decode import BadImage, centre_into, crop_into, resize_into, scratch, size_of
 from alexnet_ddp.data.policy import Operation, operate
 from alexnet_ddp.data.sources.index import SampleIndex
+from alexnet_ddp.data.sources.shards import ShardStore
+from alexnet_ddp.data.sources.source import Skipped
+from alexnet_ddp.data.sources.synthetic import SyntheticStore
 from alexnet_ddp.runtime.errors import DataError
 
+T = TypeVar("T")
 
-class Skipped(NamedTuple):
-    """An image that could not be had, and is left out."""
-
-    position: int  # in what was asked for
-    index: int  # in the SampleIndex
-    kind: str  # empty, damaged, too large, ...
-    reason: str  # its name, and what is wrong with it
-
-
-# fill(slots uint8 [n, size, size, 3], indices int64 [n], epoch) -> the bad images, whose slots are left as they were
+# fill(slots uint8 [n, size, size, 3], indices int64 [n], epoch) returns the bad images; their slots
+# are left unchanged.
 Fill = Callable[[np.ndarray, np.ndarray, int], list[Skipped]]
 
 
 def build_fill(cfg: DataConfig, index: SampleIndex, augment: Augment | None) -> Fill:
-    """What fills slots with images of `index`; augment=None shows them as the evaluation sees them."""
-    if hasattr(index.store, "fill"):
-        return index.store.fill
-    if getattr(index.store, "raw_size", None):
-        return RawFill(index, augment, cfg)
-    return ImageFill(index, augment, cfg)
+    """The function that fills slots with images of `index`.
+
+    augment: None for the evaluation's resize and centre crop.
+    """
+    match index.store:
+        case SyntheticStore() as store:
+            return store.fill
+        case ShardStore(raw_size=int()) as store:
+            return RawFill(index, augment, cfg, store, store.raw_size)
+        case _:
+            return ImageFill(index, augment, cfg)
 
 
 @dataclass(frozen=True)
 class _IndexFill:
-    """Bad images raise DataError, or are skipped, as the user chose."""
+    """Bad images raise DataError or are skipped, according to data.on_bad_image."""
 
     index: SampleIndex
     augment: Augment | None
     cfg: DataConfig
 
-    def will_need(self, indices: np.ndarray) -> None:
-        self.index.will_need(indices)
+    def _guard(self, bad: list[Skipped], k: int, i: int, action: Callable[[], T]) -> T | None:
+        """Return action(). If image i, at position k, is bad: append it to `bad`, or raise.
 
-    def _guard(self, bad: list[Skipped], k: int, i: int, action: Callable[[], object]) -> object:
-        """action(); where image i, at position k, turns out to be bad, note it or raise."""
+        Raises DataError unless data.on_bad_image=skip.
+        """
+        skip = self.cfg.on_bad_image is OnBadImage.skip
         try:
             return action()
-        except (BadImage, DataError) as error:
-            reason = (
-                str(error) if isinstance(error, DataError) else f"{self.index.name(i)}: {error}"
-            )
-            if self.cfg.on_bad_image is not OnBadImage.skip:
-                remedy = "remove or mend it, or leave it out with data.on_bad_image=skip"
-                raise DataError(
-                    reason if isinstance(error, DataError) else f"{reason}; {remedy}"
-                ) from None
-            bad.append(Skipped(k, int(i), getattr(error, "kind", "unreadable"), reason))
-            return None
+        except BadImage as error:
+            reason = f"{self.index.name(i)}: {error}"
+            if not skip:
+                remedy = "remove or fix it, or leave it out with data.on_bad_image=skip"
+                raise DataError(f"{reason}; {remedy}") from None
+            bad.append(Skipped(k, int(i), error.kind, reason))
+        except DataError as error:
+            if not skip:
+                raise DataError(str(error)) from None
+            bad.append(Skipped(k, int(i), "unreadable", str(error)))
+        return None
 
 
 @dataclass(frozen=True)
 class ImageFill(_IndexFill):
-    """Encoded images."""
+    """Fills slots with encoded images."""
 
     def __call__(self, slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[Skipped]:
         bad: list[Skipped] = []
@@ -93,9 +98,10 @@ class ImageFill(_IndexFill):
     def _sizes(
         self, bad: list[Skipped], indices: np.ndarray, data: list[bytes | None]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Widths and heights, int64 [n], as an index knows them or from the headers; 1 for a bad image."""
-        if hasattr(self.index.store, "dimensions"):
-            return self.index.store.dimensions(indices)
+        """Widths and heights in pixels, int64 [n], from the index or the headers; 1 if bad."""
+        known = self.index.store.dimensions(indices)
+        if known is not None:
+            return known
         sizes = [(1, 1)] * len(data)
         for k, i in enumerate(indices):
             if data[k] is not None:
@@ -106,11 +112,14 @@ class ImageFill(_IndexFill):
 
 @dataclass(frozen=True)
 class RawFill(_IndexFill):
-    """Raw images of shards: of each, the rows of its crop are read, and resized into the slot."""
+    """Fills slots with raw images of shards: reads the rows of a crop only, and resizes them."""
+
+    store: ShardStore
+    raw_size: int  # height = width of the raw images, in pixels
 
     def __call__(self, slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[Skipped]:
         bad: list[Skipped] = []
-        size = self.index.store.raw_size
+        size = self.raw_size
         if self.augment is None:
             boxes, flips = [self._central_box(size)] * len(indices), [False] * len(indices)
             operations: list[list[Operation]] = [[]] * len(indices)
@@ -128,24 +137,24 @@ class RawFill(_IndexFill):
         return bad
 
     def _crop_into(self, slot: np.ndarray, i: int, box: list[int], flip: bool) -> None:
-        store, (left, top, width, height) = self.index.store, box
-        size = height * store.raw_size * 3
-        rows = np.frombuffer(scratch(size), np.uint8, size).reshape(height, store.raw_size, 3)
+        left, top, width, height = box
+        size = height * self.raw_size * 3
+        rows = np.frombuffer(scratch(size), np.uint8, size).reshape(height, self.raw_size, 3)
         try:
-            store.read_rows(i, top, rows)
+            self.store.read_rows(i, top, rows)
         except OSError as error:
             raise DataError(
-                f"{store.name(i)} cannot be read ({error.strerror or error}); copy it again"
+                f"{self.store.name(i)} cannot be read ({error.strerror or error}); copy it again"
             ) from error
         resize_into(slot, rows[:, left : left + width], flip)
 
     def _central_box(self, size: int) -> tuple[int, int, int, int]:
-        """What the evaluation's resize and centre crop leave of the square."""
+        """(left, top, width, height) in the raw image of the evaluation's resize and crop."""
         side = round(size * self.cfg.image_size / self.cfg.eval_resize)
         start = round((size - side) / 2)
         return start, start, side, side
 
 
 def _boxes(views: Views) -> list[list[int]]:
-    """[left, top, width, height] for each."""
+    """[left, top, width, height] of each view."""
     return np.stack([views.left, views.top, views.width, views.height], axis=1).tolist()

@@ -1,7 +1,8 @@
-"""Open an image, check it and convert it to RGB. No other module shows untrusted bytes to Pillow.
+"""Opens an image, checks it and converts it to RGB.
 
-Training, evaluation, prediction and preparation use it, so they accept the same files and see the same pixels.
-PIL is imported when the first image is opened: importing it takes time, and the fast JPEG path does not need it.
+No other module passes untrusted bytes to Pillow. Training, evaluation, prediction and preparation
+use this one, so they accept the same files and get the same pixels. PIL is imported when the first
+image is opened, because importing it takes time and the fast JPEG path does not need it.
 """
 
 import io
@@ -22,16 +23,13 @@ if TYPE_CHECKING:
 
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF", "AVIF")  # JPEG includes MPO
 
-# The codes of bad images. They are written to the quarantine, so they never change.
+# The codes of bad images. They are part of a file format (the quarantine), so they never change.
 EMPTY, NOT_AN_IMAGE, TRUNCATED, DECODE_ERROR = "empty", "not_an_image", "truncated", "decode_error"
 BOMB, SAMPLE_TYPE, UNREADABLE = "bomb", "sample_type", "unreadable"
-_KINDS = {
-    TRUNCATED: "damaged",
-    DECODE_ERROR: "damaged",
-    BOMB: "too large",
-}  # the others: with spaces
+# The kinds of bad images; for the other codes, the code with spaces.
+_KINDS = {TRUNCATED: "damaged", DECODE_ERROR: "damaged", BOMB: "too large"}
 
-_MAX_RATIO = 16  # an image that is longer than this many times its shorter side loses its ends before it is resized
+_MAX_RATIO = 16  # longer side / shorter side; longer images are cropped before they are resized
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 _SIGNED = 2  # a value of the tag SampleFormat
 _WHITE_IS_ZERO = 0  # a value of the tag PhotometricInterpretation
@@ -39,7 +37,7 @@ _IGNORE_PILLOW = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
 class BadImage(ValueError):
-    """The bytes are not an image that can be used. The message says why."""
+    """The bytes are not a usable image. The message gives the reason."""
 
     def __init__(self, reason: str, code: str) -> None:
         super().__init__(reason)
@@ -47,17 +45,17 @@ class BadImage(ValueError):
 
     @property
     def kind(self) -> str:
-        """The code in a word or two, for the quarantine of a run."""
+        """The code in one or two words, for the quarantine of a run."""
         return _KINDS.get(self.code, self.code.replace("_", " "))
 
 
 def read_file(path: str) -> bytes:
-    """The bytes of an image file. Raises NotAFile for what cannot be one, OSError if the machine is at fault."""
+    """The bytes of an image file. Raises NotAFile if it cannot be one, OSError for I/O failures."""
     return read_regular(path, largest=MAX_BYTES)
 
 
 def check_size(width: int, height: int) -> tuple[int, int]:
-    """(width, height) in pixels. Raises BadImage outside of the limits."""
+    """Return (width, height), in pixels. Raises BadImage if they exceed the limits."""
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         limit = f"the limit is {MAX_SIDE} a side and {MAX_PIXELS} in all"
         raise BadImage(f"{width} x {height} pixels; {limit}", BOMB)
@@ -67,7 +65,7 @@ def check_size(width: int, height: int) -> tuple[int, int]:
 
 
 def open_image(data: bytes) -> "Image.Image":
-    """The image with its header checked; its pixels are not decoded yet. Raises BadImage."""
+    """Open an image and check its header; the pixels are not decoded yet. Raises BadImage."""
     if not data:
         raise BadImage("the file is empty", EMPTY)
     if len(data) > MAX_BYTES:
@@ -76,7 +74,7 @@ def open_image(data: bytes) -> "Image.Image":
     with _decoding():
         image = pillow.open(io.BytesIO(data), formats=FORMATS)
     check_size(*image.size)
-    if image.mode == "F":  # there is no largest value to scale by
+    if image.mode == "F":  # floats have no largest value to scale by
         raise BadImage(
             "floating-point samples; convert them to unsigned integers of 8 or 16 bits", SAMPLE_TYPE
         )
@@ -84,10 +82,11 @@ def open_image(data: bytes) -> "Image.Image":
 
 
 def to_rgb(image: "Image.Image") -> "Image.Image":
-    """Decode an image of open_image to RGB with 8 bits. Raises BadImage.
+    """Decode an image from open_image() to 8-bit RGB. Raises BadImage.
 
-    Integer samples of any depth are scaled by the largest value of their type: 16 bits are divided by 257, rounded.
-    Pillow reduces colour images with 16 bits itself: it keeps the upper 8 bits, which differs by one level at most.
+    Integer samples of any depth are scaled by the largest value of their type: 16-bit samples are
+    divided by 257 and rounded. Pillow itself converts 16-bit colour images: it keeps the upper 8
+    bits, which differs by at most one level.
     """
     with _decoding():
         image.load()
@@ -96,8 +95,11 @@ def to_rgb(image: "Image.Image") -> "Image.Image":
         return image.convert("RGB")
 
 
-def without_far_ends(image: "Image.Image") -> "Image.Image":
-    """Keep the middle of a very long image: resizing all of it would need gigabytes, and a centre crop follows."""
+def crop_long_image(image: "Image.Image") -> "Image.Image":
+    """Crop the middle of a very long image before it is resized and centre-cropped.
+
+    Resizing the whole image would need gigabytes. Other images are returned unchanged.
+    """
     (width, height), longest = image.size, _MAX_RATIO * min(image.size)
     if max(width, height) <= longest:
         return image
@@ -106,24 +108,24 @@ def without_far_ends(image: "Image.Image") -> "Image.Image":
 
 
 def scaled_size(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:
-    """(width, height) with the shorter one as given, rounded as torchvision's Resize does."""
+    """(width, height) after resizing the shorter side, rounded as in torchvision's Resize."""
     width, height = size
     long = int(shorter_side * max(size) / min(size))
     return (shorter_side, long) if width <= height else (long, shorter_side)
 
 
 def _prepared_pillow() -> "type[Image]":
-    """PIL.Image, with the formats registered and without the global settings that another library may have made."""
-    # Image.open() would import all plugins of Pillow if it did not find one of ours.
+    """PIL.Image with our formats registered, and with global settings of other libraries reset."""
+    # Without this import, Image.open() would import all plugins of Pillow for some files.
     from PIL import AvifImagePlugin, Image, ImageFile, TiffImagePlugin, WebPImagePlugin  # noqa: F401
 
     Image.preinit()  # the other formats
-    Image.MAX_IMAGE_PIXELS = None  # check_size has the same task, and names the size
+    Image.MAX_IMAGE_PIXELS = None  # check_size() limits the size instead, and reports it
     ImageFile.LOAD_TRUNCATED_IMAGES = False
-    # catch_warnings() is not safe with threads. Adding the filter again would make other warnings appear again.
+    # catch_warnings() is not thread-safe. Adding the filter twice would repeat other warnings.
     if warnings.filters[:1] != [_IGNORE_PILLOW]:
         warnings.filterwarnings("ignore", module=r"PIL\.")
-    log = logging.getLogger("PIL")  # its messages are about damaged files, but do not name them
+    log = logging.getLogger("PIL")  # its messages about damaged files lack the file names
     if log.level == logging.NOTSET:
         log.setLevel(logging.CRITICAL)
     return Image
@@ -131,7 +133,7 @@ def _prepared_pillow() -> "type[Image]":
 
 @contextmanager
 def _decoding() -> Iterator[None]:
-    """Untrusted bytes in memory make decoders raise nearly anything: all of it means that the image is bad."""
+    """Convert any exception to BadImage: decoders raise many types for damaged bytes."""
     try:
         yield
     except (BadImage, MemoryError):
@@ -149,9 +151,7 @@ def _as_bad_image(error: Exception) -> BadImage:
     text, name = ascii(str(error))[1:-1][:120], type(error).__name__
     if not text or " at 0x" in text:  # the address of an object differs from run to run
         text = name
-    elif not isinstance(
-        error, (OSError, ValueError, SyntaxError)
-    ):  # these are Pillow's own messages
+    elif not isinstance(error, (OSError, ValueError, SyntaxError)):  # Pillow raises these itself
         text = f"{name}: {text}"
     return BadImage(f"damaged: {text}", TRUNCATED if "truncated" in text.lower() else DECODE_ERROR)
 
@@ -161,7 +161,7 @@ def _is_signed(image: "Image.Image") -> bool:
 
 
 def _scaled_grey(image: "Image.Image") -> "Image.Image":
-    """Mode L from integer samples of more than 8 bits, or from signed ones, by the largest value of their type."""
+    """Convert signed samples, or samples of more than 8 bits, to mode L by their type's maximum."""
     from PIL import Image
 
     signed, (bits, *_) = _is_signed(image), _tag(image, _BITS_PER_SAMPLE, (16,))
@@ -177,12 +177,12 @@ def _scaled_grey(image: "Image.Image") -> "Image.Image":
     levels = np.multiply(samples, 255 / (2 ** (bits - signed) - 1), dtype=np.float32)
     grey = np.rint(levels, out=levels).astype(np.uint8)
     if image.format == "TIFF" and _tag(image, _PHOTOMETRIC, _WHITE_IS_ZERO) == _WHITE_IS_ZERO:
-        # Pillow inverts up to 8 bits only; it has the same default.
+        # Pillow inverts samples of up to 8 bits only. Its default for a missing tag is the same.
         grey = 255 - grey
     return Image.fromarray(grey)
 
 
 def _tag(image: "Image.Image", tag: int, default: object) -> object:
-    """The value of a TIFF tag; `default` if there is none, and for other formats."""
+    """The value of a TIFF tag; `default` if the tag is missing or the format is another one."""
     tags = getattr(image, "tag_v2", None) if image.format == "TIFF" else None
     return default if tags is None else tags.get(tag, default)

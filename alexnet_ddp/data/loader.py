@@ -1,4 +1,4 @@
-"""Batches on the device: what prefetch.py has filled in host memory is copied without waiting."""
+"""Batches on the device: copies what prefetch.py filled in host memory, asynchronously."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,34 +11,35 @@ import torch
 from alexnet_ddp.config import DataConfig
 from alexnet_ddp.data.augment import Augment
 from alexnet_ddp.data.effects import Effects, Partners, partner_rows
-from alexnet_ddp.data.fill import Fill, Skipped, build_fill
+from alexnet_ddp.data.fill import Fill, build_fill
 from alexnet_ddp.data.prefetch import HostBatch, Prefetcher
-from alexnet_ddp.data.sampler import Work
+from alexnet_ddp.data.sampler import MicroBatch
 from alexnet_ddp.data.sources.index import SampleIndex
+from alexnet_ddp.data.sources.source import Skipped
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass of one rank sees."""
+    """The input of one forward pass on one rank. The tensors are on the device.
 
-    work: Work
-    images: (
-        torch.Tensor
-    )  # uint8 [m, size, size, 3] on the device; valid until the next batch is asked for
-    labels: (
-        torch.Tensor
-    )  # int64 [n] on the device. m = n; but where images are mixed, m may be n + 1:
-    indices: (
-        torch.Tensor
-    )  # int32 [n] on the device. then the last image is only there for the first to be mixed with
+    m = n, except that with mixing (mixup, CutMix) m may be n + 1: the last image is then only used
+    to be mixed into the first one.
+    """
+
+    micro_batch: MicroBatch
+    images: torch.Tensor  # uint8 [m, size, size, 3], valid until the next batch is requested
+    labels: torch.Tensor  # int64 [n]
+    indices: torch.Tensor  # int32 [n], positions in the SampleIndex
     effects: Effects
-    bad: list[Skipped]  # images of the work that are left out
+    bad: list[Skipped]  # images of the micro-batch that were left out
 
 
 class Loader:
-    """Turns Works into Batches with `num_threads` threads, from pinned memory where the device is a GPU.
+    """Loads a Batch for each MicroBatch with `num_threads` threads; uses pinned memory for a GPU.
 
+    labels: int32 [N], of all images of the index.
     image_size(epoch): pixels, height = width.
+    will_need(indices): a hint that these images will be read soon.
     """
 
     def __init__(
@@ -49,23 +50,29 @@ class Loader:
         image_size: Callable[[int], int],
         num_threads: int,
         device: torch.device,
+        will_need: Callable[[np.ndarray], None] | None = None,
     ) -> None:
         self._labels, self._augment, self._device = labels, augment, device
         self._mixes = augment is not None and augment.mixes
-        # One thread of torch's for each of ours, as torch's data loader has it. The setting is the thread's own, and
-        # the default of threads that have not asked yet: this one asks first.
+        # Each decoding thread runs torch on one thread, as in torch's DataLoader. set_num_threads()
+        # also changes the default of threads that have not read it yet, so read it here first.
         torch.get_num_threads()
         threads = ThreadPoolExecutor(num_threads, "decode", torch.set_num_threads, (1,))
-        self._prefetcher = Prefetcher(fill, image_size, threads, self._allocate, self._mixes)
+        self._prefetcher = Prefetcher(
+            fill, image_size, threads, self._allocate, self._mixes, will_need
+        )
 
     @property
     def waited_s(self) -> float:
-        """Seconds that the user of the batches had to wait for them."""
+        """Seconds that the consumer has waited for batches so far."""
         return self._prefetcher.waited_s
 
-    def batches(self, works: Iterable[Work]) -> Iterator[Batch]:
-        """The Batch of each Work, in order. An error in a thread is raised where its Batch is asked for."""
-        with closing(self._prefetcher.batches(works)) as batches:
+    def batches(self, micro_batches: Iterable[MicroBatch]) -> Iterator[Batch]:
+        """Yield the Batch of each MicroBatch, in order.
+
+        An error in a thread is raised when its Batch is requested.
+        """
+        with closing(self._prefetcher.batches(micro_batches)) as batches:
             yield from map(self._to_device, batches)
 
     def close(self) -> None:
@@ -81,14 +88,14 @@ class Loader:
         if host.bad:  # rare, so a copy may be made
             slots = np.setdiff1d(slots, [one.position for one in host.bad])
             images, indices = images[torch.from_numpy(slots)], indices[slots]
-        n = np.count_nonzero(slots < len(host.work.indices))
+        n = np.count_nonzero(slots < len(host.micro_batch.indices))
         batch = Batch(
-            host.work,
+            host.micro_batch,
             images.to(self._device, non_blocking=True),
             self._copy(self._labels[indices[:n]].astype(np.int64)),
             self._copy(indices[:n].astype(np.int32)),
             self._effects(host, indices, slots),
-            [one for one in host.bad if one.position < len(host.work.indices)],
+            [one for one in host.bad if one.position < len(host.micro_batch.indices)],
         )
         if self._device.type == "cuda":
             copied = torch.cuda.Event()
@@ -97,19 +104,19 @@ class Loader:
         return batch
 
     def _effects(self, host: HostBatch, indices: np.ndarray, slots: np.ndarray) -> Effects:
-        """indices: of the images that could be decoded, and slots: where they are in the buffer."""
+        """indices: of the images that could be decoded; slots: their positions in the buffer."""
         if self._augment is None:
             return Effects()
         partners = None
         if self._mixes:
-            rows = partner_rows(slots, len(host.work.indices))
+            rows = partner_rows(slots, len(host.micro_batch.indices))
             partners = Partners(rows, self._labels[indices[rows]].astype(np.int64))
         return self._augment.effects(
-            host.work.epoch, indices, host.images.shape[1], partners, self._copy
+            host.micro_batch.epoch, indices, host.images.shape[1], partners, self._copy
         )
 
     def _copy(self, array: np.ndarray) -> torch.Tensor:
-        """To the device, without waiting for it."""
+        """Copy to the device, asynchronously."""
         return torch.from_numpy(array).to(self._device, non_blocking=True)
 
 
@@ -121,10 +128,13 @@ def build_loader(
     device: torch.device,
     may_grow: bool = False,
 ) -> Loader:
-    """A loader of `index`; augment=None shows the images as the evaluation sees them.
+    """A loader for the images of `index`.
 
-    may_grow: images of early epochs are smaller, where `cfg` says so.
+    augment: None for the evaluation's resize and centre crop.
+    num_threads: used unless data.num_threads is set.
+    may_grow: use data's schedule of image sizes, with smaller images in early epochs.
     """
     fill = build_fill(cfg, index, augment)
     size = cfg.train_image_size if may_grow else lambda epoch: cfg.image_size
-    return Loader(fill, index.labels, augment, size, cfg.num_threads or num_threads, device)
+    threads = cfg.num_threads or num_threads
+    return Loader(fill, index.labels, augment, size, threads, device, index.will_need)

@@ -1,7 +1,8 @@
-"""RandAugment (Cubuk 2020) and TrivialAugment Wide (Müller and Hutter 2021), as functions of (seed, epoch, index).
+"""RandAugment (Cubuk 2020) and TrivialAugment Wide (Müller and Hutter 2021).
 
-torchvision's transforms of these names draw from a generator that all threads share, so they cannot be repeated. Here
-are their operations, by torchvision's own kernels on uint8, and their magnitudes, with operations drawn by hash.
+torchvision's transforms of these names draw from a generator that all threads share, so their
+results cannot be reproduced. This module uses the same operations and magnitudes, with
+torchvision's uint8 kernels, but draws them by hash from (seed, epoch, image index).
 """
 
 import math
@@ -19,7 +20,8 @@ if TYPE_CHECKING:  # torch and torchvision take seconds to import, and only a po
 
 _GEOMETRY = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 _COLOUR = ("Brightness", "Color", "Contrast", "Sharpness")
-# Greatest magnitudes. Those of RandAugment's translations are shares of the side, of TrivialAugment's pixels.
+# The largest magnitudes. Translations are fractions of the side in RandAugment and pixels in
+# TrivialAugment.
 _SIGNED = {
     Policy.randaugment: dict(zip(_GEOMETRY, (0.3, 0.3, 150 / 331, 150 / 331, 30.0)))
     | dict.fromkeys(_COLOUR, 0.9),
@@ -36,7 +38,10 @@ Operation = tuple[str, float]  # name, magnitude
 def draw_operations(
     cfg: RandomAugmentConfig, key: int, indices: np.ndarray, size: int
 ) -> list[list[Operation]]:
-    """What is done to each of the images, one operation after the other. size: their side in pixels."""
+    """Draw the operations for each of the images `indices`, in the order of their application.
+
+    key: from rng.fold; size: height = width of the images in pixels.
+    """
     if cfg.policy is Policy.none:
         return [[] for _ in indices]
     num_ops = cfg.num_ops if cfg.policy is Policy.randaugment else 1
@@ -52,7 +57,10 @@ def draw_operations(
 
 
 def magnitude(policy: Policy, name: str, bin_: int, sign: int, size: int) -> float:
-    """Of bin 0 to 30, as torchvision has it, to the last bit of float32. 0 for operations without one."""
+    """The magnitude of an operation for bin 0 to 30, exactly as in torchvision (float32).
+
+    Returns 0 for operations without a magnitude.
+    """
     if name in _SIGNED[policy]:
         scale = size if policy is Policy.randaugment and name.startswith("Translate") else 1
         return sign * _scale(0.0, _SIGNED[policy][name] * scale)[bin_]
@@ -81,7 +89,7 @@ def _scale(first: float, last: float) -> list[float]:
 
 @cache
 def _kernels() -> dict[str, Callable[["Tensor", float], "Tensor"]]:
-    """By name."""
+    """torchvision's kernels by the name of the operation; they take uint8 [3, H, W] images."""
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2 import functional as F
 

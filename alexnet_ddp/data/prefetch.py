@@ -1,7 +1,8 @@
-"""Threads that fill batches in host memory ahead of the step.
+"""Fills batches in host memory with threads, ahead of the training step.
 
-Decoding releases the GIL, so threads do what others need worker processes for: nothing is pickled, nothing lives in
-/dev/shm, no worker can be lost, and what comes next is decided by the plan of Works alone, so any start is exact.
+Decoding releases the GIL, so threads replace worker processes: nothing is pickled, nothing uses
+/dev/shm, and no worker can be lost. The order of the batches depends on the given micro-batches
+alone, so a resumed run sees exactly the same ones.
 """
 
 import time
@@ -13,13 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_ddp.data.fill import Fill, Skipped
-from alexnet_ddp.data.sampler import Work
+from alexnet_ddp.data.fill import Fill
+from alexnet_ddp.data.sampler import MicroBatch
+from alexnet_ddp.data.sources.source import Skipped
 
 _AHEAD = 3  # batches being filled while one is used
-_PER_TASK = 16  # images a thread takes at once: enough to hide Python's share, few enough to spread a small batch
+_PER_TASK = (
+    16  # images per task: enough to hide Python's overhead, and small batches use all threads
+)
 
-# allocate(bytes) -> (uint8 [bytes], what owns the memory)
+# allocate(bytes) returns (uint8 [bytes], the object that owns the memory)
 Allocate = Callable[[int], tuple[np.ndarray, Any]]
 
 
@@ -29,24 +33,30 @@ class Buffer:
 
     array: np.ndarray  # uint8 [bytes]
     owner: Any
-    wait_until_free: Callable[[], None] = lambda: None  # the device may still be copying out of it
+    wait_until_free: Callable[[], None] = lambda: None  # the device may still be copying from it
 
 
 @dataclass(frozen=True)
 class HostBatch:
-    """Valid until the next one is asked for; its buffer is filled again once `buffer.wait_until_free` returns."""
+    """A filled batch, valid until the next one is requested.
 
-    work: Work
-    indices: np.ndarray  # int64 [n] of the images: the work's, and perhaps the one before them
+    Its buffer is reused after that, once `buffer.wait_until_free` returns.
+    """
+
+    micro_batch: MicroBatch
+    indices: np.ndarray  # int64 [n]: micro_batch.indices, perhaps followed by micro_batch.previous
     images: np.ndarray  # uint8 [n, size, size, 3], at the beginning of the buffer
     buffer: Buffer
-    bad: list[Skipped]  # by their positions in `indices`
+    bad: list[Skipped]  # positions refer to `indices`
 
 
 class Prefetcher:
-    """Turns Works into HostBatches with `threads`. `waited_s` sums the seconds its user had to wait.
+    """Fills a HostBatch for each MicroBatch with `threads`.
 
-    image_size(epoch): pixels, height = width. with_previous: also the image before those of a Work.
+    image_size(epoch): pixels, height = width.
+    will_need(indices): a hint that these images will be read soon.
+    with_previous: also load the image before those of a micro-batch (for mixing).
+    waited_s: seconds that the consumer has waited for batches so far.
     """
 
     def __init__(
@@ -56,22 +66,26 @@ class Prefetcher:
         threads: ThreadPoolExecutor,
         allocate: Allocate,
         with_previous: bool = False,
+        will_need: Callable[[np.ndarray], None] | None = None,
     ) -> None:
         self._fill, self._image_size, self._allocate = fill, image_size, allocate
-        self._threads, self._with_previous = threads, with_previous
+        self._threads, self._with_previous, self._will_need = threads, with_previous, will_need
         self.waited_s = 0.0
 
-    def batches(self, works: Iterable[Work]) -> Iterator[HostBatch]:
-        """The HostBatch of each Work, in order. An error in a thread is raised where its batch is asked for."""
-        works, ahead, free = iter(works), deque(), []
+    def batches(self, micro_batches: Iterable[MicroBatch]) -> Iterator[HostBatch]:
+        """Yield the HostBatch of each MicroBatch, in order.
+
+        An error in a thread is raised when its batch is requested.
+        """
+        todo, ahead, free = iter(micro_batches), deque(), []
         try:
             while True:
-                while len(ahead) <= _AHEAD and (work := next(works, None)) is not None:
-                    ahead.append((work, *self._start(work, free)))
+                while len(ahead) <= _AHEAD and (micro_batch := next(todo, None)) is not None:
+                    ahead.append((micro_batch, *self._start(micro_batch, free)))
                 if not ahead:
                     return
-                work, indices, images, buffer, tasks = ahead.popleft()
-                yield HostBatch(work, indices, images, buffer, self._finish(tasks))
+                micro_batch, indices, images, buffer, tasks = ahead.popleft()
+                yield HostBatch(micro_batch, indices, images, buffer, self._finish(tasks))
                 free.append(buffer)
         finally:
             for *_, tasks in ahead:
@@ -82,25 +96,27 @@ class Prefetcher:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _start(
-        self, work: Work, free: list[Buffer]
+        self, micro_batch: MicroBatch, free: list[Buffer]
     ) -> tuple[np.ndarray, np.ndarray, Buffer, list[Future]]:
-        more = self._with_previous and len(work.indices)
-        indices = np.append(work.indices, work.previous) if more else work.indices
-        n, size = len(indices), self._image_size(work.epoch)
+        """Start to fill a batch; returns its indices, images, buffer and tasks."""
+        indices, epoch = micro_batch.indices, micro_batch.epoch
+        if self._with_previous and len(indices):
+            indices = np.append(indices, micro_batch.previous)
+        n, size = len(indices), self._image_size(epoch)
         needed = n * size * size * 3
-        if hasattr(self._fill, "will_need"):
-            self._fill.will_need(indices)
+        if self._will_need is not None:
+            self._will_need(indices)
         fitting = [b for b in free if len(b.array) >= needed]
         if fitting:
             buffer = fitting[0]
             free.remove(buffer)
             buffer.wait_until_free()
         else:
-            free.clear()  # too small: the first batch of a size is the largest, so this is rare
+            free.clear()  # too small; rare, because the first batch of an image size is the largest
             buffer = Buffer(*self._allocate(needed))
         images = buffer.array[:needed].reshape(n, size, size, 3)
         parts = [slice(i, min(i + _PER_TASK, n)) for i in range(0, n, _PER_TASK)]
-        tasks = [self._threads.submit(self._fill, images[p], indices[p], work.epoch) for p in parts]
+        tasks = [self._threads.submit(self._fill, images[p], indices[p], epoch) for p in parts]
         return indices, images, buffer, tasks
 
     def _finish(self, tasks: list[Future]) -> list[Skipped]:

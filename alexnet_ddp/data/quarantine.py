@@ -1,7 +1,7 @@
-"""Images that a run could not use: named once, counted against a budget, left out of every epoch.
+"""The quarantine: images that a run could not use. They are listed, limited and left out.
 
-The one rule: quarantine.jsonl follows from the steps that were taken. Each image stands in it once, by the first step
-that should have had it, whatever the number of ranks, of epochs and of restarts.
+quarantine.jsonl depends only on the steps of the run. It lists each image once, with the first step
+that should have used it, for any number of ranks, epochs and restarts.
 """
 
 import json
@@ -9,8 +9,8 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.sources.index import SampleIndex
+from alexnet_ddp.data.sources.source import Skipped
 from alexnet_ddp.runtime.distributed import World, all_gather_objects, from_main
 from alexnet_ddp.runtime.errors import DataError
 from alexnet_ddp.runtime.files import write_bytes
@@ -20,7 +20,10 @@ log = logging.getLogger(__name__)
 
 
 class Quarantine:
-    """Every rank knows all the images; rank 0 writes them down, and warns of the first one of each kind."""
+    """The bad images of a run. All ranks hold the full list; rank 0 writes it.
+
+    Rank 0 also logs a warning for the first image of each kind.
+    """
 
     def __init__(
         self,
@@ -30,28 +33,26 @@ class Quarantine:
         start_step: int,
         world: World,
     ) -> None:
-        """Collective. Of an earlier start, what came after `start_step` is dropped: it will come again.
+        """Collective. Reads the list of earlier starts up to `start_step`.
 
-        sets: "train" and "val"; max_train: so many different training images may be bad.
+        Rows of later steps are dropped, because these steps are repeated.
+        sets: "train" and "val"; max_train: the number of training images that may be bad.
         """
-        self._path, self._sets, self._max_train, self._world = (
-            run_dir / "quarantine.jsonl",
-            sets,
-            max_train,
-            world,
-        )
+        self._path = run_dir / "quarantine.jsonl"
+        self._sets, self._max_train, self._world = sets, max_train, world
         self._rows: list[dict] = from_main(lambda: _kept(self._path, start_step), world)
         self._known = {(row["split"], row["index"]) for row in self._rows}
         self._warned = {row["kind"] for row in self._rows}
 
     def count(self, split: str) -> int:
-        """Different images of `split` that were bad so far."""
+        """The number of different bad images of `split` so far."""
         return sum(row["split"] == split for row in self._rows)
 
     def note(self, split: str, bad: list[Skipped], step: int, epoch: float) -> None:
-        """Collective. What this rank left out, of a training step or of an evaluation; step, epoch: as in the rows.
+        """Collective. Record the images that this rank left out in a training step or evaluation.
 
-        Raises DataError on all ranks where too many training images are bad.
+        step, epoch: stored in the rows.
+        Raises DataError, on all ranks, if more than `max_train` training images are bad.
         """
         new = {
             one.index: one
@@ -71,9 +72,9 @@ class Quarantine:
             self._write(self._rows[-len(new) :])
         num_bad = self.count("train")
         if new and num_bad > self._max_train:
-            remedy = f"mend or remove those that {self._path} lists, or allow more"
             raise DataError(
-                f"{num_bad} training images are bad, more than data.max_bad_images ({self._max_train}); {remedy}"
+                f"{num_bad} training images are bad, more than data.max_bad_images "
+                f"({self._max_train}); fix or remove those that {self._path} lists, or allow more"
             )
 
     def _write(self, new: list[dict]) -> None:
@@ -93,7 +94,7 @@ class Quarantine:
 
 
 def _kept(path: Path, start_step: int) -> list[dict]:
-    """Rows up to `start_step`; the file is rewritten so. A file that was torn or edited loses the lines it lost."""
+    """The rows up to `start_step`; removes all other lines, and incomplete ones, from the file."""
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     rows = [row for row in map(_parsed, lines) if row is not None and row["step"] <= start_step]
     if len(rows) < len(lines):

@@ -1,56 +1,71 @@
-"""JPEGs that can be cut before they are decoded: the pixels of a crop, from the bytes of the crop.
+"""Cuts a crop out of a JPEG before decoding, so that only the bytes of the crop are decoded.
 
-Most of a decoder's time goes into reading the bit stream, which has to be read from its beginning; but restart markers
-(ITU-T T.81, B.2.4.4) part it into segments that stand alone. We write a marker after every few blocks of a row, and a
-table of the segments' sizes as a comment. A crop is then a smaller JPEG: the segments that it touches, renumbered,
-behind a header with its size. Any decoder reads the whole image as ever; the markers and the table cost 4 % of bytes.
+A decoder spends most of its time on the bit stream and has to read it from the beginning. Restart
+markers (ITU-T T.81, B.2.4.4) divide it into segments that can be decoded independently. We write a
+marker after every few blocks of a row, and a comment with a table of the sizes of the segments. A
+crop is then a smaller JPEG: a header with its size, and the segments that it touches, with
+renumbered markers. The whole file remains a valid JPEG for any decoder; markers and table add 4 %
+to its size.
 
-The one rule: the pixels are those of the whole image, to the last bit.
+The pixels of a crop equal those of the whole image exactly.
 """
 
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 _BLOCK = 16  # pixels: a block (MCU) of a 4:2:0 JPEG, height = width
-_MARGIN = 2  # pixels beside a crop that its chroma is interpolated from
-_AT = 20  # where the comment stands: behind the start of the image and the JFIF header
-_HEAD = struct.Struct(
-    "<9sHHB"
-)  # name, places of the frame header and of the bit stream, blocks between two markers
+_MARGIN = 2  # pixels around a crop that are needed to interpolate its chroma
+_AT = 20  # the position of the comment: after the start of the image and the JFIF header
+# Name, positions of the frame header and of the bit stream, blocks between two markers.
+_HEAD = struct.Struct("<9sHHB")
 _NAME = b"restarts\0"
-_LARGEST = 8  # blocks between two markers, where the row can be parted so
+_LARGEST = 8  # the largest number of blocks between two markers
 _NUMBERS = (0xD0 + np.arange(1 << 15) % 8).astype(np.uint8)  # the second bytes of markers, in order
 _END = b"\xff\xd9"
+START_OF_SCAN = 0xDA
 
 
 class Cut(NamedTuple):
     """A JPEG of a part of an image."""
 
     data: bytearray
-    left: int  # pixels of the image
+    left: int  # its position in the image, in pixels
     top: int
 
 
+def segments(jpeg: bytes) -> Iterator[tuple[int, int]]:
+    """Yield (marker, position) of the header segments up to the start of the scan.
+
+    Stops early if the bytes are damaged; the marker of the last segment is then another one.
+    """
+    at = 2
+    while at + 9 < len(jpeg) and jpeg[at] == 0xFF:
+        yield jpeg[at + 1], at
+        if jpeg[at + 1] == START_OF_SCAN:
+            return
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+
+
 def interval(width: int) -> int:
-    """Blocks between two markers, for an image so many pixels wide: few, and whole segments make a row."""
+    """Blocks between two markers for an image of `width` pixels: few, and a divisor of the row."""
     row = -(-width // _BLOCK)
     return next((k for k in range(2, _LARGEST + 1) if row % k == 0), 1)
 
 
 def with_table(jpeg: bytes, blocks: int) -> bytes:
-    """A baseline 4:2:0 JFIF file that has a restart marker after every `blocks` blocks, with its table.
+    """Insert the table into a baseline 4:2:0 JFIF file with a restart marker every `blocks` blocks.
 
-    Unchanged where a segment is too long for the table.
+    Returns `jpeg` unchanged if a segment is too long for the table.
     """
     frame, scan = _places(jpeg)
     stream = np.frombuffer(jpeg, np.uint8)
     marks = np.flatnonzero(stream[scan:-2] == 0xFF) + scan
     marks = marks[(stream[marks + 1] & 0xF8) == 0xD0]
-    sizes = np.diff(
-        np.concatenate(([scan - 2], marks, [len(jpeg) - 2]))
-    )  # each with the marker before it
+    # Each size includes the marker before the segment.
+    sizes = np.diff(np.concatenate(([scan - 2], marks, [len(jpeg) - 2])))
     length = 2 + _HEAD.size + 2 * len(sizes)
     if sizes.max() > 0xFFFF or length > 0xFFFF:
         return jpeg
@@ -61,24 +76,21 @@ def with_table(jpeg: bytes, blocks: int) -> bytes:
 
 
 def cut(data: bytes, box: tuple[int, int, int, int]) -> Cut | None:
-    """The part that `box` (left, top, width, height) needs; None where all of it is needed or nothing can be cut.
+    """The part of the file that `box` (left, top, width, height in pixels) needs.
 
-    Nothing can where there is no table, or where it is not this file's: editors copy comments, and disks flip bits.
+    Returns None if the whole file is needed, or if it has no valid table: an editor may have copied
+    the comment into another file, or the file may be damaged.
     """
     if not has_table(data):
         return None
     try:
         return _cut(data, box)
-    except (
-        ValueError,
-        IndexError,
-        ZeroDivisionError,
-        struct.error,
-    ):  # whoever decodes the whole says what is wrong
-        return None
+    except (ValueError, IndexError, ZeroDivisionError, struct.error):
+        return None  # decoding the whole file reports what is wrong
 
 
 def has_table(data: bytes) -> bool:
+    """Whether `data` contains the comment with the table."""
     return data[_AT + 4 : _AT + 13] == _NAME
 
 
@@ -88,13 +100,12 @@ def _cut(data: bytes, box: tuple[int, int, int, int]) -> Cut | None:
     segment = blocks * _BLOCK  # pixels
     rows, per_row = -(-height // _BLOCK), -(-width // segment)
     sizes = np.frombuffer(data, "<u2", rows * per_row, _AT + 4 + _HEAD.size)
-    bounds = np.empty(
-        len(sizes) + 1, np.int64
-    )  # where the markers are, one before the first and one at the end
+    # Positions of the markers, including one before the first segment and one after the last.
+    bounds = np.empty(len(sizes) + 1, np.int64)
     bounds[0], bounds[1:] = scan - 2, sizes
     np.cumsum(bounds, out=bounds)
     if bounds[-1] != len(data) - 2 or data[-2:] != _END:
-        raise ValueError("another file's table")
+        raise ValueError("the table belongs to another file")
     left, top, wide, high = box
     a, b = max(0, left - _MARGIN) // segment, min(per_row, -(-(left + wide + _MARGIN) // segment))
     c, d = max(0, top - _MARGIN) // _BLOCK, min(rows, -(-(top + high + _MARGIN) // _BLOCK))
@@ -108,11 +119,14 @@ def _cut(data: bytes, box: tuple[int, int, int, int]) -> Cut | None:
 
 
 def _joined(data: bytes, scan: int, marks: np.ndarray, ends: np.ndarray) -> bytearray:
-    """The header, and of each row the segments behind `marks`, int64 [rows, n], with markers numbered in order."""
+    """The header, and for each row the segments after `marks`, with renumbered markers.
+
+    marks: int64 [rows, n], positions of the markers; ends: int64 [rows], ends of the last segments.
+    """
     begins = marks[:, 0] + 2
     pieces = [data[begin:end] for begin, end in zip(begins.tolist(), ends.tolist())]
     out = bytearray(b"".join((data[:scan], b"\xff\xd0".join(pieces), _END)))
-    moved = np.cumsum(ends - marks[:, 0])  # how far each row goes, and then how far the next one
+    moved = np.cumsum(ends - marks[:, 0])  # the offset of the next row in `out`
     moved[1:] = moved[:-1]
     moved[0] = 0
     moved += scan + 1 - begins
@@ -122,11 +136,10 @@ def _joined(data: bytes, scan: int, marks: np.ndarray, ends: np.ndarray) -> byte
 
 
 def _places(jpeg: bytes) -> tuple[int, int]:
-    """Where the frame header (SOF0) and the bit stream begin."""
-    at, frame = 2, 0
-    while jpeg[at + 1] != 0xDA:
-        frame = at if jpeg[at + 1] == 0xC0 else frame
-        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
-    assert frame, "not baseline"
+    """Positions of the frame header (SOF0) and of the bit stream."""
+    places = dict(segments(jpeg))
+    assert 0xC0 in places, "not baseline"
+    assert START_OF_SCAN in places, "no scan"
     assert jpeg[2:6] == b"\xff\xe0\x00\x10", "not Pillow's JFIF header"
-    return frame, at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    scan = places[START_OF_SCAN]
+    return places[0xC0], scan + 2 + int.from_bytes(jpeg[scan + 2 : scan + 4], "big")

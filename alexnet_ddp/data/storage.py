@@ -1,7 +1,7 @@
-"""A directory that may be far away: a path of this machine, or any URL that fsspec knows (s3://, gs://, hdfs://, ...).
+"""A local or remote directory: a path, or any URL that fsspec supports (s3://, gs://, hdfs://).
 
-The one rule: a name is there whole or not at all. Here that is a draft and a rename; there a draft and an upload.
-An OSError names the file, and has an errno where the machine is at fault: nothing here calls that a bad image.
+A file is complete or absent: it is written to a temporary file, then renamed or uploaded.
+OSErrors carry the file name; one with an errno is an I/O failure, never a corrupt image.
 """
 
 import errno
@@ -21,12 +21,15 @@ from typing import Any, BinaryIO
 from alexnet_ddp.runtime.errors import ConfigError
 from alexnet_ddp.runtime.files import atomic_file
 
-SCRATCH = "_tmp"  # the folder of drafts, below root
+SCRATCH = "_tmp"  # the folder for temporary files, below root
 _CHUNK = 1 << 22  # bytes read at once
 
 
 class NotAFile(OSError):
-    """What should be read is a pipe, a device, a folder, a link without a target or too large: no disk has failed."""
+    """The path is a pipe, a device, a folder, a link without a target, or too large a file.
+
+    This describes the data; it is no failure of the machine.
+    """
 
     def __str__(self) -> str:
         return self.strerror
@@ -35,9 +38,11 @@ class NotAFile(OSError):
 def read_regular(
     path: str, offset: int = 0, size: int | None = None, largest: int | None = None
 ) -> bytes:
-    """Up to `size` bytes from `offset` of a regular file, by default all of it. Never waits for a pipe.
+    """Read up to `size` bytes of a regular file from `offset`, by default all of them.
 
-    Raises NotAFile for anything else, for a link without a target, and for a file of more than `largest` bytes.
+    Never blocks on a pipe.
+    Raises NotAFile for anything but a regular file, for a link without a target and for a file of
+    more than `largest` bytes; OSError for I/O failures.
     """
     with _naming(path), _open_at_once(path) as file:
         found = os.fstat(file.fileno())
@@ -52,7 +57,7 @@ def read_regular(
 
 
 def absolute(url: str) -> str:
-    """The same place, whatever the working directory of the process that looks. file:// URLs become paths."""
+    """`url` independent of the working directory. file:// URLs become paths."""
     if url.startswith(("file://", "local://")):
         url = url.split("://", 1)[1]
     return url if "://" in url else os.path.abspath(os.path.expanduser(url))
@@ -60,7 +65,10 @@ def absolute(url: str) -> str:
 
 @dataclass(frozen=True)
 class Storage:
-    """Files below `root`, by names relative to it. Pickles; each process opens its own connection."""
+    """Files below `root`; names are relative to it.
+
+    Can be pickled; each process opens its own connection.
+    """
 
     root: str
 
@@ -70,18 +78,20 @@ class Storage:
 
     @cached_property
     def _far(self) -> tuple[Any, str]:
-        """(fsspec file system, path of root in it), where root is a URL."""
-        from fsspec.core import url_to_fs  # slow to import, and few need it
+        """(fsspec file system, path of root in it), if root is a URL. Raises ConfigError."""
+        from fsspec.core import url_to_fs  # slow to import, and only needed for URLs
 
         try:
             fs, path = url_to_fs(self.root)
         except (ImportError, ValueError) as error:
-            rule = "cannot be reached; mend the address, or install the driver that fsspec needs for it"
-            raise ConfigError(f"{self.root} {rule} ({error})") from error
+            raise ConfigError(
+                f"{self.root} cannot be reached; fix the address, or install the driver that "
+                f"fsspec needs for it ({error})"
+            ) from error
         return fs, path.rstrip("/")
 
     def path(self, name: str) -> str:
-        """For messages, and for local files."""
+        """The path or URL of `name`."""
         return f"{self.root.rstrip('/')}/{name}".rstrip("/")
 
     def exists(self, name: str = "") -> bool:
@@ -91,7 +101,7 @@ class Storage:
         return fs.exists(f"{top}/{name}".rstrip("/"))
 
     def size(self, name: str) -> int | None:
-        """In bytes; None if there is no such file."""
+        """The size of a file in bytes; None if it does not exist."""
         try:
             if self.is_local:
                 return os.stat(self.path(name)).st_size
@@ -103,7 +113,7 @@ class Storage:
     def read(
         self, name: str, offset: int = 0, size: int | None = None, largest: int | None = None
     ) -> bytes:
-        """The whole file, or up to `size` bytes from `offset`. Raises NotAFile as read_regular does."""
+        """Read the whole file, or up to `size` bytes from `offset`; see read_regular."""
         if self.is_local:
             return read_regular(self.path(name), offset, size, largest)
         if size is None and largest is not None:
@@ -118,11 +128,11 @@ class Storage:
                 yield chunk
 
     def names(self, folder: str = "") -> list[str]:
-        """The files directly in `folder`, sorted, relative to it; none if it is not there."""
+        """The names of the files directly in `folder`, sorted; empty if it does not exist."""
         return self._list(folder, "file")
 
     def folders(self, folder: str = "") -> list[str]:
-        """The folders directly in `folder`, as `names`."""
+        """The names of the folders directly in `folder`, sorted; empty if it does not exist."""
         return self._list(folder, "directory")
 
     def tree(self, folder: str) -> list[str]:
@@ -130,12 +140,12 @@ class Storage:
         return list(self.tree_sizes(folder))
 
     def tree_sizes(self, folder: str) -> dict[str, int]:
-        """All files below `folder`, sorted, relative to it, and their sizes in bytes (0 if a store does not tell)."""
+        """As tree(), with the size of each file in bytes (0 if the store does not report it)."""
         if self.is_local:
             top = self.path(folder)
             paths = (
-                f"{where}/{name}"
-                for where, _, names in os.walk(top, followlinks=True)
+                f"{parent}/{name}"
+                for parent, _, names in os.walk(top, followlinks=True)
                 for name in names
             )
             found = {path: os.stat(path).st_size for path in paths}
@@ -149,7 +159,7 @@ class Storage:
 
     @contextmanager
     def create(self, name: str) -> Iterator[BinaryIO]:
-        """A new file, there under `name` when the block ends without an error."""
+        """A new binary file; it appears as `name` if the block ends without an error."""
         if not self.is_local:
             fs, top = self._far
             with tempfile.NamedTemporaryFile() as file:
@@ -170,7 +180,7 @@ class Storage:
             file.write(data)
 
     def remove(self, name: str) -> None:
-        """A file or a folder with what is in it; nothing if it is not there."""
+        """Remove a file, or a folder with its contents, if it exists."""
         if self.is_local:
             path = self.path(name)
             shutil.rmtree(path) if os.path.isdir(path) else Path(path).unlink(missing_ok=True)
@@ -180,7 +190,7 @@ class Storage:
             fs.rm(f"{top}/{name}", recursive=True)
 
     def sha256(self, name: str) -> str:
-        """Of the file as it can be read now."""
+        """The SHA-256 (hex) of a file."""
         digest = hashlib.sha256()
         for chunk in self.chunks(name):
             digest.update(chunk)
@@ -191,9 +201,8 @@ class Storage:
         try:
             data = self.read(name, offset, largest + 1)
         except Exception:
-            if (
-                self.size(name) == 0
-            ):  # stores answer with an error if a range of an empty file is asked for
+            # Stores return an error if a range of an empty file is requested.
+            if self.size(name) == 0:
                 return b""
             raise
         if len(data) > largest:
@@ -216,7 +225,7 @@ class Storage:
                         if (e.is_dir() if kind == "directory" else e.is_file())
                     )
             fs, top = self._far
-            fs.invalidate_cache()  # workers elsewhere may have written meanwhile
+            fs.invalidate_cache()  # other machines may have written files meanwhile
             found = fs.ls(f"{top}/{folder}".rstrip("/"), detail=True)
         except FileNotFoundError:
             return []
@@ -227,7 +236,7 @@ class Storage:
 
 @contextmanager
 def _naming(path: str) -> Iterator[None]:
-    """An error of a file that is open already does not say which one it is."""
+    """Add the file name to OSErrors of a file that is already open."""
     try:
         yield
     except OSError as error:
@@ -237,7 +246,8 @@ def _naming(path: str) -> Iterator[None]:
 
 
 def _open_at_once(path: str) -> BinaryIO:
-    """Open `path`, without waiting for somebody to write to it."""
+    """Open `path` for reading; does not block if it is a pipe without a writer."""
+    no_target = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
     try:
         return open(
             path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
@@ -245,18 +255,13 @@ def _open_at_once(path: str) -> BinaryIO:
     except OSError as error:
         if error.errno in (errno.EISDIR, errno.ENXIO):  # a folder; a socket
             raise NotAFile(error.errno, "it is no regular file", path) from error
-        if error.errno in (
-            errno.ENOENT,
-            errno.ENOTDIR,
-            errno.ELOOP,
-            errno.ENAMETOOLONG,
-        ) and os.path.islink(path):
+        if error.errno in no_target and os.path.islink(path):
             raise NotAFile(error.errno, "it is a link without a target", path) from error
         raise
 
 
 def _read(file: Any, size: int) -> bytes:
-    """`size` bytes, or what there is before the end of the file."""
+    """Read `size` bytes, or fewer at the end of the file."""
     parts, left = [], size
     while left > 0 and (part := file.read(left)):
         parts.append(part)

@@ -203,7 +203,9 @@ def _try_loader(cfg: DoctorConfig, world: World, data: ImageSets) -> float:
         cfg.augment, cfg.seed, cfg.data.image_size, cfg.data.eval_resize, data.colour_basis
     )
     loader = build_loader(cfg.data, data.train, augment, world.num_cores, world.device)
-    works = build_sampler(cfg, data.train).work(range(10**9), world.rank, world.world_size, 64)
+    works = build_sampler(cfg, data.train).micro_batches(
+        range(10**9), world.rank, world.world_size, 64
+    )
     try:
         return trial.loaded_per_s(batch.labels for batch in loader.batches(works))
     finally:

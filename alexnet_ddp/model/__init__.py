@@ -1,6 +1,6 @@
-"""The network: the AlexNet family, and other torchvision classifiers by name.
+"""Networks: the AlexNet family, and other torchvision classifiers by name.
 
-Parameter names are torchvision's, so its weight files load and ours load elsewhere.
+Parameter names are those of torchvision, so weight files can be exchanged with it.
 """
 
 from dataclasses import replace
@@ -48,15 +48,15 @@ def build_model(
     classes: list[str] | None = None,
     weights_classes: list[str] | None = None,
 ) -> nn.Module:
-    """The network of `cfg`, initialised from `seed`, on the CPU; weights loaded if `cfg` names a file.
+    """Build the network of `cfg` on the CPU, initialised from `seed` or from the file cfg.weights.
 
-    classes: folder names in the order of the labels; rows of the weights' head follow them.
-    weights_classes: those of the weights, if their file does not name them.
-    Raises ConfigError for an unknown name, an image that is too small, weights that do not fit.
+    image_size: height = width in pixels, to check that the network accepts such images.
+    classes: class folder names in the order of the labels; rows of the head are matched by name.
+    weights_classes: the classes of the weights, if their file does not contain them.
+    Raises ConfigError for an unknown name, images that are too small or weights that do not fit.
     """
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # the only use of a generator: initial weights, the same on all ranks
+    # The only use of a generator: the initial weights, the same on all ranks.
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _network(cfg, num_classes)
         key_dropout(model)
@@ -69,18 +69,22 @@ def build_model(
 
 
 def without_weights(cfg: ModelConfig, transform_input: bool = False) -> ModelConfig:
-    """`cfg` for a network whose weights come from a checkpoint; transform_input: as the checkpoint's was built."""
+    """`cfg` without weights and head, for a network whose weights come from a checkpoint.
+
+    transform_input: the value with which the network of the checkpoint was built.
+    """
     if isinstance(cfg, TorchvisionConfig) and cfg.transform_input is None and transform_input:
         return replace(cfg, weights=None, head=Head.auto, transform_input=True)
     return replace(cfg, weights=None, head=Head.auto)
 
 
 def wanted_transform(cfg: ModelConfig) -> bool | None:
+    """The option model.transform_input; None if it is not set or the model has no such option."""
     return cfg.transform_input if isinstance(cfg, TorchvisionConfig) else None
 
 
 def transforms_input(model: nn.Module) -> bool:
-    """Whether the network scales its inputs as torchvision's own weights of GoogLeNet and Inception expect."""
+    """Whether the network rescales its inputs, as torchvision's GoogLeNet and Inception do."""
     return (
         isinstance(model, torchvision.models.GoogLeNet | torchvision.models.Inception3)
         and model.transform_input
@@ -129,10 +133,10 @@ def _torchvision(cfg: TorchvisionConfig, num_classes: int) -> nn.Module:
         raise ConfigError(f"model.dropout is not an option of {cfg.name}; leave it null") from error
 
 
-def check_image_size(model: nn.Module, num_classes: int, image_size: int, knob: str) -> None:
-    """Raises ConfigError, naming the knob, where the network cannot take such images.
+def check_image_size(model: nn.Module, num_classes: int, image_size: int, option: str) -> None:
+    """Raises ConfigError, naming `option`, if the network does not accept images of this size.
 
-    Runs one image through the shapes alone, on the meta device: nothing is computed.
+    Runs one image through the network on the meta device, which computes shapes only.
     """
     try:
         with torch.no_grad():
@@ -147,7 +151,7 @@ def check_image_size(model: nn.Module, num_classes: int, image_size: int, knob: 
         reason = str(error).splitlines()[0].rstrip(".")
         remedy = "use larger images, or another model"
         raise ConfigError(
-            f"{knob} ({image_size}) does not suit this network: {reason}; {remedy}"
+            f"{option} ({image_size}) does not suit this network: {reason}; {remedy}"
         ) from error
     if not isinstance(meta, Tensor) or meta.shape != (1, num_classes):
         raise ConfigError("the network must return one tensor of logits [n, num_classes]")

@@ -1,11 +1,14 @@
-"""The AlexNet family beside torchvision's own: layer by layer, with its sources."""
+"""The AlexNet family, layer by layer, with its papers; torchvision's own AlexNet is used as is."""
 
 import torch
 from torch import Tensor, nn
 
 
 class AlexNet(nn.Module):
-    """features -> adaptive average pool -> classifier: the shape of torchvision's AlexNet, whatever the layers are."""
+    """features -> adaptive average pool -> classifier, as in torchvision's AlexNet.
+
+    pool: height = width of the pooled features.
+    """
 
     def __init__(self, features: nn.Sequential, pool: int, classifier: nn.Sequential) -> None:
         super().__init__()
@@ -13,7 +16,7 @@ class AlexNet(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d((pool, pool))
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: float [n, 3, size, size], normalised -> logits [n, num_classes]."""
+        """Map normalised images, float [n, 3, size, size], to logits [n, num_classes]."""
         return self.classifier(torch.flatten(self.avgpool(self.features(images)), 1))
 
 
@@ -41,15 +44,15 @@ def _classifier(
 
 
 def alexnet_2012(num_classes: int, dropout: float) -> AlexNet:
-    """Krizhevsky, Sutskever, Hinton 2012: two groups, local response normalisation, overlapping pools, its init.
+    """AlexNet of Krizhevsky, Sutskever, Hinton 2012, with the paper's initialisation.
 
-    60,965,224 parameters for 1,000 classes; images of 224 or 227 pixels give 6 x 6 features.
+    It has two groups, local response normalisation and overlapping pools. 60,965,224 parameters for
+    1,000 classes; images of 224 or 227 pixels give 6 x 6 features.
     """
 
     def norm() -> nn.Module:
-        return nn.LocalResponseNorm(
-            size=5, alpha=1e-4 * 5, beta=0.75, k=2.0
-        )  # torch divides alpha by size
+        # torch divides alpha by size.
+        return nn.LocalResponseNorm(size=5, alpha=1e-4 * 5, beta=0.75, k=2.0)
 
     features = nn.Sequential(
         *[*_conv(3, 96, 11, stride=4), norm(), _pool()],
@@ -64,7 +67,7 @@ def alexnet_2012(num_classes: int, dropout: float) -> AlexNet:
 
 
 def _init_2012(model: AlexNet) -> None:
-    """Section 5: N(0, 0.01); biases 1 in conv2, conv4, conv5 and the hidden linear layers, 0 elsewhere."""
+    """Section 5: weights N(0, 0.01); biases 1 in conv2, conv4, conv5 and fc6, fc7, otherwise 0."""
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     ones = {1, 3, 4, 5, 6}
     for k, layer in enumerate(layers):
@@ -73,9 +76,10 @@ def _init_2012(model: AlexNet) -> None:
 
 
 def alexnet_bn(num_classes: int, dropout: float, norm_after_pool5: bool = False) -> AlexNet:
-    """You, Gitman, Ginsburg 2017: the widths and groups of 2012, BatchNorm without affine before conv2 to conv5.
+    """AlexNet-BN of You, Gitman, Ginsburg 2017.
 
-    norm_after_pool5: and before fc6, as Jia 2018.
+    The widths and groups are those of 2012; BatchNorm without affine parameters precedes conv2 to
+    conv5. norm_after_pool5: also before fc6, as in Jia 2018.
     """
 
     def norm(channels: int) -> nn.Module:
@@ -95,9 +99,10 @@ def alexnet_bn(num_classes: int, dropout: float, norm_after_pool5: bool = False)
 
 
 def alexnet_small(num_classes: int, dropout: float) -> AlexNet:
-    """conv 64-192-384-256 with pools after 1, 2 and 4, fc 4096, fc classes: for images of about 64 pixels.
+    """A small AlexNet for images of about 64 pixels; 6.1 M parameters for 10 classes.
 
-    6.1 M parameters for 10 classes. Strides of 2 in the first two convolutions leave 2 x 2 features of 64 pixels.
+    Convolutions 64-192-384-256 with pools after the first, second and fourth; fc 4096; fc classes.
+    The first two convolutions have stride 2, so that 64 pixels give 2 x 2 features.
     """
     features = nn.Sequential(
         *[*_conv(3, 64, 5, stride=2), nn.MaxPool2d(2)],
@@ -111,7 +116,10 @@ def alexnet_small(num_classes: int, dropout: float) -> AlexNet:
 
 
 def _init_he(model: AlexNet) -> None:
-    """He 2015: variance 2 / fan_in before a ReLU; biases 0. torch's default is a sixth of that and learns late."""
+    """He 2015: weights with variance 2 / fan_in, biases 0.
+
+    torch's default variance is a sixth of that, which delays the start of learning.
+    """
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")

@@ -1,6 +1,7 @@
-"""Dropout without a generator: which unit of which image is dropped in which step is a function of exactly that.
+"""Dropout without a generator: the mask is a function of (seed, step, image index, layer, unit).
 
-No rank, restart or micro-batch changes a mask. 64 x 9,216 units cost 1.3 ms on one thread, torch's own dropout 7 ms.
+Ranks, restarts and micro-batches therefore do not change a mask. 64 x 9,216 units take 1.3 ms on
+one thread, torch's dropout 7 ms.
 """
 
 from collections.abc import Callable
@@ -14,20 +15,22 @@ from alexnet_ddp.config import ConfigError
 
 
 class KeyedDropout(nn.Module):
-    """Dropout (Srivastava 2014) whose mask is a hash of (key of the image in this step, layer, unit).
+    """Dropout (Srivastava 2014) whose mask is a hash of (key of the image and step, layer, unit).
 
-    `whole_image=True` keeps or drops an image's whole input at once: stochastic depth (Huang 2016), by row.
+    p: the probability of dropping a unit. layer: the number of this module in the network.
+    whole_image: keep or drop the whole input of an image: stochastic depth by row (Huang 2016).
     """
 
     def __init__(self, p: float, layer: int, whole_image: bool = False) -> None:
         super().__init__()
         self.p, self.layer, self.whole_image = p, layer, whole_image
-        # int32 [n], set before each forward pass by set_dropout_keys; or what returns them, where they still travel.
+        # int32 [n], set before each forward pass by set_dropout_keys(); or a function that returns
+        # them, if they are still being received from other ranks.
         self.keys: Tensor | Callable[[], Tensor] | None = None
-        self.first_unit = 0  # where x is a part of a layer's units
+        self.first_unit = 0  # the index of the first unit if x is a shard of the layer's units
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [n, ...] -> the same shape."""
+        """Drop units of x, [n, ...]; returns the same shape."""
         if not self.training or self.p == 0:
             return x
         num_units = 1 if self.whole_image else x[0].numel()
@@ -44,37 +47,42 @@ class KeyedDropout(nn.Module):
 
 
 def set_dropout_keys(model: nn.Module, seed: int, step: int, indices: Tensor) -> None:
-    """Fix the masks of the next forward pass: `indices` (int32 [n]) says which images it sees."""
+    """Set the masks of the next forward pass, over the images `indices` (int32 [n])."""
     keys = rng.hash32(rng.fold(seed, rng.DROPOUT, step), indices)
     for module in model.modules():
         if isinstance(module, KeyedDropout):
             module.keys = keys
 
 
-_FUNCTIONAL = (
-    "dropout",
-    "attention_dropout",
-    "drop_rate",
-)  # rates of modules that call F.dropout themselves
+# Attributes with the dropout rate of modules that call F.dropout themselves.
+_FUNCTIONAL = ("dropout", "attention_dropout", "drop_rate")
 
 
 def key_dropout(model: nn.Module) -> None:
-    """Replace what would draw from a generator in a forward pass by its keyed twin."""
-    twins: dict[type, Callable[[nn.Module, int], nn.Module]] = {
+    """Replace the dropout modules of `model`, in place, by KeyedDropout.
+
+    Raises ConfigError for modules that draw their dropout from a generator in another way.
+    """
+    keyed: dict[type, Callable[[nn.Module, int], nn.Module]] = {
         nn.Dropout: lambda old, layer: KeyedDropout(old.p, layer),
         StochasticDepth: lambda old, layer: KeyedDropout(old.p, layer, whole_image=True),
     }
     layer = 0
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if type(child) in twins:
+            if type(child) in keyed:
                 layer += 1
-                setattr(parent, name, twins[type(child)](child, layer))
-            elif isinstance(child, nn.modules.dropout._DropoutNd) or any(
-                isinstance(rate := getattr(child, knob, 0), float) and rate > 0
-                for knob in _FUNCTIONAL
-            ):
-                rule = "draws its dropout from a generator, so that it could not be resumed exactly"
+                setattr(parent, name, keyed[type(child)](child, layer))
+            elif _uses_generator(child):
                 raise ConfigError(
-                    f"{type(child).__name__} in this network {rule}; set model.dropout=0"
+                    f"{type(child).__name__} in this network draws its dropout from a generator, "
+                    "so that it could not be resumed exactly; set model.dropout=0"
                 )
+
+
+def _uses_generator(module: nn.Module) -> bool:
+    """Whether `module` is another kind of dropout, or calls F.dropout with a rate above 0."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return True
+    rates = [getattr(module, name, 0) for name in _FUNCTIONAL]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)

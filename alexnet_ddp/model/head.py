@@ -1,4 +1,4 @@
-"""The classifier layer of a network: which one it is, and rows that follow their classes."""
+"""The head (classifier layer) of a network: finds it, and matches its rows to classes by name."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,9 @@ _SHOWN = 5  # class names in a message
 
 
 def find_head(model: nn.Module) -> str:
-    """Name of the layer that returns the logits: the last linear layer or convolution of every torchvision classifier.
+    """The name of the layer that returns the logits: the last linear layer or convolution.
 
-    Auxiliary classifiers stand before it.
+    This holds for every torchvision classifier; auxiliary classifiers precede the head.
     """
     return [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
@@ -19,7 +19,7 @@ def find_head(model: nn.Module) -> str:
 
 
 def head_parameters(model: nn.Module) -> list[str]:
-    """Names of the head's weight and bias, whose rows are the classes."""
+    """The names of the weight and bias of the head; their rows are the classes."""
     name = find_head(model)
     own = model.get_submodule(name).named_parameters(recurse=False)
     return [f"{name}.{parameter}" if name else parameter for parameter, _ in own]
@@ -27,7 +27,7 @@ def head_parameters(model: nn.Module) -> list[str]:
 
 @dataclass(frozen=True)
 class ClassChange:
-    """Classes, by folder name, in the order of a head's rows: `then` in a file, `now` in the data."""
+    """Class folder names in the order of the head's rows: `then` in a file, `now` in the data."""
 
     then: list[str]
     now: list[str]
@@ -55,11 +55,14 @@ class ClassChange:
         return ", ".join(f"{len(names)} {what}{_listed(names)}" for what, names in parts)
 
     def move(self, rows: Tensor, fresh: Tensor) -> Tensor:
-        """rows: [then, ...] -> [now, ...], each class with its row; new classes with their rows of `fresh`."""
-        places = {name: k for k, name in enumerate(self.then)}
-        to = [k for k, name in enumerate(self.now) if name in places]
+        """Reorder `rows`, [len(then), ...], for the classes `now`: returns [len(now), ...].
+
+        New classes get their rows of `fresh`, [len(now), ...].
+        """
+        old_row = {name: k for k, name in enumerate(self.then)}
+        kept = [k for k, name in enumerate(self.now) if name in old_row]
         moved = fresh.to(rows).clone()
-        moved[torch.tensor(to, dtype=torch.long)] = rows[[places[self.now[k]] for k in to]]
+        moved[torch.tensor(kept, dtype=torch.long)] = rows[[old_row[self.now[k]] for k in kept]]
         return moved
 
 
@@ -71,15 +74,16 @@ def _listed(names: list[str]) -> str:
 def follow_classes(
     tensors: dict[str, Tensor], change: ClassChange, fresh: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Tensors by name, or by "moment/name", with the head's rows at the places of their classes now.
+    """Return `tensors` with the rows of the head reordered for the classes change.now.
 
-    fresh: the head's parameters as initialised; moments of new classes are zero.
+    tensors: by parameter name, or by "moment/name" for the optimizer.
+    fresh: the initialised parameters of the head, for new classes; their moments are zero.
     """
     moved = {}
     for name, tensor in tensors.items():
         moment, _, parameter = name.rpartition("/")
         start = fresh.get(parameter)
-        # Another network's head has other columns: it stays as it is, and loading it names the difference.
+        # A head of another network has other columns. It is kept, and loading it reports the error.
         if (
             start is not None
             and tensor.dim()

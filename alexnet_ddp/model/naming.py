@@ -10,25 +10,16 @@ from torch import Tensor
 
 from alexnet_ddp.runtime.errors import ConfigError
 
-# Modules that wrap a network or a part of it and add their name to the parameters' names.
+# Modules that wrap a network, or a module of it, and add a prefix to the parameter names.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_EXTRA = {"n_averaged"}  # torch.optim.swa_utils.AveragedModel's count of updates
+_EXTRA = {"n_averaged"}  # the update counter of torch.optim.swa_utils.AveragedModel
 _EMA = re.compile(r"(^|[._])(ema|averaged?|swa)([._]|$)|_ema|ema_", re.IGNORECASE)
-_USUAL = {
-    "",
-    "state_dict",
-    "model",
-    "model_state_dict",
-    "model_state",
-    "net",
-    "network",
-    "weights",
-    "state.model",
-}
-_OLD_DENSENET = re.compile(
-    r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..+)"
-)  # torchvision before 0.2
-_DEEPEST = 4  # dicts within dicts
+# Common keys and prefixes of the network to load.
+_USUAL = {"", "state_dict", "model", "model_state_dict", "model_state", "net", "network", "weights"}
+_USUAL |= {"state.model"}
+# Names of torchvision before 0.2.
+_OLD_DENSENET = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..+)")
+_DEEPEST = 4  # levels of nested dicts that are searched
 
 
 @dataclass(frozen=True)
@@ -36,9 +27,9 @@ class Network:
     """The tensors of a file that belong to one network, by the network's own names."""
 
     tensors: dict[str, Tensor]
-    place: str  # the keys that lead to them, joined by dots; empty: the file itself
-    example: str  # a name as it stands in the file, if names differ from the network's; else empty
-    versions: dict[str, Any]  # what torch.save has recorded beside them: module name -> its version
+    place: str  # the keys that lead to them, joined by dots; empty for the top level
+    example: str  # a name in the file, if the names differ from the network's; otherwise empty
+    versions: dict[str, Any]  # the metadata of torch.save: module name -> its version
     remark: str  # which of several networks this is, and what was left out; may be empty
 
 
@@ -46,8 +37,8 @@ class Network:
 class _Candidate:
     place: str
     prefix: str
-    num_found: int  # names of the network that are there
-    group: dict[str, tuple[str, Tensor]]  # by names without wrappers: name in the file, tensor
+    num_found: int  # names of the network that were found
+    group: dict[str, tuple[str, Tensor]]  # name without wrappers -> (name in the file, tensor)
 
     @property
     def is_average(self) -> bool:
@@ -55,16 +46,17 @@ class _Candidate:
 
     @property
     def shown(self) -> str:
-        return (
-            ".".join(part for part in (self.place, self.prefix.rstrip(".")) if part)
-            or "the file itself"
-        )
+        """The location in the file, for messages."""
+        parts = [part for part in (self.place, self.prefix.rstrip(".")) if part]
+        return ".".join(parts) or "the file itself"
 
 
 def find_network(content: dict[Any, Any], own: Iterable[str], complaint: str) -> Network:
-    """The tensors in `content` that bear most of the names in `own`. Averaged weights are preferred, as timm does.
+    """Find the tensors in `content` that have the most names in common with `own`.
 
-    Raises ConfigError, which begins with `complaint`, if there are no tensors or several networks fit alike.
+    Among equally good ones, averaged weights are preferred, as in timm.
+    Raises ConfigError, with a message that begins with `complaint`, if there are no tensors or if
+    several networks fit equally well.
     """
     own = set(own)
     groups = dict(_groups(content, ()))
@@ -75,8 +67,8 @@ def find_network(content: dict[Any, Any], own: Iterable[str], complaint: str) ->
         _Candidate(place, prefix, count, group)
         for place, group in plain.items()
         for prefix, count in _prefixes(group, own).items()
-        if not prefix
-        or 2 * count >= len(own)  # the names of a part of another network are no prefix
+        # With fewer names, the prefix is a module of another network that has similar names.
+        if not prefix or 2 * count >= len(own)
     ]
     if not candidates:
         place = max(groups, key=lambda place: len(groups[place]))
@@ -90,22 +82,21 @@ def find_network(content: dict[Any, Any], own: Iterable[str], complaint: str) ->
     }
     tensors = {n: t for n, (_, t) in mine.items() if n not in _EXTRA or n in own}
     num_left = len(chosen.group) - len(mine)
-    remark = "averaged weights" if chosen.is_average else ""
-    remark += (
-        f"{', ' if remark else ''}not {' or '.join(c.shown for c in others)}" if others else ""
-    )
-    remark += (
-        f"{', ' if remark else ''}{num_left} other tensors of it are left out" if num_left else ""
-    )
+    remarks = ["averaged weights"] * chosen.is_average
+    if others:
+        remarks.append(f"not {' or '.join(c.shown for c in others)}")
+    if num_left:
+        remarks.append(f"{num_left} other tensors of it are left out")
     versions = getattr(_at(content, chosen.place), "_metadata", {})
     example = next((raw for n, (raw, _) in mine.items() if raw != n), "")
-    return Network(tensors, chosen.place, example, _versions(versions, chosen.prefix), remark)
+    versions = _versions(versions, chosen.prefix)
+    return Network(tensors, chosen.place, example, versions, ", ".join(remarks))
 
 
 def _groups(
     content: dict[Any, Any], at: tuple[str, ...]
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Each dict that holds tensors by name, with the keys that lead to it."""
+    """Yield (keys joined by dots, tensors) for each dict that contains tensors by name."""
     tensors = {
         name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)
     }
@@ -118,7 +109,7 @@ def _groups(
 
 
 def _at(content: dict[Any, Any], place: str) -> dict[Any, Any]:
-    """The dict that _groups() called `place`. A key may contain a dot."""
+    """The dict at `place`, as returned by _groups(). Keys may contain dots."""
     if not place:
         return content
     for key, value in content.items():
@@ -131,22 +122,20 @@ def _at(content: dict[Any, Any], place: str) -> dict[Any, Any]:
 
 
 def _without_wrappers(group: dict[str, Tensor], own: set[str]) -> dict[str, tuple[str, Tensor]]:
-    """`group` by names without wrappers and in torchvision's present form, unless two names would become one."""
+    """`group` by current torchvision names without wrappers, unless two names would collide."""
     wrappers = _WRAPPERS - {part for name in own for part in name.split(".")}
     renamed = {}
     for name, tensor in group.items():
         new = ".".join(part for part in name.split(".") if part not in wrappers)
         old = _OLD_DENSENET.fullmatch(new)
         renamed[f"{old[1]}{old[2]}" if old and new not in own else new] = (name, tensor)
-    return (
-        renamed
-        if len(renamed) == len(group)
-        else {name: (name, tensor) for name, tensor in group.items()}
-    )
+    if len(renamed) == len(group):
+        return renamed
+    return {name: (name, tensor) for name, tensor in group.items()}
 
 
 def _prefixes(names: Iterable[str], own: set[str]) -> Counter[str]:
-    """What stands before a name of the network -> how many such names there are."""
+    """Count, for each prefix, how many names are this prefix and a name of the network."""
     found: Counter[str] = Counter()
     for name in names:
         parts = name.split(".")
@@ -159,7 +148,10 @@ def _prefixes(names: Iterable[str], own: set[str]) -> Counter[str]:
 def _choose(
     candidates: list[_Candidate], num_found: int, own: set[str], complaint: str
 ) -> tuple[_Candidate, list[_Candidate]]:
-    """One of the candidates that bear equally many names, and the others. Raises ConfigError if nothing decides."""
+    """Choose among candidates with equally many names; returns it and the others.
+
+    Raises ConfigError if several complete ones are equally usual.
+    """
     ranked = sorted(candidates, key=lambda c: (not c.is_average, not _is_usual(c)))
     first, others = ranked[0], ranked[1:]
     alike = [
@@ -169,7 +161,8 @@ def _choose(
     if alike and num_found >= needed:
         shown = ", ".join(c.shown for c in (first, *alike))
         raise ConfigError(
-            f"{complaint} holds several networks that fit: {shown}; save the one that you mean by itself"
+            f"{complaint} holds several networks that fit: {shown}; "
+            "save the one that you mean in a file of its own"
         )
     return first, others if num_found >= needed else []
 
@@ -183,6 +176,6 @@ def _plain(name: str) -> str:
 
 
 def _versions(recorded: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """The version of the network's own root: torch wraps it in others, whose versions say nothing about it."""
+    """The version of the network's root module, without those of the modules that wrap it."""
     roots = [name for name in recorded if _plain(f"{name}.") == prefix]
     return {"": recorded[max(roots, key=len)]} if roots else {}

@@ -1,4 +1,4 @@
-"""Reads files of weights in the forms in which other programs write them. No code in a file ever runs."""
+"""Reads weight files in the formats of other programs. Code in a file is never executed."""
 
 import io
 import json
@@ -18,18 +18,19 @@ import torch
 
 from alexnet_ddp.runtime.errors import ConfigError
 
-# Classes that hold data beside the weights (arguments, paths, numbers). Each is replaced by Ignored, so that even
-# these run no code of their own; a file that names anything else is refused.
+# Classes of data that files contain in addition to weights (arguments, paths, numbers). Each is
+# replaced by Ignored, so that not even their code runs. A file that names other classes is refused.
 _DATA = re.compile(
-    r"argparse\.Namespace|types\.SimpleNamespace|pathlib\.(_local\.)?\w+|datetime\.\w+|uuid\.UUID|decimal\.Decimal"
-    r"|collections\.(defaultdict|deque)|builtins\.(int|float|str|bool|dict|list|tuple|frozenset|slice|range)"
+    r"argparse\.Namespace|types\.SimpleNamespace|pathlib\.(_local\.)?\w+|datetime\.\w+"
+    r"|uuid\.UUID|decimal\.Decimal|collections\.(defaultdict|deque)"
+    r"|builtins\.(int|float|str|bool|dict|list|tuple|frozenset|slice|range)"
     r"|numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|ndarray|dtype|dtypes\.\w+|\w+_|float\d+|u?int\d+)"
     r"|typing\.\w+|torch\.torch_version\.TorchVersion|torch\.optim\.[\w.]+"
     r"|(omegaconf|yacs|easydict|ml_collections|pytorch_lightning|lightning\w*|composer|timm)\.[\w.]+"
 )
-_LEGACY_PICKLES = 4  # of torch.save before 1.6: magic number, protocol, system, content
+_LEGACY_PICKLES = 4  # in a file of torch.save before 1.6: magic number, protocol, system, content
 
-# What a file is that holds no weights for torch: its first bytes -> its name.
+# Other kinds of files: (pattern of the first bytes, name, remedy).
 _KINDS = (
     (
         re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE),
@@ -71,7 +72,7 @@ _SUFFIXES = {
 
 
 class Ignored:
-    """Stands for an object of a file that is no tensor: takes whatever it is given and keeps nothing."""
+    """Replaces objects that are no tensors: accepts any arguments and state, and stores nothing."""
 
     def __new__(cls, *args: object, **kwargs: object) -> "Ignored":
         return super().__new__(cls)
@@ -94,18 +95,19 @@ class Ignored:
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """What a file holds: tensors by name, maybe nested in dicts, and what the program that wrote it says of them."""
+    """The content of a weight file: tensors by name, possibly in nested dicts, and metadata."""
 
     path: Path
     content: dict[Any, Any]
     classes: list[str] | None = None  # class folder names in the order of the head's rows
-    facts: dict[str, str] = field(
-        default_factory=dict
-    )  # other entries of a safetensors file's metadata
+    facts: dict[str, str] = field(default_factory=dict)  # other metadata of a safetensors file
 
 
 def read_weights_file(path: Path) -> WeightsFile:
-    """Raises ConfigError, in one line, for a file that is missing, damaged or of another kind."""
+    """Read a safetensors or torch file.
+
+    Raises ConfigError if it is missing, damaged or of another kind.
+    """
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "is not a file"
         remedy = "give a .safetensors or a torch file of tensors by name, or runs/NAME"
@@ -133,7 +135,7 @@ def _named(path: Path) -> str:
 
 
 def _is_safetensors(start: bytes) -> bool:
-    """The length of the header in 8 bytes, then the header, which is JSON."""
+    """Whether a file starts with 8 bytes for the length of the header, and a JSON header."""
     return start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 40
 
 
@@ -153,7 +155,10 @@ def _read_safetensors(path: Path) -> WeightsFile:
 
 
 def _zip_names(path: Path) -> list[str]:
-    """The files in a zip archive; none if it is another kind of file. Raises ConfigError if it is damaged."""
+    """The names in a zip archive; empty for another kind of file.
+
+    Raises ConfigError if the archive is damaged.
+    """
     try:
         if not zipfile.is_zipfile(path):
             return []
@@ -166,11 +171,8 @@ def _zip_names(path: Path) -> list[str]:
 def _refuse_other_kinds(path: Path, start: bytes) -> None:
     names = _zip_names(path)
     if names and not any(name.endswith("data.pkl") for name in names):
-        known = (
-            "a NumPy archive"
-            if any(name.endswith(".npy") for name in names)
-            else "a zip file without torch's data"
-        )
+        is_numpy = any(name.endswith(".npy") for name in names)
+        known = "a NumPy archive" if is_numpy else "a zip file without torch's data"
         raise ConfigError(f"{_named(path)} is {known}; save model.state_dict() with torch.save")
     if any("/code/" in name or name.endswith("constants.pkl") for name in names):
         remedy = "save its state_dict() with torch.save in a program that may run it"
@@ -190,23 +192,16 @@ def _read_torch(path: Path) -> Any:
         names = _globals(path)
         data = sorted(name for name in names if _DATA.fullmatch(name))
         allowed = torch.serialization.safe_globals([(Ignored, name) for name in data])
-        with allowed, open(path, "rb") as file:  # given a path, torch.load goes by the suffix
+        with allowed, open(path, "rb") as file:  # for a path, torch.load would check the suffix
             return torch.load(file, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        LookupError,
-        AttributeError,
-        TypeError,
-    ) as error:  # torch's unpickler, on text
+    # torch's unpickler also raises the last three types for text files.
+    except (pickle.UnpicklingError, LookupError, AttributeError, TypeError) as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         rule = "it holds more than tensors, or is no torch file"
         if found is not None:
             rule = f"it holds more than tensors and plain data ({found[1]})"
-            rule += (
-                ", a whole module"
-                if re.match(r"torch\.nn\.|torchvision\.models\.", found[1])
-                else ""
-            )
+            if re.match(r"torch\.nn\.|torchvision\.models\.", found[1]):
+                rule += ", a whole module"
         rule += "; nothing in it was run"
         raise ConfigError(f"{_named(path)} is refused: {rule}; save model.state_dict()") from error
     except (RuntimeError, OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
@@ -214,14 +209,16 @@ def _read_torch(path: Path) -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> ConfigError:
-    reason = (
-        str(error).partition("\n")[0].split(". ")[0] or "it ends too early"
-    )  # without torch's advice
+    # The first sentence of the error; torch appends advice.
+    reason = str(error).partition("\n")[0].split(". ")[0] or "it ends too early"
     return ConfigError(f"{_named(path)} cannot be read: {reason}; copy the file again")
 
 
 def _globals(path: Path) -> set[str]:
-    """The classes and functions that the pickles in a torch file name, as module.name; nothing is unpickled."""
+    """The classes and functions named in the pickles of a torch file, as module.name.
+
+    Nothing is unpickled.
+    """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
@@ -232,7 +229,7 @@ def _globals(path: Path) -> set[str]:
 
 def _globals_of(file: Any, num_pickles: int) -> set[str]:
     found: set[str] = set()
-    with suppress(ValueError):  # not a pickle, or fewer of them: torch.load says so
+    with suppress(ValueError):  # no pickle, or fewer of them: torch.load() reports it
         for _ in range(num_pickles):
             for op, argument, _position in pickletools.genops(file):
                 if op.name == "GLOBAL":

@@ -1,4 +1,4 @@
-"""Weights into a network: from files of other programs, from other runs, from checkpoints."""
+"""Loads weights into a network: from files of other programs, other runs and checkpoints."""
 
 import logging
 from collections import OrderedDict
@@ -17,11 +17,8 @@ from alexnet_ddp.model.weight_files import WeightsFile, read_weights_file
 log = logging.getLogger(__name__)
 
 _SHOWN = 3  # names in a message
-_AUXILIARY = (
-    "AuxLogits.",
-    "aux1.",
-    "aux2.",
-)  # classifiers of Inception and GoogLeNet that only training uses
+# Prefixes of the auxiliary classifiers of Inception and GoogLeNet, which are only used in training.
+_AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
 
 
 def load_weights(
@@ -32,12 +29,14 @@ def load_weights(
     transform_input: bool | None = None,
     weights_classes: list[str] | None = None,
 ) -> None:
-    """Load a file of weights by name. Raises ConfigError if names or shapes differ, or a value is not finite.
+    """Load a weight file into `model`, by parameter name.
 
-    classes: of the data, in the order of the labels; if the file names its classes, the head's rows follow them.
-    head: which rows may stay as initialised (Head); None: none, the file must have each class.
-    transform_input: GoogLeNet and Inception only; None: as the file says, see _set_input_transform.
-    weights_classes: those of the file, if it does not name them.
+    classes: class folder names of the data, in the order of the labels. If the file contains its
+    class names, the rows of the head are matched by name.
+    head: which rows of the head may keep their initialisation; None: none, all must be in the file.
+    transform_input: for GoogLeNet and Inception; None: see _set_input_transform.
+    weights_classes: the classes of the file, if it does not contain them.
+    Raises ConfigError if names or shapes differ, or if a value is not finite.
     """
     file = read_weights_file(path)
     complaint = f"model.weights ({path})"
@@ -69,34 +68,32 @@ def fit(
     remedy: str,
     versions: dict[str, Any] | None = None,
 ) -> None:
-    """Load tensors by name. Raises ConfigError if they are another network's: complaint, difference, remedy.
+    """Load tensors by name.
 
-    versions: as torch.save records them; MNASNet does not load without.
+    versions: the module versions recorded by torch.save; MNASNet needs them.
+    Raises ConfigError if the tensors belong to another network; the message consists of
+    `complaint`, the difference and `remedy`.
     """
     own = model.state_dict()
     wrong = [name for name, t in own.items() if name in weights and t.shape != weights[name].shape]
     fitting = OrderedDict((name, t) for name, t in weights.items() if name not in wrong)
-    for name, t in own.items():  # torch before 0.4.1 had no such counts
+    for name, t in own.items():  # files of torch before 0.4.1 lack these counters
         if name.endswith("num_batches_tracked"):
             fitting.setdefault(name, torch.zeros_like(t))
     fitting._metadata = versions or {"": own._metadata[""]}
     result = model.load_state_dict(fitting, strict=False)
     missing = [name for name in result.missing_keys if name not in wrong]
     shapes = [f"{n}: {_shape(weights[n])} there, {_shape(own[n])} here" for n in wrong]
-    parts = (
-        ("missing", missing),
-        ("unknown", result.unexpected_keys),
-        ("of another shape", shapes),
-    )
-    difference = "; ".join(
-        f"{len(names):,} {what} ({_first(names)})" for what, names in parts if names
-    )
-    if difference:
-        raise ConfigError(f"{complaint}: of {len(own):,} tensors {difference}; {remedy}")
+    unknown = result.unexpected_keys
+    parts = (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
+    differences = [f"{len(names):,} {what} ({_first(names)})" for what, names in parts if names]
+    if differences:
+        shown = "; ".join(differences)
+        raise ConfigError(f"{complaint}: of {len(own):,} tensors {shown}; {remedy}")
 
 
 def load_checkpoint(model: nn.Module, weights: dict[str, Tensor], origin: str) -> None:
-    """Load the tensors of a checkpoint, all of them. Raises ConfigError if they are another network's."""
+    """Load all tensors of a checkpoint. Raises ConfigError if they belong to another network."""
     complaint = f"{origin} holds another network than the configuration"
     fit(model, weights, complaint, "give the model that was trained, or another run.name")
 
@@ -117,7 +114,10 @@ def _fit_head(
     head: Head | None,
     complaint: str,
 ) -> dict[str, Tensor]:
-    """The head's rows for the classes of the data: by name if the file has names, else by their positions."""
+    """Fit the rows of the head to the classes of the data.
+
+    Rows are matched by name if the file has class names (`then`), otherwise by position.
+    """
     names = head_parameters(model)
     fresh = {name: t for name, t in model.state_dict().items() if name in names}
     there = [name for name in names if name in weights]
@@ -125,7 +125,7 @@ def _fit_head(
         log.info("model.head=new: the head (%s) starts from its initialisation", ", ".join(names))
         return weights | fresh
     if not there:
-        return weights  # fit() says what is missing
+        return weights  # fit() reports what is missing
     if then is not None and now is not None and len(weights[there[0]]) == len(then):
         return _by_name(weights, ClassChange(then, now), fresh, head, complaint)
     changed = [name for name in there if weights[name].shape != fresh[name].shape]
@@ -141,9 +141,13 @@ def _fit_head(
             )
         return weights
     if head is None or weights[changed[0]].shape[1:] != fresh[changed[0]].shape[1:]:
-        return weights  # fit() says what differs
+        return weights  # fit() reports the difference
     counts = f"{len(weights[changed[0]])} classes in the file, {len(fresh[changed[0]])} in the data"
-    log.warning("model.weights: %s: the head (%s) starts afresh", counts, ", ".join(changed))
+    log.warning(
+        "model.weights: %s: the head (%s) starts from its initialisation",
+        counts,
+        ", ".join(changed),
+    )
     return weights | fresh
 
 
@@ -172,16 +176,19 @@ def _by_name(
 
 
 def _refuse_nonfinite(weights: dict[str, Tensor], own: dict[str, Tensor], complaint: str) -> None:
-    """A buffer that is not finite in a network that was just built may be so in the file."""
+    """Raises ConfigError for a tensor with non-finite values, or one that is not floating-point.
+
+    A buffer that is non-finite in a new network may also be non-finite in the file.
+    """
     for name, tensor in weights.items():
         if name not in own or not own[name].is_floating_point():
             continue
         if not tensor.is_floating_point():
-            rule = f"{name} holds {str(tensor.dtype).removeprefix('torch.')} values, as quantised weights do"
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            rule = f"{name} holds {dtype} values, as quantised weights do"
             raise ConfigError(f"{complaint} is refused: {rule}; give floating-point weights")
-        tensor = (
-            tensor.float() if tensor.element_size() == 1 else tensor
-        )  # isfinite() does not know float8
+        if tensor.element_size() == 1:  # isfinite() does not support float8
+            tensor = tensor.float()
         if torch.isfinite(tensor).all():
             continue
         if torch.isfinite(own[name]).all():
@@ -198,9 +205,10 @@ def _set_input_transform(
     file: WeightsFile,
     wanted: bool | None,
 ) -> list[str]:
-    """torchvision's own weights of these two expect inputs scaled by transform_input. What was decided, in words.
+    """Decide whether the network rescales its inputs; returns notes for the log.
 
-    A file of ours records it. Others do not: auxiliary classifiers are taken as a sign of torchvision's own weights.
+    torchvision's own weights of these two networks need transform_input=True. Our files record the
+    setting. In other files, auxiliary classifiers indicate torchvision's own weights.
     """
     has_auxiliary = any(name.startswith(_AUXILIARY) for name in weights)
     if wanted is not None:

@@ -12,7 +12,7 @@ from PIL import Image, features
 
 from alexnet_ddp.config import Encoding
 from alexnet_ddp.data import restarts
-from alexnet_ddp.data.image import BadImage, open_image, scaled_size, to_rgb, without_far_ends
+from alexnet_ddp.data.image import BadImage, crop_long_image, open_image, scaled_size, to_rgb
 
 
 class Refused(Exception):
@@ -77,7 +77,7 @@ def encode(data: bytes, recipe: Recipe) -> Encoded:
 
 def square(image: Image.Image, size: int) -> np.ndarray:
     """The shorter side to `size` pixels, up or down, and the centre: uint8 [size, size, 3]."""
-    image = without_far_ends(image)
+    image = crop_long_image(image)
     width, height = scaled_size(image.size, size)
     left, top = (width - size) // 2, (height - size) // 2
     resized = image.resize((width, height), Image.Resampling.BILINEAR)

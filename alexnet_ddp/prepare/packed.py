@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from alexnet_ddp.data.sources import scan
-from alexnet_ddp.data.sources.shard_check import check_file, check_split
-from alexnet_ddp.data.sources.shard_index import read_index
+from alexnet_ddp.data.sources.shard_index import check_file, check_split, read_index
 from alexnet_ddp.data.sources.tars import Member, tar_members
 from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.prepare.listing import Source

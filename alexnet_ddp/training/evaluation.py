@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from alexnet_ddp.config import TrainerConfig
 from alexnet_ddp.data.effects import apply_effects
-from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.loader import Batch
+from alexnet_ddp.data.sources.source import Skipped
 from alexnet_ddp.runtime.distributed import World, any_rank, raise_together, sum_over_ranks
 from alexnet_ddp.runtime.errors import DataError
 from alexnet_ddp.runtime.signals import StopSignal

@@ -143,7 +143,7 @@ class TrainingParts:
         setup, world = self.setup, self.setup.world
         steps = range(from_step, setup.budget.total_steps)
         micro_batch_size = setup.cfg.trainer.micro_batch_size
-        work = setup.sampler.work(steps, world.rank, world.world_size, micro_batch_size)
+        work = setup.sampler.micro_batches(steps, world.rank, world.world_size, micro_batch_size)
         return self.train_loader.batches(work)
 
     def sync_replicas(self, step: int, planned: bool, progress: Callable[[], None]) -> bool:

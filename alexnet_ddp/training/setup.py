@@ -22,7 +22,7 @@ from alexnet_ddp.config import (
 )
 from alexnet_ddp.cost_model.choose import choose_guessing, guess
 from alexnet_ddp.cost_model.network import read_network
-from alexnet_ddp.data.sampler import build_sampler, micro_batches
+from alexnet_ddp.data.sampler import build_sampler, micro_batch_sizes
 from alexnet_ddp.data.sources.index import SampleIndex
 from alexnet_ddp.data.sources.sets import ImageSets, open_data
 from alexnet_ddp.parallel.layers import find_layers
@@ -107,7 +107,7 @@ def choose_parallelism(cfg: Config, model: torch.nn.Module, world: World) -> Par
         return DDPConfig()
     # All images of a step: a hybrid exchanges activations in each of its passes, ddp exchanges its
     # gradients once.
-    images = micro_batches(cfg.trainer.global_batch_size, world.world_size, None)[0]
+    images = micro_batch_sizes(cfg.trainer.global_batch_size, world.world_size, None)[0]
     gpu = torch.cuda.get_device_name() if world.device.type == "cuda" else None
 
     def choose() -> tuple[int, str]:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from alexnet_ddp.config import OnNan, Precision, TrainerConfig
 from alexnet_ddp.data.effects import apply_effects
-from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.loader import Batch
-from alexnet_ddp.data.sampler import micro_batches
+from alexnet_ddp.data.sampler import micro_batch_sizes
+from alexnet_ddp.data.sources.source import Skipped
 from alexnet_ddp.model import set_dropout_keys
 from alexnet_ddp.parallel import ParallelModel
 from alexnet_ddp.runtime.distributed import World, any_rank, average, raise_together
@@ -149,7 +149,7 @@ class TrainStep:
         scale = self.world.world_size / num_images  # DDP divides the sum over ranks by world_size
         loss_sum, num_read = torch.zeros((), device=self.world.device), 0
         skipped_images: list[Skipped] = []
-        passes = micro_batches(num_images, self.world.world_size, self.cfg.micro_batch_size)
+        passes = micro_batch_sizes(num_images, self.world.world_size, self.cfg.micro_batch_size)
         is_last, has_data = False, True
         while not is_last:
             slots = passes.pop(0) if passes else 1  # a replay makes the passes of all ranks
@@ -159,7 +159,7 @@ class TrainStep:
                 try:
                     with self.stopwatch.data():
                         batch = next(batches)
-                    is_last = batch.work.is_last
+                    is_last = batch.micro_batch.is_last
                 except DataError as error:
                     # This rank still takes part in the passes that the other ranks make.
                     has_data, vote = False, replace(vote, error=error)

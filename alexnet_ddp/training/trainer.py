@@ -14,9 +14,9 @@ from functools import partial
 from alexnet_ddp.checkpoint.manager import RunState
 from alexnet_ddp.config import Config, OnNan
 from alexnet_ddp.config.door import to_plain, to_yaml
-from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.quarantine import Quarantine
-from alexnet_ddp.data.sampler import describe_batch, evaluation_work, index_hash, rank_slice
+from alexnet_ddp.data.sampler import describe_batch, evaluation_batches, index_hash, rank_slice
+from alexnet_ddp.data.sources.source import Skipped
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.deadline import Deadline
 from alexnet_ddp.runtime.errors import (
@@ -289,7 +289,7 @@ class Trainer:
         If bad data ends the evaluation, the training is saved before the error is raised.
         """
         cfg, world = self.cfg.trainer, self.world
-        work = evaluation_work(
+        work = evaluation_batches(
             len(self.data.val), cfg.eval_batch_size, world.rank, world.world_size
         )
         batches = self.watchdog.evaluating(self.parts.val_loader.batches(work))

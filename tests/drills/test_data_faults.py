@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from alexnet_ddp.config import Device, ShardsConfig, Shuffle
-from alexnet_ddp.data.sampler import GlobalBatchSampler, Windows, evaluation_work, index_hash
+from alexnet_ddp.data.sampler import GlobalBatchSampler, Windows, evaluation_batches, index_hash
 from alexnet_ddp.data.sources.index import index_folder
 from alexnet_ddp.data.sources.shard_index import INDEX
 from alexnet_ddp.data.sources.shards import open_shards
@@ -69,7 +69,7 @@ def test_d20_truncated_images_are_left_out_of_every_epoch_on_any_world_or_end_th
     assert any(str(path) in strict.status()["message"] for path in paths)
     assert few.wait() == 65
     assert (
-        f"more than data.max_bad_images (2); mend or remove those that {few.run_dir}"
+        f"more than data.max_bad_images (2); fix or remove those that {few.run_dir}"
         in few.status()["message"]
     )
 
@@ -162,7 +162,7 @@ from alexnet_ddp.config import BasicAugmentConfig, FolderConfig, OnBadImage
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.sources.index import index_folder
 from alexnet_ddp.data.loader import build_loader
-from alexnet_ddp.data.sampler import Work
+from alexnet_ddp.data.sampler import MicroBatch
 
 def peak_mb():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) / 1e3
@@ -176,7 +176,7 @@ loaders = [
     for augment in (build_augment(BasicAugmentConfig(), 0, 64, 73, None), None)
 ]
 def bad(indices):
-    return [one for loader in loaders for batch in loader.batches([Work(0, 0, indices, True)]) for one in batch.bad]
+    return [one for loader in loaders for batch in loader.batches([MicroBatch(0, 0, indices, True)]) for one in batch.bad]
 assert not bad(good)
 before = peak_mb()
 found = bad(bombs)
@@ -289,12 +289,12 @@ def _rounds(batch_size):
     sampler, epochs, evaluated, seen = GlobalBatchSampler(1_003, batch_size, seed=5), [], [], []
     with session(Device.cpu) as world:
         exchange, steps = VoteExchange(world), range(2 * sampler.steps_per_epoch)
-        for work in sampler.work(steps, world.rank, world.world_size, None):
+        for work in sampler.micro_batches(steps, world.rank, world.world_size, None):
             exchange.start(torch.zeros(()), len(work.indices), StepVote(), torch.zeros(()))
             assert exchange.finish().num_images == len(sampler.batch(work.step))
             seen.append((work.epoch, work.indices.tolist()))
         epochs = all_gather_objects(seen)
-        rounds = list(evaluation_work(1_003, batch_size, world.rank, world.world_size))
+        rounds = list(evaluation_batches(1_003, batch_size, world.rank, world.world_size))
         evaluated = all_gather_objects([i for work in rounds for i in work.indices.tolist()])
         return len(seen), epochs, len(rounds), evaluated
 

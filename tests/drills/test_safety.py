@@ -19,7 +19,7 @@ import torch
 from alexnet_ddp.config import BasicAugmentConfig, ImageNetConfig, ShardsConfig
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import build_loader
-from alexnet_ddp.data.sampler import Work
+from alexnet_ddp.data.sampler import MicroBatch
 from alexnet_ddp.data.sources.imagenet import open_imagenet
 from alexnet_ddp.data.sources.shard_index import INDEX
 from alexnet_ddp.data.sources.shards import open_shards
@@ -257,7 +257,7 @@ def read_all(cfg, index) -> list:
         cfg, index, build_augment(BasicAugmentConfig(), 0, 16, 18), 1, torch.device("cpu")
     )
     try:
-        (batch,) = loader.batches([Work(0, 0, np.arange(len(index)), True)])
+        (batch,) = loader.batches([MicroBatch(0, 0, np.arange(len(index)), True)])
         return batch.bad
     finally:
         loader.close()

@@ -1,1 +1,1 @@
-"""Sources of images: what they contain and how it is found."""
+"""Image sources: folders, ImageNet archives, shards, the demo and synthetic data."""

@@ -1,4 +1,4 @@
-"""Class names: the order that turns them into labels, and the comparison of two lists of them.
+"""Class names: how they are ordered, which defines the labels, and how two lists are compared.
 
 The default order is that of torchvision's ImageFolder: sorted by code point.
 """
@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from alexnet_ddp.data.sources import scan
 from alexnet_ddp.runtime.errors import ConfigError, DataError
 
-NAME, NUMERIC = (
-    "name",
-    "numeric",
-)  # choices of class_order; any other value is the path of a text file
+# The named choices of class_order. Any other value is the path of a text file.
+NAME = "name"
+NUMERIC = "numeric"
 
 _WHOLE_NUMBER = re.compile(r"-?[0-9]+")
 
@@ -24,42 +23,44 @@ _WHOLE_NUMBER = re.compile(r"-?[0-9]+")
 class ClassOrder:
     """The order of the classes: a class's label is its position in it."""
 
-    choice: str = NAME  # as the user wrote it
-    names: tuple[str, ...] | None = None  # the classes in order, if they are stated
-    is_binding: bool = (
-        True  # False: other classes than `names` are ordered by name, and the caller compares them
-    )
+    choice: str = NAME  # the value of the option, as given
+    names: tuple[str, ...] | None = None  # the classes in order, if they are listed
+    # False: if the data has other classes than `names`, order by name; the caller compares them.
+    is_binding: bool = True
 
-    def arrange(self, found: list[str], where: str) -> list[str]:
-        """The class names `found`, in order. Raises DataError, naming `where` they are from, if they do not fit."""
+    def arrange(self, found: list[str], origin: str) -> list[str]:
+        """Return the class names `found` in this order.
+
+        origin: the file or folder that contains them, for messages.
+        Raises DataError if this order does not fit the names.
+        """
         if self.names is not None and (self.is_binding or set(self.names) == set(found)):
-            return self._as_stated(found, where)
+            return self._as_stated(found, origin)
         if self.choice == NAME:
             return sorted(found)
         others = sorted(name for name in found if not _WHOLE_NUMBER.fullmatch(name))
         if others:
-            rule = "needs class names that are whole numbers"
-            remedy = (
-                "use class_order=name, or the path of a text file that lists the classes in order"
-            )
             raise DataError(
-                f"class_order={NUMERIC} {rule}, {where} has {scan.listed(others)}; {remedy}"
+                f"class_order={NUMERIC} needs class names that are whole numbers, {origin} has "
+                f"{scan.listed(others)}; use class_order=name, or the path of a text file that "
+                "lists the classes in order"
             )
         twice = [value for value, count in Counter(map(int, found)).items() if count > 1]
         if twice:
             same = sorted(name for name in found if int(name) == twice[0])
             raise DataError(
-                f"{where} has {scan.listed(same)}, which are one number; rename or join these classes"
+                f"{origin} has {scan.listed(same)}, which are the same number; "
+                "rename or merge these classes"
             )
         return sorted(found, key=int)
 
     def key(self) -> str:
-        """Differs if the order may differ."""
+        """A cache key: two orders with the same key arrange all names in the same way."""
         return self.choice if self.names is None else "\n".join((str(self.is_binding), *self.names))
 
-    def _as_stated(self, found: list[str], where: str) -> list[str]:
-        remedy = f"list exactly the classes of {where}, one a line"
-        difference = class_difference(self.choice, list(self.names), where, found, remedy)
+    def _as_stated(self, found: list[str], origin: str) -> list[str]:
+        remedy = f"list exactly the classes of {origin}, one per line"
+        difference = class_difference(self.choice, list(self.names), origin, found, remedy)
         if difference:
             raise DataError(f"class_order={self.choice} does not fit: {difference}")
         return list(self.names)
@@ -69,18 +70,20 @@ BY_NAME = ClassOrder()
 
 
 def read_order(choice: str) -> ClassOrder:
-    """The order that an option `class_order` names. Raises ConfigError, or DataError if its file is wrong."""
+    """Return the class order for the option `class_order`.
+
+    Raises ConfigError if its text file cannot be read, DataError if the file repeats a class.
+    """
     if choice in (NAME, NUMERIC):
         return ClassOrder(choice)
+    path = os.path.expanduser(choice)
     try:
-        with open(
-            os.path.expanduser(choice), encoding="utf-8-sig", errors="surrogateescape"
-        ) as file:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             names = tuple(line for line in file.read().split("\n") if line)
     except OSError as error:
-        rule = f"must be {NAME}, {NUMERIC} or the path of a text file with one class name a line"
         raise ConfigError(
-            f"class_order ({choice}) {rule}, but that file cannot be read ({error.strerror})"
+            f"class_order ({choice}) must be {NAME}, {NUMERIC} or the path of a text file with one "
+            f"class name per line, but that file cannot be read ({error.strerror})"
         ) from error
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
@@ -91,7 +94,7 @@ def read_order(choice: str) -> ClassOrder:
 
 
 def numeric_order_note(classes: list[str]) -> str | None:
-    """What to tell the user if `classes` are numbers that are sorted as text, which gives other labels."""
+    """A note for the user if `classes` are numbers sorted as text; None if that is no problem."""
     if classes != sorted(classes) or not all(map(_WHOLE_NUMBER.fullmatch, classes)):
         return None
     by_value = sorted(classes, key=int)
@@ -99,22 +102,23 @@ def numeric_order_note(classes: list[str]) -> str | None:
     if k is None:
         return None
     return (
-        f"class names are whole numbers and are sorted as text: label {k} is class {classes[k]}, by value it would be "
-        f"{by_value[k]}"
+        f"class names are whole numbers and are sorted as text: label {k} is class {classes[k]}, "
+        f"by value it would be {by_value[k]}"
     )
 
 
 def same_looking(classes: list[str]) -> list[str]:
-    """Names that another name of `classes` equals after Unicode normalisation, one of each kind."""
+    """The names (in NFC) that several `classes` share after Unicode normalisation."""
     return [name for name, count in Counter(map(_nfc, classes)).items() if count > 1]
 
 
 def class_difference(
     one: str, its: list[str], other: str, others: list[str], remedy: str = ""
 ) -> str:
-    """'only ONE has a, b; only OTHER has c; REMEDY', or nothing if both have the same classes.
+    """Describe how two lists of classes differ: 'only ONE has a, b; only OTHER has c; REMEDY'.
 
-    Names that differ only in Unicode normalisation look the same, so they are reported as such, with their own remedy.
+    Returns an empty string if both have the same classes. Names that differ only in Unicode
+    normalisation look the same, so they are reported separately, with their own remedy.
     """
     mine, theirs = set(its) - set(others), set(others) - set(its)
     twins = {_nfc(name) for name in mine} & {_nfc(name) for name in theirs}
@@ -129,9 +133,10 @@ def class_difference(
         a, b = pairs[0]
         forms = f"{_form(a)} in {one}, {_form(b)} in {other}"
         names = scan.listed([name for name, _ in pairs])
-        rename = "rename the folders of one of them, for example with convmv -r --nfc -f utf8 -t utf8 --notest DIR"
         parts.append(
-            f"{names} of {one} and of {other} differ only in Unicode normalisation ({forms}); {rename}"
+            f"{names} of {one} and of {other} differ only in Unicode normalisation ({forms}); "
+            "rename the folders of one of them, for example with "
+            "convmv -r --nfc -f utf8 -t utf8 --notest DIR"
         )
     return "; ".join(parts)
 

@@ -1,12 +1,14 @@
-"""The built-in data set: ten classes of textures and shapes, drawn by this module and stored as JPEG files.
+"""The built-in data set: ten classes of textures and shapes, drawn here and stored as JPEG files.
 
-It lets the first command after the installation train without a download, through the same index, decoder, augmentation
-and evaluation as any other data set. Colour, polarity, place, scale, rotation, blur, clutter and noise are random: a
-linear model on the pixels stays near chance, a convolutional network learns it in about a minute on two cores.
+It allows training right after the installation, without a download, through the same index,
+decoder, augmentation and evaluation as any other data set. Colour, polarity, position, scale,
+rotation, blur, clutter and noise are random: a linear model on the pixels stays near chance, a
+convolutional network learns the classes in about a minute on two cores.
 
-An image is a function of (VERSION, split, index) alone. It is drawn with integers only, so no CPU and no version of
-NumPy, OpenCV or Pillow changes a pixel. libjpeg-turbo encodes it with its exact integer DCT; tests/test_demo.py holds
-the checksums of pixels and files. If a drawing changes, `VERSION` must change too.
+An image depends on (VERSION, split, index) only. It is drawn with integers, so it is identical
+on every CPU and with every version of NumPy, OpenCV or Pillow. libjpeg-turbo encodes it with its
+exact integer DCT. tests/test_demo.py contains checksums of pixels and files. If a drawing
+changes, `VERSION` must change too.
 """
 
 import json
@@ -27,10 +29,7 @@ from alexnet_ddp.runtime.environment import num_usable_cores
 from alexnet_ddp.runtime.errors import DataError
 
 VERSION = 2
-USABLE_VERSIONS = (
-    1,
-    2,
-)  # a run that began on version 1, which OpenCV drew, resumes on the same images
+USABLE_VERSIONS = (1, 2)  # runs that started on version 1 (drawn by OpenCV) can still resume
 COUNTS = {"train": 4000, "val": 1000}
 MARKER = "demo.json"
 
@@ -38,7 +37,7 @@ Ints = NDArray[np.int32]  # int64 for products
 
 _PX = 16  # coordinates are in 1/16 px
 _BITS = 8
-_ONE = 1 << _BITS  # masks and colours are in 1/256; >> _BITS divides by it, faster than //
+_ONE = 1 << _BITS  # masks and colours are in 1/256; >> _BITS is faster than // _ONE
 _TURN = 4096  # angles are in 1/4096 turn
 _UNIT = 1 << 14  # sines are in 1/16384, rounded, so that they do not depend on the C library
 _SINES = np.array(
@@ -47,10 +46,12 @@ _SINES = np.array(
 
 
 def ensure_demo(root: Path) -> None:
-    """Make the demo data set at `root`, unless it is there: `root/{train,val}/CLASS/NNNNN.jpg` and a marker file.
+    """Create the demo data set at `root` if it does not exist yet.
 
-    Safe against other processes and against being killed: everything is written beside `root` and renamed once.
-    Whoever loses the race drops its copy. Raises `DataError` if `root` holds anything else; it is never overwritten.
+    It consists of `root/{train,val}/CLASS/NNNNN.jpg` and a marker file. Everything is written to a
+    temporary folder next to `root` and renamed once, so several processes may call this at once
+    and a killed one leaves no partial data set.
+    Raises DataError if `root` contains anything else; that is never overwritten.
     """
     root = Path(os.path.abspath(root))
     if _is_complete(root):
@@ -61,14 +62,19 @@ def ensure_demo(root: Path) -> None:
         os.rename(draft, root)
     except OSError as error:
         if not _is_complete(root):
-            rule = f"cannot be made a demo data set: {error}"
-            raise DataError(f"data.root ({root}) {rule}; choose another data.root") from error
+            raise DataError(
+                f"data.root ({root}): the demo data set cannot be created: {error}; "
+                "choose another data.root"
+            ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
 def demo_image(split: str, index: int) -> NDArray[np.uint8]:
-    """Image `index` of `split` before compression: H x W x 3 uint8, sides of 64 to 80 px. Its class is `index % 10`."""
+    """Image `index` of `split` before compression: uint8 [H, W, 3], H and W from 64 to 80 px.
+
+    Its class is `index % 10`.
+    """
     draw = _Draws(rng.fold(VERSION, list(COUNTS).index(split), index))
     height, width = draw.integer(64, 80), draw.integer(64, 80)
     figure = _FIGURES[CLASSES[index % len(CLASSES)]](height, width, draw).astype(np.int32) * _ONE
@@ -77,7 +83,7 @@ def demo_image(split: str, index: int) -> NDArray[np.uint8]:
 
     level = draw.integer(40 * _ONE, 215 * _ONE)
     ground = np.clip(level + draw.integers(3, -60 * _ONE, 60 * _ONE), 0, 255 * _ONE)
-    away = -1 if ground.sum() > 3 * 127 * _ONE else 1  # towards the side with more room
+    away = -1 if ground.sum() > 3 * 127 * _ONE else 1  # darker on light ground, and vice versa
     step = away * draw.integer(90, 150) * draw.integers(3, 77, _ONE)
     coarse = draw.normals((4, 4, 3), draw.integer(3 * _ONE, 15 * _ONE))
     image = np.ascontiguousarray(
@@ -91,7 +97,7 @@ def demo_image(split: str, index: int) -> NDArray[np.uint8]:
 
 
 def demo_jpeg(split: str, index: int) -> bytes:
-    """The file of `demo_image(split, index)`."""
+    """`demo_image(split, index)` as a JPEG file."""
     return simplejpeg.encode_jpeg(
         demo_image(split, index), quality=90, colorspace="RGB", colorsubsampling="420"
     )
@@ -102,9 +108,8 @@ class _Draws:
 
     def __init__(self, key: int) -> None:
         self._key, self._next = key, 0
-        self._first = self._hashed(
-            0, 128
-        )  # all but the noise, which is faster than a few at a time
+        # One call for all words except the noise is faster than a call for every few words.
+        self._first = self._hashed(0, 128)
 
     def _hashed(self, start: int, end: int) -> Ints:
         return rng.hash32(self._key, np.arange(start, end, dtype=np.int32))
@@ -119,7 +124,7 @@ class _Draws:
         )
 
     def integers(self, count: int, low: int, high: int) -> Ints:
-        """Uniform in [low, high]."""
+        """`count` integers, uniform in [low, high]."""
         words = self._words(count).view(np.uint32).astype(np.int64)
         return (low + (words * (high - low + 1) >> 32)).astype(np.int32)
 
@@ -127,7 +132,7 @@ class _Draws:
         return int(self.integers(1, low, high)[0])
 
     def normals(self, shape: tuple[int, ...], sigma: int) -> Ints:
-        """Close to normal: the sum of a word's four bytes, whose standard deviation is 147.8."""
+        """Nearly normal: the sum of the four bytes of a word; its standard deviation is 147.8."""
         words = self._words(math.prod(shape))
         total = (words & 255) + (words >> 8 & 255) + (words >> 16 & 255) + (words >> 24 & 255)
         return ((total - 510) * sigma // 148).reshape(shape)
@@ -142,21 +147,30 @@ def _cos(angle: Ints | int) -> Ints:
 
 
 def _is_complete(root: Path) -> bool:
-    """True if `root` is our finished data set, False if it is free (absent or empty); `DataError` for anything else."""
+    """True if `root` is a finished demo data set, False if it is absent or empty.
+
+    Raises DataError for anything else.
+    """
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
         found = json.loads((root / MARKER).read_text())
     except (OSError, ValueError) as error:
-        rule = f"must be absent, empty or hold a finished demo data set ({MARKER}), and is never overwritten"
-        raise DataError(f"data.root ({root}) {rule}; choose another data.root") from error
+        raise DataError(
+            f"data.root ({root}) must be absent, empty or contain a finished demo data set "
+            f"({MARKER}), and is never overwritten; choose another data.root"
+        ) from error
     if found not in map(_marker, USABLE_VERSIONS):
-        rule = f"holds a demo data set with another {MARKER} than this program makes (version {VERSION})"
-        raise DataError(f"data.root ({root}) {rule}; delete it or choose another data.root")
+        raise DataError(
+            f"data.root ({root}) contains a demo data set with another {MARKER} than this program "
+            f"writes (version {VERSION}); delete it or choose another data.root"
+        )
     for split, count in COUNTS.items():
         if (present := sum(1 for _ in root.glob(f"{split}/*/*.jpg"))) != count:
-            rule = f"holds {present} of the {count} {split} images of the demo data set"
-            raise DataError(f"data.root ({root}) {rule}; delete it to have it made anew")
+            raise DataError(
+                f"data.root ({root}) contains {present} of the {count} {split} images of the demo "
+                "data set; delete it to have it created again"
+            )
     return True
 
 
@@ -170,32 +184,30 @@ def _marker(version: int) -> dict[str, object]:
 
 
 def _write(root: Path) -> None:
-    """Write the whole data set and, last, its marker."""
+    """Write all images, and the marker last."""
     for split in COUNTS:
         for name in CLASSES:
             (root / split / name).mkdir(parents=True)
 
     def write(job: tuple[str, int]) -> None:
         split, index = job
-        (root / split / CLASSES[index % len(CLASSES)] / f"{index:05d}.jpg").write_bytes(
-            demo_jpeg(split, index)
-        )
+        file = root / split / CLASSES[index % len(CLASSES)] / f"{index:05d}.jpg"
+        file.write_bytes(demo_jpeg(split, index))
 
+    jobs = [(split, index) for split, count in COUNTS.items() for index in range(count)]
     with ThreadPoolExecutor(min(4, num_usable_cores())) as pool:
-        for _ in pool.map(
-            write, [(split, index) for split, count in COUNTS.items() for index in range(count)]
-        ):
+        for _ in pool.map(write, jobs):
             pass
     (root / MARKER).write_text(json.dumps(_marker(VERSION), indent=2) + "\n")
 
 
 def _grid(height: int, width: int) -> tuple[Ints, Ints]:
-    """The centres of the pixels: y (H x 1) and x (1 x W), in 1/16 px."""
+    """Pixel centres: y [H, 1] and x [1, W], in 1/16 px."""
     return np.arange(height)[:, None] * _PX, np.arange(width)[None, :] * _PX
 
 
 def _blurred(mask: Ints, side: int) -> Ints:
-    """Convolved with (side, 256 - 2 side, side) / 256 along both axes."""
+    """`mask` convolved with (side, 256 - 2 side, side) / 256 along both axes."""
     for _ in range(2):
         padded = np.pad(mask, ((1, 1), (0, 0)), mode="edge")
         mask = ((padded[:-2] + padded[2:]) * side + mask * (_ONE - 2 * side) + _ONE // 2) >> _BITS
@@ -225,9 +237,8 @@ def _clutter(image: Ints, draw: _Draws) -> None:
         dx, dy = (int(v) for v in draw.integers(2, -14, 14))
         colour, thickness = draw.integers(3, 0, 255 * _ONE), draw.integer(1, 2)
         length2 = max(dx * dx + dy * dy, 1)
-        along = np.clip(
-            x * dx + y * dy, 0, length2
-        )  # the nearest point of the stroke, times length2
+        # The nearest point of the stroke, times length2.
+        along = np.clip(x * dx + y * dy, 0, length2)
         distance2 = (x * length2 - along * dx) ** 2 + (y * length2 - along * dy) ** 2
         image[4 * distance2 <= (thickness * length2) ** 2] = colour
 
@@ -242,7 +253,10 @@ def _place(height: int, width: int, draw: _Draws) -> tuple[int, int, int, int]:
 def _polygon(
     radii: list[float], turns: list[float]
 ) -> Callable[[int, int, _Draws], NDArray[np.bool_]]:
-    """The drawer of a polygon in polar coordinates: radii relative to the shape's, angles in turns."""
+    """A function that draws a polygon given in polar coordinates.
+
+    radii: relative to the radius of the shape; turns: angles in turns.
+    """
     lengths, angles = (np.array([round(v * _TURN) for v in values]) for values in (radii, turns))
 
     def figure(height: int, width: int, draw: _Draws) -> NDArray[np.bool_]:
@@ -253,9 +267,8 @@ def _polygon(
         y, x = _grid(height, width)
         inside = np.zeros((height, width), bool)
         for y0, x0, y1, x1 in zip(ys, xs, np.roll(ys, -1), np.roll(xs, -1)):
-            crosses = (y0 <= y) != (
-                y1 <= y
-            )  # the even-odd rule: edges that a ray to the right crosses
+            # The even-odd rule: count the edges that a ray to the right crosses.
+            crosses = (y0 <= y) != (y1 <= y)
             left = (x - x0) * (y1 - y0) < (y - y0) * (x1 - x0)
             inside ^= crosses & (left == (y1 > y0))
         return inside
@@ -276,20 +289,20 @@ def _circle(height: int, width: int, draw: _Draws) -> NDArray[np.bool_]:
 def _crescent(height: int, width: int, draw: _Draws) -> NDArray[np.bool_]:
     cy, cx, radius, turn = _place(height, width, draw)
     away = radius * draw.integer(450, 600)
-    by, bx = (
-        cy + away * int(_sin(turn)) // (1000 * _UNIT),
-        cx + away * int(_cos(turn)) // (1000 * _UNIT),
-    )
-    return _in_disk(height, width, cy, cx, radius) & ~_in_disk(
-        height, width, by, bx, radius * 80 // 100
-    )
+    by = cy + away * int(_sin(turn)) // (1000 * _UNIT)
+    bx = cx + away * int(_cos(turn)) // (1000 * _UNIT)
+    bite = _in_disk(height, width, by, bx, radius * 80 // 100)
+    return _in_disk(height, width, cy, cx, radius) & ~bite
 
 
 def _texture(
     paint: Callable[[Ints, Ints, int], NDArray[np.bool_]],
 ) -> Callable[[int, int, _Draws], NDArray[np.bool_]]:
-    """The drawer of a texture: `paint(u, v, shift)`, with u and v (H x W) the distances from a point near the middle
-    along two orthogonal axes, in 1/4096 of a period of 12 to 22 px, and shift in [0, 4096)."""
+    """A function that draws the texture `paint(u, v, shift)`.
+
+    u, v: [H, W], distances from a point near the middle along two orthogonal axes, in 1/4096 of a
+    period of 12 to 22 px; shift: in [0, 4096).
+    """
 
     def figure(height: int, width: int, draw: _Draws) -> NDArray[np.bool_]:
         y, x = _grid(height, width)
@@ -306,16 +319,14 @@ def _texture(
 
 
 def _rings(u: Ints, v: Ints, shift: int) -> NDArray[np.bool_]:
-    return (
-        _sin(np.sqrt(u * u + v * v).astype(np.int64) + shift) > 0
-    )  # IEEE 754 rounds a square root exactly
+    radius = np.sqrt(u * u + v * v).astype(np.int64)  # IEEE 754 rounds a square root exactly
+    return _sin(radius + shift) > 0
 
 
-_ARM, _NOTCH, _TIP = (
-    1.06,
-    0.495,
-    0.0536,
-)  # a cross with arms 0.7 wide: two corners at the tip, one between the arms
+# A cross with arms 0.7 wide: two corners at the tip of each arm, one corner between two arms.
+_ARM = 1.06
+_NOTCH = 0.495
+_TIP = 0.0536
 _FIGURES: dict[str, Callable[[int, int, _Draws], NDArray[np.bool_]]] = {
     "checker": _texture(lambda u, v, shift: _sin(u) * _sin(v) > 0),
     "circle": _circle,

@@ -1,6 +1,7 @@
-"""ImageNet as it is distributed: three archives, read in place, or the tree that people extract from them.
+"""ImageNet as it is distributed: three archives, read in place, or the folders extracted from them.
 
-The one rule: nothing is ever extracted. Members of a tar archive are uncompressed, so offset and size are an image.
+Nothing is extracted: members of a tar archive are uncompressed, so an offset and a size are enough
+to read an image.
 """
 
 import gzip
@@ -28,22 +29,21 @@ from alexnet_ddp.data.sources.index import (
 from alexnet_ddp.data.sources.tars import ArchiveStore, Member, tar_members
 from alexnet_ddp.runtime.errors import DataError
 
-TRAIN = "ILSVRC2012_img_train.tar"  # a tar of one tar for each class: n01440764.tar, ...
+TRAIN = "ILSVRC2012_img_train.tar"  # contains one tar for each class: n01440764.tar, ...
 VAL = "ILSVRC2012_img_val.tar"  # flat: ILSVRC2012_val_00000001.JPEG, ...
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 
 _GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
-_MAX_DEVKIT = 200_000_000  # bytes, unpacked: far more than there is in the real one
-_THREADS = 8  # that wait for headers at once, on disks and networks with latency
+_MAX_DEVKIT = 200_000_000  # bytes, unpacked; the real one is far smaller
+_THREADS = 8  # threads that read headers: they hide the latency of disks and networks
 
 
 class Devkit(NamedTuple):
-    """What the development kit says about the classes and the validation images."""
+    """The classes and the validation labels from the development kit."""
 
-    wnids: dict[
-        int, str
-    ]  # ILSVRC2012_ID -> WordNet id, of the leaves of the hierarchy: inner nodes are no classes
+    # ILSVRC2012_ID -> WordNet id, for the leaves of the hierarchy: inner nodes are not classes.
+    wnids: dict[int, str]
     words: dict[str, str]  # WordNet id -> "tench, Tinca tinca"
     truth: list[int]  # the ILSVRC2012_ID of ILSVRC2012_val_0000000i.JPEG at i - 1
 
@@ -51,12 +51,12 @@ class Devkit(NamedTuple):
 def open_imagenet(
     root: Path, order: ClassOrder = BY_NAME
 ) -> tuple[SampleIndex, SampleIndex, list[str]]:
-    """(train, val, names of the classes for humans) of an ImageNet directory. Classes are WordNet ids.
+    """Open an ImageNet directory: (train, val, readable class names). Classes are WordNet ids.
 
-    Either split comes from its archive if that is there, else from its folder: `root` may hold the three archives,
-    or train/CLASS/* and val/CLASS/*, or one of each; with both, the archive is read. The validation archive needs the
-    devkit. The names are the devkit's words, without a devkit the WordNet ids. DataError names what is missing, cut
-    short or contradictory.
+    Each split is read from its archive if that exists, otherwise from its folder: `root` may
+    contain the three archives, or train/CLASS/* and val/CLASS/*, or one of each. The validation
+    archive needs the devkit. The readable names are the devkit's words, or the WordNet ids if there
+    is no devkit. Raises DataError if something is missing, cut short or contradictory.
     """
     root = Path(os.path.abspath(root))
     _check_pieces(root)
@@ -80,9 +80,10 @@ def open_imagenet(
 def open_archive(
     root: Path, split: str, order: ClassOrder = BY_NAME
 ) -> tuple[SampleIndex, list[str], list[str]]:
-    """(images, their file names, names of the classes for humans) of one split, to be packed. Raises DataError.
+    """One split of the archives, for packing: (images, their file names, readable class names).
 
-    The last image of a class may be cut short: it is listed with the bytes there are.
+    The last image of a class may be cut short: it is listed with the bytes that exist.
+    Raises DataError.
     """
     devkit = read_devkit(root / DEVKIT) if split == "val" or (root / DEVKIT).is_file() else None
     if split == "train":
@@ -97,7 +98,8 @@ def open_archive(
 def _check_pieces(root: Path) -> None:
     if not root.is_dir():
         raise DataError(
-            f"data.root ({root}) is not a folder; give the one that holds {TRAIN}, {VAL} and {DEVKIT}"
+            f"data.root ({root}) is not a folder; "
+            f"give the one that contains {TRAIN}, {VAL} and {DEVKIT}"
         )
     needed = {"train": [TRAIN], "val": [VAL, DEVKIT]}
     missing = [
@@ -105,26 +107,25 @@ def _check_pieces(root: Path) -> None:
         for name in names if not (root / name).is_file()
     ]  # fmt: skip
     if missing:
-        remedy = (
-            "put them there as distributed, or lay the images out as train/CLASS/* and val/CLASS/*"
+        raise DataError(
+            f"data.root ({root}) lacks {', '.join(missing)}; put them there as distributed, "
+            "or arrange the images as train/CLASS/* and val/CLASS/*"
         )
-        raise DataError(f"data.root ({root}) lacks {', '.join(missing)}; {remedy}")
 
 
 def read_devkit(path: Path) -> Devkit:
-    """Read ILSVRC2012_devkit_t12.tar.gz in memory. DataError if it is damaged or lacks a file."""
+    """Read ILSVRC2012_devkit_t12.tar.gz in memory. Raises DataError if damaged or incomplete."""
     try:
         with gzip.open(path) as stream:  # verifies the CRC first: scipy crashes on damaged bytes
             whole = stream.read(_MAX_DEVKIT + 1)
         if len(whole) > _MAX_DEVKIT:
-            raise ValueError(f"it holds more than {_MAX_DEVKIT:,} bytes")
+            raise ValueError(f"it contains more than {_MAX_DEVKIT:,} bytes")
         with tarfile.open(fileobj=io.BytesIO(whole), mode="r:") as archive:
             files = {}
             for member in archive:
                 if member.isfile() and member.name.endswith(("data/meta.mat", _GROUND_TRUTH)):
-                    files["data/" + member.name.rsplit("/", 1)[1]] = archive.extractfile(
-                        member
-                    ).read()
+                    name = "data/" + member.name.rsplit("/", 1)[1]
+                    files[name] = archive.extractfile(member).read()
         wnids, words = _synsets(files["data/meta.mat"])
         return Devkit(wnids, words, [int(line) for line in files[_GROUND_TRUTH].split()])
     except KeyError as error:
@@ -161,13 +162,13 @@ def _opened(path: Path, stamps: scan.Stamps) -> Iterator[tuple[int, int]]:
         os.close(fd)
 
 
-def _images(members: Iterable[Member], ignored: scan.Ignored, where: str) -> list[Member]:
-    """The visible images among `members`, with plain file names, sorted by them."""
+def _images(members: Iterable[Member], ignored: scan.Ignored, archive: str) -> list[Member]:
+    """The visible images among `members`, by file name without folders, sorted."""
     plain = (Member(m.name.rsplit("/", 1)[-1], m.offset, m.size) for m in members)
-    images = sorted(m for m in plain if ignored.accepts(m.name, where))
+    images = sorted(m for m in plain if ignored.accepts(m.name, archive))
     for one, other in pairwise(images):
         if one.name == other.name:
-            raise DataError(f"{where} holds {one.name} twice; copy it again from its source")
+            raise DataError(f"{archive} contains {one.name} twice; copy it again from its source")
     return images
 
 
@@ -181,7 +182,7 @@ def _places(images: list[Member]) -> scan.Arrays:
 def _train_archive(
     path: Path, order: ClassOrder, may_be_cut: bool = False
 ) -> tuple[SampleIndex, list[str]]:
-    """(images, their file names if the last may be cut)"""
+    """(images, their file names); the names are only returned with `may_be_cut`."""
 
     def build(stamps: scan.Stamps) -> scan.Arrays:
         return _scan_train(path, stamps, order, may_be_cut)
@@ -204,7 +205,8 @@ def _scan_train(
         if not of or len(of) < len(tars):
             got = scan.listed(sorted(Path(m.name).stem for m in tars)) or "none"
             raise DataError(
-                f"{path} must hold one .tar for each class, got {got}; copy it again from its source"
+                f"{path} must contain one .tar for each class, got {got}; "
+                "copy it again from its source"
             )
         classes = order.arrange(list(of), str(path))
         tars = [of[name] for name in classes]
@@ -223,14 +225,15 @@ def _scan_train(
             ignored.merge(left_out)
     if 0 in counts:
         raise DataError(
-            f"{path} holds no images of {classes[counts.index(0)]}; copy it again from its source"
+            f"{path} contains no images of {classes[counts.index(0)]}; "
+            "copy it again from its source"
         )
     joined = {
         name: np.concatenate([place[name] for place in places]) for name in ("offsets", "sizes")
     }
     labels = np.repeat(np.arange(len(tars), dtype=np.int32), counts)
     digest = names_digest(f"{classes[label]}/{name}" for label, name in zip(labels.tolist(), names))
-    names = names if may_be_cut else []  # a start of training does without them
+    names = names if may_be_cut else []  # training does not need them
     lists = {"classes": classes, "names": names, "notes": ignored.notes(), "digest": digest}
     return joined | {"labels": labels} | {key: scan.to_json(value) for key, value in lists.items()}
 
@@ -238,21 +241,18 @@ def _scan_train(
 def _val_archive(
     path: Path, devkit: Devkit, classes: list[str], may_be_cut: bool = False
 ) -> tuple[SampleIndex, list[str]]:
-    """(images, their file names)"""
+    """(images, their file names)."""
     what = "val" + "-cut" * may_be_cut
     found = scan.cached(
         what, path, lambda stamps: _scan_val(path, len(devkit.truth), stamps, may_be_cut)
     )
     scan.report(found)
     labels = _val_labels(path, found["numbers"], devkit, classes)
-    order = np.lexsort(
-        (found["numbers"], labels)
-    )  # numbers have eight digits: their order is the names'
+    # The numbers have eight digits each, so sorting by number sorts by name.
+    order = np.lexsort((found["numbers"], labels))
     store = ArchiveStore(str(path), found["offsets"], found["sizes"])
-    labels, names = (
-        labels[order],
-        [f"ILSVRC2012_val_{number:08d}.JPEG" for number in found["numbers"][order].tolist()],
-    )
+    labels = labels[order]
+    names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in found["numbers"][order].tolist()]
     digest = names_digest(f"{classes[label]}/{name}" for label, name in zip(labels.tolist(), names))
     return SampleIndex(classes, labels, store.take(order), digest), names
 
@@ -266,9 +266,9 @@ def _scan_val(path: Path, expected: int, stamps: scan.Stamps, may_be_cut: bool) 
         )
     numbers = [_VAL_NAME.fullmatch(m.name) for m in images]
     if None in numbers:
-        rule = "images must be named ILSVRC2012_val_00000001.JPEG and so on"
         raise DataError(
-            f"{path} holds {images[numbers.index(None)].name}; {rule}: copy it again from its source"
+            f"{path} contains {images[numbers.index(None)].name}; images must be named "
+            "ILSVRC2012_val_00000001.JPEG and so on: copy it again from its source"
         )
     found = {
         "numbers": np.array([int(n[1]) for n in numbers], np.int32),
@@ -278,7 +278,7 @@ def _scan_val(path: Path, expected: int, stamps: scan.Stamps, may_be_cut: bool) 
 
 
 def _val_labels(path: Path, numbers: np.ndarray, devkit: Devkit, classes: list[str]) -> np.ndarray:
-    """int32 [N]: the position in `classes` of each image, by its number."""
+    """The label (position in `classes`) of each image, by its number: int32 [N]."""
     remedy = f"take all files of {path.parent} from one release"
     differ = class_difference(DEVKIT, list(devkit.words), "the training set", classes, remedy)
     if differ:
@@ -287,7 +287,8 @@ def _val_labels(path: Path, numbers: np.ndarray, devkit: Devkit, classes: list[s
     if unknown:
         ids = scan.listed([str(i) for i in unknown])
         raise DataError(
-            f"{DEVKIT} labels images with ids it has no class for ({ids}); copy it again from its source"
+            f"{DEVKIT} labels images with ids it has no class for ({ids}); "
+            "copy it again from its source"
         )
     if not np.array_equal(np.sort(numbers), np.arange(1, len(devkit.truth) + 1)):
         rule = f"must be numbered 1 to {len(devkit.truth):,}, as many as {DEVKIT} has labels"

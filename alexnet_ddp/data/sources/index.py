@@ -1,7 +1,7 @@
-"""The images of a split: N images as a few arrays, never a Python object for each.
+"""The images of a split: N images as a few arrays, not as N Python objects.
 
-The order is (label, file name), whatever holds the bytes, so the same data as folders or as archives is the same data
-set, and a position in it means the same image on every rank and after every restart.
+They are sorted by (label, file name), for folders, archives and shards alike. A position therefore
+means the same image on every rank, after every restart and in every storage form.
 """
 
 import errno
@@ -21,17 +21,15 @@ from alexnet_ddp import rng
 from alexnet_ddp.data.image import read_file
 from alexnet_ddp.data.sources import scan
 from alexnet_ddp.data.sources.classes import BY_NAME, ClassOrder, class_difference
-from alexnet_ddp.data.sources.tars import ArchiveStore
+from alexnet_ddp.data.sources.source import ImageSource
 from alexnet_ddp.runtime.errors import DataError
 
-_CHECKED = (
-    50_000  # images of a cached index whose sizes are all compared with the files at each start
-)
-_SAMPLED = (
-    10_000  # at least so many, evenly spread, of a larger one: comparing 1.28 million takes 8 s
-)
-_THREADS = 8  # that list folders at once: network file systems answer slowly
-_NO_FILE = -1  # as a size: a link that leads nowhere
+# At each start, the sizes in a cached index are compared with the files: all of them up to
+# _CHECKED images, otherwise at least _SAMPLED, evenly spread (comparing 1.28 million takes 8 s).
+_CHECKED = 50_000
+_SAMPLED = 10_000
+_THREADS = 8  # threads that list folders: network file systems answer slowly
+_NO_FILE = -1  # the size of a link without a target
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +37,13 @@ class FileStore:
     """Images that are files below `root`."""
 
     root: str
-    blob: np.ndarray  # uint8: the relative paths, one after the other
-    ends: np.ndarray  # int64 [N]: where each ends in blob
+    blob: np.ndarray  # uint8: the relative paths, concatenated
+    ends: np.ndarray  # int64 [N]: the end of each path in blob
     sizes: np.ndarray  # int64 [N]: bytes of each file when it was listed
 
     @classmethod
     def pack(cls, root: str, paths: Iterable[str], sizes: np.ndarray | None = None) -> "FileStore":
+        """A store of `paths`, relative to `root`."""
         blob, ends = bytearray(), array("q")
         for path in paths:
             blob += os.fsencode(path)
@@ -57,7 +56,7 @@ class FileStore:
         return self.blob.nbytes + self.ends.nbytes + self.sizes.nbytes
 
     def path(self, i: int) -> str:
-        """Relative to root."""
+        """The path of image `i`, relative to root."""
         return os.fsdecode(self.blob[self.ends[i - 1] if i else 0 : self.ends[i]].tobytes())
 
     def take(self, positions: np.ndarray) -> "FileStore":
@@ -69,6 +68,12 @@ class FileStore:
     def name(self, i: int) -> str:
         return f"{self.root}/{self.path(i)}"
 
+    def dimensions(self, indices: np.ndarray) -> None:
+        return None
+
+    def will_need(self, indices: np.ndarray) -> None:
+        """Does nothing: opening each file for a hint would cost as much as reading it."""
+
 
 @dataclass(frozen=True, eq=False)
 class SampleIndex:
@@ -76,10 +81,10 @@ class SampleIndex:
 
     classes: list[str]  # in the order of the labels
     labels: np.ndarray  # int32 [N]: positions in classes
-    store: FileStore | ArchiveStore
-    names: str = (
-        ""  # SHA-256 of the names CLASS/FILE, one a line; of a subset: the fingerprint of the whole
-    )
+    store: ImageSource
+    # SHA-256 (hex) of the names CLASS/FILE, one per line; for a subset, the fingerprint of the
+    # whole index.
+    names: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -89,7 +94,7 @@ class SampleIndex:
         return self.labels.nbytes + self.store.nbytes
 
     def read(self, i: int) -> bytes:
-        """The encoded bytes of image `i`. DataError with its name when they cannot be had."""
+        """The encoded bytes of image `i`. Raises DataError with its name if it cannot be read."""
         try:
             return self.store.read(i)
         except OSError as error:
@@ -99,16 +104,16 @@ class SampleIndex:
             ) from error
 
     def will_need(self, indices: np.ndarray) -> None:
-        """A hint that these images are read soon. Costs a microsecond an image; errors show when they are read."""
-        with suppress(OSError):
-            getattr(self.store, "will_need", _nothing)(indices)
+        """A hint that these images will be read soon. Takes about a microsecond per image."""
+        with suppress(OSError):  # the read will report it
+            self.store.will_need(indices)
 
     def name(self, i: int) -> str:
         """A path, or archive:member, for messages."""
         return self.store.name(i)
 
     def subset(self, n: int | None) -> "SampleIndex":
-        """The same `n` images each time, in the order they have here. All of them for None and for n >= N."""
+        """A fixed choice of `n` images, in their order here; all of them for None or n >= N."""
         if n is None or n >= len(self):
             return self
         kept = np.sort(rng.permutation(rng.fold(rng.SUBSET), len(self))[:n])
@@ -117,10 +122,12 @@ class SampleIndex:
         )
 
     def fingerprint(self) -> str:
-        """ "v2:" and a SHA-256 (hex) of the classes, and of the label, the name CLASS/FILE and the size of each image.
+        """A string that identifies the data: "v2:" and a SHA-256 (hex).
 
-        It does not depend on where the images lie, nor on whether folders, archives or shards hold them. Resized or
-        encoded again for shards they have other sizes, and are other images. Not noticed: another image of equal size.
+        It covers the classes, and the label, the name CLASS/FILE and the size of each image. It
+        does not depend on the path of the data, nor on whether folders, archives or shards contain
+        the images. Images that were resized or re-encoded for shards have other sizes, hence
+        another fingerprint. An image replaced by another one of equal size is not detected.
         """
         digest = hashlib.sha256(json.dumps([len(self), self.classes, self.names]).encode())
         digest.update(self.labels.astype("<i4").tobytes())
@@ -128,16 +135,13 @@ class SampleIndex:
         return f"v2:{digest.hexdigest()}"
 
 
-def _nothing(indices: np.ndarray) -> None:
-    pass
-
-
 def index_folder(root: Path, split: str, order: ClassOrder = BY_NAME) -> SampleIndex:
-    """The images of root/split/CLASS/**, as torchvision's ImageFolder orders them, but without hidden entries.
+    """The images of root/split/CLASS/**, ordered as by torchvision's ImageFolder.
 
-    Cached until a folder in root/split changes or an image has another size. What is left out is a warning; DataError
-    when root, split or every class is missing, when images lie outside of the classes, or when a class of `train` has
-    none.
+    Hidden files and folders are left out; a warning counts everything that was left out. The
+    result is cached until a folder in root/split changes or an image has another size.
+    Raises DataError if root, split or every class is missing, if images lie outside of the class
+    folders, or if a class of `train` has no images.
     """
     top = Path(os.path.abspath(root)) / split
     if not os.path.isdir(root):
@@ -164,7 +168,10 @@ def index_folder(root: Path, split: str, order: ClassOrder = BY_NAME) -> SampleI
 
 
 def list_images(top: str) -> tuple[list[str], list[str]]:
-    """(the images below the folder `top`, notes about what was left out), by the rules that training follows."""
+    """(the images below the folder `top`, notes about what was left out).
+
+    Applies the same rules as training. Raises DataError.
+    """
     try:
         listed = _list_class(top.rstrip("/") or "/")
     except OSError as error:
@@ -179,10 +186,11 @@ def _store(top: Path, found: scan.Arrays) -> FileStore:
 
 
 def _is_current(top: Path, found: scan.Arrays) -> bool:
-    """Whether the files still have the sizes in the index: rewriting a file leaves the times of its folder unchanged.
+    """Whether the files still have the sizes in the index.
 
-    All files of a small index are compared, and their number in each folder, in case a file system keeps no times for
-    folders. Of a larger index an evenly spread sample is compared.
+    This detects rewritten files, which leave the times of their folder unchanged. For a small index
+    all files are compared, and the number of entries in each folder, in case the file system keeps
+    no times for folders. For a larger index, an evenly spread sample is compared.
     """
     store, sizes = _store(top, found), found["sizes"].tolist()
     n, entries = len(sizes), scan.from_json(found["entries"])
@@ -202,7 +210,7 @@ def _size_of(path: str) -> int:
 
 
 def names_digest(names: Iterable[str]) -> str:
-    """SHA-256 (hex) of names, one a line, as names.txt of shards holds them."""
+    """SHA-256 (hex) of names, one per line, in the format of the names.txt of shards."""
     digest = hashlib.sha256()
     for name in names:
         digest.update(f"{name}\n".encode(errors="surrogateescape"))
@@ -210,13 +218,8 @@ def names_digest(names: Iterable[str]) -> str:
 
 
 def _scan_split(top: str, stamps: scan.Stamps, order: ClassOrder) -> scan.Arrays:
-    ignored, paths, sizes, counts, entries = (
-        scan.Ignored(),
-        [],
-        array("q"),
-        [],
-        {top: len(os.listdir(top))},
-    )
+    ignored, paths, sizes, counts = scan.Ignored(), [], array("q"), []
+    entries = {top: len(os.listdir(top))}
     classes = order.arrange(_class_names(top, stamps, ignored), top)
     with ThreadPoolExecutor(_THREADS) as pool:
         lists = pool.map(lambda name: _list_class(f"{top}/{name}"), classes)
@@ -241,7 +244,7 @@ def _scan_split(top: str, stamps: scan.Stamps, order: ClassOrder) -> scan.Arrays
 
 
 def _class_names(top: str, stamps: scan.Stamps, ignored: scan.Ignored) -> list[str]:
-    """Unordered."""
+    """The class folders of `top`, in no particular order. Raises DataError if there are none."""
     stamps[top] = scan.stamp(top)
     classes, stray = [], []
     with os.scandir(top) as entries:
@@ -257,7 +260,10 @@ def _class_names(top: str, stamps: scan.Stamps, ignored: scan.Ignored) -> list[s
         lies = f"{len(stray):,} images but no class folders" if stray else "no class folders"
         remedy = f"move the images into {top}/CLASS/"
         if stray and stray[0].startswith("ILSVRC2012_val_"):
-            remedy = "keep ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz: data=imagenet reads them in place"
+            remedy = (
+                "keep ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz: "
+                "data=imagenet reads them in place"
+            )
         raise DataError(f"{top} holds {lies}; {remedy}")
     return classes
 
@@ -269,14 +275,14 @@ class _Listed:
     paths: list[str]  # sorted by folder, then by name
     sizes: "array[int]"  # bytes
     stamps: scan.Stamps  # of its folders
-    entries: dict[str, int]  # of its folders: how many entries each has
+    entries: dict[str, int]  # folder -> number of its entries
     ignored: scan.Ignored
 
 
 def _list_class(top: str) -> _Listed:
-    """The images of `top` and of every visible folder below it, in the order of sorted(os.walk(top)).
+    """The images of `top` and all visible folders below it, in the order of sorted(os.walk(top)).
 
-    Links are followed; one that leads back to a folder above it is a DataError, since it has no end.
+    Links are followed. Raises DataError for a link to a folder that contains it.
     """
     listed = _Listed([], array("q"), {}, {}, scan.Ignored())
     found: list[tuple[str, list[tuple[str, int]]]] = []
@@ -307,18 +313,15 @@ def _list_class(top: str) -> _Listed:
     return listed
 
 
-_LEADS_NOWHERE = (
-    errno.ENOENT,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-)  # of a link: it is a bad image, not a bad folder
+# Errors of a link without a target: it counts as a bad image, not as an unreadable folder.
+_NO_TARGET = (errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
     except OSError as error:
-        if error.errno in _LEADS_NOWHERE:
+        if error.errno in _NO_TARGET:
             return False
         raise
 
@@ -327,13 +330,13 @@ def _entry_size(entry: os.DirEntry) -> int:
     try:
         return entry.stat().st_size
     except OSError as error:
-        if error.errno in _LEADS_NOWHERE:
+        if error.errno in _NO_TARGET:
             return _NO_FILE
         raise
 
 
 def check_same_classes(train: SampleIndex, val: SampleIndex) -> None:
-    """DataError naming the classes that only one of the two has."""
+    """Raises DataError, naming the difference, if the two have different classes."""
     remedy = "add or remove these class folders"
     differ = class_difference("train", train.classes, "val", val.classes, remedy)
     if differ:

@@ -1,6 +1,6 @@
-"""Looking at a disk once: walks through folders and tar archives, and the cache that remembers what they found.
+"""Shared by the scans of folders and archives: name rules, progress and the cache of their results.
 
-The one rule: a name found here is compared, sorted and shown; it never becomes a path that something is written to.
+Names found by a scan are compared, sorted and shown, but never used as a path to write to.
 """
 
 import hashlib
@@ -20,22 +20,23 @@ import numpy as np
 from alexnet_ddp.runtime.files import atomic_file
 from alexnet_ddp.runtime.printing import printable
 
-# torchvision's ImageFolder takes the same ones.
+# The same as in torchvision's ImageFolder.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 Arrays = dict[str, np.ndarray]
 Stamps = dict[str, list[int]]
 T = TypeVar("T")
 
-_FORMAT = 3  # of the cached arrays: another number, another file
-_FRESH_NS = 2_000_000_000  # what changed so recently may change again within one tick of the file system's clock
+_FORMAT = 3  # of the cached arrays; part of the name of the cache file
+# A path that changed this recently may change again within one tick of the file system's clock.
+_FRESH_NS = 2_000_000_000
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Ignored:
-    """What an index leaves out: a count and an example for each reason."""
+    """Counts the entries that an index leaves out, with an example, for each reason."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
@@ -48,17 +49,18 @@ class Ignored:
         self.counts += other.counts
         self.examples = other.examples | self.examples
 
-    def accepts(self, name: str, where: str, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
-        """Whether `name` is that of a visible image; if not, it is counted."""
+    def accepts(self, name: str, folder: str, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
+        """Whether `name` is a visible file with one of `suffixes`; counts it if not."""
         if name.startswith("."):
-            self.add("hidden", f"{where}/{name}")
+            self.add("hidden", f"{folder}/{name}")
         elif not name.lower().endswith(suffixes):
-            self.add("other types", f"{where}/{name}")
+            self.add("other types", f"{folder}/{name}")
         else:
             return True
         return False
 
     def notes(self) -> list[str]:
+        """One message for each reason."""
         return [
             f"ignored {n:,} entries ({reason}), such as {self.examples[reason]}"
             for reason, n in self.counts.items()
@@ -66,7 +68,7 @@ class Ignored:
 
 
 def report(found: Arrays) -> None:
-    """Log what a scan left out, in the run that scanned and in those that read its cache."""
+    """Log what the scan left out, also if `found` comes from the cache."""
     for note in from_json(found["notes"]):
         log.warning(note)
 
@@ -77,7 +79,7 @@ def listed(names: list[str]) -> str:
 
 
 def watched(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """Pass `items` on. If that takes more than a second, and stderr is a terminal, a progress bar shows it."""
+    """Yield `items`; after one second, show a progress bar if stderr is a terminal."""
     from alexnet_ddp.runtime.terminal import progress_bar  # slow to import
 
     bar = progress_bar()
@@ -94,19 +96,20 @@ def watched(items: Iterable[T], total: int, what: str) -> Iterator[T]:
 
 
 def to_json(value: Any) -> np.ndarray:
-    """`value` as JSON in a uint8 array, so that .npz files hold no pickles."""
+    """`value` as JSON in a uint8 array, so that .npz files contain no pickles."""
     return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
 
 
 def from_json(array: np.ndarray) -> Any:
+    """The value that to_json() stored."""
     return json.loads(array.tobytes())
 
 
 def stamp(path: str | Path) -> list[int]:
     """[size in bytes, mtime in ns, ctime in ns, inode] of a file or folder.
 
-    Modification times can be set (tar, rsync and cp -p do so), so they alone do not show that another file or folder
-    took the place of the first. A file system that changes inode numbers with each mount costs a new scan, no more.
+    The modification time alone does not detect a replaced file, because tar, rsync and cp -p set
+    it. On a file system that changes inode numbers with each mount, the only cost is a new scan.
     """
     found = os.stat(path)
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
@@ -119,12 +122,13 @@ def cached(
     variant: str = "",
     is_current: Callable[[Arrays], bool] = lambda arrays: True,
 ) -> Arrays:
-    """The arrays that `build` makes of `path`, from the user's cache if nothing they were made of has changed.
+    """The arrays that `build` returns for `path`, from the user's cache if nothing has changed.
 
-    `build` puts the `stamp` of each file or folder it reads into the dict it is given, before it reads. `variant` names
-    the options of `build`. `is_current` checks what no stamp shows. A cache that is damaged or cannot be written costs
-    a line in the log and the time to build again, never the run. Any number of processes may do this at once: files
-    appear by rename, complete.
+    build(stamps): must store the `stamp` of each file or folder in `stamps` before it reads it.
+    variant: the options of `build`, as part of the cache key.
+    is_current: checks for changes that the stamps do not show.
+    If the cache is damaged or cannot be written, a warning is logged and the arrays are built.
+    Several processes may call this at once, because cache files are created by rename.
     """
     file = _cache_file(kind, path, variant)
     arrays = _load(file) if file else None
@@ -143,7 +147,7 @@ def _cache_file(kind: str, path: Path, variant: str) -> Path | None:
     given = os.environ.get("XDG_CACHE_HOME", "")
     try:
         base = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
-    except RuntimeError:  # a user without a home, as in some containers
+    except RuntimeError:  # the user has no home directory, as in some containers
         return None
     return base / "alexnet_ddp" / "index" / f"{kind}-{key[:32]}.npz"
 
@@ -154,7 +158,7 @@ def _load(file: Path) -> Arrays | None:
             if any(stamp(path) != value for path, value in from_json(found["stamps"]).items()):
                 return None
             return {name: found[name] for name in found.files if name != "stamps"}
-    except FileNotFoundError:  # no cache yet, or something it was made of is gone
+    except FileNotFoundError:  # no cache yet, or one of the stamped paths is gone
         return None
     except Exception as error:  # damaged bytes can raise nearly anything in zipfile and numpy
         log.warning(

@@ -1,4 +1,4 @@
-"""What a run trains on, and what it is evaluated on: any `data=` choice becomes two indices."""
+"""Opens the training and validation images for any choice of `data=`."""
 
 import json
 import logging
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from alexnet_ddp import rng
 from alexnet_ddp.config import (
     DataConfig,
     DemoConfig,
@@ -16,7 +15,6 @@ from alexnet_ddp.config import (
     ShardsConfig,
     SyntheticConfig,
 )
-from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.sources.classes import (
     BY_NAME,
     NAME,
@@ -28,6 +26,7 @@ from alexnet_ddp.data.sources.classes import (
 from alexnet_ddp.data.sources.index import SampleIndex, check_same_classes, index_folder
 from alexnet_ddp.data.sources.scan import listed
 from alexnet_ddp.data.sources.shards import open_shards
+from alexnet_ddp.data.sources.synthetic import synthetic_images
 from alexnet_ddp.data.storage import Storage, absolute
 
 log = logging.getLogger(__name__)
@@ -35,49 +34,26 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageSets:
-    """What a run trains on and what it is evaluated on; `class_names` are for people, in the order of the labels."""
+    """The images that a run trains on and is evaluated on."""
 
     train: SampleIndex
     val: SampleIndex
-    class_names: list[str]
-    colour_basis: tuple[np.ndarray, np.ndarray] | None = (
-        None  # of the training images, where it is known
-    )
-
-
-@dataclass(frozen=True)
-class SyntheticStore:
-    """Images that are nowhere: `pixels` is noise, and image i is a window of it that begins where its hash says."""
-
-    pixels: np.ndarray  # uint8 [image bytes + 4096]
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """None has a size in bytes: image i is the same in all synthetic data."""
-        return np.zeros(0, np.int64)
-
-    def take(self, positions: np.ndarray) -> "SyntheticStore":
-        return self
-
-    def name(self, i: int) -> str:
-        return f"synthetic image {i}"
-
-    def fill(self, slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[Skipped]:
-        starts = rng.hash32(rng.fold(rng.SYNTHETIC), indices.astype(np.int32)) & 0xFFF
-        for slot, start in zip(slots, starts):
-            slot[...] = self.pixels[start : start + slot.size].reshape(slot.shape)
-        return []
+    class_names: list[str]  # readable names, in the order of the labels
+    # (eigenvalues, eigenvectors) of the RGB values of the training images, if they are known.
+    colour_basis: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def open_data(
     cfg: DataConfig, may_make: bool = False, trained: list[str] | None = None
 ) -> ImageSets:
-    """Find the images that `cfg` names; make the built-in ones if `may_make`. Raises DataError.
+    """Open the images that `cfg` selects.
 
-    trained: the classes of a run in the order of its labels. Folders and archives that have these classes get this
-    order instead of data.class_order, whose file may be gone.
-    May write files, a cache at least: see first_on_node. Imports what a choice needs where it is chosen: a start is
-    mostly imports.
+    may_make: create the demo data set if it does not exist.
+    trained: the classes of a trained run, in the order of its labels. Folders and archives with
+    these classes use this order instead of data.class_order, because that file may be gone.
+    Writes files (at least a cache): call it through first_on_node. A source's module is imported
+    only when it is selected, which shortens the start.
+    Raises DataError, and ConfigError for a wrong class order.
     """
     basis = None
     match cfg:
@@ -97,21 +73,21 @@ def open_data(
             train, val, names = open_shards(cfg)
             basis = colour_basis(Storage(absolute(cfg.root)))
         case SyntheticConfig():
-            train, val = _synthetic(cfg, cfg.num_train), _synthetic(cfg, cfg.num_val)
+            train = synthetic_images(cfg, cfg.num_train)
+            val = synthetic_images(cfg, cfg.num_val)
             names = train.classes
         case _:
             raise TypeError(f"no data for {type(cfg).__name__}")
     check_same_classes(train, val)
-    _warn_of_names(train.classes, trained is None and getattr(cfg, "class_order", NAME) == NAME)
+    choice = cfg.class_order if isinstance(cfg, FolderConfig | ImageNetConfig) else NAME
+    _warn_of_names(train.classes, trained is None and choice == NAME)
     return ImageSets(train.subset(cfg.limit_train), val.subset(cfg.limit_val), names, basis)
 
 
 def _order(choice: str, trained: list[str] | None) -> ClassOrder:
-    return (
-        read_order(choice)
-        if trained is None
-        else ClassOrder(names=tuple(trained), is_binding=False)
-    )
+    if trained is None:
+        return read_order(choice)
+    return ClassOrder(names=tuple(trained), is_binding=False)
 
 
 def _warn_of_names(classes: list[str], by_name: bool) -> None:
@@ -134,23 +110,18 @@ def _open_folder(root: Path, order: ClassOrder) -> tuple[SampleIndex, SampleInde
     return train, val, train.classes
 
 
-def _synthetic(cfg: SyntheticConfig, n: int) -> SampleIndex:
-    count = np.arange(cfg.image_size**2 * 3 + 4096, dtype=np.int32)
-    pixels = (rng.hash32(rng.fold(rng.SYNTHETIC), count) & 0xFF).astype(np.uint8)
-    width = len(str(cfg.num_classes - 1))
-    classes = [f"class{c:0{width}d}" for c in range(cfg.num_classes)]
-    labels = np.sort(np.arange(n, dtype=np.int32) % cfg.num_classes)
-    return SampleIndex(classes, labels, SyntheticStore(pixels))
-
-
 def colour_basis(root: Storage) -> tuple[np.ndarray, np.ndarray] | None:
-    """(eigenvalues [3], eigenvectors [3, 3] as columns) of the RGB values in [0, 1] of the packed training images."""
+    """Principal components of the RGB values in [0, 1] of packed training images.
+
+    Returns eigenvalues [3] and eigenvectors [3, 3] (columns), float64; None, with a warning, if the
+    file of the colour statistics cannot be read.
+    """
     try:
         found = json.loads(root.read("train.stats.json"))
         return np.array(found["eigenvalues"]), np.array(found["eigenvectors"])
     except (OSError, ValueError, KeyError) as error:
         log.warning(
-            "%s cannot be read (%s): colour noise is ImageNet's",
+            "%s cannot be read (%s): colour noise uses ImageNet's components",
             root.path("train.stats.json"),
             error,
         )

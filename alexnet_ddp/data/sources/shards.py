@@ -1,12 +1,12 @@
-"""Packed shards: uncompressed tar archives in WebDataset layout, and an index that finds any image in them.
+"""Packed shards: uncompressed tar archives in WebDataset layout, and an index of their images.
 
-    ROOT/index.json           the commit: what there is, with a SHA-256 for each file
-    ROOT/train-000000.tar     KEY.cls, KEY.jpg (or KEY.npy), ...; KEY is the position in the order of the shards
-    ROOT/train.samples.npy    a SAMPLE for each image, in the order (class, name) of every index here
-    ROOT/train.names.txt      their names, CLASS/FILE
+    ROOT/index.json           lists all files with a SHA-256 each; written last, as the commit
+    ROOT/train-000000.tar     KEY.cls, KEY.jpg (or KEY.npy), ...; KEY is the position in the shards
+    ROOT/train.samples.npy    a SAMPLE for each image, sorted by (class, name)
+    ROOT/train.names.txt      the names CLASS/FILE, in the same order
 
-The one rule: an image is found by (shard, offset, size), so any order can be read, and the order of the files on disk
-never matters.
+Images are read by (shard, offset, size), so they can be read in any order, and the order of the
+images in the shards does not matter.
 """
 
 import math
@@ -23,14 +23,16 @@ import numpy as np
 from alexnet_ddp.config import ConfigError, ShardsConfig, Shuffle
 from alexnet_ddp.data.cache import NodeCache
 from alexnet_ddp.data.sources.index import SampleIndex
-from alexnet_ddp.data.sources.shard_check import (
+from alexnet_ddp.data.sources.shard_index import (
+    INDEX,
     REMEDY,
+    ShardIndex,
     check_file,
     check_split,
+    read_index,
     stats_of,
     wrong_shards,
 )
-from alexnet_ddp.data.sources.shard_index import INDEX, ShardIndex, read_index
 from alexnet_ddp.data.sources.tars import pread, will_need
 from alexnet_ddp.data.storage import Storage, absolute
 from alexnet_ddp.runtime.errors import DataError
@@ -51,7 +53,7 @@ NPY_HEADER = 128  # bytes before the pixels of a raw image
 
 @dataclass(frozen=True)
 class Shards:
-    """The files of a split: here, or far away and then fetched to this node."""
+    """The shard files of a split: local ones, or remote ones that are fetched to this node."""
 
     storage: Storage
     names: list[str]
@@ -67,18 +69,17 @@ class Shards:
 
 
 class ShardStore:
-    """Images in shards, read in place by any number of threads.
+    """Images in shards, read in place. Safe to use from several threads.
 
-    A shard here is opened when its first image is read and stays open. A cached one is opened for each image, so that
-    it can give way to another. Pickles without the open files.
+    A local shard is opened when its first image is read and stays open. A shard in the node's cache
+    is opened for each image, so that the cache can delete it. Pickles without the open files.
     """
 
     def __init__(self, files: Shards, samples: np.ndarray, raw_size: int | None) -> None:
-        self.files, self.samples, self.raw_size = (
-            files,
-            samples.view(np.ndarray),
-            raw_size,
-        )  # memmap's own [] is slow
+        """samples: SAMPLE [N]; raw_size: height and width of raw images, None if encoded."""
+        self.files = files
+        self.samples = samples.view(np.ndarray)  # indexing a memmap is slower
+        self.raw_size = raw_size
         self._open: dict[int, int] = {}  # shard -> file descriptor
         self._lock = threading.Lock()
 
@@ -88,7 +89,7 @@ class ShardStore:
 
     @property
     def sizes(self) -> np.ndarray:
-        """int64 [N]: bytes of each image; of raw images, which all have one size, the CRC-32 instead."""
+        """int64 [N]: bytes of each image; the CRC-32 for raw images, which all have one size."""
         return self.samples["crc32" if self.raw_size else "size"].astype(np.int64)
 
     @property
@@ -109,7 +110,7 @@ class ShardStore:
         return self._open_for(shard, pread, size, offset)
 
     def read_rows(self, i: int, top: int, rows: np.ndarray) -> None:
-        """Fill `rows`, uint8 [n, raw_size, 3], with the rows from `top` on of the raw image `i`."""
+        """Read raw image `i` from row `top` into `rows`, uint8 [n, raw_size, 3]. Raises OSError."""
         shard, offset, *_ = self.samples[i].item()
         at = offset + NPY_HEADER + top * self.raw_size * 3
         count = self._open_for(shard, os.preadv, [rows], at)
@@ -117,7 +118,10 @@ class ShardStore:
             raise OSError(f"the file ends at byte {at + count:,}, inside the image")
 
     def will_need(self, indices: np.ndarray) -> None:
-        """Ask for these images ahead of time, without waiting. Raises OSError."""
+        """Ask the kernel to read these images ahead, or start to fetch their shards.
+
+        Returns at once. Raises OSError.
+        """
         wanted = self.samples[indices]
         if self.files.cache is not None:
             for shard in np.unique(wanted["shard"]).tolist():
@@ -131,12 +135,11 @@ class ShardStore:
 
     def name(self, i: int) -> str:
         sample = self.samples[i]
-        return (
-            f"{self.files.storage.path(self.files.names[int(sample['shard'])])}:{sample['offset']}"
-        )
+        shard = self.files.names[int(sample["shard"])]
+        return f"{self.files.storage.path(shard)}:{sample['offset']}"
 
     def _open_for(self, shard: int, call: Callable, *arguments: Any) -> Any:
-        """call(descriptor, *arguments)"""
+        """Return call(descriptor, *arguments), with the descriptor of `shard`."""
         if self.files.cache is None:
             return call(self._descriptor(shard), *arguments)
         descriptor = self.files.open(shard)
@@ -166,9 +169,10 @@ class ShardStore:
 
 
 def open_shards(cfg: ShardsConfig) -> tuple[SampleIndex, SampleIndex, list[str]]:
-    """(train, val, names of the classes for humans) of finished shards. Raises DataError.
+    """Open finished shards: (train, val, readable class names).
 
-    Samples are mapped into memory, not read: all ranks of a node share one copy, and a start takes milliseconds.
+    Samples are memory-mapped: all ranks of a node share one copy, and opening takes milliseconds.
+    Raises DataError, or ConfigError if the cache options do not suit the shards.
     """
     storage = Storage(absolute(cfg.root))
     try:
@@ -178,10 +182,10 @@ def open_shards(cfg: ShardsConfig) -> tuple[SampleIndex, SampleIndex, list[str]]
             f"data.root ({cfg.root}) cannot be read ({error}); check the address and its access"
         ) from error
     if index is None:
-        remedy = (
-            "give the root of a finished preparation, or finish it: python -m alexnet_ddp.prepare"
+        raise DataError(
+            f"data.root ({cfg.root}) holds no {INDEX}; give the root of a finished preparation, "
+            "or finish it: python -m alexnet_ddp.prepare"
         )
-        raise DataError(f"data.root ({cfg.root}) holds no {INDEX}; {remedy}")
     missing = sorted({"train", "val"} - index.splits.keys())
     if missing:
         raise DataError(
@@ -195,59 +199,51 @@ def open_shards(cfg: ShardsConfig) -> tuple[SampleIndex, SampleIndex, list[str]]
 
 
 def _cache(cfg: ShardsConfig, storage: Storage, index: ShardIndex) -> NodeCache | None:
-    """Where shards go that are far away. Raises ConfigError where an order could not be read with it."""
+    """The node's cache for remote shards; None for local ones.
+
+    Raises ConfigError if it is not configured, or too small for the order of the images.
+    """
     if storage.is_local:
         return None
     if cfg.cache_dir is None:
-        rule = "needs a folder on each node for whole shards"
         raise ConfigError(
-            f"data.root ({cfg.root}) {rule}; give data.cache_dir=DIR, and data.cache_gb to limit it"
+            f"data.root ({cfg.root}) needs a folder on each node for whole shards; "
+            "give data.cache_dir=DIR, and data.cache_gb to limit it"
         )
     limit = None if cfg.cache_gb is None else int(cfg.cache_gb * 1e9)
     total = sum(entry["bytes"] for entry in index.splits.values())
     if limit is not None and limit < total and cfg.shuffle is Shuffle.full:
         least = math.ceil(total / 1e7) / 100
-        rule = f"must hold all shards for data.shuffle=full, {least:g} GB; use data.shuffle=window or more room"
-        raise ConfigError(f"data.cache_gb ({cfg.cache_gb:g}) {rule}")
+        raise ConfigError(
+            f"data.cache_gb ({cfg.cache_gb:g}) must hold all shards for data.shuffle=full, "
+            f"{least:g} GB; increase it, or use data.shuffle=window"
+        )
     largest = max(shard["bytes"] for entry in index.splits.values() for shard in entry["shards"])
     windows = 2 * (cfg.window_shards or 0) * largest
-    needed = index.splits["val"]["bytes"] + windows  # an evaluation reads val in another order
+    needed = index.splits["val"]["bytes"] + windows  # an evaluation does not read val in windows
     if limit is not None and limit < min(total, needed):
-        rule = (
-            f"must hold the val shards and two windows of data.window_shards ({cfg.window_shards})"
+        raise ConfigError(
+            f"data.cache_gb ({cfg.cache_gb:g}) must hold the val shards and two windows of "
+            f"data.window_shards ({cfg.window_shards}), {needed / 1e9:.3g} GB"
         )
-        raise ConfigError(f"data.cache_gb ({cfg.cache_gb:g}) {rule}, {needed / 1e9:.3g} GB")
     return NodeCache(storage, os.path.abspath(os.path.expanduser(cfg.cache_dir)), limit)
 
 
 def open_split(
     storage: Storage, index: ShardIndex, split: str, cache: NodeCache | None
 ) -> SampleIndex:
-    """One split of finished shards. Raises DataError."""
+    """Open one split of finished shards. Raises DataError."""
     entry, name = index.splits[split], f"{split}.samples.npy"
-    files = Shards(
-        storage,
-        *([shard[key] for shard in entry["shards"]] for key in ("name", "sha256", "bytes")),
-        cache,
-    )
+    shards = entry["shards"]
+    names, hashes, sizes = ([shard[key] for shard in shards] for key in ("name", "sha256", "bytes"))
+    files = Shards(storage, names, hashes, sizes, cache)
     if cache is None:
-        for shard in entry["shards"]:
-            size = storage.size(shard["name"])
-            if size != shard["bytes"]:
-                there = (
-                    "is not there"
-                    if size is None
-                    else f"has {size:,} bytes instead of {shard['bytes']:,}"
-                )
-                raise DataError(
-                    f"{storage.path(shard['name'])} {there}; copy it again, or prepare it again"
-                )
+        _check_sizes(files)
     try:
-        path = (
-            Path(storage.path(name))
-            if cache is None
-            else _samples_of(cache, name, entry["files"][name])
-        )
+        if cache is None:
+            path = Path(storage.path(name))
+        else:
+            path = _samples_of(cache, name, entry["files"][name])
         samples = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise DataError(
@@ -270,8 +266,18 @@ def open_split(
     )  # fmt: skip
 
 
+def _check_sizes(files: Shards) -> None:
+    """Raises DataError if a local shard is missing or has another size than in index.json."""
+    for name, expected in zip(files.names, files.sizes):
+        size = files.storage.size(name)
+        if size == expected:
+            continue
+        problem = "is missing" if size is None else f"has {size:,} bytes instead of {expected:,}"
+        raise DataError(f"{files.storage.path(name)} {problem}; copy it again, or prepare it again")
+
+
 def _samples_of(cache: NodeCache, name: str, sha256: str) -> Path:
-    """The local file, fetched again if it was changed after it was fetched. Raises OSError."""
+    """The local copy of a file, fetched again if it has changed since. Raises OSError."""
     path = cache.get(name, sha256)
     if Storage(cache.directory).sha256(sha256) != sha256:
         cache.drop(name, sha256)
@@ -280,15 +286,15 @@ def _samples_of(cache: NodeCache, name: str, sha256: str) -> Path:
 
 
 def _refresh(cache: NodeCache, files: Shards, samples: np.ndarray) -> None:
-    """Shards in the node's cache that were changed after they were fetched are removed, and so fetched again."""
+    """Remove shards from the node's cache that have changed since they were fetched."""
     paths = [str(cache.path(sha256)) for sha256 in files.sha256]
-    here = [shard for shard, path in enumerate(paths) if os.path.exists(path)]
-    for shard in wrong_shards(samples, paths, here):
+    present = [shard for shard, path in enumerate(paths) if os.path.exists(path)]
+    for shard in wrong_shards(samples, paths, present):
         cache.drop(files.names[shard], files.sha256[shard])
 
 
 def _allow_open_files(count: int) -> None:
-    """Each shard stays open: ask for so many files, where the soft limit is lower."""
+    """Raise the soft limit of open files if needed: each of the `count` shards stays open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = count + 256
     if soft != resource.RLIM_INFINITY and soft < needed:

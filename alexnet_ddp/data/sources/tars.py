@@ -1,4 +1,4 @@
-"""Tar archives, by byte: where their files are, and how to write one whose every byte follows from its contents."""
+"""Tar archives: finds the byte ranges of their files, and writes archives deterministically."""
 
 import errno
 import hashlib
@@ -17,8 +17,8 @@ from alexnet_ddp.config.data import MAX_BYTES
 from alexnet_ddp.runtime.errors import DataError
 
 _BLOCK = 512  # bytes, the unit of a tar archive
-_RECORD_SIZE = 20 * _BLOCK  # bytes: an archive is filled up to a multiple of it
-_MAX_EXTENSION = 1 << 20  # bytes of a long name or of pax records: anything larger is damage
+_RECORD_SIZE = 20 * _BLOCK  # bytes; archives are padded to a multiple of it
+_MAX_EXTENSION = 1 << 20  # bytes of a long name or of pax records; a larger one is damage
 _SUMMED = struct.Struct("148B8x356B")  # a tar header without its checksum
 _RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")  # the beginning of a pax record
 
@@ -34,12 +34,13 @@ class Member(NamedTuple):
 def tar_members(
     fd: int, path: Path, start: int, stop: int, may_be_cut: bool = False
 ) -> Iterator[Member]:
-    """The regular files of the tar archive in bytes [start, stop) of the open file `fd`, in the order stored.
+    """The regular files of the tar archive in bytes [start, stop) of the open file `fd`, in order.
 
-    Reads ustar, GNU (long names, large sizes) and pax headers, each checksummed, and never the files themselves: about
-    10 us each. Raises DataError with `path` and the offset where the archive is cut short, damaged or sparse, or holds
-    what no archive of images does: links, devices, paths out of it. With `may_be_cut`, a last file that is cut short is
-    given with the bytes there are.
+    Reads ustar, GNU (long names, large sizes) and pax headers and verifies their checksums, but
+    does not read the files themselves: about 10 us each. With `may_be_cut`, a last file that is cut
+    short is returned with the bytes that exist.
+    Raises DataError with `path` and the offset if the archive is cut short, damaged or sparse, or
+    contains links, devices or paths that lead out of it.
     """
     position, extra = start, dict[str, str]()
     while header := _header(fd, path, position, stop):
@@ -76,7 +77,7 @@ def header_name(header: bytes) -> str:
 
 
 def _header(fd: int, path: Path, position: int, stop: int) -> bytes | None:
-    """The header at `position`; None where a block of zeros ends the archive."""
+    """The header at `position`; None for the block of zeros that ends the archive."""
     header = os.pread(fd, _BLOCK, position) if position + _BLOCK <= stop else b""
     if len(header) < _BLOCK:
         raise _damaged(path, position, "is cut short")
@@ -88,7 +89,7 @@ def _header(fd: int, path: Path, position: int, stop: int) -> bytes | None:
 
 
 def _number(digits: bytes) -> int:
-    """Octal digits, or GNU's big-endian binary for numbers that do not fit; -1 for neither."""
+    """The value of octal digits, or of GNU's big-endian binary form; -1 if it is neither."""
     if digits[0] == 0x80:
         return int.from_bytes(digits[1:], "big")
     try:
@@ -102,7 +103,7 @@ def _text(raw: bytes) -> str:
 
 
 def _pax_records(body: bytes) -> dict[str, str]:
-    """The keys that matter here of the records 'LENGTH KEY=VALUE\\n', where LENGTH counts the whole record."""
+    """Parse records 'LENGTH KEY=VALUE\\n'; LENGTH counts the bytes of the whole record."""
     records = {}
     while found := _RECORD.match(body):
         key, rest = _text(found[2]), int(found[1])
@@ -114,12 +115,16 @@ def _pax_records(body: bytes) -> dict[str, str]:
 
 def _damaged(path: Path, offset: int, what: str) -> DataError:
     return DataError(
-        f"{path} {what} at byte {offset:,}; compare its size and MD5 with the source's, and copy it again"
+        f"{path} {what} at byte {offset:,}; "
+        "compare its size and MD5 with the source's, and copy it again"
     )
 
 
 def pread(descriptor: int, size: int, offset: int) -> bytes:
-    """All `size` bytes: a network file system may give them in parts. OSError where the file ends before."""
+    """Read exactly `size` bytes, in several calls if needed, as on network file systems.
+
+    Raises OSError if the file ends earlier, or if `size` exceeds the limit for an image.
+    """
     if size > MAX_BYTES:
         raise OSError(errno.EFBIG, f"{size:,} bytes, an image has at most {MAX_BYTES:,}")
     data = os.pread(descriptor, size, offset)
@@ -132,7 +137,7 @@ def pread(descriptor: int, size: int, offset: int) -> bytes:
 
 
 def will_need(descriptor: int, offset: int, size: int) -> None:
-    """Ask the kernel to read ahead, where it can: slow storage then works on many images at once."""
+    """Ask the kernel to read ahead, if the platform supports it: this hides the storage latency."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
@@ -141,12 +146,12 @@ def will_need(descriptor: int, offset: int, size: int) -> None:
 class ArchiveStore:
     """Images that are members of one tar archive, or of tar archives inside it, read in place.
 
-    The file is opened when the first image is read and stays open; pread has no position to share, so threads and
-    forked processes may read at once. Pickles without the open file.
+    The file is opened when the first image is read and stays open. Threads and forked processes may
+    read at the same time, because pread uses no shared position. Pickles without the open file.
     """
 
     path: str
-    offsets: np.ndarray  # int64 [N]: of each image's first byte
+    offsets: np.ndarray  # int64 [N]: the offset of each image's first byte
     sizes: np.ndarray  # int64 [N], in bytes
 
     @property
@@ -159,14 +164,17 @@ class ArchiveStore:
     def read(self, i: int) -> bytes:
         return self._pread(int(self.offsets[i]), int(self.sizes[i]))
 
+    def dimensions(self, indices: np.ndarray) -> None:
+        return None
+
     def will_need(self, indices: np.ndarray) -> None:
-        """Ask the kernel for these images ahead of time, without waiting. Raises OSError."""
+        """Ask the kernel to read these images ahead. Raises OSError."""
         descriptor = self._descriptor()
         for offset, size in zip(self.offsets[indices].tolist(), self.sizes[indices].tolist()):
             will_need(descriptor, offset, size)
 
     def name(self, i: int) -> str:
-        """archive:member, by the tar header before the image; where that is gone, archive:offset."""
+        """archive:member, from the tar header before the image; archive:offset if it is gone."""
         try:
             return f"{self.path}:{header_name(self._pread(int(self.offsets[i]) - 512, 512))}"
         except OSError:
@@ -191,21 +199,24 @@ class ArchiveStore:
 
 
 class TarWriter:
-    """Appends files to `stream`: USTAR, mode 0444, owner 0, time 0. Keeps the SHA-256 of all that was written."""
+    """Appends files to `stream` as USTAR with mode 0444, owner 0 and time 0.
+
+    The archive depends on the names and contents only. Computes its SHA-256 along the way.
+    """
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self._digest = stream, hashlib.sha256()
-        self.size = 0  # bytes so far
+        self.size = 0  # bytes written so far
 
     def add(self, name: str, data: bytes) -> int:
-        """Append a file; returns the offset of its first byte. name: ASCII, up to 100 characters."""
+        """Append a file; returns the offset of its first byte. name: ASCII, <= 100 characters."""
         self._write(_new_header(name, len(data)))
         offset = self.size
         self._write(data + bytes(-len(data) % _BLOCK))
         return offset
 
     def close(self) -> str:
-        """Write the end of the archive; returns the SHA-256 (hex) of the whole."""
+        """Write the end of the archive; returns the SHA-256 (hex) of the whole archive."""
         end = self.size + 2 * _BLOCK
         self._write(bytes(2 * _BLOCK + -end % _RECORD_SIZE))
         return self._digest.hexdigest()
