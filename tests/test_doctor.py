@@ -14,11 +14,11 @@ from alexnet_ddp import cli
 from alexnet_ddp.config import Config, ConfigError, DoctorConfig, Wandb
 from alexnet_ddp.config.door import to_config, to_plain, use_schema
 from alexnet_ddp.doctor import command as doctor
-from alexnet_ddp.doctor import links, machines, meeting, storage, trial
+from alexnet_ddp.doctor import links, machines, outputs, rendezvous, speed
 from alexnet_ddp.doctor.facts import Facts, look
-from alexnet_ddp.doctor.finding import Level, seconds, size
+from alexnet_ddp.doctor.findings import Level, seconds, size
 from alexnet_ddp.doctor.links import Link, Sum
-from alexnet_ddp.doctor.online import judge_wandb
+from alexnet_ddp.doctor.outputs import judge_wandb
 from alexnet_ddp.runtime.distributed import session
 from alexnet_ddp.runtime.errors import RunError
 from tests.cluster import Hosts, why_not
@@ -90,7 +90,7 @@ def test_a_port_that_another_process_has_is_named_with_its_holder(monkeypatch):
         with pytest.raises(
             ConfigError, match=f"MASTER_PORT={port} of .* cannot be had .*; choose another"
         ):
-            meeting.meet(facts(), 1)
+            rendezvous.meet(facts(), 1)
         holder.communicate("\n")
     monkeypatch.delenv("RANK")
     assert machines.port(facts(), 1).verdict is Level.ok
@@ -101,14 +101,14 @@ def test_a_full_disk_fails_and_a_small_one_warns(tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path], check=True)
     try:
         cfg = config().checkpoint
-        disk = storage.try_disk(tmp_path / "runs" / "x", 1_000_000)
-        assert [f.verdict for f in storage.judge_disk(disk, 1_000_000, cfg)] == [
+        disk = outputs.try_disk(tmp_path / "runs" / "x", 1_000_000)
+        assert [f.verdict for f in outputs.judge_disk(disk, 1_000_000, cfg)] == [
             Level.warn,
             Level.ok,
         ]
         (tmp_path / "full").write_bytes(bytes(2_000_000))
-        space, writing = storage.judge_disk(
-            storage.try_disk(tmp_path / "runs" / "x", 1_000_000), 1_000_000, cfg
+        space, writing = outputs.judge_disk(
+            outputs.try_disk(tmp_path / "runs" / "x", 1_000_000), 1_000_000, cfg
         )
         assert (space.verdict, writing.verdict) == (Level.fail, Level.fail)
         assert "No space left" in writing.found
@@ -158,12 +158,12 @@ def test_ranks_of_other_versions_devices_and_knobs_fail_and_are_named():
 
 def test_a_run_root_that_cannot_be_written_fails_with_the_reason(tmp_path):
     (tmp_path / "runs").write_text("a file")
-    _, writing = storage.judge_disk(
-        storage.try_disk(tmp_path / "runs" / "x", 1_000), 1_000, config().checkpoint
+    _, writing = outputs.judge_disk(
+        outputs.try_disk(tmp_path / "runs" / "x", 1_000), 1_000, config().checkpoint
     )
     assert writing.verdict is Level.fail
     assert "Not a directory" in writing.found
-    assert storage.judge_marks("runs", ["n2"]).verdict is Level.warn
+    assert outputs.check_visibility("runs", ["n2"]).verdict is Level.warn
 
 
 def test_data_that_a_node_does_not_have_fails(image_folder, tmp_path):
@@ -187,11 +187,11 @@ def _meet_and_judge(count: int, timeout_s: float, twice: bool = False) -> str:
     cfg = config("device=cpu", f"seed={os.environ['RANK']}")
     mine = look(cfg, to_plain(cfg))
     try:
-        store = meeting.meet(mine, timeout_s)
+        store = rendezvous.meet(mine, timeout_s)
         if twice:
-            meeting.meet(replace(mine, rank=1), 3)
-            meeting.meet(replace(mine, rank=1), 3)
-        everyone, found = meeting.judge_together(
+            rendezvous.meet(replace(mine, rank=1), 3)
+            rendezvous.meet(replace(mine, rank=1), 3)
+        everyone, found = rendezvous.judge_together(
             store, mine, count, machines.before_joining, timeout_s
         )
     except ConfigError as error:
@@ -293,7 +293,7 @@ def test_a_hook_of_half_precision_halves_what_is_sent_and_other_choices_are_only
         "parallel=hybrid",
         "parallel=auto",
     )
-    tried = trial.Trial(gradient_bytes=100)
+    tried = speed.Trial(gradient_bytes=100)
     sent = [doctor._sent(config(choice), tried) for choice in (*half, *less)]
     assert sent == [(100, None), (50, None), *((100, choice) for choice in less)]
     assert doctor._sent(config("parallel=auto"), replace(tried, can_split=False)) == (
@@ -303,16 +303,16 @@ def test_a_hook_of_half_precision_halves_what_is_sent_and_other_choices_are_only
 
 
 def test_a_loader_slower_than_the_step_and_too_little_memory_are_warnings():
-    assert trial.judge_loader(90, 100, False).verdict is Level.warn
+    assert speed.judge_loader(90, 100, False).verdict is Level.warn
     assert (
-        trial.judge_loader(300, 100, True).found
+        speed.judge_loader(300, 100, True).found
         == "300 images/s a rank; loading takes 25 % of the cores"
     )
-    assert trial.judge_memory(1_000, 2_000, "n1").verdict is Level.warn
+    assert speed.judge_memory(1_000, 2_000, "n1").verdict is Level.warn
 
 
 def _doctor_of_too_small_images(root: str) -> str:
-    trial.STEP_S = 0.1
+    speed.STEP_S = 0.1
     with pytest.raises(ConfigError) as failed:
         doctor.main(
             config("device=cpu", "data.image_size=16", "model=alexnet", f"run.root={root}/runs"), []
@@ -327,7 +327,7 @@ def test_images_that_the_model_cannot_take_fail_and_the_rest_is_examined_all_the
 
 
 def _doctor_of_a_run_that_cannot_be_parallel(root: str, *overrides: str) -> tuple[str, str]:
-    trial.STEP_S = trial.LOADER_S = links._LINKS_S = 0.1
+    speed.STEP_S = speed.LOADER_S = links._LINKS_S = 0.1
     links.SIZES = (4_000, 64_000)
     with pytest.raises(RunError) as failed:
         doctor.main(
@@ -390,7 +390,7 @@ def test_sizes_and_durations_read_as_people_say_them():
 
 def _doctor(root: str) -> list[str]:
     cfg = config("device=cpu", f"run.root={root}/runs", json=f"{root}/doctor.json")
-    links.SIZES, links._LINKS_S, trial.STEP_S, trial.LOADER_S = (4_000, 64_000), 0.1, 0.1, 0.1
+    links.SIZES, links._LINKS_S, speed.STEP_S, speed.LOADER_S = (4_000, 64_000), 0.1, 0.1, 0.1
     doctor.main(cfg, [])
     return sorted(path.name for path in Path(root).iterdir())
 

@@ -14,9 +14,9 @@ import pytest
 
 from alexnet_ddp.config import ConfigError
 from alexnet_ddp.data.storage import Storage
-from alexnet_ddp.prepare import claim, plan, write
+from alexnet_ddp.prepare import checks, plan, write
 from alexnet_ddp.prepare.command import prepare
-from alexnet_ddp.prepare.source import open_source
+from alexnet_ddp.prepare.sources import open_source
 from alexnet_ddp.runtime.errors import DataError, MachineError
 from tests.archives import DEVKIT, VAL, age_tree, extract, jpeg, lay_out, make_archives
 from tests.conftest import make_folder
@@ -305,7 +305,7 @@ def test_the_old_shards_are_withdrawn_before_the_first_new_one_is_written(
         seen.append((list(json.loads((mine / "index.json").read_bytes())["splits"]), list(info)))
         raise DataError("enough")
 
-    monkeypatch.setattr("alexnet_ddp.prepare.write_shard", fail)
+    monkeypatch.setattr("alexnet_ddp.prepare.command.write_shard", fail)
     with pytest.raises(DataError, match="enough"):
         pack(archives, mine, quality=80, overwrite=True)
     assert seen == [(["val"], ["val"])]
@@ -452,9 +452,9 @@ def test_the_room_that_shards_need_is_known_where_it_can_be(archives, tmp_path, 
         for split in ("train", "val")
         for task in plan.make_plan(cfg, cfg.root, split, open_source(cfg.source, split)).tasks()
     ]
-    needed = claim.bytes_needed(tasks)
+    needed = checks.bytes_needed(tasks)
     monkeypatch.setattr(
-        claim.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, needed - 1)
+        checks.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, needed - 1)
     )
     with pytest.raises(
         MachineError, match=r"root has 0.00 GB free, the 6 shards to write need 0.00; make room, or"
@@ -470,7 +470,7 @@ def test_the_room_that_shards_need_is_known_where_it_can_be(archives, tmp_path, 
 def test_the_room_is_not_guessed_where_images_are_encoded(archives, tmp_path):
     cfg = config(archives, tmp_path)
     tasks = list(plan.make_plan(cfg, cfg.root, "train", open_source(cfg.source, "train")).tasks())
-    assert claim.bytes_needed(tasks) is None
+    assert checks.bytes_needed(tasks) is None
 
 
 # --- far away -------------------------------------------------------------------------------------------------------
@@ -596,6 +596,6 @@ def test_the_command_starts_without_torch():
     import subprocess
     import sys
 
-    code = "import sys, alexnet_ddp.prepare; print(sorted({'torch', 'pyspark', 'scipy'} & set(sys.modules)))"
+    code = "import sys, alexnet_ddp.prepare.command; print(sorted({'torch', 'pyspark', 'scipy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -18,7 +18,7 @@ from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.sources.sets import colour_basis
 from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.prepare.encode import Recipe, Refused, encode
-from alexnet_ddp.prepare.statistics import Statistics
+from alexnet_ddp.prepare.write import Statistics
 from alexnet_ddp.runtime.errors import DataError
 from tests.archives import TRAIN, age_tree, jpeg, make_archives, tar, write
 from tests.packing import hashes, pack

@@ -32,11 +32,11 @@ from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import build_sampler, rank_slice
 from alexnet_ddp.data.sources.sets import ImageSets, open_data
-from alexnet_ddp.doctor import links, machines, meeting, storage, trial
+from alexnet_ddp.doctor import links, machines, outputs, rendezvous, speed
 from alexnet_ddp.doctor.facts import Facts, look
-from alexnet_ddp.doctor.finding import Finding, Level, seconds, size
-from alexnet_ddp.doctor.online import judge_wandb
-from alexnet_ddp.doctor.trial import Trial
+from alexnet_ddp.doctor.findings import Finding, Level, seconds, size
+from alexnet_ddp.doctor.outputs import judge_wandb
+from alexnet_ddp.doctor.speed import Trial
 from alexnet_ddp.model import build_model, set_dropout_keys, without_weights
 from alexnet_ddp.parallel import check_parallel
 from alexnet_ddp.parallel.layers import worth_splitting
@@ -74,8 +74,8 @@ def main(cfg: DoctorConfig, overrides: list[str]) -> None:
     """Facts, a meeting at the store, measurements by all ranks, a table. Raises ConfigError where something FAILs."""
     mine = look(cfg, to_plain(cfg))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    store = meeting.meet(mine, cfg.join_timeout_s)
-    everyone, found = meeting.judge_together(
+    store = rendezvous.meet(mine, cfg.join_timeout_s)
+    everyone, found = rendezvous.judge_together(
         store, mine, world_size, machines.before_joining, cfg.join_timeout_s
     )
     report = Report(found, [], [], world_size)
@@ -90,7 +90,7 @@ def main(cfg: DoctorConfig, overrides: list[str]) -> None:
                     )
                 )
             except RuntimeError as error:
-                raise meeting.cannot_join(mine, error) from error
+                raise rendezvous.cannot_join(mine, error) from error
             _examine(cfg, world, everyone, report)
             failed = distributed.broadcast(report.failed)
     if mine.rank == 0:
@@ -122,13 +122,13 @@ def _examine(cfg: DoctorConfig, world: World, everyone: list[Facts], report: Rep
         report.findings += machines.of_machines(everyone)
         report.findings.append(links.judge_links(report.links, host_of))
         share = -(-cfg.trainer.global_batch_size // world.world_size)
-        step_s = main.computes and share / trial.slowest(trials, "computes")
+        step_s = main.computes and share / speed.slowest(trials, "computes")
         report.findings.append(links.judge_sums(report.sums, *_sent(cfg, main), step_s))
         report.findings.append(links.judge_clocks(skews, host_of))
-        report.findings += trial.judge(trials, everyone)
-        disk = storage.try_disk(cfg.run_dir, main.checkpoint_bytes)
-        report.findings += storage.judge_disk(disk, main.checkpoint_bytes, cfg.checkpoint)
-        report.findings.append(storage.judge_marks(folder, blind))
+        report.findings += speed.judge(trials, everyone)
+        disk = outputs.try_disk(cfg.run_dir, main.checkpoint_bytes)
+        report.findings += outputs.judge_disk(disk, main.checkpoint_bytes, cfg.checkpoint)
+        report.findings.append(outputs.check_visibility(folder, blind))
         report.findings.append(judge_wandb(cfg.logger))
 
 
@@ -138,7 +138,7 @@ def _try(cfg: DoctorConfig, world: World) -> Trial:
     for is_first in (True, False):  # the node's first rank may make files and caches
         if is_first == (world.local_rank == 0):
             try:
-                data = trial.within(_OPEN_S, lambda: open_data(cfg.data, may_make=True))
+                data = speed.within(_OPEN_S, lambda: open_data(cfg.data, may_make=True))
             except RunError as e:
                 error = str(e)
         distributed.any_rank(False, world)
@@ -151,7 +151,7 @@ def _try(cfg: DoctorConfig, world: World) -> Trial:
         if data is not None:
             tried = replace(tried, images=data.train.fingerprint())
             tried = replace(
-                tried, loads=trial.within(_OPEN_S, lambda: _try_loader(cfg, world, data))
+                tried, loads=speed.within(_OPEN_S, lambda: _try_loader(cfg, world, data))
             )
     except RunError as e:
         tried = replace(tried, error=str(e))
@@ -160,7 +160,7 @@ def _try(cfg: DoctorConfig, world: World) -> Trial:
         if shortage is None:
             raise
         tried = replace(tried, error=str(shortage))
-    return replace(tried, peak_memory=trial.peak_memory())
+    return replace(tried, peak_memory=speed.peak_memory())
 
 
 def _try_model(cfg: DoctorConfig, world: World, num_classes: int) -> Trial:
@@ -186,7 +186,7 @@ def _try_model(cfg: DoctorConfig, world: World, num_classes: int) -> Trial:
         nn.functional.cross_entropy(logits.float(), labels[:n]).backward()
 
     return Trial(
-        computes=trial.images_per_s(one_pass, n, device),
+        computes=speed.images_per_s(one_pass, n, device),
         gradient_bytes=sum(p.numel() * p.element_size() for p in parameters),
         can_split=bool(worth_splitting(model)),
         checkpoint_bytes=sum(x.numel() * x.element_size() for x in state),
@@ -205,19 +205,19 @@ def _try_loader(cfg: DoctorConfig, world: World, data: ImageSets) -> float:
     loader = build_loader(cfg.data, data.train, augment, world.num_cores, world.device)
     works = build_sampler(cfg, data.train).work(range(10**9), world.rank, world.world_size, 64)
     try:
-        return trial.loaded_per_s(batch.labels for batch in loader.batches(works))
+        return speed.loaded_per_s(batch.labels for batch in loader.batches(works))
     finally:
         loader.close()
 
 
 def _who_sees_the_run(cfg: DoctorConfig, world: World) -> tuple[str, list[str]]:
     """Collective. (rank 0's folder, the hosts that do not see what it writes there)."""
-    mark = distributed.broadcast(storage.leave_mark(cfg.run_dir) if world.is_main else None)
-    sees = mark is None or world.local_rank != 0 or storage.sees(mark)
+    mark = distributed.broadcast(outputs.leave_mark(cfg.run_dir) if world.is_main else None)
+    sees = mark is None or world.local_rank != 0 or outputs.sees(mark)
     blind = distributed.gather_objects([] if sees else [socket.gethostname()])
     if world.is_main and mark is not None:
         mark.unlink()
-    return str(storage.existing(cfg.run_dir)), blind
+    return str(outputs.existing(cfg.run_dir)), blind
 
 
 def _sent(cfg: DoctorConfig, tried: Trial) -> tuple[int, str | None]:

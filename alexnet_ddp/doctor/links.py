@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from alexnet_ddp.doctor.finding import Finding, Level, seconds, shortened, size
+from alexnet_ddp.doctor.findings import Finding, Level, seconds, shortened, size
 from alexnet_ddp.runtime.distributed import World, any_rank, gather_objects
 
 SIZES = (4_000, 64_000, 1_000_000, 16_000_000, 64_000_000, 256_000_000)  # bytes of an all-reduce

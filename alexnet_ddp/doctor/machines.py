@@ -3,7 +3,7 @@
 import os
 
 from alexnet_ddp.doctor.facts import Facts
-from alexnet_ddp.doctor.finding import Finding, Level, by_value, shortened, size, tell
+from alexnet_ddp.doctor.findings import Finding, Level, by_value, shortened, size, tell
 from alexnet_ddp.doctor.port import why_busy
 
 _FILES = 4096  # images, shards, sockets to every rank, and what libraries open

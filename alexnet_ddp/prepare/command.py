@@ -24,14 +24,13 @@ from alexnet_ddp.data.sources.classes import (
 from alexnet_ddp.data.sources.scan import listed
 from alexnet_ddp.data.sources.shard_index import ShardIndex, read_index
 from alexnet_ddp.data.storage import SCRATCH, Storage, absolute
-from alexnet_ddp.prepare import describe, report
-from alexnet_ddp.prepare.claim import bytes_needed, check_places, check_room, claimed
+from alexnet_ddp.prepare import report
+from alexnet_ddp.prepare.checks import bytes_needed, check_places, check_room, claimed
 from alexnet_ddp.prepare.commit import commit, damaged_files, quarantine_lines, withdraw
-from alexnet_ddp.prepare.local import local_engine
+from alexnet_ddp.prepare.engine import Engine, local_engine, watched
 from alexnet_ddp.prepare.plan import Plan, ShardTask, make_plan
-from alexnet_ddp.prepare.source import open_source, splits_of
-from alexnet_ddp.prepare.verify import verify
-from alexnet_ddp.prepare.watch import Engine, watched
+from alexnet_ddp.prepare.report import verify
+from alexnet_ddp.prepare.sources import open_source, splits_of
 from alexnet_ddp.prepare.write import is_intact, read_quarantine, read_sidecar, write_shard
 from alexnet_ddp.runtime.errors import DataError, MachineError, Preempted
 from alexnet_ddp.runtime.startup import STOP_SIGNALS
@@ -49,7 +48,7 @@ def main(cfg: PrepareConfig, overrides: list[str]) -> None:
             case Action.verify:
                 verify(absolute(cfg.root), _engine(cfg))
             case Action.stats:
-                describe.stats(absolute(cfg.root))
+                report.stats(absolute(cfg.root))
             case Action.diff:
                 report.diff(absolute(cfg.root), absolute(cfg.other))
             case Action.sheet:

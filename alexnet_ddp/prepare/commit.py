@@ -13,8 +13,7 @@ from alexnet_ddp.data.sources.shard_index import FORMAT, INDEX, ShardIndex, read
 from alexnet_ddp.data.sources.shards import SAMPLE
 from alexnet_ddp.data.storage import SCRATCH, Storage
 from alexnet_ddp.prepare.plan import Plan, ShardTask
-from alexnet_ddp.prepare.statistics import Statistics
-from alexnet_ddp.prepare.write import to_npy
+from alexnet_ddp.prepare.write import Statistics, to_npy
 from alexnet_ddp.runtime.errors import DataError, MachineError
 
 INFO = "_info.json"  # of all splits

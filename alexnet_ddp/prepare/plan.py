@@ -11,7 +11,7 @@ import numpy as np
 from alexnet_ddp.config import ConfigError, Encoding, PrepareConfig
 from alexnet_ddp.data.sources.shard_index import FORMAT
 from alexnet_ddp.prepare.encode import Recipe, fingerprint
-from alexnet_ddp.prepare.source import Source
+from alexnet_ddp.prepare.sources import Source
 from alexnet_ddp.runtime.errors import DataError
 
 _IMAGES_PER_SHARD = {"train": 1_250, "val": 781}  # ImageNet: 1,024 and 64 shards

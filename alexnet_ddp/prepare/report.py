@@ -1,14 +1,27 @@
 """What there is, for people: the table after a preparation, and two roots compared."""
 
+import io
+import json
+import logging
+import zlib
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from alexnet_ddp.data.sources.classes import class_difference
 from alexnet_ddp.data.sources.scan import listed
 from alexnet_ddp.data.sources.shard_index import INDEX, ShardIndex, read_index
 from alexnet_ddp.data.storage import Storage
+from alexnet_ddp.prepare.commit import damaged_files, duplicates
+from alexnet_ddp.prepare.engine import Engine, watched
 from alexnet_ddp.runtime.errors import DataError
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.terminal import Console, Table
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 5  # groups of duplicates
 
 
 def committed(root: Storage) -> ShardIndex:
@@ -129,3 +142,175 @@ def _split_differences(
     files = [name for name, digest in mine["files"].items() if theirs["files"].get(name) != digest]
     lines += [f"shards with other bytes: {listed(changed)}"] * bool(changed)
     return lines + [f"other bytes in {listed(files)}"] * bool(files)
+
+
+def stats(root: str) -> None:
+    """Print SPLIT.stats.json as a table, and the duplicates inside a split and across splits."""
+    storage = Storage(root)
+    index = committed(storage)
+    found = {split: json.loads(storage.read(f"{split}.stats.json")) for split in index.splits}
+    columns = {split: _column(index.splits[split], it) for split, it in found.items()}
+    table = Table("", *columns)
+    for row in next(iter(columns.values())):
+        table.add_row(row, *(column[row] for column in columns.values()))
+    say(root)
+    Console().print(table)
+    for split, it in found.items():
+        _say(
+            f"{split}: {len(it['duplicates']):,} images are there more than once", it["duplicates"]
+        )
+    if len(found) > 1:
+        _across_splits(storage, index)
+
+
+def _column(entry: dict[str, Any], it: dict[str, Any]) -> dict[str, str]:
+    """Row -> text, of one split."""
+    counts = sorted(it["images_of_class"].values())
+    fewest, most = (
+        min(it["images_of_class"], key=lambda c: (sign * it["images_of_class"][c], c))
+        for sign in (1, -1)
+    )
+    bad = ", ".join(f"{n} {reason}" for reason, n in it["quarantined"].items())
+    return {
+        "images": f"{it['images']:,}",
+        "quarantined": bad or "none",
+        "MB of images": f"{it['bytes_of_images'] / 1e6:,.1f}",
+        "width, pixels": _range(it["widths"], it["mean_width"]),
+        "height, pixels": _range(it["heights"], it["mean_height"]),
+        "mean RGB": _numbers(it["mean"]),
+        "standard deviation RGB": _numbers(it["std"]),
+        "eigenvalues of the covariance": _numbers(it["eigenvalues"]),
+        "classes": f"{len(counts):,}",
+        "fewest images a class": f"{counts[0]:,} ({fewest})",
+        "median": f"{np.median(counts):,g}",
+        "most": f"{counts[-1]:,} ({most})",
+        "images a shard": "{:,} to {:,}".format(
+            *_ends([shard["images"] for shard in entry["shards"]])
+        ),
+    }
+
+
+def _range(sum_and_ends: list[int], mean: float) -> str:
+    return f"{sum_and_ends[1]:,} to {sum_and_ends[2]:,}, mean {mean:,.1f}"
+
+
+def _ends(values: list[int]) -> tuple[int, int]:
+    return min(values), max(values)
+
+
+def _numbers(values: list[float]) -> str:
+    return " ".join(f"{value:.4f}" for value in values)
+
+
+def _say(line: str, groups: list[list[str]]) -> None:
+    say(line)
+    for group in groups[:_SHOWN]:
+        say(f"  {listed(group)}")
+    if len(groups) > _SHOWN:
+        say(f"  and {len(groups) - _SHOWN:,} more groups, in SPLIT.stats.json")
+
+
+def _across_splits(storage: Storage, index: ShardIndex) -> None:
+    """Images of one split that are in another too: a model that was trained on them is not tested by them."""
+    contents, names, of = [], [], []
+    for k, split in enumerate(index.splits):
+        content = _contents(storage, split, index.splits[split])
+        if content is None:
+            say(
+                f"duplicates across splits: unknown, since the sidecars of {split} in _state/ are gone"
+            )
+            return
+        contents.append(content)
+        names += [f"{split}:{name}" for name in names_of(storage, split)]
+        of += [k] * len(content)
+    groups = [
+        group for group in duplicates(np.concatenate(contents)) if len({of[i] for i in group}) > 1
+    ]
+    _say(
+        f"across splits: {len(groups):,} images are in more than one",
+        [[names[i] for i in g] for g in groups],
+    )
+
+
+def _contents(storage: Storage, split: str, entry: dict[str, Any]) -> np.ndarray | None:
+    """uint64 [N, 2]: a hash of each image's bytes as they came, in the order of the samples; None without sidecars."""
+    folders = [name for name in storage.folders("_state") if name.startswith(f"{split}-")]
+    if len(folders) != 1:
+        return None
+    try:
+        stems = [shard["name"].removesuffix(".tar") for shard in entry["shards"]]
+        parts = [storage.read(f"_state/{folders[0]}/{stem}.npy") for stem in stems]
+    except FileNotFoundError:
+        return None
+    rows = np.concatenate([np.load(io.BytesIO(part), allow_pickle=False) for part in parts])
+    return rows["content"][np.argsort(rows["row"])]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One shard to be read."""
+
+    root: str
+    split: str
+    shard: int
+    name: str
+    images: int
+    sha256: str
+    idx_sha256: str
+
+
+def verify(root: str, engine: Engine) -> None:
+    """Print what was read. Raises DataError that names what is broken, after a line for each."""
+    storage = Storage(root)
+    index = committed(storage)
+    broken = [name for split in index.splits for name in damaged_files(storage, index, split)]
+    lines = [f"{storage.path(name)} is not what was written" for name in dict.fromkeys(broken)]
+    checks = [
+        Check(root, split, k, *(shard[key] for key in ("name", "images", "sha256", "idx_sha256")))
+        for split, entry in index.splits.items()
+        for k, shard in enumerate(entry["shards"])
+    ]
+    for found in watched(engine, check_shard, checks, "verifying"):
+        if found["problem"]:
+            check = found["of"]
+            names = names_of(storage, check.split) if found["bad"] else []
+            whose = f": {listed([names[i] for i in found['bad']])}" if names else ""
+            lines.append(f"{storage.path(check.name)} {found['problem']}{whose}")
+            broken.append(check.name)
+    for line in lines:
+        log.warning(line)
+    if broken:
+        remedy = "the command that prepared them writes them again"
+        raise DataError(f"{root}: {listed(sorted(set(broken)))} broken; {remedy}")
+    total = sum(entry["bytes"] for entry in index.splits.values())
+    say(f"{root}: {len(checks):,} shards, {total / 1e6:,.1f} MB: every byte is what was written")
+
+
+def check_shard(check: Check) -> dict[str, Any]:
+    """{"images", "of", "problem", "bad": positions of damaged images}. Runs in the workers."""
+    root, idx = Storage(check.root), f"{check.name.removesuffix('.tar')}.idx"
+    problem, bad = "", []
+    if root.size(check.name) is None:
+        problem = "is not there"
+    else:
+        if root.sha256(check.name) != check.sha256:
+            problem = "is damaged"
+        if problem or root.is_local:
+            bad = _bad_images(root, check)
+            problem = problem or ("does not match its samples" if bad else "")
+    if not problem and (root.size(idx) is None or root.sha256(idx) != check.idx_sha256):
+        problem = f"has a damaged {idx}"
+    return {"images": check.images, "of": check, "problem": problem, "bad": bad}
+
+
+def _bad_images(root: Storage, check: Check) -> list[int]:
+    """Positions of the images of a shard whose bytes have another CRC."""
+    try:
+        samples = np.load(io.BytesIO(root.read(f"{check.split}.samples.npy")), allow_pickle=False)
+    except (FileNotFoundError, ValueError):
+        return []  # that file is named already
+    rows = np.flatnonzero(samples["shard"] == check.shard)
+    rows = rows[np.argsort(samples["offset"][rows])]
+    places = (samples[name][rows].tolist() for name in ("offset", "size", "crc32"))
+    return [i for i, offset, size, crc in zip(rows.tolist(), *places)
+            if zlib.crc32(root.read(check.name, offset, size)) != crc]  # fmt: skip

@@ -23,10 +23,9 @@ from typing import Any
 
 from alexnet_ddp.config import AutoEngineConfig, ConfigError, PrepareConfig, SparkEngineConfig
 from alexnet_ddp.data.storage import absolute
+from alexnet_ddp.prepare.engine import Engine, local_engine
 from alexnet_ddp.prepare.java import find_java
-from alexnet_ddp.prepare.local import local_engine
 from alexnet_ddp.prepare.spark_tasks import reason_of, run_spark
-from alexnet_ddp.prepare.watch import Engine
 
 _PACKAGE = Path(__file__).parents[1]
 _PATIENCE_S = 30.0  # that the first task may take before we say that nothing happens

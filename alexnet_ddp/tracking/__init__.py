@@ -11,12 +11,16 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from alexnet_ddp.config import LoggerConfig
-from alexnet_ddp.tracking.console import Console, build_console
-from alexnet_ddp.tracking.headline import headline
-from alexnet_ddp.tracking.jsonl import JsonlSink
-from alexnet_ddp.tracking.record import make_run_dir, read_classes, record_run, write_status
-from alexnet_ddp.tracking.status import RunStatus, run_status
-from alexnet_ddp.tracking.tensorboard import TensorBoardSink
+from alexnet_ddp.tracking.console import Console, build_console, headline
+from alexnet_ddp.tracking.record import (
+    RunStatus,
+    make_run_dir,
+    read_classes,
+    record_run,
+    run_status,
+    write_status,
+)
+from alexnet_ddp.tracking.sinks import JsonlSink, TensorBoardSink
 from alexnet_ddp.tracking.wandb_sink import WandbSink, wandb_mode
 
 __all__ = [

@@ -18,11 +18,11 @@ from typing import Any
 
 from alexnet_ddp.runtime.files import write_bytes, write_json
 from alexnet_ddp.runtime.redaction import redact
-from alexnet_ddp.tracking.jsonl import Say
+from alexnet_ddp.tracking.sinks import Say
 
 CLOSE_S = 10.0
 NOT_ONLINE = 3  # the follower's exit code when it could not reach the server, or has no key
-FOLLOWER = Path(__file__).with_name("wandb_follower.py")
+FOLLOWER = Path(__file__).with_name("wandb_process.py")
 
 
 def wandb_mode(wanted: str) -> str:
@@ -43,7 +43,7 @@ def wandb_id(run_dir: Path) -> str:
 
 
 class WandbSink:
-    """Starts the follower and passes on what it says. `spec`: the mode, and what wandb_follower.py asks for."""
+    """Starts the follower and passes on what it says. `spec`: the mode, and what wandb_process.py asks for."""
 
     name = "wandb"
 

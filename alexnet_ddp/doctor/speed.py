@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alexnet_ddp.doctor.facts import Facts
-from alexnet_ddp.doctor.finding import Finding, Level, size
+from alexnet_ddp.doctor.findings import Finding, Level, size
 from alexnet_ddp.runtime.errors import DataError
 
 _SLOW = "were not there within"

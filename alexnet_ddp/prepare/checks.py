@@ -11,8 +11,8 @@ from pathlib import Path
 from alexnet_ddp.config import ConfigError, Encoding, EngineConfig
 from alexnet_ddp.data.sources.shards import NPY_HEADER
 from alexnet_ddp.data.storage import Storage
-from alexnet_ddp.prepare.listing import WHOLE
 from alexnet_ddp.prepare.plan import ShardTask
+from alexnet_ddp.prepare.sources import WHOLE
 from alexnet_ddp.runtime.errors import MachineError
 
 log = logging.getLogger(__name__)

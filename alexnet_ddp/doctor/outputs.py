@@ -1,15 +1,18 @@
 """run.root: can it be written, how fast, how much fits, and do all nodes see the same one. Leaves nothing there."""
 
+import netrc
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from alexnet_ddp.config import CheckpointConfig
-from alexnet_ddp.doctor.finding import Finding, Level, seconds, shortened, size
+from alexnet_ddp.config import CheckpointConfig, LoggerConfig, Wandb
+from alexnet_ddp.doctor.findings import Finding, Level, seconds, shortened, size
 
 _WRITE_S = 3.0
 _PIECE = 16_000_000  # bytes between two looks at the clock
@@ -114,3 +117,39 @@ def judge_marks(folder: str, blind: list[str]) -> Finding:
     return Finding("run.root", found, "the same on every node", Level.warn, remedy).unless(
         not blind
     )
+
+
+_REACH_S = 3.0
+
+
+def judge_wandb(cfg: LoggerConfig) -> Finding:
+    """Rank 0 sends. Without a key or a way a run goes offline and on, so this is never worse than a warning."""
+    mode = os.environ.get("WANDB_MODE", cfg.wandb.value).lower()
+    if cfg.wandb is not Wandb.online or mode != "online":
+        return Finding("wandb", mode if cfg.wandb is Wandb.online else cfg.wandb.value, "nothing")
+    server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    host = server.hostname or "api.wandb.ai"
+    needed = f"a key, and a way to {host}"
+    remedy = "logger.wandb=offline, and wandb sync afterwards"
+    if not has_key(host):
+        return Finding("wandb", "no key", needed, Level.warn, f"wandb login, or {remedy}")
+    try:
+        with socket.create_connection(
+            (host, server.port or (80 if server.scheme == "http" else 443)), _REACH_S
+        ):
+            return Finding("wandb", f"a key, and {host} answers", needed)
+    except OSError as error:
+        return Finding("wandb", f"{host} does not answer ({error})", needed, Level.warn, remedy)
+
+
+def has_key(host: str) -> bool:
+    """In the environment, or in the file that `wandb login` writes."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return (
+            netrc.netrc(os.environ.get("NETRC", Path.home() / ".netrc")).authenticators(host)
+            is not None
+        )
+    except (OSError, netrc.NetrcParseError):
+        return False

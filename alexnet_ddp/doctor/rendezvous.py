@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from alexnet_ddp.doctor.facts import Facts
-from alexnet_ddp.doctor.finding import Finding, Level, shortened
+from alexnet_ddp.doctor.findings import Finding, Level, shortened
 from alexnet_ddp.doctor.port import why_busy
 from alexnet_ddp.runtime.errors import ConfigError
 
