@@ -224,13 +224,13 @@ def test_bad_images_are_quarantined_and_nothing_else_is_lost(tree, tmp_path):
     )  # a bad one leaves a gap: the others keep their places
 
 
-def test_too_many_bad_images_end_it_before_the_commit_and_mending_them_goes_on(tree, tmp_path):
+def test_too_many_bad_images_stop_before_the_commit_and_fixing_them_resumes(tree, tmp_path):
     root = tmp_path / "root"
     with pytest.raises(DataError) as caught:
         pack(tree, root, split="train", max_quarantine=2)
     assert str(caught.value).split(" images")[0] in ("3", "4", "5", "6", "7", "8", "9", "10")
     assert (
-        f"bad, max_quarantine is 2: they were not committed. Their names are in {root}/train.quarantine.jsonl; mend "
+        f"bad, more than max_quarantine (2); nothing was committed. Their names are in {root}/train.quarantine.jsonl; fix "
         in str(caught.value)
     )
     assert not (root / "index.json").exists()

@@ -1,4 +1,4 @@
-"""Before anything is written: a root is one preparation's at a time, and must have room for what will come."""
+"""Checks of a preparation before anything is written, and the lock on its root."""
 
 import fcntl
 import logging
@@ -7,24 +7,33 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from alexnet_ddp.config import ConfigError, Encoding, EngineConfig
+from alexnet_ddp.config import ConfigError, Encoding, EngineConfig, PrepareConfig
+from alexnet_ddp.data.sources.classes import (
+    NAME,
+    class_difference,
+    numeric_order_note,
+    same_looking,
+)
+from alexnet_ddp.data.sources.scan import listed
+from alexnet_ddp.data.sources.shard_index import ShardIndex, read_index
 from alexnet_ddp.data.sources.shards import NPY_HEADER
 from alexnet_ddp.data.storage import Storage
-from alexnet_ddp.prepare.plan import ShardTask
+from alexnet_ddp.prepare.plan import Plan, ShardTask
+from alexnet_ddp.prepare.report import differences
 from alexnet_ddp.prepare.sources import WHOLE
-from alexnet_ddp.runtime.errors import MachineError
+from alexnet_ddp.runtime.errors import DataError, MachineError
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 512  # bytes of a tar: an image is three of them and its own, filled up
+_BLOCK = 512  # bytes of a tar block: an image takes three, and its own bytes rounded up to blocks
 
 
 def check_places(source: str, root: str, engine: EngineConfig) -> None:
-    """Raises ConfigError where root could not be written to, or not without harm."""
-    if os.path.realpath(source) == os.path.realpath(
-        root
-    ):  # shards would be taken for images, or replace them
+    """Raise ConfigError if `root` cannot be written to, or not without damage to `source`."""
+    # Shards in the source would be listed as images, or replace them.
+    if os.path.realpath(source) == os.path.realpath(root):
         raise ConfigError(f"root ({root}) must not be the source itself; give another directory")
     for name, place in (("source", source), ("root", root)):
         if os.path.isfile(place):
@@ -32,13 +41,75 @@ def check_places(source: str, root: str, engine: EngineConfig) -> None:
     for place in (source, root):
         if place.startswith("memory://") and getattr(engine, "workers", None) != 1:
             raise ConfigError(
-                f"{place} is in the memory of this process, which workers do not see; use engine.workers=1"
+                f"{place} is in the memory of this process, which workers cannot read; "
+                "use engine.workers=1"
             )
 
 
+def check_classes(plans: list[Plan], index: ShardIndex | None) -> None:
+    """Raise DataError unless a label means the same class in every split, old and new.
+
+    index: of the shards that exist in root, or None.
+    """
+    first = plans[0].source.classes
+    for plan in plans[1:]:
+        differ = class_difference(
+            plans[0].split, first, plan.split, plan.source.classes, "add or remove them"
+        )
+        if differ:
+            raise DataError(
+                f"{plans[0].split} and {plan.split} must have the same classes, but {differ}"
+            )
+    if index is None or index.classes == first:
+        return
+    others = ", ".join(sorted(set(index.splits) - {plan.split for plan in plans}))
+    if not others:
+        return
+    shards = f"{plans[0].root} contains {others} shards"
+    differ = class_difference(f"{others} there", index.classes, "the source", first)
+    if differ:
+        raise DataError(f"{shards} of other classes; give another root ({differ})")
+    raise DataError(
+        f"{shards} of another class order; give another root, or the class_order of those shards"
+    )
+
+
+def warn_about_names(cfg: PrepareConfig, classes: list[str]) -> None:
+    """Warn about class names whose order or spelling is probably not what the user expects."""
+    note = numeric_order_note(classes) if cfg.class_order == NAME else None
+    if note:
+        log.warning("%s; for that order give class_order=numeric", note)
+    twins = same_looking(classes)
+    if twins:
+        log.warning(
+            "several classes are named %s, in different Unicode forms: are they one class?",
+            listed(twins),
+        )
+
+
+def check_replaceable(plan: Plan, cfg: PrepareConfig) -> None:
+    """Raise ConfigError if root contains different shards and overwrite=true was not given."""
+    index = read_index(Storage(plan.root))
+    entry = index.splits.get(plan.split) if index else None
+    if entry is not None and not is_same(plan, entry) and not cfg.overwrite:
+        differ = ", ".join(differences(plan.identity, entry))
+        raise ConfigError(
+            f"{plan.root} contains {plan.split} shards of another plan ({differ}); "
+            "give another root, or replace them with overwrite=true"
+        )
+
+
+def is_same(plan: Plan, entry: dict[str, Any]) -> bool:
+    """True if the split `entry` of an index was made by an equal plan."""
+    return all(entry.get(name) == value for name, value in plan.identity.items())
+
+
 @contextmanager
-def claimed(root: Storage) -> Iterator[None]:
-    """Raises MachineError where another preparation of this machine is at work in root. URLs cannot be claimed."""
+def locked(root: Storage) -> Iterator[None]:
+    """Lock `root` against other preparations on this machine. URLs cannot be locked.
+
+    Raises MachineError if another preparation holds the lock.
+    """
     if not root.is_local:
         yield
         return
@@ -48,11 +119,12 @@ def claimed(root: Storage) -> Iterator[None]:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            rule = "wait for it, or give another root"
-            raise MachineError(f"another preparation is at work in {root.root}; {rule}") from None
-        except OSError as error:  # a network file system that cannot lock folders
+            raise MachineError(
+                f"another preparation is writing to {root.root}; wait for it, or give another root"
+            ) from None
+        except OSError as error:  # some network file systems cannot lock folders
             log.warning(
-                "%s cannot be locked (%s): start no other preparation in it",
+                "%s cannot be locked (%s): do not start another preparation with this root",
                 root.root,
                 error.strerror,
             )
@@ -62,29 +134,29 @@ def claimed(root: Storage) -> Iterator[None]:
 
 
 def bytes_needed(tasks: Iterable[ShardTask]) -> int | None:
-    """What the shards of `tasks` take, at most; None where that depends on how well the images compress."""
+    """Upper bound of the bytes of all shards of `tasks`; None if it depends on the compression."""
     total = 0
     for task in tasks:
         recipe = task.recipe
         if recipe.encoding is Encoding.raw:
             sizes: Iterable[int] = [NPY_HEADER + recipe.size**2 * 3] * task.images
         elif recipe.keep_original and recipe.shorter_side is None and task.offsets[0] != WHOLE:
-            sizes = task.sizes  # an image in another format than JPEG may grow
+            sizes = task.sizes  # a folder's images may not be JPEGs, and grow when converted
         else:
             return None
         total += sum(3 * _BLOCK + -(-size // _BLOCK) * _BLOCK for size in sizes)
     return total
 
 
-def check_room(root: Storage, tasks: list[ShardTask]) -> None:
-    """Raises MachineError where the disk of root cannot hold the shards of `tasks`, as far as that can be said."""
+def check_free_space(root: Storage, tasks: list[ShardTask]) -> None:
+    """Raise MachineError if the disk of `root` is known to be too small for `tasks`."""
     needed = bytes_needed(tasks)
     if not needed or not root.is_local:
         return
-    there = next(path for path in (Path(root.root), *Path(root.root).parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    parents = (Path(root.root), *Path(root.root).parents)
+    free = shutil.disk_usage(next(path for path in parents if path.exists())).free
     if free < needed:
         raise MachineError(
-            f"{root.root} has {free / 1e9:,.2f} GB free, the {len(tasks):,} shards to write need {needed / 1e9:,.2f}; "
-            "make room, or give another root"
+            f"{root.root} has {free / 1e9:,.2f} GB free, the {len(tasks):,} shards to write need "
+            f"{needed / 1e9:,.2f}; free some space, or give another root"
         )

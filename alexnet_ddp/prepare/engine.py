@@ -1,4 +1,7 @@
-"""The engine of one machine: a pool of processes, or this process alone."""
+"""Engines run a function over a list of items. This module has the engine of one machine.
+
+It is a pool of processes, or this process alone. spark.py has the engine of a cluster.
+"""
 
 import logging
 import multiprocessing
@@ -26,8 +29,8 @@ from alexnet_ddp.runtime.terminal import (
     progress_bar,
 )
 
-_LOOK_EVERY_S = 1.0  # that a worker looks whether its parent lives
-
+_PARENT_CHECK_S = 1.0  # interval at which a worker checks that its parent is alive
+_LOG_EVERY_S = 60.0  # interval of progress lines if stderr is not a terminal
 
 Engine = Callable[[Callable[[Any], Any], list[Any]], Iterator[Any]]
 """(function, items) -> the results, in the order in which they are ready."""
@@ -36,58 +39,62 @@ log = logging.getLogger(__name__)
 
 
 def local_engine(workers: int | None) -> Engine:
-    """run_local with so many processes; None: one for each core that this process may use."""
+    """An engine of `workers` processes; None: one for each core that this process may use."""
     return partial(run_local, workers or num_usable_cores())
 
 
 def run_local(workers: int, fn: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
-    """fn(item) for each item, as they are done. Closing the iterator ends the workers; the first error is raised."""
+    """Yield fn(item) for each item, in the order in which they finish.
+
+    Closing the iterator kills the workers. Raises the first error of fn, or MachineError if a
+    worker dies.
+    """
     if workers == 1 or len(items) < 2:
         yield from map(fn, items)
         return
-    context = multiprocessing.get_context(
-        "spawn"
-    )  # a fork would copy this process's threads in an unknown state
+    # A fork would copy this process's threads in an unknown state.
+    context = multiprocessing.get_context("spawn")
     pool, before = None, signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        try:  # processes inherit that stop signals are blocked: these are for the driver alone
+        try:  # the workers inherit the blocked stop signals: only this process handles them
             pool = ProcessPoolExecutor(min(workers, len(items)), context, _start, (os.getpid(),))
-            signal.pthread_sigmask(
-                signal.SIG_BLOCK, STOP_SIGNALS
-            )  # Python's resource tracker unblocks some
+            # Python's resource tracker unblocks some of them.
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
             futures = [pool.submit(fn, item) for item in items]
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool as error:
-        remedy = "it may have run out of memory: use fewer engine.workers; the same command goes on"
-        raise MachineError(f"a worker process was lost; {remedy}") from error
+        raise MachineError(
+            "a worker process was lost; it may have run out of memory: use fewer engine.workers "
+            "and rerun the same command to resume"
+        ) from error
     finally:
         if pool is not None:
             for process in list((pool._processes or {}).values()):
-                process.kill()  # a shard is there whole or not at all
+                process.kill()  # safe: a shard is renamed into place when it is complete
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start(parent: int) -> None:
-    """A worker ends when the driver is gone."""
+    """Initialise a worker: it exits when process `parent` has ended."""
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(_LOOK_EVERY_S)
+            time.sleep(_PARENT_CHECK_S)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-_LINE_EVERY_S = 60.0  # where stderr is no terminal
-
-
-def watched(
+def with_progress(
     engine: Engine, fn: Callable[[Any], dict], tasks: list[Any], what: str
 ) -> Iterator[dict]:
-    """fn(task) for each task, a dict with "images", as the engine gives them. A task says how many `images` it has."""
+    """Yield fn(task) for each task, with a progress bar, or a line each minute without a terminal.
+
+    A task has an attribute `images`, its number of images. fn returns a dict with "images".
+    """
     total, done, began = sum(task.images for task in tasks), 0, time.monotonic()
     rate = column("{task.fields[rate]}")
     columns = (
@@ -97,7 +104,7 @@ def watched(
         rate,
         TimeRemainingColumn(),
     )
-    said, is_terminal = began, sys.stderr.isatty()
+    last_line, is_terminal = began, sys.stderr.isatty()
     with progress_bar(*columns, disable=not is_terminal) as bar:
         task = bar.add_task(printable(what), total=total, rate="")
         with closing(engine(fn, tasks)) as results:
@@ -106,7 +113,7 @@ def watched(
                 now = time.monotonic()
                 speed = done / max(1e-9, now - began)
                 bar.update(task, completed=done, rate=f"{speed:,.0f} images/s")
-                if not is_terminal and now - said > _LINE_EVERY_S:
+                if not is_terminal and now - last_line > _LOG_EVERY_S:
                     minutes = (total - done) / max(1e-9, speed) / 60
                     log.info(
                         "%s: %s of %s images, %.0f/s, %.0f min left",
@@ -116,5 +123,5 @@ def watched(
                         speed,
                         minutes,
                     )
-                    said = now
+                    last_line = now
                 yield result

@@ -1,4 +1,4 @@
-"""What there is, for people: the table after a preparation, and two roots compared."""
+"""Prints about finished shards: the actions inspect, stats, diff and verify."""
 
 import io
 import json
@@ -25,11 +25,12 @@ _SHOWN = 5  # groups of duplicates
 
 
 def committed(root: Storage) -> ShardIndex:
-    """Raises DataError where nothing was committed."""
+    """Return the index of `root`. Raises DataError if nothing was committed."""
     index = read_index(root)
     if index is None:
         raise DataError(
-            f"{root.path(INDEX)} is not there: no shards were committed; finish the preparation first"
+            f"{root.path(INDEX)} does not exist: no shards were committed; "
+            "finish the preparation first"
         )
     return index
 
@@ -40,7 +41,7 @@ def names_of(root: Storage, split: str) -> list[str]:
 
 
 def summary(root: str) -> None:
-    """A line for each split, its recipe, and where its bad images are listed."""
+    """Print a table row and the recipe of each split, and the file that lists its bad images."""
     index = committed(Storage(root))
     table = Table("split", "images", "classes", "shards", "MB", "quarantined")
     for split, entry in index.splits.items():
@@ -64,18 +65,18 @@ def summary(root: str) -> None:
 
 
 def inspect(root: str) -> None:
+    """Print the summary, the sizes of the shards and the encoder of each split."""
     summary(root)
     for split, entry in committed(Storage(root)).splits.items():
         counts = [shard["images"] for shard in entry["shards"]]
-        say(
-            f"{split}: {min(counts):,} to {max(counts):,} images a shard; written by {entry['encoder']}"
-        )
+        sizes = f"{min(counts):,} to {max(counts):,} images per shard"
+        say(f"{split}: {sizes}; written by {entry['encoder']}")
 
 
 def diff(root: str, other: str) -> None:
-    """Print in what two roots differ, as their indices say it. Raises DataError where they do.
+    """Print the differences between two roots. Raises DataError if there are any.
 
-    The index holds a SHA-256 for each file, so nothing else has to be read; action=verify reads.
+    Compares the indices, which contain the SHA-256 of every file; action=verify reads the files.
     """
     one, two = Storage(root), Storage(other)
     mine, theirs = committed(one), committed(two)
@@ -101,7 +102,7 @@ def diff(root: str, other: str) -> None:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[str]:
-    """'recipe.quality 90 instead of 80' for each value of `one` that `other` has otherwise."""
+    """Return 'recipe.quality 90 instead of 80' for each value of `one` that differs in `other`."""
     found = []
     for name, value in one.items():
         theirs = other.get(name)
@@ -156,15 +157,13 @@ def stats(root: str) -> None:
     say(root)
     Console().print(table)
     for split, it in found.items():
-        _say(
-            f"{split}: {len(it['duplicates']):,} images are there more than once", it["duplicates"]
-        )
+        _say(f"{split}: {len(it['duplicates']):,} images occur more than once", it["duplicates"])
     if len(found) > 1:
         _across_splits(storage, index)
 
 
 def _column(entry: dict[str, Any], it: dict[str, Any]) -> dict[str, str]:
-    """Row -> text, of one split."""
+    """Return {name of the row: text} of one split."""
     counts = sorted(it["images_of_class"].values())
     fewest, most = (
         min(it["images_of_class"], key=lambda c: (sign * it["images_of_class"][c], c))
@@ -181,10 +180,10 @@ def _column(entry: dict[str, Any], it: dict[str, Any]) -> dict[str, str]:
         "standard deviation RGB": _numbers(it["std"]),
         "eigenvalues of the covariance": _numbers(it["eigenvalues"]),
         "classes": f"{len(counts):,}",
-        "fewest images a class": f"{counts[0]:,} ({fewest})",
+        "fewest images per class": f"{counts[0]:,} ({fewest})",
         "median": f"{np.median(counts):,g}",
         "most": f"{counts[-1]:,} ({most})",
-        "images a shard": "{:,} to {:,}".format(
+        "images per shard": "{:,} to {:,}".format(
             *_ends([shard["images"] for shard in entry["shards"]])
         ),
     }
@@ -211,14 +210,12 @@ def _say(line: str, groups: list[list[str]]) -> None:
 
 
 def _across_splits(storage: Storage, index: ShardIndex) -> None:
-    """Images of one split that are in another too: a model that was trained on them is not tested by them."""
+    """Print the images that are in several splits: they make a validation result too good."""
     contents, names, of = [], [], []
     for k, split in enumerate(index.splits):
         content = _contents(storage, split, index.splits[split])
         if content is None:
-            say(
-                f"duplicates across splits: unknown, since the sidecars of {split} in _state/ are gone"
-            )
+            say(f"duplicates across splits: unknown, as {split} has no sidecars in _state/")
             return
         contents.append(content)
         names += [f"{split}:{name}" for name in names_of(storage, split)]
@@ -233,7 +230,10 @@ def _across_splits(storage: Storage, index: ShardIndex) -> None:
 
 
 def _contents(storage: Storage, split: str, entry: dict[str, Any]) -> np.ndarray | None:
-    """uint64 [N, 2]: a hash of each image's bytes as they came, in the order of the samples; None without sidecars."""
+    """Return the hash of each image's source bytes, uint64 [N, 2], in the order of the samples.
+
+    None if the sidecars, which contain the hashes, do not exist.
+    """
     folders = [name for name in storage.folders("_state") if name.startswith(f"{split}-")]
     if len(folders) != 1:
         return None
@@ -248,7 +248,7 @@ def _contents(storage: Storage, split: str, entry: dict[str, Any]) -> np.ndarray
 
 @dataclass(frozen=True)
 class Check:
-    """One shard to be read."""
+    """A shard to verify."""
 
     root: str
     split: str
@@ -260,7 +260,10 @@ class Check:
 
 
 def verify(root: str, engine: Engine) -> None:
-    """Print what was read. Raises DataError that names what is broken, after a line for each."""
+    """Read every byte of the shards and compare it with the index; print a summary.
+
+    Needs neither sidecars nor source. Logs a line for each broken file, then raises DataError.
+    """
     storage = Storage(root)
     index = committed(storage)
     broken = [name for split in index.splits for name in damaged_files(storage, index, split)]
@@ -280,18 +283,24 @@ def verify(root: str, engine: Engine) -> None:
     for line in lines:
         log.warning(line)
     if broken:
-        remedy = "the command that prepared them writes them again"
-        raise DataError(f"{root}: {listed(sorted(set(broken)))} broken; {remedy}")
+        raise DataError(
+            f"{root}: {listed(sorted(set(broken)))} broken; "
+            "rerun the command that prepared them to write them again"
+        )
     total = sum(entry["bytes"] for entry in index.splits.values())
     say(f"{root}: {len(checks):,} shards, {total / 1e6:,.1f} MB: every byte is what was written")
 
 
 def check_shard(check: Check) -> dict[str, Any]:
-    """{"images", "of", "problem", "bad": positions of damaged images}. Runs in the workers."""
+    """Verify one shard, in a worker.
+
+    Returns "images": their number, "of": check, "problem": text or "", "bad": positions of the
+    damaged images.
+    """
     root, idx = Storage(check.root), f"{check.name.removesuffix('.tar')}.idx"
     problem, bad = "", []
     if root.size(check.name) is None:
-        problem = "is not there"
+        problem = "does not exist"
     else:
         if root.sha256(check.name) != check.sha256:
             problem = "is damaged"
@@ -304,11 +313,11 @@ def check_shard(check: Check) -> dict[str, Any]:
 
 
 def _bad_images(root: Storage, check: Check) -> list[int]:
-    """Positions of the images of a shard whose bytes have another CRC."""
+    """Positions of the images of a shard whose bytes do not match their CRC-32."""
     try:
         samples = np.load(io.BytesIO(root.read(f"{check.split}.samples.npy")), allow_pickle=False)
     except (FileNotFoundError, ValueError):
-        return []  # that file is named already
+        return []  # verify() reports that file
     rows = np.flatnonzero(samples["shard"] == check.shard)
     rows = rows[np.argsort(samples["offset"][rows])]
     places = (samples[name][rows].tolist() for name in ("offset", "size", "crc32"))

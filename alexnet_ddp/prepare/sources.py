@@ -1,4 +1,8 @@
-"""Where images come from: ImageNet's archives, a folder for each class, shards of ours, or other WebDataset tars."""
+"""Lists the images to pack: ImageNet archives, class folders, our shards, or WebDataset tars.
+
+A name consists of class and file, without the location of the source: the same images give the
+same plan as a folder or as an archive.
+"""
 
 import hashlib
 import io
@@ -21,16 +25,17 @@ from alexnet_ddp.runtime.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
-WHOLE = -1  # as an offset: the file is the image
+WHOLE = -1  # an offset: the file is the image
+_MAX_CLASSES = 1_000_000  # a larger label is damage
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The images of a split."""
+    """The N images of a split, in the order (class, file name) of the index."""
 
     root: str  # absolute, or a URL
     classes: list[str]  # in the order of the labels
-    class_names: list[str]  # for people, in the order of the classes
+    class_names: list[str]  # readable names, in the order of the labels
     labels: np.ndarray  # int32 [N]
     names: list[str]  # [N]: CLASS/FILE
     files: list[str]  # relative to root
@@ -43,16 +48,16 @@ class Source:
 
 
 def splits_of(root: str) -> list[str]:
-    """Which of train and val `root` holds. Raises DataError where it has neither, or is not there."""
+    """Return the splits of `root`. Raises DataError if it has none, or does not exist."""
     storage = Storage(absolute(root))
     if not storage.exists():
         raise DataError(
-            f"source ({root}) is not there; give the directory or the URL of the images"
+            f"source ({root}) does not exist; give the directory or the URL of the images"
         )
     found = [split for split in ("train", "val") if _kind(storage, split)]
     if not found:
         rule = f"{imagenet.TRAIN}, train/CLASS/* or train-*.tar in WebDataset layout"
-        raise DataError(f"source ({root}) holds no images that can be packed; it must have {rule}")
+        raise DataError(f"source ({root}) contains no images to pack; it must have {rule}")
     return found
 
 
@@ -69,14 +74,17 @@ def open_source(root: str, split: str, order: ClassOrder = BY_NAME) -> Source:
             else _remote_folder(storage, split, order)
         )
     if kind and order != BY_NAME:
-        rule = f"would be ignored: the {kind} of source ({root}) hold the labels; leave it out"
-        raise ConfigError(f"class_order ({order.choice}) {rule}")
+        raise ConfigError(
+            f"class_order ({order.choice}) would be ignored: the {kind} of source ({root}) "
+            "contain the labels; leave it out"
+        )
     if kind == "shards":
         return shards_source(storage, split)
     if kind == "tars":
         return tars_source(storage, split)
     raise DataError(
-        f"source ({root}) holds no {split} images; give the splits that it has: split=train or split=val"
+        f"source ({root}) contains no {split} images; "
+        "give the splits that it has: split=train or split=val"
     )
 
 
@@ -84,7 +92,8 @@ def _kind(storage: Storage, split: str) -> str | None:
     if storage.is_local and storage.exists({"train": imagenet.TRAIN, "val": imagenet.VAL}[split]):
         if split == "val" and not storage.exists(imagenet.DEVKIT):
             raise DataError(
-                f"{storage.root} lacks {imagenet.DEVKIT}, which holds the labels of {imagenet.VAL}; add it"
+                f"{storage.root} lacks {imagenet.DEVKIT}, which contains the labels of "
+                f"{imagenet.VAL}; add it"
             )
         return "archive"
     if storage.exists(split):
@@ -122,7 +131,7 @@ def _folder(storage: Storage, split: str, order: ClassOrder) -> Source:
 
 
 def _remote_folder(storage: Storage, split: str, order: ClassOrder) -> Source:
-    """As index_folder, but by one listing of the store."""
+    """As index_folder, but with a single listing of the store."""
     ignored = scan.Ignored()
     sizes = storage.tree_sizes(split)
     paths = [path for path in sizes if _is_image(path, split, ignored)]
@@ -130,7 +139,7 @@ def _remote_folder(storage: Storage, split: str, order: ClassOrder) -> Source:
         log.warning(note)
     if not paths:
         raise DataError(
-            f"{storage.path(split)} holds no CLASS/* images; lay them out as {split}/CLASS/*"
+            f"{storage.path(split)} contains no CLASS/* images; lay them out as {split}/CLASS/*"
         )
     of = [path.split("/", 1)[0] for path in paths]
     classes = order.arrange(list(set(of)), storage.path(split))
@@ -174,20 +183,18 @@ def _of_files(
     )
 
 
-_MOST_CLASSES = 1_000_000  # more are damage
-
-
 def tar_names(storage: Storage, split: str) -> list[str]:
     return [name for name in storage.names() if re.fullmatch(rf"{split}-.*\.tar", name)]
 
 
 def shards_source(storage: Storage, split: str) -> Source:
-    """Shards of ours say themselves what they hold, so packing them anew keeps names, classes and order."""
+    """List our own shards. Their names, classes and order are kept. Raises DataError."""
     index = read_index(storage)
     entry = index.splits[split]
     if entry["recipe"]["encoding"] == "raw":
         raise DataError(
-            f"source ({storage.root}) holds raw pixels, which are not packed again; give its own source"
+            f"source ({storage.root}) contains raw pixels, which cannot be packed again; "
+            "give the source of these shards"
         )
     content = {kind: storage.read(f"{split}.{kind}") for kind in ("samples.npy", "names.txt")}
     for kind, data in content.items():
@@ -213,10 +220,14 @@ def shards_source(storage: Storage, split: str) -> Source:
 
 
 def tars_source(storage: Storage, split: str) -> Source:
-    """WebDataset tars: KEY.cls holds the label as a number, KEY.jpg (or another suffix) the image."""
+    """List WebDataset tars, of pairs KEY.cls (the label as a number) and KEY.jpg (or .png ...).
+
+    Raises DataError.
+    """
     if not storage.is_local:
         raise DataError(
-            f"source ({storage.root}) has tars at a URL, which cannot be packed; copy them here first"
+            f"source ({storage.root}) has tars at a URL, which cannot be packed; "
+            "copy them to this machine first"
         )
     files, rows = tar_names(storage, split), []
     for k, file in enumerate(scan.watched(files, len(files), f"indexing {split}-*.tar")):
@@ -225,13 +236,14 @@ def tars_source(storage: Storage, split: str) -> Source:
     labels = [row[0] for row in rows]
     if not rows:
         raise DataError(
-            f"{storage.path(files[0])} holds no pair of KEY.cls and an image; it is no WebDataset tar"
+            f"{storage.path(files[0])} contains no pair of KEY.cls and an image; "
+            "it is not a WebDataset tar"
         )
     count = _num_classes(storage, max(labels) + 1)
     width = len(str(count - 1))
     classes = [f"class{c:0{width}d}" for c in range(count)]
     log.warning(
-        "%s has labels but no class names (index.json of shards has): %s to %s",
+        "%s has labels but no class names, which only index.json of shards has: using %s to %s",
         files[0],
         classes[0],
         classes[-1],
@@ -264,31 +276,32 @@ def _samples(tar: Path) -> list[tuple[int, str, int, int]]:
                 labels[key] = _label(
                     os.pread(fd, member.size, member.offset), f"{tar}:{member.name}"
                 )
-            elif (
-                f".{suffix}".lower() in scan.SUFFIXES
-            ):  # KEY.seg.png beside KEY.jpg is something else
+            elif f".{suffix}".lower() in scan.SUFFIXES:  # not KEY.seg.png, a second file of KEY
                 images[key] = member
     finally:
         os.close(fd)
     alone = sorted(labels.keys() ^ images.keys())
     if alone:
         raise DataError(
-            f"{tar} holds {scan.listed(alone)} without both an image and a label; mend or remove the tar"
+            f"{tar} contains {scan.listed(alone)} without both an image and a label; "
+            "fix or remove the tar"
         )
     return [
         (labels[key], member.name, member.offset, member.size) for key, member in images.items()
     ]
 
 
-def _label(text: bytes, where: str) -> int:
-    if not text.strip().isdigit() or int(text) >= _MOST_CLASSES:
-        rule = f"must hold the label as a number below {_MOST_CLASSES:,}"
-        raise DataError(f"{where} {rule}, got {text[:20]!r}; mend or remove the tar")
+def _label(text: bytes, member: str) -> int:
+    if not text.strip().isdigit() or int(text) >= _MAX_CLASSES:
+        raise DataError(
+            f"{member} must contain the label as a number below {_MAX_CLASSES:,}, "
+            f"got {text[:20]!r}; fix or remove the tar"
+        )
     return int(text)
 
 
 def _num_classes(storage: Storage, at_least: int) -> int:
-    """Of all splits: the labels of one may stop before the other's."""
+    """Number of classes over all splits: one split may lack the last classes."""
     found = [at_least]
     for split in ("train", "val"):
         for file in tar_names(storage, split):
