@@ -13,10 +13,12 @@ from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.sources.index import SampleIndex
 from alexnet_ddp.runtime.distributed import World, from_main, gather_objects
 from alexnet_ddp.runtime.errors import DataError
-from alexnet_ddp.runtime.files import write_bytes
+from alexnet_ddp.runtime.files import keep_rows, write_bytes
 from alexnet_ddp.runtime.redaction import redact
 
 log = logging.getLogger(__name__)
+
+_FIELDS = frozenset({"split", "index", "kind", "step"})
 
 
 class Quarantine:
@@ -40,7 +42,9 @@ class Quarantine:
             max_train,
             world,
         )
-        self._rows: list[dict] = from_main(lambda: _kept(self._path, start_step), world)
+        self._rows: list[dict] = from_main(
+            lambda: keep_rows(self._path, start_step, _FIELDS)[0], world
+        )
         self._known = {(row["split"], row["index"]) for row in self._rows}
         self._warned = {row["kind"] for row in self._rows}
 
@@ -89,19 +93,3 @@ class Quarantine:
         except OSError as error:
             log.warning("%s could not be written: %s", self._path, error)
 
-
-def _kept(path: Path, start_step: int) -> list[dict]:
-    """Rows up to `start_step`; the file is rewritten so. A file that was torn or edited loses the lines it lost."""
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    rows = [row for row in map(_parsed, lines) if row is not None and row["step"] <= start_step]
-    if len(rows) < len(lines):
-        write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    return rows
-
-
-def _parsed(line: str) -> dict | None:
-    try:
-        row = json.loads(line)
-        return row if {"split", "index", "kind", "step"} <= row.keys() else None
-    except (ValueError, AttributeError):
-        return None

@@ -89,7 +89,7 @@ def square(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _decoded(data: bytes) -> tuple[Image.Image, bool]:
-    """Return the image in RGB, and whether it is a JPEG that all decoders read alike (RGB, grey)."""
+    """Return the image in RGB, and whether it is a JPEG that all decoders read alike."""
     image = open_image(data)
     is_plain = image.format == "JPEG" and image.mode in ("RGB", "L")
     return to_rgb(image), is_plain

@@ -72,7 +72,7 @@ def _home(java: Path) -> Path:
 
 
 def _wrapped(java: Path) -> Path:
-    """Make a JAVA_HOME with a wrapper of `java`, in the user's cache: a cluster may run for days."""
+    """Make a JAVA_HOME with a wrapper of `java`, in the user's cache: a cluster runs for days."""
     text = _WRAPPER.format(flag=_MODULE, java=str(java).replace("'", "'\\''"))
     home = _cache() / "alexnet_ddp/java" / re.sub(r"\W+", "-", str(java)).strip("-")
     wrapper = home / "bin/java"

@@ -54,5 +54,37 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def keep_rows(
+    path: Path, last_step: int, fields: frozenset[str] = frozenset()
+) -> tuple[list[dict[str, Any]], int]:
+    """Drop damaged lines and rows after `last_step` from a JSON-lines file; it need not exist.
+
+    A row must be an object with `fields` and an integer "step". Returns the kept rows and the
+    number of damaged lines. The file is only written if it changes. Raises OSError.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    rows, lines, num_damaged = [], [], 0
+    for line in content.splitlines():
+        row = _parse_row(line, fields)
+        if row is None:
+            num_damaged += 1
+        elif row["step"] <= last_step:
+            rows.append(row)
+            lines.append(line + b"\n")
+    kept = b"".join(lines)
+    if kept != content:
+        write_bytes(path, kept)
+    return rows, num_damaged
+
+
+def _parse_row(line: bytes, fields: frozenset[str]) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    is_valid = isinstance(row, dict) and isinstance(row.get("step"), int) and fields <= row.keys()
+    return row if is_valid else None
+
+
 def write_json(path: Path, obj: Any) -> None:
     write_bytes(path, (json.dumps(plain(obj), indent=2, allow_nan=False) + "\n").encode())

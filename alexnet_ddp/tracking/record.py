@@ -1,4 +1,4 @@
-"""What a run writes about itself: run.json, config.yaml, status.json. Its one rule: no reader sees half a file."""
+"""Writes run.json, config.yaml, classes.json and status.json of a run, each atomically."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 def write_status(
     run_dir: Path, state: str, step: int, exit_code: int | None = None, message: str = ""
 ) -> None:
-    """How the run stands, for launch scripts. `state` is running, complete, preempted or failed."""
+    """Write status.json for launch scripts. state: running, complete, preempted or failed."""
     status = {
         "state": state,
         "step": step,
@@ -42,9 +42,10 @@ def write_status(
 def record_run(
     run_dir: Path, config_yaml: str, facts: dict[str, Any], classes: dict[str, list[str]]
 ) -> None:
-    """config.yaml, classes.json and run.json. Each start appends to `starts`; beside it stand the latest one's facts.
+    """Write config.yaml, classes.json and run.json.
 
-    classes: "ids", the names of the folders in the order of the labels, and "names", what people call them.
+    run.json contains the facts of this start, and in "starts" those of every start. classes: "ids",
+    the folder names in the order of the labels, and "names", their readable names.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     write_bytes(run_dir / "config.yaml", redact_yaml(config_yaml).encode())
@@ -57,7 +58,7 @@ def record_run(
 
 
 def make_run_dir(run_dir: Path) -> None:
-    """Raises ConfigError where nothing can be written there: before an hour of work, not after."""
+    """Create run_dir. Raises ConfigError if it cannot be written to."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -71,7 +72,7 @@ def make_run_dir(run_dir: Path) -> None:
 
 
 def read_classes(run_dir: Path) -> dict[str, list[str]]:
-    """What record_run wrote. Raises DataError where it is gone."""
+    """Read the classes that record_run wrote. Raises DataError if the file cannot be read."""
     try:
         return json.loads((run_dir / "classes.json").read_bytes())
     except (OSError, ValueError) as error:
@@ -92,7 +93,7 @@ def _earlier_starts(path: Path) -> list[dict[str, Any]]:
         starts = json.loads(path.read_bytes())["starts"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning(
-            "%s is not readable (%s: %s): its list of starts begins anew",
+            "%s is not readable (%s: %s): its list of starts is replaced",
             path,
             type(error).__name__,
             error,
@@ -115,14 +116,17 @@ def _version(distribution: str) -> str | None:
 
 
 def _git(tree: Path = PACKAGE) -> dict[str, Any] | None:
-    """Commit and dirty flag of the source tree; None for an installed package (its .venv may lie in another tree)."""
-    if _git_says(tree, "ls-files", "--error-unmatch", "__init__.py") is None:
+    """Commit and dirty flag of the source tree; None for an installed package.
+
+    An installed package may be in a .venv inside of another repository, hence `ls-files`.
+    """
+    if _git_output(tree, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
-    commit = _git_says(tree, "rev-parse", "HEAD")
-    return commit and {"commit": commit, "dirty": bool(_git_says(tree, "status", "--porcelain"))}
+    commit = _git_output(tree, "rev-parse", "HEAD")
+    return commit and {"commit": commit, "dirty": bool(_git_output(tree, "status", "--porcelain"))}
 
 
-def _git_says(tree: Path, *arguments: str) -> str | None:
+def _git_output(tree: Path, *arguments: str) -> str | None:
     env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     command = ["git", "-C", str(tree), *arguments]
     try:
@@ -135,23 +139,39 @@ def _git_says(tree: Path, *arguments: str) -> str | None:
 
 
 class RunStatus:
-    """Writes status.json on rank 0; a disk that refuses is a warning, since a run must not die of its status."""
+    """Writes status.json on rank 0. If that fails, it logs a warning and the run continues."""
 
     def __init__(self, run_dir: Path, is_main: bool) -> None:
-        self._run_dir, self._is_main, self._step, self._started = run_dir, is_main, 0, False
+        self._run_dir = run_dir
+        self._is_main = is_main
+        self._step = 0
+        self._started = False
 
     def running(self, step: int) -> None:
-        self._step, self._started = step, True
+        """Record that the run is at `step`."""
+        self._step = step
+        self._started = True
         self._write("running")
 
     def stopped_while_starting(self) -> None:
+        """Record a stop signal before the first step."""
         if self._started:
             self._write(
                 "preempted", Preempted.exit_code, "stopped while it started; nothing is lost"
             )
 
-    def is_someone_elses(self, error: RunError) -> bool:
-        """A command that was refused before it began has nothing to say about a run that was here before it."""
+    def finished(self, error: BaseException | None) -> None:
+        """Record the end of the run: complete, or the error that ended it."""
+        if error is None:
+            self._write("complete", 0)
+        elif not isinstance(error, RunError):
+            self._write("failed", 1, f"{type(error).__name__}: {error}")
+        elif not self._belongs_to_earlier_run(error):
+            state = "preempted" if error.exit_code == Preempted.exit_code else "failed"
+            self._write(state, error.exit_code, str(error))
+
+    def _belongs_to_earlier_run(self, error: RunError) -> bool:
+        """True if this command was refused before it started, in the folder of an earlier run."""
         refused = error.exit_code == ConfigError.exit_code and not self._started
         return refused and (self._run_dir / "status.json").exists()
 
@@ -167,19 +187,19 @@ class RunStatus:
 
 @contextmanager
 def run_status(run_dir: Path, is_main: bool) -> Iterator[RunStatus]:
-    """Around a whole run: whatever way it ends, status.json says so."""
+    """Write status.json when the block ends, in whatever way.
+
+    Raises the error of the block; an out-of-memory error becomes a MachineError, a lost rank a
+    PeerLost.
+    """
     status = RunStatus(run_dir, is_main)
     try:
         with before_exit(status.stopped_while_starting):
             yield status
     except BaseException as caught:
         error = out_of_memory(caught) or lost_peer(caught) or caught
-        if not isinstance(error, RunError):
-            status._write("failed", 1, f"{type(error).__name__}: {error}")
-        elif not status.is_someone_elses(error):
-            state = "preempted" if error.exit_code == Preempted.exit_code else "failed"
-            status._write(state, error.exit_code, str(error))
+        status.finished(error)
         if error is caught:
             raise
         raise error from caught
-    status._write("complete", 0)
+    status.finished(None)
