@@ -50,7 +50,7 @@ def show_evaluation(names):
 
 def show_doctor(names):
     report = doctor.Report([Finding(name, name, name) for name in names], [], [], 1)
-    doctor._show(report, type("Asked", (), {"json": None}))
+    doctor._print_report(report, type("Asked", (), {"json": None}))
 
 
 def show_stats(names):

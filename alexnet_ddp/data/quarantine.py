@@ -92,4 +92,3 @@ class Quarantine:
             write_bytes(self._path, "".join(json.dumps(row) + "\n" for row in self._rows).encode())
         except OSError as error:
             log.warning("%s could not be written: %s", self._path, error)
-

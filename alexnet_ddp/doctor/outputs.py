@@ -1,4 +1,4 @@
-"""run.root: can it be written, how fast, how much fits, and do all nodes see the same one. Leaves nothing there."""
+"""Checks the places that a run writes to: run.root and Weights & Biases. Leaves no files."""
 
 import netrc
 import os
@@ -12,33 +12,35 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from alexnet_ddp.config import CheckpointConfig, LoggerConfig, Wandb
-from alexnet_ddp.doctor.findings import Finding, Level, seconds, shortened, size
+from alexnet_ddp.doctor.findings import Finding, Level, format_bytes, format_seconds, shorten
 
 _WRITE_S = 3.0
-_PIECE = 16_000_000  # bytes between two looks at the clock
-_SEEN_S = 3.0  # shared folders show a new file late
+_CHUNK_BYTES = 16_000_000
+_VISIBLE_S = 3.0  # network file systems show a new file late
+_CONNECT_S = 3.0
 
 
 @dataclass(frozen=True)
 class Disk:
-    """What a trial told of the folder that a run would be in. error: why it cannot be written; "" where it can."""
+    """Measurement of the folder of run.root."""
 
     folder: str
     free: int  # bytes
     bytes_per_s: float  # with fsync
-    error: str = ""
+    error: str = ""  # why the folder cannot be written to
 
 
-def try_disk(run_dir: Path, num_bytes: int) -> Disk:
-    """Write up to `num_bytes`, but some, where the run will be, for 3 s at most, and delete them."""
-    folder = existing(run_dir)
+def measure_disk(run_dir: Path, num_bytes: int) -> Disk:
+    """Write up to `num_bytes` (at least 1) to the run's disk for at most 3 s, and delete them."""
+    folder = existing_parent(run_dir)
     free = shutil.disk_usage(folder).free
-    num_bytes, piece = max(1, num_bytes), os.urandom(_PIECE)  # some disks compress
+    num_bytes = max(1, num_bytes)
+    chunk = os.urandom(_CHUNK_BYTES)  # random, since some disks compress
     written, began = 0, time.monotonic()
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             while written < num_bytes and time.monotonic() - began < _WRITE_S:
-                written += file.write(piece[: num_bytes - written])
+                written += file.write(chunk[: num_bytes - written])
                 file.flush()
                 os.fsync(file.fileno())
     except OSError as error:
@@ -46,14 +48,14 @@ def try_disk(run_dir: Path, num_bytes: int) -> Disk:
     return Disk(str(folder), free, written / (time.monotonic() - began))
 
 
-def existing(run_dir: Path) -> Path:
-    """The run's folder, or the one in which it would be made: what there is of its path."""
+def existing_parent(run_dir: Path) -> Path:
+    """Return run_dir, or its nearest parent that exists."""
     return next(d for d in (run_dir.absolute(), *run_dir.absolute().parents) if d.exists())
 
 
-def leave_mark(run_dir: Path) -> Path | None:
-    """A file for the other nodes to look for; None where nothing can be written."""
-    mark = existing(run_dir) / f".doctor-{secrets.token_hex(8)}"
+def create_marker(run_dir: Path) -> Path | None:
+    """Create a file that the other nodes look for; None if the folder cannot be written to."""
+    mark = existing_parent(run_dir) / f".doctor-{secrets.token_hex(8)}"
     try:
         mark.touch()
     except OSError:
@@ -61,9 +63,9 @@ def leave_mark(run_dir: Path) -> Path | None:
     return mark
 
 
-def sees(mark: Path) -> bool:
-    """Whether this machine sees rank 0's file."""
-    deadline = time.monotonic() + _SEEN_S
+def is_visible(mark: Path) -> bool:
+    """Return True as soon as this machine sees rank 0's file, False after 3 s."""
+    deadline = time.monotonic() + _VISIBLE_S
     while not mark.exists():
         if time.monotonic() > deadline:
             return False
@@ -71,71 +73,83 @@ def sees(mark: Path) -> bool:
     return True
 
 
-def judge_disk(disk: Disk, checkpoint_bytes: int, cfg: CheckpointConfig) -> list[Finding]:
-    """Room for a checkpoint, for all that are kept, and time to write one. 0 bytes: nobody knows how many."""
+def check_disk(disk: Disk, checkpoint_bytes: int, cfg: CheckpointConfig) -> list[Finding]:
+    """Check the free space and the time to write a checkpoint.
+
+    checkpoint_bytes: 0 if unknown, because the model could not be built.
+    """
     if disk.error:
-        remedy = "choose another run.root, mend its rights, or make room"
-        lacks = Finding("disk", f"{disk.folder}: {disk.error}", "to be written", Level.fail, remedy)
-        return [_space(disk, checkpoint_bytes, cfg), lacks]
+        failure = Finding(
+            "disk",
+            f"{disk.folder}: {disk.error}",
+            "a folder that can be written to",
+            Level.fail,
+            "choose another run.root, fix its permissions, or free some space",
+        )
+        return [_check_space(disk, checkpoint_bytes, cfg), failure]
     if checkpoint_bytes == 0:
         return [
             Finding(
                 "disk",
-                f"{disk.folder} can be written, {size(disk.free)} free",
-                "a checkpoint, see step",
+                f"{disk.folder} can be written to, {format_bytes(disk.free)} free",
+                "space for a checkpoint, of unknown size: see step",
             )
         ]
-    takes = checkpoint_bytes / disk.bytes_per_s
-    most = 60 * (cfg.save_every_minutes or 5) / 10
-    said = f"{size(disk.bytes_per_s)}/s with fsync: {seconds(takes)} a checkpoint of {size(checkpoint_bytes)}"
-    remedy = "choose a faster run.root, or save less often (checkpoint.save_every_minutes)"
-    bad = Finding(
+    save_s = checkpoint_bytes / disk.bytes_per_s
+    limit_s = 60 * (cfg.save_every_minutes or 5) / 10
+    writing = Finding(
         "disk",
-        said,
-        f"at most {seconds(most)}, a tenth of the time between two",
+        f"{format_bytes(disk.bytes_per_s)}/s with fsync: {format_seconds(save_s)} for a checkpoint "
+        f"of {format_bytes(checkpoint_bytes)}",
+        f"at most {format_seconds(limit_s)}, a tenth of the time between two",
         Level.warn,
-        remedy,
+        "choose a faster run.root, or save less often (checkpoint.save_every_minutes)",
     )
-    return [_space(disk, checkpoint_bytes, cfg), bad.unless(takes <= most)]
+    return [_check_space(disk, checkpoint_bytes, cfg), writing.ok_if(save_s <= limit_s)]
 
 
-def _space(disk: Disk, checkpoint_bytes: int, cfg: CheckpointConfig) -> Finding:
-    keeps = cfg.keep_last + 2  # the best one, and the one being written
-    room = f"{size(keeps * checkpoint_bytes)}: {keeps} checkpoints of {size(checkpoint_bytes)}"
-    verdict = Level.fail if disk.free < checkpoint_bytes else Level.warn
-    remedy = "make room, lower checkpoint.keep_last, or choose another run.root"
-    bad = Finding("disk space", f"{size(disk.free)} free at {disk.folder}", room, verdict, remedy)
-    return bad.unless(disk.free >= keeps * checkpoint_bytes)
+def _check_space(disk: Disk, checkpoint_bytes: int, cfg: CheckpointConfig) -> Finding:
+    num_kept = cfg.keep_last + 2  # the best one, and the one being written
+    needed = num_kept * checkpoint_bytes
+    bad = Finding(
+        "disk space",
+        f"{format_bytes(disk.free)} free at {disk.folder}",
+        f"{format_bytes(needed)}: {num_kept} checkpoints of {format_bytes(checkpoint_bytes)}",
+        Level.fail if disk.free < checkpoint_bytes else Level.warn,
+        "free some space, lower checkpoint.keep_last, or choose another run.root",
+    )
+    return bad.ok_if(disk.free >= needed)
 
 
-def judge_marks(folder: str, blind: list[str]) -> Finding:
-    """blind: hosts that do not see what rank 0 writes. A run goes on from there when rank 0 moves to another node."""
+def check_visibility(folder: str, blind: list[str]) -> Finding:
+    """Check that all nodes share run.root: after a restart, rank 0 may be on another node.
+
+    folder: rank 0's. blind: the hosts that do not see rank 0's file in it.
+    """
     remedy = (
         "choose a run.root on a shared disk, or checkpoint.copy_to a store that all nodes reach"
     )
-    found = f"{folder} of rank 0 is not there on {shortened(blind)}" if blind else folder
-    return Finding("run.root", found, "the same on every node", Level.warn, remedy).unless(
-        not blind
-    )
+    found = f"{folder} of rank 0 is not visible on {shorten(blind)}" if blind else folder
+    return Finding("run.root", found, "the same on every node", Level.warn, remedy).ok_if(not blind)
 
 
-_REACH_S = 3.0
+def check_wandb(cfg: LoggerConfig) -> Finding:
+    """Check on rank 0 that wandb has a key and reaches its server. The key is not sent or printed.
 
-
-def judge_wandb(cfg: LoggerConfig) -> Finding:
-    """Rank 0 sends. Without a key or a way a run goes offline and on, so this is never worse than a warning."""
+    At most a warning, since a run without a key or server logs offline.
+    """
     mode = os.environ.get("WANDB_MODE", cfg.wandb.value).lower()
     if cfg.wandb is not Wandb.online or mode != "online":
         return Finding("wandb", mode if cfg.wandb is Wandb.online else cfg.wandb.value, "nothing")
     server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     host = server.hostname or "api.wandb.ai"
-    needed = f"a key, and a way to {host}"
+    needed = f"a key, and a connection to {host}"
     remedy = "logger.wandb=offline, and wandb sync afterwards"
     if not has_key(host):
         return Finding("wandb", "no key", needed, Level.warn, f"wandb login, or {remedy}")
     try:
         with socket.create_connection(
-            (host, server.port or (80 if server.scheme == "http" else 443)), _REACH_S
+            (host, server.port or (80 if server.scheme == "http" else 443)), _CONNECT_S
         ):
             return Finding("wandb", f"a key, and {host} answers", needed)
     except OSError as error:
@@ -143,7 +157,7 @@ def judge_wandb(cfg: LoggerConfig) -> Finding:
 
 
 def has_key(host: str) -> bool:
-    """In the environment, or in the file that `wandb login` writes."""
+    """True if the environment or the file that `wandb login` writes has a key for `host`."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:

@@ -187,7 +187,7 @@ class RunStatus:
 
 @contextmanager
 def run_status(run_dir: Path, is_main: bool) -> Iterator[RunStatus]:
-    """Write status.json when the block ends, in whatever way.
+    """Write status.json when the block ends, also if it raises.
 
     Raises the error of the block; an out-of-memory error becomes a MachineError, a lost rank a
     PeerLost.
