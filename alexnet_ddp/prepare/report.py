@@ -150,58 +150,54 @@ def stats(root: str) -> None:
     storage = Storage(root)
     index = committed(storage)
     found = {split: json.loads(storage.read(f"{split}.stats.json")) for split in index.splits}
-    columns = {split: _column(index.splits[split], it) for split, it in found.items()}
+    columns = {split: _column(index.splits[split], values) for split, values in found.items()}
     table = Table("", *columns)
     for row in next(iter(columns.values())):
         table.add_row(row, *(column[row] for column in columns.values()))
     say(root)
     Console().print(table)
-    for split, it in found.items():
-        _say(f"{split}: {len(it['duplicates']):,} images occur more than once", it["duplicates"])
+    for split, values in found.items():
+        groups = values["duplicates"]
+        _print_groups(f"{split}: {len(groups):,} images occur more than once", groups)
     if len(found) > 1:
-        _across_splits(storage, index)
+        _print_duplicates_across_splits(storage, index)
 
 
-def _column(entry: dict[str, Any], it: dict[str, Any]) -> dict[str, str]:
+def _column(entry: dict[str, Any], values: dict[str, Any]) -> dict[str, str]:
     """Return {name of the row: text} of one split."""
-    counts = sorted(it["images_of_class"].values())
+    counts = sorted(values["images_of_class"].values())
     fewest, most = (
-        min(it["images_of_class"], key=lambda c: (sign * it["images_of_class"][c], c))
+        min(values["images_of_class"], key=lambda c: (sign * values["images_of_class"][c], c))
         for sign in (1, -1)
     )
-    bad = ", ".join(f"{n} {reason}" for reason, n in it["quarantined"].items())
+    shard_sizes = [shard["images"] for shard in entry["shards"]]
+    bad = ", ".join(f"{n} {reason}" for reason, n in values["quarantined"].items())
     return {
-        "images": f"{it['images']:,}",
+        "images": f"{values['images']:,}",
         "quarantined": bad or "none",
-        "MB of images": f"{it['bytes_of_images'] / 1e6:,.1f}",
-        "width, pixels": _range(it["widths"], it["mean_width"]),
-        "height, pixels": _range(it["heights"], it["mean_height"]),
-        "mean RGB": _numbers(it["mean"]),
-        "standard deviation RGB": _numbers(it["std"]),
-        "eigenvalues of the covariance": _numbers(it["eigenvalues"]),
+        "MB of images": f"{values['bytes_of_images'] / 1e6:,.1f}",
+        "width, pixels": _range(values["widths"], values["mean_width"]),
+        "height, pixels": _range(values["heights"], values["mean_height"]),
+        "mean RGB": _numbers(values["mean"]),
+        "standard deviation RGB": _numbers(values["std"]),
+        "eigenvalues of the covariance": _numbers(values["eigenvalues"]),
         "classes": f"{len(counts):,}",
         "fewest images per class": f"{counts[0]:,} ({fewest})",
         "median": f"{np.median(counts):,g}",
         "most": f"{counts[-1]:,} ({most})",
-        "images per shard": "{:,} to {:,}".format(
-            *_ends([shard["images"] for shard in entry["shards"]])
-        ),
+        "images per shard": f"{min(shard_sizes):,} to {max(shard_sizes):,}",
     }
 
 
-def _range(sum_and_ends: list[int], mean: float) -> str:
-    return f"{sum_and_ends[1]:,} to {sum_and_ends[2]:,}, mean {mean:,.1f}"
-
-
-def _ends(values: list[int]) -> tuple[int, int]:
-    return min(values), max(values)
+def _range(sum_min_max: list[int], mean: float) -> str:
+    return f"{sum_min_max[1]:,} to {sum_min_max[2]:,}, mean {mean:,.1f}"
 
 
 def _numbers(values: list[float]) -> str:
     return " ".join(f"{value:.4f}" for value in values)
 
 
-def _say(line: str, groups: list[list[str]]) -> None:
+def _print_groups(line: str, groups: list[list[str]]) -> None:
     say(line)
     for group in groups[:_SHOWN]:
         say(f"  {listed(group)}")
@@ -209,9 +205,9 @@ def _say(line: str, groups: list[list[str]]) -> None:
         say(f"  and {len(groups) - _SHOWN:,} more groups, in SPLIT.stats.json")
 
 
-def _across_splits(storage: Storage, index: ShardIndex) -> None:
+def _print_duplicates_across_splits(storage: Storage, index: ShardIndex) -> None:
     """Print the images that are in several splits: they make a validation result too good."""
-    contents, names, of = [], [], []
+    contents, names, split_of = [], [], []
     for k, split in enumerate(index.splits):
         content = _contents(storage, split, index.splits[split])
         if content is None:
@@ -219,11 +215,13 @@ def _across_splits(storage: Storage, index: ShardIndex) -> None:
             return
         contents.append(content)
         names += [f"{split}:{name}" for name in names_of(storage, split)]
-        of += [k] * len(content)
+        split_of += [k] * len(content)
     groups = [
-        group for group in duplicates(np.concatenate(contents)) if len({of[i] for i in group}) > 1
+        group
+        for group in duplicates(np.concatenate(contents))
+        if len({split_of[i] for i in group}) > 1
     ]
-    _say(
+    _print_groups(
         f"across splits: {len(groups):,} images are in more than one",
         [[names[i] for i in g] for g in groups],
     )
