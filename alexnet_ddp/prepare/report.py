@@ -14,7 +14,7 @@ from alexnet_ddp.data.sources.scan import listed
 from alexnet_ddp.data.sources.shard_index import INDEX, ShardIndex, read_index
 from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.prepare.commit import damaged_files, duplicates
-from alexnet_ddp.prepare.engine import Engine, watched
+from alexnet_ddp.prepare.engine import Engine, with_progress
 from alexnet_ddp.runtime.errors import DataError
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.terminal import Console, Table
@@ -271,7 +271,7 @@ def verify(root: str, engine: Engine) -> None:
         for split, entry in index.splits.items()
         for k, shard in enumerate(entry["shards"])
     ]
-    for found in watched(engine, check_shard, checks, "verifying"):
+    for found in with_progress(engine, check_shard, checks, "verifying"):
         if found["problem"]:
             check = found["of"]
             names = names_of(storage, check.split) if found["bad"] else []
