@@ -1,4 +1,4 @@
-"""Preparations in miniature, in this process or in one of its own, and what they leave behind."""
+"""Helpers for tests of packing: run small preparations in this process or another one."""
 
 import hashlib
 import os
@@ -64,7 +64,7 @@ def start(*overrides: str, **env: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "alexnet_ddp.prepare", *overrides]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        # as a terminal starts it: tests that run in the background are started with SIGINT ignored, and hand that on
+        # As in a terminal: a test run in the background inherits SIGINT ignored, and its children too.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
@@ -78,13 +78,13 @@ def run(*overrides: str) -> tuple[int, str, str]:
 def hit(
     process: subprocess.Popen, number: signal.Signals, root: Path, shards: int
 ) -> tuple[int, str]:
-    """Send `number` once `shards` sidecars are there; (exit code, stderr)."""
+    """Send `number` once `shards` sidecars exist; return (exit code, stderr)."""
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
         if len(list(root.glob("_state/*/*.json"))) >= shards:
             break
         time.sleep(0.005)
-    # A terminal and a scheduler signal the workers too. SIGKILL is for the driver alone: its workers have to notice.
+    # A terminal and a scheduler signal the workers too. SIGKILL is sent to the driver only: its workers must notice.
     process.send_signal(number) if number == signal.SIGKILL else os.killpg(process.pid, number)
     return process.wait(60), process.stderr.read()
 

@@ -26,7 +26,7 @@ ONLY_IN = {  # library -> the modules that may import it: packages, or files of 
     r"hydra|omegaconf": {"config", "cli"},
     r"wandb|tensorboard|torch\.utils\.tensorboard": {"tracking"},
     # doctor: a store without a group, and messages that only a timing sends
-    r"torch\.distributed": {"runtime/distributed", "parallel", "doctor/meeting", "doctor/links"},
+    r"torch\.distributed": {"runtime/distributed", "parallel", "doctor/rendezvous", "doctor/links"},
     r"PIL|cv2|simplejpeg": {"data", "prepare"},
     r"scipy": {"data"},
     r"rich": {"runtime/terminal", "tracking/console"},  # console: the progress bar of a training

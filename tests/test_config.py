@@ -20,7 +20,7 @@ from alexnet_ddp.config import Config, ConfigError
 from alexnet_ddp.config.advice import one_line
 from alexnet_ddp.config.door import to_config
 from alexnet_ddp.config.schema import ROOTS
-from alexnet_ddp.tracking.headline import learning_rate
+from alexnet_ddp.tracking.console import learning_rate
 from tests.ranks import run_ranks  # noqa: F401 (its forkserver has torch loaded: a process is up in a blink)
 
 GROUPS = ("data", "augment", "model", "optimizer", "scheduler", "parallel", "experiment")

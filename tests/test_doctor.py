@@ -1,4 +1,4 @@
-"""The doctor: each fault is planted for real where a machine can bear it, and found with its remedy."""
+"""doctor: most faults are created for real, and must be reported with their remedy."""
 
 import json
 import os
@@ -14,11 +14,11 @@ from alexnet_ddp import cli
 from alexnet_ddp.config import Config, ConfigError, DoctorConfig, Wandb
 from alexnet_ddp.config.door import to_config, to_plain, use_schema
 from alexnet_ddp.doctor import command as doctor
-from alexnet_ddp.doctor import links, machines, meeting, storage, trial
-from alexnet_ddp.doctor.facts import Facts, look
-from alexnet_ddp.doctor.finding import Level, seconds, size
-from alexnet_ddp.doctor.links import Link, Sum
-from alexnet_ddp.doctor.online import judge_wandb
+from alexnet_ddp.doctor import links, machines, outputs, rendezvous, speed
+from alexnet_ddp.doctor.facts import Facts, collect_facts
+from alexnet_ddp.doctor.findings import Level, format_bytes, format_seconds
+from alexnet_ddp.doctor.links import AllReduce, Link
+from alexnet_ddp.doctor.outputs import check_wandb
 from alexnet_ddp.runtime.distributed import session
 from alexnet_ddp.runtime.errors import RunError
 from tests.cluster import Hosts, why_not
@@ -28,39 +28,39 @@ PROJECT = Path(__file__).parents[1]
 needs_hosts = pytest.mark.skipif(why_not() is not None, reason=f"{why_not()}")
 
 
-def config(*overrides: str, **knobs: object) -> DoctorConfig:
+def config(*overrides: str, **options: object) -> DoctorConfig:
     smoke = [] if any(o.startswith("data=") for o in overrides) else ["experiment=smoke"]
-    return DoctorConfig(**vars(cli.compose([*smoke, *overrides])), **knobs)
+    return DoctorConfig(**vars(cli.compose([*smoke, *overrides])), **options)
 
 
 def facts(*overrides: str) -> Facts:
     cfg = config(*overrides)
-    return look(cfg, to_plain(cfg))
+    return collect_facts(cfg, to_plain(cfg))
 
 
 def on_two_machines(one: Facts, **changes: object) -> list[Facts]:
     return [one, replace(one, rank=1, host="elsewhere", network="another", **changes)]
 
 
-def test_threads_beyond_the_cores_are_named(monkeypatch):
+def test_more_threads_than_cores_are_reported(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "6400")
-    found = machines.threads([facts()])
-    assert found.verdict is Level.warn
+    found = machines.check_threads([facts()])
+    assert found.level is Level.warn
     assert "OMP_NUM_THREADS=6400" in found.found
     assert found.remedy.startswith("unset OMP_NUM_THREADS")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert machines.threads([facts()]).verdict is Level.ok
+    assert machines.check_threads([facts()]).level is Level.ok
 
 
-def test_tasks_of_srun_without_torchrun_are_worlds_of_one_each(monkeypatch):
+def test_tasks_of_srun_without_torchrun_fail(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    found = machines.launcher([facts()])
-    assert (found.verdict, found.found) == (Level.fail, "4 tasks, in worlds of 1")
+    found = machines.check_launcher([facts()])
+    assert (found.level, found.found) == (Level.fail, "4 tasks, in worlds of 1")
     monkeypatch.setenv("MASTER_ADDR", "n1")
-    assert machines.launcher([facts()]).verdict is Level.ok
+    assert machines.check_launcher([facts()]).level is Level.ok
 
 
-def test_the_doctor_composes_a_run_with_knobs_of_its_own():
+def test_the_doctor_composes_a_run_with_its_own_options():
     use_schema(DoctorConfig)
     try:
         cfg = to_config(
@@ -75,7 +75,7 @@ def test_the_doctor_composes_a_run_with_knobs_of_its_own():
     assert (cfg.json, cfg.trainer.global_batch_size, cfg.run.name) == ("x.json", 6, "smoke")
 
 
-def test_a_port_that_another_process_has_is_named_with_its_holder(monkeypatch):
+def test_a_busy_port_is_reported_with_its_process(monkeypatch):
     listen = "import socket; s = socket.create_server(('', 0)); print(s.getsockname()[1], flush=True); input()"
     holder = subprocess.Popen(
         [sys.executable, "-c", listen], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -83,17 +83,17 @@ def test_a_port_that_another_process_has_is_named_with_its_holder(monkeypatch):
     with holder:
         port = int(holder.stdout.readline())
         monkeypatch.setenv("MASTER_PORT", str(port))
-        found = machines.port(facts(), 1)
-        assert found.verdict is Level.fail
+        found = machines.check_port(facts(), 1)
+        assert found.level is Level.fail
         assert f"process {holder.pid} has it" in found.found
         monkeypatch.setenv("RANK", "0")
         with pytest.raises(
-            ConfigError, match=f"MASTER_PORT={port} of .* cannot be had .*; choose another"
+            ConfigError, match=f"MASTER_PORT={port} of .* cannot be used .*; choose another"
         ):
-            meeting.meet(facts(), 1)
+            rendezvous.connect(facts(), 1)
         holder.communicate("\n")
     monkeypatch.delenv("RANK")
-    assert machines.port(facts(), 1).verdict is Level.ok
+    assert machines.check_port(facts(), 1).level is Level.ok
 
 
 @needs_hosts
@@ -101,16 +101,16 @@ def test_a_full_disk_fails_and_a_small_one_warns(tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path], check=True)
     try:
         cfg = config().checkpoint
-        disk = storage.try_disk(tmp_path / "runs" / "x", 1_000_000)
-        assert [f.verdict for f in storage.judge_disk(disk, 1_000_000, cfg)] == [
+        disk = outputs.measure_disk(tmp_path / "runs" / "x", 1_000_000)
+        assert [f.level for f in outputs.check_disk(disk, 1_000_000, cfg)] == [
             Level.warn,
             Level.ok,
         ]
         (tmp_path / "full").write_bytes(bytes(2_000_000))
-        space, writing = storage.judge_disk(
-            storage.try_disk(tmp_path / "runs" / "x", 1_000_000), 1_000_000, cfg
+        space, writing = outputs.check_disk(
+            outputs.measure_disk(tmp_path / "runs" / "x", 1_000_000), 1_000_000, cfg
         )
-        assert (space.verdict, writing.verdict) == (Level.fail, Level.fail)
+        assert (space.level, writing.level) == (Level.fail, Level.fail)
         assert "No space left" in writing.found
         assert "another run.root" in space.remedy
         assert [path.name for path in tmp_path.iterdir()] == ["full"]
@@ -118,27 +118,27 @@ def test_a_full_disk_fails_and_a_small_one_warns(tmp_path):
         subprocess.run(["umount", tmp_path], check=True)
 
 
-def test_a_loopback_is_refused_between_machines_and_not_within_one(monkeypatch):
+def test_a_loopback_interface_fails_only_between_machines(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     one = facts("device=cpu")
-    assert [f.verdict for f in machines.interfaces([one, replace(one, rank=1, local_rank=1)])] == [
-        Level.ok
-    ]
-    found = machines.interfaces(on_two_machines(one))
-    assert [f.verdict for f in found] == [Level.fail] * 2
+    assert [
+        f.level for f in machines.check_interfaces([one, replace(one, rank=1, local_rank=1)])
+    ] == [Level.ok]
+    found = machines.check_interfaces(on_two_machines(one))
+    assert [f.level for f in found] == [Level.fail] * 2
     assert "GLOO_SOCKET_IFNAME=lo, which reaches this machine alone" in found[0].found
 
 
-def test_a_host_name_that_is_a_loopback_address_is_refused_unless_an_interface_is_named():
+def test_a_host_name_with_a_loopback_address_fails_unless_an_interface_is_named():
     debian = replace(facts("device=cpu"), address="127.0.1.1", interfaces=["lo", "eth0"], env={})
-    assert "resolves to 127.0.1.1" in machines.interfaces(on_two_machines(debian))[0].found
+    assert "resolves to 127.0.1.1" in machines.check_interfaces(on_two_machines(debian))[0].found
     named = replace(debian, env={"GLOO_SOCKET_IFNAME": "eth0"})
-    assert machines.interfaces(on_two_machines(named))[0].verdict is Level.ok
+    assert machines.check_interfaces(on_two_machines(named))[0].level is Level.ok
     wrong = replace(debian, env={"GLOO_SOCKET_IFNAME": "ib0"})
-    assert "ib0 is none of lo, eth0" in machines.interfaces(on_two_machines(wrong))[0].found
+    assert "ib0 is none of lo, eth0" in machines.check_interfaces(on_two_machines(wrong))[0].found
 
 
-def test_ranks_of_other_versions_devices_and_knobs_fail_and_are_named():
+def test_different_versions_devices_and_options_fail_and_name_the_rank():
     one = facts("device=cpu")
     other = {
         "versions": one.versions | {"torch": "0.4"},
@@ -146,146 +146,153 @@ def test_ranks_of_other_versions_devices_and_knobs_fail_and_are_named():
         "device": "cuda",
     }
     two = on_two_machines(one, **other)
-    device, versions, command, *_ = machines.before_joining(two)
-    assert (device.verdict, versions.verdict, command.verdict) == (Level.fail,) * 3
+    device, versions, command, *_ = machines.check_compatibility(two)
+    assert (device.level, versions.level, command.level) == (Level.fail,) * 3
     assert "0.4 on rank 1 (elsewhere)" in versions.found
     assert "7 on rank 1 (elsewhere)" in command.found
     assert all(
-        f.verdict is Level.ok
-        for f in machines.before_joining([one, replace(one, rank=1, local_rank=1)])
+        f.level is Level.ok
+        for f in machines.check_compatibility([one, replace(one, rank=1, local_rank=1)])
     )
 
 
 def test_a_run_root_that_cannot_be_written_fails_with_the_reason(tmp_path):
     (tmp_path / "runs").write_text("a file")
-    _, writing = storage.judge_disk(
-        storage.try_disk(tmp_path / "runs" / "x", 1_000), 1_000, config().checkpoint
+    _, writing = outputs.check_disk(
+        outputs.measure_disk(tmp_path / "runs" / "x", 1_000), 1_000, config().checkpoint
     )
-    assert writing.verdict is Level.fail
+    assert writing.level is Level.fail
     assert "Not a directory" in writing.found
-    assert storage.judge_marks("runs", ["n2"]).verdict is Level.warn
+    assert outputs.check_visibility("runs", ["n2"]).level is Level.warn
 
 
 def test_data_that_a_node_does_not_have_fails(image_folder, tmp_path):
     here = facts("data=folder", f"data.root={image_folder}")
-    assert machines.data_root([here]).verdict is Level.ok
+    assert machines.check_data_root([here]).level is Level.ok
     missing = facts("data=folder", f"data.root={tmp_path}/nowhere")
-    found = machines.data_root(on_two_machines(here, data=missing.data))
-    assert found.verdict is Level.fail
+    found = machines.check_data_root(on_two_machines(here, data=missing.data))
+    assert found.level is Level.fail
     assert "cannot be read on elsewhere" in found.found
     (tmp_path / "train").mkdir()
     other = facts("data=folder", f"data.root={tmp_path}")
-    assert "shows other files" in machines.data_root(on_two_machines(here, data=other.data)).found
+    assert (
+        "has different files"
+        in machines.check_data_root(on_two_machines(here, data=other.data)).found
+    )
 
 
-def test_a_device_that_is_not_there_is_said_before_the_ranks_wait_for_it(monkeypatch):
+def test_a_missing_device_is_reported_before_the_ranks_wait_for_it(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert "found 0; use device=cpu" in machines.devices([facts("device=cuda")]).found
+    assert "found 0; use device=cpu" in machines.check_devices([facts("device=cuda")]).found
 
 
-def _meet_and_judge(count: int, timeout_s: float, twice: bool = False) -> str:
+def _exchange_and_check(count: int, timeout_s: float, twice: bool = False) -> str:
     cfg = config("device=cpu", f"seed={os.environ['RANK']}")
-    mine = look(cfg, to_plain(cfg))
+    mine = collect_facts(cfg, to_plain(cfg))
     try:
-        store = meeting.meet(mine, timeout_s)
+        store = rendezvous.connect(mine, timeout_s)
         if twice:
-            meeting.meet(replace(mine, rank=1), 3)
-            meeting.meet(replace(mine, rank=1), 3)
-        everyone, found = meeting.judge_together(
-            store, mine, count, machines.before_joining, timeout_s
+            rendezvous.connect(replace(mine, rank=1), 3)
+            rendezvous.connect(replace(mine, rank=1), 3)
+        all_facts, found = rendezvous.exchange_facts(
+            store, mine, count, machines.check_compatibility, timeout_s
         )
     except ConfigError as error:
         return str(error)
-    assert len(everyone) == (count if mine.rank == 0 else 0)
-    return "; ".join(f.found for f in found if f.verdict is Level.fail)
+    assert len(all_facts) == (count if mine.rank == 0 else 0)
+    return "; ".join(f.found for f in found if f.level is Level.fail)
 
 
-def test_ranks_started_with_other_overrides_all_hear_of_it_before_they_join():
+def test_all_ranks_report_different_overrides_before_they_join():
     host = os.uname().nodename
     assert (
-        run_ranks(_meet_and_judge, 2, 2, 30)
+        run_ranks(_exchange_and_check, 2, 2, 30)
         == [f"seed: 0 on rank 0 ({host}); 1 on rank 1 ({host})"] * 2
     )
 
 
-def test_a_rank_that_does_not_come_is_named():
-    (said,) = run_ranks(_meet_and_judge, 1, 2, 0.5)
-    assert said.startswith("rank 1 of 2 did not come to 127.0.0.1:")
+def test_a_missing_rank_is_named():
+    (said,) = run_ranks(_exchange_and_check, 1, 2, 0.5)
+    assert said.startswith("rank 1 of 2 did not connect to 127.0.0.1:")
 
 
-def test_two_jobs_on_one_port_are_named():
-    (said,) = run_ranks(_meet_and_judge, 1, 2, 5, True)
-    assert "two jobs have one port; give one of them another port" in said
+def test_two_jobs_on_one_port_are_reported():
+    (said,) = run_ranks(_exchange_and_check, 1, 2, 5, True)
+    assert "two jobs use one port; give one of them another port" in said
 
 
 @pytest.mark.parametrize("count", range(1, 8))
-def test_everybody_is_paired_with_everybody_once_and_nobody_twice_at_a_time(count):
+def test_every_pair_of_ranks_occurs_once_in_disjoint_rounds(count):
     players = list(range(0, 10 * count, 10))
-    rounds = links.pairings(players)
-    met = sorted(pair for pairs in rounds for pair in pairs)
-    assert met == [(a, b) for a in players for b in players if a < b]
+    rounds = links.round_robin(players)
+    paired = sorted(pair for pairs in rounds for pair in pairs)
+    assert paired == [(a, b) for a in players for b in players if a < b]
     assert all(len({p for pair in pairs for p in pair}) == 2 * len(pairs) for pairs in rounds)
 
 
-def _measure_network() -> tuple[list[Sum], list[Link], dict[int, float]]:
+def _measure_network() -> tuple[list[AllReduce], list[Link], dict[int, float]]:
     links.SIZES, links._LINKS_S = (4_000, 64_000), 0.3
     with session(config("device=cpu").device, timeout=timedelta(seconds=30)) as world:
         return (
-            links.time_sums(world),
+            links.time_all_reduce(world),
             links.time_links(world, [0, 1, 2]),
-            links.time_clocks(world, [0, 1, 2]),
+            links.measure_clock_offsets(world, [0, 1, 2]),
         )
 
 
-def test_links_sums_and_clocks_are_measured_between_all():
+def test_links_all_reduces_and_clocks_are_measured_between_all_ranks():
     main, *others = run_ranks(_measure_network, 3)
     sums, found, skews = main
     assert [s.num_bytes for s in sums] == [4_000, 64_000]
     assert sorted((link.first, link.second) for link in found) == [(0, 1), (0, 2), (1, 2)]
     assert sorted(skews) == [1, 2]
-    assert links.judge_clocks(skews, str).verdict is Level.ok  # it is one clock
+    assert links.check_clocks(skews, str).level is Level.ok  # it is one clock
     assert all(other[:2] == main[:2] for other in others)
 
 
-def test_the_time_of_a_sum_lies_between_the_measured_ones_and_goes_on_at_the_last_rate():
-    sums = [Sum(1000, 0.1), Sum(3000, 0.5)]
+def test_all_reduce_times_are_interpolated_and_extrapolated_at_the_last_rate():
+    sums = [AllReduce(1000, 0.1), AllReduce(3000, 0.5)]
     sizes = (500, 1000, 2000, 3000, 6000)
-    assert [links.seconds_for(n, sums) for n in sizes] == pytest.approx([0.1, 0.1, 0.3, 0.5, 1])
+    assert [links.interpolate_seconds(n, sums) for n in sizes] == pytest.approx(
+        [0.1, 0.1, 0.3, 0.5, 1]
+    )
     assert sums[1].bus_rate(4) == 2 * 3 / 4 * 3000 / 0.5
 
 
-def test_a_slow_link_and_a_late_clock_are_named_with_their_nodes():
+def test_a_slow_link_and_a_late_clock_are_reported_with_their_nodes():
     pairs = [(a, b) for a in range(4) for b in range(a + 1, 4)]
     assert (
-        links.judge_links([Link(a, b, 1e-4, 1e9) for a, b in pairs], "n{}".format).verdict
-        is Level.ok
+        links.check_links([Link(a, b, 1e-4, 1e9) for a, b in pairs], "n{}".format).level is Level.ok
     )
-    found = links.judge_links(
+    found = links.check_links(
         [Link(a, b, 1e-4, 1e7 if 2 in (a, b) else 1e9) for a, b in pairs], "n{}".format
     )
-    assert found.verdict is Level.warn
+    assert found.level is Level.warn
     assert "load of n2," in found.remedy
     three = [Link(0, 1, 1e-4, 1e9), Link(0, 2, 1e-4, 1e7), Link(1, 2, 1e-4, 1e7)]
     assert (
-        "load of n2," in links.judge_links(three, "n{}".format).remedy
+        "load of n2," in links.check_links(three, "n{}".format).remedy
     )  # most of the links are slow
-    assert links.judge_clocks({1: 0.1, 2: -3.0}, "n{}".format).found == "n2 is 3 s behind"
+    assert links.check_clocks({1: 0.1, 2: -3.0}, "n{}".format).found == "n2 is 3 s behind"
 
 
-def test_gradients_that_a_backward_pass_cannot_hide_are_told_with_what_they_cost():
-    found = links.judge_sums([Sum(1_000_000, 0.1)], 10_000_000, None, 0.3)
-    assert found.verdict is Level.warn
+def test_gradients_that_do_not_overlap_the_backward_pass_are_reported_with_their_cost():
+    found = links.check_gradients([AllReduce(1_000_000, 0.1)], 10_000_000, None, 0.3)
+    assert found.level is Level.warn
     assert (
-        found.found == "10 MB a step, 1 s to sum: a step takes 300 ms, and at least 1.1 s with it"
+        found.found
+        == "10 MB per step, all-reduced in 1 s: a step takes 300 ms, and at least 1.1 s with it"
     )
     assert (
-        links.judge_sums([Sum(1_000_000, 0.1)], 10_000_000, "parallel=hybrid", 0.3).verdict
+        links.check_gradients([AllReduce(1_000_000, 0.1)], 10_000_000, "parallel=hybrid", 0.3).level
         is Level.ok
     )
-    assert links.judge_sums([Sum(1_000_000, 0.1)], 1_000_000, None, 0.3).verdict is Level.ok
+    assert (
+        links.check_gradients([AllReduce(1_000_000, 0.1)], 1_000_000, None, 0.3).level is Level.ok
+    )
 
 
-def test_a_hook_of_half_precision_halves_what_is_sent_and_other_choices_are_only_named():
+def test_a_half_precision_hook_halves_the_bytes_and_other_options_are_named():
     half = ("parallel=ddp", "parallel.hook=bf16")
     less = (
         "parallel.hook=powersgd",
@@ -293,26 +300,26 @@ def test_a_hook_of_half_precision_halves_what_is_sent_and_other_choices_are_only
         "parallel=hybrid",
         "parallel=auto",
     )
-    tried = trial.Trial(gradient_bytes=100)
-    sent = [doctor._sent(config(choice), tried) for choice in (*half, *less)]
+    result = speed.Measurement(gradient_bytes=100)
+    sent = [doctor._bytes_sent(config(choice), result) for choice in (*half, *less)]
     assert sent == [(100, None), (50, None), *((100, choice) for choice in less)]
-    assert doctor._sent(config("parallel=auto"), replace(tried, can_split=False)) == (
+    assert doctor._bytes_sent(config("parallel=auto"), replace(result, can_split=False)) == (
         100,
         None,
     )  # it takes ddp
 
 
 def test_a_loader_slower_than_the_step_and_too_little_memory_are_warnings():
-    assert trial.judge_loader(90, 100, False).verdict is Level.warn
+    assert speed.check_loader(90, 100, False).level is Level.warn
     assert (
-        trial.judge_loader(300, 100, True).found
-        == "300 images/s a rank; loading takes 25 % of the cores"
+        speed.check_loader(300, 100, True).found
+        == "300 images/s per rank; loading takes 25 % of the cores"
     )
-    assert trial.judge_memory(1_000, 2_000, "n1").verdict is Level.warn
+    assert speed.check_memory(1_000, 2_000, "n1").level is Level.warn
 
 
 def _doctor_of_too_small_images(root: str) -> str:
-    trial.STEP_S = 0.1
+    speed.STEP_S = 0.1
     with pytest.raises(ConfigError) as failed:
         doctor.main(
             config("device=cpu", "data.image_size=16", "model=alexnet", f"run.root={root}/runs"), []
@@ -320,14 +327,14 @@ def _doctor_of_too_small_images(root: str) -> str:
     return str(failed.value)
 
 
-def test_images_that_the_model_cannot_take_fail_and_the_rest_is_examined_all_the_same(tmp_path):
+def test_images_that_the_model_cannot_use_fail_and_the_other_checks_run(tmp_path):
     assert run_ranks(_doctor_of_too_small_images, 1, str(tmp_path)) == [
-        "doctor: FAIL: step; the table says what to do"
+        "doctor: FAIL: step; the table names the remedies"
     ]
 
 
 def _doctor_of_a_run_that_cannot_be_parallel(root: str, *overrides: str) -> tuple[str, str]:
-    trial.STEP_S = trial.LOADER_S = links._LINKS_S = 0.1
+    speed.STEP_S = speed.LOADER_S = links._LINKS_S = 0.1
     links.SIZES = (4_000, 64_000)
     with pytest.raises(RunError) as failed:
         doctor.main(
@@ -356,11 +363,11 @@ def _doctor_of_a_run_that_cannot_be_parallel(root: str, *overrides: str) -> tupl
         ),
     ],
 )
-def test_a_choice_of_parallelism_that_would_not_start_fails(tmp_path, overrides, reason):
+def test_parallelism_that_would_not_start_fails(tmp_path, overrides, reason):
     (line, found), _ = run_ranks(
         _doctor_of_a_run_that_cannot_be_parallel, 2, str(tmp_path), *overrides
     )
-    assert line == "doctor: FAIL: step; the table says what to do"
+    assert line == "doctor: FAIL: step; the table names the remedies"
     assert reason in found
 
 
@@ -369,33 +376,33 @@ def test_wandb_online_without_a_key_is_a_warning(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     logger = replace(config().logger, wandb=Wandb.online)
-    assert judge_wandb(logger).found == "no key"
+    assert check_wandb(logger).found == "no key"
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password canary")
-    found = judge_wandb(logger)
-    assert found.verdict is Level.warn
+    found = check_wandb(logger)
+    assert found.level is Level.warn
     assert "127.0.0.1 does not answer" in found.found
     assert "canary" not in str(found)
 
 
-def test_sizes_and_durations_read_as_people_say_them():
-    assert [size(n) for n in (12, 4_000, 244_400_000, 1.5e9)] == [
+def test_sizes_and_durations_have_three_digits_and_a_unit():
+    assert [format_bytes(n) for n in (12, 4_000, 244_400_000, 1.5e9)] == [
         "12 B",
         "4 kB",
         "244 MB",
         "1.5 GB",
     ]
-    assert [seconds(s) for s in (2.5, 0.0123, 4.2e-6)] == ["2.5 s", "12.3 ms", "4.2 µs"]
+    assert [format_seconds(s) for s in (2.5, 0.0123, 4.2e-6)] == ["2.5 s", "12.3 ms", "4.2 µs"]
 
 
 def _doctor(root: str) -> list[str]:
     cfg = config("device=cpu", f"run.root={root}/runs", json=f"{root}/doctor.json")
-    links.SIZES, links._LINKS_S, trial.STEP_S, trial.LOADER_S = (4_000, 64_000), 0.1, 0.1, 0.1
+    links.SIZES, links._LINKS_S, speed.STEP_S, speed.LOADER_S = (4_000, 64_000), 0.1, 0.1, 0.1
     doctor.main(cfg, [])
     return sorted(path.name for path in Path(root).iterdir())
 
 
-def test_a_sound_machine_passes_and_nothing_is_left_on_it(tmp_path):
+def test_a_good_machine_passes_and_no_files_are_left(tmp_path):
     assert run_ranks(_doctor, 2, str(tmp_path))[0] == ["doctor.json"]
     report = json.loads((tmp_path / "doctor.json").read_bytes())
     assert [f for f in report["findings"] if f["verdict"] == "FAIL"] == []
@@ -407,7 +414,7 @@ def test_a_sound_machine_passes_and_nothing_is_left_on_it(tmp_path):
 
 @pytest.mark.slow
 @needs_hosts
-def test_a_doctor_on_two_hosts_finds_the_loopback_and_every_host_ends_with_64(tmp_path):
+def test_doctor_on_two_hosts_finds_the_loopback_and_both_exit_with_64(tmp_path):
     env = {**os.environ, "COMMAND": "doctor", "PYTHON": sys.executable, "PYTHONPATH": str(PROJECT)}
     env |= {
         "NNODES": "2",

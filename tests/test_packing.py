@@ -1,4 +1,4 @@
-"""Packing: the same bytes from any engine, source and restart; one commit; nothing replaced unasked."""
+"""Packing: every engine, source and restart gives the same bytes; one commit; no silent replacement."""
 
 import errno
 import fcntl
@@ -14,9 +14,9 @@ import pytest
 
 from alexnet_ddp.config import ConfigError
 from alexnet_ddp.data.storage import Storage
-from alexnet_ddp.prepare import claim, plan, write
+from alexnet_ddp.prepare import checks, plan, write
 from alexnet_ddp.prepare.command import prepare
-from alexnet_ddp.prepare.source import open_source
+from alexnet_ddp.prepare.sources import open_source
 from alexnet_ddp.runtime.errors import DataError, MachineError
 from tests.archives import DEVKIT, VAL, age_tree, extract, jpeg, lay_out, make_archives
 from tests.conftest import make_folder
@@ -36,7 +36,7 @@ def folder(archives, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def packed(archives, tmp_path_factory):
-    """Do not change it."""
+    """Shared by all tests: copy it (fixture `mine`) before changing it."""
     return pack(archives, tmp_path_factory.mktemp("packing") / "packed")
 
 
@@ -46,7 +46,7 @@ def mine(packed, tmp_path):
 
 
 def without_names(found: dict[str, str]) -> dict[str, str]:
-    """index.json has the class names of the devkit, which a folder has not."""
+    """Without index.json: it has the class names of the devkit, which a folder does not have."""
     return {name: digest for name, digest in found.items() if name != "index.json"}
 
 
@@ -63,7 +63,7 @@ def test_a_folder_and_the_archives_it_came_from_give_the_same_shards(packed, fol
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_writes(archives, packed, tmp_path):
+def test_two_processes_write_the_same_bytes_as_one(archives, packed, tmp_path):
     code, _, err = run(
         f"source={archives}", f"root={tmp_path}/two", "engine.workers=2", "num_shards=3"
     )
@@ -71,7 +71,7 @@ def test_two_processes_write_what_one_writes(archives, packed, tmp_path):
     assert hashes(tmp_path / "two") == hashes(packed)
 
 
-def test_train_and_then_val_is_what_both_at_once_are(archives, packed, tmp_path):
+def test_packing_train_then_val_equals_packing_both(archives, packed, tmp_path):
     pack(archives, tmp_path, split="train")
     assert list(json.loads((tmp_path / "_info.json").read_bytes())["splits"]) == ["train"]
     pack(archives, tmp_path, split="val")
@@ -83,7 +83,7 @@ def test_shards_packed_again_keep_names_classes_and_order(packed, tmp_path):
     assert hashes(again) == hashes(packed)  # keep_original: small JPEGs are copied
 
 
-def test_the_index_has_no_times_hosts_or_paths(packed):
+def test_the_index_contains_no_times_hosts_or_paths(packed):
     text = (packed / "index.json").read_text() + (packed / "_info.json").read_text()
     for part in (
         str(packed),
@@ -95,7 +95,7 @@ def test_the_index_has_no_times_hosts_or_paths(packed):
         assert part not in text
 
 
-def test_shards_differ_by_one_image_at_most_and_hold_each_image_once(packed):
+def test_shard_sizes_differ_by_at_most_one_and_each_image_is_packed_once(packed):
     index = json.loads((packed / "index.json").read_bytes())
     assert [s["images"] for s in index["splits"]["train"]["shards"]] == [16, 16, 16]
     assert [s["images"] for s in index["splits"]["val"]["shards"]] == [4, 3, 3]
@@ -116,7 +116,7 @@ def test_the_seed_changes_the_order_and_nothing_else(archives, packed, tmp_path)
 
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory):
-    """400 images that take some milliseconds each."""
+    """400 images that take a few milliseconds each."""
     return make_folder(tmp_path_factory.mktemp("packing") / "larger", 360, 40, size=200)
 
 
@@ -132,7 +132,7 @@ def larger_packed(larger, tmp_path_factory):
 
 @pytest.fixture
 def endless(larger, tmp_path):
-    """The same images, but Pillow reads the header of one for a minute: whatever the machine does, it is not done."""
+    """The same images, but Pillow needs a minute to read the header of one: packing never finishes."""
     source = Path(shutil.copytree(larger, tmp_path / "endless"))
     slow = sorted(source.glob("train/*/*"))[100]
     slow.write_bytes(b"P5 #")
@@ -140,7 +140,7 @@ def endless(larger, tmp_path):
     return source
 
 
-def mend(endless: Path, larger: Path) -> None:
+def replace_endless(endless: Path, larger: Path) -> None:
     slow = max(endless.glob("train/*/*"), key=lambda path: path.stat().st_size)
     shutil.copy(larger / slow.relative_to(endless), slow)
 
@@ -149,7 +149,7 @@ LATER = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGT
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, *LATER])
-def test_a_run_that_is_stopped_leaves_nothing_behind_and_goes_on(
+def test_a_stopped_run_leaves_no_temporary_files_and_resumes(
     endless, larger, larger_packed, tmp_path, number
 ):
     root = tmp_path / "root"
@@ -160,7 +160,7 @@ def test_a_run_that_is_stopped_leaves_nothing_behind_and_goes_on(
         assert code == -number
     else:
         assert code == 75
-        last = "alexnet_ddp: stopped; what is written stays, and the same command goes on\n"
+        last = "alexnet_ddp: stopped; rerun the same command to resume\n"
         assert err.endswith(last)
         assert err.count("\n") == 2  # and the headline of train
         assert not (root / "_tmp").exists()
@@ -170,14 +170,14 @@ def test_a_run_that_is_stopped_leaves_nothing_behind_and_goes_on(
     assert not members_of_group(process.pid)
     before = {path: path.stat().st_mtime_ns for path in root.glob("_state/*/*.json")}
     assert 4 <= len(before) < 20
-    mend(endless, larger)
+    replace_endless(endless, larger)
     pack(endless, root, shorter_side=64, num_shards=20)
     assert hashes(root) == hashes(larger_packed)
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_lost_is_one_line_and_code_74(endless, tmp_path):
+def test_a_lost_worker_is_reported_in_one_line_with_code_74(endless, tmp_path):
     process = start(f"source={endless}", f"root={tmp_path}/root", "engine.workers=2", *LARGER)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("root/_state/*/*.json"))) < 1 and time.monotonic() < deadline:
@@ -187,8 +187,8 @@ def test_a_worker_that_is_lost_is_one_line_and_code_74(endless, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 74
     assert err.splitlines()[-1] == (
-        "alexnet_ddp: a worker process was lost; it may have run out of memory: use fewer engine.workers; "
-        "the same command goes on"
+        "alexnet_ddp: a worker process was lost; it may have run out of memory: use fewer engine.workers "
+        "and rerun the same command to resume"
     )
     assert not (tmp_path / "root/_tmp").exists()
 
@@ -235,13 +235,13 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_is_damaged_or_gone_is_written_again(archives, packed, mine, damage):
+def test_damaged_or_missing_files_are_written_again(archives, packed, mine, damage):
     DAMAGE[damage](mine)
     pack(archives, mine)
     assert hashes(mine) == hashes(packed)
 
 
-def test_a_damaged_index_is_named_with_what_to_do(archives, packed, mine):
+def test_a_damaged_index_is_reported_with_a_remedy(archives, packed, mine):
     (mine / "index.json").write_text("{")
     with pytest.raises(
         DataError, match=r"index.json is damaged \(.*\); remove it and prepare again: whole shards"
@@ -252,7 +252,7 @@ def test_a_damaged_index_is_named_with_what_to_do(archives, packed, mine):
     assert hashes(mine) == hashes(packed)
 
 
-def test_drafts_of_a_run_that_was_killed_are_removed(archives, packed, mine):
+def test_temporary_files_of_a_killed_run_are_removed(archives, packed, mine):
     (mine / "_tmp").mkdir()
     (mine / "_tmp/train-000000.tar.abc").write_bytes(b"half")
     pack(archives, mine)
@@ -265,7 +265,7 @@ def test_two_runs_cannot_share_a_root(archives, tmp_path):
     fcntl.flock(folder, fcntl.LOCK_EX)
     with pytest.raises(
         MachineError,
-        match=r"another preparation is at work in .*; wait for it, or give another root",
+        match=r"another preparation is writing to .*; wait for it, or give another root",
     ):
         pack(archives, tmp_path)
     os.close(folder)
@@ -280,7 +280,7 @@ def test_shards_of_another_recipe_are_only_replaced_on_demand(archives, packed, 
     with pytest.raises(ConfigError) as caught:
         pack(archives, mine, **stale)
     assert str(caught.value) == (
-        f"{mine} holds train shards that were made otherwise (recipe.shorter_side 8 instead of 256, recipe.quality 80 "
+        f"{mine} contains train shards of another plan (recipe.shorter_side 8 instead of 256, recipe.quality 80 "
         "instead of 90, num_shards 2 instead of 3); give another root, or replace them with overwrite=true"
     )
     assert hashes(mine) == before
@@ -305,19 +305,19 @@ def test_the_old_shards_are_withdrawn_before_the_first_new_one_is_written(
         seen.append((list(json.loads((mine / "index.json").read_bytes())["splits"]), list(info)))
         raise DataError("enough")
 
-    monkeypatch.setattr("alexnet_ddp.prepare.write_shard", fail)
+    monkeypatch.setattr("alexnet_ddp.prepare.command.write_shard", fail)
     with pytest.raises(DataError, match="enough"):
         pack(archives, mine, quality=80, overwrite=True)
     assert seen == [(["val"], ["val"])]
     assert not (mine / "train.wids.json").exists()
 
 
-def test_another_encoder_does_not_replace_shards_unasked(archives, mine, monkeypatch):
+def test_another_encoder_does_not_replace_shards_without_overwrite(archives, mine, monkeypatch):
     before = hashes(mine)
     for module in (plan, write):
         monkeypatch.setattr(module, "fingerprint", lambda: "Pillow 99")
     with pytest.raises(
-        ConfigError, match=r"made otherwise \(encoder Pillow 99 instead of Pillow [\d.]+, libjpeg"
+        ConfigError, match=r"of another plan \(encoder Pillow 99 instead of Pillow [\d.]+, libjpeg"
     ):
         pack(archives, mine)
     assert hashes(mine) == before
@@ -337,7 +337,9 @@ def test_splits_must_have_the_same_classes(tmp_path, packed, mine):
         DataError, match="train and val must have the same classes, but only train has dog"
     ):
         pack(tree, tmp_path / "root", num_shards=1)
-    with pytest.raises(DataError, match="holds train shards of other classes; give another root"):
+    with pytest.raises(
+        DataError, match="contains train shards of other classes; give another root"
+    ):
         pack(tree, mine, num_shards=1, split="val")
 
 
@@ -347,10 +349,10 @@ def test_splits_must_have_the_same_classes(tmp_path, packed, mine):
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        ((), r"source \(.*\) is not there; give the directory or the URL"),
+        ((), r"source \(.*\) does not exist; give the directory or the URL"),
         (
             ("x.jpg",),
-            "holds no images that can be packed; it must have ILSVRC2012_img_train.tar, train/CLASS/",
+            "contains no images to pack; it must have ILSVRC2012_img_train.tar, train/CLASS/",
         ),
         (("train/x.jpg",), "1 images but no class folders; move the images into .*/train/CLASS/"),
         (("train/a/x\ny.jpg",), r"'a/x\\ny.jpg' has a line break in its name, .*; rename it"),
@@ -370,18 +372,20 @@ def test_more_shards_than_images_are_refused(folder, tmp_path):
         pack(folder, tmp_path, num_shards=49)
 
 
-def test_a_source_without_val_is_packed_with_a_word_about_it(folder, tmp_path, caplog):
+def test_a_source_without_val_is_packed_with_a_warning(folder, tmp_path, caplog):
     shutil.copytree(folder / "train", tmp_path / "tree/train")
     age_tree(tmp_path / "tree")
     root = pack(tmp_path / "tree", tmp_path / "root")
-    assert "holds no val images: only train is packed; training needs both" in caplog.text
+    assert "contains no val images: only train is packed; training needs both" in caplog.text
     assert list(json.loads((root / "index.json").read_bytes())["splits"]) == ["train"]
 
 
 def test_a_val_archive_without_its_labels_is_not_left_out_silently(archives, tmp_path):
     shutil.copytree(archives, tmp_path / "copy")
     (tmp_path / "copy" / DEVKIT).unlink()
-    with pytest.raises(DataError, match=f"lacks {DEVKIT}, which holds the labels of {VAL}; add it"):
+    with pytest.raises(
+        DataError, match=f"lacks {DEVKIT}, which contains the labels of {VAL}; add it"
+    ):
         pack(tmp_path / "copy", tmp_path / "root")
 
 
@@ -397,7 +401,7 @@ def test_the_root_must_not_be_the_source(folder, tmp_path):
         pack(folder, tmp_path / "link")
 
 
-def test_names_that_are_no_utf8_are_kept(folder, tmp_path):
+def test_names_that_are_not_utf8_are_kept(folder, tmp_path):
     tree = Path(shutil.copytree(folder, tmp_path / "tree"))
     some = next((tree / "train").rglob("*.JPEG"))
     strange = os.fsencode(some.parent) + b"/z\xff.JPEG"
@@ -423,12 +427,12 @@ def test_an_image_that_was_replaced_by_one_of_another_size_is_packed_again(folde
 # --- before anything is written -------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_says_what_would_be_done_and_writes_nothing(archives, tmp_path, caplog):
+def test_a_dry_run_reports_the_work_and_writes_nothing(archives, tmp_path, caplog):
     caplog.set_level("INFO")
     pack(archives, tmp_path / "root", dry_run=True, **RAW)
     assert not (tmp_path / "root").exists()
     assert (
-        "train: 48 images of 4 classes in 3 shards; 3 shards to write, 0.00 GB, 0 are there"
+        "train: 48 images of 4 classes in 3 shards; 3 shards to write, 0.00 GB, 0 exist"
         in caplog.messages
     )
     pack(archives, tmp_path / "root", **RAW)
@@ -436,7 +440,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(archives, tmp_path
     pack(archives, tmp_path / "root", dry_run=True, **RAW)
     assert times(tmp_path / "root") == before
     assert (
-        "train: 48 images of 4 classes in 3 shards; 0 shards to write, 0.00 GB, 3 are there"
+        "train: 48 images of 4 classes in 3 shards; 0 shards to write, 0.00 GB, 3 exist"
         in caplog.messages
     )
 
@@ -445,19 +449,22 @@ RAW = {"encoding": "raw", "size": 32}
 
 
 @pytest.mark.parametrize("knobs", [RAW, {"shorter_side": None}])
-def test_the_room_that_shards_need_is_known_where_it_can_be(archives, tmp_path, knobs, monkeypatch):
+def test_the_space_for_shards_is_checked_if_it_can_be_computed(
+    archives, tmp_path, knobs, monkeypatch
+):
     cfg = config(archives, tmp_path / "root", **knobs)
     tasks = [
         task
         for split in ("train", "val")
         for task in plan.make_plan(cfg, cfg.root, split, open_source(cfg.source, split)).tasks()
     ]
-    needed = claim.bytes_needed(tasks)
+    needed = checks.bytes_needed(tasks)
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, needed - 1)
     )
     with pytest.raises(
-        MachineError, match=r"root has 0.00 GB free, the 6 shards to write need 0.00; make room, or"
+        MachineError,
+        match=r"root has 0.00 GB free, the 6 shards to write need 0.00; free some space, or",
     ):
         prepare(cfg)
     assert not (tmp_path / "root").exists()
@@ -467,13 +474,13 @@ def test_the_room_that_shards_need_is_known_where_it_can_be(archives, tmp_path, 
     assert needed - 6 * 1024 <= used - 6 * 1024 <= needed + 6 * 10_240  # tar fills its last record
 
 
-def test_the_room_is_not_guessed_where_images_are_encoded(archives, tmp_path):
+def test_the_space_is_not_estimated_for_encoded_images(archives, tmp_path):
     cfg = config(archives, tmp_path)
     tasks = list(plan.make_plan(cfg, cfg.root, "train", open_source(cfg.source, "train")).tasks())
-    assert claim.bytes_needed(tasks) is None
+    assert checks.bytes_needed(tasks) is None
 
 
-# --- far away -------------------------------------------------------------------------------------------------------
+# --- URLs -----------------------------------------------------------------------------------------------------------
 
 
 def upload(folder: Path, url: str) -> None:
@@ -502,7 +509,7 @@ def test_urls_are_sources_and_roots(folder, packed, tmp_path):
     assert hashes(tmp_path / "file") == hashes(here)
 
 
-def test_memory_is_for_one_process_and_tars_are_for_disks(folder, tmp_path):
+def test_memory_urls_need_one_process_and_tars_a_local_disk(folder, tmp_path):
     url = f"memory://{tmp_path.name}"
     with pytest.raises(
         ConfigError, match=r"memory://.* is in the memory of this process, .*; use engine.workers=1"
@@ -510,7 +517,8 @@ def test_memory_is_for_one_process_and_tars_are_for_disks(folder, tmp_path):
         pack(folder, f"{url}/out", workers=2)
     Storage(url).write("train-0.tar", b"x")
     with pytest.raises(
-        DataError, match=r"has tars at a URL, which cannot be packed; copy them here first"
+        DataError,
+        match=r"has tars at a URL, which cannot be packed; copy them to this machine first",
     ):
         pack(url, tmp_path / "out", split="train")
 
@@ -518,11 +526,11 @@ def test_memory_is_for_one_process_and_tars_are_for_disks(folder, tmp_path):
 # --- a disk that fails ----------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_one_line_and_code_74_and_nobodys_bad_image(larger, tmp_path):
+def test_a_full_disk_is_one_line_and_code_74_and_not_a_bad_image(larger, tmp_path):
     root = tmp_path / "full"
     root.mkdir()
     if os.geteuid() or os.system(f"mount -t tmpfs -o size=300k tmpfs {root} 2>/dev/null"):
-        # The real thing or nothing: /dev/full holds no folder, and a patched write would test the patch.
+        # The real thing or nothing: /dev/full cannot contain a folder, and a patched write would test the patch.
         pytest.skip("needs root, to mount a small file system")
     try:
         overrides = (
@@ -536,7 +544,7 @@ def test_a_full_disk_is_one_line_and_code_74_and_nobodys_bad_image(larger, tmp_p
         assert code == 74, err
         assert re.fullmatch(
             rf"alexnet_ddp: {root}/out/(train-00000\d.tar|_state.*): No space left on device; "
-            "mend it, and the same command goes on",
+            "fix it and rerun the same command to resume",
             err.splitlines()[-1],
         )
         assert "Traceback" not in err
@@ -556,7 +564,8 @@ def test_a_disk_that_cannot_be_read_is_raised_and_not_quarantined(folder, tmp_pa
 
     monkeypatch.setattr(Storage, "read", failing)
     with pytest.raises(
-        MachineError, match=r"_7.JPEG: Input/output error; mend it, and the same command goes on"
+        MachineError,
+        match=r"_7.JPEG: Input/output error; fix it and rerun the same command to resume",
     ):
         pack(folder, tmp_path / "root")
     assert not (tmp_path / "root/index.json").exists()
@@ -580,14 +589,14 @@ def test_an_image_that_vanishes_after_the_listing_is_named(folder, tmp_path):
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_says_what_it_did(archives, tmp_path):
+def test_the_command_reports_its_work(archives, tmp_path):
     code, out, err = run(
         f"source={archives}", f"root={tmp_path}/root", "num_shards=2", "engine.workers=1"
     )
     assert code == 0
     assert err == (
-        "train: 48 images of 4 classes in 2 shards; 2 shards to write, 0 are there\n"
-        "val: 10 images of 4 classes in 2 shards; 2 shards to write, 0 are there\n"
+        "train: 48 images of 4 classes in 2 shards; 2 shards to write, 0 exist\n"
+        "val: 10 images of 4 classes in 2 shards; 2 shards to write, 0 exist\n"
     )
     assert str(tmp_path / "root") in out
 
@@ -596,6 +605,6 @@ def test_the_command_starts_without_torch():
     import subprocess
     import sys
 
-    code = "import sys, alexnet_ddp.prepare; print(sorted({'torch', 'pyspark', 'scipy'} & set(sys.modules)))"
+    code = "import sys, alexnet_ddp.prepare.command; print(sorted({'torch', 'pyspark', 'scipy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

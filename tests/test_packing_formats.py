@@ -183,12 +183,12 @@ def test_foreign_webdataset_tars_are_a_source(root, tmp_path):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"a.jpg": b"x"}, "holds a without both an image and a label; mend or remove the tar"),
+        ({"a.jpg": b"x"}, "contains a without both an image and a label; fix or remove the tar"),
         (
             {"a.jpg": b"x", "a.cls": b"cat"},
-            "a.cls must hold the label as a number below 1,000,000, got b'cat'",
+            "a.cls must contain the label as a number below 1,000,000, got b'cat'",
         ),
-        ({"a.txt": b"x"}, "holds no pair of KEY.cls and an image; it is no WebDataset tar"),
+        ({"a.txt": b"x"}, "contains no pair of KEY.cls and an image; it is not a WebDataset tar"),
     ],
 )
 def test_tars_that_are_no_webdataset_are_explained(tmp_path, members, message):
@@ -205,6 +205,7 @@ def test_raw_shards_are_not_packed_again(raw, tmp_path):
     from alexnet_ddp.runtime.errors import DataError
 
     with pytest.raises(
-        DataError, match="holds raw pixels, which are not packed again; give its own source"
+        DataError,
+        match="contains raw pixels, which cannot be packed again; give the source of these",
     ):
         pack(raw, tmp_path / "out")

@@ -18,7 +18,7 @@ from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.sources.sets import colour_basis
 from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.prepare.encode import Recipe, Refused, encode
-from alexnet_ddp.prepare.statistics import Statistics
+from alexnet_ddp.prepare.write import Statistics
 from alexnet_ddp.runtime.errors import DataError
 from tests.archives import TRAIN, age_tree, jpeg, make_archives, tar, write
 from tests.packing import hashes, pack
@@ -95,13 +95,13 @@ def test_a_bad_image_has_a_fixed_reason(name):
         assert str(caught.value) == name.split()[0]
 
 
-def test_the_header_is_judged_before_the_pixels():
+def test_the_header_is_checked_before_the_pixels():
     """Else a bomb would be decoded before it is refused."""
     with pytest.raises(Refused, match="bomb"):
         encode(bomb()[:100], recipe())
 
 
-def test_another_library_that_wants_truncated_images_does_not_get_them_here(monkeypatch):
+def test_truncated_images_are_refused_even_if_another_library_allows_them(monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     with pytest.raises(Refused, match="truncated"):
         encode(BAD["truncated"], recipe())
@@ -140,7 +140,7 @@ def test_a_jpeg_that_needs_no_change_is_copied(name):
 
 
 @pytest.mark.parametrize("name", ["cmyk", "png named jpeg", "webp"])
-def test_what_is_no_plain_jpeg_is_encoded(name):
+def test_an_image_that_is_not_a_plain_jpeg_is_encoded(name):
     assert encode(GOOD[name], recipe()).data[:2] == b"\xff\xd8"
 
 
@@ -165,7 +165,7 @@ def test_a_very_long_image_becomes_a_square_without_filling_the_memory(size):
     assert np.array_equal(np.unique(pixels.reshape(-1, 3), axis=0), [[9, 8, 7]])
 
 
-def test_a_raw_square_is_what_torchvision_makes_of_the_image():
+def test_a_raw_square_equals_torchvisions():
     v2 = pytest.importorskip("torchvision.transforms.v2")
     pixels = encode(saved(PHOTO, "PNG"), recipe(encoding=Encoding.raw, size=32)).pixels
     resize = v2.Compose([v2.Resize(32), v2.CenterCrop(32)])
@@ -224,13 +224,13 @@ def test_bad_images_are_quarantined_and_nothing_else_is_lost(tree, tmp_path):
     )  # a bad one leaves a gap: the others keep their places
 
 
-def test_too_many_bad_images_end_it_before_the_commit_and_mending_them_goes_on(tree, tmp_path):
+def test_too_many_bad_images_stop_before_the_commit_and_fixing_them_resumes(tree, tmp_path):
     root = tmp_path / "root"
     with pytest.raises(DataError) as caught:
         pack(tree, root, split="train", max_quarantine=2)
     assert str(caught.value).split(" images")[0] in ("3", "4", "5", "6", "7", "8", "9", "10")
     assert (
-        f"bad, max_quarantine is 2: they were not committed. Their names are in {root}/train.quarantine.jsonl; mend "
+        f"bad, more than max_quarantine (2); nothing was committed. Their names are in {root}/train.quarantine.jsonl; fix "
         in str(caught.value)
     )
     assert not (root / "index.json").exists()
@@ -259,7 +259,7 @@ def test_a_source_of_bad_images_alone_is_refused(tree, tmp_path):
         pack(tree, tmp_path / "root", split="train")
 
 
-def test_the_last_image_of_an_archive_that_is_cut_is_truncated_and_all_others_are_there(tmp_path):
+def test_only_the_last_image_of_a_cut_archive_is_truncated(tmp_path):
     archives = make_archives(tmp_path / "archives")
     with tarfile.open(archives / TRAIN) as outer:
         tars = {m.name: outer.extractfile(m).read() for m in outer}
@@ -279,7 +279,7 @@ def test_the_last_image_of_an_archive_that_is_cut_is_truncated_and_all_others_ar
 @pytest.mark.parametrize(
     "knobs", [{}, {"encoding": "raw", "size": 24}, {"shorter_side": 16, "mean_image": 12}]
 )
-def test_the_sums_are_numpys_over_the_packed_images(tmp_path, knobs):
+def test_the_sums_equal_numpys_over_the_packed_images(tmp_path, knobs):
     archives = make_archives(tmp_path / "archives")
     root = pack(archives, tmp_path / "root", **knobs)
     stats = json.loads((root / "train.stats.json").read_bytes())
@@ -353,7 +353,7 @@ def test_without_statistics_the_colour_noise_is_imagenets(tmp_path, caplog):
     assert "train.stats.json cannot be read" in caplog.text
 
 
-def test_duplicates_are_found_by_the_bytes_as_they_came(tmp_path):
+def test_duplicates_are_found_by_their_source_bytes(tmp_path):
     archives = make_archives(tmp_path / "archives")
     from tests.archives import extract
 

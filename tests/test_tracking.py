@@ -1,4 +1,4 @@
-"""Tracking: one log() and its sinks. The terminal is a real one; wandb has a file of its own."""
+"""Tracking: log() and its sinks, on a real pseudo-terminal. test_tracking_wandb.py tests wandb."""
 
 import contextlib
 import json
@@ -86,7 +86,7 @@ def test_values_that_are_not_finite_stay_valid_json_and_are_read_back_by_float(t
     assert (row["train/loss"], float(row["a"]), float(row["b"])) == ("nan", math.inf, -math.inf)
 
 
-def test_a_resumed_run_drops_later_rows_and_a_torn_one_and_goes_on_in_time(tmp_path, capsys):
+def test_a_resumed_run_drops_later_and_damaged_rows_and_continues_the_clock(tmp_path, capsys):
     log = tracker(tmp_path)
     time.sleep(0.05)
     log_steps(log, (10, 20, 30))
@@ -100,10 +100,10 @@ def test_a_resumed_run_drops_later_rows_and_a_torn_one_and_goes_on_in_time(tmp_p
     assert (tmp_path / "metrics.jsonl").read_text().splitlines()[:4] == kept
     times = [row["time_s"] for row in rows(tmp_path)]
     assert times == sorted(times)
-    assert "1 torn row dropped" in capsys.readouterr().out
+    assert "1 damaged row dropped" in capsys.readouterr().out
 
 
-def test_a_run_that_starts_again_at_step_0_drops_what_it_never_saved(tmp_path):
+def test_a_run_that_restarts_at_step_0_drops_all_rows(tmp_path):
     log_steps(log := tracker(tmp_path), (0, 10))
     log.close(1)
     log_steps(log := tracker(tmp_path), (0,))
@@ -131,7 +131,7 @@ def test_rank_1_has_no_sinks_and_writes_nothing(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_without_a_terminal_there_are_plain_lines(tmp_path, capsys):
+def test_without_a_terminal_plain_lines_are_printed(tmp_path, capsys):
     log = tracker(tmp_path)
     log.log(120, 3.85, TRAIN | {"data/index_hash": "ab", "time/data_s": 0.1})
     log.log(124, 4.0, EVAL)
@@ -143,7 +143,7 @@ def test_without_a_terminal_there_are_plain_lines(tmp_path, capsys):
     ]
 
 
-def test_a_reader_of_plain_lines_that_goes_away_does_not_end_the_run(tmp_path):
+def test_a_closed_stdout_does_not_end_the_run(tmp_path):
     body = "t = start(sys.argv[1], 'disabled', 0)\nfor i in range(99): t.log(i, 0.0, {'train/loss': 1.0})\nt.close(0)"
     read, write = os.pipe()
     os.close(read)
@@ -153,7 +153,7 @@ def test_a_reader_of_plain_lines_that_goes_away_does_not_end_the_run(tmp_path):
     assert len(rows(tmp_path)) == 99
 
 
-def test_on_a_terminal_there_is_a_progress_bar_and_evaluations_stay_above_it(tmp_path):
+def test_a_terminal_shows_a_progress_bar_below_the_evaluations(tmp_path):
     body = """
         t = start(sys.argv[1], "disabled", 20)
         t.say("hello from above")

@@ -1,4 +1,4 @@
-"""What a run writes about itself: whole files, every start, and no secrets."""
+"""Records of a run: complete files, every start, and no secrets."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from tests.test_tracking import start_program
 CLASSES = {"ids": ["n1", "n2"], "names": ["cat", "dog"]}
 
 
-def test_json_is_replaced_in_one_piece_under_kill(tmp_path):
+def test_json_is_replaced_atomically_under_kill(tmp_path):
     body = """
         from alexnet_ddp.runtime.files import write_json
         print("ready", flush=True)
@@ -37,7 +37,9 @@ def test_json_is_replaced_in_one_piece_under_kill(tmp_path):
         assert json.loads((tmp_path / "a.json").read_bytes())["numbers"][-1] == 4_999
 
 
-def test_json_that_cannot_be_written_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
+def test_json_that_cannot_be_written_leaves_the_old_file_and_no_temporary_file(
+    tmp_path, monkeypatch
+):
     write_json(tmp_path / "a.json", {"old": 1})
     monkeypatch.setattr(
         os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
@@ -48,7 +50,7 @@ def test_json_that_cannot_be_written_leaves_the_old_file_and_no_rest(tmp_path, m
     assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
 
 
-def test_each_start_of_a_run_is_recorded_and_a_torn_record_begins_anew(tmp_path, caplog):
+def test_each_start_of_a_run_is_recorded_and_a_damaged_record_is_replaced(tmp_path, caplog):
     for start_step in (0, 20):
         record_run(
             tmp_path,
@@ -72,7 +74,7 @@ def test_each_start_of_a_run_is_recorded_and_a_torn_record_begins_anew(tmp_path,
             start["start_step"]
             for start in json.loads((tmp_path / "run.json").read_text())["starts"]
         ] == [40]
-    assert "begins anew" in caplog.text
+    assert "is replaced" in caplog.text
     assert read_classes(tmp_path) == CLASSES
     (tmp_path / "classes.json").unlink()
     with pytest.raises(
@@ -103,7 +105,7 @@ def test_the_commit_is_recorded_only_for_files_of_the_tree(tmp_path):
     assert _git(package)["dirty"] is True
 
 
-def test_status_says_how_the_run_stands(tmp_path):
+def test_status_contains_the_state_of_the_run(tmp_path):
     write_status(tmp_path, "preempted", 120, 75, "SIGTERM")
     status = json.loads((tmp_path / "status.json").read_text())
     assert set(status) == {"state", "step", "exit_code", "message", "time", "pid", "host"}

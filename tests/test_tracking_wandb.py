@@ -1,4 +1,4 @@
-"""wandb, for real and offline, in a process of its own; and a wandb that fails in every way it can."""
+"""The wandb helper process: with the real wandb offline, and with a fake one that fails in many ways."""
 
 import json
 import signal
@@ -13,7 +13,7 @@ from alexnet_ddp.tracking import wandb_sink
 from alexnet_ddp.tracking.wandb_sink import wandb_mode
 from tests.test_tracking import rows, start_program, tracker
 
-# One worker runs these tests: the fixtures start real wandb processes, which takes 20 s.
+# One pytest worker runs these tests: the fixtures start real wandb processes, which takes 20 s.
 pytestmark = pytest.mark.xdist_group("wandb")
 
 FAKE_WANDB = """
@@ -74,7 +74,7 @@ def wandb_run(file):
 
 @pytest.fixture(scope="module")
 def resumed_offline(tmp_path_factory):
-    """A run that is killed after step 40 with a checkpoint at 30, and goes on from there to 60."""
+    """A run that is killed after step 40 with a checkpoint at 30, and resumes from it to 60."""
     run_dir = tmp_path_factory.mktemp("wandb")
     body = """
         t = start(sys.argv[1], "offline", int(sys.argv[2]))
@@ -97,7 +97,7 @@ def resumed_offline(tmp_path_factory):
     while not any(
         wandb_run(file)["exit"] for file in run_dir.glob("wandb/offline-run-*/run-*.wandb")
     ):
-        assert time.monotonic() < deadline, (run_dir / "wandb/follower.log").read_text()
+        assert time.monotonic() < deadline, (run_dir / "wandb/helper.log").read_text()
         time.sleep(0.1)
     time.sleep(1)  # names of offline runs are second-wise
     second = start_program(body, run_dir, 30, 60, 0, stdout=subprocess.PIPE)
@@ -110,7 +110,7 @@ def resumed_offline(tmp_path_factory):
     )
 
 
-def test_the_process_that_resumes_logs_under_the_same_wandb_id(resumed_offline):
+def test_a_resumed_run_keeps_its_wandb_id(resumed_offline):
     run_dir, output, (first, second) = resumed_offline
     assert first["ids"] == second["ids"] == {(run_dir / "wandb_id.txt").read_text().strip()}
     assert f"wandb: offline; upload with: wandb sync {run_dir}/wandb/offline-run-*" in output
@@ -130,7 +130,7 @@ def test_the_process_that_resumes_logs_under_the_same_wandb_id(resumed_offline):
     ]
 
 
-def test_wandb_has_every_row_against_step_also_of_a_killed_run(resumed_offline):
+def test_wandb_has_every_row_even_of_a_killed_run(resumed_offline):
     _, _, (first, second) = resumed_offline
     assert [(row["step"], row["_step"], row["val/top1"]) for row in first["history"]] == [
         (step, step, 50.0 + step) for step in (10, 20, 30, 40)
@@ -148,7 +148,7 @@ def test_secrets_reach_no_file_of_wandb(resumed_offline):
 
 @pytest.fixture(scope="module", autouse=True)
 def without_server(tmp_path_factory):
-    """Two runs that work while other tests do: one whose server is not there, one that has no key."""
+    """Two runs in the background: one with an unreachable server, one without a key."""
     body = """
         marks = [time.perf_counter()]
         t = start(sys.argv[1], "online", 0)
@@ -196,7 +196,7 @@ def collect(without_server, position):
             "offline",
             ["offline;", "warning: wandb cannot start (ValueError: fake error in init)"],
         ),
-        ("init", "online", ["cannot go online (ValueError: fake error in init)", "cannot start"]),
+        ("init", "online", ["cannot connect (ValueError: fake error in init)", "cannot start"]),
         (
             "log",
             "online",
@@ -213,7 +213,7 @@ def collect(without_server, position):
         ("hang-finish", "online", ["https://wandb.test/run", "it did not finish in 1 s"]),
     ],
 )
-def test_a_wandb_that_fails_costs_one_line(fake, mode, words, tmp_path, monkeypatch, capsys):
+def test_a_failing_wandb_is_reported_in_one_line(fake, mode, words, tmp_path, monkeypatch, capsys):
     (tmp_path / "path/wandb").mkdir(parents=True)
     (tmp_path / "path/wandb/__init__.py").write_text(FAKE_WANDB)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
@@ -247,7 +247,7 @@ def test_wandb_mode_of_the_environment_narrows_the_configuration(monkeypatch):
     assert wandb_mode("online") == "online"
 
 
-def test_online_without_a_key_is_offline_and_asks_nothing(without_server):
+def test_online_without_a_key_is_offline_without_a_prompt(without_server):
     run_dir, said, _ = collect(without_server, 1)
     assert len(said) == 1
     assert "No API key" in said[0]
@@ -257,7 +257,7 @@ def test_online_without_a_key_is_offline_and_asks_nothing(without_server):
 def test_an_unreachable_server_delays_neither_start_nor_log_and_the_run_is_offline(without_server):
     run_dir, said, (start_s, log_s, close_s) = collect(without_server, 0)
     assert len(said) == 1
-    assert "cannot go online" in said[0]
+    assert "cannot connect" in said[0]
     assert "connection refused" in said[0]
     assert (start_s < 5, log_s < 0.5, close_s < 11) == (True, True, True), (start_s, log_s, close_s)
     (file,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")

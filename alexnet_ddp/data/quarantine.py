@@ -13,10 +13,12 @@ from alexnet_ddp.data.sources.index import SampleIndex
 from alexnet_ddp.data.sources.source import Skipped
 from alexnet_ddp.runtime.distributed import World, all_gather_objects, from_main
 from alexnet_ddp.runtime.errors import DataError
-from alexnet_ddp.runtime.files import write_bytes
+from alexnet_ddp.runtime.files import keep_rows, write_bytes
 from alexnet_ddp.runtime.redaction import redact
 
 log = logging.getLogger(__name__)
+
+_FIELDS = frozenset({"split", "index", "kind", "step"})
 
 
 class Quarantine:
@@ -38,9 +40,15 @@ class Quarantine:
         Rows of later steps are dropped, because these steps are repeated.
         sets: "train" and "val"; max_train: the number of training images that may be bad.
         """
-        self._path = run_dir / "quarantine.jsonl"
-        self._sets, self._max_train, self._world = sets, max_train, world
-        self._rows: list[dict] = from_main(lambda: _kept(self._path, start_step), world)
+        self._path, self._sets, self._max_train, self._world = (
+            run_dir / "quarantine.jsonl",
+            sets,
+            max_train,
+            world,
+        )
+        self._rows: list[dict] = from_main(
+            lambda: keep_rows(self._path, start_step, _FIELDS)[0], world
+        )
         self._known = {(row["split"], row["index"]) for row in self._rows}
         self._warned = {row["kind"] for row in self._rows}
 
@@ -91,20 +99,3 @@ class Quarantine:
             write_bytes(self._path, "".join(json.dumps(row) + "\n" for row in self._rows).encode())
         except OSError as error:
             log.warning("%s could not be written: %s", self._path, error)
-
-
-def _kept(path: Path, start_step: int) -> list[dict]:
-    """The rows up to `start_step`; removes all other lines, and incomplete ones, from the file."""
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    rows = [row for row in map(_parsed, lines) if row is not None and row["step"] <= start_step]
-    if len(rows) < len(lines):
-        write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    return rows
-
-
-def _parsed(line: str) -> dict | None:
-    try:
-        row = json.loads(line)
-        return row if {"split", "index", "kind", "step"} <= row.keys() else None
-    except (ValueError, AttributeError):
-        return None

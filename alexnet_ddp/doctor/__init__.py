@@ -1,1 +1,1 @@
-"""What a run needs, what there is, and what to do where they differ. Looked at or measured, not guessed."""
+"""Checks the machines for a run: prints what was found, what is needed and the remedy."""

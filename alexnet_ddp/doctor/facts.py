@@ -1,4 +1,4 @@
-"""What a rank knows of its machine without asking another one. JSON's types, so that it can go through the store."""
+"""Collects the facts that a rank can find about its machine on its own, as JSON types."""
 
 import contextlib
 import hashlib
@@ -34,40 +34,40 @@ _ALONE = {"WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 @dataclass(frozen=True)
 class Facts:
-    """Of one rank."""
+    """Facts about one rank."""
 
     rank: int
     local_rank: int
     local_world_size: int
     host: str
-    network: str  # names the network stack: ranks that share it reach each other by 127.0.0.1
-    address: str  # what the host's own name resolves to; "" where it does not
+    network: str  # id of the network stack: ranks with the same one can use 127.0.0.1
+    address: str  # IP address of the host's own name; "" if it does not resolve
     interfaces: list[str]
-    device: str  # cpu or cuda; else why there is none
+    device: str  # cpu, cuda, or the reason why there is none
     device_name: str
     num_devices: int
     versions: dict[str, str]
-    cores: int  # that this process may use
+    cores: int  # usable by this process
     files_limit: int  # open files
-    memory: int  # bytes that are free, of the machine or of this container
+    memory: int  # free bytes, of the machine or of this container
     shm: int  # bytes of /dev/shm
     env: dict[str, str]
-    config: dict[str, str]  # every knob and its value
-    data: str  # names what data.root shows; "" where there is none
+    config: dict[str, str]  # every option and its value
+    data: str  # fingerprint of data.root; "" if it cannot be read
 
     @property
     def is_leader(self) -> bool:
-        """Speaks for its node."""
+        """True for one rank per node, which represents it."""
         return self.local_rank == 0
 
     @property
-    def who(self) -> str:
+    def name(self) -> str:
         return f"rank {self.rank} ({self.host})"
 
 
-def look(cfg: Config, knobs: dict) -> Facts:
-    """The facts of this rank. knobs: `cfg` as JSON's types."""
-    ranks = read_ranks(_ALONE | os.environ)  # what is missing is refused when the command starts
+def collect_facts(cfg: Config, options: dict) -> Facts:
+    """Collect the facts of this rank. options: `cfg` as JSON types."""
+    ranks = read_ranks(_ALONE | os.environ)  # runtime/startup.py refuses incomplete environments
     device, name, count = _device(cfg, ranks.local_rank)
     return Facts(
         rank=ranks.rank,
@@ -86,28 +86,27 @@ def look(cfg: Config, knobs: dict) -> Facts:
         memory=free_memory(),
         shm=shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0,
         env={name: os.environ[name] for name in VARIABLES if name in os.environ},
-        config=_flat(redact(knobs)),
-        data=_shown_by(cfg),
+        config=_flatten(redact(options)),
+        data=_data_fingerprint(cfg),
     )
 
 
 def free_memory() -> int:
-    """Bytes that a process can still take: the machine's, or what a container is allowed."""
+    """Return the bytes that a process can still allocate, within the limit of its container."""
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(meminfo["MemAvailable"].split()[0]) * 1024
     group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError, KeyError):  # no control groups, or "max"
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no control groups, or no limit
         used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         limit = int((group / "memory.max").read_text())
-        taken = int((group / "memory.current").read_text()) - int(
-            used["inactive_file"]
-        )  # the page cache gives way
-        free = min(free, max(0, limit - taken))
+        current = int((group / "memory.current").read_text())
+        page_cache = int(used["inactive_file"])  # freed on demand
+        free = min(free, max(0, limit - (current - page_cache)))
     return free
 
 
 def _device(cfg: Config, local_rank: int) -> tuple[str, str, int]:
-    """(cpu or cuda, its name, how many of them this process sees)."""
+    """Return (cpu, cuda or an error, the device's name, the number of visible devices)."""
     try:
         device = choose_device(cfg.device, local_rank)
     except ConfigError as error:
@@ -130,9 +129,10 @@ def _versions() -> dict[str, str]:
 
 
 def _network() -> str:
-    """Two containers on one machine share its boot id, but not its network."""
+    """Return an id of the network stack: containers share the boot id, not the namespace."""
     try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/net')}"
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot_id} {os.readlink('/proc/self/ns/net')}"
     except OSError:
         return socket.gethostname()
 
@@ -144,12 +144,14 @@ def _address() -> str:
         return ""
 
 
-def _shown_by(cfg: Config) -> str:
-    """16 hex digits of the names below data.root, two folders deep, and of the sizes of files at its top."""
+def _data_fingerprint(cfg: Config) -> str:
+    """Return 16 hex digits: a hash of the names two levels below data.root and of its files' sizes.
+
+    "" if data.root cannot be read.
+    """
     root = getattr(cfg.data, "root", None)
-    if (
-        root is None or "://" in str(root) or isinstance(cfg.data, DemoConfig)
-    ):  # the built-in data is made where needed
+    # The built-in data is created by each node that needs it.
+    if root is None or "://" in str(root) or isinstance(cfg.data, DemoConfig):
         return "not on a disk"
     digest = hashlib.sha256()
     try:
@@ -165,11 +167,11 @@ def _shown_by(cfg: Config) -> str:
     return digest.hexdigest()[:16]
 
 
-def _flat(knobs: dict, prefix: str = "") -> dict[str, str]:
+def _flatten(options: dict, prefix: str = "") -> dict[str, str]:
     found = {}
-    for key, value in knobs.items():
+    for key, value in options.items():
         found |= (
-            _flat(value, f"{prefix}{key}.")
+            _flatten(value, f"{prefix}{key}.")
             if isinstance(value, dict)
             else {f"{prefix}{key}": str(value)}
         )

@@ -1,7 +1,7 @@
-"""Links, sums and clocks between the nodes, measured with the messages that a training sends.
+"""Measures links, all-reduces and clocks between the nodes, with the messages of a training.
 
-Talks to torch.distributed itself: distributed.py has what a training needs, and a training times no messages. Every
-measurement stops by itself, whatever the link: what would take too long is not sent, and said to be missing.
+It uses torch.distributed directly, since runtime/distributed.py only has what a training needs.
+Every measurement has a time limit: messages that would take too long are left out.
 """
 
 import statistics
@@ -13,32 +13,35 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from alexnet_ddp.doctor.finding import Finding, Level, seconds, shortened, size
+from alexnet_ddp.doctor.findings import Finding, Level, format_bytes, format_seconds, shorten
 from alexnet_ddp.runtime.distributed import World, all_gather_objects, any_rank
 
 SIZES = (4_000, 64_000, 1_000_000, 16_000_000, 64_000_000, 256_000_000)  # bytes of an all-reduce
-_SUM_S = 5.0  # no all-reduce that would take longer
-_LINKS_S = 8.0  # all pairs together,
-_MOST_LINKS_S = 15.0  # and with the connections that they open; then the rest is left out
-_LARGEST = 64_000_000  # bytes of a message between two nodes
-_MOST_SKEW_S = 1.0
+_ALL_REDUCE_S = 5.0  # skip an all-reduce that would take longer
+_LINKS_S = 8.0  # for the messages of all pairs together
+_MAX_LINKS_S = 15.0  # including the time to open connections; skip the remaining pairs after it
+_MAX_MESSAGE = 64_000_000  # bytes
+_MAX_CLOCK_OFFSET_S = 1.0
 
 
 @dataclass(frozen=True)
-class Sum:
-    """An all-reduce."""
+class AllReduce:
+    """A measured all-reduce."""
 
     num_bytes: int
     seconds: float  # of the slowest rank, median
 
     def bus_rate(self, world_size: int) -> float:
-        """Bytes a second that each rank's link carries, each way, in a ring: 2(K-1)/K of the message (NCCL tests)."""
+        """Return the bytes per second on each link in a ring of K ranks, as NCCL tests define it.
+
+        Each rank sends 2 (K - 1) / K of the message.
+        """
         return 2 * (world_size - 1) / world_size * self.num_bytes / self.seconds
 
 
 @dataclass(frozen=True)
 class Link:
-    """Between two nodes, given by the ranks that speak for them."""
+    """A measured link between two nodes, named by their first ranks."""
 
     first: int
     second: int
@@ -46,51 +49,56 @@ class Link:
     bytes_per_s: float  # one way, one stream
 
 
-def time_sums(world: World) -> list[Sum]:
-    """Collective. All-reduces of SIZES that take less than 5 s each; the largest ones are left out where they would."""
-    found: list[Sum] = []
+def time_all_reduce(world: World) -> list[AllReduce]:
+    """Collective. Measure all-reduces of SIZES, except those that would take more than 5 s."""
+    found: list[AllReduce] = []
     for num_bytes in SIZES if world.world_size > 1 else ():
-        if found and found[-1].seconds * num_bytes / found[-1].num_bytes > _SUM_S:
+        if found and found[-1].seconds * num_bytes / found[-1].num_bytes > _ALL_REDUCE_S:
             break
         x = torch.zeros(num_bytes // 4, device=world.device)
-        dist.all_reduce(x)  # connections, buffers, pages: made by the first one
+        dist.all_reduce(x)  # warm-up: opens connections and allocates buffers
         times = [_slowest(_timed(lambda x=x: dist.all_reduce(x), world), world)]
         while len(times) < 5 and sum(times) < 0.5:
             times.append(_slowest(_timed(lambda x=x: dist.all_reduce(x), world), world))
-        found.append(Sum(num_bytes, statistics.median(times)))
+        found.append(AllReduce(num_bytes, statistics.median(times)))
     return found
 
 
-def seconds_for(num_bytes: float, sums: list[Sum]) -> float:
-    """Of an all-reduce of so many bytes: a straight line between the measured ones, and beyond by the last rate."""
+def interpolate_seconds(num_bytes: float, sums: list[AllReduce]) -> float:
+    """Estimate the seconds of an all-reduce: linear between measurements, then at the last rate."""
     if num_bytes >= sums[-1].num_bytes:
         return sums[-1].seconds * num_bytes / sums[-1].num_bytes
     low, high = next(
-        (a, b) for a, b in zip([Sum(0, sums[0].seconds), *sums], sums) if num_bytes <= b.num_bytes
+        (a, b)
+        for a, b in zip([AllReduce(0, sums[0].seconds), *sums], sums)
+        if num_bytes <= b.num_bytes
     )
     share = (num_bytes - low.num_bytes) / (high.num_bytes - low.num_bytes)
     return low.seconds + share * (high.seconds - low.seconds)
 
 
 def time_links(world: World, leaders: list[int]) -> list[Link]:
-    """Collective. Every pair of `leaders`, one rank a node, as many pairs at once as there can be."""
-    rounds, began = pairings(leaders), time.monotonic()
+    """Collective. Measure the link of every pair of `leaders`, one rank per node.
+
+    Disjoint pairs are measured at the same time.
+    """
+    rounds, began = round_robin(leaders), time.monotonic()
     found = []
     for pairs in rounds:
         budget_s = _LINKS_S / len(rounds)
         for first, second in pairs:
             if world.rank == first:
-                found.append(_probe(first, second, world, budget_s))
+                found.append(_measure_link(first, second, world, budget_s))
             elif world.rank == second:
-                _answer(first, world)
-        if any_rank(time.monotonic() - began > _MOST_LINKS_S, world):
+                _echo(first, world)
+        if any_rank(time.monotonic() - began > _MAX_LINKS_S, world):
             break
     return all_gather_objects(found)
 
 
-def pairings(players: list[int]) -> list[list[tuple[int, int]]]:
-    """Rounds of disjoint pairs, in which everybody meets everybody once: a round-robin tournament, circle method."""
-    circle = [*players, *([-1] if len(players) % 2 else [])]  # who meets -1 rests
+def round_robin(ranks: list[int]) -> list[list[tuple[int, int]]]:
+    """Return rounds of disjoint pairs that contain every pair of `ranks` once (circle method)."""
+    circle = [*ranks, *([-1] if len(ranks) % 2 else [])]  # a rank paired with -1 is idle
     rounds = []
     for _ in range(len(circle) - 1):
         half = len(circle) // 2
@@ -100,9 +108,12 @@ def pairings(players: list[int]) -> list[list[tuple[int, int]]]:
     return rounds
 
 
-def time_clocks(world: World, leaders: list[int]) -> dict[int, float]:
-    """Collective. Leader -> seconds that its clock is ahead of rank 0's; known to half a round trip. For rank 0."""
-    skews = {}
+def measure_clock_offsets(world: World, leaders: list[int]) -> dict[int, float]:
+    """Collective. Return {leader: seconds that its clock is ahead of rank 0's}, on rank 0.
+
+    The error is at most half a round trip.
+    """
+    offsets = {}
     for leader in leaders[1:]:
         clock = torch.zeros(1, dtype=torch.float64, device=world.device)
         best = float("inf")
@@ -117,13 +128,14 @@ def time_clocks(world: World, leaders: list[int]) -> dict[int, float]:
             dist.recv(clock, leader)
             theirs, ended = clock.item(), time.time()
             if ended - began < best:
-                best, skews[leader] = ended - began, theirs - (began + ended) / 2
+                best = ended - began
+                offsets[leader] = theirs - (began + ended) / 2
     dist.barrier()
-    return skews
+    return offsets
 
 
-def judge_links(links: list[Link], host_of: Callable[[int], str]) -> Finding:
-    """No pair of nodes is much slower than usual: the median over the nodes of their fastest link."""
+def check_links(links: list[Link], host_of: Callable[[int], str]) -> Finding:
+    """Check that no link is slower than half the median over the nodes of their fastest link."""
     if not links:
         return Finding("links", "one node", "none")
     best: dict[int, float] = {}
@@ -132,75 +144,88 @@ def judge_links(links: list[Link], host_of: Callable[[int], str]) -> Finding:
             best[end] = max(best.get(end, 0.0), link.bytes_per_s)
     usual = statistics.median(best.values())
     slow = [link for link in links if link.bytes_per_s < usual / 2]
-    found = _told(min(links, key=lambda link: link.bytes_per_s), host_of)
-    found += f", the slowest of {len(links)}; usual {size(usual)}/s" if len(links) > 1 else ""
-    remedy = f"look at the cable, port and load of {shortened(_suspects(slow, host_of))}, or leave it out"
+    found = _describe_link(min(links, key=lambda link: link.bytes_per_s), host_of)
+    found += (
+        f", the slowest of {len(links)}; usual {format_bytes(usual)}/s" if len(links) > 1 else ""
+    )
+    nodes = shorten(_common_nodes(slow, host_of))
+    remedy = f"check the cable, port and load of {nodes}, or leave it out"
     bad = Finding("links", found, "none at less than half the usual speed", Level.warn, remedy)
-    return bad.unless(not slow)
+    return bad.ok_if(not slow)
 
 
-def judge_sums(
-    sums: list[Sum], num_bytes: int, sends_less: str | None, step_s: float | None
+def check_gradients(
+    sums: list[AllReduce], num_bytes: int, sends_less: str | None, step_s: float | None
 ) -> Finding:
-    """The gradients of a step, `num_bytes`, against the backward pass behind which DDP can hide them.
+    """Check that the backward pass is long enough to overlap the all-reduce of the gradients.
 
-    step_s: of a step without communication, if it is known; two thirds of it are the backward pass. sends_less: the
-    choice that does not send all of them.
+    num_bytes: of all gradients. sends_less: an option with which a step sends fewer bytes. step_s:
+    duration of a step without communication, of which two thirds are the backward pass.
     """
     if not sums:
-        return Finding("gradients", "one process", "nothing to sum")
-    takes = seconds_for(num_bytes, sums)
-    found = f"{size(num_bytes)} a step, {seconds(takes)} to sum"
+        return Finding("gradients", "one process", "no all-reduce")
+    all_reduce_s = interpolate_seconds(num_bytes, sums)
+    found = f"{format_bytes(num_bytes)} per step, all-reduced in {format_seconds(all_reduce_s)}"
     if sends_less:
-        return Finding("gradients", f"{sends_less} sends less than the {found}", "nothing")
+        return Finding("gradients", f"{sends_less} sends less than {found}", "not checked")
     if step_s is None:
-        return Finding("gradients", found, "a step was not timed")
-    needed = f"less than the {seconds(step_s * 2 / 3)} of a backward pass"
-    remedy = "a larger trainer.global_batch_size, a faster link, or fewer bytes (parallel=hybrid, parallel.hook=bf16)"
-    lost = max(0.0, takes - step_s * 2 / 3)
-    found += (
-        f": a step takes {seconds(step_s)}, and at least {seconds(step_s + lost)} with it"
-        if lost
-        else ""
+        return Finding("gradients", found, "not checked: the step could not be measured")
+    backward_s = step_s * 2 / 3
+    if all_reduce_s > backward_s:
+        before, after = format_seconds(step_s), format_seconds(step_s + all_reduce_s - backward_s)
+        found += f": a step takes {before}, and at least {after} with it"
+    bad = Finding(
+        "gradients",
+        found,
+        f"less than the {format_seconds(backward_s)} of a backward pass",
+        Level.warn,
+        "a larger trainer.global_batch_size, a faster link, or fewer bytes (parallel=hybrid, "
+        "parallel.hook=bf16)",
     )
-    return Finding("gradients", found, needed, Level.warn, remedy).unless(takes <= step_s * 2 / 3)
+    return bad.ok_if(all_reduce_s <= backward_s)
 
 
-def judge_clocks(skews: dict[int, float], host_of: Callable[[int], str]) -> Finding:
-    """Time stamps of logs and files can be compared."""
-    if not skews:
+def check_clocks(offsets: dict[int, float], host_of: Callable[[int], str]) -> Finding:
+    """Check that the clocks agree, so that time stamps of logs and files can be compared."""
+    if not offsets:
         return Finding("clock", "one node", "none")
-    worst = max(skews, key=lambda leader: abs(skews[leader]))
-    found = f"{host_of(worst)} is {seconds(abs(skews[worst]))} {'ahead' if skews[worst] > 0 else 'behind'}"
+    worst = max(offsets, key=lambda leader: abs(offsets[leader]))
+    direction = "ahead" if offsets[worst] > 0 else "behind"
+    found = f"{host_of(worst)} is {format_seconds(abs(offsets[worst]))} {direction}"
     bad = Finding(
         "clock",
         found,
-        f"within {_MOST_SKEW_S:.0f} s of rank 0's",
+        f"within {_MAX_CLOCK_OFFSET_S:.0f} s of rank 0's",
         Level.warn,
-        "run chrony or ntpd there",
+        "run chrony or ntpd on it",
     )
-    return bad.unless(abs(skews[worst]) <= _MOST_SKEW_S)
+    return bad.ok_if(abs(offsets[worst]) <= _MAX_CLOCK_OFFSET_S)
 
 
-def _told(link: Link, host_of: Callable[[int], str]) -> str:
-    rate = f"{size(link.bytes_per_s)}/s ({link.bytes_per_s * 8 / 1e9:.3g} Gbit/s)"
-    return f"{host_of(link.first)} - {host_of(link.second)} {rate}, {seconds(link.latency_s)}"
+def _describe_link(link: Link, host_of: Callable[[int], str]) -> str:
+    rate = f"{format_bytes(link.bytes_per_s)}/s ({link.bytes_per_s * 8 / 1e9:.3g} Gbit/s)"
+    return (
+        f"{host_of(link.first)} - {host_of(link.second)} {rate}, {format_seconds(link.latency_s)}"
+    )
 
 
-def _suspects(slow: list[Link], host_of: Callable[[int], str]) -> list[str]:
-    """The nodes that have most of the slow links."""
+def _common_nodes(slow: list[Link], host_of: Callable[[int], str]) -> list[str]:
+    """Return the hosts with the largest number of slow links."""
     count = Counter(end for link in slow for end in (link.first, link.second))
     return [host_of(end) for end in sorted(count) if count[end] == max(count.values())]
 
 
-def _probe(mine: int, peer: int, world: World, budget_s: float) -> Link:
-    """Round trips with growing messages until they take a third of the budget; each is announced by its size."""
+def _measure_link(mine: int, peer: int, world: World, budget_s: float) -> Link:
+    """Measure round trips with growing messages until a third of `budget_s` is used.
+
+    Each message is preceded by its size, since the peer does not know when this rank will stop.
+    """
     head, latency, rate = torch.zeros(1, dtype=torch.int64, device=world.device), float("inf"), 0.0
     num_bytes, began = 4, time.monotonic()
-    while num_bytes <= _LARGEST and time.monotonic() - began < budget_s / 3:
+    while num_bytes <= _MAX_MESSAGE and time.monotonic() - began < budget_s / 3:
         x = torch.zeros(num_bytes, dtype=torch.uint8, device=world.device)
         times = []
-        for _ in range(21 if num_bytes == 4 else 3):  # the first one of all opens the connection
+        for _ in range(21 if num_bytes == 4 else 3):  # the first message opens the connection
             dist.send(head.fill_(num_bytes), peer)
             times.append(_timed(lambda x=x: (dist.send(x, peer), dist.recv(x, peer)), world))
             if time.monotonic() - began > budget_s / 3:
@@ -208,15 +233,15 @@ def _probe(mine: int, peer: int, world: World, budget_s: float) -> Link:
         if num_bytes == 4:
             latency = statistics.median(times) / 2
         else:
-            rate = (
-                2 * num_bytes / statistics.median(times)
-            )  # of the largest one: small ones fit into buffers
+            # The largest message decides: small ones fit into the sender's buffers.
+            rate = 2 * num_bytes / statistics.median(times)
         num_bytes = num_bytes * 8 if num_bytes > 4 else 64_000
     dist.send(head.zero_(), peer)
     return Link(mine, peer, latency, rate or 4 / latency)
 
 
-def _answer(peer: int, world: World) -> None:
+def _echo(peer: int, world: World) -> None:
+    """Send every message of _measure_link back, until the size 0."""
     head = torch.zeros(1, dtype=torch.int64, device=world.device)
     while True:
         dist.recv(head, peer)
@@ -237,13 +262,13 @@ def _timed(act: Callable[[], object], world: World) -> float:
 
 
 def _slowest(s: float, world: World) -> float:
-    """Collective. The longest time of all ranks: they agree on it, and begin the next one together."""
+    """Collective. Return the longest time of all ranks; also synchronises them."""
     x = torch.tensor(s, dtype=torch.float64, device=world.device)
     dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return x.item()
 
 
 def _finish(world: World) -> None:
-    """Collectives of a GPU return before they are done."""
+    """Wait for the GPU, on which collectives are asynchronous."""
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)

@@ -1,82 +1,98 @@
-"""What the ranks' facts say about their machines: functions of all ranks' facts, judged by rank 0."""
+"""Checks of the machines, as functions of the facts of all ranks. Rank 0 calls them."""
 
 import os
 
 from alexnet_ddp.doctor.facts import Facts
-from alexnet_ddp.doctor.finding import Finding, Level, by_value, shortened, size, tell
+from alexnet_ddp.doctor.findings import (
+    Finding,
+    Level,
+    describe,
+    format_bytes,
+    group_by_value,
+    shorten,
+)
 from alexnet_ddp.doctor.port import why_busy
 
-_FILES = 4096  # images, shards, sockets to every rank, and what libraries open
-_SHM = 64_000_000  # bytes a rank that NCCL maps: Docker's default is as much for all of them
+_FILES = 4096  # open files of the loader and of libraries
+_SHM = 64_000_000  # bytes that NCCL maps per rank; Docker's default is as much for all ranks
 
 
-def before_joining(everyone: list[Facts]) -> list[Finding]:
-    """What must hold before the ranks form a group: each FAIL here would make them hang, or train different things."""
-    return [devices(everyone), versions(everyone), same_command(everyone), *interfaces(everyone)]
+def check_compatibility(all_facts: list[Facts]) -> list[Finding]:
+    """Check what must hold before the ranks form a process group.
 
-
-def of_machines(everyone: list[Facts]) -> list[Finding]:
-    """What a run asks of each machine beside that."""
-    found = [
-        threads(everyone),
-        cores(everyone),
-        open_files(everyone),
-        shared_memory(everyone),
-        data_root(everyone),
+    With a FAIL the ranks would hang, or train different models.
+    """
+    return [
+        check_devices(all_facts),
+        check_versions(all_facts),
+        check_same_command(all_facts),
+        *check_interfaces(all_facts),
     ]
-    return [launcher(everyone), *found, port(everyone[0], len(everyone))]
 
 
-def devices(everyone: list[Facts]) -> Finding:
-    """A device for each rank, of one kind."""
-    needed = f"device={everyone[0].config['device']} on every rank, of one kind"
-    without = [one for one in everyone if one.device not in ("cpu", "cuda")]
+def check_machines(all_facts: list[Facts]) -> list[Finding]:
+    """Check everything else that a run needs of each machine."""
+    found = [
+        check_threads(all_facts),
+        check_cores(all_facts),
+        check_open_files(all_facts),
+        check_shared_memory(all_facts),
+        check_data_root(all_facts),
+    ]
+    return [check_launcher(all_facts), *found, check_port(all_facts[0], len(all_facts))]
+
+
+def check_devices(all_facts: list[Facts]) -> Finding:
+    """Check that every rank has a device, all of one kind."""
+    needed = f"device={all_facts[0].config['device']} on every rank, of one kind"
+    without = [one for one in all_facts if one.device not in ("cpu", "cuda")]
     if without:
         remedy = "give each node as many processes as it has GPUs, or device=cpu"
         return Finding(
-            "devices", f"{without[0].who}: {without[0].device}", needed, Level.fail, remedy
+            "devices", f"{without[0].name}: {without[0].device}", needed, Level.fail, remedy
         )
-    kinds = by_value((one.who, f"{one.device} ({one.device_name})") for one in everyone)
-    mixed = len({one.device for one in everyone}) > 1
+    kinds = group_by_value((one.name, f"{one.device} ({one.device_name})") for one in all_facts)
+    mixed = len({one.device for one in all_facts}) > 1
     remedy = (
         "device=cpu for all, or GPUs on every node"
         if mixed
-        else "the slowest sets the pace: use one kind"
+        else "use one kind: every step waits for the slowest device"
     )
-    bad = Finding("devices", tell(kinds), needed, Level.fail if mixed else Level.warn, remedy)
-    nodes = sum(one.is_leader for one in everyone)
-    counts = by_value((one.host, one.local_world_size) for one in everyone if one.is_leader)
-    found = f"{len(everyone)} × {tell(kinds)}" + (
-        f", {tell(counts)} on each of {nodes} nodes" if nodes > 1 else ""
+    bad = Finding("devices", describe(kinds), needed, Level.fail if mixed else Level.warn, remedy)
+    nodes = sum(one.is_leader for one in all_facts)
+    counts = group_by_value((one.host, one.local_world_size) for one in all_facts if one.is_leader)
+    found = f"{len(all_facts)} × {describe(kinds)}" + (
+        f", {describe(counts)} on each of {nodes} nodes" if nodes > 1 else ""
     )
     return Finding("devices", found, needed) if len(kinds) == 1 else bad
 
 
-def versions(everyone: list[Facts]) -> Finding:
-    """The same on all ranks: collectives of different versions hang or disagree."""
-    mine = everyone[0].versions
-    names = sorted({name for one in everyone for name in one.versions})
+def check_versions(all_facts: list[Facts]) -> Finding:
+    """Check that all ranks have the same versions: collectives may hang or disagree otherwise."""
+    mine = all_facts[0].versions
+    names = sorted({name for one in all_facts for name in one.versions})
     differ = [
-        f"{name} " + tell(by_value((one.who, one.versions.get(name, "none")) for one in everyone))
+        f"{name} "
+        + describe(group_by_value((one.name, one.versions.get(name, "none")) for one in all_facts))
         for name in names
-        if len({one.versions.get(name) for one in everyone}) > 1
+        if len({one.versions.get(name) for one in all_facts}) > 1
     ]
     found = "; ".join(differ) or ", ".join(f"{name} {mine[name]}" for name in names)
     remedy = "install the same versions on every node"
-    return Finding("versions", found, "the same on every rank", Level.fail, remedy).unless(
+    return Finding("versions", found, "the same on every rank", Level.fail, remedy).ok_if(
         not differ
     )
 
 
-def same_command(everyone: list[Facts]) -> Finding:
-    """All ranks were started with the same knobs."""
-    keys = sorted({key for one in everyone for key in one.config})
+def check_same_command(all_facts: list[Facts]) -> Finding:
+    """Check that all ranks were started with the same options."""
+    keys = sorted({key for one in all_facts for key in one.config})
     differ = [
-        f"{key}: " + tell(by_value((one.who, one.config.get(key)) for one in everyone))
+        f"{key}: " + describe(group_by_value((one.name, one.config.get(key)) for one in all_facts))
         for key in keys
-        if len({one.config.get(key) for one in everyone}) > 1
+        if len({one.config.get(key) for one in all_facts}) > 1
     ]
-    found = "; ".join(differ[:3]) or f"{len(keys)} knobs"
+    found = "; ".join(differ[:3]) or f"{len(keys)} options"
     bad = Finding(
         "command",
         found,
@@ -84,23 +100,23 @@ def same_command(everyone: list[Facts]) -> Finding:
         Level.fail,
         "start all nodes with the same command",
     )
-    return bad.unless(not differ)
+    return bad.ok_if(not differ)
 
 
-def interfaces(everyone: list[Facts]) -> list[Finding]:
-    """The network that gloo and NCCL take, where the ranks are on several machines."""
-    if len({one.network for one in everyone}) == 1:
+def check_interfaces(all_facts: list[Facts]) -> list[Finding]:
+    """Check the network interface that gloo or NCCL would select, if there are several machines."""
+    if len({one.network for one in all_facts}) == 1:
         return [Finding("interface", "one machine", "any: 127.0.0.1 reaches all ranks")]
-    return [bad for one in everyone if one.is_leader and (bad := own_interface(one))][:4] or [
-        Finding("interface", _taken(everyone[0]), "one that reaches the other nodes")
-    ]
+    bad = [finding for one in all_facts if one.is_leader and (finding := check_own_interface(one))]
+    good = Finding("interface", _selected(all_facts[0]), "one that reaches the other nodes")
+    return bad[:4] or [good]
 
 
-def own_interface(one: Facts) -> Finding | None:
-    """What is wrong with the network that a node of several would take. Looks at facts only: nothing was tried."""
+def check_own_interface(one: Facts) -> Finding | None:
+    """Return what is wrong with the interface of one node, or None. Nothing is sent."""
     needed = "an interface that reaches the other nodes"
     variable = "GLOO_SOCKET_IFNAME" if one.device == "cpu" else "NCCL_SOCKET_IFNAME"
-    remedy = f"{variable}={_others(one)} on every node, whichever joins them"
+    remedy = f"{variable}={_others(one)} on every node, the one that connects them"
     chosen = one.env.get(variable, "")
     found = f"{one.host}: {variable}={chosen}"
     if one.device == "cpu":
@@ -113,8 +129,8 @@ def own_interface(one: Facts) -> Finding | None:
                 remedy,
             )
         if not chosen and (one.address.startswith("127.") or not one.address):
-            found = f"{one.host}: its name resolves to {one.address or 'nothing'}, where gloo then listens"
-            return Finding("interface", found, needed, Level.fail, f"mend /etc/hosts, or {remedy}")
+            found = f"{one.host}: its name resolves to {one.address or 'nothing'}, used by gloo"
+            return Finding("interface", found, needed, Level.fail, f"fix /etc/hosts, or {remedy}")
     if chosen.removeprefix("=").split(",")[0] == "lo":
         return Finding(
             "interface", f"{found}, which reaches this machine alone", needed, Level.fail, remedy
@@ -122,7 +138,7 @@ def own_interface(one: Facts) -> Finding | None:
     return None
 
 
-def _taken(one: Facts) -> str:
+def _selected(one: Facts) -> str:
     variable = "GLOO_SOCKET_IFNAME" if one.device == "cpu" else "NCCL_SOCKET_IFNAME"
     return (
         f"{variable}={one.env[variable]}"
@@ -135,65 +151,70 @@ def _others(one: Facts) -> str:
     return "|".join(name for name in one.interfaces if name != "lo") or "eth0"
 
 
-def launcher(everyone: list[Facts]) -> Finding:
-    """srun and mpirun start processes; only torchrun tells them of each other."""
+def check_launcher(all_facts: list[Facts]) -> Finding:
+    """Check that processes of srun or mpirun form one world, which needs torchrun's variables."""
     tasks = max(
-        int(everyone[0].env.get(name, "1"))
+        int(all_facts[0].env.get(name, "1"))
         for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     )
     found = (
-        f"{tasks} tasks, in worlds of {len(everyone)}"
+        f"{tasks} tasks, in worlds of {len(all_facts)}"
         if tasks > 1
-        else f"a world of {len(everyone)}"
+        else f"a world of {len(all_facts)}"
     )
     remedy = (
-        "start one torchrun a node: srun --ntasks-per-node=1 launch/node.sh, or slurm/train.sbatch"
+        "start one torchrun per node: srun --ntasks-per-node=1 launch/node.sh, or "
+        "slurm/train.sbatch"
     )
     bad = Finding("launcher", found, "all processes in one world", Level.fail, remedy)
-    return bad.unless(tasks == 1 or "MASTER_ADDR" in everyone[0].env)
+    return bad.ok_if(tasks == 1 or "MASTER_ADDR" in all_facts[0].env)
 
 
-def threads(everyone: list[Facts]) -> Finding:
-    """OMP_NUM_THREADS. torch's own number of threads is set by the run; numpy's, OpenCV's and MKL's are not."""
+def check_threads(all_facts: list[Facts]) -> Finding:
+    """Check OMP_NUM_THREADS. A run sets torch's threads, but not those of numpy, OpenCV and MKL."""
 
-    def absurd(one: Facts) -> bool:
+    def is_invalid(one: Facts) -> bool:
         value = one.env.get("OMP_NUM_THREADS", "1")
         return not value.isdecimal() or not 1 <= int(value) <= max(1, one.cores)
 
-    bad = by_value(
-        (one.who, f"OMP_NUM_THREADS={one.env['OMP_NUM_THREADS']}, {one.cores} cores")
-        for one in everyone
-        if absurd(one)
+    bad = group_by_value(
+        (one.name, f"OMP_NUM_THREADS={one.env['OMP_NUM_THREADS']}, {one.cores} cores")
+        for one in all_facts
+        if is_invalid(one)
     )
-    values = by_value((one.who, one.env.get("OMP_NUM_THREADS", "not set")) for one in everyone)
+    values = group_by_value(
+        (one.name, one.env.get("OMP_NUM_THREADS", "not set")) for one in all_facts
+    )
     found = (
-        "; ".join(f"{what} on {shortened(who)}" for what, who in bad.items())
-        or f"OMP_NUM_THREADS {tell(values)}"
+        "; ".join(f"{value} on {shorten(names)}" for value, names in bad.items())
+        or f"OMP_NUM_THREADS {describe(values)}"
     )
-    share = max(1, everyone[0].cores // everyone[0].local_world_size)
+    share = max(1, all_facts[0].cores // all_facts[0].local_world_size)
     remedy = f"unset OMP_NUM_THREADS, or set it to {share}"
-    needed = f"at most {everyone[0].cores}, the cores that a rank may use"
-    return Finding("threads", found, needed, Level.warn, remedy).unless(not bad)
+    needed = f"at most {all_facts[0].cores}, the cores that a rank may use"
+    return Finding("threads", found, needed, Level.warn, remedy).ok_if(not bad)
 
 
-def cores(everyone: list[Facts]) -> Finding:
-    """At least one core a rank."""
-    leaders = [one for one in everyone if one.is_leader]
-    share = by_value(
+def check_cores(all_facts: list[Facts]) -> Finding:
+    """Check that every rank has at least one core."""
+    leaders = [one for one in all_facts if one.is_leader]
+    share = group_by_value(
         (one.host, f"{one.cores}, for ranks: {one.local_world_size}") for one in leaders
     )
-    few = any(one.cores < one.local_world_size for one in everyone)
+    few = any(one.cores < one.local_world_size for one in all_facts)
     remedy = "start fewer processes on a node, or ask for more cores (--cpus-per-task)"
-    return Finding("cores", tell(share), "at least 1 for each", Level.warn, remedy).unless(not few)
+    return Finding("cores", describe(share), "at least 1 for each", Level.warn, remedy).ok_if(
+        not few
+    )
 
 
-def open_files(everyone: list[Facts]) -> Finding:
-    """ulimit -n."""
-    needed = _FILES + 2 * len(everyone)  # a socket each way to every rank
-    lowest = min(everyone, key=lambda one: one.files_limit)
+def check_open_files(all_facts: list[Facts]) -> Finding:
+    """Check the limit of open files (ulimit -n)."""
+    needed = _FILES + 2 * len(all_facts)  # a socket each way to every rank
+    lowest = min(all_facts, key=lambda one: one.files_limit)
     found = (
-        f"{lowest.files_limit:,} (lowest, {lowest.who})"
-        if len(everyone) > 1
+        f"{lowest.files_limit:,} (lowest, {lowest.name})"
+        if len(all_facts) > 1
         else f"{lowest.files_limit:,}"
     )
     bad = Finding(
@@ -203,60 +224,65 @@ def open_files(everyone: list[Facts]) -> Finding:
         Level.warn,
         f"ulimit -n {needed}, or LimitNOFILE of slurmd",
     )
-    return bad.unless(lowest.files_limit >= needed)
+    return bad.ok_if(lowest.files_limit >= needed)
 
 
-def shared_memory(everyone: list[Facts]) -> Finding:
-    """/dev/shm: for NCCL between the GPUs of a node. The loader has threads and needs none."""
-    lowest = min(everyone, key=lambda one: one.shm)
+def check_shared_memory(all_facts: list[Facts]) -> Finding:
+    """Check /dev/shm, which NCCL uses between the GPUs of a node. The loader does not use it."""
+    lowest = min(all_facts, key=lambda one: one.shm)
     ranks = (
         lowest.local_world_size if lowest.device == "cuda" and lowest.local_world_size > 1 else 0
     )
     needed = ranks * _SHM
-    text = (
-        f"{size(needed)}, for NCCL" if needed else "none: the loader has threads, gloo uses sockets"
-    )
+    text = f"{format_bytes(needed)}, for NCCL" if needed else "none without NCCL"
     bad = Finding(
-        "/dev/shm", size(lowest.shm), text, Level.warn, "docker run --shm-size=8g, or --ipc=host"
+        "/dev/shm",
+        format_bytes(lowest.shm),
+        text,
+        Level.warn,
+        "docker run --shm-size=8g, or --ipc=host",
     )
-    return bad.unless(lowest.shm >= needed)
+    return bad.ok_if(lowest.shm >= needed)
 
 
-def data_root(everyone: list[Facts]) -> Finding:
-    """The same images on every node."""
-    root = everyone[0].config.get("data.root", "")
-    seen = by_value((one.host, one.data) for one in everyone if one.is_leader)
+def check_data_root(all_facts: list[Facts]) -> Finding:
+    """Check that data.root has the same content on every node."""
+    root = all_facts[0].config.get("data.root", "")
+    seen = group_by_value((one.host, one.data) for one in all_facts if one.is_leader)
     lacking = seen.get("", [])
     needed = "the same images on every node"
     if lacking:
-        remedy = "mount it there, or give the data.root that all nodes see"
+        remedy = "mount it on these nodes, or give a data.root that all nodes can read"
         return Finding(
             "data.root",
-            f"{root} cannot be read on {shortened(lacking)}",
+            f"{root} cannot be read on {shorten(lacking)}",
             needed,
             Level.fail,
             remedy,
         )
-    remedy = "copy it anew, or use one shared folder"
     bad = Finding(
-        "data.root", f"{root} shows other files: {tell(seen)}", needed, Level.fail, remedy
+        "data.root",
+        f"{root} has different files: {describe(seen)}",
+        needed,
+        Level.fail,
+        "copy it again, or use one shared folder",
     )
     found = (
         root
         if "not on a disk" not in seen
-        else f"{everyone[0].config.get('data.root', 'synthetic images')}"
+        else f"{all_facts[0].config.get('data.root', 'synthetic images')}"
     )
     return Finding("data.root", found, needed) if len(seen) == 1 else bad
 
 
-def port(main: Facts, world_size: int) -> Finding:
-    """The port where ranks meet: ours once they did, else whether a run of several could have it."""
+def check_port(main: Facts, world_size: int) -> Finding:
+    """Check the rendezvous port: a single process tries whether a larger run could listen on it."""
     number = int(main.env.get("MASTER_PORT", "29500"))
     if world_size > 1 or "RANK" in os.environ:
         return Finding(
             "port",
-            f"{main.env.get('MASTER_ADDR')}:{number}, all ranks met",
-            "free, and this job's alone",
+            f"{main.env.get('MASTER_ADDR')}:{number}, all ranks connected",
+            "free, and used by this job only",
         )
     reason = why_busy(number)
     asked = "MASTER_PORT" in main.env
@@ -265,6 +291,6 @@ def port(main: Facts, world_size: int) -> Finding:
         "choose another port: MASTER_PORT, --master-port",
     )
     found = f"{number}: {reason}" if reason else f"{number} is free"
-    return Finding("port", found, "free on the host of rank 0", verdict, remedy).unless(
+    return Finding("port", found, "free on the host of rank 0", verdict, remedy).ok_if(
         reason is None
     )

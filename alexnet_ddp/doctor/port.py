@@ -1,4 +1,4 @@
-"""Ports: who listens where. Needs no torch: the launcher asks too, before it waits for minutes."""
+"""Finds the process that listens on a port. Without torch, since launch/port.py imports it."""
 
 import os
 import socket
@@ -6,11 +6,13 @@ from pathlib import Path
 
 
 def why_busy(port: int) -> str | None:
-    """Why this host cannot listen on `port`, with the process that does where /proc tells; None: it can."""
+    """Return why this host cannot listen on `port`; None if it can.
+
+    Names the process that listens on it, if /proc shows it.
+    """
     with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # ports of connections just ended are free
+        # Without this, ports of connections that have just been closed would count as busy.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
         except OSError as error:
@@ -19,13 +21,14 @@ def why_busy(port: int) -> str | None:
 
 
 def _holder(port: int) -> str:
-    """Which process listens there, where /proc and its rights say so."""
+    """Return `; process PID has it: COMMAND`; "" if /proc does not show the process."""
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         if Path(table).exists():
             for line in Path(table).read_text().splitlines()[1:]:
                 fields = line.split()
-                if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:  # listens
+                is_listening = fields[3] == "0A"
+                if is_listening and int(fields[1].rpartition(":")[2], 16) == port:
                     inodes.add(f"socket:[{fields[9]}]")
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -38,6 +41,6 @@ def _holder(port: int) -> str:
                     .strip()
                 )
                 return f"; process {process.name} has it: {command[:80]}"
-        except OSError:  # gone, or another user's
+        except OSError:  # the process has ended, or belongs to another user
             continue
     return ""

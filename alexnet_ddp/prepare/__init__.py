@@ -1,7 +1,10 @@
-"""From images as they came to packed, shuffled, verified shards: `python -m alexnet_ddp.prepare`.
+"""Packs images into shuffled, verified shards: `python -m alexnet_ddp.prepare`.
 
-A shard is a pure function of its row of the plan and of the recipe, so any engine, any number of workers, any retry
-and any restart write the same bytes. source.py lists, plan.py says which image goes where, encode.py and write.py make
-a shard, commit.py verifies and puts the index last. local.py and spark.py (with spark_tasks.py and java.py) are the
-engines. Nothing here needs torch.
+A shard depends only on its row of the plan and on the recipe. Every engine, any number of workers,
+every retry and every restart therefore write the same bytes.
+
+sources.py lists the images and plan.py assigns them to shards. encode.py and write.py make one
+shard. commit.py checks all shards and writes the index last. engine.py and spark.py (with
+spark_tasks.py and java.py) run the work. checks.py refuses what cannot succeed, report.py prints
+what finished shards contain. Only sheet.py needs torch.
 """

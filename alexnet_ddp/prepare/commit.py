@@ -1,4 +1,4 @@
-"""All shards of a split are written: put their samples together, count, and write index.json last."""
+"""Commits a split whose shards are all written: merges the sidecars and writes index.json last."""
 
 import hashlib
 import io
@@ -13,22 +13,26 @@ from alexnet_ddp.data.sources.shard_index import FORMAT, INDEX, ShardIndex, read
 from alexnet_ddp.data.sources.shards import SAMPLE
 from alexnet_ddp.data.storage import SCRATCH, Storage
 from alexnet_ddp.prepare.plan import Plan, ShardTask
-from alexnet_ddp.prepare.statistics import Statistics
-from alexnet_ddp.prepare.write import to_npy
+from alexnet_ddp.prepare.write import Statistics, to_npy
 from alexnet_ddp.runtime.errors import DataError, MachineError
 
 INFO = "_info.json"  # of all splits
 
 
 def commit(plan: Plan, tasks: list[ShardTask]) -> dict[str, Any]:
-    """Write what SPLIT.* files there are, then index.json. Returns the split's entry. Raises DataError, OSError."""
+    """Write the files SPLIT.*, then index.json, and return the split's entry in the index.
+
+    Raises DataError if a sidecar is damaged or every image is bad, MachineError if a shard has
+    another size than its sidecar, and OSError.
+    """
     root, split = Storage(plan.root), plan.split
     statistics, quarantine, noted, shards = Statistics(), [], [], []
     for task in tasks:
         sidecar = json.loads(root.read(f"{task.sidecar}.json"))
         if root.size(f"{task.stem}.tar") != sidecar["bytes"]:
             raise MachineError(
-                f"{root.path(task.stem)}.tar is not what was written; the same command goes on"
+                f"{root.path(task.stem)}.tar is not what was written; "
+                "rerun the same command to write it again"
             )
         samples = root.read(f"{task.sidecar}.npy")
         if hashlib.sha256(samples).hexdigest() != sidecar["samples_sha256"]:
@@ -47,7 +51,8 @@ def commit(plan: Plan, tasks: list[ShardTask]) -> dict[str, Any]:
     if not len(rows):
         reasons = sorted({row["reason"] for row in quarantine})
         raise DataError(
-            f"every image of {split} is bad ({', '.join(reasons)}); look at the source, {plan.source.root}"
+            f"every image of {split} is bad ({', '.join(reasons)}); "
+            f"check the source, {plan.source.root}"
         )
     files = {
         f"{split}.samples.npy": to_npy(_samples(rows)),
@@ -74,7 +79,7 @@ def commit(plan: Plan, tasks: list[ShardTask]) -> dict[str, Any]:
 
 
 def withdraw(root: Storage, split: str) -> None:
-    """Take a split out of the indices, before its shards are replaced: nobody shall read half of each."""
+    """Remove a split from the indices before its shards are replaced: no reader sees a mixture."""
     index = read_index(root)
     if index is None or split not in index.splits:
         return
@@ -88,14 +93,17 @@ def withdraw(root: Storage, split: str) -> None:
 
 
 def damaged_files(root: Storage, index: ShardIndex, split: str, read: bool = True) -> list[str]:
-    """Which of the files that a split has beside its shards are not what the index says; read=False: not there."""
+    """Names of a split's files, except its shards, that are missing or differ from the index.
+
+    read: compare their SHA-256; if False, only check that they exist.
+    """
     wanted = index.splits[split]["files"] | {INFO: hashlib.sha256(info(index)).hexdigest()}
     return [name for name, digest in wanted.items()
             if root.size(name) is None or (read and root.sha256(name) != digest)]  # fmt: skip
 
 
 def info(index: ShardIndex) -> bytes:
-    """_info.json, as timm reads it."""
+    """Return the content of _info.json, which timm reads."""
     splits = {}
     for name, entry in index.splits.items():
         names, lengths = ([shard[key] for shard in entry["shards"]] for key in ("name", "images"))
@@ -113,7 +121,7 @@ def quarantine_lines(quarantine: list[dict[str, Any]]) -> bytes:
 
 
 def _publish(root: Storage, plan: Plan, entry: dict[str, Any]) -> None:
-    """Remove what is left of earlier attempts, and write the index last."""
+    """Remove the files of earlier attempts, and write the index last."""
     kept = {shard["name"] for shard in entry["shards"]}
     for name in root.names():
         found = re.fullmatch(rf"({plan.split}-\d{{6}})\.(tar|idx)", name)
@@ -168,7 +176,10 @@ def _statistics(
 
 
 def duplicates(content: np.ndarray) -> list[np.ndarray]:
-    """Groups of positions whose images came as the same bytes. content: uint64 [N, 2], hashes of them."""
+    """Return groups of positions of images with the same bytes in the source.
+
+    content: hashes of these bytes, uint64 [N, 2].
+    """
     _, inverse, counts = np.unique(content, axis=0, return_inverse=True, return_counts=True)
     order = np.argsort(inverse, kind="stable")
     ends = np.cumsum(counts)
@@ -178,7 +189,7 @@ def duplicates(content: np.ndarray) -> list[np.ndarray]:
 
 
 def _mean_image(root: Storage, tasks: list[ShardTask], n: int) -> np.ndarray:
-    """float32 [size, size, 3], RGB in 0..255."""
+    """The mean of `n` images: float32 [size, size, 3], RGB in 0..255."""
     total: Any = 0
     for task in tasks:
         total = total + np.load(

@@ -1,6 +1,7 @@
-"""The bytes of one image as they came -> the bytes that a shard holds, or a fixed code that says why not.
+"""Turns the source bytes of one image into the bytes of a shard.
 
-The one rule: same bytes in, same recipe, same Pillow: same bytes out. So the text of an exception never leaves here.
+The same bytes, recipe and Pillow give the same result. An image that cannot be used therefore gets
+a fixed code: the text of an exception could differ between machines.
 """
 
 import io
@@ -16,7 +17,7 @@ from alexnet_ddp.data.image import BadImage, crop_long_image, open_image, scaled
 
 
 class Refused(Exception):
-    """The image goes to the quarantine; the message is one of the codes of data/image.py."""
+    """The image is quarantined. The message is one of the codes of data/image.py."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,20 @@ class Encoded:
     pixels: np.ndarray  # uint8 [height, width, 3]: what Pillow decodes `data` to
 
 
-_CONVERSION = 2  # of data/image.py: another number if it makes other pixels of the same bytes
+_CONVERSION = 2  # increment if data/image.py converts the same bytes to other pixels
 
 
 def fingerprint() -> str:
-    """What the bytes of a shard depend on beside recipe and source: Pillow, its JPEG library and our conversion."""
+    """Versions of Pillow, its JPEG library and our conversion, which the bytes depend on."""
     turbo = features.version("libjpeg_turbo") or features.version("jpg")
     return f"Pillow {PIL.__version__}, libjpeg {turbo}, conversion {_CONVERSION}"
 
 
 def encode(data: bytes, recipe: Recipe) -> Encoded:
-    """Decode in full, bring to RGB, resize where the recipe says so, encode. Raises Refused for a bad image."""
+    """Decode an image completely, convert it to RGB, resize and encode it as `recipe` requires.
+
+    Raises Refused for a bad image.
+    """
     try:
         image, is_plain = _decoded(data)
     except BadImage as error:
@@ -61,7 +65,7 @@ def encode(data: bytes, recipe: Recipe) -> Encoded:
         return Encoded(_npy(pixels), pixels)
     small = _shrunk(image, recipe.shorter_side)
     if recipe.keep_original and is_plain and small is image and not restarts.has_table(data):
-        return Encoded(data, np.asarray(image))  # grey in three channels here, in one there
+        return Encoded(data, np.asarray(image))  # a grey image: 3 channels here, 1 in `data`
     out, blocks = io.BytesIO(), restarts.interval(small.width)
     small.save(
         out,
@@ -76,7 +80,7 @@ def encode(data: bytes, recipe: Recipe) -> Encoded:
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
-    """The shorter side to `size` pixels, up or down, and the centre: uint8 [size, size, 3]."""
+    """Resize the shorter side to `size` pixels and crop the centre: uint8 [size, size, 3]."""
     image = crop_long_image(image)
     width, height = scaled_size(image.size, size)
     left, top = (width - size) // 2, (height - size) // 2
@@ -85,7 +89,7 @@ def square(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _decoded(data: bytes) -> tuple[Image.Image, bool]:
-    """The whole image in RGB, and whether the bytes are a JPEG that every decoder shows the same: RGB or grey."""
+    """Return the image in RGB, and whether it is a JPEG that all decoders read alike."""
     image = open_image(data)
     is_plain = image.format == "JPEG" and image.mode in ("RGB", "L")
     return to_rgb(image), is_plain

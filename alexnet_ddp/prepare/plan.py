@@ -1,4 +1,4 @@
-"""Which image goes into which shard, at which place: from names alone, before the first image is read."""
+"""Assigns every image to a shard and a position in it, from its name, before any image is read."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import numpy as np
 from alexnet_ddp.config import ConfigError, Encoding, PrepareConfig
 from alexnet_ddp.data.sources.shard_index import FORMAT
 from alexnet_ddp.prepare.encode import Recipe, fingerprint
-from alexnet_ddp.prepare.source import Source
+from alexnet_ddp.prepare.sources import Source
 from alexnet_ddp.runtime.errors import DataError
 
 _IMAGES_PER_SHARD = {"train": 1_250, "val": 781}  # ImageNet: 1,024 and 64 shards
@@ -19,7 +19,7 @@ _IMAGES_PER_SHARD = {"train": 1_250, "val": 781}  # ImageNet: 1,024 and 64 shard
 
 @dataclass(frozen=True)
 class ShardTask:
-    """All that is needed to write one shard, on any machine that sees source and root."""
+    """Everything needed to write one shard, on any machine that can read source and root."""
 
     root: str
     source: str
@@ -27,7 +27,7 @@ class ShardTask:
     shard: int
     first: int  # position of its first image in the order of all shards
     recipe: Recipe
-    encoder: str  # the fingerprint that the plan was made with
+    encoder: str  # fingerprint() of the process that made the plan
     state: str  # the folder of sidecars, relative to root
     rows: list[int]  # positions of its images in the source
     names: list[str]
@@ -62,7 +62,7 @@ def stem(split: str, shard: int) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """The shards of one split. The same for the same names, labels and recipe, wherever the source lies."""
+    """The shards of one split. Depends on names, labels and recipe, not on the source's path."""
 
     split: str
     root: str
@@ -74,7 +74,7 @@ class Plan:
 
     @cached_property
     def identity(self) -> dict:
-        """What must be equal for two plans to give the same shards from the same bytes."""
+        """Two plans with equal identities make the same shards of the same images."""
         names = hashlib.sha256()
         for name in self.source.names:
             names.update(name.encode(errors="surrogateescape") + b"\0")
@@ -90,6 +90,7 @@ class Plan:
         }
 
     def tasks(self) -> Iterator[ShardTask]:
+        """Yield the task of each shard."""
         source, state = self.source, self.state()
         for shard, rows in enumerate(np.array_split(self.order, self.num_shards)):
             at = rows.tolist()
@@ -111,23 +112,26 @@ class Plan:
             )
 
     def first(self, shard: int) -> int:
-        """As np.array_split cuts: the first `rest` shards have one image more."""
+        """Position of the first image of `shard` in the order of all shards, as np.array_split."""
         size, rest = divmod(len(self.order), self.num_shards)
         return shard * size + min(shard, rest)
 
     def state(self) -> str:
-        """The folder of sidecars: another recipe, another source or another Pillow has another one."""
+        """The folder of sidecars; it differs for another recipe, source or Pillow."""
         text = json.dumps(self.identity | {"split": self.split}, sort_keys=True)
         return f"_state/{self.split}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def make_plan(cfg: PrepareConfig, root: str, split: str, source: Source) -> Plan:
-    """The order of a split: by a keyed hash of the names. Raises ConfigError, DataError."""
+    """Order the images of a split by a keyed hash of their names.
+
+    Raises DataError for a name with a line break, ConfigError for more shards than images.
+    """
     n = len(source)
     broken = next((name for name in source.names if "\n" in name), None)
     if broken is not None:
         raise DataError(
-            f"{broken!r} has a line break in its name, and names are kept one a line; rename it"
+            f"{broken!r} has a line break in its name, but names are stored one per line; rename it"
         )
     num_shards = cfg.num_shards or max(1, n // _IMAGES_PER_SHARD[split])
     if num_shards > n:
@@ -144,7 +148,7 @@ def make_plan(cfg: PrepareConfig, root: str, split: str, source: Source) -> Plan
 
 
 def recipe_of(cfg: PrepareConfig) -> Recipe:
-    """Without the knobs that do not matter for its encoding."""
+    """Return the recipe; options that its encoding does not use are None."""
     if cfg.encoding is Encoding.raw:
         return Recipe(None, None, None, cfg.encoding, cfg.size, cfg.mean_image)
     return Recipe(

@@ -1,4 +1,4 @@
-"""A picture of the first images of a training, augmented as the first epoch will see them, with their classes."""
+"""Draws the first images of a training, augmented as in the first epoch, with their classes."""
 
 import io
 import os
@@ -26,7 +26,10 @@ _PAPER, _INK, _MISSING = (255, 255, 255), (40, 40, 40), (225, 225, 225)
 
 
 def sheet(cfg: PrepareConfig) -> None:
-    """Write a PNG of the first training images of root, or of source where it is given. Raises DataError."""
+    """Write a PNG of the first training images of source if it is given, else of root.
+
+    Raises DataError if they cannot be opened.
+    """
     place = absolute(cfg.source or cfg.root)
     index, names, basis = _open(place, is_source=cfg.source is not None)
     data = DataConfig(image_size=cfg.image_size, on_bad_image=OnBadImage.skip)
@@ -34,7 +37,10 @@ def sheet(cfg: PrepareConfig) -> None:
     indices = GlobalBatchSampler(len(index), _COLUMNS * _ROWS, cfg.seed).batch(0)
     pixels = _pixels(data, index, augment, indices)
     kind = type(cfg.augment).__name__.removesuffix("AugmentConfig")
-    title = f"{place}: the first {len(indices)} of {len(index):,} training images, seed {cfg.seed}, augment {kind}"
+    title = (
+        f"{place}: the first {len(indices)} of {len(index):,} training images, "
+        f"seed {cfg.seed}, augment {kind}"
+    )
     out = io.BytesIO()
     draw(pixels, [names[label].split(",")[0] for label in index.labels[indices]], title).save(
         out, "PNG"
@@ -50,7 +56,10 @@ def sheet(cfg: PrepareConfig) -> None:
 
 
 def draw(pixels: list[np.ndarray | None], names: list[str], title: str) -> Image.Image:
-    """A grid of images, uint8 [size, size, 3] or None for a bad one, each above its class and a line in its colour."""
+    """Draw a grid of images, each with its class name below it and a line in the class's colour.
+
+    pixels: uint8 [size, size, 3] each; None for a bad image.
+    """
     size = next((len(image) for image in pixels if image is not None), 128)
     rows, columns = -(-len(pixels) // _COLUMNS), min(_COLUMNS, len(pixels))
     width, height = _GAP + columns * (size + _GAP), _HEAD + rows * (size + _LINE + _GAP)
@@ -75,7 +84,7 @@ def draw(pixels: list[np.ndarray | None], names: list[str], title: str) -> Image
 
 
 def _open(place: str, is_source: bool) -> tuple[SampleIndex, list[str], np.ndarray | None]:
-    """(training images, class names, principal axes of their colours where they are known)"""
+    """Return (training images, class names, principal axes of their colours if they are known)."""
     storage = Storage(place)
     if not is_source:
         index = committed(storage)
@@ -101,8 +110,8 @@ def _pixels(
 
 
 def _with_effects(slots: np.ndarray, augment: Augment, indices: np.ndarray) -> np.ndarray:
-    """What the device does: jitter, noise, erasing, and mixing each image with the one before it on the sheet."""
-    import torch  # the only use of it in a preparation
+    """Apply the effects of the device: jitter, noise, erasing, and mixing with the image before."""
+    import torch  # only here: the other actions start without torch
 
     from alexnet_ddp.data.effects import Partners, apply_effects, normalise
 
@@ -118,7 +127,7 @@ def _with_effects(slots: np.ndarray, augment: Augment, indices: np.ndarray) -> n
 
 
 def _fitted(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
-    """`text` without characters that cannot be shown, cut to `width` pixels."""
+    """Cut `text` to `width` pixels, without characters that cannot be drawn."""
     text = text.encode(errors="replace").decode().replace("\n", " ")
     if font.getlength(text) <= width:
         return text

@@ -1,6 +1,7 @@
-"""The engine of a cluster: one Spark task a shard. The only module that knows pyspark, and it may be absent.
+"""The engine of a Spark cluster: one task per shard. pyspark is optional and only imported here.
 
-The one rule: a session that is there is used as it is, and left so; one that we start is quiet, and ends with us.
+An active session is used as it is and stays open. A session that this module starts writes to a
+log file, and is stopped at the end of the process.
 """
 
 import atexit
@@ -23,22 +24,25 @@ from typing import Any
 
 from alexnet_ddp.config import AutoEngineConfig, ConfigError, PrepareConfig, SparkEngineConfig
 from alexnet_ddp.data.storage import absolute
+from alexnet_ddp.prepare.engine import Engine, local_engine
 from alexnet_ddp.prepare.java import find_java
-from alexnet_ddp.prepare.local import local_engine
 from alexnet_ddp.prepare.spark_tasks import reason_of, run_spark
-from alexnet_ddp.prepare.watch import Engine
 
 _PACKAGE = Path(__file__).parents[1]
-_PATIENCE_S = 30.0  # that the first task may take before we say that nothing happens
+_FIRST_TASK_S = 30.0  # warn if no task has finished after this time
 
 log = logging.getLogger("alexnet_ddp")
 
 
 def choose_engine(cfg: PrepareConfig) -> Engine:
-    """Spark, started and looked at; or for engine=auto this machine, where there is neither a master nor a session."""
+    """Start or join Spark, check its executors, and return its engine.
+
+    With engine=auto, no master and no session, return the engine of this machine. Raises
+    ConfigError if Spark does not start.
+    """
     engine = cfg.engine
     assert isinstance(engine, SparkEngineConfig)
-    if isinstance(engine, AutoEngineConfig) and not (engine.master or _is_there()):
+    if isinstance(engine, AutoEngineConfig) and not (engine.master or _has_session()):
         return local_engine(engine.workers)
     try:
         import pyspark  # noqa: F401
@@ -46,7 +50,7 @@ def choose_engine(cfg: PrepareConfig) -> Engine:
         raise ConfigError(
             "Spark needs pyspark; pip install 'alexnet-ddp[spark]', or engine=local"
         ) from None
-    context = _join(engine) if _is_there() else _start(engine)
+    context = _join(engine) if _has_session() else _start(engine)
     run = partial(run_spark, context, absolute(cfg.source or cfg.root), absolute(cfg.root))
     try:
         _ship_package(context)
@@ -54,22 +58,26 @@ def choose_engine(cfg: PrepareConfig) -> Engine:
     except Exception as error:
         if not hasattr(error, "java_exception"):
             raise
-        # Where no master answers, a session starts, and ends a minute later in whatever it is doing.
-        remedy = "check engine.master, and that the cluster is up"
+        # If no master answers, a session starts nevertheless, and fails a minute later.
+        reason = reason_of(str(error.java_exception))
         raise ConfigError(
-            f"Spark ({context.master}) ended by itself: {reason_of(str(error.java_exception))}; {remedy}"
+            f"Spark ({context.master}) ended by itself: {reason}; "
+            "check engine.master, and that the cluster is up"
         ) from None
     return run
 
 
 def _nothing(item: int) -> None:
-    """The checks are all there is to do."""
+    """A task without work: spark_tasks checks the executor before it calls this."""
 
 
 def _preflight(context: Any, run: Callable[..., Iterator[Any]]) -> None:
-    """On the executors that are here; _check also looks at those that come later."""
-    words = "Spark (%s) has not run a task yet: has it free workers, with the cores and the memory that are asked for?"
-    alarm = threading.Timer(_PATIENCE_S, log.warning, (words, context.master))
+    """Check the executors that exist now, see spark_tasks.py; later ones check themselves."""
+    warning = (
+        "Spark (%s) has not run a task yet: does it have free workers with the requested cores "
+        "and memory?"
+    )
+    alarm = threading.Timer(_FIRST_TASK_S, log.warning, (warning, context.master))
     alarm.daemon = True
     alarm.start()
     try:
@@ -79,8 +87,8 @@ def _preflight(context: Any, run: Callable[..., Iterator[Any]]) -> None:
         alarm.cancel()
 
 
-def _is_there() -> bool:
-    """An active session, or spark-submit's."""
+def _has_session() -> bool:
+    """True if a session is active, or spark-submit has prepared one."""
     return "PYSPARK_GATEWAY_PORT" in os.environ or _active() is not None
 
 
@@ -90,12 +98,12 @@ def _active() -> Any:
 
 
 def _join(engine: SparkEngineConfig) -> Any:
-    """The session that is here, as it is."""
+    """Return the existing session. Warns about options that it does not have."""
     from pyspark import SparkContext
 
     context = _active()
     if context is None:
-        with _our_interrupt():
+        with _keep_sigint_handler():
             context = SparkContext.getOrCreate()
     asked = {"engine.master": (engine.master, context.master)}
     asked |= {
@@ -106,14 +114,12 @@ def _join(engine: SparkEngineConfig) -> Any:
         f"{name}={value}" for name, (value, real) in asked.items() if value not in (None, real)
     ]
     if ignored:
-        log.warning(
-            "the Spark session that is here is used as it is; ignored: %s", ", ".join(ignored)
-        )
+        log.warning("the existing Spark session is used as it is; ignored: %s", ", ".join(ignored))
     return context
 
 
 def _start(engine: SparkEngineConfig) -> Any:
-    """A session of our own, ended with this process."""
+    """Start a session that ends with this process. Raises ConfigError."""
     from pyspark import SparkConf, SparkContext
     from pyspark.java_gateway import launch_gateway
 
@@ -124,7 +130,8 @@ def _start(engine: SparkEngineConfig) -> Any:
         "spark.master": master,
         "spark.app.name": "alexnet_ddp.prepare",
         "spark.ui.enabled": "false",
-        "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1",  # the driver computes little: half the start
+        # The driver computes little; this halves its start-up time.
+        "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1",
     }
     if re.match(r"local\b|spark://(localhost|127\.)", master):
         conf |= {"spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1"}
@@ -132,12 +139,12 @@ def _start(engine: SparkEngineConfig) -> Any:
     folder = Path(tempfile.mkdtemp(prefix="alexnet_ddp.spark."))
     log.info("starting Spark: %s", master)
     try:
-        with _our_interrupt(), open(folder / "spark.log", "wb") as words:
-            gateway = launch_gateway(settings, {"stdout": words, "stderr": words})
+        with _keep_sigint_handler(), open(folder / "spark.log", "wb") as output:
+            gateway = launch_gateway(settings, {"stdout": output, "stderr": output})
             context = SparkContext(conf=settings, gateway=gateway)
     except Exception as error:
-        said = (folder / "spark.log").read_text(errors="replace")
-        reason = reason_of(str(getattr(error, "java_exception", said or error)))
+        output = (folder / "spark.log").read_text(errors="replace")
+        reason = reason_of(str(getattr(error, "java_exception", output or error)))
         raise ConfigError(
             f"Spark ({master}) did not start: {reason}; more in {folder}/spark.log"
         ) from None
@@ -146,8 +153,8 @@ def _start(engine: SparkEngineConfig) -> Any:
 
 
 @contextlib.contextmanager
-def _our_interrupt() -> Iterator[None]:
-    """Whoever makes a SparkContext gets a ctrl-C that talks to the JVM, also in the middle of another call to it."""
+def _keep_sigint_handler() -> Iterator[None]:
+    """Restore the SIGINT handler afterwards: SparkContext's calls the JVM, even during a call."""
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -157,27 +164,26 @@ def _our_interrupt() -> Iterator[None]:
 
 
 def _stop(context: Any, folder: Path) -> None:
-    with contextlib.suppress(Exception):  # the JVM may be gone already
+    with contextlib.suppress(Exception):  # the JVM may have ended already
         context.stop()
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _retrying(master: str) -> str:
-    """local[N] gives up at the first error; local[N,4] does not."""
+    """Turn local[N], which fails at the first error, into local[N,4], which retries."""
     found = re.fullmatch(r"local(?:\[([^,\]]+)\])?", master)
     return f"local[{found[1] or 1},4]" if found else master
 
 
 def _ship_package(context: Any) -> None:
-    """Our own code, for executors that lack it or have another version of it."""
+    """Send this package to the executors, which may lack it or have another version."""
     raw = io.BytesIO()
     with zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted(_PACKAGE.rglob("*.py")):
             name = str(path.relative_to(_PACKAGE.parent))
-            archive.writestr(
-                zipfile.ZipInfo(name), path.read_bytes()
-            )  # ZipInfo: without the time of the file
-    # The content is in the name: a session that lives on may have an older one.
+            # ZipInfo has no modification time: the same files give the same bytes.
+            archive.writestr(zipfile.ZipInfo(name), path.read_bytes())
+    # The name contains a hash: a long-lived session may have loaded an older version.
     name = f"alexnet_ddp-{hashlib.sha256(raw.getvalue()).hexdigest()[:12]}.zip"
     folder = tempfile.mkdtemp(prefix="alexnet_ddp.package.")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""A list of items as Spark tasks, and their outcomes and errors as if they had been computed here.
+"""Runs a list of items as Spark tasks, with results and errors as if they were computed locally.
 
-The one rule: Spark carries tasks and small summaries, never images; it may try a task again, or twice at once, and
-another executor may do it. An outcome comes to the driver through an accumulator: at once, and exactly once.
+Spark transports tasks and small summaries, never images. It may retry a task on any executor, or
+run it twice at the same time. An accumulator delivers each result at once and exactly once.
 """
 
 import contextlib
@@ -19,20 +19,23 @@ from alexnet_ddp.data.storage import SCRATCH, Storage
 from alexnet_ddp.prepare.encode import fingerprint
 from alexnet_ddp.runtime.errors import DataError, MachineError, RunError
 
-_AT_ONCE = 1024  # tasks of a job: the JVM of the driver holds them, about 150 kB each
-_LOOK_EVERY_S = 0.1
+_TASKS_PER_JOB = 1024  # the driver's JVM keeps them in memory, about 150 kB each
+_POLL_S = 0.1
 
 
 def run_spark(
     context: Any, source: str, root: str, fn: Callable[[Any], Any], items: list[Any]
 ) -> Iterator[Any]:
-    """fn(item) for each item, as they are done. Closing the iterator cancels the rest; the first error is raised."""
+    """Yield fn(item) for each item, in the order in which they finish.
+
+    Closing the iterator cancels the remaining tasks. Raises the first error.
+    """
     storage, mark = Storage(root), f"{SCRATCH}/seen-{uuid.uuid4().hex}"
     storage.write(mark, b"")
     do = partial(_do, _Place(source, root, mark, fingerprint()), fn)
     try:
-        for at in range(0, len(items), _AT_ONCE):
-            yield from _run_job(context, do, items[at : at + _AT_ONCE])
+        for start in range(0, len(items), _TASKS_PER_JOB):
+            yield from _run_job(context, do, items[start : start + _TASKS_PER_JOB])
     finally:
         storage.remove(mark)
         if not storage.names(SCRATCH):
@@ -47,14 +50,14 @@ def _run_job(context: Any, do: Callable, items: list[Any]) -> Iterator[Any]:
         try:
             context.setJobGroup(group, "alexnet_ddp.prepare", interruptOnCancel=True)
             context.parallelize(items, len(items)).foreach(partial(do, outcomes))
-        except Exception as error:  # for the other thread
+        except Exception as error:  # raised below, by the thread that reads the results
             errors.append(error)
 
     thread, seen = threading.Thread(target=work, daemon=True), 0
     thread.start()
     try:
         while True:
-            ended = not thread.is_alive()  # looked at first: what it left behind is complete then
+            ended = not thread.is_alive()  # read first: if it has ended, all results are in
             for outcome in outcomes.value[seen:]:
                 if isinstance(outcome, RunError):
                     raise outcome
@@ -62,13 +65,13 @@ def _run_job(context: Any, do: Callable, items: list[Any]) -> Iterator[Any]:
                 yield outcome
             if ended:
                 break
-            thread.join(_LOOK_EVERY_S)
+            thread.join(_POLL_S)
         if errors:
             raise _explained(errors[0]) from None
         assert seen == len(items), f"Spark gave {seen} results of {len(items)}"
     finally:
         if thread.is_alive():
-            with contextlib.suppress(Exception):  # the JVM may be gone already
+            with contextlib.suppress(Exception):  # the JVM may have ended already
                 context.cancelJobGroup(group)
             thread.join(10)
 
@@ -86,7 +89,7 @@ class _Appended:
 
 @dataclass(frozen=True)
 class _Place:
-    """What an executor must have as the driver has it."""
+    """What must be the same on an executor as on the driver."""
 
     source: str
     root: str
@@ -95,7 +98,7 @@ class _Place:
 
 
 def _do(place: _Place, fn: Callable[[Any], Any], outcomes: Any, item: Any) -> None:
-    """Runs on the executors. What trying again cannot mend is an outcome; the rest is raised, and Spark tries again."""
+    """Run one item on an executor. A RunError is a result; Spark retries after any other error."""
     try:
         _check(place)
         outcome = fn(item)
@@ -106,51 +109,55 @@ def _do(place: _Place, fn: Callable[[Any], Any], outcomes: Any, item: Any) -> No
 
 @cache
 def _check(place: _Place) -> None:
-    """Once in each worker process, also in those that join later. Raises DataError."""
+    """Check this worker process, once. Raises DataError."""
     host, remedy = socket.gethostname(), "give a path that all machines share, or a URL"
     if fingerprint() != place.encoder:
         raise DataError(
-            f"an executor on {host} has {fingerprint()}, the driver has {place.encoder}: they write different bytes; "
-            "install the same Pillow everywhere"
+            f"an executor on {host} has {fingerprint()}, the driver has {place.encoder}: "
+            "they write different bytes; install the same Pillow everywhere"
         )
     if not Storage(place.source).exists():
         raise DataError(
-            f"an executor on {host} does not see source ({place.source}), the driver does; {remedy}"
+            f"an executor on {host} cannot read source ({place.source}), the driver can; {remedy}"
         )
     if Storage(place.root).size(place.mark) is None:
         raise DataError(
-            f"an executor on {host} does not see root ({place.root}) as the driver does; {remedy}"
+            f"an executor on {host} cannot read root ({place.root}), the driver can; {remedy}"
         )
 
 
 def _explained(error: Exception) -> Exception:
-    """A worker's OSError as an OSError; Spark's own trouble in one line; a bug with its trace."""
+    """Convert an error of Spark.
+
+    A worker's OSError becomes an OSError, a failure of Spark one line, a bug keeps its trace.
+    """
     if not hasattr(error, "java_exception"):
         is_lost = isinstance(error, OSError) or type(error).__module__.startswith("py4j")
         return (
-            MachineError(f"Spark's JVM was lost ({error}); the same command goes on")
+            MachineError(f"Spark's JVM was lost ({error}); rerun the same command to resume")
             if is_lost
             else error
         )
     text = str(error.java_exception)
     trace = re.search(r"Traceback \(most recent call last\):\n(?:(?! *\tat ).*\n)*", text)
     if trace is None:
-        return MachineError(f"Spark gave up: {reason_of(text)}; the same command goes on")
+        reason = reason_of(text)
+        return MachineError(f"Spark failed: {reason}; rerun the same command to resume")
     last = re.findall(r"^[\w.]+: .*$|^\w+(?:Error|Exception)$", trace[0], re.MULTILINE)[-1]
     if found := re.match(r"\w*Error: \[Errno (\d+)\] (.*)", last):
         return OSError(int(found[1]), found[2])
     if last.startswith("ModuleNotFoundError"):
-        remedy = "install alexnet-ddp there, or name a Python that has it: PYSPARK_PYTHON"
         return ConfigError(
-            f"the executors' Python lacks a module ({last.split(': ')[1]}); {remedy}"
+            f"the executors' Python lacks a module ({last.split(': ')[1]}); "
+            "install alexnet-ddp on them, or name a Python that has it: PYSPARK_PYTHON"
         )
     return RuntimeError(f"a Spark task failed each time, the last time with\n{trace[0]}")
 
 
 def reason_of(text: str) -> str:
-    """The line that matters of a Java exception, or of what a JVM said before it ended."""
+    """Return the relevant line of a Java exception or of a JVM's output."""
     if "stopped SparkContext" in text:
-        return "is the master there, and does it accept us (spark.authenticate)?"
+        return "does the master run, and accept this driver (spark.authenticate)?"
     lines = [
         line for line in text.splitlines() if re.search(r"Exception|Error", line)
     ] or text.splitlines()

@@ -1,6 +1,7 @@
-"""One row of the plan -> one shard, its DALI index, and the sidecar that says what is in it. Runs in the workers.
+"""Writes one shard, its DALI index and its sidecar, which describes the shard. Runs in workers.
 
-The sidecar comes last, so a shard with a sidecar is whole, whoever wrote it, and however often.
+The sidecar is written last: a shard that has a sidecar is complete, even if several workers wrote
+it. The sidecar includes exact pixel statistics, which merge to the same integers in any order.
 """
 
 import errno
@@ -8,6 +9,7 @@ import hashlib
 import io
 import json
 import zlib
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,11 +22,10 @@ from alexnet_ddp.data.sources.tars import TarWriter
 from alexnet_ddp.data.storage import NotAFile, Storage
 from alexnet_ddp.prepare.encode import Encoded, Refused, encode, fingerprint, square
 from alexnet_ddp.prepare.plan import ShardTask
-from alexnet_ddp.prepare.source import WHOLE
-from alexnet_ddp.prepare.statistics import Statistics
+from alexnet_ddp.prepare.sources import WHOLE
 from alexnet_ddp.runtime.errors import DataError
 
-# A sample of a sidecar: also its position in the source, and 128 bits of a hash of its bytes as they came.
+# A sample in a sidecar also has its position in the source and a 128-bit hash of its source bytes.
 NOTED = np.dtype(
     [*((name, SAMPLE[name]) for name in SAMPLE.names), ("row", "<i8"), ("content", "<u8", (2,))]
 )
@@ -33,14 +34,15 @@ Summary = dict[str, Any]
 
 
 def write_shard(task: ShardTask) -> Summary:
-    """Write the shard unless it is there. Raises OSError where a disk fails, DataError where Pillow is another one.
+    """Write the shard unless it exists, and return its brief summary.
 
-    Returns a few numbers only: what there is to know about each image goes to the sidecar.
+    The summary is small; everything about single images is in the sidecar. Raises OSError for a
+    failing disk, DataError if this worker's Pillow differs from the driver's.
     """
     if fingerprint() != task.encoder:
         raise DataError(
-            f"a worker has {fingerprint()}, the driver has {task.encoder}: they write different bytes; "
-            "install the same Pillow everywhere"
+            f"a worker has {fingerprint()}, the driver has {task.encoder}: "
+            "they write different bytes; install the same Pillow everywhere"
         )
     root, source = Storage(task.root), Storage(task.source)
     done = read_sidecar(root, task)
@@ -92,9 +94,10 @@ def write_shard(task: ShardTask) -> Summary:
 
 
 def read_sidecar(root: Storage, task: ShardTask) -> Summary | None:
-    """The summary of a shard that is written already; None if it must be written (again).
+    """Return the brief summary of a shard that exists; None if it must be written (again).
 
-    So it must if an image of the source now has another size. Sidecars of older versions do not record the sizes.
+    It must be if an image of the source has another size now. Sidecars of older versions do not
+    record the sizes.
     """
     summary = _sidecar(root, task)
     if summary is None:
@@ -108,7 +111,7 @@ def read_sidecar(root: Storage, task: ShardTask) -> Summary | None:
 
 
 def is_intact(task: ShardTask) -> Summary:
-    """The brief summary, with "intact": whether every byte is what the sidecar says. Runs in the workers."""
+    """Return the brief summary and "intact": True if every byte matches the sidecar's SHA-256."""
     root = Storage(task.root)
     summary = _sidecar(root, task)
     if summary is None:
@@ -125,7 +128,7 @@ def is_intact(task: ShardTask) -> Summary:
 
 
 def read_quarantine(root: Storage, task: ShardTask) -> list[dict[str, Any]]:
-    """The bad images of a shard that is written already: name, label, reason."""
+    """Return the bad images of a shard that exists: name, label, reason."""
     return (_sidecar(root, task) or {"quarantine": []})["quarantine"]
 
 
@@ -149,7 +152,10 @@ def _brief(summary: Summary) -> Summary:
 
 
 def _read(source: Storage, task: ShardTask, k: int) -> bytes:
-    """The bytes of image k of the task. Raises Refused for what is no file, is too large, or ends too early."""
+    """Return the bytes of image k of the task.
+
+    Raises Refused if it is not a file, too large or truncated.
+    """
     if task.offsets[k] == WHOLE:
         try:
             return source.read(task.files[k], 0, None, MAX_BYTES)
@@ -164,7 +170,7 @@ def _read(source: Storage, task: ShardTask, k: int) -> bytes:
 
 
 def _add(tar: TarWriter, task: ShardTask, k: int, encoded: Encoded, index: list[str]) -> tuple:
-    """Append label and image; returns the sample, in the order of SAMPLE."""
+    """Append label and image to the tar; return the sample, in the order of SAMPLE."""
     key, suffix = f"{task.first + k:09d}", task.recipe.suffix
     label = str(task.labels[k]).encode()
     at = tar.add(f"{key}.cls", label)
@@ -177,3 +183,83 @@ def _add(tar: TarWriter, task: ShardTask, k: int, encoded: Encoded, index: list[
 def _content(data: bytes) -> tuple[int, int]:
     digest = hashlib.blake2b(data, digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+
+_CHUNK_PIXELS = 1 << 20
+
+
+@dataclass
+class Statistics:
+    """Exact sums over RGB values in 0..255, as Python integers, which cannot overflow."""
+
+    images: int = 0
+    pixels: int = 0
+    sums: list[int] = field(default_factory=lambda: [0] * 3)
+    products: list[list[int]] = field(
+        default_factory=lambda: [[0] * 3 for _ in range(3)]
+    )  # sums of R*R, R*G, ...
+    widths: list[int] = field(default_factory=lambda: [0, 0, 0])  # sum, smallest, largest
+    heights: list[int] = field(default_factory=lambda: [0, 0, 0])
+
+    def add(self, image: np.ndarray) -> None:
+        """Add an image, uint8 [height, width, 3]."""
+        flat = image.reshape(-1, 3)
+        sums, products = np.zeros(3), np.zeros((3, 3))
+        for start in range(0, len(flat), _CHUNK_PIXELS):
+            planes = flat[start : start + _CHUNK_PIXELS].T.astype(np.float64, order="C")
+            sums += planes.sum(1)  # whole numbers below 2^53: still exact
+            products += planes @ planes.T
+        height, width = image.shape[:2]
+        self.merge(
+            Statistics(
+                1,
+                len(flat),
+                [int(value) for value in sums],
+                [[int(value) for value in row] for row in products],
+                [width] * 3,
+                [height] * 3,
+            )
+        )
+
+    def merge(self, other: "Statistics") -> None:
+        """Add the sums of `other`."""
+        for mine, theirs in ((self.widths, other.widths), (self.heights, other.heights)):
+            if other.images:
+                smallest = min(mine[1], theirs[1]) if self.images else theirs[1]
+                mine[:] = [mine[0] + theirs[0], smallest, max(mine[2], theirs[2])]
+        self.images += other.images
+        self.pixels += other.pixels
+        self.sums = [a + b for a, b in zip(self.sums, other.sums)]
+        self.products = [
+            [a + b for a, b in zip(row, more)] for row, more in zip(self.products, other.products)
+        ]
+
+    def summary(self) -> dict[str, Any]:
+        """Return mean, standard deviation and covariance of RGB in [0, 1], over all pixels.
+
+        Divisors are the number of pixels. The eigenvalues and eigenvectors (columns) of the
+        covariance are for the colour noise of Krizhevsky 2012, section 4.1.
+        """
+        n = max(1, self.pixels)
+        covariance = [
+            [
+                (n * self.products[i][j] - self.sums[i] * self.sums[j]) / (n * n) / 255**2
+                for j in range(3)
+            ]
+            for i in range(3)
+        ]
+        values, vectors = np.linalg.eigh(np.array(covariance))
+        order = np.argsort(-values)
+        vectors = vectors[:, order]
+        # An eigenvector's sign is arbitrary: make its largest component positive.
+        largest = vectors[np.abs(vectors).argmax(0), np.arange(3)]
+        vectors = vectors * np.where(largest < 0, -1, 1)
+        return {
+            "mean": [value / n / 255 for value in self.sums],
+            "std": [max(0.0, covariance[i][i]) ** 0.5 for i in range(3)],
+            "covariance": covariance,
+            "eigenvalues": np.maximum(0.0, values[order]).round(12).tolist(),
+            "eigenvectors": vectors.round(9).tolist(),
+            "mean_width": self.widths[0] / max(1, self.images),
+            "mean_height": self.heights[0] / max(1, self.images),
+        }

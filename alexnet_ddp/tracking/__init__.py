@@ -1,6 +1,6 @@
-"""One log() for a run: console, metrics.jsonl, TensorBoard, wandb. Its one rule: only rank 0 has them; no caller asks.
+"""Logs a run to the console, metrics.jsonl, TensorBoard and wandb. Other ranks than 0 log nothing.
 
-Only metrics.jsonl must work; another sink that fails says so in one line and is switched off.
+Only metrics.jsonl must work. If another sink fails, a warning is printed and the sink is disabled.
 """
 
 import sys
@@ -11,12 +11,16 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from alexnet_ddp.config import LoggerConfig
-from alexnet_ddp.tracking.console import Console, build_console
-from alexnet_ddp.tracking.headline import headline
-from alexnet_ddp.tracking.jsonl import JsonlSink
-from alexnet_ddp.tracking.record import make_run_dir, read_classes, record_run, write_status
-from alexnet_ddp.tracking.status import RunStatus, run_status
-from alexnet_ddp.tracking.tensorboard import TensorBoardSink
+from alexnet_ddp.tracking.console import Console, build_console, headline
+from alexnet_ddp.tracking.record import (
+    RunStatus,
+    make_run_dir,
+    read_classes,
+    record_run,
+    run_status,
+    write_status,
+)
+from alexnet_ddp.tracking.sinks import JsonlSink, TensorBoardSink
 from alexnet_ddp.tracking.wandb_sink import WandbSink, wandb_mode
 
 __all__ = [
@@ -35,7 +39,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What the sinks must know of the run. `config` is the resolved one, plain, for wandb."""
+    """Facts about the run that the sinks need. config: resolved, as JSON types, for wandb."""
 
     name: str
     is_main: bool
@@ -46,6 +50,8 @@ class RunInfo:
 
 
 class Sink(Protocol):
+    """A destination of rows that the run can do without."""
+
     name: str
 
     def write(self, step: int, epoch: float, metrics: dict[str, Any]) -> None: ...
@@ -53,7 +59,7 @@ class Sink(Protocol):
 
 
 class Tracker:
-    """One log() for a run. On ranks other than 0 it has no console and no sinks, and every call is a no-op."""
+    """Sends each row to all sinks. On ranks other than 0 every method is a no-op."""
 
     def __init__(
         self, run_dir: Path, console: Console | None = None, record: JsonlSink | None = None
@@ -66,12 +72,12 @@ class Tracker:
     def record(
         self, config_yaml: str, facts: dict[str, Any], classes: dict[str, list[str]]
     ) -> None:
-        """What this start of the run is: see record_run."""
+        """Write config.yaml, classes.json and run.json: see record_run."""
         if self._record:
             record_run(self._run_dir, config_yaml, facts, classes)
 
     def log(self, step: int, epoch: float, metrics: dict[str, float | int | str]) -> None:
-        """One row: `epoch` counts passes over the data, with their fraction; names as in the design's section 6."""
+        """Write one row. epoch: passes over the data, fractional. Raises no error of a sink."""
         if self._record:
             self._record.write(step, epoch, metrics)
         for sink in list(self._sinks):
@@ -80,17 +86,20 @@ class Tracker:
             self._console.write(step, epoch, metrics)
 
     def advance(self, step: int) -> None:
-        """Move the progress bar. Cheap enough for every step."""
+        """Move the progress bar to `step`. Takes microseconds: call it at every step."""
         if self._console:
             self._console.advance(step)
 
     def say(self, text: str) -> None:
-        """One line for the user."""
+        """Print one line for the user."""
         if self._console:
             self._console.say(text)
 
     def close(self, exit_code: int) -> None:
-        """Flush and finish, with the code that the run will exit with. Seconds at most; a second call does nothing."""
+        """Flush and close all sinks; takes seconds at most. Further calls do nothing.
+
+        exit_code: the code that the run will exit with.
+        """
         sinks, self._sinks = self._sinks, []
         record, self._record = self._record, None
         if record:
@@ -109,28 +118,28 @@ class Tracker:
         self.close(0 if error is None else getattr(error, "exit_code", 1))
 
     def add(self, name: str, build: Callable[[], Sink]) -> None:
-        """A sink that may fail: without it, the run is the same."""
+        """Add the sink that `build` returns. If it raises, print a warning and continue without."""
         try:
             self._sinks.append(build())
         except Exception as error:
-            self._switched_off(name, error)
+            self._warn_disabled(name, error)
 
     def _attempt(self, sink: Sink, call: Callable[[], None]) -> None:
         try:
             call()
         except Exception as error:
             self._sinks = [other for other in self._sinks if other is not sink]
-            self._switched_off(sink.name, error)
+            self._warn_disabled(sink.name, error)
 
-    def _switched_off(self, name: str, error: Exception) -> None:
+    def _warn_disabled(self, name: str, error: Exception) -> None:
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        self.say(f"warning: {name} failed ({text}) and is switched off; the run goes on")
+        self.say(f"warning: {name} failed ({text}) and is disabled; the run continues")
 
 
 def build_tracker(cfg: LoggerConfig, run_dir: Path, run: RunInfo) -> Tracker:
-    """The tracker of this rank. On rank 0, metrics.jsonl is cut back to `run.start_step`.
+    """Return the tracker of this rank. Rank 0 drops the rows of metrics.jsonl after run.start_step.
 
-    Errors: OSError if metrics.jsonl cannot be written.
+    Raises OSError if metrics.jsonl cannot be written.
     """
     if not run.is_main:
         return Tracker(run_dir)

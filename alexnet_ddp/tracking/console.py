@@ -1,4 +1,4 @@
-"""What the user sees: a progress bar on a terminal, plain lines elsewhere. Its one rule: it never stops the run."""
+"""Prints a run's progress: a bar on a terminal, plain lines otherwise. Never stops the run."""
 
 import os
 import sys
@@ -11,6 +11,8 @@ from rich.live import Live
 from rich.progress import Progress, TimeElapsedColumn
 from rich.text import Text
 
+from alexnet_ddp.config import Config, OptimizerConfig, Scaling
+from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.runtime.printing import printable, say
 from alexnet_ddp.runtime.redaction import redact
 from alexnet_ddp.runtime.terminal import BarColumn, MofNCompleteColumn, TimeRemainingColumn, column
@@ -18,6 +20,8 @@ from alexnet_ddp.runtime.terminal import Console as TerminalConsole
 
 
 class Console(Protocol):
+    """Prints rows and messages of a run. No method raises OSError."""
+
     def write(self, step: int, epoch: float, metrics: dict[str, Any]) -> None: ...
     def advance(self, step: int) -> None: ...
     def say(self, text: str) -> None: ...
@@ -27,6 +31,7 @@ class Console(Protocol):
 def build_console(
     progress: bool, start_step: int, total_steps: int, steps_per_epoch: int
 ) -> Console:
+    """Return a BarConsole if `progress` and stdout is a terminal, else a PlainConsole."""
     terminal = sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
     if progress and terminal:
         return BarConsole(start_step, total_steps, steps_per_epoch)
@@ -34,7 +39,7 @@ def build_console(
 
 
 class PlainConsole:
-    """One flushed line a row, on stdout."""
+    """Prints one flushed line per row to stdout."""
 
     def __init__(self, total_steps: int) -> None:
         self._total_steps = total_steps
@@ -50,7 +55,7 @@ class PlainConsole:
         return
 
     def say(self, text: str) -> None:
-        with suppress(OSError):  # a full disk, for a while
+        with suppress(OSError):  # stdout may be a file on a disk that is full for a while
             say(redact(text))
 
     def close(self, exit_code: int) -> None:
@@ -58,13 +63,16 @@ class PlainConsole:
 
 
 class BarConsole:
-    """Two live lines: the bar, and the last train and evaluation rows. Evaluations and what is said stay above them."""
+    """Shows two live lines: the bar, and the last training and evaluation rows.
+
+    Messages and evaluations are printed above them.
+    """
 
     def __init__(self, start_step: int, total_steps: int, steps_per_epoch: int) -> None:
         self._step = start_step
         self._steps_per_epoch = max(1, steps_per_epoch)
         self._train = self._eval = ""
-        self._gone = False
+        self._closed = False
         remaining = (column("ETA"), TimeRemainingColumn())
         columns = (column("step"), MofNCompleteColumn(), BarColumn(), column("{task.description}"))
         self._bar = Progress(*columns, TimeElapsedColumn(), *remaining, speed_estimate_period=60)
@@ -73,7 +81,7 @@ class BarConsole:
         self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
 
     def _render(self) -> Group:
-        """Called by the refreshing thread: the step itself only leaves its number."""
+        """Called by the refresh thread, so that advance() only stores a number."""
         description = f"epoch {self._step / self._steps_per_epoch:.2f}"
         self._bar.update(self._task, completed=self._step, description=description)
         rows = "  |  ".join(text for text in (self._train, self._eval) if text)
@@ -90,28 +98,27 @@ class BarConsole:
     def advance(self, step: int) -> None:
         """The first step starts the bar."""
         self._step = step
-        if not self._live.is_started and not self._gone:
+        if not self._live.is_started and not self._closed:
             self._show(self._live.start)
-            self._show(
-                lambda: self._console.show_cursor(True)
-            )  # Live hides it; a killed process could not undo that
+            # Live hides the cursor; a killed process could not restore it.
+            self._show(lambda: self._console.show_cursor(True))
 
     def say(self, text: str) -> None:
         self._show(lambda: self._console.print(Text(printable(redact(text))), soft_wrap=True))
 
     def close(self, exit_code: int) -> None:
         self._show(self._live.stop)
-        self._gone = True
+        self._closed = True
 
     def _show(self, call: Callable[[], None]) -> None:
         try:
             call()
-        except OSError:  # the terminal has gone: the run goes on, unseen
-            self._gone = True
+        except OSError:  # the terminal was closed: continue without output
+            self._closed = True
 
 
 def train_text(metrics: dict[str, Any]) -> str:
-    """`loss 1.2034  top1 57.2  lr 0.0200  1,234 img/s`, or nothing for a row that is not about training."""
+    """Return `loss 1.2034  top1 57.2  lr 0.0200  1,234 img/s`; "" for a row without train/*."""
     formats = {
         "train/loss": "loss {:.4f}",
         "train/top1": "top1 {:.1f}",
@@ -129,7 +136,7 @@ def train_text(metrics: dict[str, Any]) -> str:
 
 
 def eval_text(metrics: dict[str, Any]) -> str:
-    """`val/top1 88.10  val/top5 99.20  val/loss 0.40  (1,000 images)`, or nothing."""
+    """Return `val/top1 88.10  val/loss 0.40  (1,000 images)`; "" for a row without val/*."""
     names = [name for name in ("val/top1", "val/top5", "val/loss") if name in metrics]
     parts = [f"{name} {metrics[name]:.2f}" for name in names]
     if parts and "val/num_images" in metrics:
@@ -139,3 +146,54 @@ def eval_text(metrics: dict[str, Any]) -> str:
 
 def _epoch(epoch: float) -> str:
     return f"{epoch:.2f}".rstrip("0").rstrip(".")
+
+
+def headline(
+    cfg: Config,
+    world: World,
+    parameters: int,
+    counts: tuple[int, int, int],
+    warmup_steps: int,
+    progress: str,
+) -> str:
+    """Return the first line of a run: data, network, global batch, recipe and progress.
+
+    parameters: their number. counts: of training images, validation images and classes.
+    progress: text, such as the step to resume from.
+    """
+    trainer = cfg.trainer
+    num_train, num_val, num_classes = counts
+    largest = -(-trainer.global_batch_size // world.world_size)  # slice of any rank
+    micro = min(largest, trainer.micro_batch_size or largest)
+    num_micro = -(-largest // micro)
+    first, size = cfg.data.start_image_size, cfg.data.image_size
+    decay = trainer.ema_decay
+    weights = "" if decay is None else f"; evaluates averaged weights (trainer.ema_decay={decay})"
+    growth = "" if first is None else f" growing from {first} to {size} pixels"
+    return (
+        f"{cfg.run.name}: {parameters:,} parameters, {num_train:,} + {num_val:,} images of "
+        f"{num_classes} classes{growth}; global batch {trainer.global_batch_size} = "
+        f"{world.world_size} {world.device.type} rank(s) x {num_micro} x {micro}; "
+        f"{recipe(cfg, warmup_steps)}{weights}; {progress}; {cfg.run_dir}"
+    )
+
+
+def recipe(cfg: Config, warmup_steps: int) -> str:
+    """Return the epochs, the optimizer and the learning-rate schedule as text."""
+    optimizer, schedule = (
+        type(part).__name__.removesuffix("Config") for part in (cfg.optimizer, cfg.scheduler)
+    )
+    rate = learning_rate(cfg.optimizer, cfg.trainer.global_batch_size)
+    warmup = f" after {warmup_steps} steps of warm-up" if warmup_steps else ""
+    return f"{cfg.trainer.epochs} epochs of {optimizer}, {rate}, {schedule}{warmup}"
+
+
+def learning_rate(cfg: OptimizerConfig, global_batch_size: int) -> str:
+    """Return the learning rate as text, with the scaling rule if there is one."""
+    lr, base = f"lr {cfg.lr_at(global_batch_size):g}", cfg.base_batch_size
+    match cfg.scaling:
+        case Scaling.linear:
+            return f"{lr} = {cfg.lr:g} x {global_batch_size} / {base}"
+        case Scaling.sqrt:
+            return f"{lr} = {cfg.lr:g} x sqrt({global_batch_size} / {base})"
+    return lr

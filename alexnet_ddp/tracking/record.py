@@ -1,4 +1,4 @@
-"""What a run writes about itself: run.json, config.yaml, status.json. Its one rule: no reader sees half a file."""
+"""Writes run.json, config.yaml, classes.json and status.json of a run, each atomically."""
 
 import json
 import logging
@@ -7,24 +7,28 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from alexnet_ddp import __version__
-from alexnet_ddp.runtime.errors import ConfigError, DataError
+from alexnet_ddp.runtime.distributed import lost_peer
+from alexnet_ddp.runtime.errors import ConfigError, DataError, Preempted, RunError, out_of_memory
 from alexnet_ddp.runtime.files import write_bytes, write_json
 from alexnet_ddp.runtime.redaction import redact, redact_yaml
+from alexnet_ddp.runtime.startup import before_exit
 
-LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def write_status(
     run_dir: Path, state: str, step: int, exit_code: int | None = None, message: str = ""
 ) -> None:
-    """How the run stands, for launch scripts. `state` is running, complete, preempted or failed."""
+    """Write status.json for launch scripts. state: running, complete, preempted or failed."""
     status = {
         "state": state,
         "step": step,
@@ -38,9 +42,10 @@ def write_status(
 def record_run(
     run_dir: Path, config_yaml: str, facts: dict[str, Any], classes: dict[str, list[str]]
 ) -> None:
-    """config.yaml, classes.json and run.json. Each start appends to `starts`; beside it stand the latest one's facts.
+    """Write config.yaml, classes.json and run.json.
 
-    classes: "ids", the names of the folders in the order of the labels, and "names", what people call them.
+    run.json contains the facts of this start, and in "starts" those of every start. classes: "ids",
+    the folder names in the order of the labels, and "names", their readable names.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     write_bytes(run_dir / "config.yaml", redact_yaml(config_yaml).encode())
@@ -53,7 +58,7 @@ def record_run(
 
 
 def make_run_dir(run_dir: Path) -> None:
-    """Raises ConfigError where nothing can be written there: before an hour of work, not after."""
+    """Create run_dir. Raises ConfigError if it cannot be written to."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -67,7 +72,7 @@ def make_run_dir(run_dir: Path) -> None:
 
 
 def read_classes(run_dir: Path) -> dict[str, list[str]]:
-    """What record_run wrote. Raises DataError where it is gone."""
+    """Read the classes that record_run wrote. Raises DataError if the file cannot be read."""
     try:
         return json.loads((run_dir / "classes.json").read_bytes())
     except (OSError, ValueError) as error:
@@ -87,8 +92,8 @@ def _earlier_starts(path: Path) -> list[dict[str, Any]]:
     try:
         starts = json.loads(path.read_bytes())["starts"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        LOG.warning(
-            "%s is not readable (%s: %s): its list of starts begins anew",
+        log.warning(
+            "%s is not readable (%s: %s): its list of starts is replaced",
             path,
             type(error).__name__,
             error,
@@ -111,14 +116,17 @@ def _version(distribution: str) -> str | None:
 
 
 def _git(tree: Path = PACKAGE) -> dict[str, Any] | None:
-    """Commit and dirty flag of the source tree; None for an installed package (its .venv may lie in another tree)."""
-    if _git_says(tree, "ls-files", "--error-unmatch", "__init__.py") is None:
+    """Commit and dirty flag of the source tree; None for an installed package.
+
+    An installed package may be in a .venv inside of another repository, hence `ls-files`.
+    """
+    if _git_output(tree, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
-    commit = _git_says(tree, "rev-parse", "HEAD")
-    return commit and {"commit": commit, "dirty": bool(_git_says(tree, "status", "--porcelain"))}
+    commit = _git_output(tree, "rev-parse", "HEAD")
+    return commit and {"commit": commit, "dirty": bool(_git_output(tree, "status", "--porcelain"))}
 
 
-def _git_says(tree: Path, *arguments: str) -> str | None:
+def _git_output(tree: Path, *arguments: str) -> str | None:
     env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     command = ["git", "-C", str(tree), *arguments]
     try:
@@ -128,3 +136,70 @@ def _git_says(tree: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+class RunStatus:
+    """Writes status.json on rank 0. If that fails, it logs a warning and the run continues."""
+
+    def __init__(self, run_dir: Path, is_main: bool) -> None:
+        self._run_dir = run_dir
+        self._is_main = is_main
+        self._step = 0
+        self._started = False
+
+    def running(self, step: int) -> None:
+        """Record that the run is at `step`."""
+        self._step = step
+        self._started = True
+        self._write("running")
+
+    def stopped_while_starting(self) -> None:
+        """Record a stop signal before the first step."""
+        if self._started:
+            self._write(
+                "preempted", Preempted.exit_code, "stopped while it started; nothing is lost"
+            )
+
+    def finished(self, error: BaseException | None) -> None:
+        """Record the end of the run: complete, or the error that ended it."""
+        if error is None:
+            self._write("complete", 0)
+        elif not isinstance(error, RunError):
+            self._write("failed", 1, f"{type(error).__name__}: {error}")
+        elif not self._belongs_to_earlier_run(error):
+            state = "preempted" if error.exit_code == Preempted.exit_code else "failed"
+            self._write(state, error.exit_code, str(error))
+
+    def _belongs_to_earlier_run(self, error: RunError) -> bool:
+        """True if this command was refused before it started, in the folder of an earlier run."""
+        refused = error.exit_code == ConfigError.exit_code and not self._started
+        return refused and (self._run_dir / "status.json").exists()
+
+    def _write(self, state: str, exit_code: int | None = None, message: str = "") -> None:
+        if not self._is_main:
+            return
+        try:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            write_status(self._run_dir, state, self._step, exit_code, message)
+        except OSError as error:
+            log.warning("status.json could not be written: %s", error)
+
+
+@contextmanager
+def run_status(run_dir: Path, is_main: bool) -> Iterator[RunStatus]:
+    """Write status.json when the block ends, also if it raises.
+
+    Raises the error of the block; an out-of-memory error becomes a MachineError, a lost rank a
+    PeerLost.
+    """
+    status = RunStatus(run_dir, is_main)
+    try:
+        with before_exit(status.stopped_while_starting):
+            yield status
+    except BaseException as caught:
+        error = out_of_memory(caught) or lost_peer(caught) or caught
+        status.finished(error)
+        if error is caught:
+            raise
+        raise error from caught
+    status.finished(None)

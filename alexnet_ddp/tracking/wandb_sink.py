@@ -1,9 +1,10 @@
-"""wandb, in a process of its own that follows metrics.jsonl. Its one rule: the run never waits for it.
+"""Starts a helper process that sends metrics.jsonl to wandb. The run never waits for wandb.
 
-Inside the run's process wandb would replace sys.exit and sys.excepthook, wait for an unreachable server at the start,
-and again in an exit hook (12 s more, measured with wandb 0.31 and a server that hangs). With a follower, a row costs
-the run its line in metrics.jsonl, and the end CLOSE_S at most. When the run is killed, the follower's standard input
-ends: it sends the last rows and finishes.
+In the run's own process, wandb would replace sys.exit and sys.excepthook, and wait for an
+unreachable server at the start and again in an exit hook (12 s, measured with wandb 0.31 and a
+server that hangs). With a helper process, a row costs the run only its line in metrics.jsonl, and
+close() takes at most CLOSE_S. If the run is killed, the helper's standard input is closed: it sends
+the last rows and ends.
 """
 
 import contextlib
@@ -18,22 +19,22 @@ from typing import Any
 
 from alexnet_ddp.runtime.files import write_bytes, write_json
 from alexnet_ddp.runtime.redaction import redact
-from alexnet_ddp.tracking.jsonl import Say
+from alexnet_ddp.tracking.sinks import Say
 
 CLOSE_S = 10.0
-NOT_ONLINE = 3  # the follower's exit code when it could not reach the server, or has no key
-FOLLOWER = Path(__file__).with_name("wandb_follower.py")
+NOT_ONLINE = 3  # the helper's exit code if it cannot reach the server, or has no key
+HELPER = Path(__file__).with_name("wandb_process.py")
 
 
 def wandb_mode(wanted: str) -> str:
-    """WANDB_MODE narrows the configuration's mode (online > offline > disabled); it never widens it."""
+    """Return the lower of `wanted` and WANDB_MODE, in the order online > offline > disabled."""
     modes = ("disabled", "offline", "online")
     asked = os.environ.get("WANDB_MODE", wanted).lower().replace("dryrun", "offline")
     return modes[min(modes.index(wanted), modes.index(asked) if asked in modes else 2)]
 
 
 def wandb_id(run_dir: Path) -> str:
-    """The id of the run in wandb: made once, kept in wandb_id.txt."""
+    """Return the run's id in wandb; the first call creates it and writes wandb_id.txt."""
     path = run_dir / "wandb_id.txt"
     found = path.read_text().strip() if path.exists() else ""
     if not re.fullmatch(r"[\w\-]{1,64}", found):
@@ -43,7 +44,10 @@ def wandb_id(run_dir: Path) -> str:
 
 
 class WandbSink:
-    """Starts the follower and passes on what it says. `spec`: the mode, and what wandb_follower.py asks for."""
+    """Starts the helper process and prints its messages.
+
+    spec: "mode", and the input of wandb_process.py that this class does not know itself.
+    """
 
     name = "wandb"
 
@@ -60,18 +64,24 @@ class WandbSink:
             "not_online": NOT_ONLINE,
         }
         self._upload = f"upload with: wandb sync {directory}/offline-run-*"
-        write_json(directory / "follower.json", redact(spec) | own | {"upload": self._upload})
+        write_json(directory / "helper.json", redact(spec) | own | {"upload": self._upload})
         if self._mode == "offline":
             say(f"wandb: offline; {self._upload}")
         self._process = self._start()
 
     def write(self, step: int, epoch: float, metrics: dict[str, Any]) -> None:
-        """The follower reads the row in metrics.jsonl; here it gets a chance to say something, or to be replaced."""
+        """Print the helper's messages, and restart it offline if it could not connect.
+
+        The helper reads the row from metrics.jsonl. Raises RuntimeError if it has failed.
+        """
         self._pass_on()
         self._check(self._process.poll())
 
     def close(self, exit_code: int) -> None:
-        """Give the follower CLOSE_S to send the rest; what it does not send stays on disk."""
+        """Give the helper CLOSE_S to send the remaining rows; unsent rows stay on disk.
+
+        Raises TimeoutError, or RuntimeError if it has failed.
+        """
         deadline = time.monotonic() + CLOSE_S
         try:
             code = self._finish(exit_code, deadline)
@@ -81,26 +91,26 @@ class WandbSink:
             self._end()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        with (self._directory / "follower.log").open("ab") as log:
+        with (self._directory / "helper.log").open("ab") as log:
             process = subprocess.Popen(
                 [
                     sys.executable,
                     "-P",
-                    str(FOLLOWER),
-                    str(self._directory / "follower.json"),
+                    str(HELPER),
+                    str(self._directory / "helper.json"),
                     self._mode,
                 ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env={"WANDB_ERROR_REPORTING": "false", **os.environ},
-                start_new_session=True,  # a Ctrl-C is for the run, and there is no terminal to prompt on
+                start_new_session=True,  # no Ctrl-C, and no terminal for wandb to prompt on
             )
         os.set_blocking(process.stdout.fileno(), False)
         return process
 
     def _check(self, code: int | None) -> bool:
-        """Whether a follower that could not go online was replaced by one that works offline."""
+        """Handle an exit code of the helper; True if it was restarted offline."""
         if code == NOT_ONLINE and self._mode == "online":
             self._end()
             self._mode = "offline"  # wandb cannot start a run twice in one process
@@ -108,14 +118,13 @@ class WandbSink:
             return True
         if code:
             raise RuntimeError(
-                f"its process ended with code {code}, see {self._directory / 'follower.log'}"
+                f"its process ended with code {code}, see {self._directory / 'helper.log'}"
             )
         return False
 
     def _finish(self, exit_code: int, deadline: float) -> int:
-        with contextlib.suppress(
-            BrokenPipeError
-        ):  # it has ended already; its code, below, says how
+        # The helper may have ended already; its exit code is checked below.
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(f"{exit_code}\n".encode())
             self._process.stdin.flush()
         try:
@@ -131,7 +140,7 @@ class WandbSink:
         try:
             self._process.stdin.close()
         except BrokenPipeError:
-            return  # an exit code that nobody read
+            return  # the helper ended before it read the exit code
 
     def _pass_on(self) -> None:
         for line in (self._process.stdout.read() or b"").decode(errors="replace").splitlines():

@@ -88,7 +88,7 @@ def test_d36_a_server_of_wandbs_that_fails_costs_the_run_nothing(new_job, when, 
         assert first_row[fault] < first_row["plain"] + 10
         assert _steps_s(job) < _steps_s(jobs["plain"]) + 10
         if when == "init":
-            assert "wandb cannot go online" in job.said()
+            assert "wandb cannot connect" in job.said()
             assert list(job.run_dir.glob("wandb/offline-run-*/*.wandb"))
         job.until(lambda job=job: not job.processes(), 30, "the end of all processes")
     measured["start later by, s"] = round(max(first_row.values()) - first_row["plain"], 1)

@@ -1,8 +1,9 @@
-"""The process that follows metrics.jsonl into wandb. Run as a file by wandb_sink.py; imports nothing of this package.
+"""The helper process that sends metrics.jsonl to wandb. wandb_sink.py runs this file.
 
-Arguments: a JSON file (run_dir, id, pid, offset, project, name, config, program, upload, not_online) and the mode,
-online or offline. Standard input: one line, the exit code of the run; its end without one means that the run was
-killed. Standard output: lines for the user.
+It imports nothing of this package. Arguments: a JSON file (run_dir, id, pid, offset, project, name,
+config, program, upload, not_online) and the mode, online or offline. Standard input: one line, the
+exit code of the run; end of file without it means that the run was killed. Standard output: lines
+for the user.
 """
 
 import json
@@ -18,48 +19,49 @@ from typing import Any, BinaryIO
 INIT_S = 5.0
 FINISH_S = 4.0
 POLL_S = 0.5
-LIMIT_S = 12.0  # from the end of the run to the end of this process, whatever hangs
-KILLED = 137  # 128 + SIGKILL: what a shell would report of the run
+LIMIT_S = 12.0  # this process exits at most so long after the run, even if wandb hangs
+KILLED = 137  # 128 + SIGKILL, the exit code that a shell reports
 
 End = queue.Queue[int]
 
 
 def main() -> None:
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(
-            name, signal.SIG_IGN
-        )  # they are for the run, whose end is the end of standard input
+        # Only the run handles them; this process ends when its standard input does.
+        signal.signal(name, signal.SIG_IGN)
     stdout = os.dup(1)
-    os.dup2(2, 1)  # what libraries print goes to the log
+    os.dup2(2, 1)  # output of libraries is written to the log
     spec = json.loads(Path(sys.argv[1]).read_bytes())
     end: End = queue.Queue()
     threading.Thread(target=listen, args=(end,), daemon=True).start()
     code = follow(spec, sys.argv[2], end, lambda text: os.write(stdout, f"{text}\n".encode()))
-    os._exit(code)  # wandb's exit hook would wait for its service, without a limit
+    os._exit(code)  # wandb's exit hook would wait for its service without a timeout
 
 
 def follow(spec: dict[str, Any], mode: str, end: End, say: Any) -> int:
-    """This process exists so that wandb's errors end here: each is one line."""
+    """Send rows until the run ends. Errors of wandb become one line each; return the exit code."""
     try:
         run = init(spec, mode)
     except Exception as error:
         if mode == "online":
             say(
-                f"warning: wandb cannot go online ({one_line(error)}) and logs offline; {spec['upload']}"
+                f"warning: wandb cannot connect ({one_line(error)}) and logs offline; "
+                f"{spec['upload']}"
             )
             return spec["not_online"]
-        say(f"warning: wandb cannot start ({one_line(error)}); the run goes on without it")
+        say(f"warning: wandb cannot start ({one_line(error)}); the run continues without it")
         return 0
     if mode == "online":
         say(f"wandb: {run.url}")
     try:
         log_all(run, spec, end)
     except Exception as error:
-        say(f"warning: wandb failed ({one_line(error)}); the run goes on without it")
+        say(f"warning: wandb failed ({one_line(error)}); the run continues without it")
     return 0
 
 
 def init(spec: dict[str, Any], mode: str) -> Any:
+    """Return a new or resumed wandb run. Raises what wandb raises."""
     import wandb
 
     wanted = {
@@ -71,7 +73,7 @@ def init(spec: dict[str, Any], mode: str) -> Any:
         "finish_timeout": FINISH_S,
         "program": spec["program"],
         "x_stats_pid": spec["pid"],
-        "stop_fn": lambda: None,  # its default is a SIGINT
+        "stop_fn": lambda: None,  # the default sends SIGINT
     }
     settings = wandb.Settings(
         **{name: value for name, value in wanted.items() if name in wandb.Settings.model_fields}
@@ -81,21 +83,21 @@ def init(spec: dict[str, Any], mode: str) -> Any:
 
 
 def log_all(run: Any, spec: dict[str, Any], end: End) -> None:
-    """wandb ignores a step that it already has: a run that was killed repeats those after its last checkpoint."""
+    """Send rows until the run ends. wandb ignores steps that an earlier, killed start has sent."""
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     with Path(spec["run_dir"], "metrics.jsonl").open("rb") as file:
         file.seek(spec["offset"])
         exit_code = None
         while exit_code is None:
-            exit_code = news(end)
+            exit_code = poll_exit_code(end)
             for row in new_rows(file):
                 run.log(row, step=row["step"])
     run.finish(exit_code=exit_code)
 
 
 def new_rows(file: BinaryIO) -> Iterator[dict[str, Any]]:
-    """Whole rows since the last call. "nan" and the infinities become floats again."""
+    """Yield the complete rows since the last call. "nan" and the infinities become floats."""
     for line in iter(file.readline, b""):
         if not line.endswith(b"\n"):
             file.seek(-len(line), os.SEEK_CUR)
@@ -108,14 +110,14 @@ def new_rows(file: BinaryIO) -> Iterator[dict[str, Any]]:
 
 
 def listen(end: End) -> None:
-    """Wait for the run's exit code, and see to it that this process ends after it."""
+    """Wait for the run's exit code, then exit after LIMIT_S at the latest."""
     line = sys.stdin.buffer.readline().strip()
     threading.Timer(LIMIT_S, os._exit, (1,)).start()
     end.put(int(line) if line else KILLED)
 
 
-def news(end: End) -> int | None:
-    """The run's exit code, once it has one; None after POLL_S without news."""
+def poll_exit_code(end: End) -> int | None:
+    """Wait up to POLL_S for the run's exit code; None if the run has not ended."""
     try:
         return end.get(timeout=POLL_S)
     except queue.Empty:

@@ -1,0 +1,311 @@
+"""Lists the images to pack: ImageNet archives, class folders, our shards, or WebDataset tars.
+
+A name consists of class and file, without the location of the source: the same images give the
+same plan as a folder or as an archive.
+"""
+
+import hashlib
+import io
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from alexnet_ddp.data.sources import imagenet, scan
+from alexnet_ddp.data.sources.classes import BY_NAME, ClassOrder
+from alexnet_ddp.data.sources.index import SampleIndex, index_folder
+from alexnet_ddp.data.sources.shard_check import check_file, check_split
+from alexnet_ddp.data.sources.shard_index import read_index
+from alexnet_ddp.data.sources.tars import ArchiveStore, Member, tar_members
+from alexnet_ddp.data.storage import Storage, absolute
+from alexnet_ddp.runtime.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+WHOLE = -1  # an offset: the file is the image
+_MAX_CLASSES = 1_000_000  # a larger label is damage
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The N images of a split, in the order (class, file name) of the index."""
+
+    root: str  # absolute, or a URL
+    classes: list[str]  # in the order of the labels
+    class_names: list[str]  # readable names, in the order of the labels
+    labels: np.ndarray  # int32 [N]
+    names: list[str]  # [N]: CLASS/FILE
+    files: list[str]  # relative to root
+    file_of: np.ndarray  # int32 [N]: position in files
+    offsets: np.ndarray  # int64 [N]
+    sizes: np.ndarray  # int64 [N], in bytes; 0 if unknown
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def splits_of(root: str) -> list[str]:
+    """Return the splits of `root`. Raises DataError if it has none, or does not exist."""
+    storage = Storage(absolute(root))
+    if not storage.exists():
+        raise DataError(
+            f"source ({root}) does not exist; give the directory or the URL of the images"
+        )
+    found = [split for split in ("train", "val") if _kind(storage, split)]
+    if not found:
+        rule = f"{imagenet.TRAIN}, train/CLASS/* or train-*.tar in WebDataset layout"
+        raise DataError(f"source ({root}) contains no images to pack; it must have {rule}")
+    return found
+
+
+def open_source(root: str, split: str, order: ClassOrder = BY_NAME) -> Source:
+    """List the images of `split`. Raises DataError, or ConfigError if `order` would be ignored."""
+    storage = Storage(absolute(root))
+    kind = _kind(storage, split)
+    if kind == "archive":
+        return _archive(Path(storage.root), split, order)
+    if kind == "folder":
+        return (
+            _folder(storage, split, order)
+            if storage.is_local
+            else _remote_folder(storage, split, order)
+        )
+    if kind and order != BY_NAME:
+        raise ConfigError(
+            f"class_order ({order.choice}) would be ignored: the {kind} of source ({root}) "
+            "contain the labels; leave it out"
+        )
+    if kind == "shards":
+        return shards_source(storage, split)
+    if kind == "tars":
+        return tars_source(storage, split)
+    raise DataError(
+        f"source ({root}) contains no {split} images; "
+        "give the splits that it has: split=train or split=val"
+    )
+
+
+def _kind(storage: Storage, split: str) -> str | None:
+    if storage.is_local and storage.exists({"train": imagenet.TRAIN, "val": imagenet.VAL}[split]):
+        if split == "val" and not storage.exists(imagenet.DEVKIT):
+            raise DataError(
+                f"{storage.root} lacks {imagenet.DEVKIT}, which contains the labels of "
+                f"{imagenet.VAL}; add it"
+            )
+        return "archive"
+    if storage.exists(split):
+        return "folder"
+    index = read_index(storage)
+    if index is not None:
+        return "shards" if split in index.splits else None
+    return "tars" if tar_names(storage, split) else None
+
+
+def _archive(root: Path, split: str, order: ClassOrder) -> Source:
+    index, plain, class_names = imagenet.open_archive(root, split, order)
+    store = index.store
+    assert isinstance(store, ArchiveStore)
+    names = [f"{index.classes[label]}/{name}" for label, name in zip(index.labels.tolist(), plain)]
+    one = np.zeros(len(index), np.int32)
+    files = [os.path.basename(store.path)]
+    return Source(
+        str(root),
+        index.classes,
+        class_names,
+        index.labels,
+        names,
+        files,
+        one,
+        store.offsets,
+        store.sizes,
+    )
+
+
+def _folder(storage: Storage, split: str, order: ClassOrder) -> Source:
+    index: SampleIndex = index_folder(Path(storage.root), split, order)
+    paths = [index.store.path(i) for i in range(len(index))]
+    return _of_files(storage.root, split, index.classes, index.labels, paths, index.store.sizes)
+
+
+def _remote_folder(storage: Storage, split: str, order: ClassOrder) -> Source:
+    """As index_folder, but with a single listing of the store."""
+    ignored = scan.Ignored()
+    sizes = storage.tree_sizes(split)
+    paths = [path for path in sizes if _is_image(path, split, ignored)]
+    for note in ignored.notes():
+        log.warning(note)
+    if not paths:
+        raise DataError(
+            f"{storage.path(split)} contains no CLASS/* images; lay them out as {split}/CLASS/*"
+        )
+    of = [path.split("/", 1)[0] for path in paths]
+    classes = order.arrange(list(set(of)), storage.path(split))
+    label = {name: i for i, name in enumerate(classes)}
+    places = sorted(range(len(paths)), key=lambda i: (label[of[i]], *paths[i].rsplit("/", 1)))
+    labels = np.array([label[of[i]] for i in places], np.int32)
+    paths = [paths[i] for i in places]
+    return _of_files(
+        storage.root,
+        split,
+        classes,
+        labels,
+        paths,
+        np.array([sizes[path] for path in paths], np.int64),
+    )
+
+
+def _is_image(path: str, split: str, ignored: scan.Ignored) -> bool:
+    *folders, name = path.split("/")
+    if any(folder.startswith(".") for folder in folders):
+        ignored.add("hidden", f"{split}/{path}")
+    elif ignored.accepts(name, "/".join((split, *folders))):
+        if folders:
+            return True
+        ignored.add("outside of the class folders", f"{split}/{path}")
+    return False
+
+
+def _of_files(
+    root: str,
+    split: str,
+    classes: list[str],
+    labels: np.ndarray,
+    paths: list[str],
+    sizes: np.ndarray,
+) -> Source:
+    n = len(paths)
+    whole, files = np.full(n, WHOLE, np.int64), [f"{split}/{path}" for path in paths]
+    return Source(
+        root, classes, classes, labels, paths, files, np.arange(n, dtype=np.int32), whole, sizes
+    )
+
+
+def tar_names(storage: Storage, split: str) -> list[str]:
+    return [name for name in storage.names() if re.fullmatch(rf"{split}-.*\.tar", name)]
+
+
+def shards_source(storage: Storage, split: str) -> Source:
+    """List our own shards. Their names, classes and order are kept. Raises DataError."""
+    index = read_index(storage)
+    entry = index.splits[split]
+    if entry["recipe"]["encoding"] == "raw":
+        raise DataError(
+            f"source ({storage.root}) contains raw pixels, which cannot be packed again; "
+            "give the source of these shards"
+        )
+    content = {kind: storage.read(f"{split}.{kind}") for kind in ("samples.npy", "names.txt")}
+    for kind, data in content.items():
+        check_file(storage, f"{split}.{kind}", entry, hashlib.sha256(data).hexdigest())
+    samples = np.load(io.BytesIO(content["samples.npy"]), allow_pickle=False)
+    if storage.is_local:
+        check_split(storage, entry, split, samples)
+    names = content["names.txt"].decode(errors="surrogateescape").split("\n")[:-1]
+    files = [shard["name"] for shard in entry["shards"]]
+    places = [
+        samples[name].astype(kind)
+        for name, kind in (("shard", np.int32), ("offset", np.int64), ("size", np.int64))
+    ]
+    return Source(
+        storage.root,
+        index.classes,
+        index.class_names,
+        samples["label"].copy(),
+        names,
+        files,
+        *places,
+    )
+
+
+def tars_source(storage: Storage, split: str) -> Source:
+    """List WebDataset tars, of pairs KEY.cls (the label as a number) and KEY.jpg (or .png ...).
+
+    Raises DataError.
+    """
+    if not storage.is_local:
+        raise DataError(
+            f"source ({storage.root}) has tars at a URL, which cannot be packed; "
+            "copy them to this machine first"
+        )
+    files, rows = tar_names(storage, split), []
+    for k, file in enumerate(scan.watched(files, len(files), f"indexing {split}-*.tar")):
+        rows += [(label, f"{file.removesuffix('.tar')}/{name}", k, offset, size)
+                 for label, name, offset, size in _samples(Path(storage.path(file)))]  # fmt: skip
+    labels = [row[0] for row in rows]
+    if not rows:
+        raise DataError(
+            f"{storage.path(files[0])} contains no pair of KEY.cls and an image; "
+            "it is not a WebDataset tar"
+        )
+    count = _num_classes(storage, max(labels) + 1)
+    width = len(str(count - 1))
+    classes = [f"class{c:0{width}d}" for c in range(count)]
+    log.warning(
+        "%s has labels but no class names, which only index.json of shards has: using %s to %s",
+        files[0],
+        classes[0],
+        classes[-1],
+    )
+    rows.sort(key=lambda row: (row[0], row[1]))
+    return Source(
+        storage.root,
+        classes,
+        classes,
+        np.array([row[0] for row in rows], np.int32),
+        [f"{classes[row[0]]}/{row[1]}" for row in rows],
+        files,
+        np.array([row[2] for row in rows], np.int32),
+        np.array([row[3] for row in rows], np.int64),
+        np.array([row[4] for row in rows], np.int64),
+    )
+
+
+def _samples(tar: Path) -> list[tuple[int, str, int, int]]:
+    """(label, name, offset, size in bytes) of each pair in a WebDataset tar."""
+    labels: dict[str, int] = {}
+    images: dict[str, Member] = {}
+    fd = os.open(tar, os.O_RDONLY)
+    try:
+        for member in tar_members(fd, tar, 0, os.fstat(fd).st_size, may_be_cut=True):
+            folder, _, name = member.name.rpartition("/")
+            key, _, suffix = name.partition(".")
+            key = f"{folder}/{key}" if folder else key
+            if suffix == "cls":
+                labels[key] = _label(
+                    os.pread(fd, member.size, member.offset), f"{tar}:{member.name}"
+                )
+            elif f".{suffix}".lower() in scan.SUFFIXES:  # not KEY.seg.png, a second file of KEY
+                images[key] = member
+    finally:
+        os.close(fd)
+    alone = sorted(labels.keys() ^ images.keys())
+    if alone:
+        raise DataError(
+            f"{tar} contains {scan.listed(alone)} without both an image and a label; "
+            "fix or remove the tar"
+        )
+    return [
+        (labels[key], member.name, member.offset, member.size) for key, member in images.items()
+    ]
+
+
+def _label(text: bytes, member: str) -> int:
+    if not text.strip().isdigit() or int(text) >= _MAX_CLASSES:
+        raise DataError(
+            f"{member} must contain the label as a number below {_MAX_CLASSES:,}, "
+            f"got {text[:20]!r}; fix or remove the tar"
+        )
+    return int(text)
+
+
+def _num_classes(storage: Storage, at_least: int) -> int:
+    """Number of classes over all splits: one split may lack the last classes."""
+    found = [at_least]
+    for split in ("train", "val"):
+        for file in tar_names(storage, split):
+            found.append(
+                1 + max((label for label, *_ in _samples(Path(storage.path(file)))), default=0)
+            )
+    return max(found)

@@ -1,0 +1,82 @@
+"""Sinks that write files: metrics.jsonl, the complete record of a run, and TensorBoard's events.
+
+A row of metrics.jsonl is flat: step, epoch, time_s (seconds of work over all restarts), then the
+metrics. JSON has no nan and no infinities: they are the strings "nan", "inf", "-inf". A row is one
+write() call, and each step is recorded once.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from alexnet_ddp.runtime.files import keep_rows, plain
+
+Say = Callable[[str], None]
+
+
+class JsonlSink:
+    """Appends rows to metrics.jsonl.
+
+    Rows after `start_step` are dropped first, since the resumed run will write them again. A run
+    that starts at 0 keeps none. Raises OSError if the file cannot be opened.
+    """
+
+    def __init__(self, path: Path, start_step: int, say: Say) -> None:
+        rows, num_damaged = keep_rows(path, start_step if start_step > 0 else -1)
+        if num_damaged:
+            say(f"{path}: {num_damaged} damaged {'row' if num_damaged == 1 else 'rows'} dropped")
+        self._path = path
+        self._say = say
+        self._num_lost = 0
+        self._began = time.monotonic() - (float(rows[-1].get("time_s", 0.0)) if rows else 0.0)
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self.start_offset = os.fstat(self._fd).st_size  # bytes; the wandb process reads from here
+
+    def write(self, step: int, epoch: float, metrics: dict[str, Any]) -> None:
+        """Append a row. If the disk is full, the row is lost and the run continues."""
+        time_s = round(time.monotonic() - self._began, 3)
+        line = _encode({"step": step, "epoch": epoch, "time_s": time_s} | metrics)
+        size = os.fstat(self._fd).st_size
+        try:
+            if os.write(self._fd, line) < len(line):
+                os.ftruncate(self._fd, size)
+                raise OSError("only a part of the row was written")
+        except OSError as error:
+            self._num_lost += 1
+            if self._num_lost == 1:
+                self._say(f"warning: a row of {self._path} is lost: {error}")
+
+    def close(self, exit_code: int) -> None:
+        """Close the file, and warn if rows were lost."""
+        os.close(self._fd)
+        if self._num_lost:
+            self._say(f"warning: {self._num_lost} rows of {self._path} are lost")
+
+
+def _encode(row: dict[str, Any]) -> bytes:
+    return (json.dumps(plain(row), allow_nan=False) + "\n").encode()
+
+
+class TensorBoardSink:
+    """Writes scalars by metric name against step."""
+
+    name = "TensorBoard"
+
+    def __init__(self, directory: Path, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # imports for seconds
+
+        # Hide what an earlier start wrote after start_step; at 0 also what it wrote at step 0.
+        self._writer = SummaryWriter(directory, purge_step=start_step + 1 if start_step else 0)
+
+    def write(self, step: int, epoch: float, metrics: dict[str, Any]) -> None:
+        """Write the numbers of a row, and flush, in case the process is killed."""
+        for name, value in metrics.items():
+            if not isinstance(value, str):
+                self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self, exit_code: int) -> None:
+        self._writer.close()
