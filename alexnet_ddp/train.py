@@ -220,7 +220,7 @@ class Run:
         for bad in outcome.bad_steps(step):
             self.leave_behind(bad)
         self.save_due = outcome.save or self.budget.save_due(self.state.step)
-        if not self.meet(
+        if not self.sync_replicas(
             self.needs_equal_ranks(self.state.step)
         ):  # a stop, or a save by time, waits until the ranks do
             self.stopping = self.save_due = False
@@ -245,15 +245,15 @@ class Run:
             or budget.is_end(step)
         )
 
-    def meet(self, planned: bool) -> bool:
-        """Collective. See Training.meet."""
-        return self.training.meet(planned, partial(self.watchdog.phase, WAITING))
+    def sync_replicas(self, required: bool) -> bool:
+        """Collective. See Training.sync_replicas."""
+        return self.training.sync_replicas(required, partial(self.watchdog.phase, WAITING))
 
     def leave_behind(self, step: int) -> None:
         """Collective. Step `step` was bad and was not applied: end, go on, or go back, as trainer.on_nan says."""
         error = self.guard.bad(step)
         if error is not None:
-            self.meet(planned=True)
+            self.sync_replicas(required=True)
             self.state.step, self.stopping = step, True
             self.save()
             raise error

@@ -110,8 +110,7 @@ def keep(training: object, folder: Path, name: str) -> None:
     """Collective. The parameters, by torchvision's names, from rank 0."""
     tensors = training.tensors()["model"]
     whole = {
-        key: t if isinstance(t, torch.Tensor) else t.part.whole(t.local)
-        for key, t in tensors.items()
+        key: t if isinstance(t, torch.Tensor) else t.full_tensor() for key, t in tensors.items()
     }
     if os.environ["RANK"] == "0":
         torch.save(whole, folder / f"{name}.pt")

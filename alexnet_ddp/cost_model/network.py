@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from alexnet_ddp.parallel.layers import worth_splitting
+from alexnet_ddp.parallel import worth_splitting
 
 
 @dataclass(frozen=True)

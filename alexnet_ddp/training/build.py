@@ -41,8 +41,7 @@ from alexnet_ddp.model import (
     transforms_input,
     without_weights,
 )
-from alexnet_ddp.parallel import LocalSGD, SplitTensor, build_parallel
-from alexnet_ddp.parallel.layers import find_layers
+from alexnet_ddp.parallel import ShardedTensor, build_parallel, find_layers
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.training.ema import EMA
@@ -142,7 +141,8 @@ class Training:
         )
         self.train_step.load(self.state.sums, self.state.scaler)
         if self.parallel_model.hook is not None:
-            self.parallel_model.hook.go_on(self.state.step, saved.pop("hook", {}))
+            self.parallel_model.hook.load_state_dict(saved.pop("hook", {}))
+            self.parallel_model.hook.set_step(self.state.step)
         if cfg.trainer.ema_decay is not None:
             self.train_step.ema = EMA(self.model, cfg.trainer.ema_decay)
             self.train_step.ema.load(self.parallel_model.local(saved.pop("ema", {})))
@@ -156,7 +156,7 @@ class Training:
         self.val_loader = build_loader(cfg.data, data.val, None, world.num_cores, world.device)
         self.batches = self._from_here()
 
-    def tensors(self) -> dict[str, dict[str, Tensor | SplitTensor]]:
+    def tensors(self) -> dict[str, dict[str, Tensor | ShardedTensor]]:
         """What a checkpoint holds: file stem -> tensors by name, some of which may be split over the ranks."""
         groups = {
             "model": self.model.state_dict(),
@@ -165,17 +165,17 @@ class Training:
         if self.train_step.ema is not None:
             groups["ema"] = self.train_step.ema.tensors()
         hook = self.parallel_model.hook
-        if hook is not None and (remembered := hook.tensors(self._world)):
+        if hook is not None and (remembered := hook.state_dict()):
             groups["hook"] = remembered
-        return {stem: self.parallel_model.canonical(tensors) for stem, tensors in groups.items()}
+        return {stem: self.parallel_model.sharded(tensors) for stem, tensors in groups.items()}
 
-    def meet(self, planned: bool, progress: Callable[[], None]) -> bool:
-        """Collective. True where the ranks are equal: always, but under local SGD between two of its meetings.
+    def sync_replicas(self, required: bool, progress: Callable[[], None]) -> bool:
+        """Collective. Average the replicas if local SGD is due, or if equal replicas are required.
 
-        planned: they must be. progress: called where a meeting gets on.
+        progress: called before each message. Returns True if the replicas are equal afterwards.
         """
         hook = self.parallel_model.hook
-        if not isinstance(hook, LocalSGD):
+        if hook is None:
             return True
 
         def learnt() -> list[Tensor]:  # buffers are averaged after each step
@@ -184,13 +184,13 @@ class Training:
             averages = self.train_step.ema.tensors() if self.train_step.ema is not None else {}
             return [*weights.values(), *moments, *(averages[name] for name in weights if averages)]
 
-        return hook.meet(self.state.step, planned, learnt, progress)
+        return hook.sync_replicas(self.state.step, required, learnt, progress)
 
     @contextmanager
     def as_evaluated(self) -> Iterator[nn.Module]:
         """Collective. The whole model with the weights that an evaluation counts: the averages, where there are any."""
         with nullcontext() if self.train_step.ema is None else self.train_step.ema.in_place():
-            yield self.parallel_model.whole_model()
+            yield self.parallel_model.full_model()
 
     def roll_back(self, step: int) -> int:
         """Weights and optimizer of the newest checkpoint, and the data from `step` on; the checkpoint's step."""
@@ -210,7 +210,8 @@ class Training:
         if self.train_step.ema is not None:
             self.train_step.ema.load(local.get("ema", {}))
         if self.parallel_model.hook is not None:
-            self.parallel_model.hook.go_on(step, {})
+            self.parallel_model.hook.load_state_dict({})
+            self.parallel_model.hook.set_step(step)
         self.state.step = step
         self.batches = self._from_here()
         return to

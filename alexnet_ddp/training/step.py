@@ -176,7 +176,7 @@ class TrainStep:
         """The loss summed over the batch's images; a zero that DDP can differentiate where there are none."""
         if batch is None or len(batch.labels) == 0:
             with autocast(self.cfg.precision, self.world):  # what the ranks exchange must be alike
-                return self.parallel_model.nothing_to_learn(self._blank, slots)
+                return self.parallel_model.zero_loss(self._blank, slots)
         set_dropout_keys(self._model, self.seed, step, batch.indices)
         with autocast(self.cfg.precision, self.world):
             logits = self.parallel_model(apply_effects(batch.images, batch.effects), slots)
@@ -190,7 +190,7 @@ class TrainStep:
         The gradient's norm is the same on all ranks (see ParallelModel.global_norms): each decides alike.
         """
         self.scaler.unscale_(self.optimizer)
-        self.parallel_model.agree_on_infinities(self.scaler, self.optimizer)
+        self.parallel_model.sync_found_inf(self.scaler, self.optimizer)
         parameters = [p for p in self._model.parameters() if p.grad is not None]
         if correction != 1:
             torch._foreach_mul_([p.grad for p in parameters], correction)
