@@ -1,10 +1,11 @@
-"""A batch of 4,096: LARS, and SGD at the linearly scaled rate, on the 20 classes of experiment=imagenet20.
+"""Compare LARS with SGD at the linearly scaled rate, with a batch of 4,096 images (imagenet20).
 
-    python benchmarks/large_batch.py --data DIR --json benchmarks/results/large_batch.json --plot large_batch.png
-    python benchmarks/large_batch.py --quick      # two steps each, on made-up images
+    python benchmarks/large_batch.py --data DIR --json benchmarks/results/large_batch.json \\
+        --plot large_batch.png
+    python benchmarks/large_batch.py --quick      # two steps each, on synthetic images
 
-Runs the two experiments, or goes on with them where --runs has begun ones, and collects their curves. A run that
-diverges ends with 70: its curve ends there.
+It runs the two experiments, or resumes them from --runs, and collects their curves. A run that
+diverges ends with 70, and its curve ends there.
 """
 
 import argparse

@@ -1,9 +1,11 @@
-"""One process that loads images as its argument says, for processes.py, which looks at it from outside.
+"""One process that loads images, for processes.py, which measures it from outside.
 
-    python benchmarks/one_process.py '{"loader": "ours", "data": "shards", "root": "DIR", "torch": false, "seconds": 0}'
+    python benchmarks/one_process.py \\
+        '{"loader": "ours", "data": "shards", "root": "DIR", "torch": false, "seconds": 0}'
 
-It prints a line when the first batch is there: the seconds since its imports were done. With `seconds`, it takes some
-more and then rests so long, as in a step that is slower than the loader: whatever may be ahead is then ahead.
+It prints a line at the first batch: the seconds since the end of its imports. If `seconds` is not
+0, it takes more batches and then sleeps for that time. All prefetched batches exist then, as during
+a step that is slower than the loader.
 """
 
 import json
@@ -12,11 +14,11 @@ import time
 from collections.abc import Iterator
 
 BATCH, SIZE, THREADS = 64, 224, 2
-TAKEN = 8  # batches, before the rest
+NUM_TAKEN = 8  # batches, before it sleeps
 
 
 def theirs(ask: dict) -> Iterator[int]:
-    """torchvision's reference with ask["workers"] worker processes; an epoch is the files ask["copies"] times."""
+    """torchvision's reference: ask["workers"] processes, files repeated ask["copies"] times."""
     from torch.utils.data import DataLoader
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
@@ -35,7 +37,7 @@ def theirs(ask: dict) -> Iterator[int]:
 
 
 def ours(ask: dict) -> Iterator[int]:
-    """Our loader; without ask["torch"] as far as host memory, which is all of it but the copy to torch's tensors."""
+    """Our loader; without ask["torch"], all of it except the copy to torch's tensors."""
     if ask["torch"]:
         import torch
 
@@ -79,7 +81,7 @@ def main(ask: dict) -> None:
     next(batches)
     print(time.perf_counter() - began, flush=True)
     if ask["seconds"]:
-        for _ in range(TAKEN):
+        for _ in range(NUM_TAKEN):
             next(batches, 0)
         time.sleep(ask["seconds"])
     batches.close()

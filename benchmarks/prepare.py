@@ -1,9 +1,9 @@
-"""How many images a second are packed: one process, two, and Spark on this machine, each as the command of a user.
+"""Measure how many images per second are packed: one process, two, and Spark on this machine.
 
     python benchmarks/prepare.py [--json FILE] [--images DIR] [--quick]
 
-The variants run in turns, each in a new process from its start to its commit, so Spark's start (Java, a session) counts
-in. `per core` divides by the processes that worked.
+The variants run in turns. Each is a new process, timed from its start to its commit, so Spark's
+start-up (Java, a session) is included. "per core" divides by the number of working processes.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ONE, TWO, SPARK = VARIANTS
 
 
 def packing(source: Path, root: Path, count: int, engine: list[str]) -> Callable[[], float]:
-    """images/s of one preparation, written to `root` anew."""
+    """Returns a function that packs into an empty `root` and returns images/s."""
     command = [
         sys.executable,
         "-m",
@@ -60,9 +60,9 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument(
-        "--repetitions", type=int, default=5, help="turns that count (default: %(default)s)"
+        "--repetitions", type=int, default=5, help="counted turns (default: %(default)s)"
     )
-    parser.add_argument("--quick", action="store_true", help="one short turn, for the mechanics")
+    parser.add_argument("--quick", action="store_true", help="one short turn, as a test")
     ask = parser.parse_args(arguments)
     count, repetitions = (32, 1) if ask.quick else (1_200, ask.repetitions)
     report, about = Report(), machine()

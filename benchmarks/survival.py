@@ -1,12 +1,12 @@
-"""What staying alive costs: the stall of a checkpoint, and the share of a step (P13).
+"""Measure the cost of fault tolerance: the stall of a checkpoint, and the share of a step (P13).
 
     python benchmarks/survival.py [--json FILE] [--repetitions N] [--batch 32] [--quick]
 
-P13  the run's step with all that watches it, against the same step with all of that taken out, AlexNet with 61.1 M
-     parameters at 64 px, in turns of some steps in one process. Taken out: watchdog, beacon, health vector, spike and
-     straggler watch, undo of a bad step. What is not done in every step is counted with its share: the check of the
-     replicas (every 1,000 steps) and a checkpoint (every 5 minutes).
-stall  how long the training stands still for a checkpoint of that network with its momentum, 489 MB
+P13    a step with all monitoring against the same step without it: AlexNet with 61.1 M parameters
+       at 64 px, in turns in one process. Monitoring: watchdog, heartbeat, health vector, detection
+       of loss spikes and stragglers, snapshots for undoing a bad step. The comparison of replicas
+       (every 1,000 steps) and a checkpoint (every 5 minutes) are included with their shares.
+stall  how long training waits for a checkpoint of that network and its momentum, 489 MB
 """
 
 import argparse
@@ -31,9 +31,9 @@ from alexnet_ddp.training.vote import StepOutcome
 
 
 class NoHealth:
-    """In place of the health vector: everything is always well."""
+    """Replaces the health vector: every step is good."""
 
-    def begin(self, loss_sum, num_images, wish, late) -> None:
+    def begin(self, loss_sum, num_images, vote, late) -> None:
         self.num_images = num_images
 
     def finish(self) -> StepOutcome:
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--quick", action="store_true", help="one short turn: does it run?")
+    parser.add_argument("--quick", action="store_true", help="one short turn, as a test")
     asked = parser.parse_args()
     turns, steps = (1, 1) if asked.quick else (asked.repetitions, 8)
     directory = Path(tempfile.mkdtemp(prefix="alexnet_ddp.survival."))
@@ -117,7 +117,8 @@ def measure(directory: Path, turns: int, steps: int, batch: int) -> list[dict]:
     for result in results:
         (low, high), n = result["range"], result["n"]
         print(
-            f"{result['id'] or '':6}{result['value']:10.4f}  ({low:.4f} to {high:.4f}, n = {n})  {result['what']}"
+            f"{result['id'] or '':6}{result['value']:10.4f}  "
+            f"({low:.4f} to {high:.4f}, n = {n})  {result['what']}"
         )
     return results
 
@@ -141,17 +142,17 @@ def seconds_a_step(run: Run, steps: int) -> float:
 
 @contextmanager
 def taken_out(run: Run):
-    """The same training without what watches it."""
+    """Disable the monitoring of the same training."""
     train_step = run.training.train_step
-    kept = train_step._health, train_step._undo, train_step.on_phase, run.guard, run.watchdog
+    kept = train_step._health, train_step._before, train_step.on_phase, run.guard, run.watchdog
     train_step._health, train_step.on_phase = NoHealth(), lambda phase: None
     run.watchdog = Watchdog(None, run.cfg.run_dir, run.world)
     run.guard = type("NoGuard", (), {"watch": lambda self, step, loss: None})()
-    train_step._undo = type(
-        "NoUndo", (), {"mark": lambda self: None, "back": lambda self, bad: None}
+    train_step._before = type(
+        "NoSnapshot", (), {"snapshot": lambda self: None, "restore": lambda self, bad: None}
     )()
     yield
-    train_step._health, train_step._undo, train_step.on_phase, run.guard, run.watchdog = kept
+    train_step._health, train_step._before, train_step.on_phase, run.guard, run.watchdog = kept
 
 
 def stall(run: Run) -> float:
@@ -165,7 +166,7 @@ def check(run: Run) -> float:
     run.checkpoints.poll(wait=True)
     began = time.perf_counter()
     tensors = {name: t for group in run.training.tensors().values() for name, t in group.items()}
-    run.replicas._compare(0, tensors)  # in a world of one: the sums, and no message
+    run.replicas._compare(0, tensors)  # with one rank: checksums without communication
     return time.perf_counter() - began
 
 

@@ -58,7 +58,7 @@ def alexnet(model):
     return read_network(model, 224)
 
 
-# --- the network -------------------------------------------------------------------------------------------------
+# --- the network ---
 
 
 @pytest.mark.parametrize(("size", "gflop"), [(224, 4.145), (128, 1.484), (64, 0.578)])
@@ -106,7 +106,7 @@ def test_reading_a_network_does_not_change_it():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-# --- bytes and seconds, by hand ----------------------------------------------------------------------------------
+# --- bytes and seconds, by hand ---
 
 
 def world(ranks: int, link: Link = FAST) -> Cluster:
@@ -195,7 +195,7 @@ def test_a_hybrid_needs_less_memory(alexnet):
     assert plain - hybrid == pytest.approx(3 * 4 * 58.63e6 * 7 / 8, rel=0.01)
 
 
-# --- published runs ----------------------------------------------------------------------------------------------
+# --- published runs ---
 
 
 def speedup(alexnet, gpu: str, cluster: Cluster, strategy: Strategy, images: int) -> float:
@@ -269,7 +269,7 @@ def test_the_model_is_within_a_quarter_of_every_published_scaling(alexnet):
             assert predicted == pytest.approx(reported, rel=0.25), run
 
 
-# --- our own measurements ----------------------------------------------------------------------------------------
+# --- our own measurements ---
 
 GBIT = {"unshaped": 100.0, "1 Gbit/s": 1.0, "100 Mbit/s": 0.1}
 # Medians of five steps of a prototype (DDP as in the tutorial; a hybrid that splits fc6 and fc7) on
@@ -327,7 +327,7 @@ def test_measure_device_returns_plausible_rates():
     assert device.origin.startswith("measured: ")
 
 
-# --- the choice ------------------------------------------------------------------------------------------------
+# --- the choice ---
 
 
 def test_two_nodes_on_ethernet_choose_the_hybrid_and_give_the_reason(model):
@@ -399,7 +399,7 @@ def test_a_gpu_is_found_by_cudas_name():
         gpu_device("Radeon", Precision.fp32)
 
 
-# --- many nodes -----------------------------------------------------------------------------------------
+# --- many nodes ---
 
 
 def test_predictions_for_1024_nodes_are_plausible(alexnet):

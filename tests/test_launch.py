@@ -30,7 +30,7 @@ STAND_INS = {
 printf '%s\\0' "$@" >"$RECORD/argv"; env -0 >"$RECORD/env"
 {WAITS}
 printf %s "${{FAKE_CODE:-}}" >"$ALEXNET_DDP_EXIT_CODE_FILE"
-if [[ -n ${{FAKE_WORKER:-}} ]]; then # in a session of its own, as torchrun's are; torchrun dies and leaves it behind
+if [[ -n ${{FAKE_WORKER:-}} ]]; then # in its own session, as torchrun's; it outlives torchrun
   setsid bash -c 'trap "printf 75 >\"$ALEXNET_DDP_EXIT_CODE_FILE\"; exit" TERM; touch "$RECORD/ready"
     while sleep 0.05; do :; done' >/dev/null 2>&1 &
   until [[ -e $RECORD/ready ]]; do sleep 0.02; done
@@ -100,7 +100,8 @@ class Launcher:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # bash cannot trap a signal that was ignored when it started: SIGINT in background jobs, SIGHUP under nohup
+            # bash cannot trap signals that are ignored at its start: SIGINT in background jobs,
+            # SIGHUP under nohup
             preexec_fn=lambda: [
                 signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)
             ],
@@ -255,7 +256,8 @@ def test_a_run_that_is_stopped_before_it_handles_signals_has_not_failed(launcher
 )
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_stop_during_startup_prints_one_line_and_no_traceback(launcher, number):
-    starts = f"import signal, time; open({str(launcher.record / 'ready')!r}, 'w'); time.sleep(20)"  # has no handler yet
+    # A Python without a handler yet.
+    starts = f"import signal, time; open({str(launcher.record / 'ready')!r}, 'w'); time.sleep(20)"
     launcher.put(
         "torchrun_python",
         text=f"""[[ $1 != -c ]] || exit 0; exec '{sys.executable}' -c "{starts}" """,

@@ -41,7 +41,7 @@ from tests.test_train import run
 
 SGD = SGDConfig(lr=0.01, momentum=0.9, weight_decay=5e-4)
 IMAGES = SyntheticConfig(image_size=64, num_train=103, num_val=10, num_classes=5)
-# Batches of 17 and, at the end of the epoch of 103 images, one of a single image; the norm is clipped in every step.
+# An epoch has 103 images: batches of 17, and a last one of a single image. Every step is clipped.
 TRAINER = TrainerConfig(epochs=4, global_batch_size=17, clip_grad_norm=0.5, label_smoothing=0.1)
 
 
