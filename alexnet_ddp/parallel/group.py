@@ -55,16 +55,21 @@ class Group:
 
         If a group has as many ranks as a node, its traffic stays within the node.
         """
-        num_groups = world.world_size // size
-        members = copies = None
         # Every rank must call new_group() for every group, in the same order.
-        for first in range(0, world.world_size, size):
-            new = dist.new_group(list(range(first, first + size)), timeout=TIMEOUT)
-            members = new if first <= world.rank < first + size else members
-        for position in range(size if num_groups > 1 else 0):
-            new = dist.new_group(list(range(position, world.world_size, size)), timeout=TIMEOUT)
-            copies = new if world.rank % size == position else copies
-        return cls(size, world.rank % size, world.world_size, members, copies, comm_dtype)
+        ranks = range(world.world_size)
+        groups = [
+            dist.new_group(list(ranks[first : first + size]), timeout=TIMEOUT)
+            for first in ranks[::size]
+        ]
+        rank = world.rank % size
+        copies = None
+        if len(groups) > 1:
+            copies = [
+                dist.new_group(list(ranks[position::size]), timeout=TIMEOUT)
+                for position in range(size)
+            ][rank]
+        members = groups[world.rank // size]
+        return cls(size, rank, world.world_size, members, copies, comm_dtype)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Collective. x: [n, ...], the same shape on all members -> [size, n, ...]."""
@@ -190,6 +195,7 @@ class ShardedTensor:
         if group.rank > 0:
             dist.send(self.local.detach().contiguous(), dst=0, group=group.members)
             return
+        assert there is not None, "rank 0 must pass a tensor"
         for member, block in zip(members, there.split(sizes, self.shard.dim)):
             shard = self.local.detach()
             if member != 0:

@@ -15,6 +15,7 @@ torch's DTensor and its tensor-parallel API are not used, for two reasons:
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,15 @@ _ELEMENTWISE = {
     "Identity",
     "KeyedDropout",
 }
+
+
+class _KeyedDropout(Protocol):
+    """The attributes of model/dropout.py's KeyedDropout that a hybrid sets."""
+
+    keys: Tensor | Callable[[], Tensor] | None
+    first_unit: int
+
+    def train(self) -> object: ...
 
 
 class HybridModel(DDPModel):
@@ -149,7 +159,7 @@ class HybridModel(DDPModel):
 
     def _gather_keys(self, num_images: int) -> None:
         """Start gathering the dropout keys of all ranks' images; dropouts wait for the result."""
-        keys = self._dropouts[0].keys
+        keys = cast(Tensor | None, self._dropouts[0].keys)
         if keys is None:
             keys = torch.zeros(num_images, dtype=torch.int32, device=self._world.device)
         gathered = _Lazy(self._group.start_all_gather(self._group.pad(keys)))
@@ -213,7 +223,7 @@ def group_size(cfg: HybridConfig, model: nn.Module, names: list[str], world: Wor
     inside_nodes = world.device.type == "cuda" and world.world_size % world.local_world_size == 0
     size = cfg.group_size or (world.local_world_size if inside_nodes else world.world_size)
     require_divisor("parallel.group_size", size, world)
-    first, *others = (model.get_submodule(name) for name in names)
+    first, *others = (cast(nn.Linear, model.get_submodule(name)) for name in names)
     units = min(first.out_features, *(layer.in_features for layer in others))
     if size > units:
         raise ConfigError(
@@ -226,29 +236,32 @@ def group_size(cfg: HybridConfig, model: nn.Module, names: list[str], world: Wor
 
 def shard_layers(
     model: nn.Module, names: list[str], group: Group
-) -> tuple[dict[str, Shard], list[nn.Module]]:
+) -> tuple[dict[str, Shard], list[_KeyedDropout]]:
     """Replace the layers `names` of `model` by sharded ones.
 
     Returns the shards by parameter name, and the dropouts between the sharded layers.
     """
-    shards, dropouts = {}, []
+    shards: dict[str, Shard] = {}
+    dropouts: list[_KeyedDropout] = []
     prefix, _, first = names[0].rpartition(".")
     sequential = model.get_submodule(prefix)
-    inside = False
+    inside, first_unit = False, 0
     for name, module in list(sequential.named_children()):
         full_name = f"{prefix}.{name}" if prefix else name
         if full_name in names:
+            linear = cast(nn.Linear, module)
             is_last = full_name == names[-1]
             new = (
-                ColumnLinear(module, group) if name == first else RowLinear(module, group, is_last)
+                ColumnLinear(linear, group) if name == first else RowLinear(linear, group, is_last)
             )
             setattr(sequential, name, new)
             shards |= {f"{full_name}.{key}": shard for key, shard in new.shards.items()}
-            outputs = Shard(0, module.weight.shape, group)
+            first_unit = Shard(0, linear.weight.shape, group).start()  # of this rank's outputs
             inside = not is_last
         elif inside and type(module).__name__ == "KeyedDropout":
-            module.first_unit = outputs.start()
-            dropouts.append(module)
+            dropout = cast(_KeyedDropout, module)
+            dropout.first_unit = first_unit
+            dropouts.append(dropout)
     return shards, dropouts
 
 

@@ -26,6 +26,9 @@ from alexnet_ddp.parallel.group import Group, Shard
 class ColumnLinear(nn.Module):
     """The first sharded layer. weight: [units of this rank, inputs]."""
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(self, full: nn.Linear, group: Group) -> None:
         super().__init__()
         self.group = group
@@ -43,6 +46,9 @@ class ColumnLinear(nn.Module):
 
 class RowLinear(nn.Module):
     """A later sharded layer. weight: [outputs, inputs of this rank]."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(self, full: nn.Linear, group: Group, is_last: bool) -> None:
         """is_last: the outputs return to the ranks that have the images."""
