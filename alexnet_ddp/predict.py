@@ -39,26 +39,26 @@ _BATCH_SIZE = 64
 _MAX_NAMED = 5  # bad files in the error message; each of the others gets a warning
 
 
-def main(ask: PredictConfig, overrides: list[str]) -> None:
+def main(options: PredictConfig, overrides: list[str]) -> None:
     """Print a table of predictions, and write them to `output` as JSON lines if it is given.
 
     Raises DataError at the end if a file could not be read; it names these files.
     """
-    run_dir = Path(ask.run.root) / ask.run.name
-    if ask.output and not Path(ask.output).absolute().parent.is_dir():
+    run_dir = Path(options.run.root) / options.run.name
+    if options.output and not Path(options.output).absolute().parent.is_dir():
         raise ConfigError(
-            f"output ({ask.output}) must be in an existing directory; create it first"
+            f"output ({options.output}) must be in an existing directory; create it first"
         )
-    paths = find_images(ask.images)
+    paths = find_images(options.images)
     cfg = cli.config_of_run(run_dir, [])
-    device = choose_device(ask.device, 0)
+    device = choose_device(options.device, 0)
     model, names = _trained(cfg, run_dir)
     model = model.to(device).eval()
     bad: list[str] = []
     table = Table("image", "classes and their probabilities")
     lines: list[str] = []
     for path, probabilities in _probabilities(model, paths, cfg.data, device, bad):
-        top = probabilities.topk(min(ask.top_k, len(names)))
+        top = probabilities.topk(min(options.top_k, len(names)))
         found = [
             {"class": names[i], "probability": p}
             for p, i in zip(top.values.tolist(), top.indices.tolist())
@@ -67,8 +67,8 @@ def main(ask: PredictConfig, overrides: list[str]) -> None:
             path, "  ".join(f"{entry['class']} {entry['probability']:.3f}" for entry in found)
         )
         lines.append(json.dumps({"image": path, "predictions": found}) + "\n")
-    if ask.output:  # before printing, which may fail: the reader of a pipe may have ended
-        Path(ask.output).write_text("".join(lines))
+    if options.output:  # before printing, which may fail: the reader of a pipe may have ended
+        Path(options.output).write_text("".join(lines))
     if lines:
         Console().print(table)
     for line in bad[_MAX_NAMED:]:

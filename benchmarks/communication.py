@@ -69,14 +69,14 @@ class Bench:
     def ours(self) -> str:
         return "ours: " + " ".join(self.overrides)
 
-    def ask(self, variant: str, batch: int, size: int) -> dict:
+    def request(self, variant: str, batch: int, size: int) -> dict:
         known = VARIANTS | {self.ours: {"kind": "ours", "overrides": self.overrides}}
         return {**known[variant], "batch": batch, "size": size}
 
     def bytes_sent(self, on: Field, folder: Path, size: int = 64) -> None:
         """P1, and a check that both variants compute the same: equal weights, no dropout."""
         record = {"record": str(folder)}
-        ours = self.ask(self.ours, self.batch, size) | record
+        ours = self.request(self.ours, self.batch, size) | record
         ours["overrides"] = [*ours["overrides"], "model.dropout=0"]
         team = on.team(ours)  # records the weights and images for `peer`
         peer = on.team({"kind": "replayed"} | record)
@@ -99,7 +99,7 @@ class Bench:
 
     def step_times(self, on: Field, variants: list[str], num_ranks: int, size: int) -> None:
         """The rows of one image size and number of ranks, on all links. They include P2 to P4."""
-        teams = {name: on.team(self.ask(name, self.batch, size)) for name in variants}
+        teams = {name: on.team(self.request(name, self.batch, size)) for name in variants}
         for team in teams.values():
             team.steps(WARM_UP if self.warm_up else 1)
         for link in self.links:
@@ -141,7 +141,7 @@ class Bench:
     def _at_scale(self, num_ranks: int, batch: int, size: int) -> dict[str, list[float]]:
         with field(num_ranks) as on:
             teams = {
-                f"{name}, K={num_ranks}": on.team(self.ask(name, batch, size))
+                f"{name}, K={num_ranks}": on.team(self.request(name, batch, size))
                 for name in (PLAIN, self.ours)
             }
             for team in teams.values():
@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="one short turn of P1, P4 and P2, as a test"
     )
-    asked = parser.parse_args()
+    args = parser.parse_args()
     if reason := why_not():
         print(
             f"communication.py creates hosts and links on this machine, which {reason}",
@@ -242,13 +242,13 @@ def main() -> None:
     report, about = Report(), {}
 
     def keep() -> None:
-        if asked.json:
-            report.write(asked.json, about)
+        if args.json:
+            report.write(args.json, about)
 
-    if asked.quick:
-        bench = Bench(report, asked.ours, 1, 4, ["unshaped", "1 Gbit/s"], keep, warm_up=False)
+    if args.quick:
+        bench = Bench(report, args.ours, 1, 4, ["unshaped", "1 Gbit/s"], keep, warm_up=False)
     else:
-        bench = Bench(report, asked.ours, asked.repetitions, 32, list(LINKS), keep)
+        bench = Bench(report, args.ours, args.repetitions, 32, list(LINKS), keep)
     with field(2) as on, tempfile.TemporaryDirectory() as folder:
         about |= machine(("torch", "torchvision", "lightning")) | {
             "link_mb_per_s": ceilings(on, bench.links)
@@ -256,13 +256,13 @@ def main() -> None:
         about["compute_s"] = compute_s(on, bench.batch)
         print(about)
         bench.bytes_sent(on, Path(folder))
-        if not asked.all:
+        if not args.all:
             bench.step_times(on, [PLAIN, bench.ours], 2, 64)
-    if asked.all:
+    if args.all:
         everything(bench)
     report.print_table()
-    if asked.plot:
-        draw(report.turns, about, asked.plot)
+    if args.plot:
+        draw(report.turns, about, args.plot)
 
 
 if __name__ == "__main__":

@@ -91,12 +91,12 @@ class Field:
                 self._hosts.rate(f"n{i + 1}", rate)
             self._rate = rate
 
-    def team(self, ask: dict) -> Team:
+    def team(self, request: dict) -> Team:
         """Start one rank on each host; wait until all are ready."""
         self._port += 1
-        return Team([self._start(ask, rank) for rank in range(self._num_ranks)])
+        return Team([self._start(request, rank) for rank in range(self._num_ranks)])
 
-    def _start(self, ask: dict, rank: int) -> subprocess.Popen:
+    def _start(self, request: dict, rank: int) -> subprocess.Popen:
         world = {
             "RANK": rank,
             "WORLD_SIZE": self._num_ranks,
@@ -112,8 +112,12 @@ class Field:
         env = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
         env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
         env |= {"PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        env |= OUR_MALLOC if ask["kind"] in ("ours", "compute") else {}
-        command = [sys.executable, str(Path(__file__).with_name("one_rank.py")), json.dumps(ask)]
+        env |= OUR_MALLOC if request["kind"] in ("ours", "compute") else {}
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("one_rank.py")),
+            json.dumps(request),
+        ]
         return subprocess.Popen(
             self._hosts.command(f"n{rank + 1}", *command),
             env=env | {key: str(value) for key, value in world.items()},

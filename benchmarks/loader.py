@@ -270,28 +270,28 @@ def main(arguments: list[str]) -> None:
         "--repetitions", type=int, default=5, help="counted turns (default: %(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="one short turn, as a test")
-    ask = parser.parse_args(arguments)
-    parts = set(ask.only.split(","))
+    args = parser.parse_args(arguments)
+    parts = set(args.only.split(","))
     if parts - set(PARTS):
         parser.error(
             f"--only knows {', '.join(PARTS)}, not {', '.join(sorted(parts - set(PARTS)))}"
         )
     count, large, repetitions = (
-        (32, (20, 50), 1) if ask.quick else (1024, (1000, 1281), ask.repetitions)
+        (32, (20, 50), 1) if args.quick else (1024, (1000, 1281), args.repetitions)
     )
     torch.set_num_threads(1)
     report, about = Report(), machine()
-    about["images"] = str(ask.images.name) if ask.images else "synthetic photographs"
+    about["images"] = str(args.images.name) if args.images else "synthetic photographs"
     print(about)
     with tempfile.TemporaryDirectory() as scratch:
-        run_parts(report, Materials(Path(scratch), ask.images, count, large), parts, repetitions)
+        run_parts(report, Materials(Path(scratch), args.images, count, large), parts, repetitions)
     report.print_table()
-    if ask.json:
-        report.write(ask.json, about)
-    if ask.plot:
+    if args.json:
+        report.write(args.json, about)
+    if args.plot:
         from picture import draw
 
-        draw(report.turns, about, ask.plot)
+        draw(report.turns, about, args.plot)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ BATCH, SIZE, THREADS = 64, 224, 2
 NUM_TAKEN = 8  # batches, before it sleeps
 
 
-def theirs(ask: dict) -> Iterator[int]:
-    """torchvision's reference: ask["workers"] processes, files repeated ask["copies"] times."""
+def theirs(request: dict) -> Iterator[int]:
+    """torchvision's reference, with `workers` processes and files repeated `copies` times."""
     from torch.utils.data import DataLoader
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
@@ -30,15 +30,15 @@ def theirs(ask: dict) -> Iterator[int]:
         transforms.ToTensor(),
     ]
     normalise = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    data = ImageFolder(f"{ask['root']}/train", transforms.Compose([*steps, normalise]))
-    data.samples = data.samples * ask.get("copies", 1)
-    for images, _ in DataLoader(data, BATCH, shuffle=True, num_workers=ask["workers"]):
+    data = ImageFolder(f"{request['root']}/train", transforms.Compose([*steps, normalise]))
+    data.samples = data.samples * request.get("copies", 1)
+    for images, _ in DataLoader(data, BATCH, shuffle=True, num_workers=request["workers"]):
         yield len(images)
 
 
-def ours(ask: dict) -> Iterator[int]:
-    """Our loader; without ask["torch"], all of it except the copy to torch's tensors."""
-    if ask["torch"]:
+def ours(request: dict) -> Iterator[int]:
+    """Our loader; without request["torch"], all of it except the copy to torch's tensors."""
+    if request["torch"]:
         import torch
 
         from alexnet_ddp.data.loader import build_loader
@@ -56,12 +56,12 @@ def ours(ask: dict) -> Iterator[int]:
     from alexnet_ddp.data.sources.sets import open_data
 
     yield 0
-    cfg = {"folder": FolderConfig, "shards": ShardsConfig}[ask["data"]](
-        root=ask["root"], num_threads=THREADS
+    cfg = {"folder": FolderConfig, "shards": ShardsConfig}[request["data"]](
+        root=request["root"], num_threads=THREADS
     )
     index = open_data(cfg).train
     augment = build_augment(BasicAugmentConfig(), 0, SIZE, cfg.eval_resize)
-    if ask["torch"]:
+    if request["torch"]:
         loader = build_loader(cfg, index, augment, THREADS, torch.device("cpu"))
     else:
         threads, allocate = (
@@ -74,16 +74,16 @@ def ours(ask: dict) -> Iterator[int]:
         yield len(batch.images)
 
 
-def main(ask: dict) -> None:
-    batches = {"ours": ours, "theirs": theirs}[ask["loader"]](ask)
+def main(request: dict) -> None:
+    batches = {"ours": ours, "theirs": theirs}[request["loader"]](request)
     next(batches)  # its imports
     began = time.perf_counter()
     next(batches)
     print(time.perf_counter() - began, flush=True)
-    if ask["seconds"]:
+    if request["seconds"]:
         for _ in range(NUM_TAKEN):
             next(batches, 0)
-        time.sleep(ask["seconds"])
+        time.sleep(request["seconds"])
     batches.close()
 
 

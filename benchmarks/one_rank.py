@@ -22,7 +22,7 @@ import torch.distributed as dist
 INTERFACE = os.environ["GLOO_SOCKET_IFNAME"]
 
 
-class Orders:
+class Requests:
     """Reads requests and writes results. Call more() before every step."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ def traffic() -> tuple[int, int]:
     return int(counters[8]), int(counters[0])
 
 
-def ours(more: Callable[[], bool], ask: dict) -> None:
+def ours(more: Callable[[], bool], request: dict) -> None:
     """Take steps with the trainer's own step, loader and vote."""
     from alexnet_ddp import cli
     from alexnet_ddp.runtime import distributed
@@ -71,7 +71,7 @@ def ours(more: Callable[[], bool], ask: dict) -> None:
     overrides = [
         "data=synthetic",
         "data.num_train=1000000",
-        f"data.image_size={ask['size']}",
+        f"data.image_size={request['size']}",
         "augment=none",
     ]
     overrides += [
@@ -87,25 +87,25 @@ def ours(more: Callable[[], bool], ask: dict) -> None:
         "trainer.clip_grad_norm=null",
     ]
     overrides += [
-        f"trainer.global_batch_size={ask['batch'] * int(os.environ['WORLD_SIZE'])}",
-        *ask["overrides"],
+        f"trainer.global_batch_size={request['batch'] * int(os.environ['WORLD_SIZE'])}",
+        *request["overrides"],
     ]
     with tempfile.TemporaryDirectory() as root:
         cfg = cli.compose([*overrides, f"run.root={root}"])
         with distributed.session(cfg.device) as world:
             training = Training(cfg, world)
             training.build()
-            if ask.get("record"):
-                keep(training, Path(ask["record"]), "start")
-                training.batches = recorded(training.batches, Path(ask["record"]), world.rank)
+            if request.get("record"):
+                keep(training, Path(request["record"]), "start")
+                training.batches = recorded(training.batches, Path(request["record"]), world.rank)
             state = training.state
             while more():
                 num_images = len(training.sampler.batch(state.step))
                 lr = training.lr(state.step)
                 training.train_step(training.batches, state.step, lr, num_images, StepVote())
                 state.step += 1
-            if ask.get("record"):
-                keep(training, Path(ask["record"]), "ours")
+            if request.get("record"):
+                keep(training, Path(request["record"]), "ours")
             training.close()
 
 
@@ -167,24 +167,24 @@ def link(more: Callable[[], bool], megabytes: int) -> None:
 def main() -> None:
     # One core per rank, even if the host has more.
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    ask, more = json.loads(sys.argv[1]), Orders().more
-    match ask["kind"]:
+    request, more = json.loads(sys.argv[1]), Requests().more
+    match request["kind"]:
         case "plain":
             import plain_ddp
 
-            plain_ddp.train(more, ask["batch"], ask["size"], ask.get("hook"))
+            plain_ddp.train(more, request["batch"], request["size"], request.get("hook"))
         case "replayed":
-            replayed(more, Path(ask["record"]))
+            replayed(more, Path(request["record"]))
         case "lightning":
             import lightning_ddp
 
-            lightning_ddp.train(more, ask["batch"], ask["size"])
+            lightning_ddp.train(more, request["batch"], request["size"])
         case "ours":
-            ours(more, ask)
+            ours(more, request)
         case "compute":
-            compute(more, ask["batch"], ask["size"])
+            compute(more, request["batch"], request["size"])
         case "link":
-            link(more, ask["megabytes"])
+            link(more, request["megabytes"])
 
 
 if __name__ == "__main__":

@@ -63,15 +63,15 @@ def main(arguments: list[str]) -> None:
         "--repetitions", type=int, default=5, help="counted turns (default: %(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="one short turn, as a test")
-    ask = parser.parse_args(arguments)
-    count, repetitions = (32, 1) if ask.quick else (1_200, ask.repetitions)
+    args = parser.parse_args(arguments)
+    count, repetitions = (32, 1) if args.quick else (1_200, args.repetitions)
     report, about = Report(), machine()
     if importlib.util.find_spec("pyspark") is None:
         report.skip(SPARK, "pyspark is not installed: pip install 'alexnet-ddp[spark]'")
     about["spark"] = not report.skipped
     print(about)
     with tempfile.TemporaryDirectory() as scratch:
-        have = Materials(Path(scratch), ask.images, count, (1, 1))
+        have = Materials(Path(scratch), args.images, count, (1, 1))
         variants = {
             name: packing(have.originals, Path(scratch, "packed"), count, engine)
             for name, (_, engine) in VARIANTS.items()
@@ -91,8 +91,8 @@ def main(arguments: list[str]) -> None:
     if SPARK in variants:
         report.compare(None, f"{what}, {SPARK}", found[SPARK], found[TWO], [TWO, "images/s"])
     report.print_table()
-    if ask.json:
-        report.write(ask.json, about)
+    if args.json:
+        report.write(args.json, about)
 
 
 if __name__ == "__main__":

@@ -86,8 +86,8 @@ def memory(report: Report, have: Materials, repetitions: int, ratios: tuple[floa
     }
     starts, short = Starts(have.scratch), repetitions == 1
     variants = {
-        name: starts.memory_of(name, torch=True, seconds=0.5 if short else seconds, **ask)
-        for name, (seconds, ask) in loads.items()
+        name: starts.memory_of(name, torch=True, seconds=0.5 if short else seconds, **request)
+        for name, (seconds, request) in loads.items()
     }
     found = in_turns(variants, repetitions, "MB", warm_up=False)
     report.turns |= {"peak memory, MB": found, "peak PSS, MB": starts.pss}
@@ -119,29 +119,29 @@ class Starts:
     after_imports: Figures = field(default_factory=dict)
     pss: Figures = field(default_factory=dict)  # peak, in MB
 
-    def of(self, **ask: object) -> Callable[[], float]:
+    def of(self, **request: object) -> Callable[[], float]:
         """Returns a function that measures seconds from process start to first batch."""
 
         def run() -> float:
             began = time.perf_counter()
-            process = self._start(ask)
+            process = self._start(request)
             line = process.stdout.readline()
             seconds = time.perf_counter() - began
             _finish(process)
             self.after_imports.setdefault(key, []).append(float(line))
             return seconds
 
-        key = json.dumps(ask)
+        key = json.dumps(request)
         return run
 
-    def memory_of(self, name: str, **ask: object) -> Callable[[], float]:
+    def memory_of(self, name: str, **request: object) -> Callable[[], float]:
         """Returns a function that measures peak memory in MB after the first batch.
 
         It appends the peak of PSS to self.pss[name].
         """
 
         def run() -> float:
-            process, peak, peak_pss = self._start(ask), 0.0, 0.0
+            process, peak, peak_pss = self._start(request), 0.0, 0.0
             process.stdout.readline()
             while process.poll() is None:
                 used, pss = _memory_mb(_family(process.pid))
@@ -153,8 +153,8 @@ class Starts:
 
         return run
 
-    def _start(self, ask: dict[str, object]) -> subprocess.Popen:
-        full = {"torch": False, "seconds": 0, **ask}
+    def _start(self, request: dict[str, object]) -> subprocess.Popen:
+        full = {"torch": False, "seconds": 0, **request}
         command = [
             sys.executable,
             str(Path(__file__).with_name("one_process.py")),

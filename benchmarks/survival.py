@@ -46,15 +46,15 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--quick", action="store_true", help="one short turn, as a test")
-    asked = parser.parse_args()
-    turns, steps = (1, 1) if asked.quick else (asked.repetitions, 8)
+    args = parser.parse_args()
+    turns, steps = (1, 1) if args.quick else (args.repetitions, 8)
     directory = Path(tempfile.mkdtemp(prefix="alexnet_ddp.survival."))
     try:
-        results = measure(directory, turns, steps, asked.batch)
+        results = measure(directory, turns, steps, args.batch)
     finally:
         shutil.rmtree(directory)
-    if asked.json:
-        asked.json.write_text(json.dumps({"results": results}, indent=1) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps({"results": results}, indent=1) + "\n")
 
 
 def measure(directory: Path, turns: int, steps: int, batch: int) -> list[dict]:

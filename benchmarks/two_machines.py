@@ -45,17 +45,17 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a few steps on synthetic images, as a test"
     )
-    asked = parser.parse_args()
+    args = parser.parse_args()
     if reason := why_not():
         sys.exit(f"two_machines.py creates hosts and links on this machine, which {reason}")
-    overrides = [*RECIPE, *QUIET, *asked.overrides]
-    if asked.quick:
+    overrides = [*RECIPE, *QUIET, *args.overrides]
+    if args.quick:
         small = ["data=synthetic", "data.num_train=64", "data.num_val=20", "data.image_size=64"]
         overrides = [*QUIET, *small, "trainer.epochs=1", "trainer.global_batch_size=32"]
     report, seconds, accuracy = Report(), {team: [] for team in TEAMS}, {}
     folder = Path(tempfile.mkdtemp(prefix="alexnet_ddp.two_machines."))
     try:
-        for turn in range(asked.repetitions):
+        for turn in range(args.repetitions):
             for team in TEAMS:
                 run_dir = folder / f"{turn}-{len(accuracy)}"
                 seconds[team].append(train(team, run_dir, overrides))
@@ -69,8 +69,8 @@ def main() -> None:
             None, f"training at 1 Gbit/s, {team}", seconds[team], seconds[ONE], [ONE, "s"]
         )
     report.turns |= {"seconds of a training": seconds, "top-1 after each epoch": accuracy}
-    if asked.json:
-        report.write(asked.json, machine() | {"overrides": overrides})
+    if args.json:
+        report.write(args.json, machine() | {"overrides": overrides})
 
 
 def train(team: str, run_dir: Path, overrides: list[str]) -> float:
