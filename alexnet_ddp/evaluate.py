@@ -1,4 +1,4 @@
-"""Evaluate a run, or a file of weights, exactly: every validation image once, whatever the number of processes.
+"""Evaluate a run or a weights file: every validation image once, with any number of processes.
 
 python -m alexnet_ddp.evaluate run.name=X [data.root=DIR]
 python -m alexnet_ddp.evaluate model=alexnet model.weights=FILE data=imagenet data.root=DIR
@@ -53,11 +53,15 @@ from alexnet_ddp.training.precision import check_precision
 
 log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
 
-_MOST_CLASSES = 40  # in the table; all of them are in evaluation.json
+_MAX_ROWS = 40  # classes in the table; evaluation.json contains all of them
 
 
 def main(cfg: Config, overrides: list[str]) -> None:
-    """Evaluate the best checkpoint of run.name, or model.weights where the command line names a file."""
+    """Evaluate model.weights if it is given, else the best checkpoint of run.name.
+
+    A run's result is also written to evaluation.json in its directory. Raises ConfigError,
+    DataError or, after a stop signal, Preempted.
+    """
     of_run = cfg.model.weights is None
     if of_run:
         cfg = cli.config_of_run(cfg.run_dir, overrides)
@@ -83,14 +87,16 @@ def main(cfg: Config, overrides: list[str]) -> None:
         batches, num_classes = loader.batches(works), len(data.val.classes)
         result = evaluate(model, batches, cfg.trainer, num_classes, world, StopSignal())
         if result is None:
-            raise Preempted("stopped before the evaluation was complete; start it again")
+            raise Preempted(
+                "stopped before the evaluation was complete; start the same command again"
+            )
         bad = sorted(one.reason for one in distributed.all_gather_objects(result.skipped))
         if bad:
             log.warning(
-                "%d images could not be read and do not count, such as %s", len(bad), bad[0]
+                "%d images could not be read and are not counted, such as %s", len(bad), bad[0]
             )
         if world.is_main:
-            if of_run:  # before anything is printed: the reader of a pipe may go
+            if of_run:  # before printing, which may fail: the reader of a pipe may have ended
                 write_json(
                     cfg.run_dir / "evaluation.json",
                     _record(result, data.class_names, origin | {"bad_images": bad}),
@@ -99,7 +105,10 @@ def main(cfg: Config, overrides: list[str]) -> None:
 
 
 def _trained(cfg: Config, data: ImageSets, directory: Path) -> tuple[nn.Module, dict]:
-    """A checkpoint's network; the data must have the classes that it was trained on, in any order."""
+    """The network of a checkpoint, and the origin of its weights for the record.
+
+    Raises DataError unless the data has the checkpoint's classes, in any order.
+    """
     state = read_state(directory)
     known = classes_of(directory, state) or read_classes(cfg.run_dir)
     expected, found = known["ids"], data.val.classes
@@ -108,11 +117,11 @@ def _trained(cfg: Config, data: ImageSets, directory: Path) -> tuple[nn.Module, 
         expected,
         "data.root",
         found,
-        "give a root with the classes of the training",
+        "use a directory with the classes of the training",
     )
     if differ:
         raise DataError(
-            f"data.root has other classes than run {cfg.run.name} was trained on: {differ}"
+            f"data.root has other classes than the training data of run {cfg.run.name}: {differ}"
         )
     start = without_weights(cfg.model, state.get("transform_input", False))
     model = build_model(start, len(expected), cfg.data.image_size, cfg.seed)
@@ -134,11 +143,12 @@ def _trained(cfg: Config, data: ImageSets, directory: Path) -> tuple[nn.Module, 
 def _from_file(
     cfg: Config, data: ImageSets, weights: str, known: list[str] | None
 ) -> tuple[nn.Module, dict]:
-    """weights: the file that cfg.model.weights names. known: its classes, if it is a run's."""
+    """The network with the weights of a file, and their origin for the record.
+
+    weights: the path of the file. known: its classes, if it is a run's. Raises ConfigError.
+    """
     if cfg.model.head is Head.new:
-        raise ConfigError(
-            "model.head=new would evaluate a head that has learnt nothing; leave it auto"
-        )
+        raise ConfigError("model.head=new would evaluate an untrained head; leave it auto")
     classes = data.val.classes
     model = build_model(without_weights(cfg.model), len(classes), cfg.data.image_size, cfg.seed)
     load_weights(model, Path(weights), classes, None, wanted_transform(cfg.model), known)
@@ -146,9 +156,9 @@ def _from_file(
 
 
 def _record(result: Evaluation, names: list[str], origin: dict) -> dict:
-    """The keys of metrics.jsonl's evaluation rows, where they come from, and each class by its name.
+    """The content of evaluation.json: origin, the metrics of metrics.jsonl, and counts per class.
 
-    If classes share a name, their labels are added to it.
+    If classes share a name, their keys contain the label too.
     """
     counts = result.per_class.tolist()
     known = Counter(names)  # two WordNet ids are both "crane"
@@ -161,7 +171,7 @@ def _record(result: Evaluation, names: list[str], origin: dict) -> dict:
 
 
 def _report(result: Evaluation, names: list[str], origin: dict) -> None:
-    """The worst classes first: they are what one looks for."""
+    """Print a table of the classes, the worst first, and a line with the metrics."""
     table = Table(title=", ".join(f"{key} {value}" for key, value in origin.items()))
     for heading in ("class", "images", "top-1 %", "top-5 %"):
         table.add_column(heading, justify="left" if heading == "class" else "right")
@@ -171,17 +181,18 @@ def _report(result: Evaluation, names: list[str], origin: dict) -> None:
         if n
     ]
     rows.sort(key=lambda row: row[2])
-    for name, n, top1, top5 in rows[:_MOST_CLASSES]:
+    for name, n, top1, top5 in rows[:_MAX_ROWS]:
         table.add_row(name, f"{n:,}", f"{top1:.1f}", f"{top5:.1f}")
     Console().print(table)
-    if len(rows) > _MOST_CLASSES:
-        say(f"... and {len(rows) - _MOST_CLASSES} better classes")
+    if len(rows) > _MAX_ROWS:
+        say(f"... and {len(rows) - _MAX_ROWS} better classes")
     row = result.row
     counts = (
         f"({row['val/correct1']:,} and {row['val/correct5']:,} of {row['val/num_images']:,} images)"
     )
     say(
-        f"top-1 {row['val/top1']:.2f} %  top-5 {row['val/top5']:.2f} %  loss {row['val/loss']:.4f}  {counts}"
+        f"top-1 {row['val/top1']:.2f} %  top-5 {row['val/top5']:.2f} %  "
+        f"loss {row['val/loss']:.4f}  {counts}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Show images to a trained run: the most probable classes of each.
+"""Predict the most probable classes of images with a trained run.
 
 python -m alexnet_ddp.predict run.name=X images=PATH_OR_GLOB_OR_DIR [output=FILE.jsonl]
 """
@@ -40,27 +40,30 @@ from alexnet_ddp.tracking import read_classes
 
 log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
 
-_BATCH = 64
-_MOST_NAMED = 5  # bad files in the last line; the others get a line each
+_BATCH_SIZE = 64
+_MAX_NAMED = 5  # bad files in the error message; each of the others gets a warning
 
 
-def main(ask: PredictConfig, overrides: list[str]) -> None:
-    """Print a table, write JSON lines where asked to. Images that cannot be read are named, and end it with code 65."""
-    run_dir = Path(ask.run.root) / ask.run.name
-    if ask.output and not Path(ask.output).absolute().parent.is_dir():
+def main(options: PredictConfig, overrides: list[str]) -> None:
+    """Print a table of predictions, and write them to `output` as JSON lines if it is given.
+
+    Raises DataError at the end if a file could not be read; it names these files.
+    """
+    run_dir = Path(options.run.root) / options.run.name
+    if options.output and not Path(options.output).absolute().parent.is_dir():
         raise ConfigError(
-            f"output ({ask.output}) must lie in a directory that exists; make it first"
+            f"output ({options.output}) must be in an existing directory; create it first"
         )
-    paths = find_images(ask.images)
+    paths = find_images(options.images)
     cfg = cli.config_of_run(run_dir, [])
-    device = choose_device(ask.device, 0)
+    device = choose_device(options.device, 0)
     model, names = _trained(cfg, run_dir)
     model = model.to(device).eval()
     bad: list[str] = []
     table = Table("image", "classes and their probabilities")
     lines: list[str] = []
     for path, probabilities in _probabilities(model, paths, cfg.data, device, bad):
-        top = probabilities.topk(min(ask.top_k, len(names)))
+        top = probabilities.topk(min(options.top_k, len(names)))
         found = [
             {"class": names[i], "probability": p}
             for p, i in zip(top.values.tolist(), top.indices.tolist())
@@ -69,29 +72,30 @@ def main(ask: PredictConfig, overrides: list[str]) -> None:
             path, "  ".join(f"{entry['class']} {entry['probability']:.3f}" for entry in found)
         )
         lines.append(json.dumps({"image": path, "predictions": found}) + "\n")
-    if ask.output:  # before anything is printed: the reader of a pipe may go
-        Path(ask.output).write_text("".join(lines))
+    if options.output:  # before printing, which may fail: the reader of a pipe may have ended
+        Path(options.output).write_text("".join(lines))
     if lines:
         Console().print(table)
-    for line in bad[_MOST_NAMED:]:
+    for line in bad[_MAX_NAMED:]:
         log.warning(line)
     if bad:
         raise DataError(
-            f"{len(bad)} of {len(paths)} files are no images: {'; '.join(bad[:_MOST_NAMED])}"
+            f"{len(bad)} of {len(paths)} files are not images: {'; '.join(bad[:_MAX_NAMED])}"
         )
 
 
 def find_images(pattern: str) -> list[str]:
-    """The images below a directory, as training finds them; or a file; or the files that a glob matches.
+    """Paths of images: those below a directory, one file, or the files that a glob matches.
 
-    A file that is named, by itself or by a glob, is taken whatever its suffix. Raises DataError.
+    A directory is searched as for training. A file that is given, or matched by a glob, is used
+    regardless of its suffix. Raises DataError.
     """
     if os.path.isdir(pattern):
         found, notes = list_images(pattern)
     else:
         matched = [pattern] if os.path.lexists(pattern) else _matches(pattern)
         found = [path for path in matched if os.path.isfile(path)]
-        is_deep = "**" in pattern  # it matches folders on its way to the files
+        is_deep = "**" in pattern  # "**" matches the folders above the files, too
         others = [
             p for p in matched if not os.path.isfile(p) and not (is_deep and os.path.isdir(p))
         ]
@@ -103,7 +107,8 @@ def find_images(pattern: str) -> list[str]:
     if not found:
         why = f" ({'; '.join(notes)})" if notes else ""
         raise DataError(
-            f"images ({pattern}) names no image{why}; give a file, a directory, or a glob in quotes"
+            f"images ({pattern}) matches no image{why}; "
+            "use a file, a directory, or a glob in quotes"
         )
     for note in notes:
         log.warning(note)
@@ -111,7 +116,7 @@ def find_images(pattern: str) -> list[str]:
 
 
 def _matches(pattern: str) -> list[str]:
-    """What a glob matches, sorted. Leading folders that exist are taken literally, brackets included."""
+    """The sorted matches of a glob. Leading folders that exist are literal, with their brackets."""
     folder, rest = pattern, ""
     while folder and not os.path.isdir(folder):
         folder, name = os.path.split(folder)
@@ -119,15 +124,19 @@ def _matches(pattern: str) -> list[str]:
     found = sorted(glob.glob(os.path.join(glob.escape(folder), rest), recursive=True))
     for path in found if "**" in rest else ():
         parents = [os.path.realpath(parent) for parent in Path(os.path.abspath(path)).parents]
-        if len(set(parents)) < len(parents):  # glob follows such a link 40 times
+        if len(set(parents)) < len(parents):  # glob would follow such a link 40 times
             raise DataError(
-                f"{path} is below a link to a folder that contains it; remove that link, or name the folders"
+                f"{path} is below a link to a folder that contains it; "
+                "remove that link, or list the folders"
             )
     return found
 
 
 def _trained(cfg: Config, run_dir: Path) -> tuple[nn.Module, list[str]]:
-    """The network of the best checkpoint, and the names of its classes: later ones of the run may have others."""
+    """The network of the best checkpoint, and the names of its classes.
+
+    Later checkpoints of the run may have other classes.
+    """
     best = find_best(run_dir / "checkpoints")
     state = read_state(best)
     names = (classes_of(best, state) or read_classes(run_dir))["names"]
@@ -141,17 +150,21 @@ def _trained(cfg: Config, run_dir: Path) -> tuple[nn.Module, list[str]]:
 def _probabilities(
     model: nn.Module, paths: list[str], cfg: DataConfig, device: torch.device, bad: list[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Each readable image with its softmax, float [num_classes] on the CPU; the others go to `bad` with the reason."""
-    for start in range(0, len(paths), _BATCH):
-        shown, slots = [], np.empty((_BATCH, cfg.image_size, cfg.image_size, 3), np.uint8)
-        for path in paths[start : start + _BATCH]:
+    """Yield (path, probabilities): float [num_classes], on the CPU.
+
+    Files that cannot be read are appended to `bad`, with the reason.
+    """
+    for start in range(0, len(paths), _BATCH_SIZE):
+        shown: list[str] = []
+        pixels = np.empty((_BATCH_SIZE, cfg.image_size, cfg.image_size, 3), np.uint8)
+        for path in paths[start : start + _BATCH_SIZE]:
             try:
-                centre_into(slots[len(shown)], read_file(path), cfg.eval_resize)
+                centre_into(pixels[len(shown)], read_file(path), cfg.eval_resize)
                 shown.append(path)
             except (BadImage, OSError) as error:
                 bad.append(f"{path}: {error}")
         if shown:
-            images = torch.from_numpy(slots[: len(shown)]).to(device)
+            images = torch.from_numpy(pixels[: len(shown)]).to(device)
             yield from zip(shown, model(normalise(images, None)).float().softmax(1).cpu())
 
 

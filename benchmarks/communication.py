@@ -1,17 +1,22 @@
-"""What gradients cost on a network: parallel=hybrid against plain DDP, on links of known speed.
+"""Measure the cost of communication: parallel=hybrid against plain DDP, on links of known speed.
 
-    sudo python benchmarks/communication.py [--json FILE] [--plot PNG] [--repetitions N] [--all] [--quick]
+    sudo python benchmarks/communication.py [--json FILE] [--plot PNG] [--repetitions N]
+        [--all] [--quick]
 
-Makes hosts of this machine (network namespaces, one core each), joins them by links, and lets variants of one training
-take steps on them in turns. Needs root, iproute2 and 8 GB, with --all 18 GB. Without --all: P1 to P4, six minutes. With
-it, over an hour: also our DDP, the communication hooks, Lightning where it is installed, 128 and 224 px, four ranks,
-and scaling from 1 to 4; n is 3 there.
+It creates hosts on this machine (network namespaces with one core each), connects them, and
+alternates between variants of one training. It needs root, iproute2 and 8 GB of memory; --all needs
+18 GB. Without --all: P1 to P4, in six minutes. With --all, in over an hour (n = 3): also our DDP,
+the communication hooks, Lightning if it is installed, 128 and 224 px, four ranks, and scaling from
+1 to 4 ranks.
 
-P1  bytes a rank sends in a step, two ranks, 32 images each; the parameters must be equal to 1e-5 after these steps
-P2  seconds a step at 1 Gbit/s, 64 px        P3  at 100 Mbit/s        P4  on a link that is not shaped
+P1  bytes sent per rank and step: two ranks, 32 images each. The parameters must be equal to 1e-5
+    after these steps
+P2  seconds per step at 1 Gbit/s, 64 px
+P3  the same at 100 Mbit/s
+P4  the same on a link that is not shaped
 
-The peer is plain_ddp.py, which has the allocator's defaults, as its users do; ours runs with the MALLOC_ settings of
-launch/. TCP is as the kernel has it, for both.
+The peer is plain_ddp.py. It uses the default memory allocator, as its users do; ours uses the
+MALLOC_ settings of launch/. Both use the kernel's TCP settings.
 """
 
 import argparse
@@ -32,7 +37,8 @@ PLAIN, FP16, POWERSGD, LIGHTNING = (
     "plain DDP, PowerSGD rank 1",
     "Lightning DDP",
 )
-OURS_DDP = "ours: parallel=ddp"  # what is ours without being hybrid: fused update, allocator, views as buckets
+# What is faster without hybrid: the fused update, the allocator, gradients as views of buckets.
+OURS_DDP = "ours: parallel=ddp"
 VARIANTS = {
     PLAIN: {"kind": "plain"},
     FP16: {"kind": "plain", "hook": "fp16"},
@@ -41,55 +47,59 @@ VARIANTS = {
     OURS_DDP: {"kind": "ours", "overrides": ["parallel=ddp"]},
 }
 TARGETS = {"1 Gbit/s": "P2", "100 Mbit/s": "P3", "unshaped": "P4"}
-BLOCK = {"unshaped": 4, "1 Gbit/s": 3, "100 Mbit/s": 1}  # steps of one turn
-WARM_UP = 4  # steps of a new team: DDP lays out its buckets, PowerSGD begins
-SCALING_LINK, STRONG_BATCH = "1 Gbit/s", 96  # images of a global batch, which 1 to 4 divide
+BLOCK = {"unshaped": 4, "1 Gbit/s": 3, "100 Mbit/s": 1}  # steps per turn
+WARM_UP = 4  # steps of a new team: DDP rebuilds its buckets, PowerSGD starts
+SCALING_LINK = "1 Gbit/s"
+STRONG_BATCH = 96  # images of the global batch, divisible by 1 to 4
 
 
 @dataclass
 class Bench:
+    """One set of measurements and its settings."""
+
     report: Report
-    overrides: list[str]  # of our run
+    overrides: list[str]  # of our runs
     repetitions: int
-    batch: int  # images of a rank
+    batch: int  # images per rank
     links: list[str]
-    keep: Callable[[], None]  # what was found so far: --all takes over an hour
+    keep: Callable[[], None]  # saves the results so far: --all takes over an hour
     warm_up: bool = True
 
     @property
     def ours(self) -> str:
         return "ours: " + " ".join(self.overrides)
 
-    def ask(self, variant: str, batch: int, size: int) -> dict:
+    def request(self, variant: str, batch: int, size: int) -> dict:
         known = VARIANTS | {self.ours: {"kind": "ours", "overrides": self.overrides}}
         return {**known[variant], "batch": batch, "size": size}
 
     def bytes_sent(self, on: Field, folder: Path, size: int = 64) -> None:
-        """P1, and the proof that both compute the same: same weights, same images, no dropout (the masks differ)."""
+        """P1, and a check that both variants compute the same: equal weights, no dropout."""
         record = {"record": str(folder)}
-        ours = self.ask(self.ours, self.batch, size) | record
+        ours = self.request(self.ours, self.batch, size) | record
         ours["overrides"] = [*ours["overrides"], "model.dropout=0"]
-        team, peer = (
-            on.team(ours),
-            on.team({"kind": "replayed"} | record),
-        )  # in this order: one records for the other
+        team = on.team(ours)  # records the weights and images for `peer`
+        peer = on.team({"kind": "replayed"} | record)
         variants = {self.ours: team.megabytes(1), PLAIN: peer.megabytes(1)}
         found = self._turns(BYTES, variants, "MB")
         team.close()
         peer.close()
         apart, astray = largest_differences(folder)
-        # Of their way they may differ by more: a unit that rounding puts on the other side of a ReLU's kink makes 3e-4.
+        # Relative to the update they may differ more: rounding can flip a ReLU, which makes 3e-4.
         if apart > 1e-5 or astray > 1e-2:
-            found = f"by {apart:.1e} of their size and {astray:.1e} of their way"
             sys.exit(
-                f"parameters differ {found}, and may by 1e-5 and 1e-2: without equality there is no ratio"
+                f"the parameters differ by {apart:.1e} of their norm and {astray:.1e} of their "
+                "update; 1e-5 and 1e-2 are allowed"
             )
-        what = f"sent by a rank in a step, {self.batch} images, K=2; parameters equal to {apart:.0e} relative"
+        what = (
+            f"sent by a rank in a step, {self.batch} images, K=2; "
+            f"parameters equal to {apart:.0e} relative"
+        )
         self.report.compare("P1", what, found[self.ours], found[PLAIN], [PLAIN, "MB"])
 
     def step_times(self, on: Field, variants: list[str], num_ranks: int, size: int) -> None:
-        """Rows of one size and number of ranks, on all links. P2 to P4 where they are asked for."""
-        teams = {name: on.team(self.ask(name, self.batch, size)) for name in variants}
+        """The rows of one image size and number of ranks, on all links. They include P2 to P4."""
+        teams = {name: on.team(self.request(name, self.batch, size)) for name in variants}
         for team in teams.values():
             team.steps(WARM_UP if self.warm_up else 1)
         for link in self.links:
@@ -110,7 +120,7 @@ class Bench:
         self.keep()
 
     def scaling(self, largest: int, size: int = 64) -> None:
-        """Images a second from one rank to `largest`: of so many images a rank, and of a global batch that stays."""
+        """Images per second on 1 to `largest` ranks: fixed batch per rank, and fixed total."""
         for kind in ("weak", "strong"):
             title = f"{kind} scaling, {size} px, {SCALING_LINK}, images/s"
             figures = self.report.turns.setdefault(title, {})
@@ -131,7 +141,7 @@ class Bench:
     def _at_scale(self, num_ranks: int, batch: int, size: int) -> dict[str, list[float]]:
         with field(num_ranks) as on:
             teams = {
-                f"{name}, K={num_ranks}": on.team(self.ask(name, batch, size))
+                f"{name}, K={num_ranks}": on.team(self.request(name, batch, size))
                 for name in (PLAIN, self.ours)
             }
             for team in teams.values():
@@ -147,7 +157,7 @@ class Bench:
 
 
 def largest_differences(folder: Path) -> tuple[float, float]:
-    """|ours - plain| over |plain|, and over the way that plain went from the start: the largest of all tensors."""
+    """The largest |ours - plain| / |plain| and |ours - plain| / |plain - start| of all tensors."""
     import torch
 
     ours, plain, start = (
@@ -162,7 +172,7 @@ def largest_differences(folder: Path) -> tuple[float, float]:
 
 
 def ceilings(on: Field, links: list[str]) -> dict[str, float]:
-    """MB/s that a broadcast of 25 MB gets out of each link."""
+    """The MB/s that a broadcast of 25 MB reaches on each link."""
     team, found = on.team({"kind": "link", "megabytes": 25}), {}
     for link in links:
         on.link(LINKS[link])
@@ -174,7 +184,7 @@ def ceilings(on: Field, links: list[str]) -> dict[str, float]:
 
 
 def compute_s(on: Field, batch: int, size: int = 64) -> float:
-    """Seconds of a rank's forward and backward pass, without gradients that travel, while the other one has its own."""
+    """Seconds of forward and backward pass without communication, while both ranks compute."""
     team = on.team({"kind": "compute", "batch": batch, "size": size})
     team.steps(1)
     found = statistics.median(team.steps(1)["seconds"] for _ in range(5))
@@ -183,19 +193,18 @@ def compute_s(on: Field, batch: int, size: int = 64) -> float:
 
 
 def everything(bench: Bench) -> None:
-    """What --all adds: the hooks, Lightning, larger images, four ranks, scaling."""
+    """The measurements of --all: hooks, Lightning, larger images, four ranks, scaling."""
     peers = [name for name in VARIANTS if name != LIGHTNING or has_lightning()]
     if LIGHTNING not in peers:
         bench.report.skip(LIGHTNING, "it is not installed; pip install lightning")
-    fewer = replace(bench, repetitions=min(3, bench.repetitions))  # beyond the targets
+    fewer = replace(bench, repetitions=min(3, bench.repetitions))
 
     def at(num_ranks: int, *sizes: int) -> None:
         for size in sizes:
             with field(num_ranks) as on:
                 now = bench if (num_ranks, size) == (2, 64) else fewer
-                variants = (
-                    peers if num_ranks == 2 else [PLAIN, FP16]
-                )  # a rank takes 1.5 GB, and all are there at once
+                # All ranks of all variants exist at the same time, with 1.5 GB each.
+                variants = peers if num_ranks == 2 else [PLAIN, FP16]
                 now.step_times(on, [*variants, bench.ours], num_ranks, size)
 
     at(2, 64)
@@ -211,31 +220,35 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument(
-        "--ours", nargs="+", default=["parallel=hybrid"], metavar="KEY=VALUE", help="of our run"
+        "--ours",
+        nargs="+",
+        default=["parallel=hybrid"],
+        metavar="KEY=VALUE",
+        help="overrides of our run",
     )
     parser.add_argument(
-        "--all", action="store_true", help="also other peers, sizes, four ranks, and scaling"
+        "--all", action="store_true", help="also other peers, image sizes, four ranks, and scaling"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="one short turn of P1, P4 and P2: does it run?"
+        "--quick", action="store_true", help="one short turn of P1, P4 and P2, as a test"
     )
-    asked = parser.parse_args()
+    args = parser.parse_args()
     if reason := why_not():
         print(
-            f"communication.py makes hosts and links of this machine, which {reason}",
+            f"communication.py creates hosts and links on this machine, which {reason}",
             file=sys.stderr,
         )
         sys.exit(64)
     report, about = Report(), {}
 
     def keep() -> None:
-        if asked.json:
-            report.write(asked.json, about)
+        if args.json:
+            report.write(args.json, about)
 
-    if asked.quick:
-        bench = Bench(report, asked.ours, 1, 4, ["unshaped", "1 Gbit/s"], keep, warm_up=False)
+    if args.quick:
+        bench = Bench(report, args.ours, 1, 4, ["unshaped", "1 Gbit/s"], keep, warm_up=False)
     else:
-        bench = Bench(report, asked.ours, asked.repetitions, 32, list(LINKS), keep)
+        bench = Bench(report, args.ours, args.repetitions, 32, list(LINKS), keep)
     with field(2) as on, tempfile.TemporaryDirectory() as folder:
         about |= machine(("torch", "torchvision", "lightning")) | {
             "link_mb_per_s": ceilings(on, bench.links)
@@ -243,13 +256,13 @@ def main() -> None:
         about["compute_s"] = compute_s(on, bench.batch)
         print(about)
         bench.bytes_sent(on, Path(folder))
-        if not asked.all:
+        if not args.all:
             bench.step_times(on, [PLAIN, bench.ours], 2, 64)
-    if asked.all:
+    if args.all:
         everything(bench)
     report.print_table()
-    if asked.plot:
-        draw(report.turns, about, asked.plot)
+    if args.plot:
+        draw(report.turns, about, args.plot)
 
 
 if __name__ == "__main__":

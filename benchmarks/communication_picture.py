@@ -1,8 +1,8 @@
-"""The picture of benchmarks/communication.py: seconds a step, by link, from its JSON file; with --all also the curves.
+"""Plot the results of benchmarks/communication.py: seconds per step by link, and scaling curves.
 
     python benchmarks/communication_picture.py JSON PNG [README.md]
 
-Run by itself it prints the table as well; a file that is named third gets it, between its two marks.
+As a command it also prints the table, and replaces the table between the two marks of README.md.
 """
 
 import json
@@ -20,7 +20,7 @@ Turns = dict[str, dict[str, list[float]]]
 
 
 def draw(turns: Turns, about: dict, file: Path) -> None:
-    """A panel of bars for each link; beside them, where they were measured, ratios by size and the scaling."""
+    """Plot bars for each link; also ratios by image size and the scaling, if measured."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -44,7 +44,10 @@ def draw(turns: Turns, about: dict, file: Path) -> None:
         grid[1].subgridspec(len(curves), 1, hspace=0.3) if curves else (), curves
     ):
         draw_one(figure.add_subplot(place), turns)
-    note = f"medians; AlexNet, 32 images a rank, {about['cores']} cores of {about['cpu']}, {about['date']}"
+    note = (
+        f"medians; AlexNet, 32 images per rank, {about['cores']} cores of {about['cpu']}, "
+        f"{about['date']}"
+    )
     figure.text(0.99, 0.005, note, ha="right", va="bottom", fontsize=8, color=GREY)
     figure.tight_layout(rect=(0, 0.025, 1, 1))
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +56,7 @@ def draw(turns: Turns, about: dict, file: Path) -> None:
 
 
 def panel(axis: object, link: str, found: dict[str, list[float]]) -> None:
-    """One bar a variant, with its seconds and how many times faster than plain DDP it is."""
+    """Plot one bar per variant, with its seconds and its speed relative to plain DDP."""
     values = {name: statistics.median(seconds) for name, seconds in found.items()}
     most = max(values.values())
     axis.barh(
@@ -71,7 +74,7 @@ def panel(axis: object, link: str, found: dict[str, list[float]]) -> None:
 
 
 def by_size(axis: object, turns: Turns) -> None:
-    """How many times faster than plain DDP we are, by the size of the images."""
+    """Plot our speed relative to plain DDP, by image size."""
     for num_ranks, shade in ((2, OURS), (4, "#8250df")):
         for link, style in STYLES.items():
             points = {}
@@ -97,7 +100,7 @@ def by_size(axis: object, turns: Turns) -> None:
 
 
 def scaling(axis: object, turns: Turns) -> None:
-    """Images a second by ranks, over those of one plain process."""
+    """Plot images per second by number of ranks, relative to plain DDP on one rank."""
     for title, found in turns.items():
         kind = title.split()[0]
         if kind not in ("weak", "strong"):
@@ -116,12 +119,17 @@ def scaling(axis: object, turns: Turns) -> None:
                 color=colour(name),
                 label=f"{label(name)}, {kind}",
             )
-    finish(axis, "Images a second at 1 Gbit/s, over plain DDP on one rank", "ranks", [1, 2, 3, 4])
+    finish(
+        axis,
+        "Images per second at 1 Gbit/s, relative to plain DDP on one rank",
+        "ranks",
+        [1, 2, 3, 4],
+    )
     axis.set_ylim(0, 1.35 * axis.get_ylim()[1])
 
 
 def table(turns: Turns) -> str:
-    """Markdown: seconds of a step, and how many times faster than plain DDP; medians with minimum and maximum."""
+    """A Markdown table: seconds per step, and speed relative to plain DDP (median, min, max)."""
     lines = []
     for num_ranks, size in ((k, px) for k in (2, 4) for px in (64, 128, 224)):
         found = {link: turns.get(f"K={num_ranks}, {size} px, {link}", {}) for link in STYLES}
@@ -133,7 +141,7 @@ def table(turns: Turns) -> str:
 
 
 def sent(found: dict[str, list[float]]) -> list[str]:
-    """P1 in words, where it was measured."""
+    """P1 as a sentence, if it was measured."""
     if not found:
         return []
     (ours,) = (name for name in found if name != PLAIN)
@@ -141,7 +149,8 @@ def sent(found: dict[str, list[float]]) -> list[str]:
         statistics.median(x) for x in (found[ours], found[PLAIN], ratios(found, ours))
     )
     return [
-        f"A rank of two sends {mine:.1f} MB a step, under plain DDP {theirs:.1f} MB: {times:.1f} times fewer (P1)."
+        f"With two ranks, each sends {mine:.1f} MB per step, under plain DDP {theirs:.1f} MB: "
+        f"{times:.1f} times fewer (P1)."
     ]
 
 
@@ -179,14 +188,14 @@ def label(name: str) -> str:
 
 
 def put(text: str, file: Path) -> None:
-    """Replace what lies between the marks of `file`."""
+    """Replace the text between the marks of `file`."""
     marks = re.compile(
         "(<!-- communication: [^\n]*-->\n).*(<!-- end of communication -->)", re.DOTALL
     )
     changed, times = marks.subn(lambda found: f"{found[1]}{text}\n{found[2]}", file.read_text())
     if times != 1:
         sys.exit(
-            f"{file} must hold the two marks of the table of communication once; it does {times} times"
+            f"{file} must contain the two marks of the communication table once, not {times} times"
         )
     file.write_text(changed)
 

@@ -1,10 +1,11 @@
-"""A batch of 4,096: LARS, and SGD at the linearly scaled rate, on the 20 classes of experiment=imagenet20.
+"""Compare LARS with SGD at the linearly scaled rate, with a batch of 4,096 images (imagenet20).
 
-    python benchmarks/large_batch.py --data DIR --json benchmarks/results/large_batch.json --plot large_batch.png
-    python benchmarks/large_batch.py --quick      # two steps each, on made-up images
+    python benchmarks/large_batch.py --data DIR --json benchmarks/results/large_batch.json \\
+        --plot large_batch.png
+    python benchmarks/large_batch.py --quick      # two steps each, on synthetic images
 
-Runs the two experiments, or goes on with them where --runs has begun ones, and collects their curves. A run that
-diverges ends with 70: its curve ends there.
+It runs the two experiments, or resumes them from --runs, and collects their curves. A run that
+diverges ends with 70, and its curve ends there.
 """
 
 import argparse
@@ -37,10 +38,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", metavar="FILE", type=Path)
     parser.add_argument("--plot", metavar="FILE", type=Path)
-    asked = parser.parse_args()
-    if not asked.quick and asked.data is None:
+    args = parser.parse_args()
+    if not args.quick and args.data is None:
         parser.error("--data is needed, or --quick")
-    data = [*QUICK, "trainer.global_batch_size=32"] if asked.quick else [f"data.root={asked.data}"]
+    data = [*QUICK, "trainer.global_batch_size=32"] if args.quick else [f"data.root={args.data}"]
     curves = {}
     for label, name in EXPERIMENTS.items():
         command = [
@@ -49,7 +50,7 @@ def main() -> None:
             "alexnet_ddp.train",
             f"experiment={name}",
             *data,
-            f"run.root={asked.runs}",
+            f"run.root={args.runs}",
         ]
         code = subprocess.run(command, check=False).returncode
         if code not in (0, 70):
@@ -57,15 +58,15 @@ def main() -> None:
         curves[label] = {
             "experiment": name,
             "exit_code": code,
-            **curve(Path(asked.runs) / name / "metrics.jsonl"),
+            **curve(Path(args.runs) / name / "metrics.jsonl"),
         }
         best = max((top1 for _, top1 in curves[label]["val/top1"]), default=float("nan"))
         print(f"{label}: exit code {code}, best top-1 {best:.1f} %", flush=True)
-    if asked.json:
-        asked.json.parent.mkdir(parents=True, exist_ok=True)
-        asked.json.write_text(json.dumps({"machine": machine(), "curves": curves}, indent=1) + "\n")
-    if asked.plot:
-        draw(curves, asked.plot)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"machine": machine(), "curves": curves}, indent=1) + "\n")
+    if args.plot:
+        draw(curves, args.plot)
 
 
 def curve(metrics: Path) -> dict[str, list[tuple[int, float]]]:

@@ -1,4 +1,4 @@
-"""Draw the curves of runs from their metrics.jsonl.
+"""Plot the learning curves of runs from their metrics.jsonl.
 
 python benchmarks/learning_curve.py OUT.png runs/demo [runs/other ...]
 """

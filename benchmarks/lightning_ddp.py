@@ -1,4 +1,4 @@
-"""Another peer of benchmarks/communication.py: the same training as plain_ddp.py's, run by Lightning's DDP."""
+"""A peer of benchmarks/communication.py: the training of plain_ddp.py with Lightning's DDP."""
 
 import logging
 import os
@@ -46,7 +46,7 @@ class AsOrdered(lightning.Callback):
 
 
 def train(more: Callable[[], bool], batch: int, size: int) -> None:
-    """Steps, one after each more() that is true. Each rank is a node of its own."""
+    """Take a step whenever more() returns True, until it returns False. Each rank is a node."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     os.environ["NODE_RANK"] = os.environ["RANK"]

@@ -1,12 +1,17 @@
-"""How fast the loader is: against torchvision's reference and the packed formats of others, on the same images.
+"""Compare the loader with torchvision's reference and other packed formats, on the same images.
 
-    python benchmarks/loader.py [--images DIR] [--json FILE] [--plot PNG] [--only P5,P8] [--repetitions N] [--quick]
+    python benchmarks/loader.py [--images DIR] [--json FILE] [--plot PNG] [--only P5,P8]
+        [--repetitions N] [--quick]
 
-DIR holds JPEG files; without it, photograph-like ones are made. Ten minutes on two cores. Peers that are not installed
-are left out: pip install 'alexnet-ddp[bench]' has them.
+DIR contains JPEG files; without it, synthetic photographs are created. It takes ten minutes on two
+cores. Peers that are not installed are skipped: pip install 'alexnet-ddp[bench]'.
 
-P5  the originals as files        P6  the same, packed: shorter side 256        P7  raw shards, against the originals
-P8  start to first batch          P11 memory                                    P12 resuming in mid-epoch
+P5   the original files
+P6   the same images, packed, with a shorter side of 256
+P7   raw shards, against the original files
+P8   start to first batch
+P11  memory
+P12  resuming in mid-epoch
 """
 
 import argparse
@@ -36,10 +41,9 @@ from alexnet_ddp.data.sources.sets import open_data
 
 PARTS = ("P5", "P6", "P7", "64px", "P8", "P11", "P12")
 V1, V2 = "ImageFolder, 2 workers, v1", "ImageFolder, 2 workers, v2"
-COPIES, STEPS_BEFORE = (
-    5,
-    40,
-)  # P12: an epoch is the images so many times; it is resumed at this step
+# P12: an epoch contains each image this many times, and is resumed at this step.
+COPIES = 5
+STEPS_BEFORE = 40
 
 
 def open_loader(cfg: DataConfig, index: SampleIndex) -> Loader:
@@ -50,7 +54,7 @@ def open_loader(cfg: DataConfig, index: SampleIndex) -> Loader:
 def ours(
     cfg: DataConfig, index: SampleIndex | None = None, epochs: int = 1, on_cpu: bool = False
 ) -> Callable[[], int]:
-    """Our loader: uint8 batches, which a GPU normalises; `on_cpu`: normalised, as the workers of the peers do it."""
+    """Our loader, with uint8 batches; on_cpu: normalised to floats, as by the peers' workers."""
     index = index or open_data(cfg).train
     loader, sampler = open_loader(cfg, index), GlobalBatchSampler(len(index), BATCH, seed=0)
 
@@ -78,7 +82,7 @@ def rates(
 
 
 def originals(report: Report, have: Materials, repetitions: int) -> None:
-    """P5 and P7: files as they came, and raw shards made of them."""
+    """P5 and P7: the original files, and raw shards of them."""
     tree, title = have.originals, "224 px crops of the originals"
     folder = {n: FolderConfig(root=str(tree), num_threads=n) for n in (1, 2, 4)}
     raw = {n: ShardsConfig(root=str(have.raw_shards), num_threads=n) for n in (1, 2, 4)}
@@ -107,7 +111,7 @@ def originals(report: Report, have: Materials, repetitions: int) -> None:
 
 
 def packed(report: Report, have: Materials, repetitions: int) -> None:
-    """P6: the same JPEG files of short side 256, as files, and as each packs them."""
+    """P6: JPEGs with a shorter side of 256, as files and in each packed format."""
     tree, title = have.packed_files, "224 px crops of packed JPEGs"
     shards = {n: ShardsConfig(root=str(have.jpeg_shards), num_threads=n) for n in (1, 2, 4)}
     variants = {
@@ -149,7 +153,7 @@ def packed_peers(report: Report, have: Materials) -> dict[str, Callable[[], int]
 
 
 def small(report: Report, have: Materials, repetitions: int) -> None:
-    """64 px: less to resize, so what is left of the decoding shows."""
+    """64 px: with less resizing, decoding is a larger share."""
     title, files, pixels = "64 px crops", have.originals, peers.on_pillow(64)
     two = {"num_threads": 2, "image_size": 64}
     variants = {
@@ -187,7 +191,7 @@ def threads(n: int) -> str:
 
 
 def resume(report: Report, have: Materials, repetitions: int, step: int) -> None:
-    """P12: from the wish to go on at `step` of an epoch to that step's batch, in a process that has the index."""
+    """P12: seconds to the batch of `step` when an epoch is resumed there; the index is loaded."""
     cfg = FolderConfig(root=str(have.originals), num_threads=2)
     folder = torchvision.datasets.ImageFolder(have.originals / "train", peers.on_pillow(224))
     index = open_data(cfg).train
@@ -224,7 +228,10 @@ def resume(report: Report, have: Materials, repetitions: int, step: int) -> None
     peer, name = "DataLoader, 2 workers, iterated to the step", "ours"
     found = in_turns({peer: replayed, name: resumed}, repetitions, "s", repetitions > 1)
     report.turns["resume, s"] = found
-    what = f"resuming at step {step} of {-(-len(index) // BATCH)} of an epoch, batches of {BATCH}, 2 threads"
+    what = (
+        f"resuming at step {step} of {-(-len(index) // BATCH)} of an epoch, "
+        f"batches of {BATCH}, 2 threads"
+    )
     report.compare("P12", what, found[name], found[peer], [peer, "s"])
 
 
@@ -255,34 +262,38 @@ def main(arguments: list[str]) -> None:
         "--images", type=Path, help="a directory of JPEG files; default: synthetic photographs"
     )
     parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--plot", type=Path, help="draw the images a second here; needs matplotlib")
-    parser.add_argument("--only", default=",".join(PARTS), help="some of the parts: %(default)s")
     parser.add_argument(
-        "--repetitions", type=int, default=5, help="turns that count (default: %(default)s)"
+        "--plot", type=Path, help="plot images per second to this file; needs matplotlib"
     )
-    parser.add_argument("--quick", action="store_true", help="one short turn, for the mechanics")
-    ask = parser.parse_args(arguments)
-    parts = set(ask.only.split(","))
+    parser.add_argument(
+        "--only", default=",".join(PARTS), help="the parts to run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repetitions", type=int, default=5, help="counted turns (default: %(default)s)"
+    )
+    parser.add_argument("--quick", action="store_true", help="one short turn, as a test")
+    args = parser.parse_args(arguments)
+    parts = set(args.only.split(","))
     if parts - set(PARTS):
         parser.error(
             f"--only knows {', '.join(PARTS)}, not {', '.join(sorted(parts - set(PARTS)))}"
         )
     count, large, repetitions = (
-        (32, (20, 50), 1) if ask.quick else (1024, (1000, 1281), ask.repetitions)
+        (32, (20, 50), 1) if args.quick else (1024, (1000, 1281), args.repetitions)
     )
     torch.set_num_threads(1)
     report, about = Report(), machine()
-    about["images"] = str(ask.images.name) if ask.images else "synthetic photographs"
+    about["images"] = str(args.images.name) if args.images else "synthetic photographs"
     print(about)
     with tempfile.TemporaryDirectory() as scratch:
-        run_parts(report, Materials(Path(scratch), ask.images, count, large), parts, repetitions)
+        run_parts(report, Materials(Path(scratch), args.images, count, large), parts, repetitions)
     report.print_table()
-    if ask.json:
-        report.write(ask.json, about)
-    if ask.plot:
+    if args.json:
+        report.write(args.json, about)
+    if args.plot:
         from picture import draw
 
-        draw(report.turns, about, ask.plot)
+        draw(report.turns, about, args.plot)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the loader's benchmark reads: the same images in every form, made when first asked for, gone at the end."""
+"""Data of the loader benchmark: the same images in every format, created on first use."""
 
 import errno
 import itertools
@@ -28,7 +28,10 @@ CLASSES = 16
 
 @dataclass
 class Materials:
-    """`count` images below `scratch`, links to files of `images` or made; an index of `large` = (classes, each)."""
+    """`count` images below `scratch`: links to the files of `images`; None: synthetic ones.
+
+    large: (number of classes, images per class) of the large indices.
+    """
 
     scratch: Path
     images: Path | None
@@ -37,7 +40,7 @@ class Materials:
 
     @cached_property
     def originals(self) -> Path:
-        """train/CLASS/* and val/CLASS/*: each file as often as `count` needs."""
+        """A folder with train/CLASS/* and val/CLASS/*. Files are repeated to reach `count`."""
         files = (
             _photographs(self.scratch / "photographs", min(self.count, 300))
             if self.images is None
@@ -48,7 +51,8 @@ class Materials:
         )
         if not jpegs:
             sys.exit(
-                f"--images {files} holds no .jpg or .jpeg files; give a directory that does, or leave it out"
+                f"--images {files} contains no .jpg or .jpeg files; "
+                "use a directory with such files, or leave it out"
             )
         root = self.scratch / "originals"
         for split, count in (("train", self.count), ("val", CLASSES)):
@@ -68,7 +72,7 @@ class Materials:
 
     @cached_property
     def packed_files(self) -> Path:
-        """The images of jpeg_shards, byte for byte, as train/CLASS/* and val/CLASS/*."""
+        """A folder with the files of jpeg_shards, as train/CLASS/* and val/CLASS/*."""
         root = self.scratch / "files"
         sets = open_data(ShardsConfig(root=str(self.jpeg_shards)))
         for split, index in (("train", sets.train), ("val", sets.val)):
@@ -80,7 +84,7 @@ class Materials:
 
     @cached_property
     def archive(self) -> SampleIndex:
-        """The originals in one tar archive, read in place as data=imagenet reads ILSVRC2012's."""
+        """The originals in one tar archive, which is read like ILSVRC2012's (data=imagenet)."""
         found, path = index_folder(self.originals, "train"), self.scratch / "originals.tar"
         with tarfile.open(path, "w", dereference=True) as tar:
             for i in range(len(found)):
@@ -92,14 +96,14 @@ class Materials:
         )
 
     def packed_for(self, peer: str) -> Path:
-        """packed_files as `peer` packs them. Raises CalledProcessError."""
+        """packed_files in the format of `peer`. Raises CalledProcessError."""
         out = self.scratch / peer
         _run("peers.py", peer, str(self.packed_files), str(out))
         return out
 
     @cached_property
     def large_tree(self) -> Path:
-        """A tree of many files that are few inodes: train/CLASS/*, and one image a class in val."""
+        """A tree of many hard links: train/CLASS/*, and one image per class in val."""
         root, (classes, each) = self.scratch / "tree", self.large
         copies, made = _copies(self.originals / "train", self.scratch / "copies"), 0
         for label in range(classes):
@@ -133,7 +137,7 @@ class Materials:
         return out
 
     def _enlarge(self, shards: Path) -> Path:
-        """The same shards with an index that names each image many times, as if they were `large`."""
+        """The same shards, with an index of size `large` that contains each image many times."""
         out, (classes, each) = shards.with_name(f"large-{shards.name}"), self.large
         out.mkdir()
         for file in shards.iterdir():
@@ -160,7 +164,7 @@ class Materials:
 
 
 def _photographs(folder: Path, count: int) -> Path:
-    """JPEGs with the size and the bytes of ImageNet's: 500 x 375, about 110 kB."""
+    """Create JPEG files as large as ImageNet's: 500 x 375 pixels, about 110 kB."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for i in range(count):
@@ -172,7 +176,7 @@ def _photographs(folder: Path, count: int) -> Path:
 
 
 def _copies(tree: Path, folder: Path) -> list[Path]:
-    """64 or more copies on the scratch's file system, so that they can be linked to."""
+    """At least 64 copies on the file system of the scratch folder, as targets of hard links."""
     folder.mkdir()
     sources = sorted(tree.rglob("*.jpg"))[:300]
     wanted = max(64, len(sources))
@@ -183,7 +187,7 @@ def _copies(tree: Path, folder: Path) -> list[Path]:
 
 
 def _link(copies: list[Path], number: int, target: Path) -> None:
-    """One more name of copy `number`; where a file has as many names as it may have, of a new copy."""
+    """Create a hard link to copy `number`, or to a new copy if that file has too many links."""
     at = number % len(copies)
     try:
         os.link(copies[at], target)

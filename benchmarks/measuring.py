@@ -1,7 +1,8 @@
-"""What the benchmarks share: turns, ratios, the machine, the table and the JSON file.
+"""Shared by the benchmarks: turns, ratios, facts about the machine, the table and the JSON file.
 
-The rules: variants run in turns (A B C A B C ...), the first turn does not count, a ratio is the median over the turns
-with its minimum and maximum. Absolute figures mean little on a shared machine; the ratio is the claim.
+Variants run in turns (A B C A B C ...), and the first turn is not counted. A ratio is the median
+over the turns, with minimum and maximum. Absolute figures depend on other users of a shared
+machine; ratios depend on them less.
 """
 
 import importlib.metadata
@@ -19,12 +20,12 @@ import numpy as np
 LIBRARIES = ("torch", "torchvision", "numpy", "opencv-python-headless", "simplejpeg", "pillow")
 PEERS = ("webdataset", "litdata", "mosaicml-streaming")
 
-Figures = dict[str, list[float]]  # variant -> its figure in each turn that counts
+Figures = dict[str, list[float]]  # variant -> its figure in each counted turn
 
 
 @dataclass
 class Report:
-    """Rows of the table, and the figures of each turn that they were made of."""
+    """The rows of the table, and the figures of each turn from which they are computed."""
 
     rows: list[dict] = field(default_factory=list)
     turns: dict[str, Figures] = field(default_factory=dict)
@@ -33,9 +34,10 @@ class Report:
     def compare(
         self, mark: str | None, what: str, ours: list[float], theirs: list[float], labels: list[str]
     ) -> None:
-        """One row: how many times better `ours` is than `theirs`. labels: the peer, and the unit of both.
+        """Add a row: how many times better `ours` is than `theirs`.
 
-        More images/s are better, fewer of anything else. `mark` is the target that the row answers, if one.
+        mark: the target of the row, if it has one. labels: the peer, and the unit of both. More
+        images/s are better; of every other unit less is better.
         """
         peer, unit = labels
         more = unit == "images/s"
@@ -49,7 +51,7 @@ class Report:
         print(as_text(self.rows[-1]), flush=True)
 
     def skip(self, what: str, why: object) -> None:
-        line = f"{what} is left out: {why}"
+        line = f"{what} is skipped: {why}"
         self.skipped.append(line)
         print(line, flush=True)
 
@@ -74,13 +76,14 @@ class Report:
 def as_text(row: dict) -> str:
     spread = f"({row['min']:.2f} to {row['max']:.2f}, n = {row['n']})"
     both = f"{row['ours']:,.4g} against {row['theirs']:,.4g} {row['unit']}"
-    return f"{row['id'] or '':3s} {row['ratio']:7.2f} x {spread:30s} {both}: {row['what']}; peer: {row['peer']}"
+    ratio = f"{row['id'] or '':3s} {row['ratio']:7.2f} x {spread:30s}"
+    return f"{ratio} {both}: {row['what']}; peer: {row['peer']}"
 
 
 def in_turns(
     variants: dict[str, Callable[[], float]], repetitions: int, unit: str, warm_up: bool = True
 ) -> Figures:
-    """The figure of each variant, `repetitions` times in turns, after a `warm_up` turn that does not count."""
+    """The figures of each variant in `repetitions` turns, after a `warm_up` turn without count."""
     figures: Figures = {name: [] for name in variants}
     for turn in range(not warm_up, repetitions + 1):
         for name, run in variants.items():
@@ -92,7 +95,7 @@ def in_turns(
 
 
 def rate(run: Callable[[], int]) -> Callable[[], float]:
-    """From a function that returns how many it did, one that returns how many a second."""
+    """Turn a function that returns a count into one that returns the count per second."""
 
     def timed() -> float:
         began = time.perf_counter()
@@ -103,7 +106,7 @@ def rate(run: Callable[[], int]) -> Callable[[], float]:
 
 
 def machine(libraries: Iterable[str] = (*LIBRARIES, *PEERS)) -> dict:
-    """What the figures were measured on, and its ceilings."""
+    """Facts about this machine, and its matrix-multiplication and copy rates."""
     import torch
 
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
@@ -125,7 +128,7 @@ def machine(libraries: Iterable[str] = (*LIBRARIES, *PEERS)) -> dict:
 
 
 def _best_seconds(run: Callable[[], object], times: int = 5) -> float:
-    """A ceiling is what the machine can do, so the best of a few."""
+    """The shortest of a few runs."""
     seconds = []
     for _ in range(times):
         began = time.perf_counter()

@@ -1,9 +1,11 @@
-"""One process that loads images as its argument says, for processes.py, which looks at it from outside.
+"""One process that loads images, for processes.py, which measures it from outside.
 
-    python benchmarks/one_process.py '{"loader": "ours", "data": "shards", "root": "DIR", "torch": false, "seconds": 0}'
+    python benchmarks/one_process.py \\
+        '{"loader": "ours", "data": "shards", "root": "DIR", "torch": false, "seconds": 0}'
 
-It prints a line when the first batch is there: the seconds since its imports were done. With `seconds`, it takes some
-more and then rests so long, as in a step that is slower than the loader: whatever may be ahead is then ahead.
+It prints a line at the first batch: the seconds since the end of its imports. If `seconds` is not
+0, it takes more batches and then sleeps for that time. All prefetched batches exist then, as during
+a step that is slower than the loader.
 """
 
 import json
@@ -12,11 +14,11 @@ import time
 from collections.abc import Iterator
 
 BATCH, SIZE, THREADS = 64, 224, 2
-TAKEN = 8  # batches, before the rest
+NUM_TAKEN = 8  # batches, before it sleeps
 
 
-def theirs(ask: dict) -> Iterator[int]:
-    """torchvision's reference with ask["workers"] worker processes; an epoch is the files ask["copies"] times."""
+def theirs(request: dict) -> Iterator[int]:
+    """torchvision's reference, with `workers` processes and files repeated `copies` times."""
     from torch.utils.data import DataLoader
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
@@ -28,15 +30,15 @@ def theirs(ask: dict) -> Iterator[int]:
         transforms.ToTensor(),
     ]
     normalise = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    data = ImageFolder(f"{ask['root']}/train", transforms.Compose([*steps, normalise]))
-    data.samples = data.samples * ask.get("copies", 1)
-    for images, _ in DataLoader(data, BATCH, shuffle=True, num_workers=ask["workers"]):
+    data = ImageFolder(f"{request['root']}/train", transforms.Compose([*steps, normalise]))
+    data.samples = data.samples * request.get("copies", 1)
+    for images, _ in DataLoader(data, BATCH, shuffle=True, num_workers=request["workers"]):
         yield len(images)
 
 
-def ours(ask: dict) -> Iterator[int]:
-    """Our loader; without ask["torch"] as far as host memory, which is all of it but the copy to torch's tensors."""
-    if ask["torch"]:
+def ours(request: dict) -> Iterator[int]:
+    """Our loader; without request["torch"], all of it except the copy to torch's tensors."""
+    if request["torch"]:
         import torch
 
         from alexnet_ddp.data.loader import build_loader
@@ -54,12 +56,12 @@ def ours(ask: dict) -> Iterator[int]:
     from alexnet_ddp.data.sources.sets import open_data
 
     yield 0
-    cfg = {"folder": FolderConfig, "shards": ShardsConfig}[ask["data"]](
-        root=ask["root"], num_threads=THREADS
+    cfg = {"folder": FolderConfig, "shards": ShardsConfig}[request["data"]](
+        root=request["root"], num_threads=THREADS
     )
     index = open_data(cfg).train
     augment = build_augment(BasicAugmentConfig(), 0, SIZE, cfg.eval_resize)
-    if ask["torch"]:
+    if request["torch"]:
         loader = build_loader(cfg, index, augment, THREADS, torch.device("cpu"))
     else:
         threads, allocate = (
@@ -72,16 +74,16 @@ def ours(ask: dict) -> Iterator[int]:
         yield len(batch.images)
 
 
-def main(ask: dict) -> None:
-    batches = {"ours": ours, "theirs": theirs}[ask["loader"]](ask)
+def main(request: dict) -> None:
+    batches = {"ours": ours, "theirs": theirs}[request["loader"]](request)
     next(batches)  # its imports
     began = time.perf_counter()
     next(batches)
     print(time.perf_counter() - began, flush=True)
-    if ask["seconds"]:
-        for _ in range(TAKEN):
+    if request["seconds"]:
+        for _ in range(NUM_TAKEN):
             next(batches, 0)
-        time.sleep(ask["seconds"])
+        time.sleep(request["seconds"])
     batches.close()
 
 

@@ -1,10 +1,11 @@
-"""One rank of one variant of benchmarks/communication.py: a process that takes steps when it is told to.
+"""One rank of one variant of benchmarks/communication.py: a process that takes steps on request.
 
-    python benchmarks/one_rank.py '{"kind": "plain", "batch": 32, "size": 64}'      # RANK, MASTER_ADDR, ... are set
+    python benchmarks/one_rank.py '{"kind": "plain", "batch": 32, "size": 64}'
 
-Every line on stdin is a number of steps, every line on stdout says what they took: seconds, and bytes that left and
-reached this host's interface. Between them the process sleeps in read(), so that variants can take turns on one core.
-The end of stdin ends it.
+RANK, MASTER_ADDR and so on must be set. Each line on stdin is a number of steps to take. Each line
+on stdout is the result: seconds, and the bytes that this host's interface sent and received.
+In between the process sleeps in read(), so that variants can take turns on one core. It ends at the
+end of stdin.
 """
 
 import json
@@ -21,16 +22,16 @@ import torch.distributed as dist
 INTERFACE = os.environ["GLOO_SOCKET_IFNAME"]
 
 
-class Orders:
-    """more() before every step: waits, between two blocks of steps, for the next order."""
+class Requests:
+    """Reads requests and writes results. Call more() before every step."""
 
     def __init__(self) -> None:
         self._answers = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # whatever a library prints is no answer
+        os.dup2(2, 1)  # libraries print to stderr, not into the results
         self._left, self._began = 0, None
 
     def more(self) -> bool:
-        """False where no steps are wanted any more."""
+        """Wait for the next request if all steps are done. Returns False at the end of stdin."""
         if self._left == 0:
             print(json.dumps(self._answer()), file=self._answers, flush=True)
             line = sys.stdin.readline()
@@ -49,8 +50,10 @@ class Orders:
 
 
 def traffic() -> tuple[int, int]:
-    """Bytes that this host's interface has (sent, received): the counters of /sys/class/net/*/statistics, but those of
-    this process's own network, which a /sys that was mounted outside does not show."""
+    """Bytes that this host's interface has (sent, received).
+
+    Read from /proc, because a /sys that was mounted in another namespace shows other interfaces.
+    """
     with open("/proc/net/dev") as file:
         (counters,) = (
             line.split(":")[1].split() for line in file if line.split(":")[0].strip() == INTERFACE
@@ -58,8 +61,8 @@ def traffic() -> tuple[int, int]:
     return int(counters[8]), int(counters[0])
 
 
-def ours(more: Callable[[], bool], ask: dict) -> None:
-    """The trainer's own step, loader and agreement of the ranks included."""
+def ours(more: Callable[[], bool], request: dict) -> None:
+    """Take steps with the trainer's own step, loader and vote."""
     from alexnet_ddp import cli
     from alexnet_ddp.runtime import distributed
     from alexnet_ddp.training.parts import TrainingParts
@@ -69,7 +72,7 @@ def ours(more: Callable[[], bool], ask: dict) -> None:
     overrides = [
         "data=synthetic",
         "data.num_train=1000000",
-        f"data.image_size={ask['size']}",
+        f"data.image_size={request['size']}",
         "augment=none",
     ]
     overrides += [
@@ -85,8 +88,8 @@ def ours(more: Callable[[], bool], ask: dict) -> None:
         "trainer.clip_grad_norm=null",
     ]
     overrides += [
-        f"trainer.global_batch_size={ask['batch'] * int(os.environ['WORLD_SIZE'])}",
-        *ask["overrides"],
+        f"trainer.global_batch_size={request['batch'] * int(os.environ['WORLD_SIZE'])}",
+        *request["overrides"],
     ]
     with tempfile.TemporaryDirectory() as root:
         cfg = cli.compose([*overrides, f"run.root={root}"])
@@ -94,33 +97,32 @@ def ours(more: Callable[[], bool], ask: dict) -> None:
             setup = RunSetup(cfg, world)
             training = TrainingParts(setup)
             batches = training.batches(setup.state.step)
-            if ask.get("record"):
-                keep(training, Path(ask["record"]), "start")
-                batches = recorded(batches, Path(ask["record"]), world.rank)
+            if request.get("record"):
+                keep(training, Path(request["record"]), "start")
+                batches = recorded(batches, Path(request["record"]), world.rank)
             state = setup.state
             while more():
                 num_images = len(setup.sampler.batch(state.step))
                 lr = setup.lr(state.step)
                 training.train_step(batches, state.step, lr, num_images, StepVote())
                 state.step += 1
-            if ask.get("record"):
-                keep(training, Path(ask["record"]), "ours")
+            if request.get("record"):
+                keep(training, Path(request["record"]), "ours")
             training.close()
 
 
 def keep(training: object, folder: Path, name: str) -> None:
-    """Collective. The parameters, by torchvision's names, from rank 0."""
+    """Collective. Rank 0 saves the full parameters to `folder`, by torchvision's names."""
     tensors = training.state_dict()["model"]
-    whole = {
-        key: t if isinstance(t, torch.Tensor) else t.part.whole(t.local)
-        for key, t in tensors.items()
+    full = {
+        key: t if isinstance(t, torch.Tensor) else t.full_tensor() for key, t in tensors.items()
     }
     if os.environ["RANK"] == "0":
-        torch.save(whole, folder / f"{name}.pt")
+        torch.save(full, folder / f"{name}.pt")
 
 
 def recorded(batches: Iterator, folder: Path, rank: int) -> Iterator:
-    """The same batches; plain DDP finds what the network sees of each in `folder`."""
+    """Yield the same batches, and save the network's inputs to `folder` for plain DDP."""
     from alexnet_ddp.data.effects import apply_effects
 
     for step, batch in enumerate(batches):
@@ -131,7 +133,7 @@ def recorded(batches: Iterator, folder: Path, rank: int) -> Iterator:
 
 
 def replayed(more: Callable[[], bool], folder: Path) -> None:
-    """Plain DDP from the weights, and on the images, that ours has recorded. Without dropout: torch's masks differ."""
+    """Plain DDP on our recorded weights and images, without dropout: torch's masks differ."""
     import plain_ddp
 
     model, rank = plain_ddp.build(dropout=0.0), os.environ["RANK"]
@@ -144,7 +146,7 @@ def replayed(more: Callable[[], bool], folder: Path) -> None:
 
 
 def compute(more: Callable[[], bool], batch: int, size: int) -> None:
-    """Forward and backward passes, and nothing that travels."""
+    """Forward and backward passes without communication."""
     import plain_ddp
 
     model, loss_fn = plain_ddp.build(), torch.nn.CrossEntropyLoss()
@@ -155,7 +157,7 @@ def compute(more: Callable[[], bool], batch: int, size: int) -> None:
 
 
 def link(more: Callable[[], bool], megabytes: int) -> None:
-    """Nothing but a broadcast: what gloo gets out of the link."""
+    """Broadcasts only, to measure the rate that gloo reaches on the link."""
     dist.init_process_group("gloo")
     data = torch.zeros(megabytes * 1_000_000, dtype=torch.uint8)
     while more():
@@ -165,27 +167,26 @@ def link(more: Callable[[], bool], megabytes: int) -> None:
 
 
 def main() -> None:
-    os.sched_setaffinity(
-        0, {min(os.sched_getaffinity(0))}
-    )  # one core a rank, also where the host has more
-    ask, more = json.loads(sys.argv[1]), Orders().more
-    match ask["kind"]:
+    # One core per rank, even if the host has more.
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    request, more = json.loads(sys.argv[1]), Requests().more
+    match request["kind"]:
         case "plain":
             import plain_ddp
 
-            plain_ddp.train(more, ask["batch"], ask["size"], ask.get("hook"))
+            plain_ddp.train(more, request["batch"], request["size"], request.get("hook"))
         case "replayed":
-            replayed(more, Path(ask["record"]))
+            replayed(more, Path(request["record"]))
         case "lightning":
             import lightning_ddp
 
-            lightning_ddp.train(more, ask["batch"], ask["size"])
+            lightning_ddp.train(more, request["batch"], request["size"])
         case "ours":
-            ours(more, ask)
+            ours(more, request)
         case "compute":
-            compute(more, ask["batch"], ask["size"])
+            compute(more, request["batch"], request["size"])
         case "link":
-            link(more, ask["megabytes"])
+            link(more, request["megabytes"])
 
 
 if __name__ == "__main__":

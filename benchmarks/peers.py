@@ -1,9 +1,10 @@
-"""The loaders that ours is measured against, each in the manner that its own documentation shows.
+"""The loaders with which ours is compared, each used as in its own documentation.
 
-All of them: batches of 64 of RandomResizedCrop and horizontal flip, as normalised floats, from 2 worker processes that
-persist. They differ in what decodes: v1 and Pillow, or v2 on uint8 tensors.
+All of them return batches of 64 images (RandomResizedCrop, horizontal flip, normalised floats) from
+2 persistent worker processes. They decode with Pillow and v1 transforms, or to uint8 tensors and
+v2.
 
-    python benchmarks/peers.py litdata|mosaicml TREE OUT     packs TREE/train/CLASS/* for one of them, byte for byte
+    python benchmarks/peers.py litdata|mosaicml TREE OUT     packs TREE/train/CLASS/* unchanged
 """
 
 import sys
@@ -33,7 +34,7 @@ def on_pillow(size: int) -> v1.Compose:
 
 
 def on_tensors(size: int) -> v2.Compose:
-    """torchvision's v2 on uint8 tensors; converts what Pillow decoded, leaves what is a tensor."""
+    """torchvision's v2 on uint8 tensors; Pillow images are converted."""
     steps = [v2.ToImage(), v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
     return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
 
@@ -47,7 +48,7 @@ def reference(tree: Path, transform: Callable) -> Callable[[], int]:
 
 
 def webdataset(shards: Path, size: int) -> Callable[[], int]:
-    """Our own tars, which are in its layout; as in its ImageNet example, batched in the workers."""
+    """Our own tars, which have its layout; batched in the workers, as in its ImageNet example."""
     import webdataset as wds
 
     urls = sorted(str(path) for path in shards.glob("train-*.tar"))
@@ -64,7 +65,7 @@ def webdataset(shards: Path, size: int) -> Callable[[], int]:
 
 
 def litdata(chunks: Path, size: int) -> Callable[[], int]:
-    """It decodes JPEGs to uint8 tensors itself."""
+    """litdata, which decodes JPEGs to uint8 tensors itself."""
     from litdata import StreamingDataLoader, StreamingDataset
 
     data = StreamingDataset(str(chunks), shuffle=True, transform=_on_first(on_tensors(size)))
@@ -74,7 +75,7 @@ def litdata(chunks: Path, size: int) -> Callable[[], int]:
 
 
 def mosaicml(shards: Path, size: int) -> Callable[[], int]:
-    """As its StreamingImageNet does it: Pillow images, and a transform."""
+    """mosaicml-streaming, with Pillow images and a transform, as in its StreamingImageNet."""
     from streaming import StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
 
@@ -106,7 +107,7 @@ def _samples(tree: Path) -> list[tuple[str, int]]:
 
 
 def _opened(sample: tuple[str, int]) -> dict:
-    """An opened JPEG is stored by both as the bytes of its file."""
+    """A sample for both packers, which store an opened JPEG as the bytes of its file."""
     from PIL import Image
 
     return {"image": Image.open(sample[0]), "label": sample[1]}

@@ -1,4 +1,4 @@
-"""The picture of benchmarks/loader.py: images a second, by loader, from its JSON file.
+"""Plot the results of benchmarks/loader.py: images per second by loader.
 
 python benchmarks/picture.py benchmarks/results/loader.json benchmarks/results/loader.png
 """
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 OURS, THEIRS, INK = "#1f6feb", "#b8bec7", "#24292f"
-LABELS = {  # group of turns -> variant -> what the picture calls it
+LABELS = {  # group of turns -> variant -> label in the plot
     "224 px crops of the originals": {
         "ImageFolder, 2 workers, v1": "ImageFolder + DataLoader, v1",
         "ImageFolder, 2 workers, v2": "ImageFolder + DataLoader, v2",
@@ -28,7 +28,7 @@ LABELS = {  # group of turns -> variant -> what the picture calls it
 
 
 def draw(turns: dict[str, dict[str, list[float]]], about: dict, file: Path) -> None:
-    """One panel for each group of LABELS that was measured; each bar with its rate and its ratio to the first."""
+    """Plot one panel per measured group of LABELS; bars have rates, and ratios to the first bar."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -38,13 +38,16 @@ def draw(turns: dict[str, dict[str, list[float]]], about: dict, file: Path) -> N
         title: found for title in LABELS if (found := shown(turns.get(title, {}), LABELS[title]))
     }
     if not groups:
-        sys.exit("no images a second to draw: --only left out P5, P6 and P7")
+        sys.exit("no rates to plot: --only must include P5, P6 or P7")
     heights = [len(found) + 1 for found in groups.values()]
     size = (9, 0.42 * sum(heights) + 0.6)
     figure, axes = pyplot.subplots(len(groups), figsize=size, squeeze=False, height_ratios=heights)
     for axis, (title, found) in zip(axes[:, 0], groups.items()):
         panel(axis, title, found)
-    note = f"medians; 2 workers or 2 threads, {about['cores']} cores of {about['cpu']}, {about['date']}"
+    note = (
+        f"medians; 2 workers or 2 threads, {about['cores']} cores of {about['cpu']}, "
+        f"{about['date']}"
+    )
     figure.text(0.99, 0.005, note, ha="right", va="bottom", fontsize=8, color="#57606a")
     figure.tight_layout(rect=(0, 0.025, 1, 1))
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -67,11 +70,11 @@ def panel(axis: object, title: str, found: dict[str, float]) -> None:
         axis.text(
             value + most * 0.008, row, f"{value:,.0f}{ratio}", va="center", fontsize=9.5, color=INK
         )
-    frame(axis, f"{title}, images a second", most * 1.16)
+    frame(axis, f"{title}, images per second", most * 1.16)
 
 
 def frame(axis: object, title: str, limit: float) -> None:
-    """Of bars with their figures beside them: a title, and no more."""
+    """Set the title and remove axes: the bars are labelled with their values."""
     axis.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
     axis.set_xlim(0, limit)
     axis.invert_yaxis()

@@ -1,7 +1,7 @@
-"""The peer of benchmarks/communication.py: AlexNet under DistributedDataParallel, to the letter of PyTorch's tutorial.
+"""The peer of benchmarks/communication.py: AlexNet under DDP, as in PyTorch's tutorial.
 
-https://docs.pytorch.org/tutorials/intermediate/ddp_tutorial.html with torchvision's network and the usual SGD. Nothing
-is tuned: random tensors that are there already, default buckets, default optimizer, default memory allocator.
+https://docs.pytorch.org/tutorials/intermediate/ddp_tutorial.html, with torchvision's network and
+SGD. Nothing is tuned: random tensors in memory, default buckets, optimizer and memory allocator.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Given = Callable[
 
 
 def train(more: Callable[[], bool], batch: int, size: int, hook: str | None = None) -> None:
-    """Steps, one after each more() that is true."""
+    """Take a step whenever more() returns True, until it returns False."""
     model = build()
     images, labels = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
     steps(more, model, lambda step: (images, labels), hook)
@@ -34,12 +34,12 @@ def steps(
     more: Callable[[], bool], model: nn.Module, given: Given, hook: str | None = None
 ) -> None:
     dist.init_process_group("gloo")
-    # PowerSGD's callbacks start further sums: with more than one bucket under way ranks start them in different orders,
-    # and gloo, which matches sums by their order, ends the process. So it gets one bucket.
+    # One bucket for PowerSGD: its callbacks start more all-reduces. With several buckets the ranks
+    # start them in different orders, and gloo, which matches them by order, ends the process.
     ddp_model = DDP(model, bucket_cap_mb=1000) if hook == "PowerSGD" else DDP(model)
     if hook == "fp16":
         ddp_model.register_comm_hook(None, default_hooks.fp16_compress_hook)
-    if hook == "PowerSGD":  # rank 1, from the third step on: the earliest that it allows
+    if hook == "PowerSGD":  # rank 1, from the third step, the earliest possible
         state = powerSGD_hook.PowerSGDState(
             None, matrix_approximation_rank=1, start_powerSGD_iter=2
         )

@@ -1,9 +1,9 @@
-"""How many images a second are packed: one process, two, and Spark on this machine, each as the command of a user.
+"""Measure how many images per second are packed: one process, two, and Spark on this machine.
 
     python benchmarks/prepare.py [--json FILE] [--images DIR] [--quick]
 
-The variants run in turns, each in a new process from its start to its commit, so Spark's start (Java, a session) counts
-in. `per core` divides by the processes that worked.
+The variants run in turns. Each is a new process, timed from its start to its commit, so Spark's
+start-up (Java, a session) is included. "per core" divides by the number of working processes.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ONE, TWO, SPARK = VARIANTS
 
 
 def packing(source: Path, root: Path, count: int, engine: list[str]) -> Callable[[], float]:
-    """images/s of one preparation, written to `root` anew."""
+    """Returns a function that packs into an empty `root` and returns images/s."""
     command = [
         sys.executable,
         "-m",
@@ -60,18 +60,18 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument(
-        "--repetitions", type=int, default=5, help="turns that count (default: %(default)s)"
+        "--repetitions", type=int, default=5, help="counted turns (default: %(default)s)"
     )
-    parser.add_argument("--quick", action="store_true", help="one short turn, for the mechanics")
-    ask = parser.parse_args(arguments)
-    count, repetitions = (32, 1) if ask.quick else (1_200, ask.repetitions)
+    parser.add_argument("--quick", action="store_true", help="one short turn, as a test")
+    args = parser.parse_args(arguments)
+    count, repetitions = (32, 1) if args.quick else (1_200, args.repetitions)
     report, about = Report(), machine()
     if importlib.util.find_spec("pyspark") is None:
         report.skip(SPARK, "pyspark is not installed: pip install 'alexnet-ddp[spark]'")
     about["spark"] = not report.skipped
     print(about)
     with tempfile.TemporaryDirectory() as scratch:
-        have = Materials(Path(scratch), ask.images, count, (1, 1))
+        have = Materials(Path(scratch), args.images, count, (1, 1))
         variants = {
             name: packing(have.originals, Path(scratch, "packed"), count, engine)
             for name, (_, engine) in VARIANTS.items()
@@ -91,8 +91,8 @@ def main(arguments: list[str]) -> None:
     if SPARK in variants:
         report.compare(None, f"{what}, {SPARK}", found[SPARK], found[TWO], [TWO, "images/s"])
     report.print_table()
-    if ask.json:
-        report.write(ask.json, about)
+    if args.json:
+        report.write(args.json, about)
 
 
 if __name__ == "__main__":

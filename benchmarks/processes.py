@@ -1,4 +1,4 @@
-"""P8 and P11: what a whole process costs, from its start to its first batch, and in memory. Each turn is a new one."""
+"""P8 and P11: time from process start to first batch, and memory. Each turn is a new process."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from measuring import Figures, Report, in_turns
 
 
 def start_to_first_batch(report: Report, have: Materials, repetitions: int) -> None:
-    """P8. All with a warm page cache, and OMP_NUM_THREADS=1 as torchrun gives it to its ranks."""
+    """P8. With a warm page cache and OMP_NUM_THREADS=1, as torchrun sets it."""
     tree, shards, raw = (
         str(have.large_tree),
         str(have.large_jpeg_shards),
@@ -59,11 +59,12 @@ def start_to_first_batch(report: Report, have: Materials, repetitions: int) -> N
 
 
 def memory(report: Report, have: Materials, repetitions: int, ratios: tuple[float, float]) -> None:
-    """P11. Peak of the memory of a process and its workers, torch included in both.
+    """P11. Peak memory of a process and its workers, including torch.
 
-    Workers are as many as our throughput needs of them: 2 threads x `ratios` (packed, originals), on a machine with so
-    many cores. Their number is what counts for memory, so two cores may feed them as slowly as they like. Both are
-    looked at when all that they prepare ahead is there, which is two batches a worker, torch's default.
+    The peer has as many workers as it would need for the throughput of our 2 threads: 2 x `ratios`
+    (packed, originals), on a machine with that many cores. Memory depends on their number, not on
+    their speed, so two cores are enough here. Memory is read when all prefetched batches exist: two
+    per worker, torch's default.
     """
     large, files, shards = str(have.large_tree), str(have.packed_files), str(have.jpeg_shards)
     more, some = (ceil(2 * ratio) for ratio in ratios)
@@ -85,8 +86,8 @@ def memory(report: Report, have: Materials, repetitions: int, ratios: tuple[floa
     }
     starts, short = Starts(have.scratch), repetitions == 1
     variants = {
-        name: starts.memory_of(name, torch=True, seconds=0.5 if short else seconds, **ask)
-        for name, (seconds, ask) in loads.items()
+        name: starts.memory_of(name, torch=True, seconds=0.5 if short else seconds, **request)
+        for name, (seconds, request) in loads.items()
     }
     found = in_turns(variants, repetitions, "MB", warm_up=False)
     report.turns |= {"peak memory, MB": found, "peak PSS, MB": starts.pss}
@@ -114,31 +115,33 @@ class Starts:
     """Starts one_process.py."""
 
     scratch: Path
-    after_imports: Figures = field(
-        default_factory=dict
-    )  # seconds from the end of the imports to the first batch
-    pss: Figures = field(default_factory=dict)  # MB, at its peak
+    # Seconds from the end of the imports to the first batch.
+    after_imports: Figures = field(default_factory=dict)
+    pss: Figures = field(default_factory=dict)  # peak, in MB
 
-    def of(self, **ask: object) -> Callable[[], float]:
-        """Seconds from the start of a process to its first batch."""
+    def of(self, **request: object) -> Callable[[], float]:
+        """Returns a function that measures seconds from process start to first batch."""
 
         def run() -> float:
             began = time.perf_counter()
-            process = self._start(ask)
+            process = self._start(request)
             line = process.stdout.readline()
             seconds = time.perf_counter() - began
             _finish(process)
             self.after_imports.setdefault(key, []).append(float(line))
             return seconds
 
-        key = json.dumps(ask)
+        key = json.dumps(request)
         return run
 
-    def memory_of(self, name: str, **ask: object) -> Callable[[], float]:
-        """Peak of the memory in use, in MB, from its first batch on; that of its PSS goes to self.pss[name]."""
+    def memory_of(self, name: str, **request: object) -> Callable[[], float]:
+        """Returns a function that measures peak memory in MB after the first batch.
+
+        It appends the peak of PSS to self.pss[name].
+        """
 
         def run() -> float:
-            process, peak, peak_pss = self._start(ask), 0.0, 0.0
+            process, peak, peak_pss = self._start(request), 0.0, 0.0
             process.stdout.readline()
             while process.poll() is None:
                 used, pss = _memory_mb(_family(process.pid))
@@ -150,8 +153,8 @@ class Starts:
 
         return run
 
-    def _start(self, ask: dict[str, object]) -> subprocess.Popen:
-        full = {"torch": False, "seconds": 0, **ask}
+    def _start(self, request: dict[str, object]) -> subprocess.Popen:
+        full = {"torch": False, "seconds": 0, **request}
         command = [
             sys.executable,
             str(Path(__file__).with_name("one_process.py")),
@@ -173,13 +176,13 @@ def _finish(process: subprocess.Popen) -> None:
 
 
 def _family(pid: int) -> list[int]:
-    """`pid` and the processes below it."""
+    """`pid` and its descendants."""
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 stat = (entry / "stat").read_text()
-            except OSError:  # gone
+            except OSError:  # it has ended
                 continue
             parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
     family = [pid]
@@ -189,11 +192,12 @@ def _family(pid: int) -> list[int]:
 
 
 def _memory_mb(family: list[int]) -> tuple[float, float]:
-    """(memory in use, PSS) of processes together.
+    """(memory in use, PSS) of several processes together, in MB.
 
-    Memory of their own is PSS, by the kernel. Two things it does not say: a page of libtorch it divides by the number
-    of processes that have it mapped, strangers as well, so the files of the largest process are counted instead, once;
-    and a batch that waits in a worker's queue is a file in /dev/shm that nobody has mapped. It is memory, but no PSS.
+    The kernel's PSS is used for private memory. Two values are corrected. Mapped files: PSS divides
+    a page of libtorch by all processes that map it, including unrelated ones, so the mapped files
+    of the largest process are counted once instead. Queued batches: they are files in /dev/shm
+    that no process maps, so PSS does not contain them.
     """
     own, files, mapped, shared = 0.0, 0.0, 0.0, {}
     for pid in family:
@@ -211,7 +215,7 @@ def _memory_mb(family: list[int]) -> tuple[float, float]:
 
 
 def _shared_memory_mb(pid: int) -> dict[int, float]:
-    """inode -> MB of the files in /dev/shm that a process holds, mapped or only open."""
+    """inode -> MB of the files in /dev/shm that a process has mapped or opened."""
     found = {}
     for line in _read(f"/proc/{pid}/maps").splitlines():
         if "/dev/shm/" in line:
@@ -228,7 +232,7 @@ def _shared_memory_mb(pid: int) -> dict[int, float]:
 
 
 def _read(path: str) -> str:
-    """Empty for a process that is gone."""
+    """The content of a file in /proc, or "" if the process has ended."""
     try:
         return Path(path).read_text()
     except OSError:

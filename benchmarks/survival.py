@@ -1,12 +1,12 @@
-"""What staying alive costs: the stall of a checkpoint, and the share of a step (P13).
+"""Measure the cost of fault tolerance: the stall of a checkpoint, and the share of a step (P13).
 
     python benchmarks/survival.py [--json FILE] [--repetitions N] [--batch 32] [--quick]
 
-P13  the run's step with all that watches it, against the same step with all of that taken out, AlexNet with 61.1 M
-     parameters at 64 px, in turns of some steps in one process. Taken out: watchdog, beacon, health vector, spike and
-     straggler watch, undo of a bad step. What is not done in every step is counted with its share: the check of the
-     replicas (every 1,000 steps) and a checkpoint (every 5 minutes).
-stall  how long the training stands still for a checkpoint of that network with its momentum, 489 MB
+P13    a step with all monitoring against the same step without it: AlexNet with 61.1 M parameters
+       at 64 px, in turns in one process. Monitoring: watchdog, heartbeat, vote, detection
+       of loss spikes and stragglers, snapshots for undoing a bad step. The comparison of replicas
+       (every 1,000 steps) and a checkpoint (every 5 minutes) are included with their shares.
+stall  how long training waits for a checkpoint of that network and its momentum, 489 MB
 """
 
 import argparse
@@ -19,8 +19,9 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from alexnet_ddp.checkpoint.store import RunState
+
 from alexnet_ddp import cli
-from alexnet_ddp.checkpoint.manager import RunState
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.signals import StopSignal
 from alexnet_ddp.runtime.watchdog import Watchdog
@@ -32,7 +33,7 @@ from alexnet_ddp.training.vote import VoteResult
 
 
 class NoExchange:
-    """In place of the vote: no rank ever objects."""
+    """Replaces the vote: every step is good."""
 
     def start(self, loss_sum, num_images, vote, nonfinite_previous) -> None:
         self.num_images = num_images
@@ -46,16 +47,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--quick", action="store_true", help="one short turn: does it run?")
-    asked = parser.parse_args()
-    turns, steps = (1, 1) if asked.quick else (asked.repetitions, 8)
+    parser.add_argument("--quick", action="store_true", help="one short turn, as a test")
+    args = parser.parse_args()
+    turns, steps = (1, 1) if args.quick else (args.repetitions, 8)
     directory = Path(tempfile.mkdtemp(prefix="alexnet_ddp.survival."))
     try:
-        results = measure(directory, turns, steps, asked.batch)
+        results = measure(directory, turns, steps, args.batch)
     finally:
         shutil.rmtree(directory)
-    if asked.json:
-        asked.json.write_text(json.dumps({"results": results}, indent=1) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps({"results": results}, indent=1) + "\n")
 
 
 def measure(directory: Path, turns: int, steps: int, batch: int) -> list[dict]:
@@ -118,7 +119,8 @@ def measure(directory: Path, turns: int, steps: int, batch: int) -> list[dict]:
     for result in results:
         (low, high), n = result["range"], result["n"]
         print(
-            f"{result['id'] or '':6}{result['value']:10.4f}  ({low:.4f} to {high:.4f}, n = {n})  {result['what']}"
+            f"{result['id'] or '':6}{result['value']:10.4f}  "
+            f"({low:.4f} to {high:.4f}, n = {n})  {result['what']}"
         )
     return results
 
@@ -142,17 +144,17 @@ def seconds_a_step(run: Trainer, steps: int) -> float:
 
 @contextmanager
 def taken_out(run: Trainer):
-    """The same training without what watches it."""
+    """Disable the monitoring of the same training."""
     train_step = run.train_step
-    kept = train_step._exchange, train_step._undo, train_step.on_phase, run.guard, run.watchdog
-    train_step._exchange, train_step.on_phase = NoExchange(), lambda phase: None
+    kept = train_step._exchange, train_step._before, train_step._on_phase, run.guard, run.watchdog
+    train_step._exchange, train_step._on_phase = NoExchange(), lambda phase: None
     run.watchdog = Watchdog(None, run.cfg.run_dir, run.world)
     run.guard = type("NoGuard", (), {"watch": lambda self, step, loss: None})()
     train_step._before = type(
         "NoSnapshot", (), {"snapshot": lambda self: None, "restore": lambda self, bad: None}
     )()
     yield
-    train_step._exchange, train_step._undo, train_step.on_phase, run.guard, run.watchdog = kept
+    train_step._exchange, train_step._before, train_step._on_phase, run.guard, run.watchdog = kept
 
 
 def stall(run: Trainer) -> float:
@@ -166,7 +168,7 @@ def check(run: Trainer) -> float:
     run.checkpoints.poll(wait=True)
     began = time.perf_counter()
     tensors = {name: t for group in run.parts.state_dict().values() for name, t in group.items()}
-    run.replicas._compare(0, tensors)  # in a world of one: the sums, and no message
+    run.replicas._compare(0, tensors)  # with one rank: checksums without communication
     return time.perf_counter() - began
 
 

@@ -1,11 +1,12 @@
-"""How much sooner two machines are ready than one: a training to the same accuracy, over 1 Gbit/s.
+"""Compare the duration of a training on one machine and on two, connected at 1 Gbit/s.
 
-    sudo python benchmarks/two_machines.py data.root=DIR [KEY=VALUE ...] [--json FILE] [--repetitions N] [--quick]
+    sudo python benchmarks/two_machines.py data.root=DIR [KEY=VALUE ...] [--json FILE]
+        [--repetitions N] [--quick]
 
-Trains experiment=imagenet20 (DIR holds its archives) for 3 epochs with batches of 256, in three ways that take turns:
-one process on one core; two hosts of one core each, joined by a link of 1 Gbit/s, with parallel=hybrid; and the same
-with parallel=ddp. Seconds are those of the whole commands, start and evaluations included. The hosts are network
-namespaces: root, and iproute2.
+It trains experiment=imagenet20 (DIR contains its archives) for 3 epochs with batches of 256, with
+three variants in turns: one process on one core; two hosts with one core each and parallel=hybrid;
+and the same with parallel=ddp. Seconds are those of the whole command, including start-up and
+evaluations. The hosts are network namespaces, which need root and iproute2.
 """
 
 import argparse
@@ -38,31 +39,29 @@ TEAMS = {ONE: (1, "ddp"), HYBRID: (2, "hybrid"), DDP: (2, "ddp")}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("overrides", nargs="*", help="of the training")
+    parser.add_argument("overrides", nargs="*", help="overrides of the training")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repetitions", type=int, default=1)
     parser.add_argument(
-        "--quick", action="store_true", help="a few steps of synthetic images: does it run?"
+        "--quick", action="store_true", help="a few steps on synthetic images, as a test"
     )
-    asked = parser.parse_args()
+    args = parser.parse_args()
     if reason := why_not():
-        sys.exit(f"two machines cannot be made here: {reason}")
-    overrides = [*RECIPE, *QUIET, *asked.overrides]
-    if asked.quick:
+        sys.exit(f"two_machines.py creates hosts and links on this machine, which {reason}")
+    overrides = [*RECIPE, *QUIET, *args.overrides]
+    if args.quick:
         small = ["data=synthetic", "data.num_train=64", "data.num_val=20", "data.image_size=64"]
         overrides = [*QUIET, *small, "trainer.epochs=1", "trainer.global_batch_size=32"]
     report, seconds, accuracy = Report(), {team: [] for team in TEAMS}, {}
     folder = Path(tempfile.mkdtemp(prefix="alexnet_ddp.two_machines."))
     try:
-        for turn in range(asked.repetitions):
+        for turn in range(args.repetitions):
             for team in TEAMS:
                 run_dir = folder / f"{turn}-{len(accuracy)}"
                 seconds[team].append(train(team, run_dir, overrides))
                 accuracy[f"{team}, turn {turn}"] = curve(run_dir)
-                print(
-                    f"{team:28s}{seconds[team][-1]:8.1f} s   top-1 {accuracy[f'{team}, turn {turn}']}",
-                    flush=True,
-                )
+                top1 = accuracy[f"{team}, turn {turn}"]
+                print(f"{team:28s}{seconds[team][-1]:8.1f} s   top-1 {top1}", flush=True)
     finally:
         shutil.rmtree(folder)
     for team in (HYBRID, DDP):
@@ -70,12 +69,12 @@ def main() -> None:
             None, f"training at 1 Gbit/s, {team}", seconds[team], seconds[ONE], [ONE, "s"]
         )
     report.turns |= {"seconds of a training": seconds, "top-1 after each epoch": accuracy}
-    if asked.json:
-        report.write(asked.json, machine() | {"overrides": overrides})
+    if args.json:
+        report.write(args.json, machine() | {"overrides": overrides})
 
 
 def train(team: str, run_dir: Path, overrides: list[str]) -> float:
-    """Seconds."""
+    """Train once, and return the duration in seconds."""
     num_ranks, parallel = TEAMS[team]
     overrides = [
         *overrides,
@@ -92,7 +91,7 @@ def train(team: str, run_dir: Path, overrides: list[str]) -> float:
     }
     env |= {"WORLD_SIZE": str(num_ranks), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     env |= {"MASTER_ADDR": "10.77.0.11", "MASTER_PORT": "29500", "PYTHONWARNINGS": "ignore"}
-    with Hosts(2) as hosts:  # each has a core of its own
+    with Hosts(2) as hosts:  # one core each
         for host in ("n1", "n2"):
             hosts.rate(host, "1gbit")
         began = monotonic()
@@ -103,7 +102,7 @@ def train(team: str, run_dir: Path, overrides: list[str]) -> float:
         ]
         codes = [rank.wait() for rank in ranks]
     if any(codes):
-        sys.exit(f"{team}: exit codes {codes}; why is above")
+        sys.exit(f"{team}: exit codes {codes}; see the messages above")
     return monotonic() - began
 
 

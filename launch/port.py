@@ -1,4 +1,4 @@
-"""The port where the nodes of a run meet: that it is free is checked before torchrun waits for minutes."""
+"""Check that the rendezvous port is free, before torchrun waits for minutes."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from alexnet_ddp.doctor.port import why_busy
 
 
 def check_port(arguments: list[str]) -> None:
-    """Exit with 64 where this host is to listen on the port of --rdzv-endpoint and another process does."""
+    """Exit with 64 if this host must listen on the port of --rdzv-endpoint, but cannot."""
     options = dict(
         argument.split("=", 1)
         for argument in arguments
@@ -21,16 +21,19 @@ def check_port(arguments: list[str]) -> None:
     port = int(endpoint[2])
     reason = why_busy(port)
     if reason is not None:
-        rule = f"RDZV_ENDPOINT: port {port} of this host cannot be had ({reason})"
-        print(f"node.sh: {rule}; choose another port, the same on every node", file=sys.stderr)
+        print(
+            f"node.sh: RDZV_ENDPOINT: port {port} of this host is not available ({reason}); "
+            "choose another port, the same on every node",
+            file=sys.stderr,
+        )
         os._exit(64)
 
 
 def _is_host(name: str, conf: str) -> bool:
-    """As torchrun has it: who is told so, or else whose name or address it is."""
-    told = re.search(r"is_host=(\d)", conf)
-    if told:
-        return told[1] == "1"
+    """True if torchrun will listen here: is_host=1, or else this host's name or address."""
+    is_host = re.search(r"is_host=(\d)", conf)
+    if is_host:
+        return is_host[1] == "1"
     try:
         return name in (
             "localhost",

@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
-# Makes .venv in the project's folder and installs the project there, editable, with what its tests need:   launch/setup.sh
-# Run it as often as you like: it does nothing when pyproject.toml, Python and the folder are what they were.
-#   PYTHON=python3.12    the Python to build with; default: the first of python3.13, 3.12, 3.11, python3 that is >= 3.11
+# Creates .venv in the project's folder and installs the project (editable) with its test
+# dependencies:   launch/setup.sh
+# It does nothing if pyproject.toml, Python and the folder have not changed since the last call.
+#   PYTHON=python3.12    default: the first of python3.13, 3.12, 3.11 and python3 that is >= 3.11
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 venv=$project_dir/.venv
-stamp=$venv/.alexnet_ddp_installed # what was installed; there only after a complete installation
-cut=$venv/.alexnet_ddp_installing  # left behind where an installation was interrupted: then nothing in .venv is trusted
+stamp=$venv/.alexnet_ddp_installed # fingerprint of a complete installation
+cut=$venv/.alexnet_ddp_installing  # exists during an installation; .venv is rebuilt if it is left
 
 say() { echo "setup: $*"; }
 
 version_of() { "$1" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null; }
 is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
 
-# By asking each: a python3.13 on PATH may be a shim that only says that it is not installed.
+# Print the first Python that is new enough. Each candidate is run, because a python3.13 on PATH may
+# be a shim that only prints an error.
 find_python() {
   local candidates=(python3.13 python3.12 python3.11 python3) candidate
   [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
@@ -23,51 +25,65 @@ find_python() {
       return
     fi
   done
-  die 64 "no Python of at least 3.11 (tried: ${candidates[*]}); install one, or name it: PYTHON=/path/to/python3.12 launch/setup.sh"
+  die 64 "no Python >= 3.11 found (tried: ${candidates[*]}); install one, or set PYTHON:" \
+    "PYTHON=/path/to/python3.12 launch/setup.sh"
 }
 
-# The folder is part of it: the scripts of a virtual environment name it, so a moved project needs a new one.
+# It contains the folder, because the scripts of a virtual environment contain its path: a moved
+# project needs a new environment.
 fingerprint() {
   "$venv/bin/python" -I -S -c '
 import hashlib, sys
-print(hashlib.sha256(open(sys.argv[1] + "/pyproject.toml", "rb").read()).hexdigest(), sys.version.split()[0], sys.argv[1])
+with open(sys.argv[1] + "/pyproject.toml", "rb") as file:
+    sha = hashlib.sha256(file.read()).hexdigest()
+print(sha, sys.version.split()[0], sys.argv[1])
 ' "$project_dir" 2>/dev/null
 }
 
-is_installed() { [[ -e $stamp && ! -e $cut ]] && is_wanted_version && [[ $(fingerprint) == "$(<"$stamp")" ]]; }
-is_wanted_version() { [[ -z ${PYTHON:-} || $(version_of "$PYTHON") == "$(version_of "$venv/bin/python")" ]]; }
-is_whole() {
-  [[ ! -e $cut ]] && is_new_enough "$venv/bin/python" && is_wanted_version && "$venv/bin/python" -m pip --version >/dev/null 2>&1 &&
+is_installed() {
+  [[ -e $stamp && ! -e $cut ]] && is_wanted_version && [[ $(fingerprint) == "$(<"$stamp")" ]]
+}
+is_wanted_version() {
+  [[ -z ${PYTHON:-} || $(version_of "$PYTHON") == "$(version_of "$venv/bin/python")" ]]
+}
+is_reusable() {
+  [[ ! -e $cut ]] && is_new_enough "$venv/bin/python" && is_wanted_version &&
+    "$venv/bin/python" -m pip --version >/dev/null 2>&1 &&
     { [[ ! -e $stamp ]] || [[ $(<"$stamp") == *" $project_dir" ]]; }
 }
 
 if is_installed; then exit 0; fi
 
-# One at a time: two jobs may start in the same shared folder. The lock goes with the process.
-exec 9>>"$project_dir/pyproject.toml" # opened for writing: NFS locks nothing else
-if command -v flock >/dev/null; then flock 9 || say "no locks on this file system: do not start two set-ups at once"; fi
+# Lock, because two jobs may start in the same shared folder. The lock ends with the process.
+exec 9>>"$project_dir/pyproject.toml" # for writing, as NFS requires for a lock
+if command -v flock >/dev/null; then
+  flock 9 || say "no locks on this file system: do not run launch/setup.sh twice at the same time"
+fi
 if is_installed; then exit 0; fi
 
-if ! is_whole; then
+if ! is_reusable; then
   base=$(find_python)
-  [[ ! -e $venv ]] || say ".venv is incomplete, moved or of another Python: making it anew"
-  say "making .venv with $base ($(version_of "$base"))"
+  [[ ! -e $venv ]] || say ".venv is incomplete, was moved or has another Python: replacing it"
+  say "creating .venv with $base ($(version_of "$base"))"
   rm -rf "$venv"
   mkdir "$venv"
   : >"$cut"
   "$base" -m venv "$venv" ||
-    die 64 "$base cannot make virtual environments; install its venv module (Debian, Ubuntu: apt-get install python3-venv), or set PYTHON"
+    die 64 "$base cannot create virtual environments; install its venv module" \
+      "(Debian, Ubuntu: apt-get install python3-venv), or set PYTHON"
 fi
 
 interrupted=''
-trap 'interrupted=1' INT TERM # bash gets to it when pip has ended, which an interruption ends with an ordinary code
-say "installing alexnet_ddp and what it needs: some minutes the first time (torch is large)"
+# bash runs the trap after pip has ended; pip's code does not show that it was interrupted.
+trap 'interrupted=1' INT TERM
+say "installing alexnet_ddp and its dependencies; the first time takes minutes (torch is large)"
 : >"$cut"
 if ! (cd "$project_dir" && PIP_ROOT_USER_ACTION=ignore "$venv/bin/python" -m pip install \
   --quiet --disable-pip-version-check --no-input -e '.[dev]'); then
-  [[ -z $interrupted ]] || die 130 "interrupted; the next run of launch/setup.sh makes .venv anew"
-  rm -f "$cut" # pip ended by itself and left what was there before
-  die 1 "pip could not install the project (its reason is above); once that is mended, run launch/setup.sh again"
+  [[ -z $interrupted ]] || die 130 "interrupted; the next run of launch/setup.sh replaces .venv"
+  rm -f "$cut" # pip failed by itself, so .venv is as it was before
+  die 1 "pip could not install the project (see its message above);" \
+    "fix that and run launch/setup.sh again"
 fi
 fingerprint >"$stamp.new"
 mv "$stamp.new" "$stamp"

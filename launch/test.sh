@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set-up, then the tests:   launch/test.sh [pytest arguments]
+# Installs the project and runs the tests:   launch/test.sh [pytest arguments]
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Tests the project with the newest versions of its light dependencies, pre-releases included:   launch/test_newest.sh [pytest arguments]
-# It makes a temporary environment. torch, torchvision and whatever is not upgraded come from .venv, which stays as it is.
-# Without arguments it runs the tests that depend most on these libraries, two to four minutes on two cores.
+# Tests the project with the newest versions of its light dependencies, including pre-releases:
+#   launch/test_newest.sh [pytest arguments]
+# It creates a temporary environment. torch, torchvision and other packages that are not upgraded
+# come from .venv, which is not changed. Without arguments it runs the tests that depend most on
+# these libraries: two to four minutes on two cores.
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-tests=(versions config plan redact demo decode augment index policy imagenet quarantine shards packing_formats tracking
-  tracking_record tracking_wandb checkpoint metrics optim)
-packages=(hydra-core omegaconf numpy pillow opencv-python-headless rich wandb tensorboard safetensors simplejpeg scipy fsspec)
+tests=(versions config plan redact demo decode augment index policy imagenet quarantine shards
+  packing_formats tracking tracking_record tracking_wandb checkpoint metrics optim)
+packages=(hydra-core omegaconf numpy pillow opencv-python-headless rich wandb tensorboard
+  safetensors simplejpeg scipy fsspec)
 
 "$project_dir/launch/setup.sh"
 cd "$project_dir"
@@ -15,8 +18,9 @@ venv=.venv/bin/python
 folder=$(mktemp -d "${TMPDIR:-/tmp}/alexnet_ddp.newest.XXXXXX")
 trap 'rm -rf "$folder"' EXIT
 
-# Upper bounds of pyproject.toml hold: a version beyond them is not supported yet. A lower bound with .dev0 makes pip
-# accept pre-releases of this package; --pre would accept those of everything that these packages need, too.
+# The upper bounds of pyproject.toml apply: later versions are not supported yet. A lower bound with
+# .dev0 makes pip accept pre-releases of that package; --pre would also accept those of its
+# dependencies.
 "$venv" - "${packages[@]}" >"$folder/requirements.txt" <<'PYTHON'
 import re, sys, tomllib
 
@@ -24,15 +28,17 @@ listed = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]
 wanted = [line for line in listed if re.match(r"[\w-]+", line)[0] in sys.argv[1:]]
 print(*(re.sub(r">=([\d.]+)", r">=\1.dev0", line) for line in wanted), sep="\n")
 PYTHON
-PIP_ROOT_USER_ACTION=ignore "$venv" -m pip install --quiet --disable-pip-version-check --no-input --upgrade \
+PIP_ROOT_USER_ACTION=ignore "$venv" -m pip install \
+  --quiet --disable-pip-version-check --no-input --upgrade \
   --target "$folder/packages" --requirement "$folder/requirements.txt"
 
-# The environment sees the upgraded packages first, then this checkout and the packages of .venv.
+# The search path: the upgraded packages, this checkout, the packages of .venv.
 "$venv" -m venv --without-pip "$folder/venv"
 site=$("$folder/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 {
   printf '%s\n' "$folder/packages" "$project_dir"
-  "$venv" -c 'import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")'
+  "$venv" -c 'import sys
+print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")'
 } >"$site/newest.pth"
 
 "$folder/venv/bin/python" - "${packages[@]}" <<'PYTHON'

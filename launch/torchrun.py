@@ -1,8 +1,10 @@
-"""torchrun, quiet about an end that the run has explained in one line itself. TORCHRUN_LOG=1 brings its words back."""
+"""torchrun without its log of a failure that the run itself has explained in one line.
 
-if (
-    __name__ == "__main__"
-):  # before the other imports, which take seconds; it ends with torchrun's own handlers
+TORCHRUN_LOG=1 enables torchrun's log.
+"""
+
+# Handle stop signals during the other imports, which take seconds; later torchrun's handlers do.
+if __name__ == "__main__":
     from alexnet_ddp.runtime import startup
 
     startup.make_streams_safe()
@@ -18,12 +20,12 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
-# The trace of a bug, alexnet_ddp/runtime/errors.py, and a command that a stop signal ended.
+# A bug (with a traceback), the codes of alexnet_ddp/runtime/errors.py, and a stop signal.
 EXPLAINED = (1, *range(64, 94), 128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 def stop(number: int, frame: object) -> None:
-    """SIGINT would make a worker print a trace if its Python has just started; SIGTERM does not."""
+    """Turn SIGINT into SIGTERM: a Python that has just started prints a traceback at SIGINT."""
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -38,6 +40,6 @@ except SignalException:
     sys.exit(1)
 except ChildFailedError as error:
     rank, failure = error.get_first_failure()
-    if failure.exitcode not in EXPLAINED:  # killed, out of memory: it had no time to speak
+    if failure.exitcode not in EXPLAINED:  # for example killed, or out of memory
         print(f"torchrun: rank {rank} ended with code {failure.exitcode}", file=sys.stderr)
     sys.exit(1)

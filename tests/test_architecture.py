@@ -30,7 +30,7 @@ ONLY_IN = {  # library -> the modules that may import it: packages, or files of 
     r"PIL|cv2|simplejpeg": {"data", "prepare"},
     r"scipy": {"data"},
     r"rich": {"runtime/terminal", "tracking/console"},  # console: the progress bar of a training
-    r"matplotlib": {"cost_model/picture"},
+    r"matplotlib": {"cost_model/sweep"},
     r"fcntl": {"runtime/files"},  # file locks
     r"pyspark": {"prepare/spark"},
 }

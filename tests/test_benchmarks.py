@@ -1,4 +1,4 @@
-"""The benchmarks run: their mechanics, never their figures."""
+"""The benchmarks run; their figures are not tested."""
 
 import json
 import os
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-def test_the_loader_benchmark_writes_one_row_for_each_of_its_targets(tmp_path):
+def test_the_loader_benchmark_writes_one_row_per_target(tmp_path):
     files = ["--json", str(tmp_path / "l.json"), "--plot", str(tmp_path / "l.png")]
     command = [sys.executable, "benchmarks/loader.py", "--quick", *files]
     done = subprocess.run(
@@ -34,7 +34,7 @@ def test_the_loader_benchmark_writes_one_row_for_each_of_its_targets(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_preparation_benchmark_compares_the_engines_that_are_there(tmp_path):
+def test_the_preparation_benchmark_compares_the_installed_engines(tmp_path):
     command = [
         sys.executable,
         "benchmarks/prepare.py",
@@ -55,7 +55,7 @@ def test_the_preparation_benchmark_compares_the_engines_that_are_there(tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.skipif(cluster.why_not() is not None, reason=str(cluster.why_not()))
-def test_the_communication_benchmark_proves_equality_and_counts_fewer_bytes(tmp_path):
+def test_the_communication_benchmark_checks_equality_and_counts_fewer_bytes(tmp_path):
     files = ["--json", str(tmp_path / "c.json"), "--plot", str(tmp_path / "c.png")]
     command = [sys.executable, "benchmarks/communication.py", "--quick", *files]
     done = subprocess.run(
@@ -74,7 +74,7 @@ def test_the_communication_benchmark_proves_equality_and_counts_fewer_bytes(tmp_
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_picture_of_communication_comes_with_a_table_of_medians(tmp_path):
+def test_the_communication_plot_comes_with_a_table_of_medians(tmp_path):
     turns = {"plain DDP": [2.0, 3.0, 4.0], "ours: parallel=hybrid": [1.0, 1.0, 1.0]}
     scales = {
         "plain DDP, K=1": [10.0],
@@ -99,7 +99,8 @@ def test_the_picture_of_communication_comes_with_a_table_of_medians(tmp_path):
         f"# A\n<!-- communication: a -->\n{done.stdout}<!-- end of communication -->\nend\n"
     )
     assert "| 2 | 64 | plain DDP |  | 3.00 s |  |" in done.stdout
-    assert "sends 10.0 MB a step, under plain DDP 210.0 MB: 21.0 times fewer (P1).\n" in done.stdout
+    sentence = "each sends 10.0 MB per step, under plain DDP 210.0 MB: 21.0 times fewer (P1).\n"
+    assert sentence in done.stdout
     assert (
         "| 2 | 224 | alexnet_ddp, parallel=hybrid |  | 1.00 s, 3.0 x (2.0 to 4.0) |  |"
         in done.stdout
@@ -107,7 +108,7 @@ def test_the_picture_of_communication_comes_with_a_table_of_medians(tmp_path):
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_communication_benchmark_says_what_it_needs_where_it_cannot_make_hosts():
+def test_the_communication_benchmark_reports_what_it_needs():
     env = {**os.environ, "PATH": "/nonexistent"}
     command = [sys.executable, "benchmarks/communication.py"]
     done = subprocess.run(
@@ -115,12 +116,12 @@ def test_the_communication_benchmark_says_what_it_needs_where_it_cannot_make_hos
     )
     assert done.returncode == 64
     assert done.stderr.startswith(
-        "communication.py makes hosts and links of this machine, which needs "
+        "communication.py creates hosts and links on this machine, which needs "
     )
     assert done.stderr.count("\n") == 1
 
 
-def test_the_loader_benchmark_knows_its_parts():
+def test_the_loader_benchmark_refuses_unknown_parts():
     command = [sys.executable, "benchmarks/loader.py", "--only", "P5,P99"]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
@@ -129,7 +130,7 @@ def test_the_loader_benchmark_knows_its_parts():
     assert "--only knows P5, P6, P7, 64px, P8, P11, P12, not P99" in done.stderr
 
 
-def test_a_learning_curve_is_drawn_from_the_rows_of_a_run(tmp_path):
+def test_learning_curves_are_plotted_from_metrics(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     lines = [

@@ -355,11 +355,11 @@ def _doctor_of_a_run_that_cannot_be_parallel(root: str, *overrides: str) -> tupl
         ),
         (
             ["parallel=hybrid", "model=torchvision", "model.name=resnet18"],
-            "parallel=hybrid pays where linear layers",
+            "parallel=hybrid needs consecutive linear layers",
         ),
         (
             ["parallel.hook=post_local_sgd", "parallel.local_sgd_group=2"],
-            "parallel.local_sgd_group (2) is all of the 2",
+            "parallel.local_sgd_group (2) must be less than the number of processes (2)",
         ),
     ],
 )

@@ -1,6 +1,6 @@
-"""The launch scripts, through real bash, with stand-ins for python, pip, nvidia-smi, spark-class, scontrol and srun.
+"""The launch scripts, run by bash with stand-ins for python, pip, nvidia-smi, Spark and Slurm.
 
-A stand-in leaves what it was given in the folder RECORD; FAKE_* variables say how it behaves.
+A stand-in records its arguments in the folder RECORD; FAKE_* variables control its behaviour.
 """
 
 import os
@@ -30,7 +30,7 @@ STAND_INS = {
 printf '%s\\0' "$@" >"$RECORD/argv"; env -0 >"$RECORD/env"
 {WAITS}
 printf %s "${{FAKE_CODE:-}}" >"$ALEXNET_DDP_EXIT_CODE_FILE"
-if [[ -n ${{FAKE_WORKER:-}} ]]; then # in a session of its own, as torchrun's are; torchrun dies and leaves it behind
+if [[ -n ${{FAKE_WORKER:-}} ]]; then # in its own session, as torchrun's; it outlives torchrun
   setsid bash -c 'trap "printf 75 >\"$ALEXNET_DDP_EXIT_CODE_FILE\"; exit" TERM; touch "$RECORD/ready"
     while sleep 0.05; do :; done' >/dev/null 2>&1 &
   until [[ -e $RECORD/ready ]]; do sleep 0.02; done
@@ -62,7 +62,7 @@ esac
 
 
 class Launcher:
-    """A copy of the scripts in a folder with a space in its name, and a PATH that begins with chosen stand-ins."""
+    """A copy of the scripts in a folder with a space in its name, and a PATH with stand-ins."""
 
     def __init__(self, folder: Path):
         self.project, self.record, self.path = (
@@ -83,7 +83,7 @@ class Launcher:
             "REAL": sys.executable,
         }
         self.put("torchrun_python", "scontrol", "srun")
-        self.put("nvidia-smi", text="exit 9")  # as where there is no driver
+        self.put("nvidia-smi", text="exit 9")  # as without a driver
         self.env["PYTHON"] = "torchrun_python"
 
     def put(self, *names: str, text: str | None = None) -> None:
@@ -100,7 +100,8 @@ class Launcher:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # bash cannot trap a signal that was ignored when it started: SIGINT in background jobs, SIGHUP under nohup
+            # bash cannot trap signals that are ignored at its start: SIGINT in background jobs,
+            # SIGHUP under nohup
             preexec_fn=lambda: [
                 signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)
             ],
@@ -155,7 +156,7 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 # --- local.sh and node.sh
 
 
-def test_local_hands_arguments_on_unchanged_also_with_spaces(launcher):
+def test_local_passes_arguments_unchanged_even_with_spaces(launcher):
     overrides = ["run.name=a b", "x=[1,2]", "", "y='*'"]
     assert launcher.run("launch/local.sh", *overrides) == (0, "")
     assert Path(launcher.argv[0]).name == "torchrun.py"
@@ -175,7 +176,7 @@ def test_local_hands_arguments_on_unchanged_also_with_spaces(launcher):
         (None, "device=cpu", 0),
     ],
 )
-def test_local_starts_one_process_a_visible_gpu_and_one_on_a_cpu(
+def test_local_starts_one_process_per_visible_gpu_and_one_on_a_cpu(
     launcher, visible, override, processes
 ):
     launcher.put("nvidia-smi")
@@ -199,14 +200,14 @@ def test_local_keeps_the_users_settings(launcher):
     assert "--nproc_per_node=2" in launcher.argv
 
 
-def test_the_python_of_the_project_is_used_when_none_is_named(launcher):
+def test_the_projects_python_is_the_default(launcher):
     python = launcher.project / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     shutil.copy(launcher.path / "torchrun_python", python)
     assert launcher.run("launch/local.sh", PYTHON="", FAKE_CODE="70", FAKE_EXIT="1")[0] == 70
 
 
-def test_the_doctor_starts_as_a_training_does_and_other_commands_are_refused(launcher):
+def test_command_may_be_doctor_and_others_are_refused(launcher):
     launcher.run("launch/node.sh", "experiment=alexnet", COMMAND="doctor", **NODE)
     assert launcher.argv[-3:] == ["-m", "alexnet_ddp.doctor", "experiment=alexnet"]
     rule = "local.sh: COMMAND (rm) must be train or doctor; leave it unset to train\n"
@@ -231,7 +232,7 @@ def test_a_python_without_the_project_is_refused_with_the_remedy(launcher):
         ("oops", 1, 1),
     ],
 )
-def test_exit_code_is_the_one_the_run_wrote_else_torchruns(launcher, written, torchrun, expected):
+def test_the_exit_code_is_the_runs_or_else_torchruns(launcher, written, torchrun, expected):
     code, _ = launcher.run("launch/node.sh", **NODE, FAKE_CODE=written, FAKE_EXIT=str(torchrun))
     assert code == expected
     assert not Path(launcher.child_env["ALEXNET_DDP_EXIT_CODE_FILE"]).exists()
@@ -244,19 +245,19 @@ def test_a_stop_signal_reaches_torchrun_once_and_the_script_waits_for_the_save(l
 
 
 @pytest.mark.parametrize("torchrun", [1, 138])
-def test_a_run_that_is_stopped_before_it_can_listen_is_stopped_and_has_not_failed(
-    launcher, torchrun
-):
+def test_a_run_that_is_stopped_before_it_handles_signals_has_not_failed(launcher, torchrun):
     code, _ = launcher.signalled("launch/local.sh", signal.SIGUSR1, FAKE_EXIT=str(torchrun))
     assert code == 75
 
 
 @pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="sees through /proc what a process catches"
+    not Path("/proc/self/status").exists(),
+    reason="reads from /proc which signals a process handles",
 )
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_stop_before_anything_listens_is_one_line_and_no_trace(launcher, number):
-    starts = f"import signal, time; open({str(launcher.record / 'ready')!r}, 'w'); time.sleep(20)"  # has no handler yet
+def test_a_stop_during_startup_prints_one_line_and_no_traceback(launcher, number):
+    # A Python without a handler yet.
+    starts = f"import signal, time; open({str(launcher.record / 'ready')!r}, 'w'); time.sleep(20)"
     launcher.put(
         "torchrun_python",
         text=f"""[[ $1 != -c ]] || exit 0; exec '{sys.executable}' -c "{starts}" """,
@@ -280,15 +281,13 @@ def test_a_closed_or_full_stream_does_not_change_the_exit_code(launcher, streams
         assert done.returncode == code
 
 
-def test_a_temporary_folder_that_cannot_be_written_is_replaced_by_another(launcher, tmp_path):
+def test_another_temporary_folder_is_used_if_tmpdir_cannot_be_written(launcher, tmp_path):
     assert launcher.run(
         "launch/local.sh", TMPDIR=str(tmp_path / "none"), FAKE_CODE="70", FAKE_EXIT="1"
     ) == (70, "")
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/environ").exists(), reason="finds left processes through /proc"
-)
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes through /proc")
 def test_workers_that_outlive_torchrun_are_stopped_and_waited_for(launcher):
     assert launcher.run("launch/local.sh", FAKE_WORKER="1", FAKE_EXIT="137")[0] == 75
 
@@ -297,7 +296,7 @@ def test_a_lost_terminal_stops_the_run_as_sigterm_does(launcher):
     assert launcher.signalled("launch/local.sh", signal.SIGHUP, FAKE_CODE="75") == (75, ["TERM"])
 
 
-def test_node_gives_torchrun_the_rendezvous(launcher):
+def test_node_passes_the_rendezvous_to_torchrun(launcher):
     assert launcher.run("launch/node.sh", "a b", **NODE, NODE_RANK="0", NPROC_PER_NODE="8") == (
         0,
         "",
@@ -311,7 +310,7 @@ def test_node_gives_torchrun_the_rendezvous(launcher):
     assert launcher.argv[-3:] == ["-m", "alexnet_ddp.train", "a b"]
 
 
-def test_node_takes_its_rank_from_slurm_and_needs_none(launcher):
+def test_node_takes_an_optional_rank_from_slurm(launcher):
     launcher.run("launch/node.sh", **NODE, SLURM_NODEID="1")
     assert "--rdzv-conf=last_call_timeout=30,is_host=0" in launcher.argv
     launcher.run("launch/node.sh", **NODE | {"NNODES": "2:4"}, LAST_CALL_S="5")
@@ -322,7 +321,9 @@ A_COUNT = "a whole number of at least 1, or MIN:MAX; for two machines: NNODES=2"
 AN_ENDPOINT = (
     "HOST:PORT with a port from 1 to 65535; the same on every node, for example node1:29500"
 )
-A_NAME = "a name of letters, digits, '.', '_' and '-'; the same on every node, and no other run's"
+A_NAME = (
+    "a name of letters, digits, '.', '_' and '-'; the same on every node, and used by no other run"
+)
 
 
 @pytest.mark.parametrize(
@@ -372,42 +373,42 @@ def test_setup_installs_once_and_again_only_when_pyproject_changes(launcher, set
     assert launcher.lines("calls") == ["venv", "pip", "pip"]
 
 
-def test_setup_makes_an_interrupted_environment_anew(launcher, setup):
+def test_setup_replaces_an_interrupted_environment(launcher, setup):
     assert setup(FAKE_KILL="1")[0] == -signal.SIGKILL
     assert setup()[0] == 0
     assert launcher.lines("calls") == ["venv", "pip", "venv", "pip"]
 
 
 def test_setup_keeps_the_environment_when_pip_fails(launcher, setup):
-    reason = "pip could not install the project (its reason is above)"
+    reason = "pip could not install the project (see its message above)"
     assert setup(FAKE_PIP="2") == (
         1,
-        f"setup.sh: {reason}; once that is mended, run launch/setup.sh again\n",
+        f"setup.sh: {reason}; fix that and run launch/setup.sh again\n",
     )
     assert setup()[0] == 0
     assert launcher.lines("calls") == ["venv", "pip", "pip"]
 
 
-def test_setup_follows_a_moved_project_with_a_new_environment(launcher, setup):
+def test_setup_replaces_the_environment_of_a_moved_project(launcher, setup):
     setup()
     launcher.project = launcher.project.rename(launcher.project.with_name("elsewhere"))
     setup()
     assert launcher.lines("calls") == ["venv", "pip", "venv", "pip"]
 
 
-def test_setup_passes_over_pythons_that_are_too_old_or_only_shims(launcher, setup):
+def test_setup_ignores_pythons_that_are_too_old_or_shims(launcher, setup):
     launcher.put("python3.13", text=STAND_INS["old_python"])
     launcher.put("python3.12", text=STAND_INS["setup_python"])
     assert setup(PYTHON="") == (0, "")
     assert launcher.lines("calls") == ["venv", "pip"]
 
 
-def test_setup_without_a_new_enough_python_says_how_to_get_on(launcher, setup):
+def test_setup_without_a_new_enough_python_is_refused_with_the_remedy(launcher, setup):
     launcher.put("python3.9", text=STAND_INS["old_python"])
-    remedy = "install one, or name it: PYTHON=/path/to/python3.12 launch/setup.sh"
+    remedy = "install one, or set PYTHON: PYTHON=/path/to/python3.12 launch/setup.sh"
     assert setup(PYTHON="python3.9") == (
         64,
-        f"setup.sh: no Python of at least 3.11 (tried: python3.9); {remedy}\n",
+        f"setup.sh: no Python >= 3.11 found (tried: python3.9); {remedy}\n",
     )
 
 
@@ -420,7 +421,7 @@ def sbatch(launcher):
     return lambda *arguments, **env: launcher.run("slurm/train.sbatch", *arguments, **env)
 
 
-def test_the_job_starts_one_task_a_node_and_meets_on_the_head_node(launcher, sbatch):
+def test_the_job_starts_one_task_per_node_with_a_rendezvous_on_the_head_node(launcher, sbatch):
     assert sbatch("run.name=a b", "x=1", SLURM_RESTART_COUNT="2") == (0, "")
     assert launcher.argv[-3:] == ["launch/node.sh", "run.name=a b", "x=1"]
     assert {"--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=6"} <= set(launcher.argv)
@@ -443,7 +444,7 @@ def test_the_job_is_not_requeued_on_any_other_code(launcher, sbatch, code):
 
 
 @pytest.mark.parametrize("state", ["CANCELLED", "TIMEOUT", "COMPLETING", "PENDING"])
-def test_the_job_is_not_requeued_when_slurm_has_decided_already(launcher, sbatch, state):
+def test_the_job_is_not_requeued_if_slurm_has_ended_it(launcher, sbatch, state):
     assert sbatch(FAKE_EXIT="75", FAKE_STATE=state)[0] == 75
     assert launcher.lines("scontrol") == []
 
@@ -456,7 +457,7 @@ def test_a_signal_to_the_batch_shell_reaches_the_tasks_as_usr1_and_requeues(
     assert launcher.lines("scontrol") == ["requeue 31007"]
 
 
-def test_a_signal_that_reaches_srun_before_it_can_listen_requeues_too(launcher, sbatch):
+def test_a_signal_that_reaches_srun_before_it_handles_it_requeues_too(launcher, sbatch):
     assert launcher.signalled("slurm/train.sbatch", signal.SIGUSR1, FAKE_EXIT="138") == (
         75,
         ["USR1"],
@@ -464,7 +465,7 @@ def test_a_signal_that_reaches_srun_before_it_can_listen_requeues_too(launcher, 
     assert launcher.lines("scontrol") == ["requeue 31007"]
 
 
-def test_the_job_refuses_a_folder_that_is_not_the_project(launcher, sbatch):
+def test_the_job_refuses_a_wrong_project_folder(launcher, sbatch):
     rule = "PROJECT_DIR (/nowhere) must be the project's folder, with launch/node.sh in it"
     remedy = "call sbatch there, or PROJECT_DIR=/path/to/project sbatch ..."
     assert sbatch(PROJECT_DIR="/nowhere") == (64, f"train.sbatch: {rule}; {remedy}\n")
@@ -503,11 +504,11 @@ def cluster(launcher):
     return launcher
 
 
-def test_spark_runs_a_preparation_on_its_cluster_and_ends_both(cluster):
+def test_spark_runs_a_preparation_and_stops_its_cluster(cluster):
     assert cluster.run("launch/spark.sh", "source=a b", "root=x", FAKE_EXIT="65") == (65, "")
     daemons = sorted(
         line.split() for line in cluster.lines("daemons")
-    )  # workers start side by side
+    )  # workers start concurrently
     assert [(words[0].split(".")[-1], words[2], words[-1]) for words in daemons] == [
         ("Master", "127.0.0.1", "127.0.0.1"),
         ("Worker", "127.0.0.1", "127.0.0.1"),
@@ -527,7 +528,9 @@ def test_spark_runs_a_preparation_on_its_cluster_and_ends_both(cluster):
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 0)]
 )
-def test_spark_without_a_preparation_says_where_it_is_until_a_signal(cluster, number, code):
+def test_spark_without_a_preparation_prints_its_address_and_runs_until_a_signal(
+    cluster, number, code
+):
     process = cluster.start("launch/spark.sh", WORKERS="1", PORT="7999", SPARK_SECRET="x y")
     first, second = process.stdout.readline(), process.stdout.readline()
     process.send_signal(number)
@@ -543,7 +546,7 @@ def test_spark_without_a_preparation_says_where_it_is_until_a_signal(cluster, nu
     assert not Path(folder).exists()
 
 
-def test_spark_says_why_its_cluster_did_not_start(cluster):
+def test_spark_reports_why_its_cluster_did_not_start(cluster):
     reason = "java.net.BindException: Address already in use"
     assert cluster.run("launch/spark.sh", FAKE_TAKEN="1") == (
         1,
@@ -587,8 +590,8 @@ wait
     return lambda *arguments, **env: cluster.run("slurm/prepare.sbatch", *arguments, **env)
 
 
-def test_the_preparation_job_runs_on_a_cluster_with_a_secret_and_ends_it(cluster, prepare_job):
-    job = os.getpid()  # its port is real here
+def test_the_preparation_job_uses_a_cluster_with_a_secret_and_stops_it(cluster, prepare_job):
+    job = os.getpid()  # the port is opened, so it must be free
     master = f"spark://localhost:{15000 + job % 15000}"
     assert prepare_job("source=a b", "root=x", SLURM_JOB_ID=str(job)) == (0, "")
     srun = (cluster.record / "srun").read_text().split("\0")
@@ -606,7 +609,7 @@ def test_the_preparation_job_runs_on_a_cluster_with_a_secret_and_ends_it(cluster
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(75, ["requeue 31007"]), (65, []), (0, [])])
-def test_the_preparation_job_is_requeued_when_it_was_stopped(cluster, prepare_job, code, requeued):
+def test_the_preparation_job_is_requeued_if_it_was_stopped(cluster, prepare_job, code, requeued):
     assert prepare_job("source=a", "engine=local", FAKE_EXIT=str(code))[0] == code
     assert cluster.argv == [
         "-m",
@@ -619,7 +622,7 @@ def test_the_preparation_job_is_requeued_when_it_was_stopped(cluster, prepare_jo
     assert cluster.lines("scontrol") == requeued
 
 
-def test_the_preparation_job_refuses_a_folder_that_is_not_the_project(prepare_job):
+def test_the_preparation_job_refuses_a_wrong_project_folder(prepare_job):
     rule = "PROJECT_DIR (/nowhere) must be the project's folder, with launch/spark.sh in it"
     remedy = "call sbatch there, or PROJECT_DIR=/path/to/project sbatch ..."
     assert prepare_job(PROJECT_DIR="/nowhere") == (64, f"prepare.sbatch: {rule}; {remedy}\n")

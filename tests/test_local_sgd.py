@@ -1,4 +1,4 @@
-"""parallel.hook=post_local_sgd: plain DDP where it promises that, and torch's SGD on each rank's images where not."""
+"""parallel.hook=post_local_sgd equals plain DDP with period 1, else torch's SGD on own images."""
 
 import signal
 
@@ -14,7 +14,7 @@ from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler
 from alexnet_ddp.data.sources.sets import open_data
 from alexnet_ddp.model.dropout import set_dropout_keys
-from alexnet_ddp.parallel import build_parallel, hooks
+from alexnet_ddp.parallel import build_parallel, local_sgd
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.errors import RunError
 from alexnet_ddp.training.optim import build_optimizer, state_by_name
@@ -34,7 +34,7 @@ def local(period: int, start: int = 0, group: int | None = None) -> DDPConfig:
 
 
 def batches_of(rank: int, world_size: int, num_steps: int):
-    """A rank's batches, and the images of the global batch, step by step."""
+    """Yield a rank's batch and the number of images in the global batch, step by step."""
     data = open_data(IMAGES).train
     sampler = GlobalBatchSampler(len(data), TRAINER.global_batch_size, seed=0)
     loader = build_loader(
@@ -47,7 +47,7 @@ def batches_of(rank: int, world_size: int, num_steps: int):
 
 
 def trained(cfg: DDPConfig, num_steps: int) -> tuple[list[bool], dict[str, np.ndarray]]:
-    """After which steps the ranks were equal; this rank's weights and moments after the last one."""
+    """Whether the replicas are equal after each step; this rank's final weights and moments."""
     with distributed.session(Device.cpu) as world:
         torch.set_num_threads(1)
         model = small_alexnet()
@@ -55,32 +55,34 @@ def trained(cfg: DDPConfig, num_steps: int) -> tuple[list[bool], dict[str, np.nd
         optimizer = build_optimizer(SGD, model)
         step = TrainStep(wrapped, optimizer, TRAINER, 0, world, 64)
 
-        def learnt():
+        def state():
             return model.state_dict() | state_by_name(optimizer, model)
 
-        met = []
+        equal = []
         if wrapped.hook is not None:
-            wrapped.hook.go_on(0, {})
+            wrapped.hook.set_step(0)
         for k, (batch, num_images) in enumerate(
             batches_of(world.rank, world.world_size, num_steps)
         ):
             step(iter([batch]), k, SGD.lr, num_images, StepVote())
             if wrapped.hook is not None:
-                met.append(
-                    wrapped.hook.meet(k + 1, False, lambda: list(learnt().values()), lambda: None)
+                equal.append(
+                    wrapped.hook.sync_replicas(
+                        k + 1, False, lambda: list(state().values()), lambda: None
+                    )
                 )
-        return met, {name: t.numpy().copy() for name, t in learnt().items()}
+        return equal, {name: t.numpy().copy() for name, t in state().items()}
 
 
 def apart(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
-    """The largest |a - b| / |a| of a tensor."""
+    """The largest |a - b| / |a| of a tensor: how far two replicas are apart."""
     return max(np.linalg.norm(one[n] - other[n]) / np.linalg.norm(one[n]) for n in one)
 
 
 def simulated(
     num_ranks: int, period: int, start: int, num_steps: int
 ) -> list[dict[str, np.ndarray]]:
-    """In one process, with torch's SGD: each rank's weights, which become their mean."""
+    """The weights and moments of all ranks, computed in one process with torch's SGD."""
     torch.set_num_threads(1)
     models = [small_alexnet() for _ in range(num_ranks)]
     optimizers = [
@@ -131,31 +133,31 @@ def average(tensors: list[list[torch.Tensor]]) -> None:
             copy.copy_(mean)
 
 
-def test_with_a_mean_at_every_step_it_is_plain_ddp():
+def test_with_period_1_it_equals_plain_ddp():
     ((_, expected),) = run_ranks(trained, 1, DDPConfig(), 7)
-    for met, found in run_ranks(trained, 3, local(period=1), 7):
-        assert met == [True] * 7
+    for equal, found in run_ranks(trained, 3, local(period=1), 7):
+        assert equal == [True] * 7
         assert apart(expected, found) < 1e-5
 
 
-def test_between_two_means_each_rank_is_torchs_sgd_on_its_own_images():
-    """Seven steps: two together, then alone, equal after the third and the sixth."""
+def test_between_synchronisations_each_rank_trains_with_torchs_sgd_on_its_own_images():
+    """Seven steps: gradients are averaged in two; replicas are equal after the third and sixth."""
     expected = simulated(2, period=3, start=2, num_steps=7)
     found = run_ranks(trained, 2, local(period=3, start=2), 7)
-    assert [met for met, _ in found] == [[True, True, True, False, False, True, False]] * 2
-    assert apart(expected[0], expected[1]) > 1e-3  # each has learnt from other images since
+    assert [equal for equal, _ in found] == [[True, True, True, False, False, True, False]] * 2
+    assert apart(expected[0], expected[1]) > 1e-3  # the last steps used different images
     for (_, one), other in zip(found, expected):
         assert apart(other, one) < 1e-5
 
 
-def test_the_ranks_of_a_group_go_on_together():
-    found = [learnt for _, learnt in run_ranks(trained, 4, local(period=5, group=2), 3)]
+def test_the_ranks_of_a_group_stay_equal():
+    found = [state for _, state in run_ranks(trained, 4, local(period=5, group=2), 3)]
     assert apart(found[0], found[1]) == apart(found[2], found[3]) == 0
     assert apart(found[0], found[2]) > 1e-3
 
 
-def test_a_meeting_goes_in_pieces_of_about_one_size(monkeypatch):
-    monkeypatch.setattr(hooks, "_PIECE", 900)
+def test_replicas_are_averaged_in_messages_of_similar_size(monkeypatch):
+    monkeypatch.setattr(local_sgd, "_MESSAGE_SIZE", 900)
     tensors = [
         torch.zeros(3),
         torch.zeros(1000, 9).t(),
@@ -163,13 +165,14 @@ def test_a_meeting_goes_in_pieces_of_about_one_size(monkeypatch):
         torch.zeros(10),
         torch.zeros(2, 5000),
     ]
-    pieces = list(hooks._pieces(tensors))
-    for piece in pieces:
-        for part in piece:
-            part += 1
+    messages = list(local_sgd._messages(tensors))
+    for message in messages:
+        for piece in message:
+            piece += 1
     assert all((tensor == 1).all() for tensor in tensors)  # each value once, in place
-    assert max(sum(part.numel() for part in piece) for piece in pieces) == 5000  # a row stays whole
-    assert len(pieces) == 1 + 9 + 1 + 2
+    # A row is not divided.
+    assert max(sum(piece.numel() for piece in message) for message in messages) == 5000
+    assert len(messages) == 1 + 9 + 1 + 2
 
 
 def an_infinite_gradient_on_rank_1():
@@ -178,7 +181,7 @@ def an_infinite_gradient_on_rank_1():
         model = small_alexnet()
         wrapped = build_parallel(local(period=5), model, world)
         step = TrainStep(wrapped, build_optimizer(SGD, model), TRAINER, 0, world, 64)
-        wrapped.hook.go_on(0, {})
+        wrapped.hook.set_step(0)
         if world.rank == 1:
             model.classifier[1].weight.register_hook(lambda gradient: gradient * float("inf"))
         before = [p.detach().clone() for p in model.parameters()]
@@ -189,7 +192,7 @@ def an_infinite_gradient_on_rank_1():
         )
 
 
-def test_a_step_that_is_bad_on_one_rank_is_applied_on_none():
+def test_a_nonfinite_gradient_on_one_rank_skips_the_step_on_all():
     assert run_ranks(an_infinite_gradient_on_rank_1, 2) == [(True, True)] * 2
 
 
@@ -200,16 +203,16 @@ def refused(group: int) -> str:
     return str(error.value)
 
 
-def test_groups_that_do_not_suit_are_refused_on_all_ranks():
+def test_an_invalid_group_is_refused_on_all_ranks():
     indivisible = (
         "parallel.local_sgd_group (2) must divide the number of processes (3); nearest: 1 or 3"
     )
     assert run_ranks(refused, 3, 2) == [indivisible] * 3
-    whole = "parallel.local_sgd_group (2) is all of the 2 processes, which then never learn apart"
-    assert all(line.startswith(whole) for line in run_ranks(refused, 2, 2))
+    all_ranks = "parallel.local_sgd_group (2) must be less than the number of processes (2)"
+    assert all(line.startswith(all_ranks) for line in run_ranks(refused, 2, 2))
 
 
-def test_its_knobs_belong_to_it():
+def test_its_options_are_refused_with_other_hooks_and_checked():
     with pytest.raises(
         ConfigError, match=r"parallel.local_sgd_period would be ignored with parallel.hook=none"
     ):
@@ -225,8 +228,8 @@ def test_its_knobs_belong_to_it():
 
 
 @pytest.mark.slow
-def test_stopped_between_two_means_it_ends_with_the_same_bits(tmp_path):
-    """A stop, and a save by time, wait for the next mean; an epoch's end, of 26 steps, is one whatever the period."""
+def test_a_run_that_is_stopped_between_synchronisations_resumes_bit_equal(tmp_path):
+    """A stop and a save by time wait for the next synchronisation; an epoch's end (26) is one."""
     make_folder(tmp_path / "data", 205, 21)
     overrides = [
         *SMALL,

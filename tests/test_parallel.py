@@ -1,4 +1,4 @@
-"""parallel=hybrid is the mathematics of parallel=ddp: real gloo processes, dropout on, batches that nothing divides."""
+"""parallel=hybrid equals parallel=ddp: real gloo processes, dropout on, indivisible batches."""
 
 import numpy as np
 import pytest
@@ -27,14 +27,13 @@ from alexnet_ddp.data.sources.sets import open_data
 from alexnet_ddp.model import build_model
 from alexnet_ddp.model.alexnet import AlexNet
 from alexnet_ddp.model.dropout import key_dropout, set_dropout_keys
-from alexnet_ddp.parallel import build_parallel
-from alexnet_ddp.parallel.layers import find_layers
+from alexnet_ddp.parallel import build_parallel, find_layers
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.errors import Diverged, RunError
 from alexnet_ddp.training.ema import EMA
 from alexnet_ddp.training.optim import build_optimizer, load_state_by_name, state_by_name
 from alexnet_ddp.training.replicas import Replicas
-from alexnet_ddp.training.replicas import differences as differences_of_parts
+from alexnet_ddp.training.replicas import differences as differences_of_shards
 from alexnet_ddp.training.step import TrainStep
 from alexnet_ddp.training.vote import StepVote
 from tests.ranks import run_ranks
@@ -42,12 +41,12 @@ from tests.test_train import run
 
 SGD = SGDConfig(lr=0.01, momentum=0.9, weight_decay=5e-4)
 IMAGES = SyntheticConfig(image_size=64, num_train=103, num_val=10, num_classes=5)
-# Batches of 17 and, at the end of the epoch of 103 images, one of a single image; the norm is clipped in every step.
+# An epoch has 103 images: batches of 17, and a last one of a single image. Every step is clipped.
 TRAINER = TrainerConfig(epochs=4, global_batch_size=17, clip_grad_norm=0.5, label_smoothing=0.1)
 
 
 def small_alexnet():
-    """Its shape, with fewer units, of which nothing divides anything: quick to start."""
+    """AlexNet's structure with few units, whose numbers no group size divides."""
     torch.manual_seed(0)
     convolutions = [
         nn.Conv2d(3, 16, 11, 4, 2),
@@ -70,7 +69,7 @@ def small_alexnet():
 
 
 def trained(parallel, num_steps, trainer=TRAINER, make=small_alexnet, optimizer=SGD):
-    """Losses and gradient norms by step, and the whole parameters after the last one."""
+    """Losses and gradient norms by step; after the last one, full parameters and local count."""
     with distributed.session(Device.cpu) as world:
         torch.set_num_threads(1)
         model = make()
@@ -101,8 +100,8 @@ def trained(parallel, num_steps, trainer=TRAINER, make=small_alexnet, optimizer=
         local = sum(p.numel() for p in model.parameters())
         if step.ema is not None:
             step.ema._fill(step.ema._average)
-        whole = {name: p.detach().numpy() for name, p in wrapped.whole_model().named_parameters()}
-    return losses, norms, whole, local
+        full = {name: p.detach().numpy() for name, p in wrapped.full_model().named_parameters()}
+    return losses, norms, full, local
 
 
 def alexnet():
@@ -110,7 +109,7 @@ def alexnet():
 
 
 def differences(one, other):
-    """Of losses, norms, and parameters as |a - b| / |a| over each tensor: the largest."""
+    """The largest |a - b| / |a| of losses and norms, and that of parameter tensors."""
     found = [abs(a - b) / abs(a) for k in (0, 1) for a, b in zip(one[k], other[k])]
     return max(found), max(
         np.linalg.norm(one[2][n] - other[2][n]) / np.linalg.norm(one[2][n]) for n in one[2]
@@ -132,13 +131,12 @@ def test_hybrid_equals_ddp(reference, ranks, cfg, micro):
     trainer = TrainerConfig(**{**vars(TRAINER), "micro_batch_size": micro})
     for rank in run_ranks(trained, ranks, cfg, 7, trainer):
         assert max(differences(reference, rank)) < 1e-5
-        assert rank[3] < reference[3] * (
-            0.6 if ranks != 3 else 0.4
-        )  # it holds its part, and no more
+        limit = 0.6 if ranks != 3 else 0.4
+        assert rank[3] < limit * reference[3]  # a rank holds its shards only
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_the_rates_of_lars_and_averaged_weights_are_those_of_whole_layers(ranks):
+def test_hybrid_equals_ddp_with_lars_and_averaged_weights(ranks):
     lars = LARSConfig(lr=2.0, eta=0.01, weight_decay=5e-4)
     trainer = TrainerConfig(**{**vars(TRAINER), "ema_decay": 0.5})
     (expected,) = run_ranks(trained, 1, DDPConfig(), 7, trainer, small_alexnet, lars)
@@ -149,7 +147,7 @@ def test_the_rates_of_lars_and_averaged_weights_are_those_of_whole_layers(ranks)
 @pytest.mark.parametrize(
     "cfg", [DDPConfig(static_graph=True), DDPConfig(bucket_mb=0.1)], ids=["static", "buckets"]
 )
-def test_a_static_graph_and_the_size_of_a_bucket_change_nothing(reference, cfg):
+def test_static_graph_and_bucket_size_do_not_change_the_result(reference, cfg):
     trainer = TrainerConfig(**{**vars(TRAINER), "micro_batch_size": 3})
     for rank in run_ranks(trained, 2, cfg, 7, trainer):
         assert max(differences(reference, rank)) < 1e-5
@@ -163,24 +161,24 @@ def test_hybrid_equals_ddp_after_twenty_steps(ranks):
         for rank in run_ranks(trained, ranks, cfg, 20, TRAINER, alexnet):
             losses = [abs(a - b) / a for a, b in zip(expected[0], rank[0])]
             assert max(losses[:10]) < 1e-5
-            # On some CPUs a rounding difference then flips a ReLU or a maximum: the gradient differs in a few values.
+            # On some CPUs a rounding difference flips a ReLU or a maximum later on.
             assert max(losses) < 1e-3
             assert max(differences(expected, rank)) < 1e-2
 
 
-def test_two_of_the_three_layers_may_be_split_and_the_last_one_left_to_ddp(reference):
+def test_two_of_the_three_layers_can_be_sharded(reference):
     cfg = HybridConfig(split=["classifier.1", "classifier.4"])
     for rank in run_ranks(trained, 2, cfg, 3):
         assert rank[0] == pytest.approx(reference[0][:3], rel=1e-5)
 
 
-def test_activations_in_bf16_change_the_losses_by_less_than_a_thousandth(reference):
+def test_bf16_activations_change_the_losses_by_less_than_a_thousandth(reference):
     for rank in run_ranks(trained, 2, HybridConfig(wire_dtype=WireDtype.bf16), 7):
         assert rank[0] != reference[0]
         assert rank[0] == pytest.approx(reference[0], rel=1e-3)
 
 
-def test_the_classifier_is_found_and_a_network_without_one_is_refused():
+def test_find_layers_finds_the_classifier_and_refuses_a_network_without_one():
     def network(name):
         return build_model(TorchvisionConfig(name=name), 1000, 224, seed=0)
 
@@ -191,11 +189,11 @@ def test_the_classifier_is_found_and_a_network_without_one_is_refused():
     with pytest.raises(ConfigError) as refused:
         find_layers(network("resnet18"), None)
     assert str(refused.value) == (
-        "parallel=hybrid pays where linear layers that follow each other hold at least half of the parameters; here: "
-        "no chain of linear layers, the largest has 0.5 M of 11.7 M, of which the gradients cost less than gathering "
-        "activations would; use parallel=ddp"
+        "parallel=hybrid needs consecutive linear layers with at least half of the parameters; "
+        "this network's largest linear layer has 0.5 M of 11.7 M. Their gradients cost less than "
+        "gathering activations would; use parallel=ddp"
     )
-    with pytest.raises(ConfigError, match=r"these do: classifier.1, classifier.4, classifier.6"):
+    with pytest.raises(ConfigError, match=r"possible: classifier.1, classifier.4, classifier.6"):
         find_layers(
             build_model(AlexNetConfig(), 1000, 224, seed=0), ["classifier.1", "classifier.6"]
         )
@@ -212,14 +210,16 @@ def refused_on_three_ranks():
     return str(indivisible.value), str(narrow.value)
 
 
-def test_a_group_size_that_does_not_suit_is_refused_on_all_ranks():
+def test_an_invalid_group_size_is_refused_on_all_ranks():
     for indivisible, narrow in run_ranks(refused_on_three_ranks, 3):
         assert (
             indivisible
             == "parallel.group_size (2) must divide the number of processes (3); nearest: 1 or 3"
         )
-        rule = "must be at most 2, the fewest units of a split layer, for each rank to have one"
-        assert narrow == f"parallel.group_size (3) {rule}; use a divisor of 3, or parallel=ddp"
+        assert narrow == (
+            "parallel.group_size (3) must be at most 2, the smallest number of units in a sharded "
+            "layer, so that each rank has one; use a divisor of 3, or parallel=ddp"
+        )
 
 
 @pytest.mark.slow
@@ -233,7 +233,7 @@ def test_a_group_size_that_does_not_suit_is_refused_on_all_ranks():
         ),
     ],
 )
-def test_what_the_plan_predicts_is_taken_and_said(choice, taken, tmp_path):
+def test_auto_takes_and_logs_what_the_cost_model_predicts(choice, taken, tmp_path):
     sizes = [
         "data=synthetic",
         "data.image_size=64",
@@ -245,8 +245,8 @@ def test_what_the_plan_predicts_is_taken_and_said(choice, taken, tmp_path):
     assert taken in done.stdout
 
 
-def dropout_behind_the_split_layers():
-    """VGG's classifier has one: with two layers split it sees this rank's images alone."""
+def dropout_after_the_sharded_layers():
+    """The logits' shape. VGG's classifier has such a dropout if only two layers are sharded."""
     with distributed.session(Device.cpu) as world:
         torch.manual_seed(0)
         hidden = [nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU()]
@@ -258,12 +258,12 @@ def dropout_behind_the_split_layers():
         return wrapped(torch.rand(5, 9)[mine], 3).shape
 
 
-def test_a_dropout_behind_the_split_layers_sees_the_images_of_its_rank():
-    assert run_ranks(dropout_behind_the_split_layers, 2) == [(3, 3), (2, 3)]
+def test_a_dropout_after_the_sharded_layers_sees_the_images_of_its_rank():
+    assert run_ranks(dropout_after_the_sharded_layers, 2) == [(3, 3), (2, 3)]
 
 
-def halves_on_a_rank():
-    """Rank 1 has no image in this pass."""
+def autocast_pass():
+    """Gradient dtypes and loss of a pass in which rank 1 has no image."""
     with distributed.session(Device.cpu) as world:
         model, blank = small_alexnet(), torch.zeros(1, 3, 64, 64)
         wrapped = build_parallel(HybridConfig(), model, world)
@@ -273,14 +273,14 @@ def halves_on_a_rank():
                 set_dropout_keys(model, 0, 0, torch.arange(1, dtype=torch.int32))
                 loss = wrapped(torch.ones(1, 3, 64, 64), 1).float().sum()
             else:
-                loss = wrapped.nothing_to_learn(blank, 1)
+                loss = wrapped.zero_loss(blank, 1)
         loss.backward()
         wrapped.finish_backward()
         return {p.grad.dtype for p in model.parameters()}, float(loss.detach())
 
 
-def test_under_autocast_a_rank_without_images_exchanges_what_the_others_do():
-    (dtypes, loss), (others, nothing) = run_ranks(halves_on_a_rank, 2)
+def test_under_autocast_a_rank_without_images_sends_the_same_dtypes():
+    (dtypes, loss), (others, nothing) = run_ranks(autocast_pass, 2)
     assert dtypes | others == {torch.float32}
     assert np.isfinite(loss)
     assert nothing == 0
@@ -296,7 +296,7 @@ def infinity_on_rank_1():
         if world.rank == 1:
             model.classifier[1].weight.grad[0, 0] = float("inf")
         scaler.unscale_(optimizer)
-        wrapped.agree_on_infinities(scaler, optimizer)
+        wrapped.sync_found_inf(scaler, optimizer)
         scaler.step(optimizer)
         scaler.update()
         return scaler.get_scale(), all(
@@ -304,12 +304,12 @@ def infinity_on_rank_1():
         )
 
 
-def test_an_infinity_in_one_part_of_a_gradient_leaves_all_parts_as_they_were():
+def test_an_infinity_in_one_shard_of_a_gradient_skips_the_step_on_all_ranks():
     assert run_ranks(infinity_on_rank_1, 2) == [(2.0**15, True)] * 2
 
 
 def test_the_norm_of_a_large_gradient_is_exact():
-    """One sum over all its values, which torch makes of it on CPUs, is wrong by 2e-3."""
+    """On CPUs torch's sum over all values at once is wrong by 2e-3."""
     from alexnet_ddp.training.optim import norms
 
     torch.manual_seed(0)
@@ -321,7 +321,7 @@ def test_the_norm_of_a_large_gradient_is_exact():
 @pytest.mark.parametrize(
     ("hook", "bound"), [(Hook.fp16, 1e-3), (Hook.bf16, 5e-3), (Hook.powersgd, 0.05)]
 )
-def test_a_hook_changes_the_losses_within_its_bound(reference, hook, bound):
+def test_hooks_change_the_losses_within_their_bounds(reference, hook, bound):
     cfg = DDPConfig(hook=hook, powersgd_start_step=2 if hook is Hook.powersgd else None)
     (losses, *_), (others, *_) = run_ranks(trained, 2, cfg, 7)
     assert losses == others
@@ -329,8 +329,8 @@ def test_a_hook_changes_the_losses_within_its_bound(reference, hook, bound):
     assert losses == pytest.approx(reference[0], rel=bound)
 
 
-def powersgd_goes_on():
-    """Losses of six steps, and of the last three again by new objects that go on from what was saved behind step 3."""
+def powersgd_resumes():
+    """Losses of six steps, and those of a run that is saved after three steps and resumed."""
     cfg = DDPConfig(hook=Hook.powersgd, powersgd_start_step=2)
     with distributed.session(Device.cpu) as world:
         torch.set_num_threads(1)
@@ -340,7 +340,7 @@ def powersgd_goes_on():
             IMAGES, data, build_augment(NoAugmentConfig(), 0, 64, 73), 1, world.device
         )
 
-        def go(steps, saved=None):
+        def train(steps, saved=None):
             model = small_alexnet()
             if saved:
                 model.load_state_dict(saved["model"])
@@ -349,7 +349,8 @@ def powersgd_goes_on():
             step = TrainStep(wrapped, optimizer, TRAINER, 0, world, 64)
             if saved:
                 load_state_by_name(optimizer, model, saved["optimizer"])
-            wrapped.hook.go_on(steps.start, saved["hook"] if saved else {})
+            wrapped.hook.load_state_dict(saved["hook"] if saved else {})
+            wrapped.hook.set_step(steps.start)
             batches, losses = (
                 loader.batches(sampler.micro_batches(steps, world.rank, world.world_size, None)),
                 [],
@@ -359,51 +360,51 @@ def powersgd_goes_on():
                 losses.append(step.meter.read()["loss"])
                 step.meter.reset()
             state = {"model": model.state_dict(), "optimizer": state_by_name(optimizer, model)}
-            return losses, {**state, "hook": wrapped.hook.tensors(world)}
+            return losses, {**state, "hook": wrapped.hook.state_dict()}
 
-        first, saved = go(range(3))
+        first, saved = train(range(3))
         saved = {
             stem: {name: t.clone() for name, t in tensors.items()}
             for stem, tensors in saved.items()
         }
         return (
-            go(range(6))[0],
+            train(range(6))[0],
             first,
-            go(range(3, 6), saved)[0],
-            go(range(3, 6), saved | {"hook": {}})[0],
+            train(range(3, 6), saved)[0],
+            train(range(3, 6), saved | {"hook": {}})[0],
         )
 
 
-def test_powersgd_goes_on_with_the_errors_that_it_remembers():
-    for whole, first, rest, forgetful in run_ranks(powersgd_goes_on, 2):
-        assert [*first, *rest] == pytest.approx(whole, rel=1e-5)
-        assert forgetful != pytest.approx(whole[3:], rel=1e-5)
+def test_powersgd_resumes_with_its_saved_errors():
+    for uninterrupted, first, rest, without_errors in run_ranks(powersgd_resumes, 2):
+        assert [*first, *rest] == pytest.approx(uninterrupted, rel=1e-5)
+        assert without_errors != pytest.approx(uninterrupted[3:], rel=1e-5)
 
 
 def replicas_that_differ():
-    """2 x 2 ranks: checked, then one value of rank 3's part of fc6 changes, and they are checked again."""
+    """2 x 2 ranks: a check, a changed value in rank 3's shard of fc6, and another check."""
     with distributed.session(Device.cpu) as world:
         model = small_alexnet()
         wrapped = build_parallel(HybridConfig(group_size=2), model, world)
         replicas = Replicas(1, world)
-        replicas.check(0, lambda: {"model": wrapped.canonical(model.state_dict())})
+        replicas.check(0, lambda: {"model": wrapped.sharded(model.state_dict())})
         if world.rank == 3:
             model.classifier[1].weight.data[5, 7] += 1
         with pytest.raises(Diverged) as error:
-            replicas.check(1, lambda: {"model": wrapped.canonical(model.state_dict())})
+            replicas.check(1, lambda: {"model": wrapped.sharded(model.state_dict())})
     return str(error.value)
 
 
-def test_a_part_is_compared_with_its_copies_in_other_groups():
+def test_a_shard_is_compared_with_its_copies_in_other_groups():
     for line in run_ranks(replicas_that_differ, 4):
         assert "the replicas differ after step 1: classifier.1.weight (" in line
         assert "they were equal at step 0" in line
 
 
-def test_of_three_copies_of_a_part_the_odd_one_is_named():
+def test_the_odd_one_of_three_copies_of_a_shard_is_named():
     sums = np.array([[1, 5], [2, 6]] * 3)  # three groups of two ranks, two tensors
-    assert not differences_of_parts(sums, 2).any()
+    assert not differences_of_shards(sums, 2).any()
     sums[3, 1] = 9
-    assert np.argwhere(differences_of_parts(sums, 2)).tolist() == [[3, 1]]
-    two = differences_of_parts(sums[:4], 2)  # of two that differ, nobody knows which is right
+    assert np.argwhere(differences_of_shards(sums, 2)).tolist() == [[3, 1]]
+    two = differences_of_shards(sums[:4], 2)  # two that differ: either may be wrong
     assert two[:, 1].tolist() == [0, 1, 0, 2]

@@ -1,4 +1,4 @@
-"""`python -m alexnet_ddp.plan`: its table, its advice, its files, its refusals."""
+"""`python -m alexnet_ddp.plan`: table, recommendation, files and refused options."""
 
 import json
 import sys
@@ -14,13 +14,13 @@ def run(*overrides: str) -> None:
     plan.main(to_config(cli._compose("plan", list(overrides))), list(overrides))
 
 
-def test_two_nodes_are_told_what_to_take_and_where_the_strategies_cross(capsys, tmp_path):
+def test_two_nodes_get_a_recommendation_and_the_crossover(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     files = (f"plot={tmp_path}/plan.png", f"json={tmp_path}/plan.json")
     run("nodes=2", "gpus_per_node=1", "device=A100", "links.between_gbit_per_s=10", *files)
     out = capsys.readouterr().out
     assert "2 x 1 ranks, 128 images each (256), 224 px" in out
-    assert "Take hybrid g=2: parallel=hybrid parallel.group_size=2 (" in out
+    assert "Use hybrid g=2: parallel=hybrid parallel.group_size=2 (" in out
     assert "fewer bytes than ddp up to a global batch of 4,096 images (32 ranks)." in out
     assert "On these links it is faster from 2 to " in out
     written = json.loads((tmp_path / "plan.json").read_text())
@@ -35,7 +35,7 @@ def test_two_nodes_are_told_what_to_take_and_where_the_strategies_cross(capsys, 
     assert (tmp_path / "plan.png").stat().st_size > 10_000
 
 
-def test_the_table_is_as_wide_as_a_terminal_at_1024_nodes(capsys, monkeypatch):
+def test_the_table_fits_a_terminal_at_1024_nodes(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     run("nodes=1024", "device=V100", "precision=fp16", "global_batch_size=1048576")
     out = capsys.readouterr().out
@@ -43,7 +43,7 @@ def test_the_table_is_as_wide_as_a_terminal_at_1024_nodes(capsys, monkeypatch):
     assert "…" not in out
 
 
-def test_a_given_rate_is_that_of_one_rank_alone(capsys, tmp_path):
+def test_a_given_rate_is_that_of_a_single_rank(capsys, tmp_path):
     run(
         "nodes=1",
         "gpus_per_node=1",
@@ -52,21 +52,19 @@ def test_a_given_rate_is_that_of_one_rank_alone(capsys, tmp_path):
         f"json={tmp_path}/one.json",
     )
     (ddp, _) = json.loads((tmp_path / "one.json").read_text())["rows"]
-    assert ddp["compute_ms"] == pytest.approx(128 + 2)  # and 2 ms of launches
-    assert "Take ddp: parallel=ddp\n" in capsys.readouterr().out
+    assert ddp["compute_ms"] == pytest.approx(128 + 2)  # with 2 ms of launches
+    assert "Use ddp: parallel=ddp\n" in capsys.readouterr().out
 
 
-def test_a_network_without_large_linear_layers_is_told_that_a_hybrid_does_not_pay(capsys):
+def test_a_hybrid_is_not_recommended_without_large_linear_layers(capsys):
     run("model=torchvision", "model.name=resnet18", "nodes=2")
     out = capsys.readouterr().out
     assert "hybrid g=" not in out
-    assert (
-        "Take ddp: parallel=ddp (too few parameters in linear layers at the end for parallel=hybrid to pay)"
-        in out
-    )
+    reason = "the last linear layers have too few parameters for parallel=hybrid to pay"
+    assert f"Use ddp: parallel=ddp ({reason})" in out
 
 
-def test_bf16_on_the_wire_halves_what_hybrids_exchange_and_is_said(capsys, tmp_path):
+def test_bf16_halves_the_bytes_of_hybrids_and_is_in_the_overrides(capsys, tmp_path):
     asked = ("nodes=2", "gpus_per_node=1", f"json={tmp_path}/plan.json")
     found = {}
     for wire in ("fp32", "bf16"):
@@ -82,7 +80,7 @@ def test_bf16_on_the_wire_halves_what_hybrids_exchange_and_is_said(capsys, tmp_p
     )
 
 
-def test_a_batch_that_nothing_divides_is_the_batch_that_is_counted(tmp_path):
+def test_an_indivisible_batch_is_counted_exactly(tmp_path):
     run("global_batch_size=1001", f"json={tmp_path}/plan.json")
     ddp = json.loads((tmp_path / "plan.json").read_text())["rows"][0]
     assert ddp["images_per_s"] == pytest.approx(
@@ -90,10 +88,10 @@ def test_a_batch_that_nothing_divides_is_the_batch_that_is_counted(tmp_path):
     )  # and its slowest rank has 126
 
 
-def test_what_does_not_fit_into_memory_is_not_advised(capsys):
+def test_what_does_not_fit_into_memory_is_not_recommended(capsys):
     run("memory_gb=0.5", "gpus_per_node=1")
     assert (
-        "Take a smaller batch: a GPU would need 1.2 GB of 90% of 0.5 GB; lower images_per_gpu."
+        "Use a smaller batch: a GPU would need 1.2 GB of 90% of 0.5 GB; lower images_per_gpu."
         in capsys.readouterr().out
     )
 
@@ -103,11 +101,11 @@ def test_what_does_not_fit_into_memory_is_not_advised(capsys):
     [
         (
             ["device=B7"],
-            r"device \(B7\) is not in the table of GPUs: K20, .*; give one of them, measure, or custom",
+            r"device \(B7\) is not in the table of GPUs: K20, .*; use one of them, measure, or custom",
         ),
         (
             ["device=T4", "precision=bf16"],
-            r"precision \(bf16\) is not what a T4 has; use fp16 or fp32",
+            r"precision \(bf16\) is not supported by a T4; use fp16 or fp32",
         ),
         (["device=custom"], r"device=custom needs tflops=... or images_per_s=... of one GPU"),
         (["device=measure", "tflops=3"], r"tflops is what device=measure finds out; leave it out"),
@@ -134,7 +132,7 @@ def test_what_does_not_fit_into_memory_is_not_advised(capsys):
         ),
         (
             ["model=torchvision", "model.name=resnet18", "wire_dtype=bf16"],
-            r"wire_dtype \(bf16\) is of hybrids, and this",
+            r"wire_dtype \(bf16\) would be ignored: only hybrids use it",
         ),
         (["nodes=0"], r"nodes \(0\) must be greater than 0"),
         (
@@ -148,7 +146,7 @@ def test_what_does_not_fit_into_memory_is_not_advised(capsys):
         (["plot=plan.jpg"], r"plot \(plan.jpg\) must end in .png; plot=plan.png"),
         (
             ["json=/nowhere/plan.json"],
-            r"json \(/nowhere/plan.json\) must lie in a directory that exists",
+            r"json \(/nowhere/plan.json\) must be in an existing directory; create it first",
         ),
         (["data.image_size=16"], r"data.image_size \(16\) does not suit this network"),
     ],
@@ -159,10 +157,12 @@ def test_a_wrong_plan_is_refused_with_value_rule_and_remedy(overrides, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_matplotlib_is_said_before_anything_is_computed(monkeypatch, tmp_path, capsys):
+def test_a_missing_matplotlib_is_reported_before_anything_is_computed(
+    monkeypatch, tmp_path, capsys
+):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(
-        ConfigError, match="plot draws with matplotlib, which is not installed; pip install"
+        ConfigError, match="plot needs matplotlib, which is not installed; pip install"
     ):
         run(f"plot={tmp_path}/plan.png")
     assert capsys.readouterr().out == ""

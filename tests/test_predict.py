@@ -1,4 +1,4 @@
-"""Which images predict takes, and what it prints and writes."""
+"""The images that predict finds, and its output."""
 
 import json
 import os
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    """photos/: images, a linked folder, hidden entries and other types. The working directory is its parent."""
+    """photos/: images, a linked folder, hidden entries and other types. Changes to its parent."""
     monkeypatch.chdir(tmp_path)
     for name in (
         "photos/a.jpg",
@@ -36,7 +36,7 @@ def photos(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_folder_is_listed_as_training_lists_it_and_what_is_left_out_is_reported(photos, caplog):
+def test_a_folder_is_searched_as_for_training_and_ignored_entries_are_reported(photos, caplog):
     assert find_images("photos") == [
         "photos/a.jpg",
         "photos/b.PNG",
@@ -78,7 +78,7 @@ def test_a_folder_that_links_to_itself_is_refused(photos):
 @pytest.mark.parametrize(
     "name", ["photos/e.jfif", "photos/._a.jpg", "photos/notes.txt", "./photos/a.jpg"]
 )
-def test_a_file_that_is_named_is_taken_whatever_its_name(photos, name):
+def test_a_given_file_is_used_regardless_of_its_name(photos, name):
     assert find_images(name) == [name]
 
 
@@ -105,18 +105,18 @@ def test_a_glob_below_a_folder_with_brackets_is_found(photos):
 @pytest.mark.parametrize(
     "pattern", ["nowhere", "nowhere/*.jpg", "empty", "photos/.hidden/*.png", ""]
 )
-def test_nothing_found_is_one_line(photos, pattern, caplog):
+def test_no_image_is_an_error_of_one_line(photos, pattern, caplog):
     os.makedirs("empty")
     Path("empty/notes.txt").write_bytes(b"x")
-    with pytest.raises(DataError, match="names no image") as error:
+    with pytest.raises(DataError, match="matches no image") as error:
         find_images(pattern)
     assert "\n" not in str(error.value)
     assert caplog.records == []
 
 
 @pytest.mark.slow
-def test_names_reach_the_table_and_the_record_whole_and_the_reader_of_a_pipe_may_go(tmp_path):
-    """Trains for an epoch on classes whose names look like markup, then evaluates and predicts."""
+def test_names_are_printed_and_recorded_unchanged_even_if_a_pipe_is_closed(tmp_path):
+    """Train for an epoch on classes with names that look like markup; evaluate and predict."""
     folder = make_folder(tmp_path / "data", 24, 10)
     classes = ["cat [female]", "cat [male]", "[/]", ":smile:", "\x1b[31mred"]
     for split in ("train", "val"):

@@ -1,4 +1,4 @@
-"""Which strategy to take: the fastest that is exact and fits; plain data parallel where nothing is clearly faster."""
+"""Choose the fastest exact strategy that fits into memory; DDP if no other is clearly faster."""
 
 from dataclasses import dataclass
 
@@ -17,37 +17,41 @@ from alexnet_ddp.cost_model.network import Network
 from alexnet_ddp.cost_model.step import Step, Strategy, predict
 from alexnet_ddp.runtime.environment import num_usable_cores
 
-CLEARLY = 1.05  # times faster than ddp, before another strategy is worth its words
-GUESSED_GBIT = {"cpu": 1.0, "cuda": 25.0}  # between nodes, where nobody says
-USABLE = 0.9  # of a device's memory
+CLEARLY = 1.05  # another strategy is chosen if it is this many times faster than DDP
+GUESSED_GBIT = {"cpu": 1.0, "cuda": 25.0}  # between nodes, if not given
+USABLE = 0.9  # share of a device's memory
 
 
 @dataclass(frozen=True)
 class Choice:
+    """The chosen strategy, and the reason in one line."""
+
     strategy: Strategy
-    reason: str  # one line
+    reason: str
 
 
-def strategies(network: Network, cluster: Cluster, wire_bytes: int = 4) -> list[Strategy]:
-    """Data parallel, the same with half the bytes, and a hybrid for each group that fills nodes or divides them."""
-    found, each, world = (
-        [Strategy(), Strategy(gradient_bytes=2)],
-        cluster.gpus_per_node,
-        cluster.world_size,
-    )
-    if network.split:
-        parts = min(network.split[0].outputs, *(layer.inputs for layer in network.split[1:]))
-        groups = (g for g in range(2, min(parts, world) + 1) if world % g == 0)
-        found += [
-            Strategy(group=g, activation_bytes=wire_bytes)
-            for g in groups
-            if each % g == 0 or g % each == 0
-        ]
+def strategies(network: Network, cluster: Cluster, activation_bytes: int = 4) -> list[Strategy]:
+    """DDP, DDP with 16-bit gradients, and a hybrid per group size that divides or fills nodes.
+
+    activation_bytes: per value that a hybrid sends.
+    """
+    found = [Strategy(), Strategy(gradient_bytes=2)]
+    if not network.split:
+        return found
+    per_node, world = cluster.gpus_per_node, cluster.world_size
+    most = min(network.split[0].outputs, *(layer.inputs for layer in network.split[1:]))
+    for group in range(2, min(most, world) + 1):
+        if world % group == 0 and (per_node % group == 0 or group % per_node == 0):
+            found.append(Strategy(group=group, activation_bytes=activation_bytes))
     return found
 
 
 def best(steps: list[Step], device: Device) -> Step | None:
-    """Of the exact ones (not the fp16 hook, which rounds gradients) that fit into memory. None where none fits."""
+    """The best exact strategy that fits into memory, or None. `steps` begins with plain DDP.
+
+    The fp16 hook rounds gradients, so it is not exact. Plain DDP wins unless another strategy is
+    clearly faster.
+    """
     fitting = [
         s
         for s in steps
@@ -56,11 +60,8 @@ def best(steps: list[Step], device: Device) -> Step | None:
     if not fitting:
         return None
     fastest, plain = min(fitting, key=lambda s: s.seconds), fitting[0]
-    return (
-        plain
-        if plain.strategy.group == 1 and plain.seconds < CLEARLY * fastest.seconds
-        else fastest
-    )
+    is_close = plain.seconds < CLEARLY * fastest.seconds
+    return plain if plain.strategy.group == 1 and is_close else fastest
 
 
 def choose(
@@ -69,17 +70,23 @@ def choose(
     cluster: Cluster,
     images: int,
     must_split: bool = False,
-    wire_bytes: int = 4,
+    activation_bytes: int = 4,
 ) -> Choice:
-    """For steps of `images` images a rank. must_split: among hybrids alone, if the ranks are more than one."""
+    """Choose for steps of `images` images per rank.
+
+    must_split: choose among hybrids only, if there is more than one rank.
+    """
     if not network.split:
-        rule = "no linear layers at the end hold half of the parameters, so there is nothing that pays to split"
-        return Choice(Strategy(), f"ddp: {rule}")
+        return Choice(
+            Strategy(),
+            "ddp: the last linear layers have less than half of the parameters, "
+            "so splitting them does not pay",
+        )
     if cluster.world_size == 1:
-        return Choice(Strategy(), "ddp: a world of one sends nothing")
+        return Choice(Strategy(), "ddp: a single rank sends nothing")
     steps = [
         predict(network, device, cluster, strategy, images)
-        for strategy in strategies(network, cluster, wire_bytes)
+        for strategy in strategies(network, cluster, activation_bytes)
     ]
     plain, hybrids = steps[0], steps[2:]
     candidates = hybrids if must_split and hybrids else steps
@@ -88,12 +95,15 @@ def choose(
     why = "; not clearly faster" if found is plain and other.seconds < plain.seconds else ""
     return Choice(
         found.strategy,
-        f"{_in_words(found)}, {_in_words(other)}{why} (predicted, {images} images a rank)",
+        f"{_describe(found)}, {_describe(other)}{why} (predicted, {images} images per rank)",
     )
 
 
-def _in_words(step: Step) -> str:
-    return f"{step.strategy.name}: {step.seconds * 1e3:,.0f} ms a step with {step.bytes_sent / 1e6:,.1f} MB a rank"
+def _describe(step: Step) -> str:
+    return (
+        f"{step.strategy.name}: {step.seconds * 1e3:,.0f} ms per step "
+        f"with {step.bytes_sent / 1e6:,.1f} MB per rank"
+    )
 
 
 def guess(
@@ -102,19 +112,22 @@ def guess(
     gpu_name: str | None,
     precision: Precision = Precision.fp32,
 ) -> tuple[Device, Cluster]:
-    """What these ranks probably run on, without measuring. gpu_name: as CUDA says it; None: CPUs under gloo."""
-    each = local_world_size if world_size % local_world_size == 0 else 1
+    """The probable device and cluster of these ranks, without a measurement.
+
+    gpu_name: as CUDA reports it; None: CPUs and gloo.
+    """
+    per_node = local_world_size if world_size % local_world_size == 0 else 1
+    nodes = world_size // per_node
     if gpu_name is None:
         cores = max(1, num_usable_cores() // local_world_size)
-        return cpu_device(cores), Cluster(
-            world_size // each, each, *gloo_links(GUESSED_GBIT["cpu"]), trees=False
-        )
+        links = gloo_links(GUESSED_GBIT["cpu"])
+        return cpu_device(cores), Cluster(nodes, per_node, *links, trees=False)
     known = find_gpu(gpu_name)
     if known is not None and not has_bf16(known) and precision is Precision.bf16:
-        precision = Precision.fp32  # torch emulates it
+        precision = Precision.fp32  # torch emulates bf16 on these GPUs
     device = gpu_device(gpu_name if known else "A100", precision)
     links = nccl_links(known.link_gb_per_s if known else 16, GUESSED_GBIT["cuda"])
-    return device, Cluster(world_size // each, each, *links)
+    return device, Cluster(nodes, per_node, *links)
 
 
 def choose_guessing(
@@ -123,12 +136,13 @@ def choose_guessing(
     cluster: Cluster,
     images: int,
     must_split: bool,
-    wire_bytes: int,
+    activation_bytes: int,
 ) -> Choice:
-    """What parallel=auto and parallel.group_size=auto take, and why, on what guess() has found. It looked at this node:
-    let rank 0 decide, and broadcast what it says.
+    """The choice of parallel=auto and parallel.group_size=auto, for what guess() returned.
+
+    guess() looks at the current node only, so let rank 0 decide and broadcast the choice.
     """
-    found = choose(network, device, cluster, images, must_split, wire_bytes)
+    found = choose(network, device, cluster, images, must_split, activation_bytes)
     if cluster.nodes == 1:
         return found
     gbit = GUESSED_GBIT["cpu" if device.host_s_per_byte else "cuda"]

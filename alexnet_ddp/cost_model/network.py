@@ -1,6 +1,6 @@
-"""What a network costs before it is placed anywhere: parameters, arithmetic, memory, layer by layer.
+"""The costs of a network, layer by layer: parameters, FLOPs, activations.
 
-Read off shapes on the meta device: nothing is computed, whatever the size.
+They are read from shapes on the meta device, so nothing is computed.
 """
 
 from dataclasses import dataclass
@@ -9,28 +9,28 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from alexnet_ddp.parallel.layers import worth_splitting
+from alexnet_ddp.parallel import worth_splitting
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A module with parameters of its own, and its arithmetic for one image."""
+    """A module with parameters of its own, and its FLOPs for one image."""
 
     name: str
     parameters: int
-    flops: float  # forward; a multiply-add is two
-    backward_flops: (
-        float  # twice the forward; once for the first layer, whose input needs no gradient
-    )
-    inputs: int  # floats an image
+    flops: float  # forward; a multiply-add is two FLOPs
+    backward_flops: float  # 2 * flops; 1 * flops for the first layer: no gradient for its input
+    inputs: int  # floats per image
     outputs: int
 
 
 @dataclass(frozen=True)
 class Network:
+    """The layers of a network. Per image: `saved` floats are kept for the backward pass."""
+
     layers: tuple[Layer, ...]  # in the order of the forward pass
-    split: tuple[Layer, ...]  # those that a hybrid splits; none where it is not worth it
-    saved: int  # floats an image that the forward pass keeps for the backward pass
+    split: tuple[Layer, ...]  # those that a hybrid splits; empty if that does not pay
+    saved: int
 
     @property
     def parameters(self) -> int:
@@ -38,7 +38,7 @@ class Network:
 
     @property
     def train_flops(self) -> float:
-        """Of one image, forward and backward."""
+        """FLOPs of training on one image, forward and backward."""
         return sum(layer.flops + layer.backward_flops for layer in self.layers)
 
     @property
@@ -47,9 +47,9 @@ class Network:
 
     @property
     def exchanged(self) -> int:
-        """Floats an image that a hybrid's group exchanges forward, and again backward: 14,312 for AlexNet.
+        """Floats per image that a hybrid exchanges forward, and again backward (AlexNet: 14,312).
 
-        The first split layer's inputs are gathered, the later ones' outputs are summed and scattered.
+        These are the first split layer's inputs and the later ones' outputs.
         """
         return sum(layer.outputs for layer in self.split[1:]) + (
             self.split[0].inputs if self.split else 0
@@ -57,17 +57,19 @@ class Network:
 
     @property
     def crossover(self) -> float | None:
-        """Images of the global batch from which data parallel sends fewer bytes than a hybrid of the whole world.
+        """The global batch above which DDP sends fewer bytes than a hybrid over all ranks.
 
-        2 (K-1) b exchanged = 2 (K-1) / K * split_parameters; 4,096 for AlexNet. None without split layers.
+        It solves 2 (K-1) b exchanged = 2 (K-1) / K * split_parameters for the global batch K b.
+        AlexNet: 4,096 images. None if no layer is split.
         """
         return self.split_parameters / self.exchanged if self.split else None
 
 
 def read_network(model: nn.Module, image_size: int, split: list[str] | None = None) -> Network:
-    """Run one image of `image_size` pixels through the shapes of `model`, which stays as it is.
+    """Read the costs of `model` for images of `image_size` pixels. `model` is not changed.
 
-    split: names of the layers that a hybrid splits, in the order of the forward pass; None: worth_splitting().
+    split: the names of the layers that a hybrid splits, in the order of the forward pass; None:
+    worth_splitting().
     """
     calls: dict[str, tuple[nn.Module, int, int]] = {}
     names = {
@@ -106,9 +108,9 @@ def read_network(model: nn.Module, image_size: int, split: list[str] | None = No
         layers.append(Layer(name, own, flops, backward, inputs, outputs))
     rest = sum(p.numel() for p in model.parameters()) - sum(layer.parameters for layer in layers)
     flops = counter.get_total_flops() - sum(layer.flops for layer in layers)
-    if (
-        rest or flops
-    ):  # what no module's own forward pass tells, such as attention: as if ready last
+    # Costs outside any module's own forward pass, such as attention. First in the list, so that
+    # their gradients are assumed to be ready last.
+    if rest or flops:
         layers.insert(0, Layer("others", rest, flops, 2 * flops, 0, 0))
     wanted = worth_splitting(model) if split is None else split
     chosen = tuple(layer for layer in layers if layer.name in wanted)
@@ -118,10 +120,11 @@ def read_network(model: nn.Module, image_size: int, split: list[str] | None = No
 
 
 class _Saved:
-    """The distinct storages that autograd keeps."""
+    """Counts the distinct storages that autograd keeps."""
 
     def __init__(self) -> None:
-        self._kept: dict[int, Tensor] = {}  # kept alive, or an address could come back as another's
+        # The tensors stay alive, or another storage could get the same address.
+        self._kept: dict[int, Tensor] = {}
 
     def pack(self, x: Tensor) -> Tensor:
         self._kept[x.untyped_storage()._cdata] = x

@@ -1,8 +1,9 @@
-"""How long a step takes under a strategy: a timeline of compute and communication.
+"""Predict the duration of a step under a strategy, with a timeline of compute and communication.
 
-A collective over m ranks in a ring sends (m-1)/m of its payload over each link, once for a gather or a scatter, twice
-for an all-reduce, and takes latency + bytes / rate (alpha-beta). DDP's buckets run beside the backward pass, one after
-the other, each from when its last gradient is ready; a hybrid's gathers and scatters stand in the way of both passes.
+A ring collective over m ranks sends (m-1)/m of its payload over each link: once for an all-gather
+or a reduce-scatter, twice for an all-reduce. A message takes latency + bytes / rate (alpha-beta
+model). DDP's buckets overlap with the backward pass: they are sent one after the other, each when
+its last gradient is ready. A hybrid's all-gathers and reduce-scatters block both passes.
 """
 
 import math
@@ -11,25 +12,24 @@ from dataclasses import dataclass
 from alexnet_ddp.cost_model.machine import Cluster, Device
 from alexnet_ddp.cost_model.network import Layer, Network
 
-BUCKET_BYTES, FIRST_BUCKET_BYTES = (
-    25 * 2**20,
-    2**20,
-)  # DDP's; a bucket is never smaller than a layer
+# DDP's defaults. A bucket is never smaller than a layer.
+BUCKET_BYTES = 25 * 2**20
+FIRST_BUCKET_BYTES = 2**20
 FLOAT = 4
-MOMENTUM_SGD_BYTES = (
-    24  # a parameter: read weight, gradient, momentum; write two of them; read the gradient's norm
-)
+# Per parameter: read weight, gradient and momentum; write weight and momentum; read the gradient
+# for its norm.
+MOMENTUM_SGD_BYTES = 24
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """group: ranks that share the split layers; 1 is plain data parallel."""
+    """group: the number of ranks that share the split layers; 1 is plain DDP."""
 
     group: int = 1
-    gradient_bytes: int = FLOAT  # 2: DDP's fp16 hook
+    gradient_bytes: int = FLOAT  # per value; 2: DDP's fp16 hook
     activation_bytes: int = FLOAT
     update_bytes: int = MOMENTUM_SGD_BYTES
-    overlaps: bool = True  # buckets beside the backward pass; false: behind it
+    overlaps: bool = True  # buckets overlap with the backward pass; false: they follow it
 
     @property
     def name(self) -> str:
@@ -47,15 +47,15 @@ class Strategy:
 
 @dataclass(frozen=True)
 class Step:
-    """Of one rank. The step takes compute_s + exposed_s + update_s."""
+    """The prediction for one rank. The step takes compute_s + exposed_s + update_s."""
 
     strategy: Strategy
-    images: int  # of one rank
+    images: int  # per rank
     world_size: int
-    bytes_sent: float  # and as many received
+    bytes_sent: float  # the rank receives as many
     compute_s: float
-    communication_s: float  # all of it, also what compute hides
-    exposed_s: float
+    communication_s: float  # including what overlaps with compute
+    exposed_s: float  # communication that does not overlap
     update_s: float
     memory_bytes: float
 
@@ -70,14 +70,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Ring:
-    """`members` ranks on `nodes` nodes; `sharing` such rings go through each node's link at the same time."""
+    """`members` ranks on `nodes` nodes; `sharing` such rings use each node's link concurrently."""
 
     members: int
     nodes: int
     sharing: int = 1
 
     def seconds(self, payload: float, laps: int, cluster: Cluster) -> float:
-        """payload: bytes of the whole tensor. laps: 1 for a gather or a scatter, 2 for an all-reduce."""
+        """payload: bytes of the full tensor. laps: 2 for an all-reduce, 1 for half of one."""
         sent, spans = self.sent(payload, laps), self.nodes > 1
         inside = (
             sent / cluster.inside.bytes_per_s if self.members > self.nodes or not spans else 0.0
@@ -86,6 +86,7 @@ class Ring:
         return self._latency(laps, cluster) + max(inside, between)
 
     def sent(self, payload: float, laps: int) -> float:
+        """The bytes that a rank sends."""
         return laps * (self.members - 1) / self.members * payload
 
     def _latency(self, laps: int, cluster: Cluster) -> float:
@@ -98,22 +99,25 @@ class Ring:
 
 
 def rings(cluster: Cluster, group: int) -> tuple[Ring, Ring, Ring]:
-    """All ranks; a group, inside a node where it fits; the ranks that hold the same part in each group."""
-    nodes, each, world = cluster.nodes, cluster.gpus_per_node, cluster.world_size
-    if group <= each:
+    """The rings of all ranks, of a group, and of the ranks with the same shard in each group.
+
+    A group lies within a node if it fits there.
+    """
+    nodes, per_node, world = cluster.nodes, cluster.gpus_per_node, cluster.world_size
+    if group <= per_node:
         return Ring(world, nodes), Ring(group, 1), Ring(world // group, nodes, sharing=group)
-    spanned = group // each
+    spanned = group // per_node
     return (
         Ring(world, nodes),
         Ring(group, spanned),
-        Ring(world // group, nodes // spanned, sharing=each),
+        Ring(world // group, nodes // spanned, sharing=per_node),
     )
 
 
 def predict(
     network: Network, device: Device, cluster: Cluster, strategy: Strategy, images: int
 ) -> Step:
-    """One step of `images` images a rank."""
+    """Predict a step with `images` images per rank."""
     everyone, group, peers = rings(cluster, strategy.group)
     split = network.split if strategy.group > 1 else ()
     timeline = _Timeline(device, cluster, strategy.overlaps)
@@ -143,33 +147,36 @@ def predict(
         timeline.ready(ring, layer.parameters * strategy.gradient_bytes / share)
     timeline.finish()
     local = network.parameters - sum(layer.parameters for layer in split) * (1 - 1 / strategy.group)
-    passes = strategy.update_bytes + (
-        12 if strategy.gradient_bytes < FLOAT else 0
-    )  # the hook's casts, to and fro
+    hook_bytes = 12 if strategy.gradient_bytes < FLOAT else 0  # to cast and to cast back
+    update_bytes = local * (strategy.update_bytes + hook_bytes)
     gathered = network.exchanged * images * strategy.group if split else 0
-    memory = FLOAT * (
-        3 * local + network.saved * images + gathered
-    )  # weights, gradients, momentum; activations
+    # Weights, gradients and momentum; activations.
+    memory = FLOAT * (3 * local + network.saved * images + gathered)
     return Step(
-        strategy, images, cluster.world_size, timeline.sent, timeline.computed + device.overhead_s,
-        timeline.communicated, timeline.end - timeline.computed, local * passes / device.memory_bytes_per_s, memory,
-    )  # fmt: skip
+        strategy=strategy,
+        images=images,
+        world_size=cluster.world_size,
+        bytes_sent=timeline.sent,
+        compute_s=timeline.computed + device.overhead_s,
+        communication_s=timeline.communicated,
+        exposed_s=timeline.end - timeline.computed,
+        update_s=update_bytes / device.memory_bytes_per_s,
+        memory_bytes=memory,
+    )
 
 
 class _Timeline:
-    """One rank's clock through the two passes. A link, inside the node or out of it, carries one message at a time."""
+    """The clock of one rank during forward and backward pass.
+
+    The link inside the node and the one between nodes each carry one message at a time.
+    """
 
     def __init__(self, device: Device, cluster: Cluster, overlaps: bool) -> None:
         self._device, self._cluster, self._overlaps = device, cluster, overlaps
-        self._free = {
-            False: 0.0,
-            True: 0.0,
-        }  # from when the link inside, and the one out of the node, is idle
-        self._buckets: dict[
-            Ring, tuple[float, float]
-        ] = {}  # bytes that wait for more, and how many are a bucket
+        self._idle_from = {False: 0.0, True: 0.0}  # key: is it the link between nodes?
+        self._buckets: dict[Ring, tuple[float, float]] = {}  # bytes waiting, bytes of a bucket
         self._late: list[tuple[Ring, float]] = []
-        self._host = 0.0  # seconds that buckets cost the core that computes
+        self._host = 0.0  # seconds that sending takes from computing
         self.now = self.end = self.computed = self.communicated = self.sent = 0.0
 
     def compute(self, seconds: float) -> None:
@@ -177,27 +184,27 @@ class _Timeline:
         self.computed += seconds
 
     def wait(self, ring: Ring, payload: float) -> None:
-        """A gather or a scatter, which the next layer needs."""
+        """Wait for an all-gather or a reduce-scatter that the next layer needs."""
         self.now = max(self.now, self._send(ring, payload, 1))
 
     def ready(self, ring: Ring, payload: float) -> None:
-        """So many bytes of gradients: they leave when DDP's bucket is full."""
+        """`payload` bytes of gradients are ready. They are sent when DDP's bucket is full."""
         waiting, limit = self._buckets.get(ring, (0.0, FIRST_BUCKET_BYTES))
         if waiting + payload < limit:
             self._buckets[ring] = (waiting + payload, limit)
         else:
-            self._leave(ring, waiting + payload)
+            self._send_bucket(ring, waiting + payload)
             self._buckets[ring] = (0.0, BUCKET_BYTES)
 
     def finish(self) -> None:
-        """The backward pass has ended; the step goes on when the last bucket is there."""
+        """End the backward pass and wait for the last bucket."""
         for ring, (waiting, _) in self._buckets.items():
-            self._leave(ring, waiting)
+            self._send_bucket(ring, waiting)
         for ring, payload in self._late:
             self._send(ring, payload, 2)
-        self.end = max(self.now + self._host, *self._free.values())
+        self.end = max(self.now + self._host, *self._idle_from.values())
 
-    def _leave(self, ring: Ring, payload: float) -> None:
+    def _send_bucket(self, ring: Ring, payload: float) -> None:
         self._host += ring.sent(payload, 2) * self._device.host_s_per_byte
         if self._overlaps:
             self._send(ring, payload, 2)
@@ -205,14 +212,14 @@ class _Timeline:
             self._late.append((ring, payload))
 
     def _send(self, ring: Ring, payload: float, laps: int) -> float:
-        """Put a message on its link; returns when it has arrived."""
+        """Send a message on its link, and return the time of its arrival."""
         if ring.members == 1 or payload == 0:
             return self.now
-        sent, leaves = ring.sent(payload, laps), ring.nodes > 1
+        sent, is_between = ring.sent(payload, laps), ring.nodes > 1
         seconds = max(
             ring.seconds(payload, laps, self._cluster), sent * self._device.host_s_per_byte
         )
         self.sent += sent
         self.communicated += seconds
-        self._free[leaves] = max(self.now, self._free[leaves]) + seconds
-        return self._free[leaves]
+        self._idle_from[is_between] = max(self.now, self._idle_from[is_between]) + seconds
+        return self._idle_from[is_between]

@@ -38,8 +38,7 @@ from alexnet_ddp.doctor.findings import Finding, Level, format_bytes, format_sec
 from alexnet_ddp.doctor.outputs import check_wandb
 from alexnet_ddp.doctor.speed import Measurement
 from alexnet_ddp.model import build_model, set_dropout_keys, without_weights
-from alexnet_ddp.parallel import check_parallel
-from alexnet_ddp.parallel.layers import worth_splitting
+from alexnet_ddp.parallel import check_parallel, worth_splitting
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.runtime.errors import RunError, out_of_memory

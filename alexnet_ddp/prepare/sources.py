@@ -17,8 +17,7 @@ import numpy as np
 from alexnet_ddp.data.sources import imagenet, scan
 from alexnet_ddp.data.sources.classes import BY_NAME, ClassOrder
 from alexnet_ddp.data.sources.index import SampleIndex, index_folder
-from alexnet_ddp.data.sources.shard_check import check_file, check_split
-from alexnet_ddp.data.sources.shard_index import read_index
+from alexnet_ddp.data.sources.shard_index import check_file, check_split, read_index
 from alexnet_ddp.data.sources.tars import ArchiveStore, Member, tar_members
 from alexnet_ddp.data.storage import Storage, absolute
 from alexnet_ddp.runtime.errors import ConfigError, DataError

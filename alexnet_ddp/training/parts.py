@@ -23,7 +23,7 @@ from alexnet_ddp.model import (
     transforms_input,
     without_weights,
 )
-from alexnet_ddp.parallel import LocalSGD, build_parallel
+from alexnet_ddp.parallel import build_parallel
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.training.ema import EMA
 from alexnet_ddp.training.optim import OptimizerState, build_optimizer
@@ -106,7 +106,7 @@ class TrainingParts:
         """Collective. Part -> its tensors by name; a tensor may be a shard of a split one."""
         groups = {name: part.state_dict() for name, part in self._stateful.items()}
         return {
-            name: self.parallel_model.canonical(tensors)
+            name: self.parallel_model.sharded(tensors)
             for name, tensors in groups.items()
             if tensors or name in ("model", "optimizer")
         }
@@ -147,12 +147,12 @@ class TrainingParts:
         return self.train_loader.batches(work)
 
     def sync_replicas(self, step: int, planned: bool, progress: Callable[[], None]) -> bool:
-        """Collective. True if the ranks are equal, which only local SGD makes a question.
+        """Collective. True if the ranks are equal afterwards. They always are, but for local SGD.
 
         planned: they must be equal now. progress: called before each message.
         """
         hook = self.parallel_model.hook
-        if not isinstance(hook, LocalSGD):
+        if hook is None:
             return True
 
         def tensors() -> list[Tensor]:  # buffers are averaged after each step
@@ -167,7 +167,7 @@ class TrainingParts:
     def evaluation_model(self) -> Iterator[nn.Module]:
         """Collective. The full model as it is evaluated: with averaged weights if there are any."""
         with nullcontext() if self.ema is None else self.ema.in_place():
-            yield self.parallel_model.whole_model()
+            yield self.parallel_model.full_model()
 
     def close(self) -> None:
         """Stop the loaders' threads."""

@@ -70,7 +70,7 @@ class Replicas:
             return
         found = all_gather(sums, self._world).cpu().numpy()
         if any(split):
-            size = next(t.part.group.size for t in tensors.values() if not isinstance(t, Tensor))
+            size = next(t.shard.group.size for t in tensors.values() if not isinstance(t, Tensor))
             found[:, split] = differences(found[:, split], size)
             if (found == found[0]).all():
                 self._equal_at = step

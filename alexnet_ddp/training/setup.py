@@ -25,7 +25,7 @@ from alexnet_ddp.cost_model.network import read_network
 from alexnet_ddp.data.sampler import build_sampler, micro_batch_sizes
 from alexnet_ddp.data.sources.index import SampleIndex
 from alexnet_ddp.data.sources.sets import ImageSets, open_data
-from alexnet_ddp.parallel.layers import find_layers
+from alexnet_ddp.parallel import find_layers
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.training.precision import check_precision

@@ -183,7 +183,7 @@ class TrainStep:
         """The loss summed over the images; a zero with a gradient of zeros if there are none."""
         if batch is None or len(batch.labels) == 0:
             with autocast(self.cfg.precision, self.world):  # ranks must exchange equal dtypes
-                return self.parallel_model.nothing_to_learn(self._blank, slots)
+                return self.parallel_model.zero_loss(self._blank, slots)
         set_dropout_keys(self._model, self.seed, step, batch.indices)
         with autocast(self.cfg.precision, self.world):
             logits = self.parallel_model(apply_effects(batch.images, batch.effects), slots)
@@ -198,7 +198,7 @@ class TrainStep:
         The norm is the same on all ranks (see ParallelModel.global_norms), so they decide alike.
         """
         self.scaler.unscale_(self.optimizer)
-        self.parallel_model.agree_on_infinities(self.scaler, self.optimizer)
+        self.parallel_model.sync_found_inf(self.scaler, self.optimizer)
         parameters = [p for p in self._model.parameters() if p.grad is not None]
         if correction != 1:
             torch._foreach_mul_([p.grad for p in parameters], correction)

@@ -190,7 +190,7 @@ def test_d35_a_busy_port_is_named_with_its_holder_and_one_node_alone_takes_anoth
         assert several.wait() == 64
         measured["refused after, s"] = round(time.monotonic() - began, 1)
         assert (
-            f"port {port} of this host cannot be had (Address already in use; process {os.getpid()} has"
+            f"port {port} of this host is not available (Address already in use; process {os.getpid()} has"
             in (several.said())
         )
         alone = new_job("alone", "trainer.max_steps=1", ranks=1, env={"MASTER_PORT": str(port)})
@@ -208,7 +208,7 @@ def test_d45_an_image_that_kills_each_time_ends_after_three_restarts(new_job, im
     }
     assert measured["restarts"] >= 3
     assert (
-        "no newer checkpoint after three restarts; failure.json in the run's folder says where"
+        "no newer checkpoint after three restarts; see failure.json in the run's folder"
         in job.said()
     )
     assert failure(job)["cause"] == "died"

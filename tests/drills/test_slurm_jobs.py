@@ -105,8 +105,7 @@ def test_a_sweep_trains_a_run_a_line_and_refuses_what_is_no_line(slurm, sweep, t
     assert "seed: 6" in (tmp_path / "runs/two words/config.yaml").read_text()
     assert said[1] == f"sweep.sbatch: line 1 of {file} is empty: nothing to train\n"
     assert (
-        said[4]
-        == f'sweep.sbatch: line 4 of {file} (seed=7 run.name="half) has a quote without its other half\n'
+        said[4] == f'sweep.sbatch: line 4 of {file} (seed=7 run.name="half) has an unclosed quote\n'
     )
     rule = f"the array's index (5) must be 1 to 4, the lines of {file}"
     assert said[5] == f"sweep.sbatch: {rule}; sbatch --array=1-4 slurm/sweep.sbatch {file} ...\n"
