@@ -34,6 +34,7 @@ class Batch:
     bad: list[Skipped]  # images of the micro-batch that were left out
 
 
+@dataclass(eq=False)
 class Loader:
     """Loads a Batch for each MicroBatch with `num_threads` threads; uses pinned memory for a GPU.
 
@@ -42,24 +43,22 @@ class Loader:
     will_need(indices): a hint that these images will be read soon.
     """
 
-    def __init__(
-        self,
-        fill: Fill,
-        labels: np.ndarray,
-        augment: Augment | None,
-        image_size: Callable[[int], int],
-        num_threads: int,
-        device: torch.device,
-        will_need: Callable[[np.ndarray], None] | None = None,
-    ) -> None:
-        self._labels, self._augment, self._device = labels, augment, device
-        self._mixes = augment is not None and augment.mixes
+    fill: Fill
+    labels: np.ndarray
+    augment: Augment | None
+    image_size: Callable[[int], int]
+    num_threads: int
+    device: torch.device
+    will_need: Callable[[np.ndarray], None] | None = None
+
+    def __post_init__(self) -> None:
+        self._mixes = self.augment is not None and self.augment.mixes
         # Each decoding thread runs torch on one thread, as in torch's DataLoader. set_num_threads()
         # also changes the default of threads that have not read it yet, so read it here first.
         torch.get_num_threads()
-        threads = ThreadPoolExecutor(num_threads, "decode", torch.set_num_threads, (1,))
+        threads = ThreadPoolExecutor(self.num_threads, "decode", torch.set_num_threads, (1,))
         self._prefetcher = Prefetcher(
-            fill, image_size, threads, self._allocate, self._mixes, will_need
+            self.fill, self.image_size, threads, self._allocate, self._mixes, self.will_need
         )
 
     @property
@@ -79,7 +78,7 @@ class Loader:
         self._prefetcher.close()
 
     def _allocate(self, size: int) -> tuple[np.ndarray, torch.Tensor]:
-        tensor = torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        tensor = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         return tensor.numpy(), tensor
 
     def _to_device(self, host: HostBatch) -> Batch:
@@ -91,13 +90,13 @@ class Loader:
         n = np.count_nonzero(slots < len(host.micro_batch.indices))
         batch = Batch(
             host.micro_batch,
-            images.to(self._device, non_blocking=True),
-            self._copy(self._labels[indices[:n]].astype(np.int64)),
+            images.to(self.device, non_blocking=True),
+            self._copy(self.labels[indices[:n]].astype(np.int64)),
             self._copy(indices[:n].astype(np.int32)),
             self._effects(host, indices, slots),
             [one for one in host.bad if one.position < len(host.micro_batch.indices)],
         )
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             copied = torch.cuda.Event()
             copied.record()
             host.buffer.wait_until_free = copied.synchronize
@@ -105,19 +104,19 @@ class Loader:
 
     def _effects(self, host: HostBatch, indices: np.ndarray, slots: np.ndarray) -> Effects:
         """indices: of the images that could be decoded; slots: their positions in the buffer."""
-        if self._augment is None:
+        if self.augment is None:
             return Effects()
         partners = None
         if self._mixes:
             rows = partner_rows(slots, len(host.micro_batch.indices))
-            partners = Partners(rows, self._labels[indices[rows]].astype(np.int64))
-        return self._augment.effects(
+            partners = Partners(rows, self.labels[indices[rows]].astype(np.int64))
+        return self.augment.effects(
             host.micro_batch.epoch, indices, host.images.shape[1], partners, self._copy
         )
 
     def _copy(self, array: np.ndarray) -> torch.Tensor:
         """Copy to the device, asynchronously."""
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
 
 def build_loader(

@@ -229,7 +229,7 @@ def _globals(path: Path) -> set[str]:
 
 def _globals_of(file: Any, num_pickles: int) -> set[str]:
     found: set[str] = set()
-    with suppress(ValueError):  # no pickle, or fewer of them: torch.load() reports it
+    with suppress(ValueError):  # no pickle, or fewer of them: torch.load reports it
         for _ in range(num_pickles):
             for op, argument, _position in pickletools.genops(file):
                 if op.name == "GLOBAL":
