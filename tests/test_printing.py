@@ -54,7 +54,7 @@ def show_doctor(names):
 
 
 def show_stats(names):
-    report._say("groups", [[name] for name in names[:4]] + [names[4:]])
+    report._print_groups("groups", [[name] for name in names[:4]] + [names[4:]])
 
 
 def show_plain(names):
