@@ -3,10 +3,14 @@
 python -m alexnet_ddp.plan nodes=2 gpus_per_node=8 device=A100 links.between_gbit_per_s=100 [plot=PNG] [json=JSON]
 """
 
-if __name__ == "__main__":  # before the other imports, which take seconds
+if __name__ == "__main__":  # torch, below, is imported after the configuration is valid
     from alexnet_ddp.runtime import startup
 
     startup.begin("plan")
+
+    from alexnet_ddp import cli
+
+    cli.run("plan", "alexnet_ddp.plan:main")
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +18,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from alexnet_ddp import cli
 from alexnet_ddp.config import ConfigError, Device, PlanConfig, Precision
 from alexnet_ddp.cost_model import machine
 from alexnet_ddp.cost_model.choose import CLEARLY, GUESSED_GBIT, USABLE, best, choose, strategies
@@ -258,7 +261,3 @@ def record(
         "network": facts, "device": finite, "cluster": asdict(cluster), "images_per_gpu": cfg.images,
         "torch": torch.__version__, "choice": {"strategy": chosen.strategy.name, "reason": chosen.reason}, "rows": rows,
     }  # fmt: skip
-
-
-if __name__ == "__main__":
-    cli.run("plan", main)

@@ -6,10 +6,14 @@ Read it top to bottom, and training.py beside it: config, world, data, budget, r
 steps and evaluation here.
 """
 
-if __name__ == "__main__":  # before the other imports, which take seconds
+if __name__ == "__main__":  # torch, below, is imported after the configuration is valid
     from alexnet_ddp.runtime import startup
 
     startup.begin("train")
+
+    from alexnet_ddp import cli
+
+    cli.run("train", "alexnet_ddp.train:train")
 
 import logging
 import time
@@ -17,10 +21,9 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 
-from alexnet_ddp import cli
 from alexnet_ddp.checkpoint.store import RunState
 from alexnet_ddp.config import Config, OnNan
-from alexnet_ddp.config.door import to_plain, to_yaml
+from alexnet_ddp.config.compose import to_plain, to_yaml
 from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.quarantine import Quarantine
 from alexnet_ddp.data.sampler import describe_batch, evaluation_work, index_hash, rank_slice
@@ -365,7 +368,3 @@ class Run:
         )
         warmup_steps = count_warmup_steps(self.cfg.scheduler, budget)
         return headline(self.cfg, self.world, parameters, counts, warmup_steps, progress)
-
-
-if __name__ == "__main__":
-    cli.run("train", train)
