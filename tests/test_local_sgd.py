@@ -219,7 +219,7 @@ def test_its_knobs_belong_to_it():
     ):
         local(period=0)
     with pytest.raises(
-        ConfigError, match=r"parallel.local_sgd_start_step \(-1\) must not be negative"
+        ConfigError, match=r"parallel.local_sgd_start_step \(-1\) must be at least 0"
     ):
         local(period=2, start=-1)
 

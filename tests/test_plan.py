@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from alexnet_ddp import cli, plan
+from alexnet_ddp import plan
 from alexnet_ddp.config import ConfigError
-from alexnet_ddp.config.door import to_config
+from alexnet_ddp.config.compose import compose
 
 
 def run(*overrides: str) -> None:
-    plan.main(to_config(cli._compose("plan", list(overrides))), list(overrides))
+    plan.main(compose("plan", list(overrides)), list(overrides))
 
 
 def test_two_nodes_are_told_what_to_take_and_where_the_strategies_cross(capsys, tmp_path):
