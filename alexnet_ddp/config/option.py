@@ -6,8 +6,8 @@ Type, default, bounds, unit and description are given once. The constructor of a
 checks the bounds, `--help` and docs/configuration.md print all of them. Imports no Hydra.
 
 The option classes are dataclasses and not pydantic models: Hydra checks the types of every file
-and override against dataclasses only, so pydantic would be a second schema behind it. It would
-also add 0.3 s to every start, and its messages would have to be replaced by ours all the same.
+and override against dataclasses only, so pydantic would be a second schema after it. It would also
+add 0.3 s to every start, and its messages would have to be replaced by ours all the same.
 """
 
 import math
@@ -32,7 +32,7 @@ class Spec:
 
     description: str
     unit: str = ""
-    null: str = ""  # what happens if the value is null
+    null: str = ""  # what null means, or a missing value that is derived
     kind: str = ""  # the type in words, for an option whose annotation is Any
     minimum: float | None = None  # inclusive
     maximum: float | None = None  # inclusive

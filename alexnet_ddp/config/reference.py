@@ -10,7 +10,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from functools import cache
 from inspect import cleandoc
@@ -276,7 +276,7 @@ def _entry(owner: type, key: str, path: str, given: dict[str, Any]) -> Entry:
         kind += ", or null"
     value = given.get(key, one.default)
     if value is NO_DEFAULT or value == MISSING:
-        return Entry(path, kind, spec.null or "required", spec)
+        return Entry(path, kind, spec.null or "required", replace(spec, null=""))
     return Entry(path, kind, _shown(value), spec)
 
 

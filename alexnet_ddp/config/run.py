@@ -49,8 +49,8 @@ class RunConfig(Options, section="run"):
 
     name: str = option(
         MISSING,
-        "Name of the run. train: the default is DATA-MODEL, such as photos-resnet18; a run with "
-        "the same name is resumed.",
+        "Name of the run. train resumes the run with this name, if there is one.",
+        null="DATA-MODEL, such as photos-resnet18",
     )
     root: str = option("runs", "Folder of all runs: the run's directory is run.root/run.name.")
 
