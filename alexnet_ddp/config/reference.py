@@ -274,9 +274,11 @@ def _entry(owner: type, key: str, path: str, given: dict[str, Any]) -> Entry:
         kind += f", {spec.rule}"
     if option.is_optional or (spec.kind and spec.null):
         kind += ", or null"
+    if not (option.is_optional or option.is_any):
+        spec = replace(spec, null="")
     value = given.get(key, one.default)
     if value is NO_DEFAULT or value == MISSING:
-        return Entry(path, kind, spec.null or "required", replace(spec, null=""))
+        return Entry(path, kind, one.metadata["spec"].null or "required", spec)
     return Entry(path, kind, _shown(value), spec)
 
 
