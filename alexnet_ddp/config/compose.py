@@ -56,7 +56,7 @@ def compose_yaml(command: str, overrides: list[str], config_dir: str | None = No
     if config_dir is not None:
         if not os.path.isdir(config_dir):
             raise ConfigError(
-                f"--config-dir ({config_dir}) is not a folder; give one with YAML files"
+                f"--config-dir ({config_dir}) is not a folder; give one of YAML files"
             )
         folders.append(Path(config_dir))
         translated.append(f"hydra.searchpath=[{quoted('file://' + os.path.abspath(config_dir))}]")
@@ -132,13 +132,17 @@ def _lr_by_network(lr: float, low_lr: float, *, _root_: DictConfig) -> float:
 
 def _explain(error: BaseException, root: type) -> str:
     """An exception of Hydra or OmegaConf, and what caused it, as one line with the remedy."""
+    first = str(error).splitlines()[0].rstrip(".:")
+    # Hydra begins with the file, if it is in one. Its other words are not used.
+    file = first.split("'")[1] if first.startswith("In '") else ""
+    prefix = f"{file}.yaml: " if file and file not in ROOTS else ""
     cause: BaseException | None = error
     while cause is not None:
         line = _line_of(cause, root)
         if line is not None:
-            return line
+            return prefix + line
         cause = cause.__cause__
-    return str(error).splitlines()[0].rstrip(".:")
+    return first
 
 
 def _line_of(error: BaseException, root: type) -> str | None:
