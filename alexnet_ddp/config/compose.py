@@ -121,6 +121,8 @@ def _register(root: type) -> None:
     for group, choices in GROUPS.items():
         for name, node in choices.items():
             store(group=f"{group}/schema", name=name, node=node, package=group)
+            if not (CONF_DIR / group / f"{name}.yaml").exists():
+                store(group=group, name=name, node=node, package=group)
 
 
 def _lr_by_network(lr: float, low_lr: float, *, _root_: DictConfig) -> float:

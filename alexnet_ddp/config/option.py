@@ -66,7 +66,10 @@ class Spec:
 
 def option(default: Any, description: str, **spec: Any) -> Any:
     """A dataclass field. spec: unit, null, kind, minimum, maximum, above, below; see Spec."""
-    return field(default=default, metadata={"spec": Spec(description, **spec)})
+    metadata = {"spec": Spec(description, **spec)}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 class Options:

@@ -276,7 +276,8 @@ def _entry(owner: type, key: str, path: str, given: dict[str, Any]) -> Entry:
         kind += ", or null"
     if not (option.is_optional or option.is_any):
         spec = replace(spec, null="")
-    value = given.get(key, one.default)
+    default = one.default if one.default_factory is NO_DEFAULT else one.default_factory()
+    value = given.get(key, default)
     if value is NO_DEFAULT or value == MISSING:
         return Entry(path, kind, one.metadata["spec"].null or "required", spec)
     return Entry(path, kind, _shown(value), spec)
@@ -312,10 +313,13 @@ def _cell(text: str) -> str:
 
 @cache
 def _yaml(name: str) -> dict[str, Any]:
-    """The values of conf/NAME.yaml as they are written."""
+    """The values of conf/NAME.yaml as they are written; a choice may have no file."""
     from omegaconf import OmegaConf
 
-    values = OmegaConf.to_container(OmegaConf.load(CONF_DIR / f"{name}.yaml"), resolve=False)
+    path = CONF_DIR / f"{name}.yaml"
+    if not path.exists():
+        return {}
+    values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     return values if isinstance(values, dict) else {}
 
 
