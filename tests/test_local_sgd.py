@@ -209,13 +209,13 @@ def test_groups_that_do_not_suit_are_refused_on_all_ranks():
     assert all(line.startswith(whole) for line in run_ranks(refused, 2, 2))
 
 
-def test_its_knobs_belong_to_it():
+def test_its_options_belong_to_it():
     with pytest.raises(
         ConfigError, match=r"parallel.local_sgd_period would be ignored with parallel.hook=none"
     ):
         DDPConfig(local_sgd_period=4)
     with pytest.raises(
-        ConfigError, match=r"parallel.local_sgd_period \(0\) must be greater than 0"
+        ConfigError, match=r"parallel.local_sgd_period \(0\) must be at least 1"
     ):
         local(period=0)
     with pytest.raises(

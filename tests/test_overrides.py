@@ -483,7 +483,7 @@ def test_every_option_that_a_message_names_exists(path):
     ]
     for text in texts:
         for option in named.findall(text) if isinstance(text, str) and " " in text else []:
-            assert option in known or option.endswith((".py", ".json", ".npy", ".yaml")), (
+            assert option in known or option.endswith((".py", ".json", ".npy", ".yaml", ".png")), (
                 f"{option} in {text!r}"
             )
 
