@@ -214,9 +214,7 @@ def test_its_options_belong_to_it():
         ConfigError, match=r"parallel.local_sgd_period would be ignored with parallel.hook=none"
     ):
         DDPConfig(local_sgd_period=4)
-    with pytest.raises(
-        ConfigError, match=r"parallel.local_sgd_period \(0\) must be at least 1"
-    ):
+    with pytest.raises(ConfigError, match=r"parallel.local_sgd_period \(0\) must be at least 1"):
         local(period=0)
     with pytest.raises(
         ConfigError, match=r"parallel.local_sgd_start_step \(-1\) must be at least 0"

@@ -123,7 +123,10 @@ def test_what_does_not_fit_into_memory_is_not_advised(capsys):
             ["global_batch_size=3"],
             r"global_batch_size \(3\) must be at least nodes \* gpus_per_node \(8\); nearest: 8",
         ),
-        (["wire_dtype=fp16"], r"wire_dtype \(fp16\) must be fp32 or bf16, as parallel.wire_dtype is"),
+        (
+            ["wire_dtype=fp16"],
+            r"wire_dtype \(fp16\) must be fp32 or bf16, as parallel.wire_dtype is",
+        ),
         (
             ["device=custom", "tflops=3", "precision=bf16"],
             r"precision \(bf16\) is included in tflops already",
