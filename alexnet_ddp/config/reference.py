@@ -75,7 +75,7 @@ Pack images into shuffled, verified shards, on which data=shards trains.
   python -m alexnet_ddp.prepare source=photos root=shards engine.workers=8 shorter_side=null
   python -m alexnet_ddp.prepare source=photos root=raw encoding=raw size=256
   python -m alexnet_ddp.prepare source=... root=... engine=spark engine.master=spark://host:7077
-  spark-submit --master yarn alexnet_ddp/prepare/command.py source=... root=... engine=spark
+  spark-submit --master yarn alexnet_ddp/prepare/__main__.py source=... root=... engine=spark
   python -m alexnet_ddp.prepare action=inspect root=shards      also: verify, stats, diff other=DIR
   python -m alexnet_ddp.prepare action=sheet root=shards output=sheet.png augment=alexnet_2012
 
