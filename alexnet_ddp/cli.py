@@ -1,33 +1,29 @@
-"""The door between a command line and a root: Hydra composes, the story runs, every end becomes a line and a code.
+"""Runs a command: its arguments become a checked configuration, its end becomes an exit code.
 
     python -m alexnet_ddp.train KEY=VALUE ...
 
-A foreseen end (errors.py) leaves as one line without a trace; a bug keeps its trace. HYDRA_FULL_ERROR=1 shows the trace
-of both.
+A foreseen end (runtime/errors.py) is one line without a traceback; a bug keeps its traceback.
+HYDRA_FULL_ERROR=1 shows the traceback of both. Hydra is imported to compose, and the command,
+with torch, after the configuration is valid: --help and a misspelt key need neither.
 """
 
-import argparse
 import json
 import logging
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-import hydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
-
+from alexnet_ddp import __version__
 from alexnet_ddp.config import Config, RunConfig
-from alexnet_ddp.config.advice import dashed, one_line
-from alexnet_ddp.config.door import to_config
-from alexnet_ddp.config.files import refuse_numbers_as_text
-from alexnet_ddp.config.overrides import quoted, to_hydra
+from alexnet_ddp.config.advice import dashed
+from alexnet_ddp.config.overrides import check_key
+from alexnet_ddp.config.reference import help_lines
 from alexnet_ddp.config.schema import ROOTS, group_names, options
 from alexnet_ddp.runtime import startup
 from alexnet_ddp.runtime.errors import (
@@ -40,57 +36,54 @@ from alexnet_ddp.runtime.errors import (
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.redaction import HIDDEN, redact
 
-_PACKAGE = Path(__file__).resolve().parent
-# In a wheel conf/ lies in the package, in a checkout beside it.
-CONF_DIR = next(d for d in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if d.is_dir())
-# Hydra's options that only show something. --experimental-rerun would unpickle a file.
-_SHOWING = (
-    "--help",
-    "-h",
-    "--cfg",
-    "-c",
-    "--resolve",
-    "--package",
-    "-p",
-    "--info",
-    "-i",
-    "--hydra-help",
-    "--version",
-)
-# Hydra 1.3 warns if version_base is missing, Hydra 1.4 warns if it is given. Both then behave in the same way.
-HYDRA_BASE = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
+Main = Callable[[Any, list[str]], object]
+
+_KNOWN = "--help [NAME], --cfg job, --resolve, --package NAME, --config-dir DIR, --version"
+_LONG = {"-h": "--help", "-c": "--cfg", "-p": "--package", "-cd": "--config-dir"}
+_WITH_VALUE = ("--cfg", "--package", "--config-dir")
 _SWEEPS = ("--multirun", "-m")
+# Hydra's options, which nothing here would read. --experimental-rerun would unpickle a file.
 _HYDRAS = (
-    "--config-name",
-    "-cn",
-    "--config-path",
-    "-cp",
-    "--run",
-    "-r",
-    "--shell-completion",
-    "-sc",
-    "--exp",
+    *("--config-name", "-cn", "--config-path", "-cp", "--run", "-r", "--exp", "--info", "-i"),
+    *("--hydra-help", "--shell-completion", "-sc"),
 )
 
 
-def run(root: str, story: Callable[[Config, list[str]], None]) -> None:
-    """Compose conf/`root`.yaml with the command line, call story(config, overrides), and exit with the run's code."""
-    show_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
+@dataclass
+class Arguments:
+    """A command line. names: of --help, None without it. shows: --cfg is given."""
+
+    overrides: list[str] = field(default_factory=list)
+    config_dir: str | None = None
+    names: list[str] | None = None
+    shows: bool = False
+    resolves: bool = False
+    package: str | None = None
+    is_version: bool = False
+
+
+def run(command: str, main: str | Main) -> None:
+    """Call main(configuration, overrides) for the arguments of this process, and exit.
+
+    main: a function, or "module:function", which is imported after the configuration is valid.
+    """
+    shows_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     logger = logging.getLogger("alexnet_ddp")
     logger.setLevel(logging.INFO)
     logger.addHandler(_Say())
     sys.excepthook = _show_trace
     try:
-        for cfg, overrides in _composed(root):  # none after --help and --cfg
-            story(to_config(cfg), overrides)
+        arguments = _parse(sys.argv[1:], command)
+        if not _show(arguments, command):
+            cfg = _compose(command, arguments.overrides, arguments.config_dir)
+            _imported(main)(cfg, arguments.overrides)
         code = 0
-    except (HydraException, OmegaConfBaseException, RunError) as error:
-        if show_trace:
+    except RunError as error:
+        if shows_traceback:
             raise
-        code = _explain(error, root)
-    except (
-        Exception
-    ):  # a bug: here it keeps its trace, and the others, who only lost a peer, do not speak for it
+        code = _report(error)
+    except Exception:
+        # A bug keeps its traceback. Other ranks, which only lost this one, must not report for it.
         write_exit_code(1)
         raise
     startup.ignore_stop_signals()
@@ -98,147 +91,160 @@ def run(root: str, story: Callable[[Config, list[str]], None]) -> None:
     sys.exit(code)
 
 
-def _composed(root: str) -> list[tuple[DictConfig, list[str]]]:
-    """What Hydra makes of conf/`root`.yaml and the command line: one configuration, or none if it only shows one."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config-dir", "-cd")
-    own, rest = parser.parse_known_args(sys.argv[1:])
-    rest = [_undashed(argument, root) for argument in rest]
-    options = [argument.split("=")[0] for argument in rest if argument.startswith("-")]
-    for option, argument in zip(
-        options, [argument for argument in rest if argument.startswith("-")]
-    ):
-        if option not in _SHOWING:
-            following = rest[rest.index(argument) + 1 :]
-            raise ConfigError(_refusal(argument, following[0] if following else None, root))
-    if options:
-        shown = [
-            to_hydra(part, ROOTS[root]) if "=" in part and part[0] != "-" else part for part in rest
-        ]
-        sys.argv[1:] = shown + [f"--config-dir={own.config_dir}"] * (own.config_dir is not None)
-        os.environ["HYDRA_FULL_ERROR"] = (
-            "1"  # hydra.main() then raises its errors instead of printing them
-        )
-        hydra.main(**HYDRA_BASE, config_path=str(CONF_DIR), config_name=root)(lambda cfg: None)()
-        return []
-    return [(_compose(root, rest, own.config_dir), rest)]
-
-
-def _undashed(argument: str, root: str) -> str:
-    """--optimizer.lr=0.1 as optimizer.lr=0.1: wandb's sweep agent writes it so."""
-    name, equals, _ = argument.removeprefix("--").partition("=")
-    is_key = "." in name or name in options(ROOTS[root]) or name in group_names(ROOTS[root])
-    return argument[2:] if argument.startswith("--") and equals and is_key else argument
-
-
-def _refusal(argument: str, following: str | None, root: str) -> str:
-    """The line for an argument that begins with a dash and is no option of ours."""
-    name, equals, value = argument.partition("=")
-    if name in _SWEEPS:
-        command = "start one command per value"
-        if root == "train":
-            command = "start one run per value: for seed in 1 2; do python -m alexnet_ddp.train seed=$seed "
-            command += "run.name=seed-$seed; done"
-        return f"{name} (a sweep) is not supported; {command}"
-    if name.startswith("--experimental") or name in _HYDRAS:
-        return f"{name} is not supported: known: --config-dir {' '.join(_SHOWING)}"
-    is_value = following is not None and "=" not in following and not following.startswith("-")
-    return dashed(name, value if equals else following if is_value else None, ROOTS[root])
-
-
-def _compose(root: str, overrides: list[str], more: str | None = None) -> DictConfig:
-    """Hydra composes and does no more: its own main() would call whatever a configuration names in `hydra`.
-
-    more: a folder of further YAML files. Raises ConfigError if `hydra` is touched, because nothing would read it.
-    """
-    for override in overrides:
-        key = override.split("=")[0].lstrip("+~")
-        if re.match(r"hydra\b|.*@hydra\b", key):
-            raise ConfigError(
-                f"{key} is refused: Hydra only composes here, and calls nothing; leave it out"
-            )
-    overrides = [to_hydra(override, ROOTS[root]) for override in overrides]
-    if more is not None:
-        if not os.path.isdir(more):
-            raise ConfigError(f"--config-dir ({more}) is not a folder; give one of YAML files")
-        overrides = [*overrides, f"hydra.searchpath=[{quoted('file://' + os.path.abspath(more))}]"]
-    try:
-        with hydra.initialize_config_dir(str(CONF_DIR), **HYDRA_BASE):
-            cfg = hydra.compose(config_name=root, overrides=overrides, return_hydra_config=True)
-    except ValueError as error:  # Hydra's own, of `group=null`
-        raise ConfigError(str(error).splitlines()[0].rstrip(".")) from error
-    folders = [CONF_DIR] if more is None else [CONF_DIR, Path(more)]
-    refuse_numbers_as_text(folders, root, cfg.hydra.runtime.choices, ROOTS[root])
-    callbacks = OmegaConf.select(cfg, "hydra.callbacks")
-    if callbacks:
-        raise ConfigError(
-            f"hydra.callbacks ({', '.join(callbacks)}) are refused: nothing here is called by a YAML file"
-        )
-    with open_dict(cfg):
-        del cfg["hydra"]
-    return cfg
-
-
 def compose(overrides: list[str]) -> Config:
-    """The configuration that conf/train.yaml and `overrides` give. Of two values for one key the last one counts."""
-    return to_config(_compose("train", overrides))
+    """The checked configuration of a training with `overrides`. The last value of a key counts."""
+    return _compose("train", overrides)
 
 
 def config_of_run(run_dir: Path, overrides: list[str]) -> Config:
-    """The configuration that a run was last started with, and `overrides` on top. Raises ConfigError if unknown.
+    """The configuration that the run was last started with, with `overrides` on top.
 
-    It stays the run in `run_dir`, whatever its record says.
+    Its run.name and run.root are those of `run_dir`. Raises ConfigError if there is no such run.
     """
     try:
-        recorded = [
-            str(override)
-            for override in json.loads((run_dir / "run.json").read_bytes())["overrides"]
-        ]
+        record = json.loads((run_dir / "run.json").read_bytes())
+        recorded = [str(override) for override in record["overrides"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        known = sorted(d.parent.name for d in run_dir.parent.glob("*/run.json"))
-        remedy = f"there are: {', '.join(known) or 'none'}; give run.name, and run.root where it is not {run_dir.parent}"
-        raise ConfigError(
-            f"there is no trained run {run_dir.name} in {run_dir.parent.absolute()}; {remedy}"
-        ) from error
-    given = {override.split("=")[0].lstrip("+") for override in overrides}
-    recorded = [
-        override
-        for override in recorded
-        if override.split("=")[0].lstrip("+") not in given or "=" not in override
-    ]
-    for override in recorded:
+        known = ", ".join(sorted(d.parent.name for d in run_dir.parent.glob("*/run.json")))
+        rule = f"there is no trained run {run_dir.name} in {run_dir.parent.absolute()}"
+        remedy = f"give run.name, and run.root if it is not {run_dir.parent}"
+        raise ConfigError(f"{rule}; there are: {known or 'none'}; {remedy}") from error
+    given = {_key(override) for override in overrides}
+    kept = [one for one in recorded if "=" not in one or _key(one) not in given]
+    for override in kept:
         if HIDDEN in override:
             key = override.split("=")[0]
-            raise ConfigError(
-                f"{key} of {run_dir.name} holds a secret, which is not recorded; give {key}=... again"
-            )
-    cfg = compose(recorded + overrides)
+            rule = f"{key} of {run_dir.name} holds a secret, which is not recorded"
+            raise ConfigError(f"{rule}; give {key}=... again")
+    cfg = compose(kept + overrides)
     return replace(cfg, run=RunConfig(name=run_dir.name, root=str(run_dir.parent)))
 
 
-def _explain(error: Exception, root: str) -> int:
-    """Print one line on the rank that has to say it; return the exit code."""
-    own = isinstance(error, RunError)
-    mine = is_rank_zero() and not isinstance(error, PeerFailed)
-    if mine or (own and error.only_here):
-        say(redact(f"alexnet_ddp: {error if own else one_line(error, ROOTS[root])}"), sys.stderr)
-    return error.exit_code if own else ConfigError.exit_code
+def _compose(command: str, overrides: list[str], config_dir: str | None = None) -> Any:
+    for override in overrides:
+        check_key(override, ROOTS[command])  # before Hydra is imported
+    from alexnet_ddp.config.compose import compose as with_hydra
+
+    return with_hydra(command, overrides, config_dir)
+
+
+def _imported(main: str | Main) -> Main:
+    if not isinstance(main, str):
+        return main
+    module, _, function = main.partition(":")
+    return getattr(import_module(module), function)
+
+
+def _key(override: str) -> str:
+    return override.split("=")[0].lstrip("+")
+
+
+def _parse(given: list[str], command: str) -> Arguments:
+    """Raises ConfigError for an argument that begins with a dash and is no option of ours."""
+    found = Arguments()
+    rest = [_undashed(argument, command) for argument in given]
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.partition("=")
+        name = _LONG.get(name, name)
+        if not argument.startswith("-"):
+            found.overrides.append(argument)
+        elif name == "--help":
+            found.names = [value] if equals else []
+        elif name == "--resolve" and not equals:
+            found.resolves = True
+        elif name == "--version" and not equals:
+            found.is_version = True
+        elif name in _WITH_VALUE:
+            if not equals and not rest:
+                raise ConfigError(f"{name} needs a value; known: {_KNOWN}")
+            _set(found, name, value if equals else rest.pop(0))
+        else:
+            raise ConfigError(_refusal(argument, rest[0] if rest else None, command))
+    return found
+
+
+def _set(found: Arguments, name: str, value: str) -> None:
+    if name == "--config-dir":
+        found.config_dir = value
+    elif name == "--package":
+        found.package = value
+    elif value == "job":
+        found.shows = True
+    else:
+        raise ConfigError(f"--cfg {value} is not supported; write --cfg job")
+
+
+def _undashed(argument: str, command: str) -> str:
+    """--optimizer.lr=0.1 as optimizer.lr=0.1: wandb's sweep agent writes it so."""
+    name, equals, _ = argument.removeprefix("--").partition("=")
+    root = ROOTS[command]
+    is_key = "." in name or name in options(root) or name in group_names(root)
+    return argument[2:] if argument.startswith("--") and equals and is_key else argument
+
+
+def _refusal(argument: str, following: str | None, command: str) -> str:
+    """The line for an argument that begins with a dash and is no option of ours."""
+    name, equals, value = argument.partition("=")
+    if name in _SWEEPS:
+        remedy = "start one command per value"
+        if command == "train":
+            loop = "for seed in 1 2; do python -m alexnet_ddp.train seed=$seed run.name=seed-$seed"
+            remedy = f"start one run per value: {loop}; done"
+        return f"{name} (a sweep) is not supported; {remedy}"
+    if name.startswith("--experimental") or name in _HYDRAS:
+        return f"{name} is not supported; known: {_KNOWN}"
+    is_value = following is not None and "=" not in following and not following.startswith("-")
+    return dashed(name, value if equals else following if is_value else None, ROOTS[command])
+
+
+def _show(arguments: Arguments, command: str) -> bool:
+    """Print what --help, --version or --cfg asks for, on rank 0; False if none of them is given."""
+    if arguments.is_version:
+        lines = [f"alexnet_ddp {__version__}"]
+    elif arguments.names is not None:
+        # As with other commands, --help may follow a complete command line.
+        names = [one for one in arguments.overrides if "=" not in one]
+        lines = list(help_lines(command, arguments.names + names))
+    elif arguments.shows:
+        lines = _composed_lines(arguments, command)
+    else:
+        return False
+    for line in lines if is_rank_zero() else ():
+        say(line)
+    return True
+
+
+def _composed_lines(arguments: Arguments, command: str) -> list[str]:
+    from alexnet_ddp.config.compose import compose_yaml, shown_yaml
+
+    cfg = compose_yaml(command, arguments.overrides, arguments.config_dir)
+    return shown_yaml(cfg, ROOTS[command], arguments.package, arguments.resolves).splitlines()
+
+
+def _report(error: RunError) -> int:
+    """Print one line on the rank that has to print it; return the exit code."""
+    is_mine = is_rank_zero() and not isinstance(error, PeerFailed)
+    if is_mine or error.only_here:
+        say(redact(f"alexnet_ddp: {error}"), sys.stderr)
+    return error.exit_code
 
 
 def _show_trace(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Of a bug, as Python shows it, but without secrets."""
+    """Print a traceback as Python does, without secrets."""
     for line in redact("".join(traceback.format_exception(kind, error, trace))).splitlines():
         say(line, sys.stderr)
 
 
 class _Say(logging.Handler):
-    """What the package logs on rank 0, as plain lines on stderr."""
+    """Prints what the package logs as plain lines on stderr of rank 0.
+
+    sys.stderr is looked up for each line, because a progress bar replaces it.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         if is_rank_zero():
             prefix = "warning: " if record.levelno >= logging.WARNING else ""
-            say(
-                prefix + redact(record.getMessage()), sys.stderr
-            )  # sys.stderr of now: a progress bar's
+            say(prefix + redact(record.getMessage()), sys.stderr)

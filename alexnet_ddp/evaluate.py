@@ -4,10 +4,14 @@ python -m alexnet_ddp.evaluate run.name=X [data.root=DIR]
 python -m alexnet_ddp.evaluate model=alexnet model.weights=FILE data=imagenet data.root=DIR
 """
 
-if __name__ == "__main__":  # before the other imports, which take seconds
+if __name__ == "__main__":  # torch, below, is imported after the configuration is valid
     from alexnet_ddp.runtime import startup
 
     startup.begin("evaluate")
+
+    from alexnet_ddp import cli
+
+    cli.run("evaluate", "alexnet_ddp.evaluate:main")
 
 import logging
 from collections import Counter
@@ -194,7 +198,3 @@ def _report(result: Evaluation, names: list[str], origin: dict) -> None:
         f"top-1 {row['val/top1']:.2f} %  top-5 {row['val/top5']:.2f} %  "
         f"loss {row['val/loss']:.4f}  {counts}"
     )
-
-
-if __name__ == "__main__":
-    cli.run("evaluate", main)

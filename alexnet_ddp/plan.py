@@ -4,10 +4,14 @@
         links.between_gbit_per_s=100 [plot=PNG] [json=JSON]
 """
 
-if __name__ == "__main__":  # before the other imports, which take seconds
+if __name__ == "__main__":  # torch, below, is imported after the configuration is valid
     from alexnet_ddp.runtime import startup
 
     startup.begin("plan")
+
+    from alexnet_ddp import cli
+
+    cli.run("plan", "alexnet_ddp.plan:main")
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +19,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from alexnet_ddp import cli
 from alexnet_ddp.config import ConfigError, Device, PlanConfig, Precision
 from alexnet_ddp.cost_model import machine
 from alexnet_ddp.cost_model.choose import CLEARLY, GUESSED_GBIT, USABLE, best, choose, strategies
@@ -276,7 +279,3 @@ def record(
         "choice": {"strategy": chosen.strategy.name, "reason": chosen.reason},
         "rows": rows,
     }
-
-
-if __name__ == "__main__":
-    cli.run("plan", main)

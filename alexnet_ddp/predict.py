@@ -3,10 +3,14 @@
 python -m alexnet_ddp.predict run.name=X images=PATH_OR_GLOB_OR_DIR [output=FILE.jsonl]
 """
 
-if __name__ == "__main__":  # before the other imports, which take seconds
+if __name__ == "__main__":  # torch, below, is imported after the configuration is valid
     from alexnet_ddp.runtime import startup
 
     startup.begin("predict")
+
+    from alexnet_ddp import cli
+
+    cli.run("predict", "alexnet_ddp.predict:main")
 
 import glob
 import json
@@ -166,7 +170,3 @@ def _probabilities(
         if shown:
             images = torch.from_numpy(pixels[: len(shown)]).to(device)
             yield from zip(shown, model(normalise(images, None)).float().softmax(1).cpu())
-
-
-if __name__ == "__main__":
-    cli.run("predict", main)

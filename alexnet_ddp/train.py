@@ -8,9 +8,8 @@ The loop is in training/trainer.py, a step in training/step.py.
 if __name__ == "__main__":
     from alexnet_ddp.runtime import startup
 
-    startup.begin("train")  # before the other imports, which take seconds
+    startup.begin("train")  # before the other imports
 
     from alexnet_ddp import cli
-    from alexnet_ddp.training.trainer import train
 
-    cli.run("train", train)
+    cli.run("train", "alexnet_ddp.training.trainer:train")

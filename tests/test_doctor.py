@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from alexnet_ddp import cli
-from alexnet_ddp.config import Config, ConfigError, DoctorConfig, Wandb
-from alexnet_ddp.config.door import to_config, to_plain, use_schema
+from alexnet_ddp.config import ConfigError, DoctorConfig, Wandb
+from alexnet_ddp.config.compose import compose, to_plain
 from alexnet_ddp.doctor import command as doctor
 from alexnet_ddp.doctor import links, machines, outputs, rendezvous, speed
 from alexnet_ddp.doctor.facts import Facts, collect_facts
@@ -61,18 +61,12 @@ def test_tasks_of_srun_without_torchrun_fail(monkeypatch):
 
 
 def test_the_doctor_composes_a_run_with_its_own_options():
-    use_schema(DoctorConfig)
-    try:
-        cfg = to_config(
-            cli._compose(
-                "doctor", ["experiment=smoke", "trainer.global_batch_size=6", "json=x.json"]
-            )
-        )
-        with pytest.raises(ConfigError, match=r"join_timeout_s \(0\.0\) must be greater than 0"):
-            to_config(cli._compose("doctor", ["join_timeout_s=0"]))
-    finally:
-        use_schema(Config)
+    overrides = ["experiment=smoke", "trainer.global_batch_size=6", "json=x.json"]
+    cfg = compose("doctor", overrides)
+    assert isinstance(cfg, DoctorConfig)
     assert (cfg.json, cfg.trainer.global_batch_size, cfg.run.name) == ("x.json", 6, "smoke")
+    with pytest.raises(ConfigError, match=r"join_timeout_s \(0\.0\) must be in \(0, 1000000\]"):
+        compose("doctor", ["join_timeout_s=0"])
 
 
 def test_a_busy_port_is_reported_with_its_process(monkeypatch):

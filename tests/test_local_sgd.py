@@ -217,12 +217,10 @@ def test_its_options_are_refused_with_other_hooks_and_checked():
         ConfigError, match=r"parallel.local_sgd_period would be ignored with parallel.hook=none"
     ):
         DDPConfig(local_sgd_period=4)
-    with pytest.raises(
-        ConfigError, match=r"parallel.local_sgd_period \(0\) must be greater than 0"
-    ):
+    with pytest.raises(ConfigError, match=r"parallel.local_sgd_period \(0\) must be at least 1"):
         local(period=0)
     with pytest.raises(
-        ConfigError, match=r"parallel.local_sgd_start_step \(-1\) must not be negative"
+        ConfigError, match=r"parallel.local_sgd_start_step \(-1\) must be at least 0"
     ):
         local(period=2, start=-1)
 

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from alexnet_ddp import cli, plan
+from alexnet_ddp import plan
 from alexnet_ddp.config import ConfigError
-from alexnet_ddp.config.door import to_config
+from alexnet_ddp.config.compose import compose
 
 
 def run(*overrides: str) -> None:
-    plan.main(to_config(cli._compose("plan", list(overrides))), list(overrides))
+    plan.main(compose("plan", list(overrides)), list(overrides))
 
 
 def test_two_nodes_get_a_recommendation_and_the_crossover(capsys, tmp_path):
@@ -108,10 +108,10 @@ def test_what_does_not_fit_into_memory_is_not_recommended(capsys):
             r"precision \(bf16\) is not supported by a T4; use fp16 or fp32",
         ),
         (["device=custom"], r"device=custom needs tflops=... or images_per_s=... of one GPU"),
-        (["device=measure", "tflops=3"], r"tflops is what device=measure finds out; leave it out"),
+        (["device=measure", "tflops=3"], r"tflops is what device=measure measures; leave it out"),
         (
             ["tflops=3", "images_per_s=3"],
-            r"tflops \(3.0\) and images_per_s \(3.0\) are two ways to say one thing",
+            r"tflops \(3.0\) and images_per_s \(3.0\) are two ways to give the rate",
         ),
         (
             ["images_per_gpu=3", "global_batch_size=8"],
@@ -121,20 +121,23 @@ def test_what_does_not_fit_into_memory_is_not_recommended(capsys):
             ["global_batch_size=3"],
             r"global_batch_size \(3\) must be at least nodes \* gpus_per_node \(8\); nearest: 8",
         ),
-        (["wire_dtype=fp16"], r"wire_dtype \(fp16\) is fp32 or bf16, as parallel.wire_dtype is"),
+        (
+            ["wire_dtype=fp16"],
+            r"wire_dtype \(fp16\) must be fp32 or bf16, as parallel.wire_dtype is",
+        ),
         (
             ["device=custom", "tflops=3", "precision=bf16"],
-            r"precision \(bf16\) is in tflops or images_per_s already",
+            r"precision \(bf16\) is included in tflops already",
         ),
         (
             ["gpus_per_node=1", "links.inside_gb_per_s=9"],
-            r"links.inside_gb_per_s and .* are not read where gpus_per_node",
+            r"links.inside_gb_per_s and .* are not read if gpus_per_node",
         ),
         (
             ["model=torchvision", "model.name=resnet18", "wire_dtype=bf16"],
             r"wire_dtype \(bf16\) would be ignored: only hybrids use it",
         ),
-        (["nodes=0"], r"nodes \(0\) must be greater than 0"),
+        (["nodes=0"], r"nodes \(0\) must be at least 1"),
         (
             ["links.between_gbit_per_s=0"],
             r"links.between_gbit_per_s \(0.0\) must be greater than 0",

@@ -1,12 +1,9 @@
 """What to write instead: one line for an option, a choice or a value that does not exist."""
 
-import re
 from difflib import get_close_matches
-from enum import Enum
-from typing import Any
 
-from alexnet_ddp.config.checks import shown
-from alexnet_ddp.config.schema import group_names, groups, options, sections
+from alexnet_ddp.config.option import shown
+from alexnet_ddp.config.schema import choice_of, group_names, groups, options, sections
 
 # Option names of other frameworks, and the last part of ours.
 _SYNONYMS = {
@@ -18,33 +15,29 @@ _SYNONYMS = {
     "workers": "num_threads",
     "wd": "weight_decay",
 }
+_ARTICLES = {"integer": "an integer", "number": "a number", "text": "a text"}
 
 
 def unknown(key: str, value: str, root: type) -> str:
-    """The line for KEY=VALUE with a key that the command does not have."""
+    """The line for KEY=VALUE if the command has no such key."""
     if key in sections(root):
-        return (
-            f"{key}={shown(value)} is refused: {key} is not a group; {_instead(key, value, root)}"
-        )
+        rule = f"is refused: {key} is not a group"
+        return f"{key}={shown(value)} {rule}; {_instead(key, value, root)}"
     return f"{key} is not a key; {_nearest_or_all(key, root)}"
 
 
-def in_other_choices(key: str, owner: str, root: type) -> str:
-    """The line for a key that its group has, but not in the chosen class, which is called `owner`."""
+def in_other_choices(key: str, owner: type, root: type) -> str:
+    """The line for a key that its group has, but not the chosen class `owner`."""
     group, option = key.split(".")[0], options(root).get(key)
     if option is None or group not in groups(root):
         return unknown(key, "", root)
-    chosen = next(
-        (name for name, node in groups(root)[group].items() if node.__name__ == owner), owner
-    )
-    having = " and ".join(f"{group}={choice}" for choice in option.choices)
-    return (
-        f"{key} is only read by {having}, this is {group}={chosen}; leave it out, or change {group}"
-    )
+    readers = " and ".join(f"{group}={choice}" for choice in option.choices)
+    chosen = f"{group}={choice_of(group, owner)}"
+    return f"{key} is only read by {readers}, this is {chosen}; leave it out, or change {group}"
 
 
 def no_choice(group: str, value: str, available: list[str], root: type) -> str:
-    """The line for a group's choice that does not exist."""
+    """The line for a choice that the group does not have."""
     near = get_close_matches(value, available, 1)
     others = [name for name, choices in groups(root).items() if value in choices and name != group]
     if "/" in value and group == "data":
@@ -62,35 +55,43 @@ def no_choice(group: str, value: str, available: list[str], root: type) -> str:
 
 def no_value(argument: str, root: type) -> str:
     """The line for an argument without a key or without `=`."""
-    of = [name for name, choices in groups(root).items() if argument in choices]
-    example = f"{of[0]}={argument}" if of else "OPTION=VALUE, without spaces around ="
+    having = [name for name, choices in groups(root).items() if argument in choices]
+    example = f"{having[0]}={argument}" if having else "OPTION=VALUE, without spaces around ="
     return f"'{shown(argument)}' is not OPTION=VALUE; write {example}"
 
 
 def dashed(argument: str, value: str | None, root: type) -> str:
-    """The line for --NAME with VALUE, if this command has no such option."""
+    """The line for --NAME with VALUE, if the command has no such option."""
     name = argument.lstrip("-")
     near = [name] if name in options(root) else nearest(name, root)
-    shown = "..." if value is None else value
     if not near:
-        return f"{argument} is not supported; write OPTION=VALUE, without dashes; --help lists the options"
-    return f"{argument} is not supported; write {' or '.join(f'{key}={shown}' for key in near)}"
+        remedy = "write OPTION=VALUE, without dashes; --help lists the options"
+        return f"{argument} is not supported; {remedy}"
+    example = " or ".join(f"{key}={'...' if value is None else value}" for key in near)
+    return f"{argument} is not supported; write {example}"
 
 
 def one_value(key: str, value: str, root: type) -> str:
     """The line for several values of one option."""
-    remedy = (
-        "run per value, each with its own run.name"
-        if "run.name" in options(root)
-        else "command per value"
-    )
-    return f"{key}={shown(value)}: {key} takes one value; start one {remedy}"
+    one = "run per value, each with its own run.name"
+    if "run.name" not in options(root):
+        one = "command per value"
+    return f"{key}={shown(value)}: {key} takes one value; start one {one}"
+
+
+def type_line(key: str, value: str, root: type) -> str:
+    """The line for a value of the wrong type."""
+    option = options(root)[key]
+    words = option.type_words
+    if option.item is not None:
+        words = f"a {words}"
+    null = ", or null" if option.is_optional else ""
+    return f"{key} ({shown(value)}) must be {_ARTICLES.get(words, words)}{null}"
 
 
 def nearest(key: str, root: type) -> list[str]:
-    """Up to three options, groups or sections that `key` may stand for, the best first."""
+    """Up to three options, groups or sections that `key` may stand for, the best one first."""
     known = options(root)
-    names = [*known, *group_names(root), *sections(root)]
     wanted = key.lower().replace("-", "_")
     section, _, leaf = wanted.rpartition(".")
     leaf = _SYNONYMS.get(leaf, leaf)
@@ -106,144 +107,36 @@ def nearest(key: str, root: type) -> list[str]:
         return [inside[leaf]]
     if leaf in leaves:
         return leaves[leaf][:3]
-    begins = [
-        path
-        for name, paths in leaves.items()
-        if len(leaf) > 2 and name.startswith(leaf)
-        for path in paths
-    ]
-    if begins and section not in sections(root) and section not in group_names(root):
-        return begins[:3]
-    found = [inside[name] for name in get_close_matches(leaf, inside, 1)]
-    if (
-        not found and not inside
-    ):  # with a right section, its length alone would make any name similar
-        found = get_close_matches(f"{section}.{leaf}" if section else leaf, names, 1, 0.75)
-    return (
-        found
-        or [path for name in get_close_matches(leaf, leaves, 1, 0.75) for path in leaves[name]][:3]
-    )
+    if section not in sections(root) and section not in group_names(root):
+        begins = _beginning_with(leaf, leaves)
+        if begins:
+            return begins[:3]
+    if inside:  # the section is right, so only the last part is compared
+        near = [inside[name] for name in get_close_matches(leaf, inside, 1)]
+    else:
+        names = [*known, *group_names(root), *sections(root)]
+        near = get_close_matches(f"{section}.{leaf}" if section else leaf, names, 1, 0.75)
+    similar = [path for name in get_close_matches(leaf, leaves, 1, 0.75) for path in leaves[name]]
+    return near or similar[:3]
 
 
-def type_line(key: str, value: str, root: type) -> str:
-    """The line for a value of the wrong type."""
-    option = options(root)[key]
-    rules = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
-    allowed = []
-    for kind in dict.fromkeys(option.kinds):
-        is_enum = isinstance(kind, type) and issubclass(kind, Enum)
-        allowed.append(
-            _one_of([e.name for e in kind])
-            if is_enum
-            else rules.get(kind, "") or _list_rule(option.item)
-        )
-    allowed = [
-        rule for kind, rule in zip(dict.fromkeys(option.kinds), allowed) if kind is not type(None)
-    ]
-    null = ", or null" if option.is_optional else ""
-    return f"{key} ({shown(value)}) must be {' or '.join(dict.fromkeys(allowed))}{null}"
-
-
-def one_line(error: Exception, root: type) -> str:
-    """What Hydra or OmegaConf says in several lines and a chain of exceptions, as one line with the remedy."""
-    text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
-    for pattern, line in _LINES:
-        found = re.search(pattern, text)
-        if found is not None:
-            made = line(found, root)
-            if made is not None:
-                return made
-    text = re.sub(
-        r"Config search path:(?s:.*)|Error when parsing index: .*|"  # the second one: from Hydra 1.4 on
-        r"To append to your (config|default).*|See https?:.*|(full_key|\w+_type)[=:].*",
-        "",
-        text,
-    )
-    return "; ".join(
-        line.strip().rstrip(".") for line in text.splitlines() if line.strip()
-    ).replace(":; ", ": ")
-
-
-def _wrong_type(found: re.Match, root: type) -> str | None:
-    key = found["key"].replace("[", ".").split(".")
-    path = ".".join(part for part in key if not part.rstrip("]").isdigit())
-    return (
-        type_line(path, found.groupdict().get("value") or "null", root)
-        if path in options(root)
-        else None
-    )
-
-
-def _missing_choice(found: re.Match, root: type) -> str | None:
-    available = found["available"].split()
-    where = "" if found["where"] in _MAINS else f"{found['where']}.yaml: "
-    group, choice = found["group"], found["choice"].removeprefix(f"{found['group']}/")
-    return where + no_choice(group, choice, available, root)
-
-
-def _joined(key: str, name: str) -> str:
-    """section={name: x} does not contain the name of the option in its key."""
-    return key if key.rpartition(".")[2] == name else f"{key}.{name}"
-
-
-_MAINS = ("train", "evaluate", "predict", "plan", "prepare", "doctor", None)
-_LINES = [
-    (
-        r"Error resolving interpolation '\$\{(data|model|augment|optimizer|scheduler)\}'",
-        lambda found, root: (
-            "the files in conf/experiment/default are chosen by data=...; leave out experiment=default/..., "
-            "and copy the values into an experiment of your own"
-        ),
-    ),
-    (
-        r"Could not override '(?P<key>[^']+)'(?s:.*?)Key '(?P<name>[^']+)' not in '(?P<owner>\w+)'",
-        lambda found, root: in_other_choices(
-            _joined(found["key"], found["name"]), found["owner"], root
-        ),
-    ),
-    (
-        r"(?:In '(?P<where>[^']+)': )?Could not find '(?P<choice>[^'\n]+)'\s*"
-        r"Available options in '(?P<group>[^']+)':\n(?P<available>(?:\t.*\n?)+)",
-        _missing_choice,
-    ),
-    (
-        r"Value '(?P<value>(?s:.*?))' (?:of type|is not a valid)(?s:.*?)full_key: (?P<key>\S+)",
-        _wrong_type,
-    ),
-    (
-        r"Invalid value '(?P<value>(?s:.*?))', expected one of(?s:.*?)full_key: (?P<key>\S+)",
-        _wrong_type,
-    ),
-    (r"field '(?P<key>\S+)' is not Optional", _wrong_type),
-    (
-        r"Interpolation key '(?P<to>[^']*)' not found(?s:.*?)full_key: (?P<key>\S+)",
-        lambda found, root: (
-            f"{found['key']} refers to {found['to']}, which is not a key; a literal ${{ is written \\${{"
-        ),
-    ),
-    (
-        r"Environment variable '(?P<name>[^']*)' not found(?s:.*?)full_key: (?P<key>\S+)",
-        lambda found, root: (
-            f"{found['key']} refers to the environment variable {found['name']}, which is not set"
-        ),
-    ),
-]
+def _beginning_with(leaf: str, leaves: dict[str, list[str]]) -> list[str]:
+    if len(leaf) < 3:
+        return []
+    return [path for name, paths in leaves.items() if name.startswith(leaf) for path in paths]
 
 
 def _instead(section: str, value: str, root: type) -> str:
     option = options(root).get(f"{section}.{value}")
-    of = [name for name, choices in groups(root).items() if value in choices]
     if option is not None:
-        kind = option.kinds[0]
-        is_enum = isinstance(kind, type) and issubclass(kind, Enum)
-        values = (
-            [e.name for e in reversed(kind)] if is_enum else ["true"] if kind is bool else ["..."]
-        )
+        values = [*reversed(option.names)] or ["true" if bool in option.kinds else "..."]
         others = f" (or {', '.join(values[1:])})" if values[1:] else ""
         return f"write {section}.{value}={values[0]}{others}"
-    if of:
-        return f"write {of[0]}={value}"
-    return f"its options: {', '.join(path for path in options(root) if path.startswith(f'{section}.'))}"
+    for name, choices in groups(root).items():
+        if value in choices:
+            return f"write {name}={value}"
+    known = [path for path in options(root) if path.startswith(f"{section}.")]
+    return f"its options: {', '.join(known)}"
 
 
 def _nearest_or_all(key: str, root: type) -> str:
@@ -251,16 +144,6 @@ def _nearest_or_all(key: str, root: type) -> str:
     if near:
         return f"nearest: {', '.join(near)}"
     section = key.split(".")[0]
-    below = sorted(
-        path for path in options(root) if path.startswith(f"{section}.") and path != section
-    )
+    below = sorted(path for path in options(root) if path.startswith(f"{section}."))
     top = {path.split(".")[0] for path in options(root)} | set(group_names(root))
     return f"known here: {', '.join(below or sorted(top))}"
-
-
-def _one_of(names: list[str]) -> str:
-    return f"one of {', '.join(names)}"
-
-
-def _list_rule(item: Any) -> str:
-    return "a list of numbers" if item is float else "a list of texts"

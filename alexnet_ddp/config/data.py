@@ -1,20 +1,18 @@
-"""Knobs of the data and of its augmentation."""
+"""Options of the data (data=CHOICE) and of its augmentation (augment=CHOICE)."""
 
-import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-from alexnet_ddp.config.checks import MISSING, positive, require, within
+from alexnet_ddp.config.option import MISSING, Options, option
+from alexnet_ddp.runtime.errors import ConfigError
 
-MAX_SIDE, MAX_PIXELS = (
-    20_000,
-    100_000_000,
-)  # an image that claims more is a bad image, in training as in preparation
-MAX_BYTES = 4 * MAX_PIXELS  # and so is a larger file, which may be a hole without end
+# An image that claims more is a bad image, in training and in preparation.
+MAX_SIDE = 20_000
+MAX_PIXELS = 100_000_000
+MAX_BYTES = 4 * MAX_PIXELS  # of a file; a sparse file may claim any size
 
-OnBadImage = StrEnum(
-    "OnBadImage", {name: name for name in ("raise", "skip")}
-)  # `raise` is a Python keyword
+# `raise` is a Python keyword, so the members are given by name.
+OnBadImage = StrEnum("OnBadImage", {name: name for name in ("raise", "skip")})
 
 
 class Policy(StrEnum):
@@ -24,135 +22,183 @@ class Policy(StrEnum):
 
 
 @dataclass(kw_only=True)
-class DataConfig:
-    """Where images come from, and what size the network sees."""
+class DataConfig(Options, section="data"):
+    """Which images are used, and the size at which the network sees them."""
 
-    image_size: int = 224  # pixels, height = width
-    start_image_size: int | None = (
-        None  # training images grow from this size to image_size; null: they do not grow
+    image_size: int = option(
+        224, "Height and width of the network's input.", unit="pixels", minimum=1, maximum=MAX_SIDE
     )
-    grow_epochs: int | None = (
-        None  # with start_image_size: the epoch (from 0) that is the first at image_size
+    start_image_size: int | None = option(
+        None,
+        "Size of the training images in the first epoch; it grows to data.image_size in steps "
+        "of 32.",
+        unit="pixels",
+        null="the size does not change",
+        minimum=1,
     )
-    eval_resize: int | None = (
-        None  # pixels of the shorter side before the centre crop; null: image_size * 256 / 224
+    grow_epochs: int | None = option(
+        None,
+        "With data.start_image_size: the first epoch (counted from 0) at data.image_size.",
+        unit="epochs",
+        minimum=1,
     )
-    num_threads: int | None = None  # that decode, a rank; null: this rank's share of the cores
-    on_bad_image: OnBadImage = OnBadImage[
-        "raise"
-    ]  # raise: exit 65 with its path; skip: a smaller batch, and quarantine.jsonl
-    max_bad_images: int | None = (
-        None  # with skip: so many different training images, in all of a run; null: 100
+    eval_resize: int | None = option(
+        None,
+        "Length of the shorter side before the centre crop, in evaluation.",
+        unit="pixels",
+        null="data.image_size * 256 / 224",
+        minimum=1,
+        maximum=MAX_SIDE,
     )
-    limit_train: int | None = None  # use only so many images, the same ones in each run
-    limit_val: int | None = None
+    num_threads: int | None = option(
+        None, "Decoding threads of each rank.", null="this rank's share of the cores", minimum=1
+    )
+    on_bad_image: OnBadImage = option(
+        OnBadImage["raise"],
+        "If an image cannot be read: raise ends the run with exit code 65 and the image's path; "
+        "skip makes the batch smaller and lists the image in quarantine.jsonl.",
+    )
+    max_bad_images: int | None = option(
+        None,
+        "With data.on_bad_image=skip: how many different training images may be bad in the whole "
+        "run.",
+        null="100",
+        minimum=0,
+    )
+    limit_train: int | None = option(
+        None, "Use this many training images, the same ones in every run.", null="all", minimum=1
+    )
+    limit_val: int | None = option(
+        None, "Use this many validation images, the same ones in every run.", null="all", minimum=1
+    )
 
     def __post_init__(self) -> None:
-        positive("data", self, "image_size", "num_threads", "limit_train", "limit_val")
-        within("data", self, 1, MAX_SIDE, "image_size", "eval_resize")
-        within("data", self, 0, math.inf, "max_bad_images")
-        skips, rule = (
-            self.on_bad_image is OnBadImage.skip,
-            "is only read by data.on_bad_image=skip; leave it out",
-        )
-        require(
-            skips or self.max_bad_images is None,
-            f"data.max_bad_images ({self.max_bad_images}) {rule}",
-        )
-        if skips and self.max_bad_images is None:
-            self.max_bad_images = 100
+        super().__post_init__()
+        if self.on_bad_image is OnBadImage.skip:
+            if self.max_bad_images is None:
+                self.max_bad_images = 100
+        elif self.max_bad_images is not None:
+            rule = "is only read by data.on_bad_image=skip; leave it out"
+            raise ConfigError(f"data.max_bad_images ({self.max_bad_images}) {rule}")
         if self.eval_resize is None:
             self.eval_resize = round(self.image_size * 256 / 224)
-        rule = f"must be at least data.image_size ({self.image_size})"
-        require(
-            self.eval_resize >= self.image_size, f"data.eval_resize ({self.eval_resize}) {rule}"
-        )
-        positive("data", self, "start_image_size", "grow_epochs")
-        start, together = (
-            self.start_image_size,
-            (self.start_image_size is None) == (self.grow_epochs is None),
-        )
-        rule = "belong together: from which size, and until which epoch; give both or none"
-        require(
-            together,
-            f"data.start_image_size ({start}) and data.grow_epochs ({self.grow_epochs}) {rule}",
-        )
-        rule = f"must be less than data.image_size ({self.image_size}), to grow to it"
-        require(start is None or start < self.image_size, f"data.start_image_size ({start}) {rule}")
+        if self.eval_resize < self.image_size:
+            rule = f"must be at least data.image_size ({self.image_size})"
+            raise ConfigError(f"data.eval_resize ({self.eval_resize}) {rule}")
+        start, epochs = self.start_image_size, self.grow_epochs
+        if (start is None) != (epochs is None):
+            rule = "belong together: the first size, and the epoch in which it has grown"
+            both = f"data.start_image_size ({start}) and data.grow_epochs ({epochs})"
+            raise ConfigError(f"{both} {rule}; give both or none")
+        if start is not None and start >= self.image_size:
+            rule = f"must be less than data.image_size ({self.image_size}), to grow to it"
+            raise ConfigError(f"data.start_image_size ({start}) {rule}")
 
     def train_image_size(self, epoch: int) -> int:
-        """Pixels: linear in the epoch, in multiples of 32 (what fast kernels like), up to image_size itself."""
-        if self.start_image_size is None or epoch >= self.grow_epochs:
+        """Size of the training images in `epoch` (counted from 0), in pixels.
+
+        It grows linearly with the epoch, in multiples of 32 pixels, for which kernels are fast.
+        """
+        if self.start_image_size is None or self.grow_epochs is None or epoch >= self.grow_epochs:
             return self.image_size
         grown = (self.image_size - self.start_image_size) * epoch / self.grow_epochs
         return self.start_image_size + int(grown) // 32 * 32
 
 
 @dataclass(kw_only=True)
-class FolderConfig(DataConfig):
-    root: str = MISSING  # holds train/CLASS/* and val/CLASS/*
-    class_order: str = (
-        "name"  # of the labels: name | numeric | a text file with one class name a line
+class StoredConfig(DataConfig):
+    """Data that is read from a folder or a store."""
+
+    root: str = option(
+        MISSING,
+        "Where the data is. demo: the folder in which the built-in data is written once. folder: "
+        "contains train/CLASS/* and val/CLASS/*. imagenet: contains the three ILSVRC2012 archives "
+        "as distributed, or the extracted train/ and val/. shards: a folder or an fsspec URL "
+        "written by `python -m alexnet_ddp.prepare`.",
     )
 
 
 @dataclass(kw_only=True)
-class ImageNetConfig(DataConfig):
-    root: str = (
-        MISSING  # holds the ILSVRC2012 archives as distributed, or the extracted train/ and val/
+class LabelledConfig(StoredConfig):
+    """Data whose labels are derived from the names of its classes."""
+
+    class_order: str = option(
+        "name",
+        "Order of the class names that gives their labels: name (alphabetical), numeric, or a "
+        "text file with one class name per line.",
     )
-    class_order: str = "name"  # as for data=folder
+
+
+@dataclass(kw_only=True)
+class FolderConfig(LabelledConfig):
+    """Your own images: root/train/CLASS/* and root/val/CLASS/*."""
+
+
+@dataclass(kw_only=True)
+class ImageNetConfig(LabelledConfig):
+    """ILSVRC2012, from its archives or extracted."""
 
 
 class Shuffle(StrEnum):
-    full = "full"  # a permutation of all images
-    window = "window"  # of the shards, and of the images of a few shards at a time
+    full = "full"
+    window = "window"
 
 
 @dataclass(kw_only=True)
-class ShardsConfig(DataConfig):
-    root: str = (
-        MISSING  # holds what `python -m alexnet_ddp.prepare` made: a directory or an fsspec URL
+class ShardsConfig(StoredConfig):
+    """Shards: images that `python -m alexnet_ddp.prepare` packed and verified."""
+
+    shuffle: Shuffle = option(
+        Shuffle.full,
+        "Order of the training images in an epoch. full: a permutation of all images; window: a "
+        "permutation of the shards, and of the images of data.window_shards shards at a time.",
     )
-    shuffle: Shuffle = Shuffle.full
-    window_shards: int | None = None  # shuffle=window: how many shards are open at a time; null: 16
-    cache_dir: str | None = None  # for a URL: a folder of the node, for whole shards
-    cache_gb: float | None = (
-        None  # 10^9 bytes; what was used least recently gives way; null: no limit
+    window_shards: int | None = option(
+        None,
+        "With data.shuffle=window: the number of shards that are open at a time.",
+        null="16",
+        minimum=1,
+    )
+    cache_dir: str | None = option(
+        None,
+        "If data.root is a URL: a local folder on each node in which whole shards are cached.",
+        null="no cache",
+    )
+    cache_gb: float | None = option(
+        None,
+        "Size limit of data.cache_dir; the least recently used shards are removed first.",
+        unit="10^9 bytes",
+        null="no limit",
+        above=0,
+        maximum=1_000_000_000,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("data", self, "window_shards", "cache_gb")
-        within("data", self, 0, 1e9, "cache_gb")
         if self.shuffle is Shuffle.window:
             self.window_shards = self.window_shards or 16
-        rule = "is only read by data.shuffle=window, this is full; leave it out"
-        unread = self.shuffle is Shuffle.full and self.window_shards is not None
-        require(not unread, f"data.window_shards ({self.window_shards}) {rule}")
+        elif self.window_shards is not None:
+            rule = "is only read by data.shuffle=window, this is full; leave it out"
+            raise ConfigError(f"data.window_shards ({self.window_shards}) {rule}")
 
 
 @dataclass(kw_only=True)
-class DemoConfig(DataConfig):
-    root: str = MISSING  # the built-in data is written here, once
+class DemoConfig(StoredConfig):
+    """The built-in data: 10 classes of textures and shapes, generated by the package."""
 
 
 @dataclass(kw_only=True)
 class SyntheticConfig(DataConfig):
-    """Random tensors without files: for benchmarks and dry runs."""
+    """Random tensors without files, for benchmarks and dry runs."""
 
-    num_train: int = 2_048
-    num_val: int = 256
-    num_classes: int = 1_000
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("data", self, "num_train", "num_val", "num_classes")
+    num_train: int = option(2_048, "Number of training images.", minimum=1)
+    num_val: int = option(256, "Number of validation images.", minimum=1)
+    num_classes: int = option(1_000, "Number of classes.", minimum=1)
 
 
 @dataclass(kw_only=True)
-class AugmentConfig:
-    """What happens to a training image, as a function of (seed, epoch, index)."""
+class AugmentConfig(Options, section="augment"):
+    """What is done to a training image, as a function of (seed, epoch, index)."""
 
 
 @dataclass(kw_only=True)
@@ -162,66 +208,98 @@ class NoAugmentConfig(AugmentConfig):
 
 @dataclass(kw_only=True)
 class RandomAugmentConfig(AugmentConfig):
-    """What may be added to any crop, all of it off unless asked for. data/policy.py and data/effects.py do it."""
+    """A random crop and flip, and further operations, which are off by default."""
 
-    policy: Policy = Policy.none  # operations on each image, after its crop and flip
-    num_ops: int | None = None  # of randaugment, one after the other; null: 2
-    magnitude: int | None = None  # of randaugment's operations, 0 to 30; null: 9
-    brightness: float = 0.0  # b: a factor from [1 - b, 1 + b]; so for the next two
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0  # h: a turn from [-h, h], where 1 is once round the colour circle
-    erase: float = 0.0  # probability of a rectangle of the mean colour
-    mixup_alpha: float = (
-        0.0  # a: two images blended in shares from Beta(a, a), and their labels with them
+    flip: float = option(0.5, "Probability of a horizontal flip.", minimum=0, maximum=1)
+    policy: Policy = option(
+        Policy.none, "Operations on each image after its crop and flip, as in torchvision."
     )
-    cutmix_alpha: float = (
-        0.0  # a: a rectangle pasted from another image; with both, one of them is drawn an image
+    num_ops: int | None = option(
+        None, "Number of randaugment's operations per image.", null="2", minimum=1
+    )
+    magnitude: int | None = option(
+        None, "Strength of randaugment's operations.", null="9", minimum=0, maximum=30
+    )
+    brightness: float = option(
+        0.0, "b: multiply the brightness by a factor from [1 - b, 1 + b].", minimum=0, maximum=1
+    )
+    contrast: float = option(
+        0.0, "c: multiply the contrast by a factor from [1 - c, 1 + c].", minimum=0, maximum=1
+    )
+    saturation: float = option(
+        0.0, "s: multiply the saturation by a factor from [1 - s, 1 + s].", minimum=0, maximum=1
+    )
+    hue: float = option(
+        0.0,
+        "h: shift the hue by a value from [-h, h]; 1 is one full turn of the colour circle.",
+        minimum=0,
+        maximum=0.5,
+    )
+    erase: float = option(
+        0.0,
+        "Probability of replacing a random rectangle by the mean colour.",
+        minimum=0,
+        maximum=1,
+    )
+    mixup_alpha: float = option(
+        0.0,
+        "a: blend two images and their labels, with weights from Beta(a, a); 0: off.",
+        minimum=0,
+        maximum=100,
+    )
+    cutmix_alpha: float = option(
+        0.0,
+        "a: paste a rectangle of another image, whose area is drawn from Beta(a, a); 0: off. With "
+        "augment.mixup_alpha too, each image gets one of the two.",
+        minimum=0,
+        maximum=100,
     )
 
     def __post_init__(self) -> None:
-        within("augment", self, 0, 1, "brightness", "contrast", "saturation", "erase")
-        within("augment", self, 0, 0.5, "hue")
-        within("augment", self, 0, 100, "mixup_alpha", "cutmix_alpha")
+        super().__post_init__()
         if self.policy is Policy.randaugment:
             self.num_ops = 2 if self.num_ops is None else self.num_ops
             self.magnitude = 9 if self.magnitude is None else self.magnitude
+            return
         for name in ("num_ops", "magnitude"):
-            rule = f"is only read by augment.policy=randaugment, this is {self.policy.value}; leave it out"
-            value = getattr(self, name)
-            require(
-                value is None or self.policy is Policy.randaugment,
-                f"augment.{name} ({value}) {rule}",
-            )
-        positive("augment", self, "num_ops")
-        within("augment", self, 0, 30, "magnitude")
+            if (value := getattr(self, name)) is not None:
+                rule = f"is only read by augment.policy=randaugment, this is {self.policy.value}"
+                raise ConfigError(f"augment.{name} ({value}) {rule}; leave it out")
 
 
 @dataclass(kw_only=True)
 class BasicAugmentConfig(RandomAugmentConfig):
     """RandomResizedCrop and horizontal flip, with torchvision's distributions."""
 
-    min_scale: float = 0.08  # share of the image's area that a crop covers, at least
-    max_scale: float = 1.0
-    max_ratio: float = 4 / 3  # width / height, log-uniform in [1 / max_ratio, max_ratio]
-    flip: float = 0.5  # probability
+    min_scale: float = option(
+        0.08,
+        "Smallest share of the image's area that a crop covers. ImageNet: 0.08.",
+        minimum=0,
+        maximum=1,
+    )
+    max_scale: float = option(
+        1.0, "Largest share of the image's area that a crop covers.", minimum=0, maximum=1
+    )
+    max_ratio: float = option(
+        4 / 3,
+        "r: width / height of a crop is log-uniform in [1 / r, r], before it is resized.",
+        minimum=1,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        within("augment", self, 0, 1, "min_scale", "max_scale", "flip")
-        rule = f"must be at most augment.max_scale ({self.max_scale})"
-        require(self.min_scale <= self.max_scale, f"augment.min_scale ({self.min_scale}) {rule}")
-        require(self.max_ratio >= 1, f"augment.max_ratio ({self.max_ratio}) must be at least 1")
+        if self.min_scale > self.max_scale:
+            rule = f"must be at most augment.max_scale ({self.max_scale})"
+            raise ConfigError(f"augment.min_scale ({self.min_scale}) {rule}")
 
 
 @dataclass(kw_only=True)
 class AlexNet2012AugmentConfig(RandomAugmentConfig):
-    """Krizhevsky 2012, section 4.1: a random crop of the central square, flip, colour noise along the RGB axes."""
+    """Krizhevsky 2012, section 4.1: a crop of the central square, a flip, colour noise."""
 
-    flip: float = 0.5
-    colour_sigma: float = 0.1  # of the normal noise that multiplies each eigenvalue
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        within("augment", self, 0, 1, "flip")
-        within("augment", self, 0, 10, "colour_sigma")
+    colour_sigma: float = option(
+        0.1,
+        "Standard deviation of the noise along the principal components of the RGB colours.",
+        minimum=0,
+        maximum=10,
+    )

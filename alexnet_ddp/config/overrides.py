@@ -1,68 +1,83 @@
-"""From KEY=VALUE as a user types it to Hydra's grammar: the type of the key decides how the value is read.
+"""Translates KEY=VALUE as a user types it into Hydra's grammar, by the type of the key.
 
-The values of text, number, boolean and enum options are quoted here, so Hydra's grammar sees none of their characters.
-Three things keep a meaning: `null` for an optional option, quotes around a whole value ('...' or "..."), and
-${other.key} or ${oc.env:NAME} of OmegaConf. A list is [a,b,c]. Mappings, and options of any type, follow the grammar.
+The values of text, number, boolean and enum options are quoted here, so Hydra's grammar sees none
+of their characters. Three things keep a meaning: `null` for an optional option, quotes around a
+whole value ('...' or "..."), and ${other.key} or ${oc.env:NAME} of OmegaConf. A list is [a,b,c].
+Mappings, and options of any type, follow Hydra's grammar.
 """
 
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import GrammarParseError
-
-from alexnet_ddp.config.advice import no_value, one_value, type_line, unknown
-from alexnet_ddp.config.checks import require, shown
+from alexnet_ddp.config import advice
+from alexnet_ddp.config.option import shown
 from alexnet_ddp.config.schema import Option, group_names, groups, options, sections
 from alexnet_ddp.runtime.errors import ConfigError
 
 _OVERRIDE = re.compile(r"(\+{0,2})([^=+~][^=]*)=(.*)", re.DOTALL)
 # Hydra's rule for a quoted value: backslashes count only before a quote.
 _QUOTED = re.compile(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)\"""", re.DOTALL)
-_LONGEST_NUMBER = 500  # characters; no number, boolean or name of a choice needs more
 _ITEM = re.compile(r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\$\{[^}]*\}|[^,])+""", re.DOTALL)
+_LONGEST_NUMBER = 500  # characters; no number, boolean or name of a choice needs more
+_HYDRAS_KEY = re.compile(r"hydra\b|.*@hydra\b")
+
+
+def check_key(override: str, root: type) -> None:
+    """Raise ConfigError if the key of `override` is none of the command's. Needs no Hydra."""
+    key = override.split("=")[0].lstrip("+~")
+    if _HYDRAS_KEY.match(key):
+        rule = "is refused: Hydra only composes here, and calls nothing"
+        raise ConfigError(f"{key} {rule}; leave it out")
+    if override.startswith("~"):
+        if "/" in key:
+            raise ConfigError(advice.no_value(override, root))
+        return
+    _, key, value = _split(override, root)
+    is_group = key in group_names(root)
+    if is_group and value.lower() == "null":
+        choices = ", ".join(groups(root).get(key, ()))
+        remedy = f"choices: {choices}" if choices else f"leave {key} out for its default"
+        raise ConfigError(f"{key}=null is refused; {remedy}")
+    if is_group and value.startswith("default/"):
+        remedy = "leave it out, and copy the values into an experiment of your own"
+        rule = "is refused: data=... chooses the files in conf/experiment/default"
+        raise ConfigError(f"{key}={shown(value)} {rule}; {remedy}")
+    is_known = is_group or find_option(key, root) is not None
+    if not is_known and not _follows_grammar(override, key, value, root):
+        raise ConfigError(advice.unknown(key, value, root))
 
 
 def to_hydra(override: str, root: type) -> str:
-    """The override in Hydra's grammar, for the command whose configuration is `root`. Raises ConfigError."""
+    """The override in Hydra's grammar, for the command with the options of `root`.
+
+    Raises ConfigError if its value cannot be read. check_key() has accepted the key.
+    """
     if override.startswith("~"):
-        require("/" not in override.partition("=")[0], no_value(override, root))
         return override
-    found = _OVERRIDE.fullmatch(override)
-    if found is None or found[2] != found[2].strip():
-        raise ConfigError(no_value(override, root))
-    sign, key, value = found.groups()
+    sign, key, value = _split(override, root)
     option = find_option(key, root)
     if key in options(root) or key in group_names(root):
         sign = ""  # + adds a key, and this one exists
     if key in group_names(root):
-        choices = ", ".join(groups(root).get(key, ()))
-        remedy = f"choices: {choices}" if choices else f"leave {key} out for its default"
-        require(value.lower() != "null", f"{key}=null is refused; {remedy}")
         return _checked(f"{sign}{key}={_choice(value)}", root)
     if option is not None:
         return _checked(f"{sign}{key}={_value(key, value, option, root)}", root)
-    is_mapping = key in sections(root) and value.lstrip().startswith("{")
-    if is_mapping or "/" in key or "@" in key or (sign == "+" and "." not in key):
-        return _checked(override, root)
-    raise ConfigError(unknown(key, value, root))
+    return _checked(override, root)
 
 
 def find_option(key: str, root: type) -> Option | None:
-    """The option `key`; below an option of any type, such as engine.conf, every name is a text option."""
+    """The option `key`; below an option of any type, such as engine.conf, every name is a text."""
     option = options(root).get(key)
     if option is None and any(
-        Any in parent.kinds and key.startswith(f"{path}.") for path, parent in _any(root)
+        one.is_any and key.startswith(f"{path}.") for path, one in options(root).items()
     ):
         return Option((str,))
     return option
 
 
 def misread(values: Any, prefix: str, root: type) -> Iterator[tuple[str, Any]]:
-    """The text options among `values` (a mapping, or one value) that were read as another type than text."""
+    """The text options among `values` (a mapping, or one value) that YAML read as another type."""
     if isinstance(values, dict) and prefix not in options(root):
         for name, value in values.items():
             yield from misread(value, f"{prefix}.{name}" if prefix else str(name), root)
@@ -83,55 +98,61 @@ def quoted(text: str) -> str:
     return f"'{text}{at_end}'"
 
 
-def _any(root: type) -> Iterator[tuple[str, Option]]:
-    return ((path, option) for path, option in options(root).items() if Any in option.kinds)
+def _split(override: str, root: type) -> tuple[str, str, str]:
+    """Sign (+, ++ or nothing), key and value. Raises ConfigError if it is not KEY=VALUE."""
+    found = _OVERRIDE.fullmatch(override)
+    if found is None or found[2] != found[2].strip():
+        raise ConfigError(advice.no_value(override, root))
+    return found[1], found[2], found[3]
+
+
+def _follows_grammar(override: str, key: str, value: str, root: type) -> bool:
+    """True for a section={...}, a package (@), a path of groups (/), and +NAME=... ."""
+    is_mapping = key in sections(root) and value.lstrip().startswith("{")
+    is_addition = re.match(r"\+[^+]", override) is not None and "." not in key
+    return is_mapping or "/" in key or "@" in key or is_addition
 
 
 def _choice(value: str) -> str:
     """A group's choice is a text too: a recipe may be called 2026_11_28."""
-    in_grammar = value.lower() == "null" or value[:1] in "[{'\"" or "," in value or "${" in value
+    in_grammar = value[:1] in "[{'\"" or "," in value or "${" in value
     return value if in_grammar else quoted(value)
 
 
 def _value(key: str, value: str, option: Option, root: type) -> str:
-    is_null = value.lower() == "null"
-    if is_null and (option.is_optional or not option.is_text):
+    if value.lower() == "null" and (option.is_optional or not option.is_text):
         return value
     if option.item is str:
         return _text_list(key, value)
-    if option.item is not None:
-        require(
-            value.startswith("[") or "${" in value,
-            f"{key} ({shown(value)}) must be a list; write {key}=[{value}]",
-        )
-    if not option.is_scalar or option.item is not None:
+    if option.item is not None and not value.startswith("[") and "${" not in value:
+        raise ConfigError(f"{key} ({shown(value)}) must be a list; write {key}=[{value}]")
+    if not option.is_scalar:
         return value
     text = _unquoted(value)
-    require(
-        text != "???",
-        f"{key} (???) is OmegaConf's mark of a value that is missing; give another text",
-    )
-    is_many = "," in value and text == value and "${" not in value and not option.is_text
-    require(not is_many, one_value(key, value, root))
-    if len(text) > _LONGEST_NUMBER and not option.is_text and "${" not in text:
-        raise ConfigError(type_line(key, text, root))
+    if text == "???":
+        rule = "is OmegaConf's mark of a value that is missing"
+        raise ConfigError(f"{key} (???) {rule}; give another text")
+    if option.is_text or "${" in text:
+        return quoted(text)
+    if "," in value and text == value:
+        raise ConfigError(advice.one_value(key, value, root))
+    if len(text) > _LONGEST_NUMBER:
+        raise ConfigError(advice.type_line(key, text, root))
     return quoted(text)
 
 
 def _text_list(key: str, value: str) -> str:
-    require(
-        value.startswith("[") and value.endswith("]"),
-        f"{key} ({shown(value)}) must be a list; write {key}=[{value}]",
-    )
+    if not (value.startswith("[") and value.endswith("]")):
+        raise ConfigError(f"{key} ({shown(value)}) must be a list; write {key}=[{value}]")
     inside = value[1:-1]
     items = _ITEM.findall(inside)
-    rule = "has an empty item; leave it out, or write ''"
-    require(",".join(items) == inside and all(map(str.strip, items)), f"{key} ({value}) {rule}")
+    if ",".join(items) != inside or not all(map(str.strip, items)):
+        raise ConfigError(f"{key} ({value}) has an empty item; leave it out, or write ''")
     return f"[{','.join(quoted(_unquoted(item.strip())) for item in items)}]"
 
 
 def _unquoted(value: str) -> str:
-    """The text within quotes around the whole value, as Hydra reads it; any other value is its own text."""
+    """The text in quotes around the whole value, as Hydra reads it; else the value itself."""
     found = _QUOTED.fullmatch(value)
     if found is None:
         return value
@@ -142,9 +163,12 @@ def _unquoted(value: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """OmegaConf's escapes where `text` has a ${ that begins no interpolation."""
+    """`text`, with OmegaConf's escapes if it has a ${ that begins no interpolation."""
     if "${" not in text:
         return text
+    from omegaconf import OmegaConf
+    from omegaconf.errors import GrammarParseError
+
     try:
         OmegaConf.create([text])
     except GrammarParseError:
@@ -153,27 +177,30 @@ def _escaped(text: str) -> str:
 
 
 def _checked(override: str, root: type) -> str:
-    """Refuse what Hydra's grammar cannot read, several values, and a mapping with a number for a text."""
+    """The override itself.
+
+    Raises ConfigError if Hydra's grammar cannot read it, if it has several values, and if a
+    mapping has a number for a text.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
     key, _, value = override.lstrip("+").partition("=")
     try:
         parsed = OverridesParser.create().parse_override(override)
     except HydraException as error:
         rule = "is not in Hydra's grammar for mappings and lists"
-        raise ConfigError(
-            f"{key} ({shown(value)}) {rule}; write {key}={_example(key, root)}"
-        ) from error
-    require(not parsed.is_sweep_override(), one_value(key, value, root))
+        remedy = f"write {key}={_example(key, root)}"
+        raise ConfigError(f"{key} ({shown(value)}) {rule}; {remedy}") from error
+    if parsed.is_sweep_override():
+        raise ConfigError(advice.one_value(key, value, root))
     for path, read in misread(parsed.value(), key, root):
-        raise ConfigError(
-            f"{path} is a text, but {override} gives the {_type(read)} {read}; write {path}=..."
-        )
+        kind = "boolean" if isinstance(read, bool) else "number"
+        rule = f"is a text, but {override} gives the {kind} {read}"
+        raise ConfigError(f"{path} {rule}; write {path}=...")
     return override
 
 
 def _example(key: str, root: type) -> str:
     option = find_option(key, root)
     return "[1,2]" if option is not None and option.item is not None else "'{a: 1, b: \"x y\"}'"
-
-
-def _type(value: Any) -> str:
-    return "boolean" if isinstance(value, bool) else "number"

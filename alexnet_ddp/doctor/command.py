@@ -27,7 +27,7 @@ from alexnet_ddp.config import (
     Hook,
     HybridConfig,
 )
-from alexnet_ddp.config.door import to_plain
+from alexnet_ddp.config.compose import to_plain
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import build_sampler, rank_slice

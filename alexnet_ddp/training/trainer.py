@@ -13,7 +13,7 @@ from functools import partial
 
 from alexnet_ddp.checkpoint.manager import RunState
 from alexnet_ddp.config import Config, OnNan
-from alexnet_ddp.config.door import to_plain, to_yaml
+from alexnet_ddp.config.compose import to_plain, to_yaml
 from alexnet_ddp.data.quarantine import Quarantine
 from alexnet_ddp.data.sampler import describe_batch, evaluation_batches, index_hash, rank_slice
 from alexnet_ddp.data.sources.source import Skipped

@@ -299,8 +299,8 @@ def test_d39_a_configuration_cannot_call_what_it_names(images, calm, tmp_path, m
         ): "hydra.job_logging is refused",
         ("--experimental-rerun", "run.pickle"): "--experimental-rerun is not supported",
         ("--exp", "run.pickle"): "--exp is not supported",
-        (*folder, "experiment=key"): "Key '_target_' not in 'SGDConfig'",
-        (*folder, "experiment=new"): "Key 'plugin' not in 'Config'",
+        (*folder, "experiment=key"): "experiment/key.yaml: optimizer._target_ is not a key",
+        (*folder, "experiment=new"): "experiment/new.yaml: plugin is not a key",
         (*folder, "experiment=back"): "hydra.callbacks (x) are refused",
         (*folder, "experiment=pack"): "hydra.callbacks (x) are refused",
     }
