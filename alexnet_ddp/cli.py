@@ -19,16 +19,19 @@ from pathlib import Path
 from types import TracebackType
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from alexnet_ddp.config import Config, RunConfig
+from alexnet_ddp.config import Config, PrepareConfig, RunConfig
 from alexnet_ddp.config.advice import dashed, one_line
 from alexnet_ddp.config.door import to_config
 from alexnet_ddp.config.files import refuse_numbers_as_text
 from alexnet_ddp.config.overrides import quoted, to_hydra
-from alexnet_ddp.config.schema import ROOTS, group_names, options
+from alexnet_ddp.config.plugins import TimmConfig
+from alexnet_ddp.config.schema import CONF_DIR, ROOTS, group_names, options
+from alexnet_ddp.plugins import load_plugins
 from alexnet_ddp.runtime import startup
 from alexnet_ddp.runtime.errors import (
     ConfigError,
@@ -40,9 +43,6 @@ from alexnet_ddp.runtime.errors import (
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.redaction import HIDDEN, redact
 
-_PACKAGE = Path(__file__).resolve().parent
-# In a wheel conf/ lies in the package, in a checkout beside it.
-CONF_DIR = next(d for d in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if d.is_dir())
 # Hydra's options that only show something. --experimental-rerun would unpickle a file.
 _SHOWING = (
     "--help",
@@ -82,7 +82,9 @@ def run(root: str, story: Callable[[Config, list[str]], None]) -> None:
     sys.excepthook = _show_trace
     try:
         for cfg, overrides in _composed(root):  # none after --help and --cfg
-            story(to_config(cfg), overrides)
+            config = to_config(cfg)
+            load_plugins([] if isinstance(config, PrepareConfig) else config.plugins)
+            story(config, overrides)
         code = 0
     except (HydraException, OmegaConfBaseException, RunError) as error:
         if show_trace:
@@ -169,6 +171,7 @@ def _compose(root: str, overrides: list[str], more: str | None = None) -> DictCo
         raise ConfigError(str(error).splitlines()[0].rstrip(".")) from error
     folders = [CONF_DIR] if more is None else [CONF_DIR, Path(more)]
     refuse_numbers_as_text(folders, root, cfg.hydra.runtime.choices, ROOTS[root])
+    _refuse_plugins_of_files(cfg, overrides)
     callbacks = OmegaConf.select(cfg, "hydra.callbacks")
     if callbacks:
         raise ConfigError(
@@ -176,7 +179,29 @@ def _compose(root: str, overrides: list[str], more: str | None = None) -> DictCo
         )
     with open_dict(cfg):
         del cfg["hydra"]
+    if "model" in cfg and OmegaConf.get_type(cfg.model) is TimmConfig and "trainer" in cfg:
+        from alexnet_ddp.model.timm_models import input_options  # imports torch and timm
+
+        for key, value in input_options(cfg.model.name, cfg.data.image_size).items():
+            if cfg.data[key] is None:
+                cfg.data[key] = value
     return cfg
+
+
+def _refuse_plugins_of_files(cfg: DictConfig, overrides: list[str]) -> None:
+    """Raise ConfigError if cfg.plugins is not what the command line gives: a file must not name code to run."""
+    given: list[str] = []
+    for override in OverridesParser.create().parse_overrides(overrides):
+        if override.key_or_group == "plugins":
+            given = override.value()
+    if any("${" in str(module) for module in given):
+        raise ConfigError("plugins must name modules, not ${...}; write plugins=[MODULE]")
+    found = OmegaConf.select(cfg, "plugins") or []
+    if list(found) != [str(module) for module in given]:
+        rule = "comes from a YAML file, which must not choose what is imported"
+        raise ConfigError(
+            f"plugins=[{','.join(found)}] {rule}; remove it there and give it on the command line"
+        )
 
 
 def compose(overrides: list[str]) -> Config:
@@ -201,6 +226,7 @@ def config_of_run(run_dir: Path, overrides: list[str]) -> Config:
             f"there is no trained run {run_dir.name} in {run_dir.parent.absolute()}; {remedy}"
         ) from error
     given = {override.split("=")[0].lstrip("+") for override in overrides}
+    _refuse_plugins_of_record(run_dir, recorded, given)
     recorded = [
         override
         for override in recorded
@@ -214,6 +240,15 @@ def config_of_run(run_dir: Path, overrides: list[str]) -> Config:
             )
     cfg = compose(recorded + overrides)
     return replace(cfg, run=RunConfig(name=run_dir.name, root=str(run_dir.parent)))
+
+
+def _refuse_plugins_of_record(run_dir: Path, recorded: list[str], given: set[str]) -> None:
+    """Raise ConfigError if a run was started with plugins and the command line neither repeats nor drops them."""
+    modules = [o.partition("=")[2] for o in recorded if o.split("=")[0].lstrip("+") == "plugins"]
+    if modules and modules[-1] != "[]" and "plugins" not in given:
+        rule = "and a record must not choose what is imported"
+        remedy = f"give plugins={modules[-1]} again if you trust it, or plugins=[] to do without"
+        raise ConfigError(f"run {run_dir.name} was started with plugins, {rule}; {remedy}")
 
 
 def _explain(error: Exception, root: str) -> int:

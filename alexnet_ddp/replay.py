@@ -1,13 +1,20 @@
-"""A bad step once more, in one process: was it these images, or was it the machine?
+"""Compute a bad step again, in one process: did the images cause it, or the machine?
 
-    python -m alexnet_ddp.train run.name=X replay=runs/X/replay.json
+    python -m alexnet_ddp.replay runs/X/replay.json
+    python -m alexnet_ddp.replay run.name=X [file=runs/X/replay.json]
 
-From the newest checkpoint before that step, or from the start, the run goes forward to it with the slices that the
-ranks had. Nothing is written.
+The steps from the newest checkpoint before that step, or from the start, are computed again with
+the slices that the ranks had. Nothing is written.
 """
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from alexnet_ddp.runtime import startup
+
+    startup.begin("replay")
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +24,8 @@ import torch
 from torch import nn
 
 from alexnet_ddp import cli
-from alexnet_ddp.config import Config, ConfigError, DDPConfig, Hook, OnNan
+from alexnet_ddp.config import ConfigError, DDPConfig, Hook, OnNan, ReplayConfig
+from alexnet_ddp.config.door import use_schema
 from alexnet_ddp.data.effects import apply_effects
 from alexnet_ddp.data.loader import Batch, Loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler, Work
@@ -32,10 +40,11 @@ from alexnet_ddp.training.vote import StepVote
 _SHOWN = 5  # images
 
 
-def replay(cfg: Config, overrides: list[str]) -> None:
-    """What `cfg.replay` has recorded."""
-    record = read_record(Path(cfg.replay))
-    cfg = cli.config_of_run(cfg.run_dir, overrides)
+def main(ask: ReplayConfig, overrides: list[str]) -> None:
+    """Replay the step that ask.file records, by default the run's own replay.json."""
+    record = read_record(Path(ask.file or ask.run_dir / "replay.json"))
+    overrides = [o for o in overrides if o.partition("=")[0].lstrip("+") != "file"]
+    cfg = cli.config_of_run(ask.run_dir, overrides)
     parallel = cfg.parallel
     cfg = replace(
         cfg, parallel=DDPConfig(), trainer=replace(cfg.trainer, on_nan=OnNan.skip)
@@ -68,13 +77,16 @@ def read_record(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         remedy = "give the replay.json of a run's directory"
         raise ConfigError(
-            f"replay={path} cannot be read ({type(error).__name__}: {error}); {remedy}"
+            f"file={path} cannot be read ({type(error).__name__}: {error}); {remedy}"
         ) from error
 
 
 @dataclass
 class Replay:
-    """A run that stands at an earlier step, in a world of one. name(i): of image i. exact: it learnt as this does."""
+    """A run that stands at an earlier step, in a world of one.
+
+    name(i): of image i. exact: it learnt as this does.
+    """
 
     train_step: TrainStep
     sampler: GlobalBatchSampler
@@ -106,17 +118,22 @@ class Replay:
         what = "not finite" if bad else "largest losses"
         yield f"{what}: " + ", ".join(f"{self.name(i)} ({losses[i]:.4g})" for i in worst[:_SHOWN])
         if not self.exact:
-            yield "the run's parallel.hook is not replayed: its weights were not these to the last digit"
+            yield "the run's parallel.hook is not replayed: its weights differed from these slightly"
         elif (
             agree
             and math.isfinite(loss)
             and math.isfinite(norm)
             and "not finite" in record["reason"]
         ):
-            yield "all is finite here: not these images and weights, but the machine that ran the step is to blame"
+            yield (
+                "all is finite here: not these images and weights, "
+                "but the machine that ran the step is to blame"
+            )
 
     def _works(self, steps: range, world_size: int) -> Iterator[Work]:
-        """The forward passes of all ranks one after the other: what is normalised together then is so now."""
+        """The forward passes of all ranks one after the other: what is normalised together then is
+        so now.
+        """
         micro = self.train_step.cfg.micro_batch_size
         for step in steps:
             for rank in range(world_size):
@@ -150,3 +167,22 @@ class Replay:
     @property
     def _model(self) -> nn.Module:
         return self.train_step.parallel_model.model
+
+
+def with_options(arguments: list[str]) -> list[str]:
+    """FILE as the first argument becomes file=FILE, and names the run: its directory contains the
+    file.
+    """
+    if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
+        return arguments
+    run_dir = Path(arguments[0]).absolute().parent
+    of_run = [f"run.root={run_dir.parent}", f"run.name={run_dir.name}"]
+    given = {argument.partition("=")[0].lstrip("+") for argument in arguments[1:]}
+    of_run = [option for option in of_run if option.partition("=")[0] not in given]
+    return [f"file={arguments[0]}", *of_run, *arguments[1:]]
+
+
+if __name__ == "__main__":
+    use_schema(ReplayConfig)
+    sys.argv[1:] = with_options(sys.argv[1:])
+    cli.run("replay", main)

@@ -24,7 +24,7 @@ from alexnet_ddp.config.door import to_plain, to_yaml
 from alexnet_ddp.data.fill import Skipped
 from alexnet_ddp.data.quarantine import Quarantine
 from alexnet_ddp.data.sampler import describe_batch, evaluation_work, index_hash, rank_slice
-from alexnet_ddp.replay import replay
+from alexnet_ddp.plugins import Callbacks
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.deadline import Deadline
 from alexnet_ddp.runtime.distributed import World
@@ -63,9 +63,6 @@ log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
 
 def train(cfg: Config, overrides: list[str]) -> None:
     """Run, or go on with, the training that `cfg` describes."""
-    if cfg.replay is not None:
-        replay(cfg, overrides)
-        return
     tf32 = cfg.trainer.tf32
     with (
         distributed.session(cfg.device, tf32) as world,
@@ -171,6 +168,7 @@ class Run:
         )
         self.throughput, self.saved_at = Throughput(), time.monotonic()
         self.stopping = self.save_due = self.row_due = False
+        self.callbacks = Callbacks(cfg.trainer.callbacks, cfg.run_dir, world.is_main)
         self.failure: RunError | None = None  # of rank 0's checkpoints, until all ranks know
 
     def go(self) -> None:
@@ -191,11 +189,13 @@ class Run:
                 self._pausing(self.evaluate_or_save)
             if self.save_due or self.stopping:
                 self._pausing(self.save)
+            self.callbacks.on_checkpoint(self.checkpoints.last_saved)
             if self.stopping:
                 self.stop.ignore()
                 done = f"stopped at step {self.state.step} of {self.budget.total_steps} and saved"
                 raise Preempted(f"{done}; start the same command again to go on")
             if self.budget.is_end(self.state.step):
+                self.callbacks.on_run_end()
                 return
             self.advance()
 
@@ -234,6 +234,8 @@ class Run:
             self.row_due = self.budget.log_due(self.state.step)
             self.throughput.add(num_images, outcome.num_images)
             self.tracker.advance(self.state.step)
+            row = {"train/loss": outcome.loss, "train/lr": self.training.lr(step)}
+            self.callbacks.on_step_end(self.state.step, row)
 
     def needs_equal_ranks(self, step: int) -> bool:
         """By its configuration, whoever interrupts it: it compares, evaluates, saves or ends after `step` steps."""
@@ -317,6 +319,7 @@ class Run:
             self._set_aside("val", result.bad)
         self.state.note_evaluation(result.row["val/top1"])
         self.save_due = True
+        self.callbacks.on_evaluation(self.state.step, result.row)
         self._log(result.row | ({"val/num_bad_images": num_bad} if num_bad else {}))
 
     def save(self) -> None:

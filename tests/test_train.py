@@ -350,13 +350,13 @@ def test_a_run_that_diverges_saves_the_state_before_and_one_process_replays_the_
     )
     (saved,) = (tmp_path / "runs/d/checkpoints").glob("step-*")
     assert int(saved.name[5:]) == record["step"] - 1
-    again = run("train", "run.name=d", "replay=runs/d/replay.json", cwd=tmp_path)
+    again = run("replay", "runs/d/replay.json", cwd=tmp_path)
     assert again.returncode == 0, again.stdout
     assert f"images: {len(record['indices'])}, the recorded ones" in again.stdout
     assert "not finite: " in again.stdout
     assert record["names"][0] in again.stdout
     assert status(tmp_path / "runs/d")["exit_code"] == 70  # as the run left it
-    two = run("train", "run.name=d", "replay=runs/d/replay.json", ranks=2, cwd=tmp_path)
+    two = run("replay", "run.name=d", ranks=2, cwd=tmp_path)
     assert "replay takes one process, not 2; start it without torchrun" in two.stdout
 
 

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 _SHOWN = 5  # classes or files in a message
 # Free to change: they move work or watch it, but leave every update what it is (hooks: almost).
-_FREE_SECTIONS = {"run", "replay", "device", "checkpoint", "resume", "logger", "parallel"}
+_FREE_SECTIONS = {"run", "plugins", "device", "checkpoint", "resume", "logger", "parallel"}
 _FREE = {
     *(
         "data.root",
@@ -56,6 +56,7 @@ _FREE = {
         "trainer.hang_timeout_s",
     ),
     *("trainer.on_nan", "trainer.spike_factor", "trainer.check_every_steps"),
+    *("trainer.metrics", "trainer.callbacks"),
 }
 
 _OFF = (

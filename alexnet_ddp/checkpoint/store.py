@@ -78,6 +78,8 @@ class Checkpoints:
         self._failures = 0  # in a row
         self._num_failed = self._num_skipped = 0  # since the start of this process
         self._began, self.longest_write_s = 0.0, 0.0
+        # On rank 0: step and directory of the checkpoint that this process wrote last
+        self.last_saved: tuple[int, Path] | None = None
 
     def save(self, state: RunState, tensors: Groups, is_last: bool) -> RunError | None:
         """Collective where tensors are split over ranks. Rank 0 copies the tensors and has them written; other ranks
@@ -307,6 +309,7 @@ class Checkpoints:
         if reply.warning:
             log.warning("the checkpoint of step %d is saved, but %s", reply.step, reply.warning)
         self._failures = 0
+        self.last_saved = (reply.step, self._directory / f"step-{reply.step:08d}")
         return None
 
     def _failed(self, reply: Reply, is_last: bool) -> RunError | None:

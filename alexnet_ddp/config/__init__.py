@@ -4,7 +4,7 @@ Hydra composes conf/*.yaml on top of these classes (door.py), so a misspelt key 
 first image is read. YAML gives values, these classes give them meaning; a knob that would be ignored is refused.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from alexnet_ddp.config.checks import MAX_SEED, MISSING, positive, require, within
@@ -126,6 +126,7 @@ __all__ = [
     "PredictConfig",
     "PrepareConfig",
     "RandomAugmentConfig",
+    "ReplayConfig",
     "ResumeConfig",
     "RunConfig",
     "SGDConfig",
@@ -161,9 +162,8 @@ class Config:
     checkpoint: CheckpointConfig
     resume: ResumeConfig
     logger: LoggerConfig
-    replay: str | None = (
-        None  # a replay.json: go through that step of run.name once more, and train nothing
-    )
+    # Modules to import first, from the command line only: they register what a run then chooses by name.
+    plugins: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         new_head = self.model.head is Head.new and self.model.weights is None
@@ -212,7 +212,13 @@ class DoctorConfig(Config):
         super().__post_init__()
         positive("", self, "join_timeout_s")
         within("", self, 0, 1_000_000, "join_timeout_s")
-        require(self.replay is None, f"replay ({self.replay}) is train's; leave it out")
+
+
+@dataclass(kw_only=True)
+class ReplayConfig(Config):
+    """A run, and the record of the step to compute again."""
+
+    file: str | None = None  # a replay.json; null: the run's own
 
 
 @dataclass(kw_only=True)
@@ -224,6 +230,7 @@ class PredictConfig:
     images: str = MISSING  # a file, a directory or a glob
     output: str | None = None  # a .jsonl file to write
     top_k: int = 5
+    plugins: list[str] = field(default_factory=list)  # as for train: modules to import first
 
     def __post_init__(self) -> None:
         positive("", self, "top_k")

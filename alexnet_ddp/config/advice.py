@@ -19,9 +19,16 @@ _SYNONYMS = {
     "wd": "weight_decay",
 }
 
+_MOVED = {  # options of earlier versions
+    "replay": "replaying a step is a command now; "
+    "write python -m alexnet_ddp.replay run.name=NAME file=runs/NAME/replay.json",
+}
+
 
 def unknown(key: str, value: str, root: type) -> str:
     """The line for KEY=VALUE with a key that the command does not have."""
+    if key in _MOVED:
+        return f"{key}={shown(value)}: {_MOVED[key]}"
     if key in sections(root):
         return (
             f"{key}={shown(value)} is refused: {key} is not a group; {_instead(key, value, root)}"
@@ -186,7 +193,7 @@ def _joined(key: str, name: str) -> str:
     return key if key.rpartition(".")[2] == name else f"{key}.{name}"
 
 
-_MAINS = ("train", "evaluate", "predict", "plan", "prepare", "doctor", None)
+_MAINS = ("train", "evaluate", "predict", "plan", "prepare", "doctor", "replay", None)
 _LINES = [
     (
         r"Error resolving interpolation '\$\{(data|model|augment|optimizer|scheduler)\}'",

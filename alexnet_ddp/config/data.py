@@ -17,6 +17,16 @@ OnBadImage = StrEnum(
 )  # `raise` is a Python keyword
 
 
+class Interpolation(StrEnum):
+    bilinear = "bilinear"
+    bicubic = "bicubic"
+
+
+# Of ImageNet's RGB values in [0, 1]: what torchvision's weights expect.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
 class Policy(StrEnum):
     none = "none"
     randaugment = "randaugment"
@@ -37,6 +47,11 @@ class DataConfig:
     eval_resize: int | None = (
         None  # pixels of the shorter side before the centre crop; null: image_size * 256 / 224
     )
+    # Of RGB values in [0, 1]. null: ImageNet's; with model=timm those of the network
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    # Of the evaluation's resize. null: bilinear; with model=timm that of the network
+    eval_interpolation: Interpolation | None = None
     num_threads: int | None = None  # that decode, a rank; null: this rank's share of the cores
     on_bad_image: OnBadImage = OnBadImage[
         "raise"
@@ -67,6 +82,11 @@ class DataConfig:
         require(
             self.eval_resize >= self.image_size, f"data.eval_resize ({self.eval_resize}) {rule}"
         )
+        for name in ("mean", "std"):
+            _check_three(name, getattr(self, name))
+        require(
+            self.std is None or min(self.std) > 0, f"data.std ({self.std}) must be greater than 0"
+        )
         positive("data", self, "start_image_size", "grow_epochs")
         start, together = (
             self.start_image_size,
@@ -80,12 +100,22 @@ class DataConfig:
         rule = f"must be less than data.image_size ({self.image_size}), to grow to it"
         require(start is None or start < self.image_size, f"data.start_image_size ({start}) {rule}")
 
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(mean, standard deviation) of red, green and blue in [0, 1]."""
+        return tuple(self.mean or IMAGENET_MEAN), tuple(self.std or IMAGENET_STD)
+
     def train_image_size(self, epoch: int) -> int:
         """Pixels: linear in the epoch, in multiples of 32 (what fast kernels like), up to image_size itself."""
         if self.start_image_size is None or epoch >= self.grow_epochs:
             return self.image_size
         grown = (self.image_size - self.start_image_size) * epoch / self.grow_epochs
         return self.start_image_size + int(grown) // 32 * 32
+
+
+def _check_three(name: str, values: list[float] | None) -> None:
+    rule = f"must be three numbers, of red, green and blue in [0, 1]; write data.{name}=[r,g,b]"
+    require(values is None or len(values) == 3, f"data.{name} ({values}) {rule}")
 
 
 @dataclass(kw_only=True)

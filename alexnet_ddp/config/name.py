@@ -12,12 +12,12 @@ _MOST = 90  # bytes of each half
 def derived_name(cfg: DictConfig) -> str:
     """DATA-MODEL, such as photos-resnet18: the same command gets the same name, and so resumes."""
     data, model = (_choice_of(group, cfg[group]) for group in ("data", "model"))
-    root = str(cfg.data.get("root") or data)
+    root = str(cfg.data.get("root") or cfg.data.get("name") or data)
     url, _, path = root.partition("?")[0].rpartition("://")
     place = (
         path.rpartition("@")[2].rstrip("/") if url else os.path.abspath(root)
     )  # no credentials of a URL
-    words = place.rpartition("/")[2], str(cfg.model.name if model == "torchvision" else model)
+    words = place.rpartition("/")[2], str(cfg.model.get("name") or model)
     return "-".join(
         _shortened(re.sub(r"[^\w.]+", "-", word).strip("-.")) or "data" for word in words
     )

@@ -44,6 +44,8 @@ def to_hydra(override: str, root: type) -> str:
         require(value.lower() != "null", f"{key}=null is refused; {remedy}")
         return _checked(f"{sign}{key}={_choice(value)}", root)
     if option is not None:
+        if ".args." in key:
+            sign = "++"  # Hydra's mark for a key that may be new in a mapping
         return _checked(f"{sign}{key}={_value(key, value, option, root)}", root)
     is_mapping = key in sections(root) and value.lstrip().startswith("{")
     if is_mapping or "/" in key or "@" in key or (sign == "+" and "." not in key):
@@ -52,13 +54,14 @@ def to_hydra(override: str, root: type) -> str:
 
 
 def find_option(key: str, root: type) -> Option | None:
-    """The option `key`; below an option of any type, such as engine.conf, every name is a text option."""
+    """The option `key`. Below engine.conf every name is a text option, below an `args` it has any type."""
     option = options(root).get(key)
-    if option is None and any(
-        Any in parent.kinds and key.startswith(f"{path}.") for path, parent in _any(root)
-    ):
-        return Option((str,))
-    return option
+    if option is not None:
+        return option
+    parents = [path for path, _ in _any(root) if key.startswith(f"{path}.")]
+    if not parents:
+        return None
+    return Option((Any,) if parents[0].endswith(".args") else (str,))
 
 
 def misread(values: Any, prefix: str, root: type) -> Iterator[tuple[str, Any]]:

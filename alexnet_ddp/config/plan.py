@@ -63,6 +63,9 @@ class PlanConfig:
     memory_gb: float | None = None  # 10^9 bytes, instead of the table's
     precision: Precision = Precision.fp32
     wire_dtype: Precision = Precision.fp32  # of the activations that hybrids exchange: fp32 or bf16
+    plugins: list[str] = field(
+        default_factory=list
+    )  # modules to import first, which register networks
     plot: str | None = None  # a .png to draw
     json: str | None = None  # a .json to write
 

@@ -1,8 +1,10 @@
 """Knobs of the network, the optimizer and the learning rate."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar
 
 from alexnet_ddp.config.checks import MISSING, positive, require, within
 
@@ -116,6 +118,22 @@ class OptimizerConfig:
         return self.lr * (math.sqrt(ratio) if self.scaling is Scaling.sqrt else ratio)
 
 
+# optimizer=NAME -> its class. Without a file conf/optimizer/NAME.yaml the options have the class's defaults.
+OPTIMIZERS: dict[str, type[OptimizerConfig]] = {}
+_Class = TypeVar("_Class", bound=type[OptimizerConfig])
+
+
+def optimizer_choice(name: str) -> Callable[[_Class], _Class]:
+    """Make a class the choice optimizer=NAME. training/optim.py builds what it describes."""
+
+    def add(owner: _Class) -> _Class:
+        OPTIMIZERS[name] = owner
+        return owner
+
+    return add
+
+
+@optimizer_choice("sgd")
 @dataclass(kw_only=True)
 class SGDConfig(OptimizerConfig):
     momentum: float = 0.9
@@ -130,6 +148,7 @@ class SGDConfig(OptimizerConfig):
         )
 
 
+@optimizer_choice("adamw")
 @dataclass(kw_only=True)
 class AdamWConfig(OptimizerConfig):
     beta1: float = 0.9
@@ -143,6 +162,15 @@ class AdamWConfig(OptimizerConfig):
             require(0 <= value < 1, f"optimizer.{name} ({value}) must lie in [0, 1)")
 
 
+@optimizer_choice("adam")
+@dataclass(kw_only=True)
+class AdamConfig(AdamWConfig):
+    """Kingma, Ba 2015, with the values of the paper. Weight decay is added to the gradient, unlike AdamW's."""
+
+    lr: float = 1e-3
+
+
+@optimizer_choice("lars")
 @dataclass(kw_only=True)
 class LARSConfig(OptimizerConfig):
     """You, Gitman, Ginsburg 2017: each tensor's step is a share of its norm, so that batches may be large."""

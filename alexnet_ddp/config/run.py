@@ -1,7 +1,7 @@
 """Knobs of a run: its name, its length, its batches, its checkpoints, its loggers."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -176,6 +176,8 @@ class TrainerConfig:
     check_every_steps: int | None = (
         1000  # compare the replicas so often, and before the first step; null: never
     )
+    metrics: list[str] = field(default_factory=list)  # of plugins: val/NAME of each evaluation
+    callbacks: list[str] = field(default_factory=list)  # of plugins, called in this order
     log_every_steps: int = 10
     eval_every_epochs: int = 1
     hang_timeout_s: float | None = (

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 
 from alexnet_ddp.config import (
-    AdamWConfig,
     AlexNet2012AugmentConfig,
     AlexNet2012Config,
     AlexNetBNConfig,
@@ -26,31 +26,37 @@ from alexnet_ddp.config import (
     FolderConfig,
     HybridConfig,
     ImageNetConfig,
-    LARSConfig,
     LocalEngineConfig,
     NoAugmentConfig,
     PlanConfig,
     PolyConfig,
     PredictConfig,
     PrepareConfig,
-    SGDConfig,
+    ReplayConfig,
     ShardsConfig,
     SparkEngineConfig,
     StepDecayConfig,
     SyntheticConfig,
     TorchvisionConfig,
 )
+from alexnet_ddp.config.plugins import PluginDataConfig, PluginModelConfig, TimmConfig
+from alexnet_ddp.config.recipe import OPTIMIZERS
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# In a wheel conf/ is in the package, in a checkout next to it.
+CONF_DIR = next(d for d in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if d.is_dir())
 
 # conf/NAME.yaml -> the class that it fills.
 ROOTS: dict[str, type] = {
     "train": Config,
     "evaluate": Config,
     "doctor": DoctorConfig,
+    "replay": ReplayConfig,
     "predict": PredictConfig,
     "plan": PlanConfig,
     "prepare": PrepareConfig,
 }
-# conf/GROUP/CHOICE.yaml -> the class that it fills.
+# GROUP=CHOICE -> the class of its options. conf/GROUP/CHOICE.yaml gives values; without it the class's defaults count.
 GROUPS: dict[str, dict[str, type]] = {
     "data": {
         "demo": DemoConfig,
@@ -58,6 +64,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "imagenet": ImageNetConfig,
         "shards": ShardsConfig,
         "synthetic": SyntheticConfig,
+        "plugin": PluginDataConfig,
     },
     "augment": {
         "basic": BasicAugmentConfig,
@@ -70,8 +77,10 @@ GROUPS: dict[str, dict[str, type]] = {
         "alexnet_bn": AlexNetBNConfig,
         "alexnet_small": AlexNetSmallConfig,
         "torchvision": TorchvisionConfig,
+        "timm": TimmConfig,
+        "plugin": PluginModelConfig,
     },
-    "optimizer": {"sgd": SGDConfig, "adamw": AdamWConfig, "lars": LARSConfig},
+    "optimizer": OPTIMIZERS,
     "scheduler": {
         "constant": ConstantConfig,
         "step": StepDecayConfig,
@@ -90,6 +99,8 @@ store(name="schema_prepare", node=PrepareConfig)
 for _group, _choices in GROUPS.items():
     for _name, _node in _choices.items():
         store(group=f"{_group}/schema", name=_name, node=_node, package=_group)
+        if not (CONF_DIR / _group / f"{_name}.yaml").exists():
+            store(group=_group, name=_name, node=_node, package=_group)
 
 
 @dataclass(frozen=True)

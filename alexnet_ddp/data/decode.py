@@ -6,11 +6,13 @@ Evaluation: Pillow, exactly as torchvision's classification preset does it.
 
 import math
 import threading
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 import simplejpeg
 
+from alexnet_ddp.config.data import Interpolation
 from alexnet_ddp.data import restarts
 from alexnet_ddp.data.image import (
     DECODE_ERROR,
@@ -21,6 +23,9 @@ from alexnet_ddp.data.image import (
     to_rgb,
     without_far_ends,
 )
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _thread = threading.local()
 cv2.setNumThreads(1)  # the loader's threads are the parallelism
@@ -63,17 +68,31 @@ def resize_into(slot: np.ndarray, crop: np.ndarray, flip: bool) -> None:
         cv2.flip(slot, 1, dst=slot)
 
 
-def centre_into(slot: np.ndarray, data: bytes, resize: int) -> None:
-    """Shorter side to `resize` (bilinear, antialiased), centre crop: torchvision's preset, the same pixels.
+def centre_into(
+    slot: np.ndarray, data: bytes, resize: int, interpolation: Interpolation | None = None
+) -> None:
+    """As centre_crop, of an encoded image. Raises BadImage."""
+    centre_crop(slot, open_image(data), resize, interpolation)
 
-    A very long image loses its ends first, see without_far_ends.
+
+def centre_crop(
+    slot: np.ndarray,
+    image: "Image.Image",
+    resize: int,
+    interpolation: Interpolation | None = None,
+) -> None:
+    """Shorter side to `resize` (antialiased), centre crop to `slot`: torchvision's preset, the same pixels.
+
+    A very long image loses its ends first, see without_far_ends. interpolation: None is bilinear.
     """
     from PIL import Image
 
-    image, size = without_far_ends(to_rgb(open_image(data))), slot.shape[0]
+    image, size = without_far_ends(to_rgb(image)), slot.shape[0]
     width, height = scaled_size(image.size, resize)
     left, top = round((width - size) / 2.0), round((height - size) / 2.0)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    is_cubic = interpolation is Interpolation.bicubic
+    how = Image.Resampling.BICUBIC if is_cubic else Image.Resampling.BILINEAR
+    image = image.resize((width, height), how)
     slot[...] = np.asarray(image.crop((left, top, left + size, top + size)))
 
 

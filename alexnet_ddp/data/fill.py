@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alexnet_ddp.config import DataConfig, OnBadImage
+from alexnet_ddp.config import ConfigError, DataConfig, OnBadImage
+from alexnet_ddp.config.data import Interpolation
 from alexnet_ddp.data.augment import Augment, Views
 from alexnet_ddp.data.decode import BadImage, centre_into, crop_into, resize_into, scratch, size_of
 from alexnet_ddp.data.policy import Operation, operate
@@ -32,6 +33,11 @@ def build_fill(cfg: DataConfig, index: SampleIndex, augment: Augment | None) -> 
     if hasattr(index.store, "fill"):
         return index.store.fill
     if getattr(index.store, "raw_size", None):
+        if cfg.eval_interpolation is Interpolation.bicubic:
+            rule = "is not possible with raw shards, which are resized bilinearly"
+            raise ConfigError(
+                f"data.eval_interpolation=bicubic {rule}; use data.eval_interpolation=bilinear"
+            )
         return RawFill(index, augment, cfg)
     return ImageFill(index, augment, cfg)
 
@@ -71,10 +77,14 @@ class ImageFill(_IndexFill):
     def __call__(self, slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[Skipped]:
         bad: list[Skipped] = []
         if self.augment is None:
+            how = self.cfg.eval_interpolation
             resize = round(self.cfg.eval_resize * slots.shape[1] / self.cfg.image_size)
             for k, i in enumerate(indices):
                 self._guard(
-                    bad, k, i, lambda k=k, i=i: centre_into(slots[k], self.index.read(i), resize)
+                    bad,
+                    k,
+                    i,
+                    lambda k=k, i=i: centre_into(slots[k], self.index.read(i), resize, how),
                 )
             return bad
         data = [

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -35,28 +35,30 @@ class Batch:
     bad: list[Skipped]  # images of the work that are left out
 
 
+@dataclass(eq=False)
 class Loader:
     """Turns Works into Batches with `num_threads` threads, from pinned memory where the device is a GPU.
 
-    image_size(epoch): pixels, height = width.
+    image_size(epoch): pixels, height = width. plain: what is done to every image, its normalisation.
     """
 
-    def __init__(
-        self,
-        fill: Fill,
-        labels: np.ndarray,
-        augment: Augment | None,
-        image_size: Callable[[int], int],
-        num_threads: int,
-        device: torch.device,
-    ) -> None:
-        self._labels, self._augment, self._device = labels, augment, device
-        self._mixes = augment is not None and augment.mixes
+    fill: Fill
+    labels: np.ndarray
+    augment: Augment | None
+    image_size: Callable[[int], int]
+    num_threads: int
+    device: torch.device
+    plain: Effects = field(default_factory=Effects)
+
+    def __post_init__(self) -> None:
+        self._mixes = self.augment is not None and self.augment.mixes
         # One thread of torch's for each of ours, as torch's data loader has it. The setting is the thread's own, and
         # the default of threads that have not asked yet: this one asks first.
         torch.get_num_threads()
-        threads = ThreadPoolExecutor(num_threads, "decode", torch.set_num_threads, (1,))
-        self._prefetcher = Prefetcher(fill, image_size, threads, self._allocate, self._mixes)
+        threads = ThreadPoolExecutor(self.num_threads, "decode", torch.set_num_threads, (1,))
+        self._prefetcher = Prefetcher(
+            self.fill, self.image_size, threads, self._allocate, self._mixes
+        )
 
     @property
     def waited_s(self) -> float:
@@ -72,7 +74,7 @@ class Loader:
         self._prefetcher.close()
 
     def _allocate(self, size: int) -> tuple[np.ndarray, torch.Tensor]:
-        tensor = torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        tensor = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         return tensor.numpy(), tensor
 
     def _to_device(self, host: HostBatch) -> Batch:
@@ -84,13 +86,13 @@ class Loader:
         n = np.count_nonzero(slots < len(host.work.indices))
         batch = Batch(
             host.work,
-            images.to(self._device, non_blocking=True),
-            self._copy(self._labels[indices[:n]].astype(np.int64)),
+            images.to(self.device, non_blocking=True),
+            self._copy(self.labels[indices[:n]].astype(np.int64)),
             self._copy(indices[:n].astype(np.int32)),
             self._effects(host, indices, slots),
             [one for one in host.bad if one.position < len(host.work.indices)],
         )
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             copied = torch.cuda.Event()
             copied.record()
             host.buffer.wait_until_free = copied.synchronize
@@ -98,19 +100,20 @@ class Loader:
 
     def _effects(self, host: HostBatch, indices: np.ndarray, slots: np.ndarray) -> Effects:
         """indices: of the images that could be decoded, and slots: where they are in the buffer."""
-        if self._augment is None:
-            return Effects()
+        if self.augment is None:
+            return self.plain
         partners = None
         if self._mixes:
             rows = partner_rows(slots, len(host.work.indices))
-            partners = Partners(rows, self._labels[indices[rows]].astype(np.int64))
-        return self._augment.effects(
+            partners = Partners(rows, self.labels[indices[rows]].astype(np.int64))
+        effects = self.augment.effects(
             host.work.epoch, indices, host.images.shape[1], partners, self._copy
         )
+        return replace(effects, normalisation=self.plain.normalisation)
 
     def _copy(self, array: np.ndarray) -> torch.Tensor:
         """To the device, without waiting for it."""
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
 
 def build_loader(
@@ -127,4 +130,6 @@ def build_loader(
     """
     fill = build_fill(cfg, index, augment)
     size = cfg.train_image_size if may_grow else lambda epoch: cfg.image_size
-    return Loader(fill, index.labels, augment, size, cfg.num_threads or num_threads, device)
+    plain = Effects(normalisation=cfg.normalisation)
+    threads = cfg.num_threads or num_threads
+    return Loader(fill, index.labels, augment, size, threads, device, plain)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-_FORMS_A_WORLD = ("train", "evaluate", "doctor")
+_FORMS_A_WORLD = ("train", "evaluate", "doctor", "replay")
 _CAN_CONTINUE = (
     "train",
     "evaluate",

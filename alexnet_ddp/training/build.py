@@ -18,6 +18,7 @@ from alexnet_ddp.config import (
     AlexNet2012AugmentConfig,
     AutoParallelConfig,
     Config,
+    ConfigError,
     DDPConfig,
     HybridConfig,
     ParallelConfig,
@@ -46,7 +47,12 @@ from alexnet_ddp.parallel.layers import find_layers
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.training.ema import EMA
-from alexnet_ddp.training.optim import build_optimizer, load_state_by_name, state_by_name
+from alexnet_ddp.training.optim import (
+    build_optimizer,
+    load_state_by_name,
+    needs_whole_tensors,
+    state_by_name,
+)
 from alexnet_ddp.training.precision import check_precision
 from alexnet_ddp.training.schedule import Budget, build_lr_schedule
 from alexnet_ddp.training.step import TrainStep
@@ -123,6 +129,9 @@ class Training:
             load_checkpoint(self.model, saved.pop("model"), f"the checkpoint of {cfg.run.name}")
         self.model.to(world.device, memory_format=torch.channels_last)
         parallel = self._parallel()
+        reason = needs_whole_tensors(cfg.optimizer)
+        if isinstance(parallel, HybridConfig) and reason is not None:
+            raise ConfigError(f"{reason}, and parallel=hybrid splits tensors; use parallel=ddp")
         if cfg.trainer.compile:
             torch.compiler.config.recompile_limit = (
                 64  # a few a size, where images grow; past 8 it would go eager
@@ -246,6 +255,10 @@ class Training:
             is_hybrid and cfg.parallel.group_size == AUTO
         ):
             return cfg.parallel
+        reason = needs_whole_tensors(cfg.optimizer)
+        if reason is not None and not is_hybrid:
+            log.info("parallel=auto takes ddp: %s", reason)
+            return DDPConfig()
         if cfg.trainer.compile:
             log.info("parallel=auto takes ddp: trainer.compile=true does not go with a hybrid")
             return DDPConfig()

@@ -20,8 +20,8 @@ from alexnet_ddp.runtime.errors import DataError
 from alexnet_ddp.runtime.heartbeat import WAITING
 from alexnet_ddp.runtime.signals import StopSignal
 from alexnet_ddp.training.ema import EMA
-from alexnet_ddp.training.metrics import Meter, correct_counts, evaluation_row
-from alexnet_ddp.training.optim import norms, set_lr
+from alexnet_ddp.training.metrics import Meter, UserMetrics, correct_counts, evaluation_row
+from alexnet_ddp.training.optim import apply_step, norms, set_lr
 from alexnet_ddp.training.precision import autocast
 from alexnet_ddp.training.stragglers import Stopwatch
 from alexnet_ddp.training.vote import Health, StepOutcome, StepSnapshot, StepVote
@@ -200,7 +200,7 @@ class TrainStep:
             nn.utils.clip_grads_with_norm_(parameters, self.cfg.clip_grad_norm, self.grad_norm)
         if not self.scaler.is_enabled():
             self._bad.copy_(~torch.isfinite(self.grad_norm))
-        self.scaler.step(self.optimizer)
+        apply_step(self.optimizer, self.scaler, self._bad)
         self.scaler.update()
         if self.ema is not None:
             self.ema.update(torch.isfinite(self.grad_norm))
@@ -243,6 +243,7 @@ def evaluate(
     """
     model.eval()
     meter, error, bad = Meter(world.device), None, []
+    extra = UserMetrics(cfg.metrics, world.device)
     per_class = torch.zeros(num_classes, 3, dtype=torch.int64, device=world.device)
     try:
         for k, batch in enumerate(batches):
@@ -255,6 +256,7 @@ def evaluate(
                 meter.add(
                     F.cross_entropy(logits, batch.labels, reduction="sum"), logits, batch.labels
                 )
+                extra.add(logits, batch.labels)
                 per_class.index_add_(0, batch.labels, correct_counts(logits, batch.labels))
     except DataError as e:
         error = e
@@ -264,7 +266,8 @@ def evaluate(
     sums = meter.read()
     if sums["images"] == 0:
         raise DataError(f"none of the validation images could be read{_such_as(bad)}")
-    return Evaluation(evaluation_row(sums), sum_over_ranks(per_class).cpu(), bad)
+    row = evaluation_row(sums) | extra.row(int(sums["images"]))
+    return Evaluation(row, sum_over_ranks(per_class).cpu(), bad)
 
 
 def _such_as(bad: list[Skipped]) -> str:
