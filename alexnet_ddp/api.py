@@ -80,7 +80,7 @@ def build_model(*options: str, num_classes: int) -> nn.Module:
 
     It is on the CPU, in training mode. Raises ConfigError for a wrong option.
     """
-    cfg = compose(options)
+    cfg = cli.compose_for_python(list(options))
     if cfg.model.weights is not None:
         raise ConfigError("build_model reads no model.weights; use load_run, or load them yourself")
     return networks.build_model(cfg.model, num_classes, cfg.data.image_size, cfg.seed)
@@ -92,14 +92,4 @@ def open_dataset(*options: str) -> ImageSets:
     The result has `train` and `val`. Of each, len(), `classes`, `labels` (int32 [N]) and read(i),
     the encoded bytes of image i. Raises ConfigError for a wrong option, DataError for wrong data.
     """
-    return open_data(compose(options).data, may_make=True)
-
-
-def compose(options: Iterable[str]) -> Config:
-    """The configuration of a training with these options.
-
-    Imports the modules of the option plugins.
-    """
-    cfg = cli.compose(list(options))
-    load_plugins(cfg.plugins)
-    return cfg
+    return open_data(cli.compose_for_python(list(options)).data, may_make=True)

@@ -209,6 +209,16 @@ def compose(overrides: list[str]) -> Config:
     return to_config(_compose("train", overrides))
 
 
+def compose_for_python(overrides: list[str]) -> Config:
+    """As compose, for callers outside of a command: imports the plugins, raises ConfigError only."""
+    try:
+        cfg = compose(overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_line(error, ROOTS["train"])) from error
+    load_plugins(cfg.plugins)
+    return cfg
+
+
 def config_of_run(run_dir: Path, overrides: list[str]) -> Config:
     """The configuration that a run was last started with, and `overrides` on top. Raises ConfigError if unknown.
 

@@ -118,7 +118,7 @@ class Replay:
         what = "not finite" if bad else "largest losses"
         yield f"{what}: " + ", ".join(f"{self.name(i)} ({losses[i]:.4g})" for i in worst[:_SHOWN])
         if not self.exact:
-            yield "the run's parallel.hook is not replayed: its weights differed from these slightly"
+            yield "the run's parallel.hook is not replayed: its weights differed slightly"
         elif (
             agree
             and math.isfinite(loss)

@@ -485,6 +485,17 @@ def test_an_installed_wheel_works_in_an_empty_directory(tmp_path):
         cwd=empty, env={**ENV, **env}, text=True, capture_output=True, check=True,
     ).stdout  # fmt: skip
     assert str(tmp_path / "site") in where
+    assert (tmp_path / "site" / "alexnet_ddp" / "py.typed").exists()
+    launch = [sys.executable, "-m", "alexnet_ddp", "launch", "scripts"]
+    subprocess.run(launch, cwd=empty, env={**ENV, **env}, check=True)
+    for script in ("launch/local.sh", "launch/node.sh", "slurm/train.sbatch"):
+        assert (empty / "scripts" / script).read_bytes() == (root / script).read_bytes()
+    local = [empty / "scripts/launch/local.sh", *overrides, "run.name=copied", "device=cpu"]
+    done = subprocess.run(
+        local, cwd=empty, env={**ENV, **env, "NPROC": "1", "PYTHON": sys.executable}, text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow

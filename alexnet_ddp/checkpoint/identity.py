@@ -13,6 +13,7 @@ import torch
 from alexnet_ddp.checkpoint import files
 from alexnet_ddp.checkpoint.files import classes_of
 from alexnet_ddp.config import Config, ConfigError
+from alexnet_ddp.config.plugins import PluginOptimizerConfig, TorchOptimizerConfig
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ def identity(cfg: Config, fingerprint: str, windows: str | None = None) -> dict[
             )
     for section in ("augment", "model", "optimizer", "scheduler"):
         flat[section] = type(getattr(cfg, section)).__name__.removesuffix("Config")
+    if isinstance(cfg.optimizer, TorchOptimizerConfig | PluginOptimizerConfig):
+        flat["optimizer"] = f"{flat['optimizer']} {cfg.optimizer.name}"  # another name: other state
     return {key: value for key, value in flat.items() if key not in _FREE}
 
 
