@@ -39,7 +39,7 @@ _API = ("build_model", "load_run", "open_dataset")
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name where it is first used.
+    """Import a public name when it is first used.
 
     Python calls this for names that are not defined here.
     """

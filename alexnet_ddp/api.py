@@ -1,6 +1,4 @@
-"""What a Python program can do with runs, networks and data: the functions behind `import
-alexnet_ddp`.
-"""
+"""The functions of `import alexnet_ddp`: trained runs, networks and data for Python programs."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

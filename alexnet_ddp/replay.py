@@ -109,9 +109,9 @@ class Replay:
         losses = self._losses(batches, step, len(indices))
         loss = sum(losses.values()) / max(1, len(losses))
         yield f"loss {loss:.6g}, recorded {record['loss']:.6g}"
-        norm, where = self._gradient()
+        norm, bad = self._gradient()
         yield f"gradient norm {norm:.6g}" + (
-            f", not finite in {', '.join(where[:_SHOWN])}" if where else ""
+            f", not finite in {', '.join(bad[:_SHOWN])}" if bad else ""
         )
         bad = [i for i, value in losses.items() if not math.isfinite(value)]
         worst = bad or sorted(losses, key=losses.__getitem__, reverse=True)
@@ -157,7 +157,7 @@ class Replay:
         return losses
 
     def _gradient(self) -> tuple[float, list[str]]:
-        """Its norm, and the parameters where it is not finite."""
+        """Its norm, and the parameters of which it is not finite."""
         gradients = {
             name: p.grad for name, p in self._model.named_parameters() if p.grad is not None
         }

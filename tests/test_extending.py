@@ -198,10 +198,12 @@ def test_one_line_for_a_wrong_plugin_or_optimizer(place, image_folder, overrides
     assert line in refused(place, "data=folder", f"data.root={image_folder}", *QUICK, *overrides)
 
 
-@pytest.mark.parametrize("name", ["test_resnet"])
-def test_a_network_of_timm_with_its_own_inputs(place, image_folder, name):
+@pytest.mark.parametrize(
+    ("name", "options"), [("test_resnet", []), ("test_vit", ["model.args.img_size=64"])]
+)
+def test_a_network_of_timm_with_its_own_inputs(place, image_folder, name, options):
     timm = pytest.importorskip("timm")
-    data = ["data=folder", f"data.root={image_folder}", *QUICK]
+    data = ["data=folder", f"data.root={image_folder}", *QUICK, *options]
     done = run("train", *data, "run.name=timm", "model=timm", f"model.name={name}", cwd=place)
     assert done.returncode == 0, done.stdout
     loaded = alexnet_ddp.load_run(place / "runs/timm")

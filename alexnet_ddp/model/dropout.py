@@ -55,7 +55,8 @@ _FUNCTIONAL = (
     "dropout",
     "attention_dropout",
     "drop_rate",
-)  # rates of modules that call F.dropout themselves
+    "drop_prob",
+)  # rates of modules that call F.dropout, or a generator, themselves
 
 
 def key_dropout(model: nn.Module) -> None:
@@ -70,11 +71,10 @@ def key_dropout(model: nn.Module) -> None:
             if type(child) in twins:
                 layer += 1
                 setattr(parent, name, twins[type(child)](child, layer))
-            elif isinstance(child, nn.modules.dropout._DropoutNd) or any(
-                isinstance(rate := getattr(child, knob, 0), float) and rate > 0
-                for knob in _FUNCTIONAL
-            ):
-                rule = "draws its dropout from a generator, so that it could not be resumed exactly"
-                raise ConfigError(
-                    f"{type(child).__name__} in this network {rule}; set model.dropout=0"
-                )
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) or any(
+            isinstance(rate := getattr(module, knob, 0), float) and rate > 0 for knob in _FUNCTIONAL
+        ):
+            rule = "draws its dropout from a generator, so that it could not be resumed exactly"
+            remedy = "set model.dropout=0, or in a network of your own use torch.nn.Dropout"
+            raise ConfigError(f"{type(module).__name__} in this network {rule}; {remedy}")

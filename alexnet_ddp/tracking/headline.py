@@ -1,6 +1,7 @@
 """The first line of a run: what is trained on what, and how the global batch is cut."""
 
 from alexnet_ddp.config import Config, OptimizerConfig, Scaling
+from alexnet_ddp.config.plugins import PluginOptimizerConfig, TorchOptimizerConfig
 from alexnet_ddp.runtime.distributed import World
 
 
@@ -32,6 +33,8 @@ def recipe(cfg: Config, warmup_steps: int) -> str:
     optimizer, schedule = (
         type(part).__name__.removesuffix("Config") for part in (cfg.optimizer, cfg.scheduler)
     )
+    if isinstance(cfg.optimizer, TorchOptimizerConfig | PluginOptimizerConfig):
+        optimizer = cfg.optimizer.name
     rate = learning_rate(cfg.optimizer, cfg.trainer.global_batch_size)
     warmup = f" after {warmup_steps} steps of warm-up" if warmup_steps else ""
     return f"{cfg.trainer.epochs} epochs of {optimizer}, {rate}, {schedule}{warmup}"

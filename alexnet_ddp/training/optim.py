@@ -282,13 +282,16 @@ def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, state
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling: You, Gitman, Ginsburg 2017, algorithm 1.
 
-    rate = eta |w| / (|g| + wd |w|), or 1 where a norm is 0;  v = momentum v + lr rate (g + wd w);
-    w -= v. The rate lies within v, as in the paper: libraries that multiply v by it differ where
-    the rate changes.
+    rate = eta |w| / (|g| + wd |w|), or 1 if a norm is 0
+    v = momentum v + lr rate (g + wd w)
+    w = w - v
 
-    A group has `weight_decay` and `adapts`: where that is false its rate is 1. Like torch's fused
-    optimizers it looks at `found_inf` on the device, applies nothing where that is not 0, and waits
-    for nothing. It uses the gradients up.
+    The rate is part of v, as in the paper. Libraries that multiply v by the rate give other results
+    when the rate changes.
+
+    A group has `weight_decay` and `adapts`: if `adapts` is false, its rate is 1. Like torch's fused
+    optimizers it reads `found_inf` on the device and applies nothing if that is not 0; no rank
+    waits for the device. step() overwrites the gradients.
     """
 
     _step_supports_amp_scaling = True  # GradScaler then sets found_inf, and leaves it to us
