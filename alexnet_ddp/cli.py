@@ -189,7 +189,7 @@ def _compose(root: str, overrides: list[str], more: str | None = None) -> DictCo
 
 
 def _refuse_plugins_of_files(cfg: DictConfig, overrides: list[str]) -> None:
-    """Raise ConfigError if cfg.plugins is not what the command line gives: a file must not name code to run."""
+    """Raise ConfigError unless cfg.plugins comes from the command line: files must not name code."""
     given: list[str] = []
     for override in OverridesParser.create().parse_overrides(overrides):
         if override.key_or_group == "plugins":
@@ -210,7 +210,7 @@ def compose(overrides: list[str]) -> Config:
 
 
 def compose_for_python(overrides: list[str]) -> Config:
-    """As compose, for callers outside of a command: imports the plugins, raises ConfigError only."""
+    """As compose, for Python programs: imports the plugins and raises ConfigError only."""
     try:
         cfg = compose(overrides)
     except (HydraException, OmegaConfBaseException) as error:
@@ -253,7 +253,7 @@ def config_of_run(run_dir: Path, overrides: list[str]) -> Config:
 
 
 def _refuse_plugins_of_record(run_dir: Path, recorded: list[str], given: set[str]) -> None:
-    """Raise ConfigError if a run was started with plugins and the command line neither repeats nor drops them."""
+    """Raise ConfigError if the record names plugins and the command line has no `plugins`."""
     modules = [o.partition("=")[2] for o in recorded if o.split("=")[0].lstrip("+") == "plugins"]
     if modules and modules[-1] != "[]" and "plugins" not in given:
         rule = "and a record must not choose what is imported"

@@ -109,16 +109,16 @@ class Replay:
         losses = self._losses(batches, step, len(indices))
         loss = sum(losses.values()) / max(1, len(losses))
         yield f"loss {loss:.6g}, recorded {record['loss']:.6g}"
-        norm, bad = self._gradient()
+        norm, tensors = self._gradient()
         yield f"gradient norm {norm:.6g}" + (
-            f", not finite in {', '.join(bad[:_SHOWN])}" if bad else ""
+            f", not finite in {', '.join(tensors[:_SHOWN])}" if tensors else ""
         )
         bad = [i for i, value in losses.items() if not math.isfinite(value)]
         worst = bad or sorted(losses, key=losses.__getitem__, reverse=True)
         what = "not finite" if bad else "largest losses"
         yield f"{what}: " + ", ".join(f"{self.name(i)} ({losses[i]:.4g})" for i in worst[:_SHOWN])
         if not self.exact:
-            yield "the run's parallel.hook is not replayed: its weights differed slightly"
+            yield "parallel.hook is not replayed: the run had slightly different weights"
         elif (
             agree
             and math.isfinite(loss)

@@ -162,7 +162,7 @@ class Config:
     checkpoint: CheckpointConfig
     resume: ResumeConfig
     logger: LoggerConfig
-    # Modules to import first, from the command line only: they register what a run then chooses by name.
+    # Modules to import first, from the command line only: they register what a run chooses by name.
     plugins: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -118,7 +118,7 @@ class OptimizerConfig:
         return self.lr * (math.sqrt(ratio) if self.scaling is Scaling.sqrt else ratio)
 
 
-# optimizer=NAME -> its class. Without a file conf/optimizer/NAME.yaml the options have the class's defaults.
+# optimizer=NAME -> its class. Without conf/optimizer/NAME.yaml the class's defaults count.
 OPTIMIZERS: dict[str, type[OptimizerConfig]] = {}
 _Class = TypeVar("_Class", bound=type[OptimizerConfig])
 
@@ -165,7 +165,7 @@ class AdamWConfig(OptimizerConfig):
 @optimizer_choice("adam")
 @dataclass(kw_only=True)
 class AdamConfig(AdamWConfig):
-    """Kingma, Ba 2015, with the values of the paper. Weight decay is added to the gradient, unlike AdamW's."""
+    """Kingma, Ba 2015, with the values of the paper. Unlike AdamW's, its decay is in the gradient."""
 
     lr: float = 1e-3
 

@@ -56,7 +56,8 @@ ROOTS: dict[str, type] = {
     "plan": PlanConfig,
     "prepare": PrepareConfig,
 }
-# GROUP=CHOICE -> the class of its options. conf/GROUP/CHOICE.yaml gives values; without it the class's defaults count.
+# GROUP=CHOICE -> the class of its options. conf/GROUP/CHOICE.yaml gives values; without it the
+# class's defaults count.
 GROUPS: dict[str, dict[str, type]] = {
     "data": {
         "demo": DemoConfig,

@@ -39,7 +39,7 @@ class Batch:
 class Loader:
     """Turns Works into Batches with `num_threads` threads, from pinned memory where the device is a GPU.
 
-    image_size(epoch): pixels, height = width. plain: what is done to every image, its normalisation.
+    image_size(epoch): pixels, height = width. plain: the effects of every image: normalisation.
     """
 
     fill: Fill
