@@ -189,7 +189,7 @@ def _compose(root: str, overrides: list[str], more: str | None = None) -> DictCo
 
 
 def _refuse_plugins_of_files(cfg: DictConfig, overrides: list[str]) -> None:
-    """Raise ConfigError unless cfg.plugins comes from the command line: files must not name code."""
+    """Raise ConfigError unless cfg.plugins is the command line's: files must not name code."""
     given: list[str] = []
     for override in OverridesParser.create().parse_overrides(overrides):
         if override.key_or_group == "plugins":

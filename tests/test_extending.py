@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchvision.transforms as T
 from PIL import Image
+from safetensors.torch import load_file
 
 import alexnet_ddp
 from alexnet_ddp import cli, plugins
@@ -114,6 +115,22 @@ def test_a_class_of_torch_optim(place, image_folder):
     run_dir = train("nadam", place, image_folder, "model=alexnet_small")
     (checkpoint,) = (run_dir / "checkpoints").glob("step-*")
     assert b'"mu_product/' in (checkpoint / "optimizer.safetensors").read_bytes()[:20_000]
+
+
+def test_a_class_of_torch_optim_in_a_hybrid_equals_ddp_and_resumes(place, image_folder):
+    net = ["model=alexnet_small", "model.dropout=0", "scheduler=constant"]
+    ddp = train("nadam", place, image_folder, *net, "run.name=ddp", ranks=2)
+    hybrid = ["run.name=hybrid", "parallel=hybrid", "parallel.split=[classifier.1,classifier.4]"]
+    for steps in (2, 4):
+        more = [*net, *hybrid, f"trainer.max_steps={steps}"]
+        other = train("nadam", place, image_folder, *more, ranks=2)
+    for stem in ("model", "optimizer"):
+        a, b = (
+            load_file(d / f"checkpoints/step-00000004/{stem}.safetensors") for d in (ddp, other)
+        )
+        assert a.keys() == b.keys()
+        for key in a:
+            assert torch.allclose(a[key], b[key], rtol=1e-3, atol=2e-4), key
 
 
 def test_an_optimizer_resumes_with_its_state(place, image_folder):

@@ -54,7 +54,7 @@ def to_hydra(override: str, root: type) -> str:
 
 
 def find_option(key: str, root: type) -> Option | None:
-    """The option `key`. Names below engine.conf are text options, names below `args` have any type."""
+    """The option `key`. Below engine.conf every name is a text, below `args` of any type."""
     option = options(root).get(key)
     if option is not None:
         return option

@@ -165,7 +165,7 @@ class AdamWConfig(OptimizerConfig):
 @optimizer_choice("adam")
 @dataclass(kw_only=True)
 class AdamConfig(AdamWConfig):
-    """Kingma, Ba 2015, with the values of the paper. Unlike AdamW's, its decay is in the gradient."""
+    """Kingma, Ba 2015, with the paper's values. Unlike AdamW's, the decay is in the gradient."""
 
     lr: float = 1e-3
 

@@ -81,7 +81,7 @@ def centre_crop(
     resize: int,
     interpolation: Interpolation | None = None,
 ) -> None:
-    """Shorter side to `resize` (antialiased), centre crop to `slot`: the pixels of torchvision's preset.
+    """Shorter side to `resize` (antialiased), centre crop to `slot`: torchvision's preset.
 
     A very long image loses its ends first, see without_far_ends. interpolation: None is bilinear.
     """

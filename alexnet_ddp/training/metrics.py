@@ -49,7 +49,7 @@ class UserMetrics:
         self._sums = torch.zeros(len(names), dtype=torch.float64, device=device)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """logits: float [n, classes]; labels: int64 [n]. Raises ConfigError if a metric is not [n]."""
+        """logits: float [n, classes]; labels: int64 [n]. Raises ConfigError for a wrong result."""
         for k, (name, metric) in enumerate(self._metrics.items()):
             values = metric(logits, labels)
             if not isinstance(values, Tensor) or values.shape != labels.shape:
@@ -59,7 +59,7 @@ class UserMetrics:
             self._sums[k] += values.double().sum()
 
     def row(self, num_images: int) -> dict[str, float]:
-        """Collective if there are metrics. val/NAME: the mean over `num_images` images of all ranks."""
+        """Collective if there are metrics. val/NAME: the mean over num_images, of all ranks."""
         if not self._metrics:
             return {}
         sums = sum_over_ranks(self._sums).tolist()
