@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from alexnet_ddp.api import build_model, load_run, open_dataset
     from alexnet_ddp.plugins import (
         Callback,
+        register_augment,
         register_callback,
         register_metric,
         register_model,
@@ -28,6 +29,7 @@ __all__ = [
     "build_model",
     "load_run",
     "open_dataset",
+    "register_augment",
     "register_callback",
     "register_metric",
     "register_model",

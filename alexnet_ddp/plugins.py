@@ -1,4 +1,4 @@
-"""Extension points: networks, optimizers, data sources, metrics and callbacks of the user's own
+"""Extension points: networks, optimizers, data sources, metrics, callbacks, ... of the user's own
 package.
 
     from alexnet_ddp import register_model
@@ -104,6 +104,7 @@ def _origin(build: Callable[..., Any]) -> str:
 MODELS: Registry[Callable[..., Any]] = Registry("model", "model.name")
 OPTIMIZERS: Registry[Callable[..., Any]] = Registry("optimizer", "optimizer.name")
 SOURCES: Registry[Callable[..., Any]] = Registry("source", "data.name")
+AUGMENTS: Registry[Callable[..., Any]] = Registry("augment", "augment.name")
 METRICS: Registry[Callable[..., Any]] = Registry("metric", "trainer.metrics")
 CALLBACKS: Registry[Callable[..., Any]] = Registry("callback", "trainer.callbacks")
 _elementwise: set[str] = set()  # names of optimizers
@@ -160,6 +161,21 @@ def register_source(name: str, build: Build | None = None) -> Build | Callable[[
     names, a list of N texts that identify the images, for messages and the record.
     """
     return _register(SOURCES, name, build)
+
+
+@overload
+def register_augment(name: str) -> Callable[[Build], Build]: ...
+@overload
+def register_augment(name: str, build: Build) -> Build: ...
+def register_augment(name: str, build: Build | None = None) -> Build | Callable[[Build], Build]:
+    """Register an augmentation for `augment=plugin augment.name=NAME`; as a decorator or a call.
+
+    build(image, random, **augment.args) is called for each training image after its crop and flip.
+    image: uint8 [size, size, 3], RGB. random: a numpy.random.Generator, seeded by the seed, the
+    epoch and the image: take all random numbers from it. It returns an array like image, or changes
+    image in place and returns None. It is called from several threads.
+    """
+    return _register(AUGMENTS, name, build)
 
 
 @overload

@@ -75,8 +75,8 @@ def last_row(run_dir: Path, key: str) -> dict:
 
 def test_the_page_has_the_examples_that_are_tested():
     trained = re.findall(r"alexnet_ddp\.train run\.name=(\w+)", "\n".join(COMMANDS))
-    assert trained == ["tiny", "wide", "nadam", "signum", "stripes", "metric", "journal"]
-    assert len(COMMANDS) == 11
+    assert trained == ["tiny", "wide", "nadam", "signum", "stripes", "darken", "metric", "journal"]
+    assert len(COMMANDS) == 12
 
 
 def test_a_network_trains_resumes_evaluates_and_predicts(place, image_folder):
@@ -120,7 +120,7 @@ def test_a_class_of_torch_optim(place, image_folder):
 def test_a_class_of_torch_optim_in_a_hybrid_equals_ddp_and_resumes(place, image_folder):
     net = ["model=alexnet_small", "model.dropout=0", "scheduler=constant"]
     ddp = train("nadam", place, image_folder, *net, "run.name=ddp", ranks=2)
-    hybrid = ["run.name=hybrid", "parallel=hybrid", "parallel.split=[classifier.1,classifier.4]"]
+    hybrid = ["run.name=hybrid", "parallel=hybrid", "parallel.split=[classifier.0,classifier.3]"]
     for steps in (2, 4):
         more = [*net, *hybrid, f"trainer.max_steps={steps}"]
         other = train("nadam", place, image_folder, *more, ranks=2)
@@ -153,6 +153,21 @@ def test_a_data_source_trains_and_evaluates_on_two_ranks(place, image_folder):
     result = json.loads((place / "runs/stripes/evaluation.json").read_text())
     assert result["val/num_images"] == 200
     assert set(result["per_class"]) == {"horizontal", "vertical"}
+
+
+def test_an_augmentation_is_a_function_of_seed_epoch_and_image(place, image_folder):
+    net = ["model=alexnet_small", "scheduler=constant", "run.name=one"]
+    one = train("darken", place, image_folder, *net)
+    for steps in (2, 4):
+        more = [*net, "run.name=parts", f"trainer.max_steps={steps}"]
+        parts = train("darken", place, image_folder, *more)
+    darker = train("darken", place, image_folder, *net, "run.name=darker", "augment.args.least=0.1")
+    a, b, c = (
+        (d / "checkpoints/step-00000004/model.safetensors").read_bytes()
+        for d in (one, parts, darker)
+    )
+    assert a == b
+    assert a != c
 
 
 def test_a_metric_is_a_mean_over_all_images_of_all_ranks(place, image_folder):

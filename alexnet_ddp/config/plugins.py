@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alexnet_ddp.config.checks import MISSING, require
-from alexnet_ddp.config.data import DataConfig
+from alexnet_ddp.config.data import BasicAugmentConfig, DataConfig
 from alexnet_ddp.config.recipe import ModelConfig, OptimizerConfig, optimizer_choice
 
 # Classes of torch.optim whose update of an element depends only on that element's gradient and
@@ -99,6 +99,18 @@ class PluginDataConfig(DataConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.args = _checked_args("data", self.args, ("root", "split"))
+
+
+@dataclass(kw_only=True)
+class PluginAugmentConfig(BasicAugmentConfig):
+    """As augment=basic, then a function that a plugin has registered: see docs/extending.md."""
+
+    name: str = MISSING  # register_augment(NAME)
+    args: Any = None  # a mapping: further keyword arguments of the registered function
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.args = _checked_args("augment", self.args, ("image", "random"))
 
 
 def _checked_args(section: str, args: Any, taken: tuple[str, ...]) -> dict[str, Any]:

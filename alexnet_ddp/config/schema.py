@@ -39,7 +39,12 @@ from alexnet_ddp.config import (
     SyntheticConfig,
     TorchvisionConfig,
 )
-from alexnet_ddp.config.plugins import PluginDataConfig, PluginModelConfig, TimmConfig
+from alexnet_ddp.config.plugins import (
+    PluginAugmentConfig,
+    PluginDataConfig,
+    PluginModelConfig,
+    TimmConfig,
+)
 from alexnet_ddp.config.recipe import OPTIMIZERS
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -71,6 +76,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "basic": BasicAugmentConfig,
         "alexnet_2012": AlexNet2012AugmentConfig,
         "none": NoAugmentConfig,
+        "plugin": PluginAugmentConfig,
     },
     "model": {
         "alexnet": AlexNetConfig,

@@ -98,6 +98,7 @@ class ImageFill(_IndexFill):
             if data[k] is not None:
                 self._guard(bad, k, i, lambda k=k: crop_into(slots[k], data[k], boxes[k], flips[k]))
                 operate(slots[k], operations[k])
+                self.augment.finish(slots[k], epoch, int(i))
         return bad
 
     def _sizes(
@@ -135,6 +136,8 @@ class RawFill(_IndexFill):
                 bad, k, i, lambda k=k, i=i: self._crop_into(slots[k], i, boxes[k], flips[k])
             )
             operate(slots[k], operations[k])
+            if self.augment is not None:
+                self.augment.finish(slots[k], epoch, i)
         return bad
 
     def _crop_into(self, slot: np.ndarray, i: int, box: list[int], flip: bool) -> None:
