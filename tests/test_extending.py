@@ -65,7 +65,8 @@ def documented(name: str, data: Path) -> list[str]:
 def train(name: str, place: Path, data: Path, *more: str, ranks: int = 0) -> Path:
     done = run("train", *documented(name, data), *more, cwd=place, ranks=ranks)
     assert done.returncode == 0, done.stdout
-    return place / "runs" / name
+    names = [o.partition("=")[2] for o in more if o.startswith("run.name=")]
+    return place / "runs" / [name, *names][-1]
 
 
 def last_row(run_dir: Path, key: str) -> dict:
