@@ -275,7 +275,7 @@ def load_plugins(modules: Iterable[str]) -> None:
     Raises ConfigError, in one line, if a name is not a module's or if an import fails.
     """
     for module in modules:
-        if _MODULE.fullmatch(module) is None:
+        if _MODULE.fullmatch(module) is None or module.endswith(".py"):
             name = module.removesuffix(".py").replace("/", ".").strip(".")
             raise ConfigError(
                 f"plugins ({module}) must be names of modules, as in an import statement; "

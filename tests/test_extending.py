@@ -120,6 +120,7 @@ def test_a_class_of_torch_optim(place, image_folder):
 
 def test_a_class_of_torch_optim_in_a_hybrid_equals_ddp_and_resumes(place, image_folder):
     net = ["model=alexnet_small", "model.dropout=0", "scheduler=constant"]
+    net += ["optimizer.args.eps=0.01"]  # else rounding decides how far a tiny gradient moves a weight
     ddp = train("nadam", place, image_folder, *net, "run.name=ddp", ranks=2)
     hybrid = ["run.name=hybrid", "parallel=hybrid", "parallel.split=[classifier.0,classifier.3]"]
     for steps in (2, 4):
