@@ -28,7 +28,7 @@ ONLY_IN = {  # library -> the modules that may import it: packages, or files of 
     r"wandb|tensorboard|torch\.utils\.tensorboard": {"tracking"},
     # doctor: a store without a group, and messages that only a timing sends
     r"torch\.distributed": {"runtime/distributed", "parallel", "doctor/meeting", "doctor/links"},
-    r"PIL|cv2|simplejpeg": {"data", "prepare"},
+    r"PIL|cv2|simplejpeg": {"data", "prepare", "api"},  # api: the type of an argument
     r"scipy": {"data"},
     r"rich": {"runtime/terminal", "tracking/console"},  # console: the progress bar of a training
     r"matplotlib": {"cost_model/picture"},
