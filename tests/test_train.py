@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alexnet_ddp import cli, predict
+from alexnet_ddp import load_run
 from alexnet_ddp.checkpoint import files
 from tests.conftest import make_folder
 from tests.ranks import run_command
@@ -242,9 +242,7 @@ def test_where_weights_are_averaged_they_are_what_the_run_and_evaluate_and_predi
         row for row in rows(tmp_path / "runs/x", "val/loss") if row["step"] == found["step"]
     )  # of the best one
     assert found["val/loss"] == pytest.approx(row["val/loss"], rel=1e-6)
-    shown = predict._trained(cli.config_of_run(tmp_path / "runs/x", []), tmp_path / "runs/x")[
-        0
-    ].state_dict()
+    shown = load_run(tmp_path / "runs/x").model.state_dict()
     checkpoint = tmp_path / "runs/x/checkpoints" / found["checkpoint"]
     averages, weights = (files.read_tensors(checkpoint, stem) for stem in ("ema", "model"))
     assert all(torch.equal(t, averages[name]) for name, t in shown.items())
