@@ -112,7 +112,8 @@ def nearest(key: str, root: type) -> list[str]:
     if leaf in inside:
         return [inside[leaf]]
     if leaf in leaves:
-        return leaves[leaf][:3]
+        likely = sorted(leaves[leaf], key=lambda path: path.split(".")[0] not in ("run", "model"))
+        return likely[:3]
     begins = [
         path
         for name, paths in leaves.items()
