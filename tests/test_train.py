@@ -484,8 +484,8 @@ def test_an_installed_wheel_works_in_an_empty_directory(tmp_path):
     ).stdout  # fmt: skip
     assert str(tmp_path / "site") in where
     assert (tmp_path / "site" / "alexnet_ddp" / "py.typed").exists()
-    launch = [sys.executable, "-m", "alexnet_ddp", "launch", "scripts"]
-    subprocess.run(launch, cwd=empty, env={**ENV, **env}, check=True)
+    script = tmp_path / "site" / "bin" / "alexnet-ddp"
+    subprocess.run([script, "launch", "scripts"], cwd=empty, env={**ENV, **env}, check=True)
     for script in ("launch/local.sh", "launch/node.sh", "slurm/train.sbatch"):
         assert (empty / "scripts" / script).read_bytes() == (root / script).read_bytes()
     local = [empty / "scripts/launch/local.sh", *overrides, "run.name=copied", "device=cpu"]
