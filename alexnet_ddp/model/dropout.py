@@ -72,8 +72,10 @@ def key_dropout(model: nn.Module) -> None:
                 layer += 1
                 setattr(parent, name, twins[type(child)](child, layer))
     for module in model.modules():
+        # A whole network may only record its `dropout`, as torchvision's VisionTransformer does.
+        rates = _FUNCTIONAL if module is not model else ("drop_rate",)
         if isinstance(module, nn.modules.dropout._DropoutNd) or any(
-            isinstance(rate := getattr(module, knob, 0), float) and rate > 0 for knob in _FUNCTIONAL
+            isinstance(rate := getattr(module, name, 0), float) and rate > 0 for name in rates
         ):
             rule = "draws its dropout from a generator, so that it could not be resumed exactly"
             remedy = "set model.dropout=0, or in a network of your own use torch.nn.Dropout"
