@@ -12,7 +12,7 @@ _MOST = 90  # bytes of each half
 def derived_name(cfg: DictConfig) -> str:
     """DATA-MODEL, such as photos-resnet18: the same command gets the same name, and so resumes."""
     data, model = (_choice_of(group, cfg[group]) for group in ("data", "model"))
-    root = str(cfg.data.get("root") or cfg.data.get("name") or data)
+    root = str(cfg.data.get("name") or cfg.data.get("root") or data)
     url, _, path = root.partition("?")[0].rpartition("://")
     place = (
         path.rpartition("@")[2].rstrip("/") if url else os.path.abspath(root)

@@ -93,7 +93,7 @@ class PluginDataConfig(DataConfig):
     """A data source that a plugin has registered: see docs/extending.md."""
 
     name: str = MISSING  # register_source(NAME)
-    root: str | None = None  # passed to the registered function; it may change between starts
+    root: str = "."  # passed to the registered function; it may change between starts
     args: Any = None  # a mapping: further keyword arguments of the registered function
 
     def __post_init__(self) -> None:
