@@ -154,7 +154,7 @@ def register_source(name: str, build: Build) -> Build: ...
 def register_source(name: str, build: Build | None = None) -> Build | Callable[[Build], Build]:
     """Register a data source for `data=plugin data.name=NAME`; usable as a decorator and as a call.
 
-    build(root, split, **data.args) is called with data.root (or None) and "train" or "val". It
+    build(root, split, **data.args) is called with data.root (default: .) and "train" or "val". It
     returns an object with classes (a list of names in the order of the labels), labels (a sequence
     of N integers), and read(i), which returns the bytes of image i, encoded as JPEG, PNG or another
     format that is read from folders. read is called from several threads, in any order. Optional:

@@ -44,10 +44,10 @@ def header(path: Path) -> str:
 # --- options ------------------------------------------------------------------------------------------------------
 
 DATA_KEYS = (
-    "data.cache_dir, data.cache_gb, data.class_order, data.eval_resize, data.grow_epochs, data.image_size, "
-    "data.limit_train, "
-    "data.limit_val, data.max_bad_images, data.num_classes, data.num_threads, data.num_train, data.num_val, "
-    "data.on_bad_image, data.root, data.shuffle, data.start_image_size, data.window_shards"
+    "data.args, data.cache_dir, data.cache_gb, data.class_order, data.eval_interpolation, data.eval_resize, "
+    "data.grow_epochs, data.image_size, data.limit_train, data.limit_val, data.max_bad_images, data.mean, "
+    "data.name, data.num_classes, data.num_threads, data.num_train, data.num_val, data.on_bad_image, data.root, "
+    "data.shuffle, data.start_image_size, data.std, data.window_shards"
 )
 WRONG_VALUES = {
     "run.name=": "run.name ('') is empty; give a text",
@@ -202,19 +202,20 @@ WRONG_PREPARATIONS = {
 # Wrong types, and options that the chosen classes do not have.
 REFUSED_BY_THE_SCHEMA = {
     "augment=none augment.mixup_alpha=0.2": (
-        "augment.mixup_alpha is only read by augment=basic and augment=alexnet_2012, this is augment=none; "
+        "augment.mixup_alpha is only read by augment=basic and augment=alexnet_2012 and augment=plugin, this is augment=none; "
         "leave it out, or change augment"
     ),
     "augment.policy=autoaugment": "augment.policy (autoaugment) must be one of none, randaugment, trivialaugment",
     "trainer.nope=1": (
-        "trainer.nope is not a key; known here: trainer.check_every_steps, trainer.clip_grad_norm, trainer.compile, "
+        "trainer.nope is not a key; known here: trainer.callbacks, trainer.check_every_steps, trainer.clip_grad_norm, trainer.compile, "
         "trainer.drop_last, trainer.ema_decay, trainer.epochs, trainer.eval_batch_size, trainer.eval_every_epochs, "
         "trainer.global_batch_size, trainer.hang_timeout_s, trainer.label_smoothing, trainer.log_every_steps, "
-        "trainer.max_steps, trainer.micro_batch_size, trainer.on_nan, trainer.precision, trainer.spike_factor, "
+        "trainer.max_steps, trainer.metrics, trainer.micro_batch_size, trainer.on_nan, trainer.precision, trainer.spike_factor, "
         "trainer.tf32"
     ),
     "model.name=resnet18": (  # an option of another choice would be ignored
-        "model.name is only read by model=torchvision, this is model=alexnet_small; leave it out, or change model"
+        "model.name is only read by model=torchvision and model=timm and model=plugin, this is model=alexnet_small; "
+        "leave it out, or change model"
     ),
     "scheduler=cosine scheduler.power=2": (
         "scheduler.power is only read by scheduler=poly, this is scheduler=cosine; leave it out, or change scheduler"
@@ -223,7 +224,8 @@ REFUSED_BY_THE_SCHEMA = {
         "data.num_classes is only read by data=synthetic, this is data=demo; leave it out, or change data"
     ),
     "optimizer=sgd optimizer.beta1=0.9": (
-        "optimizer.beta1 is only read by optimizer=adamw, this is optimizer=sgd; leave it out, or change optimizer"
+        "optimizer.beta1 is only read by optimizer=adamw and optimizer=adam, this is optimizer=sgd; "
+        "leave it out, or change optimizer"
     ),
     "data._target_=os.system": f"data._target_ is not a key; known here: {DATA_KEYS}",
     "trainer.epochs=1.5": "trainer.epochs (1.5) must be an integer",
@@ -252,8 +254,8 @@ REFUSED_BY_THE_SCHEMA = {
         "parallel.split (classifier.1) must be a list; write parallel.split=[classifier.1]"
     ),
     "trainer={epochs:many}": "trainer.epochs (many) must be an integer",
-    "optimizer=nope": "optimizer=nope does not exist; choices: adamw, lars, sgd",
-    "optimizer=null": "optimizer=null is refused; choices: sgd, adamw, lars",
+    "optimizer=nope": "optimizer=nope does not exist; choices: adam, adamw, lars, plugin, sgd, torch",
+    "optimizer=null": "optimizer=null is refused; choices: sgd, adamw, adam, lars, torch, plugin",
     "run={name:1.10}": "run.name is a text, but run={name:1.10} gives the number 1.1; write run.name=...",
 }
 
@@ -549,7 +551,10 @@ KEYS += "scheduler, seed, trainer"
             "data.root is required and has no value; give it on the command line: data.root=...",
         ),
         ("data._target_=os.system", f"data._target_ is not a key; known here: {DATA_KEYS}"),
-        ("optimizer=null", "optimizer=null is refused; choices: sgd, adamw, lars"),
+        (
+            "optimizer=null",
+            "optimizer=null is refused; choices: sgd, adamw, adam, lars, torch, plugin",
+        ),
         ("optimizer.lr=0", "optimizer.lr (0.0) must be greater than 0"),
         (
             "run.name=${nope}",

@@ -361,7 +361,8 @@ SPELLINGS = {
     "trainer=ddp": "trainer=ddp is refused: trainer is not a group; write parallel=ddp",
     "resume=true": "resume=true is refused: resume is not a group; its options: resume.allow_changes",
     "model=resnet18": (
-        "model=resnet18 does not exist; choices: alexnet, alexnet_2012, alexnet_bn, alexnet_small, torchvision; "
+        "model=resnet18 does not exist; choices: alexnet, alexnet_2012, alexnet_bn, alexnet_small, plugin, "
+        "timm, torchvision; "
         "a network of torchvision: model=torchvision model.name=resnet18"
     ),
     "model=AlexNet": "model=AlexNet does not exist; nearest: model=alexnet",
@@ -395,7 +396,7 @@ SPELLINGS = {
         "-m (a sweep) is not supported; start one run per value: "
         "for seed in 1 2; do python -m alexnet_ddp.train seed=$seed run.name=seed-$seed; done"
     ),
-    "trainer={bogus:2,epochs:3}": "trainer.bogus is not a key; known here: trainer.check_every_steps, ",
+    "trainer={bogus:2,epochs:3}": "trainer.bogus is not a key; known here: trainer.callbacks, ",
     "run.name=${oc.env:NOT_SET_HERE}": (
         "run.name (${oc.env:NOT_SET_HERE}) refers to an environment variable that is not set, or cannot be resolved"
     ),
@@ -490,7 +491,7 @@ def test_every_option_that_a_message_names_exists(path):
 
 def test_options_of_a_choice_know_their_choices():
     found = options(Config)
-    assert found["model.name"] == Option((str,), ("torchvision",))
-    assert found["data.root"].choices == ("demo", "folder", "imagenet", "shards")
+    assert found["model.name"] == Option((str, str, str), ("torchvision", "timm", "plugin"))
+    assert found["data.root"].choices == ("demo", "folder", "imagenet", "shards", "plugin")
     assert found["optimizer.lr"].choices == ()
     assert os.sep not in "".join(found)

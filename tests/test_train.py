@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alexnet_ddp import cli, predict
+from alexnet_ddp import load_run
 from alexnet_ddp.checkpoint import format as ckpt
 from tests.conftest import make_folder
 from tests.ranks import run_command
@@ -242,9 +242,7 @@ def test_where_weights_are_averaged_they_are_what_the_run_and_evaluate_and_predi
         row for row in rows(tmp_path / "runs/x", "val/loss") if row["step"] == found["step"]
     )  # of the best one
     assert found["val/loss"] == pytest.approx(row["val/loss"], rel=1e-6)
-    shown = predict._trained(cli.config_of_run(tmp_path / "runs/x", []), tmp_path / "runs/x")[
-        0
-    ].state_dict()
+    shown = load_run(tmp_path / "runs/x").model.state_dict()
     checkpoint = tmp_path / "runs/x/checkpoints" / found["checkpoint"]
     averages, weights = (ckpt.read_tensors(checkpoint, stem) for stem in ("ema", "model"))
     assert all(torch.equal(t, averages[name]) for name, t in shown.items())
@@ -486,8 +484,8 @@ def test_an_installed_wheel_works_in_an_empty_directory(tmp_path):
     ).stdout  # fmt: skip
     assert str(tmp_path / "site") in where
     assert (tmp_path / "site" / "alexnet_ddp" / "py.typed").exists()
-    launch = [sys.executable, "-m", "alexnet_ddp", "launch", "scripts"]
-    subprocess.run(launch, cwd=empty, env={**ENV, **env}, check=True)
+    script = tmp_path / "site" / "bin" / "alexnet-ddp"
+    subprocess.run([script, "launch", "scripts"], cwd=empty, env={**ENV, **env}, check=True)
     for script in ("launch/local.sh", "launch/node.sh", "slurm/train.sbatch"):
         assert (empty / "scripts" / script).read_bytes() == (root / script).read_bytes()
     local = [empty / "scripts/launch/local.sh", *overrides, "run.name=copied", "device=cpu"]

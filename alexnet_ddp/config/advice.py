@@ -113,7 +113,8 @@ def nearest(key: str, root: type) -> list[str]:
     if leaf in inside:
         return [inside[leaf]]
     if leaf in leaves:
-        return leaves[leaf][:3]
+        likely = sorted(leaves[leaf], key=lambda path: path.split(".")[0] not in ("run", "model"))
+        return likely[:3]
     if section not in sections(root) and section not in group_names(root):
         begins = _beginning_with(leaf, leaves)
         if begins:

@@ -254,7 +254,7 @@ def _refuse_plugins_of_files(cfg: DictConfig, overrides: list[str]) -> None:
 def _derived_name(cfg: DictConfig) -> str:
     """DATA-MODEL, such as photos-resnet18: the same command gets the same name, and resumes."""
     data, model = (choice_of(group, OmegaConf.get_type(cfg[group])) for group in ("data", "model"))
-    root = str(cfg.data.get("root") or cfg.data.get("name") or data)
+    root = str(cfg.data.get("name") or cfg.data.get("root") or data)
     url, _, path = root.partition("?")[0].rpartition("://")
     # rpartition("@") drops a URL's user name and password.
     place = path.rpartition("@")[2].rstrip("/") if url else os.path.abspath(root)

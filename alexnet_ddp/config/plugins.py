@@ -87,9 +87,7 @@ class PluginDataConfig(DataConfig):
     """A data source that a plugin has registered: see docs/extending.md."""
 
     name: str = option(MISSING, "Name that was given to register_source.")
-    root: str | None = option(
-        None, "Passed to the registered function; it may change when a run resumes.", null="none"
-    )
+    root: str = option(".", "Passed to the registered function; it may change when a run resumes.")
     args: Any = option(
         None, "Further keyword arguments of the registered function.", kind="mapping", null="none"
     )

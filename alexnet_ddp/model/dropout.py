@@ -74,15 +74,16 @@ def key_dropout(model: nn.Module) -> None:
                 layer += 1
                 setattr(parent, name, keyed[type(child)](child, layer))
     for module in model.modules():
-        if _uses_generator(module):
+        # A whole network may only record its `dropout`, as torchvision's VisionTransformer does.
+        if _uses_generator(module, _FUNCTIONAL if module is not model else ("drop_rate",)):
             rule = "draws its dropout from a generator, so that it could not be resumed exactly"
             remedy = "set model.dropout=0, or in a network of your own use torch.nn.Dropout"
             raise ConfigError(f"{type(module).__name__} in this network {rule}; {remedy}")
 
 
-def _uses_generator(module: nn.Module) -> bool:
-    """Whether `module` is another kind of dropout, or calls F.dropout with a rate above 0."""
+def _uses_generator(module: nn.Module, names: tuple[str, ...]) -> bool:
+    """Whether `module` is another kind of dropout, or has a rate above 0 among `names`."""
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return True
-    rates = [getattr(module, name, 0) for name in _FUNCTIONAL]
+    rates = [getattr(module, name, 0) for name in names]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)

@@ -239,9 +239,7 @@ def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> State:
                 found[f"{kind}:{key}/{name}"] = torch.tensor(value, dtype=dtype)
     if len(optimizer.state.keys() - set(parameters.values())):
         rule = "keeps state that belongs to no parameter, which cannot be saved"
-        raise ConfigError(
-            f"{type(optimizer).__name__} {rule}; keep it in optimizer.state[parameter]"
-        )
+        raise ConfigError(f"{type(optimizer).__name__} {rule}; keep it in self.state[parameter]")
     return found
 
 
