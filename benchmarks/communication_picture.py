@@ -1,6 +1,6 @@
 """The picture of benchmarks/communication.py: seconds a step, by link, from its JSON file; with --all also the curves.
 
-    python benchmarks/communication_picture.py JSON PNG [README.md]
+    python benchmarks/communication_picture.py JSON PNG [FILE.md]
 
 Run by itself it prints the table as well; a file that is named third gets it, between its two marks.
 """
