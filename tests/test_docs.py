@@ -165,7 +165,10 @@ def command_of(line: str) -> tuple[str, list[str]] | None:
 
 def shown(overrides: list[str]) -> list[str]:
     """Without Hydra's options, which only show something. Placeholders are ordinary texts."""
-    return [word for word in overrides if "=" in word]
+    values = {overrides.index(word) + 1 for word in overrides if word in ("--cfg", "-c")}
+    return [
+        word for i, word in enumerate(overrides) if not word.startswith("-") and i not in values
+    ]
 
 
 def cases() -> list[tuple[str, tuple[str, ...]]]:
