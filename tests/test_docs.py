@@ -176,7 +176,7 @@ def cases() -> list[tuple[str, tuple[str, ...]]]:
     for page in PAGES:
         for line in command_lines(page):
             command = command_of(line)
-            is_only_named = line in spans(page) and not (command and command[1])
+            is_only_named = line in spans(page) and not (command and shown(command[1]))
             if (
                 command is not None
                 and not is_only_named
