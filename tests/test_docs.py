@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import alexnet_ddp
 from alexnet_ddp import cli
 from alexnet_ddp.config import Config
 from alexnet_ddp.config.door import to_config, use_schema
@@ -117,7 +118,6 @@ def links(page: Path) -> list[str]:
 
 # --- command lines --------------------------------------------------------------------------------------------------
 
-BATCH = {"train": "train", "sweep": "train", "evaluate": "evaluate", "prepare": "prepare"}
 SCRIPTS = {"demo.sh": None, "local.sh": None, "node.sh": None, "spark.sh": "prepare"}
 
 
@@ -131,39 +131,44 @@ def words(line: str) -> list[str]:
 
 def command_of(line: str) -> tuple[str, list[str]] | None:
     """The command of this project that a line runs, and its options; None for any other line."""
-    parts = words(line)
-    env = {}
+    parts, env = words(line), {}
     while parts and re.fullmatch(r"[A-Z_]+=\S*", parts[0]):
         name, _, value = parts.pop(0).partition("=")
         env[name] = value
-    if not parts:
-        return None
-    own = env.get("COMMAND", "train")
-    program, *rest = parts
+    program, *rest = parts or [""]
+    launched = env.get("COMMAND", "train")
     if program in ("python", "torchrun") and "-m" in rest:
-        module, *overrides = rest[rest.index("-m") + 1 :]
-        if module == "alexnet_ddp":
-            return (overrides[0], overrides[1:]) if overrides[:1] != ["launch"] else None
-        name = module.removeprefix("alexnet_ddp.")
-        if name == "replay":  # takes the path of a file, too
-            overrides = [word for word in overrides if "=" in word]
-        return (name, overrides) if name != module else None
+        return of_module(*rest[rest.index("-m") + 1 :])
     if program == "alexnet-ddp":
-        is_command = rest and rest[0] != "launch" and not rest[0].startswith("-")
-        return (rest[0], rest[1:]) if is_command else None
+        return of_module("alexnet_ddp", *rest)
     if program in ("sbatch", "spark-submit"):
-        at = next((i for i, word in enumerate(rest) if word.endswith((".sbatch", ".py"))), None)
-        if at is None:
-            return None
-        name = Path(rest[at]).stem
-        if name == "sweep":
-            at += 1  # the file of lines
-        name = "prepare" if program == "spark-submit" else BATCH[name]
-        return (own if name == "train" else name), rest[at + 1 :]
-    script = Path(program).name
-    if program.removeprefix("./").startswith("launch/") and script in SCRIPTS:
-        return SCRIPTS[script] or own, rest
+        return of_job(rest, launched)
+    folder, _, script = program.removeprefix("./").partition("/")
+    if folder == "launch" and script in SCRIPTS:
+        return SCRIPTS[script] or launched, rest
     return None
+
+
+def of_module(module: str, *arguments: str) -> tuple[str, list[str]] | None:
+    """`launch` has no options to compose, and neither has --version; `replay` takes the path of a file, too."""
+    name, rest = module.removeprefix("alexnet_ddp."), list(arguments)
+    if module == "alexnet_ddp":
+        name, rest = (rest[0], rest[1:]) if rest else ("launch", [])
+    if (name == module and module != "alexnet_ddp") or name == "launch" or name.startswith("-"):
+        return None
+    return name, [word for word in rest if "=" in word] if name == "replay" else rest
+
+
+def of_job(rest: list[str], launched: str) -> tuple[str, list[str]] | None:
+    at = next((i for i, word in enumerate(rest) if word.endswith((".sbatch", ".py"))), None)
+    if at is None:
+        return None
+    name = Path(rest[at]).stem
+    if name == "sweep":  # the file of lines comes first
+        at += 1
+    return {"train": launched, "sweep": "train", "command": "prepare"}.get(name, name), rest[
+        at + 1 :
+    ]
 
 
 def shown(overrides: list[str]) -> list[str]:
@@ -204,6 +209,10 @@ def test_the_reader_of_command_lines_finds_them_and_wrong_ones_are_refused():
         "COMMAND=doctor sbatch --nodes=4 slurm/train.sbatch": ("doctor", []),
         "spark-submit --master yarn alexnet_ddp/prepare/command.py root=x": ("prepare", ["root=x"]),
         "WORKERS=2 launch/spark.sh root=x": ("prepare", ["root=x"]),
+        "alexnet-ddp plan nodes=2": ("plan", ["nodes=2"]),
+        "python -m alexnet_ddp.replay runs/x/replay.json": ("replay", []),
+        "alexnet-ddp launch DIR": None,
+        "alexnet-ddp --version": None,
         "pip install x": None,
     }
     for line, expected in known.items():
@@ -375,6 +384,12 @@ def test_the_table_of_exit_codes_is_complete():
     assert codes >= {64, 65, 66, 70, 74, 75, 76}
     for code in codes:
         assert f"| {code} |" in page, code
+
+
+def test_the_page_of_the_api_has_every_public_name():
+    page = (ROOT / "docs/api.md").read_text()
+    for name in alexnet_ddp.__all__:
+        assert re.search(rf"`{name}[`(]", page), name
 
 
 @EACH_PAGE
