@@ -176,5 +176,5 @@ def test_the_top_level_is_what_the_readers_expect():
             "tests",
             "slurm",
         ),
-        *("benchmarks", "docs", "CHANGELOG.md", "CONTRIBUTING.md"),
+        *("benchmarks", "docs", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "README.zh.md"),
     }
