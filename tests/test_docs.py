@@ -11,11 +11,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from alexnet_ddp.config.door import to_config, use_schema
 
 import alexnet_ddp
 from alexnet_ddp import cli
 from alexnet_ddp.config import Config
-from alexnet_ddp.config.door import to_config, use_schema
 from alexnet_ddp.config.overrides import find_option
 from alexnet_ddp.config.schema import ROOTS, group_names, groups, options, sections
 from alexnet_ddp.runtime import errors
