@@ -25,6 +25,7 @@ from alexnet_ddp.config.advice import dashed
 from alexnet_ddp.config.overrides import check_key
 from alexnet_ddp.config.reference import help_lines
 from alexnet_ddp.config.schema import ROOTS, group_names, options
+from alexnet_ddp.plugins import load_plugins
 from alexnet_ddp.runtime import startup
 from alexnet_ddp.runtime.errors import (
     ConfigError,
@@ -76,6 +77,7 @@ def run(command: str, main: str | Main) -> None:
         arguments = _parse(sys.argv[1:], command)
         if not _show(arguments, command):
             cfg = _compose(command, arguments.overrides, arguments.config_dir)
+            load_plugins(getattr(cfg, "plugins", ()))
             _imported(main)(cfg, arguments.overrides)
         code = 0
     except RunError as error:
@@ -96,6 +98,13 @@ def compose(overrides: list[str]) -> Config:
     return _compose("train", overrides)
 
 
+def compose_for_python(overrides: list[str]) -> Config:
+    """As compose, for Python programs: imports the plugins as well."""
+    cfg = compose(overrides)
+    load_plugins(cfg.plugins)
+    return cfg
+
+
 def config_of_run(run_dir: Path, overrides: list[str]) -> Config:
     """The configuration that the run was last started with, with `overrides` on top.
 
@@ -110,6 +119,7 @@ def config_of_run(run_dir: Path, overrides: list[str]) -> Config:
         remedy = f"give run.name, and run.root if it is not {run_dir.parent}"
         raise ConfigError(f"{rule}; there are: {known or 'none'}; {remedy}") from error
     given = {_key(override) for override in overrides}
+    _refuse_plugins_of_record(run_dir, recorded, given)
     kept = [one for one in recorded if "=" not in one or _key(one) not in given]
     for override in kept:
         if HIDDEN in override:
@@ -118,6 +128,29 @@ def config_of_run(run_dir: Path, overrides: list[str]) -> Config:
             raise ConfigError(f"{rule}; give {key}=... again")
     cfg = compose(kept + overrides)
     return replace(cfg, run=RunConfig(name=run_dir.name, root=str(run_dir.parent)))
+
+
+def with_record_options(arguments: list[str]) -> list[str]:
+    """The arguments of replay, in which the first one may be the path of a record.
+
+    FILE becomes file=FILE, and names the run, whose directory contains the file.
+    """
+    if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
+        return arguments
+    run_dir = Path(arguments[0]).absolute().parent
+    of_run = [f"run.root={run_dir.parent}", f"run.name={run_dir.name}"]
+    given = {_key(argument) for argument in arguments[1:]}
+    of_run = [override for override in of_run if _key(override) not in given]
+    return [f"file={arguments[0]}", *of_run, *arguments[1:]]
+
+
+def _refuse_plugins_of_record(run_dir: Path, recorded: list[str], given: set[str]) -> None:
+    """Raise ConfigError if the record names plugins and the command line has no `plugins`."""
+    modules = [one.partition("=")[2] for one in recorded if _key(one) == "plugins"]
+    if modules and modules[-1] != "[]" and "plugins" not in given:
+        rule = "and a record must not choose what is imported"
+        remedy = f"give plugins={modules[-1]} again if you trust it, or plugins=[] to do without"
+        raise ConfigError(f"run {run_dir.name} was started with plugins, {rule}; {remedy}")
 
 
 def _compose(command: str, overrides: list[str], config_dir: str | None = None) -> Any:

@@ -24,23 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from alexnet_ddp import cli
-from alexnet_ddp.checkpoint.format import (
-    classes_of,
-    find_best,
-    read_state,
-    read_tensors,
-    weights_group,
-)
-from alexnet_ddp.config import Config, ConfigError, DataConfig, PredictConfig
+from alexnet_ddp.api import read_run
+from alexnet_ddp.config import ConfigError, DataConfig, PredictConfig
 from alexnet_ddp.data.decode import BadImage, centre_into
 from alexnet_ddp.data.effects import normalise
 from alexnet_ddp.data.image import read_file
 from alexnet_ddp.data.sources.index import list_images
-from alexnet_ddp.model import build_model, load_checkpoint, without_weights
 from alexnet_ddp.runtime.distributed import choose_device
 from alexnet_ddp.runtime.errors import DataError
 from alexnet_ddp.runtime.terminal import Console, Table
-from alexnet_ddp.tracking import read_classes
 
 log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
 
@@ -59,14 +51,14 @@ def main(options: PredictConfig, overrides: list[str]) -> None:
             f"output ({options.output}) must be in an existing directory; create it first"
         )
     paths = find_images(options.images)
-    cfg = cli.config_of_run(run_dir, [])
-    device = choose_device(options.device, 0)
-    model, names = _trained(cfg, run_dir)
-    model = model.to(device).eval()
+    plugins = [one for one in overrides if one.lstrip("+").startswith("plugins=")]
+    run = read_run(run_dir, cli.config_of_run(run_dir, plugins))
+    device, names = choose_device(options.device, 0), run.classes
+    model = run.model.to(device)
     bad: list[str] = []
     table = Table("image", "classes and their probabilities")
     lines: list[str] = []
-    for path, probabilities in _probabilities(model, paths, cfg.data, device, bad):
+    for path, probabilities in _probabilities(model, paths, run.config.data, device, bad):
         top = probabilities.topk(min(options.top_k, len(names)))
         found = [
             {"class": names[i], "probability": p}
@@ -136,20 +128,6 @@ def _matches(pattern: str) -> list[str]:
     return found
 
 
-def _trained(cfg: Config, run_dir: Path) -> tuple[nn.Module, list[str]]:
-    """The network of the best checkpoint, and the names of its classes.
-
-    Later checkpoints of the run may have other classes.
-    """
-    best = find_best(run_dir / "checkpoints")
-    state = read_state(best)
-    names = (classes_of(best, state) or read_classes(run_dir))["names"]
-    start = without_weights(cfg.model, state.get("transform_input", False))
-    model = build_model(start, len(names), cfg.data.image_size, cfg.seed)
-    load_checkpoint(model, read_tensors(best, weights_group(best)), str(best))
-    return model, names
-
-
 @torch.inference_mode()
 def _probabilities(
     model: nn.Module, paths: list[str], cfg: DataConfig, device: torch.device, bad: list[str]
@@ -163,10 +141,12 @@ def _probabilities(
         pixels = np.empty((_BATCH_SIZE, cfg.image_size, cfg.image_size, 3), np.uint8)
         for path in paths[start : start + _BATCH_SIZE]:
             try:
-                centre_into(pixels[len(shown)], read_file(path), cfg.eval_resize)
+                slot, how = pixels[len(shown)], cfg.eval_interpolation
+                centre_into(slot, read_file(path), cfg.eval_resize, how)
                 shown.append(path)
             except (BadImage, OSError) as error:
                 bad.append(f"{path}: {error}")
         if shown:
             images = torch.from_numpy(pixels[: len(shown)]).to(device)
-            yield from zip(shown, model(normalise(images, None)).float().softmax(1).cpu())
+            inputs = normalise(images, None, cfg.normalisation)
+            yield from zip(shown, model(inputs).float().softmax(1).cpu())

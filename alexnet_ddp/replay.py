@@ -1,10 +1,23 @@
-"""A bad step once more, in one process: was it these images, or was it the machine?
+"""Compute a bad step again, in one process: did the images cause it, or the machine?
 
-    python -m alexnet_ddp.train run.name=X replay=runs/X/replay.json
+    python -m alexnet_ddp.replay runs/X/replay.json
+    python -m alexnet_ddp.replay run.name=X [file=runs/X/replay.json]
 
-From the newest checkpoint before that step, or from the start, the run goes forward to it with the slices that the
-ranks had. Nothing is written.
+The steps from the newest checkpoint before that step, or from the start, are computed again with
+the slices that the ranks had. Nothing is written.
 """
+
+if __name__ == "__main__":  # torch, below, is imported after the configuration is valid
+    import sys
+
+    from alexnet_ddp.runtime import startup
+
+    startup.begin("replay")
+
+    from alexnet_ddp import cli
+
+    sys.argv[1:] = cli.with_record_options(sys.argv[1:])
+    cli.run("replay", "alexnet_ddp.replay:main")
 
 import json
 import math
@@ -17,7 +30,7 @@ import torch
 from torch import nn
 
 from alexnet_ddp import cli
-from alexnet_ddp.config import Config, ConfigError, DDPConfig, Hook, OnNan
+from alexnet_ddp.config import ConfigError, DDPConfig, Hook, OnNan, ReplayConfig
 from alexnet_ddp.data.effects import apply_effects
 from alexnet_ddp.data.loader import Batch, Loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler, MicroBatch
@@ -33,10 +46,14 @@ from alexnet_ddp.training.vote import StepVote
 _SHOWN = 5  # images
 
 
-def replay(cfg: Config, overrides: list[str]) -> None:
-    """What `cfg.replay` has recorded."""
-    record = read_record(Path(cfg.replay))
-    cfg = cli.config_of_run(cfg.run_dir, overrides)
+def main(options: ReplayConfig, overrides: list[str]) -> None:
+    """Replay the step that options.file records, by default the run's own replay.json.
+
+    Raises ConfigError if there is no such record or run, or if there are several processes.
+    """
+    record = read_record(Path(options.file or options.run_dir / "replay.json"))
+    overrides = [one for one in overrides if one.partition("=")[0].lstrip("+") != "file"]
+    cfg = cli.config_of_run(options.run_dir, overrides)
     parallel = cfg.parallel
     cfg = replace(
         cfg, parallel=DDPConfig(), trainer=replace(cfg.trainer, on_nan=OnNan.skip)
@@ -60,7 +77,7 @@ def replay(cfg: Config, overrides: list[str]) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Raises ConfigError."""
+    """The record in the file `path`. Raises ConfigError if it cannot be read."""
     try:
         record = json.loads(path.read_bytes())
         if record["step"] >= 1 and record["world_size"] >= 1:
@@ -69,13 +86,16 @@ def read_record(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         remedy = "give the replay.json of a run's directory"
         raise ConfigError(
-            f"replay={path} cannot be read ({type(error).__name__}: {error}); {remedy}"
+            f"file={path} cannot be read ({type(error).__name__}: {error}); {remedy}"
         ) from error
 
 
 @dataclass
 class Replay:
-    """A run that stands at an earlier step, in a world of one. name(i): of image i. exact: it learnt as this does."""
+    """A run in the state of an earlier step, in one process.
+
+    name(i): the name of image i. exact: the run computed its updates in the same way.
+    """
 
     train_step: TrainStep
     sampler: GlobalBatchSampler
@@ -85,7 +105,7 @@ class Replay:
     exact: bool = True
 
     def lines(self, record: dict[str, Any], start: int) -> Iterator[str]:
-        """Go from step `start` to the recorded one; what there is to say about it."""
+        """Compute the steps from `start` to the recorded one; yield what was found in it."""
         step = record["step"] - 1
         works = self._works(range(start, step + 1), record["world_size"])
         batches = self.loader.batches(works)
@@ -98,26 +118,32 @@ class Replay:
         losses = self._losses(batches, step, len(indices))
         loss = sum(losses.values()) / max(1, len(losses))
         yield f"loss {loss:.6g}, recorded {record['loss']:.6g}"
-        norm, where = self._gradient()
+        norm, tensors = self._gradient()
         yield f"gradient norm {norm:.6g}" + (
-            f", not finite in {', '.join(where[:_SHOWN])}" if where else ""
+            f", not finite in {', '.join(tensors[:_SHOWN])}" if tensors else ""
         )
         bad = [i for i, value in losses.items() if not math.isfinite(value)]
         worst = bad or sorted(losses, key=losses.__getitem__, reverse=True)
         what = "not finite" if bad else "largest losses"
         yield f"{what}: " + ", ".join(f"{self.name(i)} ({losses[i]:.4g})" for i in worst[:_SHOWN])
         if not self.exact:
-            yield "the run's parallel.hook is not replayed: its weights were not these to the last digit"
+            yield "parallel.hook is not replayed: the run had slightly different weights"
         elif (
             agree
             and math.isfinite(loss)
             and math.isfinite(norm)
             and "not finite" in record["reason"]
         ):
-            yield "all is finite here: not these images and weights, but the machine that ran the step is to blame"
+            yield (
+                "all is finite here: not these images and weights, "
+                "but the machine that ran the step is to blame"
+            )
 
     def _works(self, steps: range, world_size: int) -> Iterator[MicroBatch]:
-        """The forward passes of all ranks one after the other: what is normalised together then is so now."""
+        """The forward passes of all ranks, one after the other.
+
+        BatchNorm then normalises the same images together as in the run.
+        """
         micro = self.train_step.cfg.micro_batch_size
         for step in steps:
             for rank in range(world_size):
@@ -143,7 +169,7 @@ class Replay:
         return losses
 
     def _gradient(self) -> tuple[float, list[str]]:
-        """Its norm, and the parameters where it is not finite."""
+        """The norm of the gradient, and the parameters of which it is not finite."""
         gradients = {
             name: p.grad for name, p in self._model.named_parameters() if p.grad is not None
         }

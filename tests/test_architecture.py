@@ -8,12 +8,13 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "alexnet_ddp"
 # A command may import everything, and nothing imports a command. test_module_keeps_its_place knows `cli` too.
-COMMANDS = {"train", "evaluate", "predict", "prepare", "plan", "doctor", "replay"}
-SHARED = {"config", "rng", "runtime"}  # every package may import these
+COMMANDS = {"train", "evaluate", "predict", "prepare", "plan", "doctor", "replay", "launch", "api"}
+SHARED = {"config", "plugins", "rng", "runtime"}  # every package may import these
 MAY_IMPORT = {  # package -> the others that it may import
+    "__init__": {"api"},  # when a name of the API is used
     "checkpoint": set(),
     "cli": set(),
-    "config": set(),
+    "config": {"model"},  # what a network of timm expects of its input
     "cost_model": {"parallel"},  # which layers a hybrid splits
     "data": set(),
     "model": set(),
@@ -27,7 +28,7 @@ ONLY_IN = {  # library -> the modules that may import it: packages, or files of 
     r"wandb|tensorboard|torch\.utils\.tensorboard": {"tracking"},
     # doctor: a store without a group, and messages that only a timing sends
     r"torch\.distributed": {"runtime/distributed", "parallel", "doctor/rendezvous", "doctor/links"},
-    r"PIL|cv2|simplejpeg": {"data", "prepare"},
+    r"PIL|cv2|simplejpeg": {"data", "prepare", "api"},  # api: the type of an argument
     r"scipy": {"data"},
     r"rich": {"runtime/terminal", "tracking/console"},  # console: the progress bar of a training
     r"matplotlib": {"cost_model/sweep"},

@@ -11,11 +11,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from alexnet_ddp.config.door import to_config, use_schema
 
 import alexnet_ddp
-from alexnet_ddp import cli
-from alexnet_ddp.config import Config
+from alexnet_ddp.config.compose import compose
 from alexnet_ddp.config.overrides import find_option
 from alexnet_ddp.config.schema import ROOTS, group_names, groups, options, sections
 from alexnet_ddp.runtime import errors
@@ -34,15 +32,6 @@ FOLDERS = ("alexnet_ddp", "benchmarks", "conf", "docs", "launch", "slurm", "test
 
 
 # --- the adapters to the configuration ----------------------------------------------------------------------------
-
-
-def compose(command: str, overrides: list[str]) -> None:
-    """Compose and validate a command line. Raises an error if the command would refuse it."""
-    use_schema(ROOTS[command] if issubclass(ROOTS[command], Config) else Config)
-    try:
-        to_config(cli._compose(command, overrides))
-    finally:
-        use_schema(Config)
 
 
 def is_option(name: str) -> bool:

@@ -122,7 +122,7 @@ def test_a_record_that_cannot_be_read_is_refused_by_name(tmp_path, text):
     path.write_text(text)
     with pytest.raises(
         ConfigError,
-        match=r"replay=.*replay.json cannot be read .*; give the replay.json of a run's",
+        match=r"file=.*replay.json cannot be read .*; give the replay.json of a run's",
     ):
         read_record(path)
 

@@ -12,6 +12,7 @@ from alexnet_ddp.config import (
     OptimizerConfig,
     SGDConfig,
 )
+from alexnet_ddp.config.recipe import AdamConfig
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.training.optim import build_optimizer, load_state_by_name, set_lr, state_by_name
 from tests.ranks import run_ranks
@@ -91,6 +92,23 @@ def test_adamw_equals_its_formula_over_five_steps(decay_biases, bias_lr_factor):
     assert_equals_formula(
         AdamWConfig(lr=1, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.3, **knobs), update
     )
+
+
+@pytest.mark.parametrize(("decay_biases", "bias_lr_factor"), [(True, 1.0), (False, 2.0)])
+def test_adam_equals_its_formula_over_five_steps(decay_biases, bias_lr_factor):
+    def update(p, g, lr, wd, memory, t):
+        g = g + wd * p
+        m = memory["m"] = 0.9 * memory.get("m", 0) + 0.1 * g
+        v = memory["v"] = 0.999 * memory.get("v", 0) + 0.001 * g * g
+        return p - lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+
+    knobs = {"decay_biases": decay_biases, "bias_lr_factor": bias_lr_factor}
+    assert_equals_formula(AdamConfig(weight_decay=0.3, **knobs), update)
+
+
+def test_adam_has_the_values_of_its_article():
+    cfg = AdamConfig()
+    assert (cfg.lr, cfg.beta1, cfg.beta2, cfg.eps) == (1e-3, 0.9, 0.999, 1e-8)
 
 
 def test_biases_and_norms_are_the_group_that_may_learn_otherwise():

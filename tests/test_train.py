@@ -350,13 +350,13 @@ def test_a_run_that_diverges_saves_the_state_before_and_one_process_replays_the_
     )
     (saved,) = (tmp_path / "runs/d/checkpoints").glob("step-*")
     assert int(saved.name[5:]) == record["step"] - 1
-    again = run("train", "run.name=d", "replay=runs/d/replay.json", cwd=tmp_path)
+    again = run("replay", "runs/d/replay.json", cwd=tmp_path)
     assert again.returncode == 0, again.stdout
     assert f"images: {len(record['indices'])}, the recorded ones" in again.stdout
     assert "not finite: " in again.stdout
     assert record["names"][0] in again.stdout
     assert status(tmp_path / "runs/d")["exit_code"] == 70  # as the run left it
-    two = run("train", "run.name=d", "replay=runs/d/replay.json", ranks=2, cwd=tmp_path)
+    two = run("replay", "run.name=d", ranks=2, cwd=tmp_path)
     assert "replay takes one process, not 2; start it without torchrun" in two.stdout
 
 
@@ -485,6 +485,17 @@ def test_an_installed_wheel_works_in_an_empty_directory(tmp_path):
         cwd=empty, env={**ENV, **env}, text=True, capture_output=True, check=True,
     ).stdout  # fmt: skip
     assert str(tmp_path / "site") in where
+    assert (tmp_path / "site" / "alexnet_ddp" / "py.typed").exists()
+    launch = [sys.executable, "-m", "alexnet_ddp", "launch", "scripts"]
+    subprocess.run(launch, cwd=empty, env={**ENV, **env}, check=True)
+    for script in ("launch/local.sh", "launch/node.sh", "slurm/train.sbatch"):
+        assert (empty / "scripts" / script).read_bytes() == (root / script).read_bytes()
+    local = [empty / "scripts/launch/local.sh", *overrides, "run.name=copied", "device=cpu"]
+    done = subprocess.run(
+        local, cwd=empty, env={**ENV, **env, "NPROC": "1", "PYTHON": sys.executable}, text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow

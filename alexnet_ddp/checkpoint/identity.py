@@ -13,6 +13,7 @@ import torch
 
 from alexnet_ddp.checkpoint.format import classes_of, read_state
 from alexnet_ddp.config import Config, ConfigError
+from alexnet_ddp.config.plugins import PluginOptimizerConfig, TorchOptimizerConfig
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,6 @@ _MAX_OPTIONS_SHOWN = 6
 _FREE_SECTIONS = {
     "run",
     "plugins",
-    "replay",
     "device",
     "checkpoint",
     "resume",
@@ -91,6 +91,8 @@ def identity(cfg: Config, fingerprint: str, windows: str | None = None) -> dict[
             flat[section] = values
     for section in ("augment", "model", "optimizer", "scheduler"):
         flat[section] = type(getattr(cfg, section)).__name__.removesuffix("Config")
+    if isinstance(cfg.optimizer, TorchOptimizerConfig | PluginOptimizerConfig):
+        flat["optimizer"] = f"{flat['optimizer']} {cfg.optimizer.name}"  # another name: other state
     return {key: value for key, value in flat.items() if key not in _FREE_OPTIONS}
 
 

@@ -2,7 +2,7 @@
 
 The modules, in the order in which a command uses them:
 
-- option: how an option is declared; data, recipe, run, prepare, plan: the option classes
+- option: how an option is declared; data, recipe, run, prepare, plan, plugins: the option classes
 - schema: the tables of commands, groups and options; reference: --help and docs/configuration.md
 - overrides, advice: a command line becomes Hydra's overrides; mistakes become one line
 - compose: Hydra composes conf/ with the overrides; plain, checked dataclasses come out
@@ -74,6 +74,7 @@ from alexnet_ddp.config.run import (
     ParallelConfig,
     Precision,
     PredictConfig,
+    ReplayConfig,
     RunConfig,
     TrainerConfig,
     Wandb,

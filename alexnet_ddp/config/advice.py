@@ -15,11 +15,18 @@ _SYNONYMS = {
     "workers": "num_threads",
     "wd": "weight_decay",
 }
+# Options of earlier versions.
+_MOVED = {
+    "replay": "replaying a step is a command now; "
+    "write python -m alexnet_ddp.replay run.name=NAME file=runs/NAME/replay.json",
+}
 _ARTICLES = {"integer": "an integer", "number": "a number", "text": "a text"}
 
 
 def unknown(key: str, value: str, root: type) -> str:
     """The line for KEY=VALUE if the command has no such key."""
+    if key in _MOVED:
+        return f"{key}={shown(value)}: {_MOVED[key]}"
     if key in sections(root):
         rule = f"is refused: {key} is not a group"
         return f"{key}={shown(value)} {rule}; {_instead(key, value, root)}"

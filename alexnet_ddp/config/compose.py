@@ -14,6 +14,7 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import (
@@ -28,6 +29,7 @@ from omegaconf.errors import (
 from alexnet_ddp.config import advice
 from alexnet_ddp.config.option import check_finite, check_value
 from alexnet_ddp.config.overrides import check_key, misread, quoted, to_hydra
+from alexnet_ddp.config.plugins import TimmConfig
 from alexnet_ddp.config.recipe import LOW_LR_NETWORKS
 from alexnet_ddp.config.schema import CONF_DIR, GROUPS, ROOTS, choice_of, group_names, options
 from alexnet_ddp.runtime.errors import ConfigError
@@ -67,6 +69,7 @@ def compose_yaml(command: str, overrides: list[str], config_dir: str | None = No
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, root)) from error
     _refuse_numbers_as_text(folders, command, cfg.hydra.runtime.choices, root)
+    _refuse_plugins_of_files(cfg, translated)
     callbacks = OmegaConf.select(cfg, "hydra.callbacks")
     if callbacks:
         rule = "are refused: nothing here is called by a YAML file; remove them"
@@ -82,6 +85,7 @@ def to_config(cfg: DictConfig, command: str) -> Any:
     try:
         _fill_name(cfg)
         _refuse_unknown(cfg, "", root)
+        _fill_inputs_of_timm(cfg)
         for path, value in _leaves(OmegaConf.to_container(cfg, resolve=True), ""):
             check_value(path, value)
         config = OmegaConf.to_object(cfg)
@@ -218,14 +222,43 @@ def _fill_name(cfg: DictConfig) -> None:
         raise ConfigError(f"{missing[0]} is required and has no value; {remedy}")
 
 
+def _fill_inputs_of_timm(cfg: DictConfig) -> None:
+    """Give the data the mean, std and evaluation of a network of timm, if they are not given.
+
+    Raises ConfigError for an unknown network.
+    """
+    if "trainer" not in cfg or OmegaConf.get_type(cfg, "model") is not TimmConfig:
+        return
+    from alexnet_ddp.model.timm_models import input_options  # imports torch and timm
+
+    for key, value in input_options(cfg.model.name, cfg.data.image_size).items():
+        if cfg.data[key] is None:
+            cfg.data[key] = value
+
+
+def _refuse_plugins_of_files(cfg: DictConfig, overrides: list[str]) -> None:
+    """Raise ConfigError unless cfg.plugins is the command line's: files must not name code."""
+    given: list[str] = []
+    for override in OverridesParser.create().parse_overrides(overrides):
+        if override.key_or_group == "plugins":
+            given = [str(module) for module in override.value()]
+    if any("${" in module for module in given):
+        raise ConfigError("plugins must name modules, not ${...}; write plugins=[MODULE]")
+    found = OmegaConf.select(cfg, "plugins") or []
+    if list(found) != given:
+        rule = "comes from a YAML file, which must not choose what is imported"
+        remedy = "remove it there and give it on the command line"
+        raise ConfigError(f"plugins=[{','.join(found)}] {rule}; {remedy}")
+
+
 def _derived_name(cfg: DictConfig) -> str:
     """DATA-MODEL, such as photos-resnet18: the same command gets the same name, and resumes."""
     data, model = (choice_of(group, OmegaConf.get_type(cfg[group])) for group in ("data", "model"))
-    root = str(cfg.data.get("root") or data)
+    root = str(cfg.data.get("root") or cfg.data.get("name") or data)
     url, _, path = root.partition("?")[0].rpartition("://")
     # rpartition("@") drops a URL's user name and password.
     place = path.rpartition("@")[2].rstrip("/") if url else os.path.abspath(root)
-    halves = place.rpartition("/")[2], str(cfg.model.name if model == "torchvision" else model)
+    halves = place.rpartition("/")[2], str(cfg.model.get("name") or model)
     return "-".join(_as_name(half) or "data" for half in halves)
 
 

@@ -15,6 +15,16 @@ MAX_BYTES = 4 * MAX_PIXELS  # of a file; a sparse file may claim any size
 OnBadImage = StrEnum("OnBadImage", {name: name for name in ("raise", "skip")})
 
 
+class Interpolation(StrEnum):
+    bilinear = "bilinear"
+    bicubic = "bicubic"
+
+
+# Of ImageNet's RGB values in [0, 1], as torchvision's weights expect.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
 class Policy(StrEnum):
     none = "none"
     randaugment = "randaugment"
@@ -49,6 +59,21 @@ class DataConfig(Options, section="data"):
         null="data.image_size * 256 / 224",
         minimum=1,
         maximum=MAX_SIDE,
+    )
+    mean: list[float] | None = option(
+        None,
+        "Means of red, green and blue in [0, 1], which are subtracted from the images.",
+        null="ImageNet's, or with model=timm those of the network",
+    )
+    std: list[float] | None = option(
+        None,
+        "Standard deviations of red, green and blue in [0, 1], by which the images are divided.",
+        null="ImageNet's, or with model=timm those of the network",
+    )
+    eval_interpolation: Interpolation | None = option(
+        None,
+        "Interpolation of the resize in evaluation.",
+        null="bilinear, or with model=timm that of the network",
     )
     num_threads: int | None = option(
         None, "Decoding threads of each rank.", null="this rank's share of the cores", minimum=1
@@ -85,6 +110,10 @@ class DataConfig(Options, section="data"):
         if self.eval_resize < self.image_size:
             rule = f"must be at least data.image_size ({self.image_size})"
             raise ConfigError(f"data.eval_resize ({self.eval_resize}) {rule}")
+        for name in ("mean", "std"):
+            _check_three(name, getattr(self, name))
+        if self.std is not None and min(self.std) <= 0:
+            raise ConfigError(f"data.std ({self.std}) must be greater than 0")
         start, epochs = self.start_image_size, self.grow_epochs
         if (start is None) != (epochs is None):
             rule = "belong together: the first size, and the epoch in which it has grown"
@@ -93,6 +122,11 @@ class DataConfig(Options, section="data"):
         if start is not None and start >= self.image_size:
             rule = f"must be less than data.image_size ({self.image_size}), to grow to it"
             raise ConfigError(f"data.start_image_size ({start}) {rule}")
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(mean, standard deviation) of red, green and blue in [0, 1]."""
+        return tuple(self.mean or IMAGENET_MEAN), tuple(self.std or IMAGENET_STD)
 
     def train_image_size(self, epoch: int) -> int:
         """Size of the training images in `epoch` (counted from 0), in pixels.
@@ -103,6 +137,12 @@ class DataConfig(Options, section="data"):
             return self.image_size
         grown = (self.image_size - self.start_image_size) * epoch / self.grow_epochs
         return self.start_image_size + int(grown) // 32 * 32
+
+
+def _check_three(name: str, values: list[float] | None) -> None:
+    if values is not None and len(values) != 3:
+        rule = "must be three numbers, of red, green and blue in [0, 1]"
+        raise ConfigError(f"data.{name} ({values}) {rule}; write data.{name}=[r,g,b]")
 
 
 @dataclass(kw_only=True)

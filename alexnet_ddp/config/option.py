@@ -72,6 +72,12 @@ def option(default: Any, description: str, **spec: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def with_default(owner: type, name: str, default: Any) -> Any:
+    """The option `name` of `owner` for a subclass in which it has another default."""
+    metadata = owner.__dataclass_fields__[name].metadata  # type: ignore[attr-defined]
+    return field(default=default, metadata=metadata)
+
+
 class Options:
     """Base of all option classes: the constructor checks the bounds of every field.
 

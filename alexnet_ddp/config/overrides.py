@@ -62,18 +62,22 @@ def to_hydra(override: str, root: type) -> str:
     if key in group_names(root):
         return _checked(f"{sign}{key}={_choice(value)}", root)
     if option is not None:
+        if ".args." in key:
+            sign = "++"  # Hydra's mark for a key that may be new in a mapping
         return _checked(f"{sign}{key}={_value(key, value, option, root)}", root)
     return _checked(override, root)
 
 
 def find_option(key: str, root: type) -> Option | None:
-    """The option `key`; below an option of any type, such as engine.conf, every name is a text."""
+    """The option `key`. Below engine.conf every name is a text, below `args` of any type."""
     option = options(root).get(key)
-    if option is None and any(
-        one.is_any and key.startswith(f"{path}.") for path, one in options(root).items()
-    ):
-        return Option((str,))
-    return option
+    if option is not None:
+        return option
+    known = options(root).items()
+    parents = [path for path, one in known if one.is_any and key.startswith(f"{path}.")]
+    if not parents:
+        return None
+    return Option((Any,) if parents[0].endswith(".args") else (str,))
 
 
 def misread(values: Any, prefix: str, root: type) -> Iterator[tuple[str, Any]]:

@@ -104,6 +104,9 @@ class PlanConfig(Options):
     wire_dtype: Precision = option(
         Precision.fp32, "Type of the activations that a hybrid sends: fp32 or bf16."
     )
+    plugins: list[str] = option(
+        [], "Modules to import first, which register networks; from the command line only."
+    )
     plot: str | None = option(None, "A .png file to draw.", null="none")
     json: str | None = option(None, "A .json file to write.", null="none")
 

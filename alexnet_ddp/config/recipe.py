@@ -1,11 +1,12 @@
 """Options of the network, the optimizer and the learning rate."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
-from alexnet_ddp.config.option import MISSING, Options, option
+from alexnet_ddp.config.option import MISSING, Options, option, with_default
 from alexnet_ddp.runtime.errors import ConfigError
 
 # Names in torchvision (and timm) of networks without BatchNorm. Their published learning rate
@@ -154,6 +155,22 @@ class OptimizerConfig(Options, section="optimizer"):
         return self.lr * (math.sqrt(ratio) if self.scaling is Scaling.sqrt else ratio)
 
 
+# optimizer=NAME -> the class of its options.
+OPTIMIZERS: dict[str, type[OptimizerConfig]] = {}
+_Class = TypeVar("_Class", bound=type[OptimizerConfig])
+
+
+def optimizer_choice(name: str) -> Callable[[_Class], _Class]:
+    """Make a class the choice optimizer=NAME. training/optim.py builds what it describes."""
+
+    def add(owner: _Class) -> _Class:
+        OPTIMIZERS[name] = owner
+        return owner
+
+    return add
+
+
+@optimizer_choice("sgd")
 @dataclass(kw_only=True)
 class SGDConfig(OptimizerConfig):
     """Stochastic gradient descent with momentum, as in torch.optim.SGD."""
@@ -167,6 +184,7 @@ class SGDConfig(OptimizerConfig):
             raise ConfigError("optimizer.nesterov needs optimizer.momentum greater than 0")
 
 
+@optimizer_choice("adamw")
 @dataclass(kw_only=True)
 class AdamWConfig(OptimizerConfig):
     """Adam with decoupled weight decay, as in torch.optim.AdamW."""
@@ -178,6 +196,15 @@ class AdamWConfig(OptimizerConfig):
     eps: float = option(1e-8, "Added to the denominator.", above=0)
 
 
+@optimizer_choice("adam")
+@dataclass(kw_only=True)
+class AdamConfig(AdamWConfig):
+    """Kingma, Ba 2015, as in torch.optim.Adam: the weight decay is added to the gradient."""
+
+    lr: float = with_default(OptimizerConfig, "lr", 1e-3)
+
+
+@optimizer_choice("lars")
 @dataclass(kw_only=True)
 class LARSConfig(OptimizerConfig):
     """You, Gitman, Ginsburg 2017: the step of each tensor is proportional to its norm."""

@@ -94,6 +94,16 @@ Give it the overrides of the run. It takes less than a minute, trains nothing, a
 behind but the built-in data and the caches that a training makes too.
 FAIL: the run would not start, would hang, or would end early. warn: it would be slower, or its
 state easier to lose. Exit codes: 0 nothing FAILs, 64 something does.""",
+    "replay": """\
+Compute a recorded step again, in one process: did the images or the machine cause the bad step?
+
+  python -m alexnet_ddp.replay runs/X/replay.json
+  python -m alexnet_ddp.replay run.name=X [file=runs/X/replay.json] [data.root=DIR ...]
+
+The steps from the newest checkpoint before the recorded step are computed again, with the images
+that each rank had. Prints the loss, the gradient's norm, and which images or tensors are not
+finite. Nothing is written. Every option has the run's value, unless the command line gives another.
+Exit codes: 0 done, 64 configuration, 65 data, 66 no usable checkpoint.""",
 }
 _HOW = """\
 Usage: GROUP=CHOICE and OPTION=VALUE. --help NAME explains one group or option; --cfg job prints the
@@ -169,15 +179,17 @@ def help_lines(command: str, names: list[str]) -> Iterator[str]:
         yield from _section_lines(section)
 
 
-def markdown(commands: tuple[str, ...] = ("train", "doctor", "predict", "plan", "prepare")) -> str:
+def markdown(
+    commands: tuple[str, ...] = ("train", "doctor", "replay", "predict", "plan", "prepare"),
+) -> str:
     """docs/configuration.md. evaluate has the options of train."""
     lines = [_INTRODUCTION, *_recipes()]
     for command in commands:
-        known = describe("train") if command == "doctor" else []
+        known = describe("train") if command in ("doctor", "replay") else []
         seen = {entry.path for section in known for entry in section.entries}
         title = "`train` and `evaluate`" if command == "train" else f"`{command}`"
         lines += [f"## Options of {title}", ""]
-        if command == "doctor":
+        if known:
             lines += ["All options of `train`, and:", ""]
         for section in describe(command):
             entries = [entry for entry in section.entries if entry.path not in seen]

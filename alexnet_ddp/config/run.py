@@ -270,6 +270,12 @@ class TrainerConfig(Options, section="trainer"):
         null="no check",
         minimum=1,
     )
+    metrics: list[str] = option(
+        [], "Metrics of plugins; each evaluation reports them as val/NAME. See docs/extending.md."
+    )
+    callbacks: list[str] = option(
+        [], "Callbacks of plugins, in the order in which they are called. See docs/extending.md."
+    )
     log_every_steps: int = option(10, "Interval of logged metrics.", unit="steps", minimum=1)
     eval_every_epochs: int = option(1, "Interval of evaluations.", unit="epochs", minimum=1)
     hang_timeout_s: float | None = option(
@@ -351,10 +357,10 @@ class Config(Options):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-    replay: str | None = option(
-        None,
-        "A replay.json of the run: repeat that step and print what is not finite; nothing is "
-        "trained.",
+    plugins: list[str] = option(
+        [],
+        "Modules to import first, which register what a run chooses by name; from the command line "
+        "only. See docs/extending.md.",
     )
 
     def __post_init__(self) -> None:
@@ -412,10 +418,12 @@ class DoctorConfig(Config):
         maximum=1_000_000,
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.replay is not None:
-            raise ConfigError(f"replay ({self.replay}) is an option of train; leave it out")
+
+@dataclass(kw_only=True)
+class ReplayConfig(Config):
+    """A run, and the record of the step to compute again."""
+
+    file: str | None = option(None, "A replay.json.", null="the run's own")
 
 
 @dataclass(kw_only=True)
@@ -427,3 +435,6 @@ class PredictConfig(Options):
     images: str = option(MISSING, "The images: a file, a directory or a glob.")
     output: str | None = option(None, "A .jsonl file to write the predictions to.", null="none")
     top_k: int = option(5, "Number of classes to print for each image.", minimum=1)
+    plugins: list[str] = option(
+        [], "Modules to import first if the run was started with plugins; command line only."
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from alexnet_ddp.config import data, plan, prepare, recipe, run
+from alexnet_ddp.config import data, plan, plugins, prepare, recipe, run
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # An installed wheel contains conf/ inside the package; in a checkout both are in one folder.
@@ -21,11 +21,13 @@ ROOTS: dict[str, type] = {
     "train": run.Config,
     "evaluate": run.Config,
     "doctor": run.DoctorConfig,
+    "replay": run.ReplayConfig,
     "predict": run.PredictConfig,
     "plan": plan.PlanConfig,
     "prepare": prepare.PrepareConfig,
 }
-# conf/GROUP/CHOICE.yaml -> the class that it fills.
+# GROUP=CHOICE -> the class of its options. conf/GROUP/CHOICE.yaml gives values; without that file
+# the class's defaults count.
 GROUPS: dict[str, dict[str, type]] = {
     "data": {
         "demo": data.DemoConfig,
@@ -33,11 +35,13 @@ GROUPS: dict[str, dict[str, type]] = {
         "imagenet": data.ImageNetConfig,
         "shards": data.ShardsConfig,
         "synthetic": data.SyntheticConfig,
+        "plugin": plugins.PluginDataConfig,
     },
     "augment": {
         "basic": data.BasicAugmentConfig,
         "alexnet_2012": data.AlexNet2012AugmentConfig,
         "none": data.NoAugmentConfig,
+        "plugin": plugins.PluginAugmentConfig,
     },
     "model": {
         "alexnet": recipe.AlexNetConfig,
@@ -45,12 +49,10 @@ GROUPS: dict[str, dict[str, type]] = {
         "alexnet_bn": recipe.AlexNetBNConfig,
         "alexnet_small": recipe.AlexNetSmallConfig,
         "torchvision": recipe.TorchvisionConfig,
+        "timm": plugins.TimmConfig,
+        "plugin": plugins.PluginModelConfig,
     },
-    "optimizer": {
-        "sgd": recipe.SGDConfig,
-        "adamw": recipe.AdamWConfig,
-        "lars": recipe.LARSConfig,
-    },
+    "optimizer": recipe.OPTIMIZERS,
     "scheduler": {
         "constant": recipe.ConstantConfig,
         "step": recipe.StepDecayConfig,

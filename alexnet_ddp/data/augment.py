@@ -16,10 +16,13 @@ from alexnet_ddp.config import (
     AlexNet2012AugmentConfig,
     AugmentConfig,
     BasicAugmentConfig,
+    ConfigError,
     NoAugmentConfig,
     RandomAugmentConfig,
 )
+from alexnet_ddp.config.plugins import PluginAugmentConfig
 from alexnet_ddp.data.policy import Operation, draw_operations
+from alexnet_ddp.plugins import AUGMENTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,6 +88,22 @@ class Augment:
     def operations(self, epoch: int, indices: np.ndarray, size: int) -> list[list[Operation]]:
         """The policy's operations for each image. size: height = width after the crop, pixels."""
         return draw_operations(self.cfg, rng.fold(self.seed, rng.POLICY, epoch), indices, size)
+
+    def finish(self, image: np.ndarray, epoch: int, index: int) -> None:
+        """Apply a plugin's function to a cropped training image, uint8 [size, size, 3], in place.
+
+        Raises ConfigError if its result is not like the image.
+        """
+        if not isinstance(self.cfg, PluginAugmentConfig):
+            return
+        random = np.random.default_rng([self.seed, rng.PLUGIN, epoch, index])
+        made = AUGMENTS.get(self.cfg.name)(image, random, **self.cfg.args)
+        if made is None:
+            return
+        if not isinstance(made, np.ndarray) or made.shape != image.shape or made.dtype != np.uint8:
+            rule = f"must return a uint8 array of the shape {image.shape}, or None"
+            raise ConfigError(f"augment.name ({self.cfg.name}) {rule}; correct the plugin")
+        image[...] = made
 
     @property
     def mixes(self) -> bool:

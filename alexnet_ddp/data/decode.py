@@ -7,11 +7,13 @@ torchvision's classification preset.
 
 import math
 import threading
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 import simplejpeg
 
+from alexnet_ddp.config.data import Interpolation
 from alexnet_ddp.data import restarts
 from alexnet_ddp.data.image import (
     DECODE_ERROR,
@@ -22,6 +24,9 @@ from alexnet_ddp.data.image import (
     scaled_size,
     to_rgb,
 )
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _thread = threading.local()
 cv2.setNumThreads(1)  # the loader's threads decode in parallel already
@@ -65,18 +70,32 @@ def resize_into(slot: np.ndarray, crop: np.ndarray, flip: bool) -> None:
         cv2.flip(slot, 1, dst=slot)
 
 
-def centre_into(slot: np.ndarray, data: bytes, resize: int) -> None:
-    """Resize the shorter side to `resize` (bilinear, antialiased), crop the centre into `slot`.
+def centre_into(
+    slot: np.ndarray, data: bytes, resize: int, interpolation: Interpolation | None = None
+) -> None:
+    """As centre_crop, of an encoded image. Raises BadImage."""
+    centre_crop(slot, open_image(data), resize, interpolation)
+
+
+def centre_crop(
+    slot: np.ndarray,
+    image: "Image.Image",
+    resize: int,
+    interpolation: Interpolation | None = None,
+) -> None:
+    """Resize the shorter side to `resize` (antialiased), and crop the centre into `slot`.
 
     The pixels equal those of torchvision's preset. Very long images are cropped before they are
-    resized, see crop_long_image. Raises BadImage.
+    resized, see crop_long_image. interpolation: None is bilinear. Raises BadImage.
     """
     from PIL import Image
 
-    image, size = crop_long_image(to_rgb(open_image(data))), slot.shape[0]
+    image, size = crop_long_image(to_rgb(image)), slot.shape[0]
     width, height = scaled_size(image.size, resize)
     left, top = round((width - size) / 2.0), round((height - size) / 2.0)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    is_cubic = interpolation is Interpolation.bicubic
+    how = Image.Resampling.BICUBIC if is_cubic else Image.Resampling.BILINEAR
+    image = image.resize((width, height), how)
     slot[...] = np.asarray(image.crop((left, top, left + size, top + size)))
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from alexnet_ddp import rng
 from alexnet_ddp.config import RandomAugmentConfig
+from alexnet_ddp.config.data import IMAGENET_MEAN, IMAGENET_STD
 
-# Mean and standard deviation of ImageNet's RGB values in [0, 1], as torchvision's weights expect.
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
+# (mean, standard deviation) of red, green and blue in [0, 1]
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+IMAGENET: Normalisation = (IMAGENET_MEAN, IMAGENET_STD)
 
 _JITTERS = ("brightness", "contrast", "saturation", "hue")  # applied in this order
 # The defaults of torchvision's RandomErasing.
@@ -60,6 +61,7 @@ class Effects:
     jitter: dict[str, Tensor] = field(default_factory=dict)
     erased: Tensor | None = None  # int32 [m, 4]: left, top, right, bottom; boxes may be empty
     mixing: Mixing | None = None
+    normalisation: Normalisation = IMAGENET
 
 
 # Functions that run on the host
@@ -145,7 +147,7 @@ def apply_effects(images: Tensor, effects: Effects) -> Tensor:
     """
     for name, amount in effects.jitter.items():
         images = _jitter(images.float(), name, amount[:, None, None, None])
-    x = _normalised(images, effects.colour)
+    x = _normalised(images, effects.colour, effects.normalisation)
     if effects.erased is not None:
         x.masked_fill_(_inside(effects.erased, x.shape[1])[..., None], 0)
     if effects.mixing is not None:
@@ -153,26 +155,29 @@ def apply_effects(images: Tensor, effects: Effects) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
-def normalise(images: Tensor, colour: Tensor | None) -> Tensor:
+def normalise(
+    images: Tensor, colour: Tensor | None, normalisation: Normalisation = IMAGENET
+) -> Tensor:
     """Normalise uint8 [n, size, size, 3] images; colour: float32 [n, 3] to add to RGB in [0, 1].
 
     Returns float32 [n, 3, size, size], channels last in memory.
     """
-    return _normalised(images, colour).permute(0, 3, 1, 2)
+    return _normalised(images, colour, normalisation).permute(0, 3, 1, 2)
 
 
-def _normalised(images: Tensor, colour: Tensor | None) -> Tensor:
-    mean, std = _mean_and_std(images.device)
+def _normalised(images: Tensor, colour: Tensor | None, normalisation: Normalisation) -> Tensor:
+    mean, std = _on_device(normalisation, images.device)
     shift = -mean / std if colour is None else (colour - mean) / std
     x = images.float().mul_(1 / (255 * std))
     return x.add_(shift if colour is None else shift[:, None, None, :])
 
 
 @lru_cache
-def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+def _on_device(normalisation: Normalisation, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation on `device`; cached, because a copy per step would block."""
+    mean, std = normalisation
     with torch.inference_mode(False):
-        return torch.tensor(_MEAN, device=device), torch.tensor(_STD, device=device)
+        return torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
 
 def _mix(x: Tensor, mixing: Mixing) -> Tensor:

@@ -9,7 +9,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from alexnet_ddp.config import DataConfig, OnBadImage
+from alexnet_ddp.config import ConfigError, DataConfig, OnBadImage
+from alexnet_ddp.config.data import Interpolation
 from alexnet_ddp.data.augment import Augment, Views
 from alexnet_ddp.data.decode import BadImage, centre_into, crop_into, resize_into, scratch, size_of
 from alexnet_ddp.data.policy import Operation, operate
@@ -29,12 +30,17 @@ Fill = Callable[[np.ndarray, np.ndarray, int], list[Skipped]]
 def build_fill(cfg: DataConfig, index: SampleIndex, augment: Augment | None) -> Fill:
     """The function that fills slots with images of `index`.
 
-    augment: None for the evaluation's resize and centre crop.
+    augment: None for the evaluation's resize and centre crop. Raises ConfigError for raw images
+    and data.eval_interpolation=bicubic.
     """
     match index.store:
         case SyntheticStore() as store:
             return store.fill
         case ShardStore(raw_size=int()) as store:
+            if cfg.eval_interpolation is Interpolation.bicubic:
+                rule = "is not possible with raw shards, which are resized bilinearly"
+                remedy = "use data.eval_interpolation=bilinear"
+                raise ConfigError(f"data.eval_interpolation=bicubic {rule}; {remedy}")
             return RawFill(index, augment, cfg, store, store.raw_size)
         case _:
             return ImageFill(index, augment, cfg)
@@ -76,10 +82,14 @@ class ImageFill(_IndexFill):
     def __call__(self, slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[Skipped]:
         bad: list[Skipped] = []
         if self.augment is None:
+            how = self.cfg.eval_interpolation
             resize = round(self.cfg.eval_resize * slots.shape[1] / self.cfg.image_size)
             for k, i in enumerate(indices):
                 self._guard(
-                    bad, k, i, lambda k=k, i=i: centre_into(slots[k], self.index.read(i), resize)
+                    bad,
+                    k,
+                    i,
+                    lambda k=k, i=i: centre_into(slots[k], self.index.read(i), resize, how),
                 )
             return bad
         data = [
@@ -93,6 +103,7 @@ class ImageFill(_IndexFill):
             if data[k] is not None:
                 self._guard(bad, k, i, lambda k=k: crop_into(slots[k], data[k], boxes[k], flips[k]))
                 operate(slots[k], operations[k])
+                self.augment.finish(slots[k], epoch, int(i))
         return bad
 
     def _sizes(
@@ -134,6 +145,8 @@ class RawFill(_IndexFill):
                 bad, k, i, lambda k=k, i=i: self._crop_into(slots[k], i, boxes[k], flips[k])
             )
             operate(slots[k], operations[k])
+            if self.augment is not None:
+                self.augment.finish(slots[k], epoch, i)
         return bad
 
     def _crop_into(self, slot: np.ndarray, i: int, box: list[int], flip: bool) -> None:

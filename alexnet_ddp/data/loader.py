@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ class Loader:
     labels: int32 [N], of all images of the index.
     image_size(epoch): pixels, height = width.
     will_need(indices): a hint that these images will be read soon.
+    plain: the effects on every image: the normalisation.
     """
 
     fill: Fill
@@ -50,6 +51,7 @@ class Loader:
     num_threads: int
     device: torch.device
     will_need: Callable[[np.ndarray], None] | None = None
+    plain: Effects = field(default_factory=Effects)
 
     def __post_init__(self) -> None:
         self._mixes = self.augment is not None and self.augment.mixes
@@ -105,14 +107,15 @@ class Loader:
     def _effects(self, host: HostBatch, indices: np.ndarray, slots: np.ndarray) -> Effects:
         """indices: of the images that could be decoded; slots: their positions in the buffer."""
         if self.augment is None:
-            return Effects()
+            return self.plain
         partners = None
         if self._mixes:
             rows = partner_rows(slots, len(host.micro_batch.indices))
             partners = Partners(rows, self.labels[indices[rows]].astype(np.int64))
-        return self.augment.effects(
+        effects = self.augment.effects(
             host.micro_batch.epoch, indices, host.images.shape[1], partners, self._copy
         )
+        return replace(effects, normalisation=self.plain.normalisation)
 
     def _copy(self, array: np.ndarray) -> torch.Tensor:
         """Copy to the device, asynchronously."""
@@ -136,4 +139,5 @@ def build_loader(
     fill = build_fill(cfg, index, augment)
     size = cfg.train_image_size if may_grow else lambda epoch: cfg.image_size
     threads = cfg.num_threads or num_threads
-    return Loader(fill, index.labels, augment, size, threads, device, index.will_need)
+    plain = Effects(normalisation=cfg.normalisation)
+    return Loader(fill, index.labels, augment, size, threads, device, index.will_need, plain)

@@ -20,10 +20,12 @@ from alexnet_ddp.config import (
     ModelConfig,
     TorchvisionConfig,
 )
+from alexnet_ddp.config.plugins import PluginModelConfig, TimmConfig
 from alexnet_ddp.model.alexnet import alexnet_2012, alexnet_bn, alexnet_small
 from alexnet_ddp.model.dropout import KeyedDropout, key_dropout, set_dropout_keys
 from alexnet_ddp.model.head import ClassChange, follow_classes, head_parameters
 from alexnet_ddp.model.weights import load_checkpoint, load_weights
+from alexnet_ddp.plugins import MODELS
 
 __all__ = [
     "ClassChange",
@@ -103,7 +105,23 @@ def _network(cfg: ModelConfig, num_classes: int) -> nn.Module:
             return alexnet_small(num_classes, cfg.dropout)
         case TorchvisionConfig():
             return _torchvision(cfg, num_classes)
+        case TimmConfig():
+            from alexnet_ddp.model.timm_models import build_timm  # slow to import
+
+            return build_timm(cfg, num_classes)
+        case PluginModelConfig():
+            return _plugin(cfg, num_classes)
     raise TypeError(f"no model for {type(cfg).__name__}")
+
+
+def _plugin(cfg: PluginModelConfig, num_classes: int) -> nn.Module:
+    model = MODELS.get(cfg.name)(num_classes, **cfg.args)
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise ConfigError(
+            f"model.name ({cfg.name}): the plugin returned {kind}; return a torch.nn.Module"
+        )
+    return model
 
 
 def _torchvision(cfg: TorchvisionConfig, num_classes: int) -> nn.Module:

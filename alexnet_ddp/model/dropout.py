@@ -54,8 +54,8 @@ def set_dropout_keys(model: nn.Module, seed: int, step: int, indices: Tensor) ->
             module.keys = keys
 
 
-# Attributes with the dropout rate of modules that call F.dropout themselves.
-_FUNCTIONAL = ("dropout", "attention_dropout", "drop_rate")
+# Attributes with the dropout rate of modules that call F.dropout, or a generator, themselves.
+_FUNCTIONAL = ("dropout", "attention_dropout", "drop_rate", "drop_prob")
 
 
 def key_dropout(model: nn.Module) -> None:
@@ -73,11 +73,11 @@ def key_dropout(model: nn.Module) -> None:
             if type(child) in keyed:
                 layer += 1
                 setattr(parent, name, keyed[type(child)](child, layer))
-            elif _uses_generator(child):
-                raise ConfigError(
-                    f"{type(child).__name__} in this network draws its dropout from a generator, "
-                    "so that it could not be resumed exactly; set model.dropout=0"
-                )
+    for module in model.modules():
+        if _uses_generator(module):
+            rule = "draws its dropout from a generator, so that it could not be resumed exactly"
+            remedy = "set model.dropout=0, or in a network of your own use torch.nn.Dropout"
+            raise ConfigError(f"{type(module).__name__} in this network {rule}; {remedy}")
 
 
 def _uses_generator(module: nn.Module) -> bool:

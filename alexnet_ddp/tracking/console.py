@@ -12,6 +12,7 @@ from rich.progress import Progress, TimeElapsedColumn
 from rich.text import Text
 
 from alexnet_ddp.config import Config, OptimizerConfig, Scaling
+from alexnet_ddp.config.plugins import PluginOptimizerConfig, TorchOptimizerConfig
 from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.runtime.printing import printable, say
 from alexnet_ddp.runtime.redaction import redact
@@ -183,6 +184,8 @@ def recipe(cfg: Config, warmup_steps: int) -> str:
     optimizer, schedule = (
         type(part).__name__.removesuffix("Config") for part in (cfg.optimizer, cfg.scheduler)
     )
+    if isinstance(cfg.optimizer, TorchOptimizerConfig | PluginOptimizerConfig):
+        optimizer = cfg.optimizer.name
     rate = learning_rate(cfg.optimizer, cfg.trainer.global_batch_size)
     warmup = f" after {warmup_steps} steps of warm-up" if warmup_steps else ""
     return f"{cfg.trainer.epochs} epochs of {optimizer}, {rate}, {schedule}{warmup}"

@@ -14,7 +14,7 @@ from alexnet_ddp.data.sources.source import Skipped
 from alexnet_ddp.runtime.distributed import World, any_rank, raise_together, sum_over_ranks
 from alexnet_ddp.runtime.errors import DataError
 from alexnet_ddp.runtime.signals import StopSignal
-from alexnet_ddp.training.metrics import Meter, correct_counts, evaluation_row
+from alexnet_ddp.training.metrics import Meter, UserMetrics, correct_counts, evaluation_row
 from alexnet_ddp.training.precision import autocast
 
 _BATCHES_BETWEEN_STOP_CHECKS = 8
@@ -45,6 +45,7 @@ def evaluate(
     """
     model.eval()
     meter, error, skipped = Meter(world.device), None, []
+    extra = UserMetrics(cfg.metrics, world.device)
     per_class = torch.zeros(num_classes, 3, dtype=torch.int64, device=world.device)
     try:
         for k, batch in enumerate(batches):
@@ -56,6 +57,7 @@ def evaluate(
                     logits = model(apply_effects(batch.images, batch.effects)).float()
                 loss_sum = F.cross_entropy(logits, batch.labels, reduction="sum")
                 meter.add(loss_sum, logits, batch.labels)
+                extra.add(logits, batch.labels)
                 per_class.index_add_(0, batch.labels, correct_counts(logits, batch.labels))
     except DataError as e:
         error = e
@@ -66,7 +68,8 @@ def evaluate(
     if sums["images"] == 0:
         example = f", such as {skipped[0].reason}" if skipped else ""
         raise DataError(f"none of the validation images could be read{example}")
-    return Evaluation(evaluation_row(sums), sum_over_ranks(per_class).cpu(), skipped)
+    row = evaluation_row(sums) | extra.row(int(sums["images"]))
+    return Evaluation(row, sum_over_ranks(per_class).cpu(), skipped)
 
 
 def _must_end(stop: StopSignal, error: DataError | None, world: World) -> bool:

@@ -5,7 +5,9 @@ import time
 import torch
 from torch import Tensor
 
+from alexnet_ddp.plugins import METRICS
 from alexnet_ddp.runtime.distributed import sum_over_ranks
+from alexnet_ddp.runtime.errors import ConfigError
 
 _SUMS = ("loss", "correct1", "correct5", "images")
 
@@ -41,6 +43,32 @@ class Meter:
     def reset(self) -> None:
         """Start a new row."""
         self._total.zero_()
+
+
+class UserMetrics:
+    """Means of registered metrics over the images of an evaluation. row() waits for the device."""
+
+    def __init__(self, names: list[str], device: torch.device) -> None:
+        """Raises ConfigError for a name that no plugin has registered."""
+        self._metrics = {name: METRICS.get(name) for name in names}
+        self._sums = torch.zeros(len(names), dtype=torch.float64, device=device)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """logits: float [n, classes]; labels: int64 [n]. Raises ConfigError for a wrong result."""
+        for k, (name, metric) in enumerate(self._metrics.items()):
+            values = metric(logits, labels)
+            if not isinstance(values, Tensor) or values.shape != labels.shape:
+                found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                rule = f"must return one number per image, a tensor of {tuple(labels.shape)}"
+                raise ConfigError(f"trainer.metrics ({name}) {rule}, it returned {found}")
+            self._sums[k] += values.double().sum()
+
+    def row(self, num_images: int) -> dict[str, float]:
+        """Collective if there are metrics. val/NAME: the mean over num_images, of all ranks."""
+        if not self._metrics:
+            return {}
+        sums = sum_over_ranks(self._sums).tolist()
+        return {f"val/{name}": total / num_images for name, total in zip(self._metrics, sums)}
 
 
 def correct_counts(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,18 +1,54 @@
-"""Optimizers and their parameter groups."""
+"""Optimizers, their parameter groups, and their state by parameter name.
 
+To add an optimizer: a class of options in config/recipe.py with @optimizer_choice, and a builder
+with @builds here.
+"""
+
+import inspect
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
-from alexnet_ddp.config import AdamWConfig, LARSConfig, LARSVariant, OptimizerConfig, SGDConfig
+from alexnet_ddp.config import (
+    AdamWConfig,
+    ConfigError,
+    LARSConfig,
+    LARSVariant,
+    OptimizerConfig,
+    SGDConfig,
+)
+from alexnet_ddp.config.plugins import ELEMENTWISE, PluginOptimizerConfig, TorchOptimizerConfig
+from alexnet_ddp.config.recipe import AdamConfig
+from alexnet_ddp.plugins import OPTIMIZERS, is_elementwise
 
 State = dict[str, Tensor]
+Groups = list[dict[str, Any]]
 
 
-# (norms [2, n] of what this rank holds of n weights and gradients, the n parameters) -> those of the whole tensors.
+# (norms [2, n] of what this rank holds of n weights and gradients, the n parameters) -> those of
+# the whole tensors.
 WholeNorms = Callable[[Tensor, list[nn.Parameter]], Tensor]
+
+_Cfg = TypeVar("_Cfg", bound=OptimizerConfig)
+Builder = Callable[[_Cfg, Groups, WholeNorms], torch.optim.Optimizer]
+_BUILDERS: dict[type[OptimizerConfig], Builder[Any]] = {}
+
+
+def builds(cfg: type[_Cfg]) -> Callable[[Builder[_Cfg]], Builder[_Cfg]]:
+    """Make a function the builder of optimizers with the options `cfg`.
+
+    It takes the options, the parameter groups and the function that turns a rank's norms into
+    global ones.
+    """
+
+    def add(build: Builder[_Cfg]) -> Builder[_Cfg]:
+        _BUILDERS[cfg] = build
+        return build
+
+    return add
 
 
 def build_optimizer(
@@ -20,47 +56,144 @@ def build_optimizer(
     model: nn.Module,
     global_norms: WholeNorms = lambda norms, parameters: norms,
 ) -> torch.optim.Optimizer:
-    """One fused pass over the parameters. Groups carry `lr_factor`; set_lr multiplies it."""
-    groups = _groups(cfg, model)
-    match cfg:
-        case SGDConfig():
-            optimizer = torch.optim.SGD(
-                groups, cfg.lr, cfg.momentum, nesterov=cfg.nesterov, fused=True
-            )
-        case AdamWConfig():
-            optimizer = torch.optim.AdamW(
-                groups, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, fused=True
-            )
-        case LARSConfig():
-            for group in groups:
-                group["adapts"] = (
-                    cfg.variant is LARSVariant.all_parameters or group["params"][0].dim() > 1
-                )
-            optimizer = LARS(groups, cfg.lr, cfg.momentum, cfg.eta, global_norms)
-        case _:
-            raise TypeError(f"no optimizer for {type(cfg).__name__}")
+    """The optimizer of `cfg`.
+
+    Its groups contain `lr_factor`, which set_lr multiplies by the step's rate.
+
+    Raises ConfigError if torch or a plugin refuses the options.
+    """
+    optimizer = _BUILDERS[type(cfg)](cfg, _groups(cfg, model), global_norms)
+    for group in optimizer.param_groups:
+        group.setdefault("lr_factor", 1.0)
     reset(optimizer)
     return optimizer
 
 
+@builds(SGDConfig)
+def _sgd(cfg: SGDConfig, groups: Groups, global_norms: WholeNorms) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, cfg.lr, cfg.momentum, nesterov=cfg.nesterov, fused=True)
+
+
+@builds(AdamConfig)
+def _adam(cfg: AdamConfig, groups: Groups, global_norms: WholeNorms) -> torch.optim.Optimizer:
+    return torch.optim.Adam(groups, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, fused=True)
+
+
+@builds(AdamWConfig)
+def _adamw(cfg: AdamWConfig, groups: Groups, global_norms: WholeNorms) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, fused=True)
+
+
+@builds(LARSConfig)
+def _lars(cfg: LARSConfig, groups: Groups, global_norms: WholeNorms) -> torch.optim.Optimizer:
+    for group in groups:
+        adapts_all = cfg.variant is LARSVariant.all_parameters
+        group["adapts"] = adapts_all or group["params"][0].dim() > 1
+    return LARS(groups, cfg.lr, cfg.momentum, cfg.eta, global_norms)
+
+
+@builds(TorchOptimizerConfig)
+def _torch(
+    cfg: TorchOptimizerConfig, groups: Groups, global_norms: WholeNorms
+) -> torch.optim.Optimizer:
+    known = {
+        name: found
+        for name, found in vars(torch.optim).items()
+        if isinstance(found, type)
+        and issubclass(found, torch.optim.Optimizer)
+        and found is not torch.optim.Optimizer
+    }
+    if cfg.name not in known:
+        usable = ", ".join(sorted(known.keys() - {"LBFGS", "SparseAdam"}))
+        raise ConfigError(
+            f"optimizer.name ({cfg.name}) is no class of torch.optim; there are: {usable}"
+        )
+    options = inspect.signature(known[cfg.name]).parameters
+    decays = any(group["weight_decay"] for group in groups)
+    if decays and "weight_decay" not in options:
+        rule = f"would be ignored by {cfg.name}; set it to 0"
+        raise ConfigError(f"optimizer.weight_decay ({cfg.weight_decay}) {rule}")
+    return _built(f"optimizer.name={cfg.name}", known[cfg.name], cfg, groups)
+
+
+@builds(PluginOptimizerConfig)
+def _plugin(
+    cfg: PluginOptimizerConfig, groups: Groups, global_norms: WholeNorms
+) -> torch.optim.Optimizer:
+    optimizer = _built(f"optimizer.name={cfg.name}", OPTIMIZERS.get(cfg.name), cfg, groups)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        rule = f"the plugin returned {type(optimizer).__name__}"
+        raise ConfigError(f"optimizer.name ({cfg.name}): {rule}; return a torch.optim.Optimizer")
+    return optimizer
+
+
+def _built(
+    what: str,
+    build: Callable[..., torch.optim.Optimizer],
+    cfg: TorchOptimizerConfig | PluginOptimizerConfig,
+    groups: Groups,
+) -> torch.optim.Optimizer:
+    try:
+        return build(groups, lr=cfg.lr, **cfg.args)
+    except (TypeError, ValueError) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{what} with optimizer.args={cfg.args} is refused: {text}") from error
+
+
+def needs_whole_tensors(cfg: OptimizerConfig) -> str | None:
+    """Why `cfg` cannot update a shard of a tensor by itself, for a message; None if it can.
+
+    LARS can: it computes its norms with global_norms.
+    """
+    rule = "computes the update of an element from other elements of its tensor too"
+    if isinstance(cfg, TorchOptimizerConfig) and cfg.name not in ELEMENTWISE:
+        return f"optimizer.name={cfg.name} {rule}"
+    if isinstance(cfg, PluginOptimizerConfig) and not is_elementwise(cfg.name):
+        return f"optimizer.name={cfg.name} was not registered with elementwise=True"
+    return None
+
+
+def apply_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, bad: Tensor) -> None:
+    """One step, unless `bad`, a number on the device, is not 0: the gradient is not finite.
+
+    Fused optimizers read `bad` on the device, as their found_inf, and the scaler of fp16 finds
+    infinities itself. Any other optimizer knows of neither, so this waits for the device.
+    """
+    if scaler.is_enabled() or _reads_found_inf(optimizer) or not bad.item():
+        scaler.step(optimizer)
+
+
+def _reads_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))  # torch's own mark
+
+
 def reset(optimizer: torch.optim.Optimizer) -> None:
-    """All moments are zero. They are made here, as the first step would make them: one that found_inf cancels would
-    leave SGD's uninitialised, and what a checkpoint holds is known before there is one.
+    """Clear the state. Fused SGD, Adam, AdamW and LARS get moments of zeros at once.
+
+    A first step that found_inf cancels would leave SGD's uninitialised, and the size of a
+    checkpoint is known before there is one. Other optimizers make their state in their first step.
     """
     optimizer.state.clear()
-    for group in optimizer.param_groups:
-        names = (
-            ["momentum_buffer"]
-            if group.get("momentum")
-            else ["exp_avg", "exp_avg_sq"]
-            if "betas" in group
-            else []
-        )
+    names = _moments(optimizer)
+    for group in optimizer.param_groups if names else ():
+        if names == ["momentum_buffer"] and not group["momentum"]:
+            continue
         for parameter in group["params"]:
             moments = {name: torch.zeros_like(parameter) for name in names}
-            if "betas" in group:
+            if "exp_avg" in names:
                 moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             optimizer.state[parameter].update(moments)
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> list[str]:
+    is_fused = all(group.get("fused") for group in optimizer.param_groups)
+    kind = type(optimizer)
+    if kind is LARS or (kind is torch.optim.SGD and is_fused):
+        return ["momentum_buffer"]
+    if kind in (torch.optim.Adam, torch.optim.AdamW) and is_fused:
+        amsgrad = any(group["amsgrad"] for group in optimizer.param_groups)
+        return ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])]
+    return []
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -80,26 +213,70 @@ def _groups(cfg: OptimizerConfig, model: nn.Module) -> list[dict]:
     return [g for g in groups if g["params"]]
 
 
+# Python numbers of the state are saved as scalars, under names that begin with their type.
+_NUMBERS: dict[str, tuple[type, torch.dtype]] = {
+    "bool": (bool, torch.bool),
+    "int": (int, torch.int64),
+    "float": (float, torch.float64),
+}
+
+
 def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> State:
-    """The optimizer's tensors as "momentum_buffer/features.0.weight" -> tensor: no pickle, no parameter numbers."""
-    found = {}
-    for name, parameter in model.named_parameters():
+    """The optimizer's state as "momentum_buffer/features.0.weight" -> tensor: no pickle, no
+    parameter numbers.
+
+    A Python number is a scalar under "int:count/features.0.weight". Raises ConfigError for a state
+    of another kind.
+    """
+    found: State = {}
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 found[f"{key}/{name}"] = value
+            elif value is not None:
+                kind, dtype = _number(optimizer, key, value)
+                found[f"{kind}:{key}/{name}"] = torch.tensor(value, dtype=dtype)
+    if len(optimizer.state.keys() - set(parameters.values())):
+        rule = "keeps state that belongs to no parameter, which cannot be saved"
+        raise ConfigError(
+            f"{type(optimizer).__name__} {rule}; keep it in optimizer.state[parameter]"
+        )
     return found
 
 
+def _number(
+    optimizer: torch.optim.Optimizer, key: object, value: object
+) -> tuple[str, torch.dtype]:
+    for kind, (owner, dtype) in _NUMBERS.items():
+        if type(value) is owner:
+            return kind, dtype
+    rule = f"keeps {key} of type {type(value).__name__}, which cannot be saved"
+    raise ConfigError(f"{type(optimizer).__name__} {rule}; keep tensors and numbers in its state")
+
+
 def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, state: State) -> None:
-    """The inverse of state_by_name. Hyperparameters stay what the configuration says."""
+    """The inverse of state_by_name. Hyperparameters stay those of the configuration."""
     reset(optimizer)
     parameters = dict(model.named_parameters())
+    on_device = all(
+        group.get("fused") or group.get("capturable") or isinstance(optimizer, LARS)
+        for group in optimizer.param_groups
+    )
     for entry, value in state.items():
         key, name = entry.split("/", 1)
+        kind, colon, number = key.partition(":")
         parameter = parameters[name]
-        # With the strides of the parameter: fused kernels walk both as flat memory, and files know no channels_last.
-        copy = torch.empty_like(parameter if value.dim() else value, dtype=value.dtype).copy_(value)
-        optimizer.state[parameter][key] = copy
+        if colon and kind in _NUMBERS:
+            optimizer.state[parameter][number] = _NUMBERS[kind][0](value.item())
+        elif value.shape == parameter.shape and value.dim():
+            # With the strides of the parameter: fused kernels walk both as flat memory, and files
+            # know no channels_last.
+            copy = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            optimizer.state[parameter][key] = copy
+        else:  # torch keeps the count of steps in host memory, except for fused kernels
+            device = "cpu" if key == "step" and not on_device else parameter.device
+            optimizer.state[parameter][key] = value.to(device, copy=True)
 
 
 class OptimizerState:
@@ -120,11 +297,16 @@ class OptimizerState:
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling: You, Gitman, Ginsburg 2017, algorithm 1.
 
-    rate = eta |w| / (|g| + wd |w|), or 1 where a norm is 0;  v = momentum v + lr rate (g + wd w);  w -= v.
-    The rate lies within v, as in the paper: libraries that multiply v by it differ where the rate changes.
+    rate = eta |w| / (|g| + wd |w|), or 1 if a norm is 0
+    v = momentum v + lr rate (g + wd w)
+    w = w - v
 
-    A group has `weight_decay` and `adapts`: where that is false its rate is 1. Like torch's fused optimizers it looks
-    at `found_inf` on the device, applies nothing where that is not 0, and waits for nothing. It uses the gradients up.
+    The rate is part of v, as in the paper. Libraries that multiply v by the rate give other results
+    when the rate changes.
+
+    A group has `weight_decay` and `adapts`: if `adapts` is false, its rate is 1. Like torch's fused
+    optimizers it reads `found_inf` on the device and applies nothing if that is not 0; no rank
+    waits for the device. step() overwrites the gradients.
     """
 
     _step_supports_amp_scaling = True  # GradScaler then sets found_inf, and leaves it to us
@@ -156,7 +338,8 @@ class LARS(torch.optim.Optimizer):
             lr *= torch.where((w > 0) & (g > 0), group["eta"] * w / (g + decay * w), 1.0)
         if decay:
             parameter.grad.add_(parameter, alpha=decay)
-        sgd(  # torch's kernel, with a loss scale of 1 / lr and a rate of 1, has lr within v; and it knows found_inf
+        # With a loss scale of 1 / lr and a rate of 1, torch's kernel has lr within v.
+        sgd(
             *([parameter], [parameter.grad], [self.state[parameter]["momentum_buffer"]]),
             fused=True,
             grad_scale=lr.reciprocal().float(),
@@ -171,7 +354,11 @@ class LARS(torch.optim.Optimizer):
 
 
 def norms(tensors: list[Tensor]) -> Tensor:
-    """[n]. Row by row on the CPU: there, in one piece, torch's sum of 38 million fp32 squares is off by 0.4 %."""
+    """[n].
+
+    Row by row on the CPU: there, in one piece, torch's sum of 38 million fp32 squares is off by 0.4
+    %.
+    """
     if tensors[0].is_cuda:
         return torch.stack(torch._foreach_norm(tensors))
     norm = torch.linalg.vector_norm

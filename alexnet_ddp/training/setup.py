@@ -14,6 +14,7 @@ from alexnet_ddp.config import (
     AlexNet2012AugmentConfig,
     AutoParallelConfig,
     Config,
+    ConfigError,
     DDPConfig,
     HybridConfig,
     ParallelConfig,
@@ -28,6 +29,7 @@ from alexnet_ddp.data.sources.sets import ImageSets, open_data
 from alexnet_ddp.parallel import find_layers
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.distributed import World
+from alexnet_ddp.training.optim import needs_whole_tensors
 from alexnet_ddp.training.precision import check_precision
 from alexnet_ddp.training.schedule import Budget, build_lr_schedule
 
@@ -97,11 +99,20 @@ class RunSetup:
 
 
 def choose_parallelism(cfg: Config, model: torch.nn.Module, world: World) -> ParallelConfig:
-    """Collective. The parallelism of the configuration; the cost model decides what is `auto`."""
+    """Collective. The parallelism of the configuration; the cost model decides what is `auto`.
+
+    Raises ConfigError for a hybrid whose optimizer cannot update a shard of a tensor by itself.
+    """
     is_hybrid = isinstance(cfg.parallel, HybridConfig)
     is_auto = isinstance(cfg.parallel, AutoParallelConfig)
+    reason = needs_whole_tensors(cfg.optimizer)
+    if is_hybrid and reason is not None:
+        raise ConfigError(f"{reason}, and parallel=hybrid splits tensors; use parallel=ddp")
     if not is_auto and not (is_hybrid and cfg.parallel.group_size == AUTO):
         return cfg.parallel
+    if reason is not None:
+        log.info("parallel=auto takes ddp: %s", reason)
+        return DDPConfig()
     if cfg.trainer.compile:
         log.info("parallel=auto takes ddp: trainer.compile=true does not go with a hybrid")
         return DDPConfig()

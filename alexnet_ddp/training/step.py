@@ -22,7 +22,7 @@ from alexnet_ddp.runtime.errors import DataError, RunError
 from alexnet_ddp.runtime.watchdog import WAITING
 from alexnet_ddp.training.ema import EMA
 from alexnet_ddp.training.metrics import Meter
-from alexnet_ddp.training.optim import norms, set_lr
+from alexnet_ddp.training.optim import apply_step, norms, set_lr
 from alexnet_ddp.training.precision import autocast
 from alexnet_ddp.training.stragglers import Stopwatch
 from alexnet_ddp.training.vote import StepSnapshot, StepVote, VoteExchange, VoteResult
@@ -209,7 +209,7 @@ class TrainStep:
             nn.utils.clip_grads_with_norm_(parameters, self.cfg.clip_grad_norm, grad_norm)
         if not self.scaler.is_enabled():
             self._nonfinite.copy_(~torch.isfinite(grad_norm))
-        self.scaler.step(self.optimizer)
+        apply_step(self.optimizer, self.scaler, self._nonfinite)
         self.scaler.update()
         if self.ema is not None:
             self.ema.update(torch.isfinite(grad_norm))

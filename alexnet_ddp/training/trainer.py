@@ -17,6 +17,7 @@ from alexnet_ddp.config.compose import to_plain, to_yaml
 from alexnet_ddp.data.quarantine import Quarantine
 from alexnet_ddp.data.sampler import describe_batch, evaluation_batches, index_hash, rank_slice
 from alexnet_ddp.data.sources.source import Skipped
+from alexnet_ddp.plugins import Callbacks
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.deadline import Deadline
 from alexnet_ddp.runtime.errors import (
@@ -143,6 +144,7 @@ class Trainer:
         max_bad = cfg.data.max_bad_images or 0
         self.quarantine = Quarantine(cfg.run_dir, sets, max_bad, state.step, world)
         self.throughput = Throughput()
+        self.callbacks = Callbacks(cfg.trainer.callbacks, cfg.run_dir, world.is_main)
         self.batches = parts.batches(state.step)
         self.outcome: StepOutcome | None = None  # of the last step
         self.saved_at = time.monotonic()
@@ -155,6 +157,7 @@ class Trainer:
         while True:
             self._perform(due)
             if self.budget.is_end(self.state.step):
+                self.callbacks.on_run_end()
                 return
             due = self.advance()
 
@@ -179,6 +182,8 @@ class Trainer:
                 self._handle_empty(step)
             self.throughput.add(len(indices), outcome.votes.num_images)
             self.tracker.advance(self.state.step)
+            row = {"train/loss": outcome.votes.loss, "train/lr": self.lr(step)}
+            self.callbacks.on_step_end(self.state.step, row)
         return due
 
     def _vote(self) -> StepVote:
@@ -214,6 +219,7 @@ class Trainer:
         if due.save or due.stop:
             with self._not_training():
                 self._save(is_last=due.stop)
+        self.callbacks.on_checkpoint(self.checkpoints.last_saved)
         if due.stop:
             self.stop.ignore()
             done = f"stopped at step {self.state.step} of {self.budget.total_steps} and saved"
@@ -306,6 +312,7 @@ class Trainer:
             self._save(is_last=True)
             raise
         self.state.note_evaluation(result.row["val/top1"])
+        self.callbacks.on_evaluation(self.state.step, result.row)
         self._log(result.row | ({"val/num_bad_images": num_bad} if num_bad else {}))
         return replace(due, save=True)
 

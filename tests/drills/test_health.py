@@ -27,13 +27,13 @@ def replayed(job: Job) -> str:
     command = [
         sys.executable,
         "-m",
-        "alexnet_ddp.train",
+        "alexnet_ddp.replay",
         f"run.root={job.root}/runs",
         f"run.name={job.name}",
     ]
     env = {**os.environ, "PYTHONPATH": str(PROJECT)}
     done = subprocess.run(
-        [*command, f"replay={job.run_dir}/replay.json"], env=env, cwd=job.root, capture_output=True, text=True,
+        [*command, f"file={job.run_dir}/replay.json"], env=env, cwd=job.root, capture_output=True, text=True,
         timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

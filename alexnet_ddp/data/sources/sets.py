@@ -15,6 +15,7 @@ from alexnet_ddp.config import (
     ShardsConfig,
     SyntheticConfig,
 )
+from alexnet_ddp.config.plugins import PluginDataConfig
 from alexnet_ddp.data.sources.classes import (
     BY_NAME,
     NAME,
@@ -72,6 +73,11 @@ def open_data(
         case ShardsConfig():
             train, val, names = open_shards(cfg)
             basis = colour_basis(Storage(absolute(cfg.root)))
+        case PluginDataConfig():
+            from alexnet_ddp.data.sources.plugin import open_plugin
+
+            train, val = open_plugin(cfg, "train"), open_plugin(cfg, "val")
+            names = train.classes
         case SyntheticConfig():
             train = synthetic_images(cfg, cfg.num_train)
             val = synthetic_images(cfg, cfg.num_val)

@@ -1,0 +1,96 @@
+"""The functions of `import alexnet_ddp`: trained runs, networks and data for Python programs."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from alexnet_ddp import cli
+from alexnet_ddp import model as networks
+from alexnet_ddp.checkpoint.format import (
+    classes_of,
+    find_best,
+    read_state,
+    read_tensors,
+    weights_group,
+)
+from alexnet_ddp.config import Config
+from alexnet_ddp.data.decode import centre_crop
+from alexnet_ddp.data.effects import normalise
+from alexnet_ddp.data.sources.sets import ImageSets, open_data
+from alexnet_ddp.plugins import load_plugins
+from alexnet_ddp.runtime.errors import ConfigError
+from alexnet_ddp.tracking import read_classes
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A trained network with what is needed to use it."""
+
+    model: nn.Module  # on the CPU, in evaluation mode; images float [n, 3, size, size] -> logits
+    classes: list[str]  # names in the order of the logits
+    config: Config
+    checkpoint: Path  # the directory of the weights
+
+    def transform(self, image: "Image.Image") -> Tensor:
+        """The network's input for an image of PIL: float [3, size, size], the same as in evaluate.
+
+        It is resized and cropped at the centre as data.eval_resize and data.image_size say, and
+        normalised. Raises BadImage, a ValueError, if the image cannot be decoded.
+        """
+        data = self.config.data
+        slot = np.empty((1, data.image_size, data.image_size, 3), np.uint8)
+        centre_crop(slot[0], image, data.eval_resize, data.eval_interpolation)
+        return normalise(torch.from_numpy(slot), None, data.normalisation)[0]
+
+
+def load_run(directory: str | Path, plugins: Iterable[str] = ()) -> TrainedRun:
+    """The trained run in `directory`, such as "runs/demo", with the weights of its best checkpoint.
+
+    Those of the newest checkpoint if the run was never evaluated; the averages if it has
+    trainer.ema_decay. plugins: modules to import first, for a run that was started with plugins.
+    Raises ConfigError if there is no such run, and NoCheckpoint if it has no usable checkpoint.
+    """
+    modules, run_dir = list(plugins), Path(directory)
+    load_plugins(modules)
+    return read_run(run_dir, cli.config_of_run(run_dir, [f"plugins=[{','.join(modules)}]"]))
+
+
+def read_run(run_dir: Path, cfg: Config) -> TrainedRun:
+    """The run in `run_dir`, whose configuration is `cfg`. Plugins are imported already."""
+    best = find_best(run_dir / "checkpoints")
+    state = read_state(best)
+    # The checkpoint's classes: a later start of the run may have had others.
+    classes = (classes_of(best, state) or read_classes(run_dir))["names"]
+    start = networks.without_weights(cfg.model, state.get("transform_input", False))
+    model = networks.build_model(start, len(classes), cfg.data.image_size, cfg.seed)
+    networks.load_checkpoint(model, read_tensors(best, weights_group(best)), str(best))
+    return TrainedRun(model.eval(), classes, cfg, best)
+
+
+def build_model(*options: str, num_classes: int) -> nn.Module:
+    """A network, initialised from the option seed, for options as on the command line:
+    "model=alexnet_bn".
+
+    It is on the CPU, in training mode. Raises ConfigError for a wrong option.
+    """
+    cfg = cli.compose_for_python(list(options))
+    if cfg.model.weights is not None:
+        raise ConfigError("build_model reads no model.weights; use load_run, or load them yourself")
+    return networks.build_model(cfg.model, num_classes, cfg.data.image_size, cfg.seed)
+
+
+def open_dataset(*options: str) -> ImageSets:
+    """The images of data=..., for options as on the command line: "data=folder", "data.root=DIR".
+
+    The result has `train` and `val`. Of each, len(), `classes`, `labels` (int32 [N]) and read(i),
+    the encoded bytes of image i. Raises ConfigError for a wrong option, DataError for wrong data.
+    """
+    return open_data(cli.compose_for_python(list(options)).data, may_make=True)
