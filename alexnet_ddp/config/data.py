@@ -113,8 +113,8 @@ class StoredConfig(DataConfig):
         MISSING,
         "Location of the data. demo: the folder in which the built-in data is written once. "
         "folder: contains train/CLASS/* and val/CLASS/*. imagenet: contains the three ILSVRC2012 "
-        "archives as distributed, or the extracted train/ and val/. shards: a folder or an fsspec URL "
-        "written by `python -m alexnet_ddp.prepare`.",
+        "archives as distributed, or the extracted train/ and val/. shards: a folder or an fsspec "
+        "URL written by `python -m alexnet_ddp.prepare`.",
     )
 
 
