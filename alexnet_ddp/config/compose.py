@@ -143,7 +143,7 @@ def _explain(error: BaseException, root: type) -> str:
         line = _line_of(cause, root)
         if line is not None:
             return prefix + line
-        cause = cause.__cause__
+        cause = cause.__cause__ or cause.__context__
     return first
 
 
