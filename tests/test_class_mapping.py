@@ -13,7 +13,8 @@ import safetensors
 import torch
 from PIL import Image
 
-from alexnet_ddp import evaluate, predict
+from alexnet_ddp import evaluate
+from alexnet_ddp.api import read_run
 from alexnet_ddp.checkpoint import format as ckpt
 from alexnet_ddp.checkpoint.format import find_best, weights_of_run
 from alexnet_ddp.cli import compose
@@ -283,11 +284,10 @@ def test_evaluate_maps_classes_by_name_and_refuses_others(tmp_path, world, caplo
     model, _ = evaluate._from_file(cfg, other_order(cfg), *by_run)
     for name in HEAD:
         assert torch.equal(model.state_dict()[name], then[name].flip(0))
-    _, names = predict._trained(cfg, tmp_path / "runs/r")
-    assert names == ["a", "m", "q"]
+    assert read_run(tmp_path / "runs/r", cfg).classes == ["a", "m", "q"]
     rename(data, "a", "z")
     with pytest.raises(
-        DataError, match=r"trained on: only run r has a; only data.root has z; give a root"
+        DataError, match=r"of run r: only run r has a; only data.root has z; use a directory with"
     ):
         evaluate._trained(cfg, open_data(cfg.data), checkpoint)
     with pytest.raises(

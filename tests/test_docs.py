@@ -157,7 +157,7 @@ def of_job(rest: list[str], launched: str) -> tuple[str, list[str]] | None:
     name = Path(rest[at]).stem
     if name == "sweep":  # the file of lines comes first
         at += 1
-    return {"train": launched, "sweep": "train", "command": "prepare"}.get(name, name), rest[
+    return {"train": launched, "sweep": "train", "__main__": "prepare"}.get(name, name), rest[
         at + 1 :
     ]
 
@@ -198,7 +198,10 @@ def test_the_reader_of_command_lines_finds_them_and_wrong_ones_are_refused():
         "COMMAND=doctor NPROC=2 launch/local.sh seed=1": ("doctor", ["seed=1"]),
         "sbatch --array=1-2%1 slurm/sweep.sbatch lr.txt seed=1": ("train", ["seed=1"]),
         "COMMAND=doctor sbatch --nodes=4 slurm/train.sbatch": ("doctor", []),
-        "spark-submit --master yarn alexnet_ddp/prepare/command.py root=x": ("prepare", ["root=x"]),
+        "spark-submit --master yarn alexnet_ddp/prepare/__main__.py root=x": (
+            "prepare",
+            ["root=x"],
+        ),
         "WORKERS=2 launch/spark.sh root=x": ("prepare", ["root=x"]),
         "alexnet-ddp plan nodes=2": ("plan", ["nodes=2"]),
         "python -m alexnet_ddp.replay runs/x/replay.json": ("replay", []),
