@@ -1,6 +1,6 @@
 """Plot the results of benchmarks/communication.py: seconds per step by link, and scaling curves.
 
-    python benchmarks/communication_picture.py JSON PNG [README.md]
+    python benchmarks/communication_picture.py JSON PNG [FILE.md]
 
 As a command it also prints the table, and replaces the table between the two marks of README.md.
 """

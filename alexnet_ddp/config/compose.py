@@ -147,7 +147,7 @@ def _explain(error: BaseException, root: type) -> str:
         line = _line_of(cause, root)
         if line is not None:
             return prefix + line
-        cause = cause.__cause__
+        cause = cause.__cause__ or cause.__context__
     return first
 
 
@@ -275,7 +275,7 @@ def _refuse_numbers_as_text(
 ) -> None:
     """Raise ConfigError if a composed file has a number or a boolean for an option that is a text.
 
-    folders: where Hydra finds NAME.yaml, the first one first. choices: of each group, as Hydra
+    folders: in which Hydra finds NAME.yaml, the first one first. choices: of each group, as Hydra
     recorded them.
     """
     chosen = [f"{group}/{choice}" for group, choice in choices.items() if choice is not None]

@@ -151,10 +151,10 @@ class StoredConfig(DataConfig):
 
     root: str = option(
         MISSING,
-        "Where the data is. demo: the folder in which the built-in data is written once. folder: "
-        "contains train/CLASS/* and val/CLASS/*. imagenet: contains the three ILSVRC2012 archives "
-        "as distributed, or the extracted train/ and val/. shards: a folder or an fsspec URL "
-        "written by `python -m alexnet_ddp.prepare`.",
+        "Location of the data. demo: the folder in which the built-in data is written once. "
+        "folder: contains train/CLASS/* and val/CLASS/*. imagenet: contains the three ILSVRC2012 "
+        "archives as distributed, or the extracted train/ and val/. shards: a folder or an fsspec "
+        "URL written by `python -m alexnet_ddp.prepare`.",
     )
 
 

@@ -90,8 +90,8 @@ Check the machines for a run: prints what was found, what the run needs, and wha
   COMMAND=doctor launch/local.sh experiment=alexnet data.root=DIR      also launch/node.sh, per node
   COMMAND=doctor sbatch --nodes=4 slurm/train.sbatch experiment=alexnet data.root=DIR
 
-Give it the overrides of the run. It takes less than a minute, trains nothing, and leaves nothing
-behind but the built-in data and the caches that a training makes too.
+Give it the overrides of the run. It takes less than a minute and trains nothing. It leaves no files
+but the built-in data and the caches that a training makes too.
 FAIL: the run would not start, would hang, or would end early. warn: it would be slower, or its
 state easier to lose. Exit codes: 0 nothing FAILs, 64 something does.""",
     "replay": """\

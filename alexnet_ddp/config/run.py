@@ -346,7 +346,7 @@ class Config(Options):
         minimum=0,
         maximum=MAX_SEED,
     )
-    device: Device = option(Device.auto, "Where to compute. auto: cuda if there is a GPU.")
+    device: Device = option(Device.auto, "The device to compute on. auto: cuda if there is a GPU.")
     data: DataConfig
     augment: AugmentConfig
     model: ModelConfig
@@ -431,7 +431,7 @@ class PredictConfig(Options):
     """A run with a checkpoint, and the images to classify with it."""
 
     run: RunConfig
-    device: Device = option(Device.auto, "Where to compute. auto: cuda if there is a GPU.")
+    device: Device = option(Device.auto, "The device to compute on. auto: cuda if there is a GPU.")
     images: str = option(MISSING, "The images: a file, a directory or a glob.")
     output: str | None = option(None, "A .jsonl file to write the predictions to.", null="none")
     top_k: int = option(5, "Number of classes to print for each image.", minimum=1)

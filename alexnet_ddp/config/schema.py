@@ -180,9 +180,17 @@ def _of_group(group: str, choices: dict[str, type]) -> dict[str, Option]:
             kinds, having = (*before.kinds, *one.kinds), (*before.choices, choice)
             found[f"{group}.{key}"] = Option(kinds, having)
     return {
-        path: Option(one.kinds, () if len(one.choices) == len(choices) else one.choices)
+        path: Option(_kinds(one), () if len(one.choices) == len(choices) else one.choices)
         for path, one in found.items()
     }
+
+
+def _kinds(option: Option) -> tuple[Any, ...]:
+    """The types over all choices. null is a text, unless every choice may have no value."""
+    nulls = option.kinds.count(type(None))
+    if option.is_text and nulls < len(option.choices):
+        return tuple(kind for kind in option.kinds if kind is not type(None))
+    return option.kinds
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

@@ -192,9 +192,8 @@ def _mean_image(root: Storage, tasks: list[ShardTask], n: int) -> np.ndarray:
     """The mean of `n` images: float32 [size, size, 3], RGB in 0..255."""
     total: Any = 0
     for task in tasks:
-        total = total + np.load(
-            io.BytesIO(root.read(f"{task.sidecar}.mean.npy")), allow_pickle=False
-        ).astype(np.int64)
+        content = io.BytesIO(root.read(f"{task.sidecar}.mean.npy"))
+        total = total + np.load(content, allow_pickle=False).astype(np.int64)
     return (total / n).astype(np.float32)
 
 

@@ -82,8 +82,6 @@ class TrainingParts:
         decay = cfg.trainer.ema_decay
         self.ema = EMA(self.model, decay) if decay is not None else None
         self._stateful = self._name_parts()
-        if saved:
-            self.load_state_dict(saved, setup.state.step)
         self.train_step = TrainStep(
             self.parallel_model,
             self.optimizer,
@@ -94,6 +92,12 @@ class TrainingParts:
             ema=self.ema,
             on_phase=on_phase,
         )
+        # After the warm-up of TrainStep, which leaves traces in a hook.
+        if saved:
+            self.load_state_dict(saved, setup.state.step)
+        elif self.parallel_model.hook is not None:
+            self.parallel_model.hook.load_state_dict({})
+            self.parallel_model.hook.set_step(0)
         self.train_step.load_state_dict(setup.state.sums, setup.state.scaler)
         augment = build_augment(
             cfg.augment, cfg.seed, cfg.data.image_size, cfg.data.eval_resize, data.colour_basis

@@ -1,7 +1,7 @@
-"""The drills with what they measured, as README's table; and the soak.
+"""The drills with what they measured, as a table in docs/faults-and-drills.md; and the soak.
 
-python -m tests.drills                  all drills; writes benchmarks/results/drills.json and README's table
-python -m tests.drills --table          README's table from that file
+python -m tests.drills                  all drills; writes benchmarks/results/drills.json and the table
+python -m tests.drills --table          the table from that file
 python -m tests.drills --soak 10m       D49: faults at random for so long, then a comparison with an undisturbed run
 """
 
@@ -18,6 +18,7 @@ from tests.drills.harness import PROJECT
 from tests.drills.soak import soak
 
 RESULTS = PROJECT / "benchmarks/results/drills.json"
+PAGE = PROJECT / "docs/faults-and-drills.md"
 BEGIN, END = "<!-- drills: made by python -m tests.drills -->", "<!-- end of drills -->"
 
 
@@ -34,9 +35,8 @@ def main() -> None:
     elif not asked.table:
         found = [row for row in found if row["test"] == "test_d49_soak"] + run_all()
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    readme = PROJECT / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{table(found)}\n{END}{rest.partition(END)[2]}")
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{table(found)}\n{END}{rest.partition(END)[2]}")
 
 
 def minutes(text: str) -> float:

@@ -44,7 +44,7 @@ def new_job(images: Path, tmp_path: Path) -> Iterator[Callable[..., Job]]:
 
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Iterator[dict[str, object]]:
-    """measured["detected after, s"] = 3.2: printed, and kept for README's table. Keys carry the unit."""
+    """measured["detected after, s"] = 3.2: printed, and kept for the table of drills. Keys carry the unit."""
     found: dict[str, object] = {}
     request.node.user_properties.append(("measured", found))
     yield found

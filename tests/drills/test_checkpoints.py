@@ -260,7 +260,7 @@ def test_d17_two_hundred_flipped_bytes_are_all_rejected(calm, tmp_path, measured
     assert rejected == 200
 
 
-def test_d18_where_every_checkpoint_is_corrupt_the_run_does_not_start_afresh(new_job, calm):
+def test_d18_a_run_whose_checkpoints_are_all_corrupt_does_not_start_from_scratch(new_job, calm):
     job = stopped_copy(calm, new_job("corrupt"))
     for checkpoint in job.checkpoints():
         (checkpoint / "MANIFEST.json").write_text(json.dumps({"schema_version": 1}))

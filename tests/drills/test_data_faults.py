@@ -300,7 +300,7 @@ def _rounds(batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [7, 64])
-def test_d25_where_nothing_divides_every_image_comes_once_an_epoch(batch_size, measured):
+def test_d25_every_image_comes_once_an_epoch_if_nothing_divides(batch_size, measured):
     steps = set()
     for world_size in range(1, 6):
         results = run_ranks(_rounds, world_size, batch_size)

@@ -88,7 +88,7 @@ def test_d27_a_poisoned_gradient_of_one_rank_stops_all_before_it_is_applied_and_
     assert losses(job) == losses(plain)
 
 
-def test_d27_where_bad_steps_are_skipped_the_others_are_trained_and_the_count_survives_a_stop(
+def test_d27_bad_steps_are_skipped_the_others_are_trained_and_the_count_survives_a_stop(
     new_job, plain, measured
 ):
     job = new_job("skip", *SHORT, "trainer.on_nan=skip").inject(
@@ -108,7 +108,7 @@ def test_d27_where_bad_steps_are_skipped_the_others_are_trained_and_the_count_su
     measured["steps skipped"] = counts[-1]
 
 
-def test_d27_a_bad_step_rolls_back_to_the_newest_checkpoint_and_the_data_goes_on_behind_it(
+def test_d27_a_bad_step_rolls_back_to_the_newest_checkpoint_and_the_data_continues_after_it(
     new_job, measured
 ):
     """The same with rows at every step and at none: when the host hears of a bad gradient decides nothing."""
@@ -125,7 +125,7 @@ def test_d27_a_bad_step_rolls_back_to_the_newest_checkpoint_and_the_data_goes_on
     measured["steps lost"] = 8 - 5
 
 
-def test_d28_a_loss_spike_is_flagged_at_once_with_its_images_and_training_goes_on(
+def test_d28_a_loss_spike_is_flagged_at_once_with_its_images_and_training_continues(
     new_job, measured
 ):
     job = new_job("spike", "scheduler=constant", "trainer.max_steps=20").inject(
@@ -187,10 +187,10 @@ def test_d31_a_rank_with_a_slow_loader_is_named_within_three_windows(new_job, ca
     assert steps[-1] <= 30
     assert {row["train/slowest_rank"] for row in job.rows("time/step_s")} == {1}
     measured["named after, steps"] = steps[-1] + 10
-    measured["behind, ms a step"] = int(warning[3]) - int(warning[4])
+    measured["late by, ms a step"] = int(warning[3]) - int(warning[4])
 
 
-def test_d34_a_rank_without_memory_ends_all_and_says_which_and_how_much(new_job, measured):
+def test_d34_a_rank_without_memory_ends_all_and_is_named_with_the_amount(new_job, measured):
     job = new_job("memory", "trainer.global_batch_size=100", ranks=2).inject(
         "memory rank=1 step=1 mb=30"
     )

@@ -52,7 +52,7 @@ def step_of_newest(job: Job) -> int:
     return int(found[-1].name.removeprefix("step-")) if found else 0
 
 
-def test_d07_a_node_disappears_and_the_other_one_goes_on_alone(hosts, two_nodes, calm, measured):
+def test_d07_a_node_disappears_and_the_other_one_continues_alone(hosts, two_nodes, calm, measured):
     survivor, _ = two_nodes("lost", "1:2")
     survivor.until(lambda: step_of_newest(survivor) >= 10, what="the checkpoint of step 10")
     saved, began = step_of_newest(survivor), time.monotonic()

@@ -216,7 +216,7 @@ def test_d45_an_image_that_kills_each_time_ends_after_three_restarts(new_job, im
 
 
 @pytest.mark.parametrize("what", ["torchrun", "launcher"])
-def test_d47_where_a_launcher_is_killed_nothing_of_it_lives_on(what, new_job, measured):
+def test_d47_nothing_of_a_killed_launcher_remains(what, new_job, measured):
     job = new_job("orphan").start()
     job.until_step(7)
     if what == "launcher":

@@ -350,7 +350,7 @@ def test_d39_a_configuration_cannot_call_what_it_names(images, calm, tmp_path, m
     measured |= {"refused by name": len(by_name) + 3, "calls": 0}
 
 
-def test_d40_secrets_are_neither_written_nor_said(new_job, images, tmp_path, measured):
+def test_d40_secrets_are_neither_written_nor_printed(new_job, images, tmp_path, measured):
     canaries = {f"CANARY{k}" for k in range(7)}
     shards = pack(images, tmp_path / "shards")
     url = "https://me:CANARY0@host.test/x?sig=CANARY1&token=CANARY2"

@@ -61,7 +61,7 @@ def _steps_s(job):
 
 
 @pytest.mark.parametrize("when", STEPS)
-def test_d36_a_server_of_wandbs_that_fails_costs_the_run_nothing(new_job, when, measured):
+def test_d36_a_failing_wandb_server_costs_the_run_nothing(new_job, when, measured):
     began = time.monotonic()
     servers = {
         fault: WandbServer(fault if when == "init" else "work") for fault in WandbServer.FAULTS
