@@ -364,7 +364,7 @@ def test_ranks_that_were_started_differently_are_refused(image_folder, tmp_path)
     shim = (
         "import os, sys; sys.argv.append('optimizer.lr=0.0' + str(1 + int(os.environ['RANK'])))\n"
     )
-    shim += "from alexnet_ddp import cli, train; cli.run('train', train.train)"
+    shim += "from alexnet_ddp import cli; cli.run('train', 'alexnet_ddp.training.trainer:train')"
     (tmp_path / "shim.py").write_text(shim)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, "shim.py", *SMALL, f"data.root={image_folder}", "run.name=a"]

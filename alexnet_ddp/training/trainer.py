@@ -48,7 +48,7 @@ from alexnet_ddp.training.parts import TrainingParts
 from alexnet_ddp.training.replicas import Replicas
 from alexnet_ddp.training.schedule import count_warmup_steps
 from alexnet_ddp.training.setup import RunSetup
-from alexnet_ddp.training.step import StepOutcome
+from alexnet_ddp.training.step import StepOutcome, StepStatus
 from alexnet_ddp.training.stragglers import Stragglers
 from alexnet_ddp.training.vote import StepVote
 
@@ -182,6 +182,7 @@ class Trainer:
                 self._handle_empty(step)
             self.throughput.add(len(indices), outcome.votes.num_images)
             self.tracker.advance(self.state.step)
+        if outcome.status is StepStatus.applied:
             row = {"train/loss": outcome.votes.loss, "train/lr": self.lr(step)}
             self.callbacks.on_step_end(self.state.step, row)
         return due
