@@ -121,6 +121,7 @@ def test_the_communication_benchmark_reports_what_it_needs():
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_loader_benchmark_refuses_unknown_parts():
     command = [sys.executable, "benchmarks/loader.py", "--only", "P5,P99"]
     done = subprocess.run(

@@ -109,6 +109,7 @@ def read_all(arguments: tuple[ShardsConfig, str]) -> int:
         return sum(len(data) for data in pool.map(index.read, range(len(index))))
 
 
+@pytest.mark.slow
 def test_the_processes_of_a_node_fetch_each_file_once(shards, tmp_path):
     log = tmp_path / "fetched"
     with multiprocessing.get_context("forkserver").Pool(3) as pool:

@@ -178,6 +178,7 @@ def test_a_set_with_lost_images_is_refused(tmp_path, small):
         ensure_demo(tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_a_linear_model_on_the_pixels_stays_near_chance():
     """Ridge regression on 16 x 16 px, 1,500 images: 10 % is chance, a small convolutional network reaches over 94 %."""
 

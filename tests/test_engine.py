@@ -303,6 +303,7 @@ def test_nothing_of_a_bad_step_is_applied_on_any_rank_and_the_next_one_is(what, 
             )
 
 
+@pytest.mark.slow
 def test_where_bad_steps_end_a_run_the_step_after_a_bad_gradient_is_not_applied_either():
     for states, verdicts, sums, _ in run_ranks(bad_step, 2, "gradient", 1, SGD, OnNan.stop):
         assert verdicts[2] == (False, True)
@@ -311,6 +312,7 @@ def test_where_bad_steps_end_a_run_the_step_after_a_bad_gradient_is_not_applied_
         assert sums["images"] == 2 * 17  # the first step and the last one
 
 
+@pytest.mark.slow
 def test_a_bad_gradient_of_the_last_step_is_told_once_when_asked():
     for states, verdicts, _, settled in run_ranks(bad_step, 2, "gradient", 0, SGD, OnNan.stop, 3):
         assert verdicts == [(False, False)] * 4

@@ -105,6 +105,7 @@ def test_a_network_trains_resumes_evaluates_and_predicts(place, image_folder):
         assert done.stdout.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_network_with_arguments(place, image_folder):
     run_dir = train("wide", place, image_folder, "trainer.max_steps=2")
     (checkpoint,) = (run_dir / "checkpoints").glob("step-*")
@@ -112,12 +113,14 @@ def test_a_network_with_arguments(place, image_folder):
     assert b'"shape":[16,3,3,3]' in header
 
 
+@pytest.mark.slow
 def test_a_class_of_torch_optim(place, image_folder):
     run_dir = train("nadam", place, image_folder, "model=alexnet_small")
     (checkpoint,) = (run_dir / "checkpoints").glob("step-*")
     assert b'"mu_product/' in (checkpoint / "optimizer.safetensors").read_bytes()[:20_000]
 
 
+@pytest.mark.slow
 def test_a_class_of_torch_optim_in_a_hybrid_equals_ddp_and_resumes(place, image_folder):
     net = ["model=alexnet_small", "model.dropout=0", "scheduler=constant"]
     # Otherwise rounding decides how far a tiny gradient moves a weight.
@@ -136,6 +139,7 @@ def test_a_class_of_torch_optim_in_a_hybrid_equals_ddp_and_resumes(place, image_
             assert torch.allclose(a[key], b[key], rtol=1e-3, atol=2e-4), key
 
 
+@pytest.mark.slow
 def test_an_optimizer_resumes_with_its_state(place, image_folder):
     constant = "scheduler=constant"
     train("signum", place, image_folder, "run.name=whole", "trainer.max_steps=6", constant)
@@ -149,6 +153,7 @@ def test_an_optimizer_resumes_with_its_state(place, image_folder):
     assert b'"int:num_steps/' in a[:20_000]
 
 
+@pytest.mark.slow
 def test_a_data_source_trains_and_evaluates_on_two_ranks(place, image_folder):
     train("stripes", place, image_folder, ranks=2)
     done = run("evaluate", "run.name=stripes", "plugins=[my_data]", cwd=place)
@@ -158,6 +163,7 @@ def test_a_data_source_trains_and_evaluates_on_two_ranks(place, image_folder):
     assert set(result["per_class"]) == {"horizontal", "vertical"}
 
 
+@pytest.mark.slow
 def test_an_augmentation_is_a_function_of_seed_epoch_and_image(place, image_folder):
     net = ["model=alexnet_small", "scheduler=constant", "run.name=one"]
     one = train("darken", place, image_folder, *net)
@@ -173,6 +179,7 @@ def test_an_augmentation_is_a_function_of_seed_epoch_and_image(place, image_fold
     assert a != c
 
 
+@pytest.mark.slow
 def test_a_metric_is_a_mean_over_all_images_of_all_ranks(place, image_folder):
     one = train("metric", place, image_folder, "model=alexnet_small", "trainer.max_steps=2")
     name = "run.name=metric"
@@ -183,6 +190,7 @@ def test_a_metric_is_a_mean_over_all_images_of_all_ranks(place, image_folder):
     assert 0.2 <= again <= 1
 
 
+@pytest.mark.slow
 def test_a_callback_is_called_on_rank_0(place, image_folder):
     run_dir = train("journal", place, image_folder, "model=alexnet_small", ranks=2)
     lines = (run_dir / "journal.txt").read_text().splitlines()
@@ -233,6 +241,7 @@ def test_one_line_for_a_wrong_plugin_or_optimizer(place, image_folder, overrides
     assert line in refused(place, "data=folder", f"data.root={image_folder}", *QUICK, *overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"), [("test_resnet", []), ("test_vit", ["model.args.img_size=64"])]
 )

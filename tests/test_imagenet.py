@@ -93,6 +93,7 @@ def test_folders_extracted_from_archives_are_the_same_data(root, tmp_path):
     check_against_folders(root, tmp_path / "tree")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MINI.is_dir(), reason="needs shared/data/ilsvrc-mini")
 def test_twenty_real_classes_in_the_archives_of_imagenet(tmp_path):
     check_against_tarfile(MINI)

@@ -140,6 +140,7 @@ def test_with_period_1_it_equals_plain_ddp():
         assert apart(expected, found) < 1e-5
 
 
+@pytest.mark.slow
 def test_between_synchronisations_each_rank_trains_with_torchs_sgd_on_its_own_images():
     """Seven steps: gradients are averaged in two; replicas are equal after the third and sixth."""
     expected = simulated(2, period=3, start=2, num_steps=7)
@@ -150,6 +151,7 @@ def test_between_synchronisations_each_rank_trains_with_torchs_sgd_on_its_own_im
         assert apart(other, one) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_ranks_of_a_group_stay_equal():
     found = [state for _, state in run_ranks(trained, 4, local(period=5, group=2), 3)]
     assert apart(found[0], found[1]) == apart(found[2], found[3]) == 0

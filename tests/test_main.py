@@ -78,6 +78,7 @@ def test_the_scripts_are_copied_but_overwrite_nothing(tmp_path):
     assert (done.returncode, done.stdout.count("\n")) == (64, 1)
 
 
+@pytest.mark.slow
 def test_an_entry_point_registers_a_network_for_any_command(tmp_path):
     info = tmp_path / "nets-1.0.dist-info"
     info.mkdir()

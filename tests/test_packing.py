@@ -148,6 +148,7 @@ def replace_endless(endless: Path, larger: Path) -> None:
 LATER = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGHUP)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, *LATER])
 def test_a_stopped_run_leaves_no_temporary_files_and_resumes(
     endless, larger, larger_packed, tmp_path, number

@@ -143,6 +143,7 @@ def test_without_a_terminal_plain_lines_are_printed(tmp_path, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_a_closed_stdout_does_not_end_the_run(tmp_path):
     body = "t = start(sys.argv[1], 'disabled', 0)\nfor i in range(99): t.log(i, 0.0, {'train/loss': 1.0})\nt.close(0)"
     read, write = os.pipe()
@@ -153,6 +154,7 @@ def test_a_closed_stdout_does_not_end_the_run(tmp_path):
     assert len(rows(tmp_path)) == 99
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_a_progress_bar_below_the_evaluations(tmp_path):
     body = """
         t = start(sys.argv[1], "disabled", 20)

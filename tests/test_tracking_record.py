@@ -18,6 +18,7 @@ from tests.test_tracking import start_program
 CLASSES = {"ids": ["n1", "n2"], "names": ["cat", "dog"]}
 
 
+@pytest.mark.slow
 def test_json_is_replaced_atomically_under_kill(tmp_path):
     body = """
         from alexnet_ddp.runtime.files import write_json

@@ -14,7 +14,7 @@ from alexnet_ddp.tracking.wandb_sink import wandb_mode
 from tests.test_tracking import rows, start_program, tracker
 
 # One pytest worker runs these tests: the fixtures start real wandb processes, which takes 20 s.
-pytestmark = pytest.mark.xdist_group("wandb")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wandb")]  # real wandb processes take 40 s
 
 FAKE_WANDB = """
 import os, time

@@ -269,6 +269,7 @@ def test_killed_without_a_word_it_goes_on_from_the_last_checkpoint(undisturbed, 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("undisturbed")
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(undisturbed, tmp_path):
     overrides, root = undisturbed
@@ -432,6 +433,7 @@ def test_bad_data_is_one_line_and_code_65(image_folder, tmp_path, spoil, message
     assert status(tmp_path / "runs/e")["exit_code"] == 65
 
 
+@pytest.mark.slow
 def test_archives_and_the_folders_extracted_from_them_train_to_the_same_rows(tmp_path):
     from tests.archives import extract, make_archives
 
