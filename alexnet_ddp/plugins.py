@@ -260,7 +260,11 @@ class Callbacks:
 
 
 def _build_callback(name: str, build: Callable[..., Any], run_dir: Path) -> Callback:
-    callback = build(run_dir)
+    try:
+        callback = build(run_dir)
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"trainer.callbacks ({name}) could not be built: {text}") from error
     if not isinstance(callback, Callback):
         rule = f"the plugin returned {type(callback).__name__}"
         raise ConfigError(

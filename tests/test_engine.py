@@ -23,6 +23,7 @@ from alexnet_ddp.config import (
     SyntheticConfig,
     TrainerConfig,
 )
+from alexnet_ddp.config.plugins import TorchOptimizerConfig
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.effects import apply_effects, normalise
 from alexnet_ddp.data.loader import build_loader
@@ -44,13 +45,15 @@ SGD = SGDConfig(lr=0.01, momentum=0.9, weight_decay=5e-4)
 IMAGES = SyntheticConfig(image_size=64, num_train=103, num_val=61, num_classes=5)
 
 
-def steps(num_steps, world, model_cfg=None, trainer=None, data=IMAGES, spoil=None, how=None):
+def steps(
+    num_steps, world, model_cfg=None, trainer=None, data=IMAGES, spoil=None, how=None, cfg=SGD
+):
     """Train `num_steps` steps in this process group: losses by step, final parameters, the TrainStep, the last outcome."""
     trainer = trainer or TrainerConfig(epochs=1, global_batch_size=17)
     model = build_model(model_cfg or AlexNetSmallConfig(), 5, 64, seed=0)
     step = TrainStep(
         build_parallel(DDPConfig(), model, world),
-        build_optimizer(SGD, model),
+        build_optimizer(cfg, model),
         trainer,
         0,
         world,
@@ -384,6 +387,13 @@ def test_clipping_limits_the_norm_of_the_mean_gradient(world):
     )
     assert norms.norm() <= 1e-3 + decay
     assert outcome.grad_norm > 1e-3
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad", "Adafactor", "RMSprop"])
+def test_optimizers_of_torch_that_are_not_fused_train(world, name):
+    """Their kernels refuse `found_inf`, which the fused ones read."""
+    losses, *_ = steps(2, world, cfg=TorchOptimizerConfig(name=name, lr=1e-3))
+    assert all(np.isfinite(losses))
 
 
 def test_label_smoothing_is_torchs(world):

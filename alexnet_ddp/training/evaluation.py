@@ -12,7 +12,7 @@ from alexnet_ddp.data.effects import apply_effects
 from alexnet_ddp.data.loader import Batch
 from alexnet_ddp.data.sources.source import Skipped
 from alexnet_ddp.runtime.distributed import World, any_rank, raise_together, sum_over_ranks
-from alexnet_ddp.runtime.errors import DataError
+from alexnet_ddp.runtime.errors import DataError, RunError
 from alexnet_ddp.runtime.signals import StopSignal
 from alexnet_ddp.training.metrics import Meter, UserMetrics, correct_counts, evaluation_row
 from alexnet_ddp.training.precision import autocast
@@ -59,7 +59,7 @@ def evaluate(
                 meter.add(loss_sum, logits, batch.labels)
                 extra.add(logits, batch.labels)
                 per_class.index_add_(0, batch.labels, correct_counts(logits, batch.labels))
-    except DataError as e:
+    except RunError as e:  # of the data, or of a plugin's metric
         error = e
     if _must_end(stop, error, world):
         return None
@@ -72,7 +72,7 @@ def evaluate(
     return Evaluation(row, sum_over_ranks(per_class).cpu(), skipped)
 
 
-def _must_end(stop: StopSignal, error: DataError | None, world: World) -> bool:
+def _must_end(stop: StopSignal, error: RunError | None, world: World) -> bool:
     """Collective. True if a rank was asked to stop. Raises on all ranks if a rank has an error."""
     must_end = any_rank(stop.received or error is not None, world)
     if must_end:

@@ -159,11 +159,12 @@ def apply_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, b
     Fused optimizers read `bad` on the device, as their found_inf, and the scaler of fp16 finds
     infinities itself. Any other optimizer knows of neither, so this waits for the device.
     """
-    if scaler.is_enabled() or _reads_found_inf(optimizer) or not bad.item():
+    if scaler.is_enabled() or reads_found_inf(optimizer) or not bad.item():
         scaler.step(optimizer)
 
 
-def _reads_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+def reads_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """True if the optimizer applies nothing when its `found_inf` on the device is not 0."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))  # torch's own mark
 
 

@@ -68,7 +68,9 @@ class TrainingParts:
         cfg, world, data = setup.cfg, setup.world, setup.data
         self.setup = setup
         self.model = self._build_model()
-        saved = self._follow_classes(setup.saved, self.model)
+        saved, setup.saved = self._follow_classes(setup.saved, self.model), {}  # free the memory
+        if saved:  # before layers are split, so that an error names full shapes
+            load_checkpoint(self.model, saved["model"], self._checkpoint_name())
         self.model.to(world.device, memory_format=torch.channels_last)
         parallel = choose_parallelism(cfg, self.model, world)
         if cfg.trainer.compile:
@@ -95,6 +97,7 @@ class TrainingParts:
         # After the warm-up of TrainStep, which leaves traces in a hook.
         if saved:
             self.load_state_dict(saved, setup.state.step)
+            saved = {}
         elif self.parallel_model.hook is not None:
             self.parallel_model.hook.load_state_dict({})
             self.parallel_model.hook.set_step(0)
@@ -195,10 +198,13 @@ class TrainingParts:
         check_image_size(model, len(classes), cfg.data.train_image_size(0), "data.start_image_size")
         return model
 
+    def _checkpoint_name(self) -> str:
+        return f"the checkpoint of {self.setup.cfg.run.name}"
+
     def _name_parts(self) -> dict[str, Stateful]:
         """The parts by the name of their file in a checkpoint. The averages follow the model."""
         parts: dict[str, Stateful] = {
-            "model": ModelState(self.model, f"the checkpoint of {self.setup.cfg.run.name}"),
+            "model": ModelState(self.model, self._checkpoint_name()),
             "optimizer": OptimizerState(self.optimizer, self.model),
         }
         if self.ema is not None:

@@ -29,6 +29,7 @@ from alexnet_ddp.data.sources.sets import ImageSets, open_data
 from alexnet_ddp.parallel import find_layers
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.distributed import World
+from alexnet_ddp.training.metrics import UserMetrics
 from alexnet_ddp.training.optim import needs_whole_tensors
 from alexnet_ddp.training.precision import check_precision
 from alexnet_ddp.training.schedule import Budget, build_lr_schedule
@@ -49,6 +50,9 @@ class RunSetup:
     def __init__(self, cfg: Config, world: World, up_to: int | None = None) -> None:
         self.cfg, self.world = cfg, world
         check_precision(cfg.trainer.precision, world)
+        UserMetrics(
+            cfg.trainer.metrics, world.device
+        )  # refuses unknown names before the run starts
         self.data = distributed.first_on_node(lambda: open_data(cfg.data, may_make=True), world)
         self.sampler = build_sampler(cfg, self.data.train)
         self.budget = Budget.plan(

@@ -22,7 +22,7 @@ from alexnet_ddp.runtime.errors import DataError, RunError
 from alexnet_ddp.runtime.watchdog import WAITING
 from alexnet_ddp.training.ema import EMA
 from alexnet_ddp.training.metrics import Meter
-from alexnet_ddp.training.optim import apply_step, norms, set_lr
+from alexnet_ddp.training.optim import apply_step, norms, reads_found_inf, set_lr
 from alexnet_ddp.training.precision import autocast
 from alexnet_ddp.training.stragglers import Stopwatch
 from alexnet_ddp.training.vote import StepSnapshot, StepVote, VoteExchange, VoteResult
@@ -84,7 +84,7 @@ class TrainStep:
         self._nonfinite = torch.zeros(
             (), device=world.device
         )  # 1 if the last gradient was not finite
-        if not self.scaler.is_enabled():  # the scaler finds infinities itself
+        if not self.scaler.is_enabled() and reads_found_inf(optimizer):
             optimizer.found_inf = (
                 self._nonfinite
             )  # fused kernels read it on the device: no host wait

@@ -73,6 +73,7 @@ def train(cfg: Config, overrides: list[str]) -> None:
                 log.info("run %s is complete after %d steps: %s", cfg.run.name, done, cfg.run_dir)
                 return
             parts = TrainingParts(setup, on_phase=watchdog.phase)
+            watchdog.phase("start")
             stop = StopSignal()  # until here a stop signal ends the process at once
             with _lost_peers_explained(stop, setup.state):
                 trainer = Trainer(setup, parts, overrides, watchdog, status, stop)
@@ -134,6 +135,8 @@ class Trainer:
         self.checkpoints, self.watchdog = setup.checkpoints, watchdog
         self.status, self.stop = status, stop
         self.checkpoints.prepare(parts.state_dict())
+        names, run_dir = cfg.trainer.callbacks, cfg.run_dir
+        self.callbacks = distributed.on_all(lambda: Callbacks(names, run_dir, world.is_main), world)
         self.tracker = self._build_tracker(overrides)
         Deadline(stop, lambda: self.checkpoints.longest_write_s).watch(world.is_main)
         batch = partial(describe_batch, self.sampler, data.train)
@@ -144,7 +147,6 @@ class Trainer:
         max_bad = cfg.data.max_bad_images or 0
         self.quarantine = Quarantine(cfg.run_dir, sets, max_bad, state.step, world)
         self.throughput = Throughput()
-        self.callbacks = Callbacks(cfg.trainer.callbacks, cfg.run_dir, world.is_main)
         self.batches = parts.batches(state.step)
         self.outcome: StepOutcome | None = None  # of the last step
         self.saved_at = time.monotonic()
