@@ -60,7 +60,8 @@ def load_run(directory: str | Path, plugins: Iterable[str] = ()) -> TrainedRun:
     """
     modules, run_dir = list(plugins), Path(directory)
     load_plugins(modules)
-    return read_run(run_dir, cli.config_of_run(run_dir, [f"plugins=[{','.join(modules)}]"]))
+    options = [f"plugins=[{','.join(modules)}]"]
+    return read_run(run_dir, cli.config_of_run(run_dir, options, opens_data=False))
 
 
 def read_run(run_dir: Path, cfg: Config) -> TrainedRun:

@@ -42,6 +42,7 @@ Main = Callable[[Any, list[str]], object]
 _KNOWN = "--help [NAME], --cfg job, --resolve, --package NAME, --config-dir DIR, --version"
 _LONG = {"-h": "--help", "-c": "--cfg", "-p": "--package", "-cd": "--config-dir"}
 _WITH_VALUE = ("--cfg", "--package", "--config-dir")
+_config_dir: str | None = None  # --config-dir of this process, for config_of_run
 _SWEEPS = ("--multirun", "-m")
 # Hydra's options, which nothing here would read. --experimental-rerun would unpickle a file.
 _HYDRAS = (
@@ -75,6 +76,8 @@ def run(command: str, main: str | Main) -> None:
     sys.excepthook = _show_trace
     try:
         arguments = _parse(sys.argv[1:], command)
+        global _config_dir
+        _config_dir = arguments.config_dir
         if not _show(arguments, command):
             cfg = _compose(command, arguments.overrides, arguments.config_dir)
             load_plugins(getattr(cfg, "plugins", ()))
@@ -105,15 +108,20 @@ def compose_for_python(overrides: list[str]) -> Config:
     return cfg
 
 
-def config_of_run(run_dir: Path, overrides: list[str]) -> Config:
+def config_of_run(run_dir: Path, overrides: list[str], opens_data: bool = True) -> Config:
     """The configuration that the run was last started with, with `overrides` on top.
 
+    A run that was started with --config-dir needs it again. opens_data: the caller opens data.root.
     Its run.name and run.root are those of `run_dir`. Raises ConfigError if there is no such run.
     """
     try:
         record = json.loads((run_dir / "run.json").read_bytes())
         recorded = [str(override) for override in record["overrides"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            rule = f"cannot be read ({type(error).__name__}: {error})"
+            remedy = "start the training again: it writes a new one"
+            raise ConfigError(f"{run_dir / 'run.json'} {rule}; {remedy}") from error
         known = ", ".join(sorted(d.parent.name for d in run_dir.parent.glob("*/run.json")))
         rule = f"there is no trained run {run_dir.name} in {run_dir.parent.absolute()}"
         remedy = f"give run.name, and run.root if it is not {run_dir.parent}"
@@ -126,7 +134,9 @@ def config_of_run(run_dir: Path, overrides: list[str]) -> Config:
             key = override.split("=")[0]
             rule = f"{key} of {run_dir.name} holds a secret, which is not recorded"
             raise ConfigError(f"{rule}; give {key}=... again")
-    cfg = compose(kept + overrides)
+    cfg = _compose("train", kept + overrides, _config_dir)
+    if opens_data:
+        _refuse_filled_in_url(run_dir, kept, str(getattr(cfg.data, "root", "")))
     return replace(cfg, run=RunConfig(name=run_dir.name, root=str(run_dir.parent)))
 
 
@@ -142,6 +152,17 @@ def with_record_options(arguments: list[str]) -> list[str]:
     given = {_key(argument) for argument in arguments[1:]}
     of_run = [override for override in of_run if _key(override) not in given]
     return [f"file={arguments[0]}", *of_run, *arguments[1:]]
+
+
+def _refuse_filled_in_url(run_dir: Path, recorded: list[str], root: str) -> None:
+    """Raise ConfigError if the record fills data.root, a URL, with a variable of this machine.
+
+    A record of somebody else's would send the variable to the server of the URL.
+    """
+    is_filled = any("${" in one and _key(one).startswith("data") for one in recorded)
+    if is_filled and "://" in root:
+        rule = "is a URL with ${...}, which a record must not fill in"
+        raise ConfigError(f"data.root of {run_dir.name} {rule}; give data.root=... again")
 
 
 def _refuse_plugins_of_record(run_dir: Path, recorded: list[str], given: set[str]) -> None:

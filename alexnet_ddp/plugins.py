@@ -13,6 +13,7 @@ This module imports no torch.
 """
 
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -142,9 +143,13 @@ def register_optimizer(
     and numbers: it is saved and resumed. elementwise: each element's update depends only on its own
     gradient and state; parallel=hybrid requires it.
     """
-    if elementwise:
-        _elementwise.add(name)
-    return _register(OPTIMIZERS, name, build)
+
+    def decorate(build: Build) -> Build:
+        OPTIMIZERS.add(name, build)
+        (_elementwise.add if elementwise else _elementwise.discard)(name)
+        return build
+
+    return decorate if build is None else decorate(build)
 
 
 @overload
@@ -273,8 +278,20 @@ def _build_callback(name: str, build: Callable[..., Any], run_dir: Path) -> Call
     return callback
 
 
+def call_plugin(option: str, build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return build(*args, **kwargs). Raises ConfigError, naming `option`, for wrong arguments.
+
+    An error within `build` is not caught: its traceback shows where the plugin fails.
+    """
+    try:
+        inspect.signature(build).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ConfigError(f"{option}: {error}; correct the args") from error
+    return build(*args, **kwargs)
+
+
 def load_plugins(modules: Iterable[str]) -> None:
-    """Import the modules that the command line names. The current directory is searched last.
+    """Import the modules that the command line names. The current directory is searched, too.
 
     Raises ConfigError, in one line, if a name is not a module's or if an import fails.
     """
@@ -309,6 +326,6 @@ def _import(action: Callable[[], object], what: str) -> None:
         ]
         place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
         remedy = "correct the module, or its name"
-        if isinstance(error, ModuleNotFoundError) and not frames:
-            remedy = "install it, or add its folder to PYTHONPATH"
+        if isinstance(error, ModuleNotFoundError):
+            remedy = f"install {error.name}, or add its folder to PYTHONPATH"
         raise ConfigError(f"{what} cannot be imported ({text}{place}); {remedy}") from error

@@ -52,7 +52,7 @@ def main(options: PredictConfig, overrides: list[str]) -> None:
         )
     paths = find_images(options.images)
     plugins = [one for one in overrides if one.lstrip("+").startswith("plugins=")]
-    run = read_run(run_dir, cli.config_of_run(run_dir, plugins))
+    run = read_run(run_dir, cli.config_of_run(run_dir, plugins, opens_data=False))
     device, names = choose_device(options.device, 0), run.classes
     model = run.model.to(device)
     bad: list[str] = []

@@ -1,6 +1,8 @@
 """Fixtures: small data sets of real files, made once a session."""
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +69,16 @@ def make_folder(
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """103 training and 61 validation images of 5 classes, JPEG, 72 to 92 pixels."""
     return make_folder(tmp_path_factory.mktemp("data") / "folder", 103, 61)
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """Restore the handlers of stop signals: a command that ran in this process ignores them."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

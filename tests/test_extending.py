@@ -19,6 +19,7 @@ from alexnet_ddp import cli, plugins
 from alexnet_ddp.config import ConfigError
 from alexnet_ddp.config.data import IMAGENET_MEAN
 from alexnet_ddp.config.plugins import PluginOptimizerConfig, TorchOptimizerConfig
+from alexnet_ddp.training.metrics import UserMetrics
 from alexnet_ddp.training.optim import (
     apply_step,
     build_optimizer,
@@ -370,3 +371,20 @@ def test_the_state_of_any_torch_optimizer_continues_exactly(name):
     learn(other, fresh, range(2, 5))
     for p, q in zip(model.parameters(), other.parameters()):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("name", ["top1", "loss", "num_images"])
+def test_a_metric_cannot_replace_a_built_in_one(name):
+    with pytest.raises(ConfigError, match=rf"trainer.metrics \({name}\): val/{name} is reported"):
+        UserMetrics([name], torch.device("cpu"))
+
+
+def test_elementwise_is_that_of_the_last_registration():
+    alexnet_ddp.register_optimizer("again", torch.optim.SGD, elementwise=True)
+    assert plugins.is_elementwise("again")
+    alexnet_ddp.register_optimizer("again", torch.optim.SGD)
+    assert not plugins.is_elementwise("again")
+
+
+def test_plugins_may_be_deleted_on_the_command_line():
+    assert cli.compose(["~plugins"]).plugins == []

@@ -199,6 +199,29 @@ def test_a_recorded_run_is_composed_again_with_the_same_texts(tmp_path, text):
     assert config_of_run(run_dir, ["++data.root=007"]).data.root == "007"
 
 
+def record_run(run_dir: Path, *overrides: str) -> Path:
+    run_dir.mkdir()
+    (run_dir / "run.json").write_text(json.dumps({"overrides": list(overrides)}))
+    return run_dir
+
+
+def test_a_record_does_not_send_a_variable_of_this_machine_to_a_server(tmp_path, monkeypatch):
+    monkeypatch.setenv("KEPT", "secret")
+    run_dir = record_run(tmp_path / "r", "data=shards", "data.root=ftp://host/${oc.env:KEPT}")
+    with pytest.raises(ConfigError, match=r"data.root of r is a URL with \$\{...\}") as error:
+        config_of_run(run_dir, [])
+    assert "secret" not in str(error.value)
+    assert config_of_run(run_dir, ["data.root=ftp://host/x"]).data.root == "ftp://host/x"
+    assert config_of_run(run_dir, [], opens_data=False).run.name == "r"
+
+
+def test_a_damaged_record_is_not_called_missing(tmp_path):
+    run_dir = record_run(tmp_path / "r")
+    (run_dir / "run.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"run.json cannot be read \(JSONDecodeError"):
+        config_of_run(run_dir, [])
+
+
 def test_a_settings_text_of_spark_is_as_it_was_typed():
     overrides = ["source=x", "root=y", "engine=spark", "engine.master=local[2,4]"]
     cfg = with_hydra.compose("prepare", [*overrides, "+engine.conf.spark.app.name=1.10"])

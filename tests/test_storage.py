@@ -7,6 +7,7 @@ import uuid
 
 import pytest
 
+from alexnet_ddp.config import ConfigError
 from alexnet_ddp.data.storage import NotAFile, Storage, absolute
 
 fsspec = pytest.importorskip("fsspec")
@@ -112,3 +113,9 @@ def test_a_read_that_fails_names_the_file(tmp_path):
     with pytest.raises(OSError) as caught:
         Storage("/proc/self").read("mem", 0, 10)  # page zero cannot be read: EIO
     assert (caught.value.errno, caught.value.filename) == (errno.EIO, "/proc/self/mem")
+
+
+def test_a_chain_of_file_systems_is_refused():
+    """Some of fsspec's file systems run what a file contains."""
+    with pytest.raises(ConfigError, match="chains file systems of fsspec"):
+        Storage("reference://::file:///x/refs.json").exists()

@@ -241,7 +241,7 @@ def _refuse_plugins_of_files(cfg: DictConfig, overrides: list[str]) -> None:
     given: list[str] = []
     for override in OverridesParser.create().parse_overrides(overrides):
         if override.key_or_group == "plugins":
-            given = [str(module) for module in override.value()]
+            given = [str(module) for module in override.value() or ()]
     if any("${" in module for module in given):
         raise ConfigError("plugins must name modules, not ${...}; write plugins=[MODULE]")
     found = OmegaConf.select(cfg, "plugins") or []

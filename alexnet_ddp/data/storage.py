@@ -81,6 +81,9 @@ class Storage:
         """(fsspec file system, path of root in it), if root is a URL. Raises ConfigError."""
         from fsspec.core import url_to_fs  # slow to import, and only needed for URLs
 
+        if "::" in self.root:
+            rule = "chains file systems of fsspec, some of which run what a file contains"
+            raise ConfigError(f"{self.root} {rule}; give a plain URL")
         try:
             fs, path = url_to_fs(self.root)
         except (ImportError, ValueError) as error:

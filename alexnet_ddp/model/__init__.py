@@ -25,7 +25,7 @@ from alexnet_ddp.model.alexnet import alexnet_2012, alexnet_bn, alexnet_small
 from alexnet_ddp.model.dropout import KeyedDropout, key_dropout, set_dropout_keys
 from alexnet_ddp.model.head import ClassChange, follow_classes, head_parameters
 from alexnet_ddp.model.weights import load_checkpoint, load_weights
-from alexnet_ddp.plugins import MODELS
+from alexnet_ddp.plugins import MODELS, call_plugin
 
 __all__ = [
     "ClassChange",
@@ -115,7 +115,7 @@ def _network(cfg: ModelConfig, num_classes: int) -> nn.Module:
 
 
 def _plugin(cfg: PluginModelConfig, num_classes: int) -> nn.Module:
-    model = MODELS.get(cfg.name)(num_classes, **cfg.args)
+    model = call_plugin(f"model.name ({cfg.name})", MODELS.get(cfg.name), num_classes, **cfg.args)
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
         raise ConfigError(
@@ -167,7 +167,7 @@ def check_image_size(model: nn.Module, num_classes: int, image_size: int, option
             model.train(was_training)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        remedy = "use larger images, or another model"
+        remedy = "use larger images, or correct or change the network"
         raise ConfigError(
             f"{option} ({image_size}) does not suit this network: {reason}; {remedy}"
         ) from error

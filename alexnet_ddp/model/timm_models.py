@@ -35,7 +35,10 @@ def input_options(name: str, image_size: int) -> dict[str, Any]:
     name.
     """
     _require_known(name)
-    cfg = _timm().get_pretrained_cfg(name, allow_unregistered=False)
+    try:
+        cfg = _timm().get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as error:
+        raise ConfigError(f"model.name ({name}): {error} Leave the tag out") from error
     if cfg is None:
         return {}
     cubic = cfg.interpolation == "bicubic"

@@ -10,6 +10,7 @@ from alexnet_ddp.runtime.distributed import sum_over_ranks
 from alexnet_ddp.runtime.errors import ConfigError
 
 _SUMS = ("loss", "correct1", "correct5", "images")
+_TAKEN = frozenset(("loss", "top1", "top5", "num_images", "correct1", "correct5", "num_bad_images"))
 
 
 class Meter:
@@ -49,7 +50,10 @@ class UserMetrics:
     """Means of registered metrics over the images of an evaluation. row() waits for the device."""
 
     def __init__(self, names: list[str], device: torch.device) -> None:
-        """Raises ConfigError for a name that no plugin has registered."""
+        """Raises ConfigError for a name that no plugin has registered, or that is taken."""
+        for name in _TAKEN.intersection(names):
+            rule = f"val/{name} is reported by every evaluation"
+            raise ConfigError(f"trainer.metrics ({name}): {rule}; register it under another name")
         self._metrics = {name: METRICS.get(name) for name in names}
         self._sums = torch.zeros(len(names), dtype=torch.float64, device=device)
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from alexnet_ddp.config.plugins import PluginDataConfig
 from alexnet_ddp.data.sources.index import SampleIndex, names_digest
-from alexnet_ddp.plugins import SOURCES
-from alexnet_ddp.runtime.errors import ConfigError, DataError
+from alexnet_ddp.plugins import SOURCES, call_plugin
+from alexnet_ddp.runtime.errors import DataError
 
 
 class Source(Protocol):
@@ -64,11 +64,7 @@ def open_plugin(cfg: PluginDataConfig, split: str) -> SampleIndex:
     labels do not fit.
     """
     build = SOURCES.get(cfg.name)
-    try:
-        source = build(cfg.root, split, **cfg.args)
-    except TypeError as error:
-        rule = f"cannot be called with root, split and data.args={cfg.args}"
-        raise ConfigError(f"data.name ({cfg.name}) {rule}: {error}") from error
+    source = call_plugin(f"data.name ({cfg.name})", build, cfg.root, split, **cfg.args)
     what = f"data.name ({cfg.name}), split {split}"
     classes, labels = [str(name) for name in source.classes], np.asarray(source.labels)
     if len(set(classes)) != len(classes) or not classes:
@@ -82,9 +78,11 @@ def open_plugin(cfg: PluginDataConfig, split: str) -> SampleIndex:
         )
     given = getattr(source, "names", None)
     names = (
-        [f"{cfg.name} {split} image {i}" for i in range(len(labels))] if given is None else given
+        [f"{cfg.name} {split} image {i}" for i in range(len(labels))]
+        if given is None
+        else [str(name) for name in given]
     )
     if len(names) != len(labels):
         raise DataError(f"{what}: {len(names)} names for {len(labels)} labels; correct the plugin")
     store = PluginStore(source, names, np.arange(len(labels)))
-    return SampleIndex(classes, labels.astype(np.int32), store, names_digest(map(str, names)))
+    return SampleIndex(classes, labels.astype(np.int32), store, names_digest(names))
