@@ -128,7 +128,7 @@ def test_verify_exits_65_from_two_processes(mine):
     assert (code, out) == (65, "")
     assert len(err.splitlines()) == 3
     assert re.search(
-        r"^alexnet_ddp: .*: train-00000\d.tar, val-000000.tar broken; the command",
+        r"^alexnet_ddp: .*: train-00000\d.tar, val-000000.tar broken; rerun the command",
         err,
         re.MULTILINE,
     )
