@@ -164,6 +164,7 @@ def _zip_names(path: Path) -> list[str]:
             return []
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()
+    # zipfile raises NotImplementedError for archives of later versions of the format.
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error) as error:
         raise _unreadable(path, error) from error
 

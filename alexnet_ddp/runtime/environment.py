@@ -188,8 +188,7 @@ def _quotas(folder: Path, mount: Path) -> Iterator[float]:
                 )
             if quota not in ("max", "-1") and int(period) > 0:
                 yield int(quota) / int(period)
-        # The group is not visible in this namespace, or it is a root group, which has no limit.
         except (OSError, ValueError):
-            pass
+            pass  # the group is not visible in this namespace, or is a root group without a limit
         if group == mount:
             return
