@@ -297,10 +297,11 @@ def load_plugins(modules: Iterable[str]) -> None:
     """
     for module in modules:
         if _MODULE.fullmatch(module) is None or module.endswith(".py"):
-            name = module.removesuffix(".py").replace("/", ".").strip(".")
+            folder, _, name = module.removesuffix(".py").rpartition("/")
+            where = f" and add {folder or '/'} to PYTHONPATH" if "/" in module else ""
             raise ConfigError(
                 f"plugins ({module}) must be names of modules, as in an import statement; "
-                f"write plugins=[{name}]"
+                f"write plugins=[{name}]{where}"
             )
         if not sys.flags.safe_path and not {"", os.getcwd()} & set(sys.path):
             sys.path.append(os.getcwd())  # `python -m` has it already, the console script does not

@@ -286,11 +286,9 @@ def check_port(main: Facts, world_size: int) -> Finding:
         )
     reason = why_busy(number)
     asked = "MASTER_PORT" in main.env
-    verdict, remedy = (
+    level, remedy = (
         Level.fail if asked else Level.warn,
         "choose another port: MASTER_PORT, --master-port",
     )
     found = f"{number}: {reason}" if reason else f"{number} is free"
-    return Finding("port", found, "free on the host of rank 0", verdict, remedy).ok_if(
-        reason is None
-    )
+    return Finding("port", found, "free on the host of rank 0", level, remedy).ok_if(reason is None)

@@ -115,7 +115,7 @@ class Due:
 class Trainer:
     """Runs the steps of a run to its end, or to a stop. Collective: every public method.
 
-    overrides: recorded in run.json. watchdog: told about every phase. status: the run's
+    overrides: recorded in run.json. watchdog: gets every phase. status: the run's
     status.json. stop: set by a signal or by Slurm's time limit.
     """
 
@@ -150,7 +150,7 @@ class Trainer:
         self.batches = parts.batches(state.step)
         self.outcome: StepOutcome | None = None  # of the last step
         self.saved_at = time.monotonic()
-        self.save_error: RunError | None = None  # rank 0's, until the next vote tells all ranks
+        self.save_error: RunError | None = None  # rank 0's, until the next vote shares it
 
     def run(self) -> None:
         """Train until the last step. Raises Preempted after a stop, RunError if the run fails."""
