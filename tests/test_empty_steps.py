@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alexnet_ddp import cli
+from alexnet_ddp import cli, register_metric
 from alexnet_ddp.checkpoint import format as ckpt
 from alexnet_ddp.data.sampler import GlobalBatchSampler
 from alexnet_ddp.data.sources.sets import open_data
@@ -183,4 +183,25 @@ def test_all_ranks_save_before_one_unreadable_validation_image_ends_the_run(tmp_
     next(root.glob("val/*/*.jpg")).write_bytes(b"broken")
     ends = run_ranks(run_here, 2, root, runs, "data.on_bad_image=raise")
     assert [code for code, _ in ends] == [65, 65]
+    assert [path.name for path in (runs / "r/checkpoints").glob("step-*")] == ["step-00000004"]
+
+
+def _run_with_a_metric(root: Path, runs: Path, failing_rank: int) -> tuple[int, str]:
+    """A training whose metric returns a wrong result on one rank only."""
+    rank = int(os.environ["RANK"])
+
+    @register_metric("fragile")
+    def fragile(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return labels[:0] if rank == failing_rank else labels.float()
+
+    return run_here(root, runs, "trainer.metrics=[fragile]", "trainer.eval_batch_size=2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing_rank", [0, 1])
+def test_all_ranks_save_before_a_metric_that_fails_on_one_rank_ends_the_run(tmp_path, failing_rank):
+    root, runs = make_images(tmp_path / "images"), tmp_path / "runs"
+    ends = run_ranks(_run_with_a_metric, 2, root, runs, failing_rank)
+    assert [code for code, _ in ends] == [64, 64]
+    assert all("trainer.metrics (fragile) must return one number per image" in m for _, m in ends)
     assert [path.name for path in (runs / "r/checkpoints").glob("step-*")] == ["step-00000004"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 import torch.nn.functional as F
@@ -40,27 +41,33 @@ def evaluate(
 ) -> Evaluation | None:
     """Collective. Evaluate `model` on the images of `batches`. Return None if a stop was requested.
 
-    batches: the same number of batches on all ranks; a batch may be empty. Raises DataError on all
-    ranks if a rank has one, or if no image could be read.
+    batches: the same number of batches on all ranks; a batch may be empty. Raises RunError on all
+    ranks if a rank has one, and DataError if no image could be read.
     """
     model.eval()
     meter, error, skipped = Meter(world.device), None, []
     extra = UserMetrics(cfg.metrics, world.device)
     per_class = torch.zeros(num_classes, 3, dtype=torch.int64, device=world.device)
-    try:
-        for k, batch in enumerate(batches):
-            if k % _BATCHES_BETWEEN_STOP_CHECKS == 0 and _must_end(stop, None, world):
-                return None
-            skipped += batch.bad
-            if len(batch.labels):
+    remaining, batch = iter(batches), None
+    for k in count():
+        if k % _BATCHES_BETWEEN_STOP_CHECKS == 0 and _must_end(stop, None, world):
+            return None
+        # Nothing in this block is collective: the error of one rank is shared after the loop.
+        try:
+            batch = next(remaining, None)
+            if batch is not None:
+                skipped += batch.bad
+            if batch is not None and len(batch.labels):
                 with autocast(cfg.precision, world):
                     logits = model(apply_effects(batch.images, batch.effects)).float()
                 loss_sum = F.cross_entropy(logits, batch.labels, reduction="sum")
                 meter.add(loss_sum, logits, batch.labels)
                 extra.add(logits, batch.labels)
                 per_class.index_add_(0, batch.labels, correct_counts(logits, batch.labels))
-    except RunError as e:  # of the data, or of a plugin's metric
-        error = e
+        except RunError as e:  # of the data, or of a plugin's metric
+            error = e
+        if batch is None or error is not None:
+            break
     if _must_end(stop, error, world):
         return None
     model.train()

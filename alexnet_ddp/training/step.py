@@ -18,7 +18,7 @@ from alexnet_ddp.data.sources.source import Skipped
 from alexnet_ddp.model import set_dropout_keys
 from alexnet_ddp.parallel import ParallelModel
 from alexnet_ddp.runtime.distributed import World, any_rank, average, raise_together
-from alexnet_ddp.runtime.errors import DataError, RunError
+from alexnet_ddp.runtime.errors import RunError
 from alexnet_ddp.runtime.watchdog import WAITING
 from alexnet_ddp.training.ema import EMA
 from alexnet_ddp.training.metrics import Meter
@@ -101,7 +101,7 @@ class TrainStep:
         num_images: size of the global batch. A non-finite loss is reported in this step's outcome.
         A non-finite gradient is detected on the device and reported one step late: by
         poll_nonfinite() or by the next call, which is then not applied either unless
-        trainer.on_nan=skip. Raises DataError or the error of a vote on all ranks; weights stay.
+        trainer.on_nan=skip. Raises the error of the data or of a vote on all ranks; weights stay.
         """
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
@@ -160,7 +160,7 @@ class TrainStep:
                     with self.stopwatch.data():
                         batch = next(batches)
                     is_last = batch.micro_batch.is_last
-                except DataError as error:
+                except RunError as error:
                     # This rank still takes part in the passes that the other ranks make.
                     has_data, vote = False, replace(vote, error=error)
             self._on_phase("forward")

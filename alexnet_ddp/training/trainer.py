@@ -21,8 +21,6 @@ from alexnet_ddp.plugins import Callbacks
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.deadline import Deadline
 from alexnet_ddp.runtime.errors import (
-    DataError,
-    PeerFailed,
     Preempted,
     RunError,
     was_asked_to_stop,
@@ -295,7 +293,7 @@ class Trainer:
     def _evaluate(self, due: Due) -> Due:
         """Collective. Evaluate and log. Return `due` with what follows from it: a save, or a stop.
 
-        If bad data ends the evaluation, the training is saved before the error is raised.
+        If bad data or a metric ends the evaluation, the training is saved first.
         """
         cfg, world = self.cfg.trainer, self.world
         work = evaluation_batches(
@@ -311,7 +309,7 @@ class Trainer:
             num_bad = len(self.data.val) - int(result.row["val/num_images"])
             if num_bad:
                 self._quarantine("val", result.skipped)
-        except (DataError, PeerFailed):  # raised on all ranks together
+        except RunError:  # raised on all ranks together
             self._save(is_last=True)
             raise
         self.state.note_evaluation(result.row["val/top1"])
