@@ -5,4 +5,5 @@ set -euo pipefail
 
 "$project_dir/launch/setup.sh"
 cd "$project_dir"
+unset PYTHONDONTWRITEBYTECODE # without bytecode, each of the hundreds of processes compiles for a second
 exec .venv/bin/python -m pytest "$@"

@@ -355,12 +355,6 @@ def test_every_choice_of_a_group_composes_and_is_the_only_thing_that_changes(gro
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_composes_under_its_own_name(name):
-    root = [] if name in ("demo", "smoke") else ["data.root=somewhere"]
-    assert compose([f"experiment={name}", *root]).run.name == name
-
-
-@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_header_of_an_experiment_says_its_command_and_what_to_expect(name):
     text = header(CONF_DIR / "experiment" / f"{name}.yaml")
     assert re.search(rf"alexnet_ddp\.train experiment={name}\b", text)
@@ -368,12 +362,10 @@ def test_the_header_of_an_experiment_says_its_command_and_what_to_expect(name):
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_takes_the_place_of_the_default_recipe(name):
-    cfg = compose(
-        [f"experiment={name}", "data.root=somewhere"]
-        if name not in ("demo", "smoke")
-        else [f"experiment={name}"]
-    )
+def test_an_experiment_has_its_own_name_and_takes_the_place_of_the_default_recipe(name):
+    root = [] if name in ("demo", "smoke") else ["data.root=somewhere"]
+    cfg = compose([f"experiment={name}", *root])
+    assert cfg.run.name == name
     assert cfg.scheduler.warmup_epochs is not None
     assert not getattr(cfg.optimizer, "nesterov", False)
 
@@ -732,9 +724,13 @@ def test_the_default_recipe_has_a_lower_rate_for_networks_without_batchnorm(netw
     for network in networks:
         cfg = compose(["data=imagenet", "data.root=x", *network.split()])
         assert (cfg.optimizer.lr, cfg.optimizer.base_batch_size) == (lr, 256)
-        assert compose(["data=folder", "data.root=x", *network.split()]).optimizer.lr == lr
-        own = compose(["data=folder", "data.root=x", "optimizer=lars", *network.split()])
-        assert own.optimizer.lr == compose(["optimizer=lars"]).optimizer.lr
+
+
+def test_the_lower_rate_is_of_the_default_recipe_for_all_own_data_and_of_no_other_optimizer():
+    own = ["data=folder", "data.root=x", "model=torchvision", "model.name=vgg16"]
+    assert compose(own).optimizer.lr == 0.01
+    lars = compose([*own, "optimizer=lars"]).optimizer.lr
+    assert lars == compose(["optimizer=lars"]).optimizer.lr
 
 
 # --- large batches ----------------------------------------------------------------------------------------------

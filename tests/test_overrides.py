@@ -104,12 +104,22 @@ AS_TYPED = [
 @pytest.mark.parametrize("name", NUMBER_LIKE)
 def test_a_run_has_the_name_that_was_typed(name):
     assert compose([f"run.name={name}"]).run.name == name
+
+
+@pytest.mark.parametrize("name", ["1.10", "null"])
+def test_a_run_has_the_name_that_was_typed_behind_two_plus_signs(name):
     assert compose([f"++run.name={name}"]).run.name == name
 
 
-@pytest.mark.parametrize("text", [*NUMBER_LIKE, *AS_TYPED])
-def test_a_path_is_the_text_that_was_typed(text):
-    assert compose(["data=folder", f"data.root={text}"]).data.root == text
+TYPED = [*NUMBER_LIKE, *AS_TYPED]
+
+
+@pytest.mark.parametrize("texts", [TYPED[k : k + 3] for k in range(0, len(TYPED), 3)])
+def test_a_path_is_the_text_that_was_typed(texts):
+    options = ("data.root", "run.root", "logger.wandb_project")
+    typed = [f"{option}={text}" for option, text in zip(options, texts)]
+    cfg = compose(["data=folder", "data.root=x", "run.name=x", *typed])
+    assert [cfg.data.root, cfg.run.root, cfg.logger.wandb_project][: len(texts)] == texts
 
 
 @pytest.mark.parametrize("root", ROOTS)
