@@ -2,7 +2,7 @@
 
 The constants are few and physical. Those of GPUs were not fitted to any published run. Those of
 CPUs and gloo were estimated from two steps of a prototype on a link that was not shaped.
-tests/test_cost_model.py shows how close the model is to published runs.
+tests/cost_model/test_cost_model.py shows how close the model is to published runs.
 """
 
 import os

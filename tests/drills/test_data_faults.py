@@ -24,10 +24,10 @@ from alexnet_ddp.data.sources.tars import TarWriter
 from alexnet_ddp.runtime.distributed import all_gather_objects, session
 from alexnet_ddp.training.vote import StepVote, VoteExchange
 from tests.conftest import make_folder
+from tests.data.test_decode import damaged_header
 from tests.drills.harness import PROJECT
 from tests.packing import pack
 from tests.ranks import run_ranks
-from tests.test_decode import damaged_header
 
 pytestmark = pytest.mark.drill
 

@@ -7,8 +7,8 @@ convolutional network learns the classes in about a minute on two cores.
 
 An image depends on (VERSION, split, index) only. It is drawn with integers, so it is identical
 on every CPU and with every version of NumPy, OpenCV or Pillow. libjpeg-turbo encodes it with its
-exact integer DCT. tests/test_demo.py contains checksums of pixels and files. If a drawing
-changes, `VERSION` must change too.
+exact integer DCT. tests/data/sources/test_demo.py contains checksums of pixels and files. If a
+drawing changes, `VERSION` must change too.
 """
 
 import json

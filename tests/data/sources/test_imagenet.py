@@ -26,7 +26,7 @@ from tests.archives import (
     write_devkit,
 )
 
-MINI = Path(__file__).resolve().parents[2] / "shared" / "data" / "ilsvrc-mini"
+MINI = Path(__file__).resolve().parents[4] / "shared" / "data" / "ilsvrc-mini"
 
 
 @pytest.fixture(autouse=True)

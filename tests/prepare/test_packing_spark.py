@@ -30,7 +30,7 @@ from alexnet_ddp.prepare.write import write_shard
 from alexnet_ddp.runtime.errors import DataError
 from tests.conftest import make_folder
 
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]
 RECIPE = ["shorter_side=160", "num_shards=18"]
 
 

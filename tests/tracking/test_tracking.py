@@ -18,7 +18,7 @@ import pytest
 from alexnet_ddp.config import LoggerConfig, Wandb
 from alexnet_ddp.tracking import RunInfo, build_tracker
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TRAIN = {"train/loss": 1.2034, "train/top1": 57.2, "train/lr": 0.02, "train/images_per_sec": 1234.0}
 EVAL = {
     "val/loss": 0.4,

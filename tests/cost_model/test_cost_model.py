@@ -37,7 +37,7 @@ from alexnet_ddp.cost_model.step import Ring, Strategy, predict, rings
 from alexnet_ddp.cost_model.sweep import draw, sweep
 from alexnet_ddp.model import build_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PLAIN, HALF = Strategy(), Strategy(gradient_bytes=2)
 TUTORIAL = Strategy(update_bytes=TUTORIAL_UPDATE_BYTES)  # DDP as in PyTorch's tutorial
 FAST = Link(1e15, 0.0)

@@ -21,8 +21,8 @@ from alexnet_ddp.training.optim import build_optimizer, state_by_name
 from alexnet_ddp.training.step import TrainStep
 from alexnet_ddp.training.vote import StepVote
 from tests.conftest import make_folder
+from tests.parallel.test_parallel import IMAGES, SGD, small_alexnet
 from tests.ranks import run_ranks
-from tests.test_parallel import IMAGES, SGD, small_alexnet
 from tests.test_train import SMALL, rows, run, sha_of_newest, start_and_hit
 
 TRAINER = TrainerConfig(epochs=4, global_batch_size=17)

@@ -24,7 +24,7 @@ from alexnet_ddp.runtime.errors import RunError
 from tests.cluster import Hosts, why_not
 from tests.ranks import run_ranks
 
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]
 needs_hosts = pytest.mark.skipif(why_not() is not None, reason=f"{why_not()}")
 
 

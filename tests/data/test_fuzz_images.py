@@ -1,7 +1,7 @@
 """Damaged files of every format that Pillow writes: each is an array of the right shape or a bad image, nothing else.
 
 The mutations follow from a seed, so a failure names what makes it again. Run all of them, with a count for each format:
-python -m pytest -m slow -rP tests/test_fuzz_images.py
+python -m pytest -m slow -rP tests/data/test_fuzz_images.py
 """
 
 import io
@@ -19,7 +19,7 @@ from alexnet_ddp.config import Encoding
 from alexnet_ddp.data.decode import BadImage, centre_into, crop_into, size_of
 from alexnet_ddp.data.image import FORMATS
 from alexnet_ddp.prepare.encode import Recipe, Refused, encode
-from tests.test_image import DEEP, FLOATS, OTHERS
+from tests.data.test_image import DEEP, FLOATS, OTHERS
 
 SEED, MUTATIONS, SOME = 0, 2000, 60  # of each format, in the slow test and in the other one
 SIDE = 16

@@ -22,7 +22,7 @@ from alexnet_ddp.runtime.terminal import Console, Table
 from alexnet_ddp.tracking.console import PlainConsole
 from alexnet_ddp.training.evaluation import Evaluation
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMES = ["cat [male]", "[/]", "[red]x", ":smile:", "[link=http://x]y[/link]", "\\[b]", "a" * 300]
 UNSAFE = {
     "\x1b[31mred": r"\x1b[31mred",

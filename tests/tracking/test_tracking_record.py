@@ -13,7 +13,7 @@ from alexnet_ddp.runtime.errors import DataError
 from alexnet_ddp.runtime.files import write_json
 from alexnet_ddp.tracking import read_classes, record_run, write_status
 from alexnet_ddp.tracking.record import _git
-from tests.test_tracking import start_program
+from tests.tracking.test_tracking import start_program
 
 CLASSES = {"ids": ["n1", "n2"], "names": ["cat", "dog"]}
 

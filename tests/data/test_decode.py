@@ -19,7 +19,7 @@ from torchvision.transforms._presets import ImageClassification
 
 from alexnet_ddp.data.decode import BadImage, centre_into, crop_into, size_of
 
-ORIGINALS = sorted((Path(__file__).parents[2] / "shared/data/imagenet-originals").rglob("*.JPEG"))
+ORIGINALS = sorted((Path(__file__).parents[3] / "shared/data/imagenet-originals").rglob("*.JPEG"))
 KINDS = {
     "grey JPEG": ("L", "JPEG"),
     "CMYK JPEG": ("CMYK", "JPEG"),

@@ -11,7 +11,7 @@ import pytest
 from alexnet_ddp.config import Wandb
 from alexnet_ddp.tracking import wandb_sink
 from alexnet_ddp.tracking.wandb_sink import wandb_mode
-from tests.test_tracking import rows, start_program, tracker
+from tests.tracking.test_tracking import rows, start_program, tracker
 
 # One pytest worker runs these tests: the fixtures start real wandb processes, which takes 20 s.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wandb")]  # real wandb processes take 40 s

@@ -104,7 +104,7 @@ LONE_TASKS = [("train", {"SLURM_STEP_NUM_TASKS": "2"}), ("evaluate", {"SLURM_STE
 )
 def test_a_command_refuses_before_it_imports_torch(tmp_path, command, env):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    package = str(Path(__file__).parents[1])
+    package = str(Path(__file__).parents[2])
     full = {
         **os.environ,
         "PYTHONPATH": f"{tmp_path}{os.pathsep}{package}",
@@ -195,7 +195,7 @@ def test_a_real_quota_limits_the_cores():
         code = "from alexnet_ddp.runtime.environment import num_usable_cores as n; print(n())"
         done = subprocess.run(
             ["bash", "-c", f'{join} "{code}"'], capture_output=True, text=True, timeout=60, check=False,
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
         )  # fmt: skip
         assert done.stdout == "1\n", done.stderr
     finally:

@@ -13,7 +13,7 @@ import pytest
 
 from alexnet_ddp.runtime.startup import STOP_SIGNALS
 
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]
 NEEDS_NO_TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 
 

@@ -656,7 +656,7 @@ def test_a_sweep_is_refused_with_what_to_do_instead(train):
 def test_python_m_exits_64_with_one_line_in_an_empty_directory(tmp_path):
     environment = {
         **os.environ,
-        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
         "HYDRA_FULL_ERROR": "0",
     }
     command = [sys.executable, "-m", "alexnet_ddp.train", "nope=1"]
@@ -671,7 +671,7 @@ def test_python_m_exits_64_with_one_line_in_an_empty_directory(tmp_path):
 def imported(code: str, *arguments: str, **environment: str) -> set[str]:
     """The top-level modules that a process has imported after `code`."""
     code += "; import sys; print(*{name.split('.')[0] for name in sys.modules})"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **environment}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environment}
     result = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env=environment,

@@ -11,7 +11,7 @@ import pytest
 from alexnet_ddp.runtime import deadline
 from alexnet_ddp.runtime.deadline import Deadline, time_left
 from alexnet_ddp.runtime.signals import StopSignal
-from tests.test_resilience import own_handlers  # noqa: F401  # autouse: the handlers of the test run come back
+from tests.runtime.test_resilience import own_handlers  # noqa: F401  # autouse: the handlers of the test run come back
 
 
 class Flag:
