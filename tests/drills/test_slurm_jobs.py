@@ -114,7 +114,7 @@ def test_a_sweep_trains_a_run_a_line_and_refuses_what_is_no_line(slurm, sweep, t
 @pytest.mark.parametrize(
     ("options", "file", "more", "message"),
     [
-        ([], "none.txt", [], "the first argument ({file}) must be a file that can be read"),
+        ([], "none.txt", [], "the first argument ({file}) must be a readable file"),
         ([], "sweep.txt", [], "the array's index (not given) must be 1 to 1"),
         (
             ["--array=1"],
