@@ -81,6 +81,7 @@ def test_the_page_has_the_examples_that_are_tested():
     assert len(COMMANDS) == 12
 
 
+@pytest.mark.slow
 def test_a_network_trains_resumes_evaluates_and_predicts(place, image_folder):
     run_dir = train("tiny", place, image_folder)
     resumed = run("train", *documented("tiny", image_folder), "trainer.max_steps=6", cwd=place)

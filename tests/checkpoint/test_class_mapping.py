@@ -5,6 +5,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -55,21 +56,18 @@ def rename(data: Path, old: str, new: str) -> None:
         (data / split / old).rename(data / split / new)
 
 
-def config(root: Path, *more: str) -> Config:
-    common = [
-        "data=folder",
-        f"data.root={root}/data",
-        "data.image_size=64",
-        "model=alexnet_small",
-        "run.name=r",
-    ]
-    common += [
-        f"run.root={root}/runs",
-        "device=cpu",
-        "trainer.global_batch_size=4",
-        "trainer.ema_decay=0.5",
-    ]
+@cache
+def composed(*more: str) -> Config:
+    """Composed once for all tests, which differ in their folders only."""
+    common = ["data=folder", "data.root=x", "data.image_size=64", "model=alexnet_small"]
+    common += ["run.name=r", "device=cpu", "trainer.global_batch_size=4", "trainer.ema_decay=0.5"]
     return compose([*common, "optimizer=adamw", "optimizer.lr=0.01", *more])
+
+
+def config(root: Path, *more: str) -> Config:
+    cfg = composed(*more)
+    data, run = replace(cfg.data, root=f"{root}/data"), replace(cfg.run, root=f"{root}/runs")
+    return replace(cfg, data=data, run=run)
 
 
 def saved(cfg: Config, world: World, step: int = 1) -> dict[str, dict[str, torch.Tensor]]:
