@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,15 @@ def pytest_xdist_auto_num_workers() -> int:
 def full(request: pytest.FixtureRequest) -> bool:
     """True with --full. Otherwise a drill that repeats a fault repeats it a few times, which takes seconds."""
     return request.config.getoption("full")
+
+
+@pytest.fixture
+def limit(full: bool) -> Callable[[float], float]:
+    """limit(seconds): the bound of a duration that docs/faults-and-drills.md states.
+
+    It holds with --full, which runs one drill at a time. Beside other tests a drill may take ten times as long.
+    """
+    return lambda seconds: seconds if full else 10 * seconds
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups

