@@ -283,11 +283,16 @@ def call_plugin(option: str, build: Callable[..., Any], *args: Any, **kwargs: An
 
     An error within `build` is not caught: its traceback shows where the plugin fails.
     """
+    check_arguments(option, build, *args, **kwargs)
+    return build(*args, **kwargs)
+
+
+def check_arguments(option: str, build: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Raise ConfigError, naming `option`, if build(*args, **kwargs) does not fit its signature."""
     try:
         inspect.signature(build).bind(*args, **kwargs)
     except TypeError as error:
         raise ConfigError(f"{option}: {error}; correct the args") from error
-    return build(*args, **kwargs)
 
 
 def load_plugins(modules: Iterable[str]) -> None:

@@ -229,6 +229,7 @@ def test_a_yaml_file_cannot_name_plugins(place):
         (["plugins=[my_nets.py]"], "write plugins=[my_nets]"),
         (["plugins=[my_nets]", "model=plugin", "model.name=tidy"], "nearest: tiny"),
         (["model=plugin", "model.name=tiny"], "registered: none); give the module that registers it"),
+        (["plugins=[my_augments]", "augment=plugin", "augment.name=darken", "augment.args.leest=1"], "augment.name (darken): got an unexpected keyword argument 'leest'; correct the args"),
         (["optimizer=torch", "optimizer.name=LBFGS"], "several times a step"),
         (["optimizer=torch", "optimizer.name=SparseAdam"], "sparse gradients"),
         (["optimizer=torch", "optimizer.name=Nadam"], "no class of torch.optim; there are: ASGD, "),

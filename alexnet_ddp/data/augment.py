@@ -22,7 +22,7 @@ from alexnet_ddp.config import (
 )
 from alexnet_ddp.config.plugins import PluginAugmentConfig
 from alexnet_ddp.data.policy import Operation, draw_operations
-from alexnet_ddp.plugins import AUGMENTS
+from alexnet_ddp.plugins import AUGMENTS, check_arguments
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,7 @@ class Views:
 
 @dataclass(frozen=True)
 class Augment:
-    """The augmentation of a run."""
+    """The augmentation of a run. Raises ConfigError for an unknown plugin or wrong arguments."""
 
     cfg: RandomAugmentConfig
     seed: int
@@ -62,6 +62,11 @@ class Augment:
     eval_resize: int
     # (eigenvalues [3], eigenvectors [3, 3] as columns) of the RGB values; None: those of ImageNet.
     colour_basis: tuple[np.ndarray, np.ndarray] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.cfg, PluginAugmentConfig):
+            option, function = f"augment.name ({self.cfg.name})", AUGMENTS.get(self.cfg.name)
+            check_arguments(option, function, None, None, **self.cfg.args)
 
     def views(
         self, epoch: int, indices: np.ndarray, widths: np.ndarray, heights: np.ndarray
