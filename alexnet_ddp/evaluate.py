@@ -105,7 +105,7 @@ def main(cfg: Config, overrides: list[str]) -> None:
                     cfg.run_dir / "evaluation.json",
                     _record(result, data.class_names, origin | {"bad_images": bad}),
                 )
-            _report(result, data.class_names, origin)
+            _report(result, data.class_names, {"run": cfg.run.name} | origin if of_run else origin)
 
 
 def _trained(cfg: Config, data: ImageSets, directory: Path) -> tuple[nn.Module, dict]:
@@ -192,7 +192,8 @@ def _report(result: Evaluation, names: list[str], origin: dict) -> None:
         say(f"... and {len(rows) - _MAX_ROWS} better classes")
     row = result.row
     counts = (
-        f"({row['val/correct1']:,} and {row['val/correct5']:,} of {row['val/num_images']:,} images)"
+        f"(top-1: {row['val/correct1']:,}, top-5: {row['val/correct5']:,}, "
+        f"of {row['val/num_images']:,} images)"
     )
     say(
         f"top-1 {row['val/top1']:.2f} %  top-5 {row['val/top5']:.2f} %  "

@@ -15,6 +15,8 @@ from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.startup import make_streams_safe
 
 _PACKAGE = Path(__file__).resolve().parent
+# They set up a checkout of the project, so they are not copied.
+_OF_A_CHECKOUT = {"setup.sh", "demo.sh", "test.sh", "test_newest.sh"}
 # In a wheel the folders are in the package, in a checkout next to it.
 SOURCES = {
     name: next(d for d in (_PACKAGE / f"_{name}", _PACKAGE.parent / name) if d.is_dir())
@@ -32,7 +34,7 @@ def copy_scripts(target: Path) -> list[Path]:
         (file, target / name / file.relative_to(source))
         for name, source in SOURCES.items()
         for file in sorted(source.rglob("*"))
-        if file.is_file() and "__pycache__" not in file.parts
+        if file.is_file() and "__pycache__" not in file.parts and file.name not in _OF_A_CHECKOUT
     ]
     for _, copy in pairs:
         if copy.exists():

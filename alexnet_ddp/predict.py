@@ -76,7 +76,7 @@ def main(options: PredictConfig, overrides: list[str]) -> None:
         log.warning(line)
     if bad:
         raise DataError(
-            f"{len(bad)} of {len(paths)} files are not images: {'; '.join(bad[:_MAX_NAMED])}"
+            f"{len(bad)} of {len(paths)} images cannot be read: {'; '.join(bad[:_MAX_NAMED])}"
         )
 
 

@@ -56,7 +56,7 @@ if is_installed; then exit 0; fi
 
 # Lock, because two jobs may start in the same shared folder. The lock ends with the process.
 [[ -f $project_dir/pyproject.toml ]] ||
-  die 64 "$project_dir is no checkout of the project; set PYTHON to the Python that has the package"
+  die 64 "$project_dir is no checkout of the project; with an installed package use launch/local.sh"
 exec 9>>"$project_dir/pyproject.toml" # for writing, as NFS requires for a lock
 if command -v flock >/dev/null; then
   flock 9 || say "no locks on this file system: do not run launch/setup.sh twice at the same time"

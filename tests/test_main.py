@@ -71,6 +71,7 @@ def test_importing_the_package_and_its_plugins_imports_no_torch():
 def test_the_scripts_are_copied_but_overwrite_nothing(tmp_path):
     made = copy_scripts(tmp_path / "there")
     assert tmp_path / "there/launch/node.sh" in made
+    assert tmp_path / "there/launch/setup.sh" not in made  # it sets up a checkout
     assert os.access(tmp_path / "there/launch/node.sh", os.X_OK)
     assert (tmp_path / "there/slurm/train.sbatch").exists()
     with pytest.raises(ConfigError, match="exists and is not overwritten; give another folder"):

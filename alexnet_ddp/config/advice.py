@@ -27,6 +27,8 @@ def unknown(key: str, value: str, root: type) -> str:
     """The line for KEY=VALUE if the command has no such key."""
     if key in _MOVED:
         return f"{key}={shown(value)}: {_MOVED[key]}"
+    if key.split(".")[0] == "experiment":
+        return "a file of the group experiment must begin with the line # @package _global_"
     if key in sections(root):
         rule = f"is refused: {key} is not a group"
         return f"{key}={shown(value)} {rule}; {_instead(key, value, root)}"

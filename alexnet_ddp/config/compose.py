@@ -99,6 +99,8 @@ def to_config(cfg: DictConfig, command: str) -> Any:
 def shown_yaml(cfg: DictConfig, root: type, package: str | None, resolves: bool) -> str:
     """What Hydra composed, or its part `package`, as YAML. Raises ConfigError."""
     part = OmegaConf.select(cfg, package) if package else cfg
+    if package in options(root):
+        raise ConfigError(f"--package {package} must name a part, such as {package.split('.')[0]}")
     if package and not OmegaConf.is_config(part):
         raise ConfigError(f"--package {package}: {advice.unknown(package, '', root)}")
     try:

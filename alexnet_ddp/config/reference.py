@@ -123,7 +123,8 @@ class Entry:
     @property
     def type_and_default(self) -> str:
         """Such as "number, greater than 0, default 0.1"."""
-        return ", ".join(text for text in (self.kind, f"default {self.default}") if text)
+        default = "required" if self.default == "required" else f"default {self.default}"
+        return ", ".join(text for text in (self.kind, default) if text)
 
 
 @dataclass(frozen=True)
@@ -400,7 +401,7 @@ def _recipes() -> Iterator[str]:
             yield f"| `{path}` | {' | '.join(_shown(one) for one in values)} |"
     low = compose("train", ["data=folder", "data.root=x", "model=alexnet"]).optimizer.lr
     yield ""
-    yield f"For AlexNet and VGG without BatchNorm `optimizer.lr` is {low:g}, unless it is the demo."
+    yield f"For AlexNet and VGG without BatchNorm, `optimizer.lr` is {low:g} with data of your own."
     yield ""
 
 

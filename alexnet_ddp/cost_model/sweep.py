@@ -92,14 +92,15 @@ def draw(swept: Sweep, images: int, world_size: int, file: Path) -> None:
             ("hybrid over all ranks", swept.world_hybrid, _WORLD_COLOUR, "-"),
             ("hybrid, fastest group", swept.group_hybrid, _GROUP_COLOUR, "--"),
         ]
-    one = swept.ddp[0].images_per_s
+    one, highest = swept.ddp[0].images_per_s, 0.0
     for label, steps, colour, style in curves:
         options = {"color": colour, "linestyle": style, "linewidth": 2, "label": label}
         efficiency = [100 * step.images_per_s / (step.world_size * one) for step in steps]
+        highest = max(highest, *efficiency)
         left.plot(swept.ranks[1:], [step.bytes_sent / 1e6 for step in steps[1:]], **options)
         right.plot(swept.ranks, efficiency, **options)
     left.set(title="MB sent per rank and step", yscale="log")
-    right.set(title="scaling efficiency, % of one rank's rate", ylim=(0, 105))
+    right.set(title="scaling efficiency, % of one rank's rate", ylim=(0, max(105, 1.05 * highest)))
     for axis in (left, right):
         axis.set_xscale("log", base=2)
         axis.set_xlabel(f"ranks, {images} images each")
@@ -112,13 +113,16 @@ def draw(swept: Sweep, images: int, world_size: int, file: Path) -> None:
         at = swept.crossover / images
         left.axvline(at, color=_INK, linewidth=1)
         left.annotate(
-            f" global batch {swept.crossover:,.0f}",
+            f" global batch {int(swept.crossover):,}",
             (at, left.get_ylim()[0] * 1.3),
             color=_INK,
             fontsize=9,
         )
-    left.legend(frameon=False, fontsize=9, loc="upper left")
-    figure.tight_layout()
+    left.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}")
+    left.yaxis.set_minor_formatter(lambda y, _: "")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=9, loc="lower center", ncols=len(labels))
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(file, dpi=140)
     pyplot.close(figure)
 

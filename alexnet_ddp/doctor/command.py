@@ -114,7 +114,7 @@ def _run_checks(cfg: DoctorConfig, world: World, all_facts: list[Facts], report:
         return ranks[rank][1]
 
     log.info(
-        "doctor: links and all-reduce of %d ranks on %d nodes ...", world.world_size, len(leaders)
+        "doctor: links and all-reduce, ranks: %d, nodes: %d ...", world.world_size, len(leaders)
     )
     report.links = links.time_links(world, leaders)
     report.all_reduces = links.time_all_reduce(world)

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from alexnet_ddp.config import DataConfig, OnBadImage, PrepareConfig
+from alexnet_ddp.config.schema import choice_of
 from alexnet_ddp.data.augment import Augment, build_augment
 from alexnet_ddp.data.fill import build_fill
 from alexnet_ddp.data.sampler import GlobalBatchSampler
@@ -36,7 +37,7 @@ def sheet(cfg: PrepareConfig) -> None:
     augment = build_augment(cfg.augment, cfg.seed, data.image_size, data.eval_resize, basis)
     indices = GlobalBatchSampler(len(index), _COLUMNS * _ROWS, cfg.seed).batch(0)
     pixels = _pixels(data, index, augment, indices)
-    kind = type(cfg.augment).__name__.removesuffix("AugmentConfig")
+    kind = choice_of("augment", type(cfg.augment))
     title = (
         f"{place}: the first {len(indices)} of {len(index):,} training images, "
         f"seed {cfg.seed}, augment {kind}"
@@ -58,6 +59,8 @@ def sheet(cfg: PrepareConfig) -> None:
 def draw(pixels: list[np.ndarray | None], names: list[str], title: str) -> Image.Image:
     """Draw a grid of images, each with its class name below it and a line in the class's colour.
 
+    Letters that Pillow's own font does not have are written as escapes, such as \\xf6.
+
     pixels: uint8 [size, size, 3] each; None for a bad image.
     """
     size = next((len(image) for image in pixels if image is not None), 128)
@@ -65,6 +68,7 @@ def draw(pixels: list[np.ndarray | None], names: list[str], title: str) -> Image
     width, height = _GAP + columns * (size + _GAP), _HEAD + rows * (size + _LINE + _GAP)
     page = Image.new("RGB", (width, height), _PAPER)
     pen, font, bold = ImageDraw.Draw(page), ImageFont.load_default(12), ImageFont.load_default(14)
+    title, *names = (text.encode("ascii", "backslashreplace").decode() for text in (title, *names))
     pen.text((_GAP, 8), _fitted(title, width - 2 * _GAP, bold), _INK, bold)
     hues = {name: int(k * 255 / len(set(names))) for k, name in enumerate(sorted(set(names)))}
     for k, (image, name) in enumerate(zip(pixels, names)):

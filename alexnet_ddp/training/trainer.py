@@ -68,7 +68,11 @@ def train(cfg: Config, overrides: list[str]) -> None:
             status.running(setup.state.step)
             if setup.is_complete:
                 done = setup.state.step
-                log.info("run %s is complete after %d steps: %s", cfg.run.name, done, cfg.run_dir)
+                again = "choose another run.name for a new training"
+                log.info(
+                    "run %s is complete after %d steps: %s; %s",
+                    *(cfg.run.name, done, cfg.run_dir, again),
+                )
                 return
             parts = TrainingParts(setup, on_phase=watchdog.phase)
             watchdog.phase("start")

@@ -458,7 +458,7 @@ def test_every_file_of_a_group_belongs_to_a_choice():
 def test_the_help_explains_every_option_with_type_and_default(command):
     text = "\n".join(help_lines(command, []))
     for path in options(ROOTS[command]):
-        entry = rf"^  {re.escape(path)}  \(.+default .+\)\n      [A-Za-z].{{3}}"
+        entry = rf"^  {re.escape(path)}  \(.+(default .+|required)\)\n      [A-Za-z].{{3}}"
         assert re.search(entry, text, re.MULTILINE), path
 
 

@@ -147,7 +147,7 @@ def test_d22_classes_that_differ_are_named_before_the_first_step(
         assert "Traceback" not in job.said()
     hidden = spoil("hidden", notebook)  # no class, and no reason to stop: said, and left out
     assert hidden.wait() == 0, hidden.said()
-    assert "ignored 1 entries (hidden), such as" in hidden.said()
+    assert "ignored 1 entry (hidden), such as" in hidden.said()
     assert json.loads((hidden.run_dir / "classes.json").read_text())["ids"] == [
         f"class{c}" for c in range(5)
     ]

@@ -99,7 +99,7 @@ def _check_pieces(root: Path) -> None:
     if not root.is_dir():
         raise DataError(
             f"data.root ({root}) is not a folder; "
-            f"give the one that contains {TRAIN}, {VAL} and {DEVKIT}"
+            f"give the one that contains {TRAIN}, {VAL} and {DEVKIT}, or the folders train and val"
         )
     needed = {"train": [TRAIN], "val": [VAL, DEVKIT]}
     missing = [

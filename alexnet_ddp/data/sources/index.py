@@ -145,11 +145,14 @@ def index_folder(root: Path, split: str, order: ClassOrder = BY_NAME) -> SampleI
     """
     top = Path(os.path.abspath(root)) / split
     if not os.path.isdir(root):
-        raise DataError(f"data.root ({root}) is not a folder; give one that holds {split}/CLASS/*")
-    if not top.is_dir():
         raise DataError(
-            f"data.root ({root}) holds no folder {split}; lay the images out as {split}/CLASS/*"
+            f"data.root ({root}) is not a folder; give one that contains {split}/CLASS/*"
         )
+    if not top.is_dir():
+        remedy = f"arrange the images as {split}/CLASS/*"
+        if os.path.exists(os.path.join(root, "index.json")):
+            remedy = "if it contains the shards of prepare, write data=shards"
+        raise DataError(f"data.root ({root}) contains no folder {split}; {remedy}")
 
     def build(stamps: scan.Stamps) -> scan.Arrays:
         return _scan_split(str(top), stamps, order)

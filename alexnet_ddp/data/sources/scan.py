@@ -62,7 +62,8 @@ class Ignored:
     def notes(self) -> list[str]:
         """One message for each reason."""
         return [
-            f"ignored {n:,} entries ({reason}), such as {self.examples[reason]}"
+            f"ignored {n:,} {'entry' if n == 1 else 'entries'} ({reason}), "
+            f"such as {self.examples[reason]}"
             for reason, n in self.counts.items()
         ]
 

@@ -77,7 +77,7 @@ def test_hidden_entries_and_other_types_are_ignored_and_reported_in_each_run(tmp
         assert index.classes == ["cat", "dog", "emu"]
         said = sorted(record.getMessage() for record in caplog.records)
         assert [s.split(", such as")[0] for s in said] == [
-            "ignored 1 entries (outside of the class folders)",
+            "ignored 1 entry (outside of the class folders)",
             "ignored 2 entries (other types)",
             "ignored 3 entries (hidden)",
         ]
@@ -100,11 +100,11 @@ def test_a_class_without_images_is_an_error_in_train_and_a_warning_in_val(tmp_pa
 @pytest.mark.parametrize(
     ("files", "split", "message"),
     [
-        ([], "train", r"data.root \(.*\) is not a folder; give one that holds train/CLASS/\*$"),
+        ([], "train", r"data.root \(.*\) is not a folder; give one that contains train/CLASS/\*$"),
         (
             ["train/a/b.jpg"],
             "val",
-            r"data.root \(.*\) holds no folder val; lay the images out as val/CLASS/\*$",
+            r"data.root \(.*\) contains no folder val; arrange the images as val/CLASS/\*$",
         ),
         (
             ["val/.hidden/a.jpg"],
