@@ -47,7 +47,7 @@ class TrainedRun:
         """
         data = self.config.data
         slot = np.empty((1, data.image_size, data.image_size, 3), np.uint8)
-        centre_crop(slot[0], image, data.eval_resize, data.eval_interpolation)
+        centre_crop(slot[0], image, data.resized_side, data.eval_interpolation)
         return normalise(torch.from_numpy(slot), None, data.normalisation)[0]
 
 

@@ -15,6 +15,7 @@ if __name__ == "__main__":  # torch, below, is imported after the configuration 
 
 import logging
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,24 +67,24 @@ def main(cfg: Config, overrides: list[str]) -> None:
     A run's result is also written to evaluation.json in its directory. Raises ConfigError,
     DataError or, after a stop signal, Preempted.
     """
-    of_run = cfg.model.weights is None
-    if of_run:
+    file = cfg.model.weights
+    if file is None:
         cfg = cli.config_of_run(cfg.run_dir, overrides)
     with distributed.session(cfg.device, cfg.trainer.tf32) as world:
         check_precision(cfg.trainer.precision, world)
         trained = (
-            distributed.on_all(lambda: read_classes(cfg.run_dir)["ids"], world) if of_run else None
+            distributed.on_all(lambda: read_classes(cfg.run_dir)["ids"], world)
+            if file is None
+            else None
         )
         data = distributed.first_on_node(lambda: open_data(cfg.data, trained=trained), world)
-        if of_run:
+        if file is None:
             directory = distributed.from_main(lambda: find_best(cfg.run_dir / "checkpoints"), world)
             model, origin = distributed.on_all(lambda: _trained(cfg, data, directory), world)
         else:
-            weights = distributed.from_main(
-                lambda: weights_of_run(cfg.model.weights, cfg.run.root), world
-            )
+            weights = distributed.from_main(partial(weights_of_run, file, cfg.run.root), world)
             model, origin = distributed.on_all(lambda: _from_file(cfg, data, *weights), world)
-        model.to(world.device, memory_format=torch.channels_last)
+        model.to(world.device).to(memory_format=torch.channels_last)
         loader = build_loader(cfg.data, data.val, None, world.num_cores, world.device)
         works = evaluation_batches(
             len(data.val), cfg.trainer.eval_batch_size, world.rank, world.world_size
@@ -100,12 +101,14 @@ def main(cfg: Config, overrides: list[str]) -> None:
                 "%d images could not be read and are not counted, such as %s", len(bad), bad[0]
             )
         if world.is_main:
-            if of_run:  # before printing, which may fail: the reader of a pipe may have ended
+            if file is None:  # before printing, which may fail: the reader of a pipe may have ended
                 write_json(
                     cfg.run_dir / "evaluation.json",
                     _record(result, data.class_names, origin | {"bad_images": bad}),
                 )
-            _report(result, data.class_names, {"run": cfg.run.name} | origin if of_run else origin)
+            _report(
+                result, data.class_names, {"run": cfg.run.name} | origin if file is None else origin
+            )
 
 
 def _trained(cfg: Config, data: ImageSets, directory: Path) -> tuple[nn.Module, dict]:

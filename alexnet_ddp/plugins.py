@@ -20,6 +20,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
@@ -310,7 +311,7 @@ def load_plugins(modules: Iterable[str]) -> None:
             )
         if not sys.flags.safe_path and not {"", os.getcwd()} & set(sys.path):
             sys.path.append(os.getcwd())  # `python -m` has it already, the console script does not
-        _import(lambda module=module: importlib.import_module(module), f"plugins=[{module}]")
+        _import(partial(importlib.import_module, module), f"plugins=[{module}]")
 
 
 def _load_entry_points() -> None:

@@ -142,7 +142,7 @@ def _probabilities(
         for path in paths[start : start + _BATCH_SIZE]:
             try:
                 slot, how = pixels[len(shown)], cfg.eval_interpolation
-                centre_into(slot, read_file(path), cfg.eval_resize, how)
+                centre_into(slot, read_file(path), cfg.resized_side, how)
                 shown.append(path)
             except (BadImage, OSError) as error:
                 bad.append(f"{path}: {error}")

@@ -154,7 +154,8 @@ class Replay:
 
     def _losses(self, batches: Iterator[Batch], step: int, num_images: int) -> dict[int, float]:
         """Losses by image; the mean gradient is left in .grad."""
-        train_step, model, losses = self.train_step, self._model, {}
+        train_step, model = self.train_step, self._model
+        losses: dict[int, float] = {}
         train_step.optimizer.zero_grad(set_to_none=True)
         for batch in batches:
             if len(batch.labels):

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -37,8 +37,8 @@ from alexnet_ddp.runtime.errors import ConfigError
 # Hydra 1.3 warns if version_base is missing, Hydra 1.4 if it is given. Both then do the same.
 HYDRA_BASE = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
 # Groups of Hydra's own application. Nothing here reads them, and they take a quarter of the time.
-_OF_HYDRA = "help hydra_help hydra_logging job_logging launcher output sweeper env".split()
-_WITHOUT = [f"~hydra/{group}" for group in _OF_HYDRA]
+_OF_HYDRA = ("env", "help", "hydra_help", "hydra_logging", "job_logging", "launcher", "output")
+_WITHOUT = [f"~hydra/{group}" for group in (*_OF_HYDRA, "sweeper")]
 _MAX_NAME_BYTES = 90  # of each half of a derived name
 
 
@@ -91,7 +91,7 @@ def to_config(cfg: DictConfig, command: str) -> Any:
         _fill_inputs_of_timm(cfg)
         for path, value in _leaves(OmegaConf.to_container(cfg, resolve=True), ""):
             check_value(path, value)
-        config = OmegaConf.to_object(cfg)
+        config: Any = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, root)) from error
     for path, value in _leaves(asdict(config), ""):
@@ -119,7 +119,8 @@ def to_yaml(cfg: Any) -> str:
 
 def to_plain(cfg: Any) -> dict[str, Any]:
     """The whole configuration as JSON's types."""
-    return OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
+    plain = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
+    return cast(dict[str, Any], plain)  # OmegaConf's annotation knows no options classes
 
 
 def _register(root: type) -> None:
@@ -143,8 +144,9 @@ def _register_groups() -> None:
 def _lr_by_network(lr: float, low_lr: float, *, _root_: DictConfig) -> float:
     """The resolver ${lr_by_network:LR,LOW_LR} of the default recipe: one of its two values."""
     name = OmegaConf.select(_root_, "model.name", default=None)
-    is_low = OmegaConf.get_type(_root_, "model").needs_low_lr or name in LOW_LR_NETWORKS
-    return low_lr if is_low else lr
+    network = OmegaConf.get_type(_root_, "model")
+    is_low = network is not None and network.needs_low_lr
+    return low_lr if is_low or name in LOW_LR_NETWORKS else lr
 
 
 def _explain(error: BaseException, root: type) -> str:
@@ -189,7 +191,8 @@ def _line_of(error: BaseException, root: type) -> str | None:
 def _line_of_interpolation(error: InterpolationResolutionError, path: str) -> str | None:
     if not isinstance(error.parent_node, DictConfig):
         return None
-    text = OmegaConf.to_container(error.parent_node, resolve=False)[error.key]  # type: ignore
+    values: Any = OmegaConf.to_container(error.parent_node, resolve=False)
+    text = values[error.key]
     if isinstance(error, InterpolationKeyError):
         rule = "refers to a key that does not exist; a literal ${ is written \\${"
     else:
@@ -212,8 +215,9 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 def _refuse_unknown(cfg: DictConfig, prefix: str, root: type) -> None:
     """Raise ConfigError for a key that `+key=value` added, and that nothing would read."""
     owner = OmegaConf.get_type(cfg)
+    assert owner is not None  # an options class
     known = {one.name for one in fields(owner)}
-    for key in cfg:
+    for key in map(str, cfg):
         path = f"{prefix}{key}"
         if key not in known:
             raise ConfigError(advice.in_other_choices(path, owner, root))
@@ -252,7 +256,8 @@ def _refuse_plugins_of_files(cfg: DictConfig, overrides: list[str]) -> None:
     given: list[str] = []
     for override in OverridesParser.create().parse_overrides(overrides):
         if override.key_or_group == "plugins":
-            given = [str(module) for module in override.value() or ()]
+            value = override.value()
+            given = [str(module) for module in value] if isinstance(value, list) else []
     if any("${" in module for module in given):
         raise ConfigError("plugins must name modules, not ${...}; write plugins=[MODULE]")
     found = OmegaConf.select(cfg, "plugins") or []
@@ -320,6 +325,6 @@ def _loaded(
 def _read(file: Path, changed: int, size: int) -> tuple[str | None, dict[str, Any]]:
     """The package in a file's header, or None, and its values. changed, size: the cache's key."""
     header = re.search(r"^#\s*@package\s+(\S+)", file.read_text(), re.MULTILINE)
-    values = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    package = header and header[1].replace("_global_", "").strip(".")
+    values: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    package = header[1].replace("_global_", "").strip(".") if header else None
     return package, values if isinstance(values, dict) else {}

@@ -12,7 +12,7 @@ MAX_PIXELS = 100_000_000
 MAX_BYTES = 4 * MAX_PIXELS  # of a file; a sparse file may claim any size
 
 # `raise` is a Python keyword, so the members are given by name.
-OnBadImage = StrEnum("OnBadImage", {name: name for name in ("raise", "skip")})
+OnBadImage = StrEnum("OnBadImage", {"raise": "raise", "skip": "skip"})
 
 
 class Interpolation(StrEnum):
@@ -122,6 +122,12 @@ class DataConfig(Options, section="data"):
         if start is not None and start >= self.image_size:
             rule = f"must be less than data.image_size ({self.image_size}), to grow to it"
             raise ConfigError(f"data.start_image_size ({start}) {rule}")
+
+    @property
+    def resized_side(self) -> int:
+        """data.eval_resize, for which the constructor replaces null, in pixels."""
+        assert self.eval_resize is not None
+        return self.eval_resize
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -13,7 +13,7 @@ add 0.3 s to every start, and its messages would have to be replaced by ours all
 import math
 import os
 import unicodedata
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar
 
 from alexnet_ddp.runtime.errors import ConfigError
@@ -72,9 +72,9 @@ def option(default: Any, description: str, **spec: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def with_default(owner: type, name: str, default: Any) -> Any:
+def with_default(owner: "type[Options]", name: str, default: Any) -> Any:
     """The option `name` of `owner` for a subclass in which it has another default."""
-    metadata = owner.__dataclass_fields__[name].metadata  # type: ignore[attr-defined]
+    metadata = owner.__dataclass_fields__[name].metadata
     return field(default=default, metadata=metadata)
 
 
@@ -85,6 +85,7 @@ class Options:
     """
 
     section: ClassVar[str] = ""
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # every subclass is a dataclass
 
     def __init_subclass__(cls, section: str | None = None) -> None:
         if section is not None:
@@ -92,7 +93,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a number that is not finite or not within the option's bounds."""
-        for one in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+        for one in fields(self):
             spec, value = one.metadata.get("spec"), getattr(self, one.name)
             if spec is None or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
@@ -103,7 +104,7 @@ class Options:
 
     def default_of(self, name: str) -> Any:
         """The schema's default of the field `name`."""
-        return type(self).__dataclass_fields__[name].default  # type: ignore[attr-defined]
+        return self.__dataclass_fields__[name].default
 
 
 def check_value(path: str, value: Any) -> None:

@@ -279,7 +279,7 @@ def _base(owners: list[type]) -> type:
 
 def _entry(owner: type, key: str, path: str, given: dict[str, Any]) -> Entry:
     """given: values from YAML files, which come before the schema's default."""
-    one = owner.__dataclass_fields__[key]  # type: ignore[attr-defined]
+    one = next(one for one in fields(owner) if one.name == key)
     spec: Spec = one.metadata["spec"]
     option = options_of(owner)[key]
     kind = spec.kind or option.type_words
@@ -332,7 +332,7 @@ def _yaml(name: str) -> dict[str, Any]:
     path = CONF_DIR / f"{name}.yaml"
     if not path.exists():
         return {}
-    values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    values: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     return values if isinstance(values, dict) else {}
 
 

@@ -142,7 +142,7 @@ def sections(root: type) -> dict[str, type]:
     return {
         name: hint
         for name, hint in get_type_hints(root).items()
-        if is_dataclass(hint) and name not in groups(root)
+        if isinstance(hint, type) and is_dataclass(hint) and name not in groups(root)
     }
 
 
@@ -150,12 +150,13 @@ def sections(root: type) -> dict[str, type]:
 def options(root: type) -> dict[str, Option]:
     """Every option of a command by its full name, such as `data.root`."""
     found: dict[str, Option] = {}
+    names = {one.name for one in fields(root)}
     for name, hint in get_type_hints(root).items():
         if name in groups(root):
             found |= _of_group(name, groups(root)[name])
-        elif is_dataclass(hint):
+        elif isinstance(hint, type) and is_dataclass(hint):
             found |= {f"{name}.{key}": one for key, one in options_of(hint).items()}
-        elif name in root.__dataclass_fields__:  # type: ignore[attr-defined]
+        elif name in names:
             found[name] = Option(_members(hint))
     return found
 
@@ -167,7 +168,7 @@ def options_of(owner: type) -> dict[str, Option]:
     return {one.name: Option(_members(hints[one.name])) for one in fields(owner)}
 
 
-def choice_of(group: str, owner: type) -> str:
+def choice_of(group: str, owner: type | None) -> str:
     """The choice of `group` whose options `owner` has."""
     return next(name for name, node in GROUPS[group].items() if node is owner)
 

@@ -204,7 +204,7 @@ def measure_device(
     cores = max(1, all_cores // ranks)
     if not is_gpu:
         torch.set_num_threads(cores)
-    model = model.to(device, memory_format=torch.channels_last).eval()
+    model = model.to(device).to(memory_format=torch.channels_last).eval()
     batch = torch.randn(images, 3, pixels, pixels, device=device)
     batch = batch.contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(images, dtype=torch.int64, device=device)
@@ -223,7 +223,7 @@ def measure_device(
     copied_per_s = 2 * 4 * _NUM_COPIED / _best_seconds(lambda: target.copy_(source), is_gpu)
     if is_gpu:
         name = torch.cuda.get_device_name(device)
-        memory = torch.cuda.get_device_properties(device).total_memory
+        memory: float = torch.cuda.get_device_properties(device).total_memory
         overhead, host = GPU_OVERHEAD_S, 0.0
     else:
         name = f"{cores} of {all_cores} cores"

@@ -78,7 +78,7 @@ def read_network(model: nn.Module, image_size: int, split: list[str] | None = No
         if any(True for _ in module.parameters(False))
     }
 
-    def note(module: nn.Module, inputs: tuple, output: object) -> None:
+    def note(module: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
         first = output[0] if isinstance(output, tuple) else output
         calls[names[module]] = (module, inputs[0].numel(), first.numel())
 
@@ -107,11 +107,11 @@ def read_network(model: nn.Module, image_size: int, split: list[str] | None = No
         backward = 2 * flops if layers else flops
         layers.append(Layer(name, own, flops, backward, inputs, outputs))
     rest = sum(p.numel() for p in model.parameters()) - sum(layer.parameters for layer in layers)
-    flops = counter.get_total_flops() - sum(layer.flops for layer in layers)
+    other_flops = counter.get_total_flops() - sum(layer.flops for layer in layers)
     # Costs outside any module's own forward pass, such as attention. First in the list, so that
     # their gradients are assumed to be ready last.
-    if rest or flops:
-        layers.insert(0, Layer("others", rest, flops, 2 * flops, 0, 0))
+    if rest or other_flops:
+        layers.insert(0, Layer("others", rest, other_flops, 2 * other_flops, 0, 0))
     wanted = worth_splitting(model) if split is None else split
     chosen = tuple(layer for layer in layers if layer.name in wanted)
     return Network(

@@ -38,6 +38,10 @@ _EIGENVECTORS = np.array(
 )
 
 
+# left, top, width, height of n boxes: int64 [n] each, in pixels.
+Boxes = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
 @dataclass(frozen=True)
 class Views:
     """Crop boxes and flips of n images.
@@ -148,9 +152,7 @@ class Augment:
             mixing=mixing,
         )
 
-    def _square_boxes(
-        self, u: np.ndarray, widths: np.ndarray, heights: np.ndarray
-    ) -> tuple[np.ndarray, ...]:
+    def _square_boxes(self, u: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> Boxes:
         """Boxes of a random crop of `image_size` from the central square of `eval_resize` pixels.
 
         In pixels of the original image, as left, top, width, height: int64 [n] each.
@@ -175,12 +177,13 @@ def build_augment(
     """
     if isinstance(cfg, NoAugmentConfig):
         return None
+    assert isinstance(cfg, RandomAugmentConfig)  # every other choice is one
     return Augment(cfg, seed, image_size, eval_resize, colour_basis)
 
 
 def random_resized_boxes(
     cfg: BasicAugmentConfig, u: np.ndarray, widths: np.ndarray, heights: np.ndarray
-) -> tuple[np.ndarray, ...]:
+) -> Boxes:
     """Boxes distributed as those of torchvision's RandomResizedCrop (Szegedy 2015, section 6).
 
     u: float64 [n, 2 * _ATTEMPTS + 2 or more], uniform in [0, 1).

@@ -28,7 +28,15 @@ from alexnet_ddp.data.image import (
 if TYPE_CHECKING:
     from PIL import Image
 
-_thread = threading.local()
+
+class _Thread(threading.local):
+    """What each thread has of its own. Every thread begins with an empty buffer."""
+
+    def __init__(self) -> None:
+        self.buffer = bytearray()
+
+
+_thread = _Thread()
 cv2.setNumThreads(1)  # the loader's threads decode in parallel already
 
 
@@ -43,7 +51,9 @@ def size_of(data: bytes) -> tuple[int, int]:
     return check_size(width, height)
 
 
-def crop_into(slot: np.ndarray, data: bytes, box: tuple[int, int, int, int], flip: bool) -> None:
+def crop_into(
+    slot: np.ndarray, data: bytes | bytearray, box: tuple[int, int, int, int], flip: bool
+) -> None:
     """Decode `data`, crop `box` (left, top, width, height in pixels) and resize it into `slot`.
 
     slot: uint8 [size, size, 3]; flip: mirror horizontally. Raises BadImage.
@@ -100,7 +110,7 @@ def centre_crop(
 
 
 def _decode_reduced(
-    data: bytes, box: tuple[int, int, int, int], size: int
+    data: bytes | bytearray, box: tuple[int, int, int, int], size: int
 ) -> tuple[np.ndarray, float]:
     """Decode the rows down to the end of `box`, at reduced scale.
 
@@ -138,10 +148,9 @@ def _decode_reduced(
 
 def scratch(size: int) -> bytearray:
     """This thread's buffer of at least `size` bytes; reusing it avoids page faults per image."""
-    buffer = getattr(_thread, "buffer", b"")
-    if len(buffer) < size:
-        buffer = _thread.buffer = bytearray(size)
-    return buffer
+    if len(_thread.buffer) < size:
+        _thread.buffer = bytearray(size)
+    return _thread.buffer
 
 
 def _rows_to_decode(bottom: int, height: int) -> int:
@@ -149,7 +158,7 @@ def _rows_to_decode(bottom: int, height: int) -> int:
     return int(min(height, -(-bottom // 16) * 16 + 16))
 
 
-def _height_position(data: bytes) -> int | None:
+def _height_position(data: bytes | bytearray) -> int | None:
     """The position of the image height in a JPEG whose lower rows need not be decoded.
 
     Most of the decoding time is spent on the bit stream, so rows below a crop should be skipped: if

@@ -5,6 +5,7 @@ This module does not need torch.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -36,12 +37,12 @@ def build_fill(cfg: DataConfig, index: SampleIndex, augment: Augment | None) -> 
     match index.store:
         case SyntheticStore() as store:
             return store.fill
-        case ShardStore(raw_size=int()) as store:
+        case ShardStore(raw_size=int(raw_size)) as store:
             if cfg.eval_interpolation is Interpolation.bicubic:
                 rule = "is not possible with raw shards, which are resized bilinearly"
                 remedy = "use data.eval_interpolation=bilinear"
                 raise ConfigError(f"data.eval_interpolation=bicubic {rule}; {remedy}")
-            return RawFill(index, augment, cfg, store, store.raw_size)
+            return RawFill(index, augment, cfg, store, raw_size)
         case _:
             return ImageFill(index, augment, cfg)
 
@@ -83,28 +84,29 @@ class ImageFill(_IndexFill):
         bad: list[Skipped] = []
         if self.augment is None:
             how = self.cfg.eval_interpolation
-            resize = round(self.cfg.eval_resize * slots.shape[1] / self.cfg.image_size)
+            resize = round(self.cfg.resized_side * slots.shape[1] / self.cfg.image_size)
             for k, i in enumerate(indices):
-                self._guard(
-                    bad,
-                    k,
-                    i,
-                    lambda k=k, i=i: centre_into(slots[k], self.index.read(i), resize, how),
-                )
+                self._guard(bad, k, i, partial(self._centre_into, slots[k], i, resize, how))
             return bad
         data = [
-            self._guard(bad, k, i, lambda i=i: self.index.read(i))
+            self._guard(bad, k, i, partial(self.index.read, i))
             for k, i in enumerate(indices.tolist())
         ]
         views = self.augment.views(epoch, indices, *self._sizes(bad, indices, data))
         boxes, flips = _boxes(views), views.flip.tolist()
         operations = self.augment.operations(epoch, indices, slots.shape[1])
         for k, i in enumerate(indices):
-            if data[k] is not None:
-                self._guard(bad, k, i, lambda k=k: crop_into(slots[k], data[k], boxes[k], flips[k]))
+            image = data[k]
+            if image is not None:
+                self._guard(bad, k, i, partial(crop_into, slots[k], image, boxes[k], flips[k]))
                 operate(slots[k], operations[k])
                 self.augment.finish(slots[k], epoch, int(i))
         return bad
+
+    def _centre_into(
+        self, slot: np.ndarray, i: int, resize: int, how: Interpolation | None
+    ) -> None:
+        centre_into(slot, self.index.read(i), resize, how)
 
     def _sizes(
         self, bad: list[Skipped], indices: np.ndarray, data: list[bytes | None]
@@ -115,9 +117,10 @@ class ImageFill(_IndexFill):
             return known
         sizes = [(1, 1)] * len(data)
         for k, i in enumerate(indices):
-            if data[k] is not None:
-                size = self._guard(bad, k, i, lambda k=k: size_of(data[k]))
-                data[k], sizes[k] = (None, (1, 1)) if size is None else (data[k], size)
+            image = data[k]
+            if image is not None:
+                size = self._guard(bad, k, i, partial(size_of, image))
+                data[k], sizes[k] = (None, (1, 1)) if size is None else (image, size)
         return tuple(np.array(sizes, dtype=np.int64).T)
 
 
@@ -141,15 +144,15 @@ class RawFill(_IndexFill):
             )
             boxes, flips = _boxes(views), views.flip.tolist()
         for k, i in enumerate(indices.tolist()):
-            self._guard(
-                bad, k, i, lambda k=k, i=i: self._crop_into(slots[k], i, boxes[k], flips[k])
-            )
+            self._guard(bad, k, i, partial(self._crop_into, slots[k], i, boxes[k], flips[k]))
             operate(slots[k], operations[k])
             if self.augment is not None:
                 self.augment.finish(slots[k], epoch, i)
         return bad
 
-    def _crop_into(self, slot: np.ndarray, i: int, box: list[int], flip: bool) -> None:
+    def _crop_into(
+        self, slot: np.ndarray, i: int, box: tuple[int, int, int, int], flip: bool
+    ) -> None:
         left, top, width, height = box
         size = height * self.raw_size * 3
         rows = np.frombuffer(scratch(size), np.uint8, size).reshape(height, self.raw_size, 3)
@@ -163,11 +166,12 @@ class RawFill(_IndexFill):
 
     def _central_box(self, size: int) -> tuple[int, int, int, int]:
         """(left, top, width, height) in the raw image of the evaluation's resize and crop."""
-        side = round(size * self.cfg.image_size / self.cfg.eval_resize)
+        side = round(size * self.cfg.image_size / self.cfg.resized_side)
         start = round((size - side) / 2)
         return start, start, side, side
 
 
-def _boxes(views: Views) -> list[list[int]]:
-    """[left, top, width, height] of each view."""
-    return np.stack([views.left, views.top, views.width, views.height], axis=1).tolist()
+def _boxes(views: Views) -> list[tuple[int, int, int, int]]:
+    """(left, top, width, height) of each view."""
+    sides = (views.left.tolist(), views.top.tolist(), views.width.tolist(), views.height.tolist())
+    return list(zip(*sides))

@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -64,15 +64,17 @@ def check_size(width: int, height: int) -> tuple[int, int]:
     return width, height
 
 
-def open_image(data: bytes) -> "Image.Image":
+def open_image(data: bytes | bytearray) -> "Image.Image":
     """Open an image and check its header; the pixels are not decoded yet. Raises BadImage."""
     if not data:
         raise BadImage("the file is empty", EMPTY)
     if len(data) > MAX_BYTES:
         raise BadImage(f"{len(data):,} bytes, an image has at most {MAX_BYTES:,}", BOMB)
-    pillow = _prepared_pillow()
+    from PIL import Image
+
+    _prepare_pillow()
     with _decoding():
-        image = pillow.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     check_size(*image.size)
     if image.mode == "F":  # floats have no largest value to scale by
         raise BadImage(
@@ -114,8 +116,8 @@ def scaled_size(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:
     return (shorter_side, long) if width <= height else (long, shorter_side)
 
 
-def _prepared_pillow() -> "type[Image]":
-    """PIL.Image with our formats registered, and with global settings of other libraries reset."""
+def _prepare_pillow() -> None:
+    """Register our formats in PIL, and reset global settings of other libraries."""
     # Without this import, Image.open() would import all plugins of Pillow for some files.
     from PIL import AvifImagePlugin, Image, ImageFile, TiffImagePlugin, WebPImagePlugin  # noqa: F401
 
@@ -128,7 +130,6 @@ def _prepared_pillow() -> "type[Image]":
     log = logging.getLogger("PIL")  # its messages about damaged files lack the file names
     if log.level == logging.NOTSET:
         log.setLevel(logging.CRITICAL)
-    return Image
 
 
 @contextmanager
@@ -182,7 +183,8 @@ def _scaled_grey(image: "Image.Image") -> "Image.Image":
     return Image.fromarray(grey)
 
 
-def _tag(image: "Image.Image", tag: int, default: object) -> object:
+def _tag(image: "Image.Image", tag: int, default: Any) -> Any:
     """The value of a TIFF tag; `default` if the tag is missing or the format is another one."""
-    tags = getattr(image, "tag_v2", None) if image.format == "TIFF" else None
-    return default if tags is None else tags.get(tag, default)
+    from PIL.TiffImagePlugin import TiffImageFile
+
+    return image.tag_v2.get(tag, default) if isinstance(image, TiffImageFile) else default

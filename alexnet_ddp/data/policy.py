@@ -44,7 +44,10 @@ def draw_operations(
     """
     if cfg.policy is Policy.none:
         return [[] for _ in indices]
-    num_ops = cfg.num_ops if cfg.policy is Policy.randaugment else 1
+    num_ops = 1
+    if cfg.policy is Policy.randaugment:
+        assert cfg.num_ops is not None  # the constructor replaces null
+        num_ops = cfg.num_ops
     u = rng.uniforms(key, indices, 3 * num_ops).reshape(len(indices), num_ops, 3)
     which, bins = (u[:, :, 0] * len(OPERATIONS)).astype(int), (u[:, :, 1] * NUM_BINS).astype(int)
     if cfg.policy is Policy.randaugment:

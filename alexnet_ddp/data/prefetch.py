@@ -7,9 +7,9 @@ alone, so a resumed run sees exactly the same ones.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -72,12 +72,13 @@ class Prefetcher:
         self._threads, self._with_previous, self._will_need = threads, with_previous, will_need
         self.waited_s = 0.0
 
-    def batches(self, micro_batches: Iterable[MicroBatch]) -> Iterator[HostBatch]:
+    def batches(self, micro_batches: Iterable[MicroBatch]) -> Generator[HostBatch, None, None]:
         """Yield the HostBatch of each MicroBatch, in order.
 
         An error in a thread is raised when its batch is requested.
         """
-        todo, ahead, free = iter(micro_batches), deque(), []
+        todo, free = iter(micro_batches), list[Buffer]()
+        ahead: deque[tuple[MicroBatch, np.ndarray, np.ndarray, Buffer, list[Future]]] = deque()
         try:
             while True:
                 while len(ahead) <= _AHEAD and (micro_batch := next(todo, None)) is not None:
@@ -100,7 +101,7 @@ class Prefetcher:
     ) -> tuple[np.ndarray, np.ndarray, Buffer, list[Future]]:
         """Start to fill a batch; returns its indices, images, buffer and tasks."""
         indices, epoch = micro_batch.indices, micro_batch.epoch
-        if self._with_previous and len(indices):
+        if self._with_previous and micro_batch.previous is not None:
             indices = np.append(indices, micro_batch.previous)
         n, size = len(indices), self._image_size(epoch)
         needed = n * size * size * 3
@@ -122,7 +123,7 @@ class Prefetcher:
     def _finish(self, tasks: list[Future]) -> list[Skipped]:
         began = time.monotonic()
         bad = [
-            one._replace(position=i * _PER_TASK + one.position)
+            replace(one, position=i * _PER_TASK + one.position)
             for i, task in enumerate(tasks)
             for one in task.result()
         ]

@@ -36,7 +36,7 @@ class Cut(NamedTuple):
     top: int
 
 
-def segments(jpeg: bytes) -> Iterator[tuple[int, int]]:
+def segments(jpeg: bytes | bytearray) -> Iterator[tuple[int, int]]:
     """Yield (marker, position) of the header segments up to the start of the scan.
 
     Stops early if the bytes are damaged; the marker of the last segment is then another one.
@@ -75,7 +75,7 @@ def with_table(jpeg: bytes, blocks: int) -> bytes:
     return jpeg[:_AT] + comment + jpeg[_AT:]
 
 
-def cut(data: bytes, box: tuple[int, int, int, int]) -> Cut | None:
+def cut(data: bytes | bytearray, box: tuple[int, int, int, int]) -> Cut | None:
     """The part of the file that `box` (left, top, width, height in pixels) needs.
 
     Returns None if the whole file is needed, or if it has no valid table: an editor may have copied
@@ -89,12 +89,12 @@ def cut(data: bytes, box: tuple[int, int, int, int]) -> Cut | None:
         return None  # decoding the whole file reports what is wrong
 
 
-def has_table(data: bytes) -> bool:
+def has_table(data: bytes | bytearray) -> bool:
     """Whether `data` contains the comment with the table."""
     return data[_AT + 4 : _AT + 13] == _NAME
 
 
-def _cut(data: bytes, box: tuple[int, int, int, int]) -> Cut | None:
+def _cut(data: bytes | bytearray, box: tuple[int, int, int, int]) -> Cut | None:
     _, frame, scan, blocks = _HEAD.unpack_from(data, _AT + 4)
     height, width = struct.unpack_from(">HH", data, frame + 5)
     segment = blocks * _BLOCK  # pixels
@@ -118,7 +118,7 @@ def _cut(data: bytes, box: tuple[int, int, int, int]) -> Cut | None:
     return Cut(out, a * segment, c * _BLOCK)
 
 
-def _joined(data: bytes, scan: int, marks: np.ndarray, ends: np.ndarray) -> bytearray:
+def _joined(data: bytes | bytearray, scan: int, marks: np.ndarray, ends: np.ndarray) -> bytearray:
     """The header, and for each row the segments after `marks`, with renumbered markers.
 
     marks: int64 [rows, n], positions of the markers; ends: int64 [rows], ends of the last segments.

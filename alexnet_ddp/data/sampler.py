@@ -125,6 +125,7 @@ def build_sampler(cfg: Config, index: SampleIndex) -> GlobalBatchSampler:
     windows = None
     if isinstance(cfg.data, ShardsConfig) and cfg.data.shuffle is Shuffle.window:
         assert isinstance(index.store, ShardStore)
+        assert cfg.data.window_shards is not None  # the constructor replaces null
         windows = Windows(index.store.shards, cfg.data.window_shards)
     trainer = cfg.trainer
     return GlobalBatchSampler(
@@ -139,7 +140,8 @@ class Shuffled:
     """
 
     def __init__(self, key: int, n: int) -> None:
-        self._key, self._high, self._parts = key, rng.high_words(key, n), {}
+        self._key, self._high = key, rng.high_words(key, n)
+        self._parts: dict[int, np.ndarray] = {}
         self._part_of = (self._high >> np.uint32(28)).astype(np.uint8)
         self._starts = [0, *np.cumsum(np.bincount(self._part_of, minlength=16)).tolist()]
 

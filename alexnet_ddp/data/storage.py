@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from alexnet_ddp.runtime.errors import ConfigError
 from alexnet_ddp.runtime.files import atomic_file
@@ -32,7 +32,7 @@ class NotAFile(OSError):
     """
 
     def __str__(self) -> str:
-        return self.strerror
+        return str(self.strerror)
 
 
 def read_regular(
@@ -161,7 +161,7 @@ class Storage:
         return {path[len(top) + 1 :]: found[path] for path in sorted(found)}
 
     @contextmanager
-    def create(self, name: str) -> Iterator[BinaryIO]:
+    def create(self, name: str) -> Iterator[IO[bytes]]:
         """A new binary file; it appears as `name` if the block ends without an error."""
         if not self.is_local:
             fs, top = self._far

@@ -128,9 +128,8 @@ def _run_checks(cfg: DoctorConfig, world: World, all_facts: list[Facts], report:
         report.findings += machines.check_machines(all_facts)
         report.findings.append(links.check_links(report.links, host_of))
         share = -(-cfg.trainer.global_batch_size // world.world_size)
-        step_s = main.train_images_per_s and share / speed.slowest(
-            m.train_images_per_s for m in measured
-        )
+        rate = speed.slowest(m.train_images_per_s for m in measured)
+        step_s = share / rate if main.train_images_per_s and rate else None
         report.findings.append(
             links.check_gradients(report.all_reduces, *_bytes_sent(cfg, main), step_s)
         )
@@ -180,7 +179,7 @@ def _measure_model(cfg: DoctorConfig, world: World, num_classes: int) -> Measure
     """Measure forward and backward passes over random images, one micro-batch each."""
     model = build_model(without_weights(cfg.model), num_classes, cfg.data.image_size, cfg.seed)
     check_parallel(cfg.parallel, model, world)
-    model.to(world.device, memory_format=torch.channels_last).train()
+    model.to(world.device).to(memory_format=torch.channels_last).train()
     optimizer = build_optimizer(cfg.optimizer, model)
     state = [*model.state_dict().values(), *state_by_name(optimizer, model).values()]
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -213,7 +212,7 @@ def _images_per_pass(cfg: DoctorConfig, world: World) -> int:
 
 def _measure_loader(cfg: DoctorConfig, world: World, data: ImageSets) -> float:
     augment = build_augment(
-        cfg.augment, cfg.seed, cfg.data.image_size, cfg.data.eval_resize, data.colour_basis
+        cfg.augment, cfg.seed, cfg.data.image_size, cfg.data.resized_side, data.colour_basis
     )
     loader = build_loader(cfg.data, data.train, augment, world.num_cores, world.device)
     works = build_sampler(cfg, data.train).micro_batches(

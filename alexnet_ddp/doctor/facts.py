@@ -27,8 +27,9 @@ VARIABLES = (
     "NCCL_SOCKET_IFNAME",
     "MASTER_ADDR",
     "MASTER_PORT",
+    "SLURM_STEP_NUM_TASKS",
+    "OMPI_COMM_WORLD_SIZE",
 )
-VARIABLES += ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 _ALONE = {"WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 
@@ -168,7 +169,7 @@ def _data_fingerprint(cfg: Config) -> str:
 
 
 def _flatten(options: dict, prefix: str = "") -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for key, value in options.items():
         found |= (
             _flatten(value, f"{prefix}{key}.")

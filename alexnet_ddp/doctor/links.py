@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -57,9 +58,9 @@ def time_all_reduce(world: World) -> list[AllReduce]:
             break
         x = torch.zeros(num_bytes // 4, device=world.device)
         dist.all_reduce(x)  # warm-up: opens connections and allocates buffers
-        times = [_slowest(_timed(lambda x=x: dist.all_reduce(x), world), world)]
+        times = [_slowest(_timed(partial(dist.all_reduce, x), world), world)]
         while len(times) < 5 and sum(times) < 0.5:
-            times.append(_slowest(_timed(lambda x=x: dist.all_reduce(x), world), world))
+            times.append(_slowest(_timed(partial(dist.all_reduce, x), world), world))
         found.append(AllReduce(num_bytes, statistics.median(times)))
     return found
 
@@ -227,7 +228,7 @@ def _measure_link(mine: int, peer: int, world: World, budget_s: float) -> Link:
         times = []
         for _ in range(21 if num_bytes == 4 else 3):  # the first message opens the connection
             dist.send(head.fill_(num_bytes), peer)
-            times.append(_timed(lambda x=x: (dist.send(x, peer), dist.recv(x, peer)), world))
+            times.append(_timed(partial(_round_trip, x, peer), world))
             if time.monotonic() - began > budget_s / 3:
                 break
         if num_bytes == 4:
@@ -238,6 +239,11 @@ def _measure_link(mine: int, peer: int, world: World, budget_s: float) -> Link:
         num_bytes = num_bytes * 8 if num_bytes > 4 else 64_000
     dist.send(head.zero_(), peer)
     return Link(mine, peer, latency, rate or 4 / latency)
+
+
+def _round_trip(x: torch.Tensor, peer: int) -> None:
+    dist.send(x, peer)
+    dist.recv(x, peer)
 
 
 def _echo(peer: int, world: World) -> None:

@@ -37,13 +37,13 @@ def connect(mine: Facts, timeout_s: float) -> dist.Store:
         )
     timeout = timedelta(seconds=timeout_s)
     try:
-        store = dist.TCPStore(address, port, None, is_host, timeout, wait_for_workers=False)
+        server = dist.TCPStore(address, port, None, is_host, timeout, wait_for_workers=False)
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise _only_here(
             f"{mine.name} cannot reach {_endpoint()} ({_reason(error)}); MASTER_ADDR and "
             "MASTER_PORT must name rank 0's host and a port that is open to all nodes"
         ) from error
-    store = dist.PrefixStore(f"doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.PrefixStore(f"doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
     if store.add(f"seen/{mine.rank}", 1) > 1:
         raise _only_here(
             f"rank {mine.rank} connected twice to {_endpoint()}: two jobs use one port; "

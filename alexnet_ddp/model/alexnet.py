@@ -72,6 +72,7 @@ def _init_2012(model: AlexNet) -> None:
     ones = {1, 3, 4, 5, 6}
     for k, layer in enumerate(layers):
         nn.init.normal_(layer.weight, std=0.01)
+        assert layer.bias is not None
         nn.init.constant_(layer.bias, 1.0 if k in ones else 0.0)
 
 
@@ -123,5 +124,8 @@ def _init_he(model: AlexNet) -> None:
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
-    nn.init.normal_(model.classifier[-1].weight, std=0.001)  # the loss starts at ln(num_classes)
+    last = model.classifier[-1]
+    assert isinstance(last, nn.Linear)
+    nn.init.normal_(last.weight, std=0.001)  # the loss starts at ln(num_classes)

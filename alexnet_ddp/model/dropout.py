@@ -37,6 +37,11 @@ class KeyedDropout(nn.Module):
         first = self.first_unit + 1
         unit = rng.mix(torch.arange(first, first + num_units, dtype=torch.int32, device=x.device))
         keys = self.keys() if callable(self.keys) else self.keys
+        if keys is None:
+            raise RuntimeError(
+                "dropout needs a key for each image; call alexnet_ddp.model.set_dropout_keys() "
+                "before each forward pass in training mode"
+            )
         words = rng.mix(rng.mix(keys + self.layer)[:, None] + unit)
         keep = words >= int(self.p * 2**32) - 2**31
         shape = (len(x), *[1] * (x.dim() - 1)) if self.whole_image else x.shape
@@ -63,16 +68,15 @@ def key_dropout(model: nn.Module) -> None:
 
     Raises ConfigError for modules that draw their dropout from a generator in another way.
     """
-    keyed: dict[type, Callable[[nn.Module, int], nn.Module]] = {
-        nn.Dropout: lambda old, layer: KeyedDropout(old.p, layer),
-        StochasticDepth: lambda old, layer: KeyedDropout(old.p, layer, whole_image=True),
-    }
     layer = 0
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if type(child) in keyed:
+            if not isinstance(child, nn.Dropout | StochasticDepth):
+                continue
+            if type(child) in (nn.Dropout, StochasticDepth):  # not a subclass of the user's
                 layer += 1
-                setattr(parent, name, keyed[type(child)](child, layer))
+                whole_image = isinstance(child, StochasticDepth)
+                setattr(parent, name, KeyedDropout(child.p, layer, whole_image))
     for module in model.modules():
         # A whole network may only record its `dropout`, as torchvision's VisionTransformer does.
         if _uses_generator(module, _FUNCTIONAL if module is not model else ("drop_rate",)):

@@ -233,6 +233,6 @@ def _globals_of(file: Any, num_pickles: int) -> set[str]:
     with suppress(ValueError):  # no pickle, or fewer of them: torch.load reports it
         for _ in range(num_pickles):
             for op, argument, _position in pickletools.genops(file):
-                if op.name == "GLOBAL":
+                if op.name == "GLOBAL" and isinstance(argument, str):
                     found.add(argument.replace(" ", "."))
     return found

@@ -80,7 +80,8 @@ def fit(
     for name, t in own.items():  # files of torch before 0.4.1 lack these counters
         if name.endswith("num_batches_tracked"):
             fitting.setdefault(name, torch.zeros_like(t))
-    fitting._metadata = versions or {"": own._metadata[""]}
+    # The versions are in an attribute that torch's annotations lack.
+    fitting._metadata = versions or {"": own._metadata[""]}  # type: ignore[attr-defined]
     result = model.load_state_dict(fitting, strict=False)
     missing = [name for name in result.missing_keys if name not in wrong]
     shapes = [f"{n}: {_shape(weights[n])} there, {_shape(own[n])} here" for n in wrong]

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,13 +36,14 @@ class DDPModel(nn.Module):
         """Collective. Raises ConfigError if an option does not fit the number or kind of ranks."""
         super().__init__()
         self._world = world
+        renamed: dict[str, Any] = {_SYNC_BUFFERS: False}
         self.ddp = DistributedDataParallel(
             model,
             [world.device.index] if world.device.type == "cuda" else None,
             bucket_cap_mb=bucket_size(cfg, world),
             static_graph=cfg.static_graph,
             gradient_as_bucket_view=True,
-            **{_SYNC_BUFFERS: False},
+            **renamed,
         )
         self.hook = register_hook(self.ddp, cfg, world)
 

@@ -12,6 +12,9 @@ from torch import Tensor
 from alexnet_ddp.runtime.distributed import TIMEOUT, World
 from alexnet_ddp.runtime.errors import ConfigError
 
+_Start = Callable[..., dist.Work | None]  # of a collective
+_all_gather: _Start
+_reduce_scatter: _Start
 # torch 2.14 renamed these functions; a later version will remove the old names.
 if hasattr(dist, "all_gather_single"):
     _all_gather, _reduce_scatter = dist.all_gather_single, dist.reduce_scatter_single
@@ -69,6 +72,9 @@ class Group:
                 for position in range(size)
             ][rank]
         members = groups[world.rank // size]
+        # new_group() returns a number to ranks that are not in the group.
+        assert isinstance(members, dist.ProcessGroup)
+        assert copies is None or isinstance(copies, dist.ProcessGroup)
         return cls(size, rank, world.world_size, members, copies, comm_dtype)
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -80,6 +86,7 @@ class Group:
         sent = self._to_comm_dtype(x).contiguous()
         received = sent.new_empty(self.size, *sent.shape)
         work = _all_gather(received, sent[None], group=self.members, async_op=True)
+        assert work is not None  # because of async_op
 
         def finish(kept: Tensor = sent) -> Tensor:  # `sent` must stay alive until the work is done
             work.wait()
@@ -100,6 +107,7 @@ class Group:
         else:  # gloo's reduce-scatter sends twice as many bytes as this all-to-all
             blocks = torch.empty_like(sent)
             work = dist.all_to_all_single(blocks, sent, group=self.members, async_op=True)
+        assert work is not None  # because of async_op
 
         def finish(kept: Tensor = sent) -> Tensor:
             work.wait()

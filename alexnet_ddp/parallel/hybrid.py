@@ -15,7 +15,7 @@ torch's DTensor and its tensor-parallel API are not used, for two reasons:
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -42,15 +42,16 @@ _ELEMENTWISE = {
     "Tanh",
     "Hardswish",
     "Identity",
-    "KeyedDropout",
 }
 
 
+@runtime_checkable
 class _KeyedDropout(Protocol):
-    """The attributes of model/dropout.py's KeyedDropout that a hybrid sets."""
+    """The attributes of model/dropout.py's KeyedDropout that a hybrid uses."""
 
     keys: Tensor | Callable[[], Tensor] | None
     first_unit: int
+    whole_image: bool
 
     def train(self) -> object: ...
 
@@ -159,7 +160,7 @@ class HybridModel(DDPModel):
 
     def _gather_keys(self, num_images: int) -> None:
         """Start gathering the dropout keys of all ranks' images; dropouts wait for the result."""
-        keys = cast(Tensor | None, self._dropouts[0].keys)
+        keys = cast(Tensor | None, self._dropouts[0].keys)  # set_dropout_keys() sets no function
         if keys is None:
             keys = torch.zeros(num_images, dtype=torch.int32, device=self._world.device)
         gathered = _Lazy(self._group.start_all_gather(self._group.pad(keys)))
@@ -169,7 +170,9 @@ class HybridModel(DDPModel):
     def _start_all_reduce(self, parameter: Tensor) -> None:
         """Sum a shard's gradient over the groups, each of which has other images."""
         if self.ddp.require_backward_grad_sync:
+            assert parameter.grad is not None  # this is called after it was accumulated
             work = dist.all_reduce(parameter.grad, group=self._group.copies, async_op=True)
+            assert work is not None  # because of async_op
             self._pending.append(work.wait)
 
 
@@ -223,7 +226,8 @@ def group_size(cfg: HybridConfig, model: nn.Module, names: list[str], world: Wor
     inside_nodes = world.device.type == "cuda" and world.world_size % world.local_world_size == 0
     size = cfg.group_size or (world.local_world_size if inside_nodes else world.world_size)
     require_divisor("parallel.group_size", size, world)
-    first, *others = (cast(nn.Linear, model.get_submodule(name)) for name in names)
+    layers = [model.get_submodule(name) for name in names]
+    first, *others = [layer for layer in layers if isinstance(layer, nn.Linear)]  # all are
     units = min(first.out_features, *(layer.in_features for layer in others))
     if size > units:
         raise ConfigError(
@@ -249,19 +253,18 @@ def shard_layers(
     for name, module in list(sequential.named_children()):
         full_name = f"{prefix}.{name}" if prefix else name
         if full_name in names:
-            linear = cast(nn.Linear, module)
+            assert isinstance(module, nn.Linear)  # find_layers() returns no others
             is_last = full_name == names[-1]
             new = (
-                ColumnLinear(linear, group) if name == first else RowLinear(linear, group, is_last)
+                ColumnLinear(module, group) if name == first else RowLinear(module, group, is_last)
             )
             setattr(sequential, name, new)
             shards |= {f"{full_name}.{key}": shard for key, shard in new.shards.items()}
-            first_unit = Shard(0, linear.weight.shape, group).start()  # of this rank's outputs
+            first_unit = Shard(0, module.weight.shape, group).start()  # of this rank's outputs
             inside = not is_last
-        elif inside and type(module).__name__ == "KeyedDropout":
-            dropout = cast(_KeyedDropout, module)
-            dropout.first_unit = first_unit
-            dropouts.append(dropout)
+        elif inside and isinstance(module, _KeyedDropout):
+            module.first_unit = first_unit
+            dropouts.append(module)
     return shards, dropouts
 
 
@@ -307,6 +310,13 @@ def _chains(prefix: str, sequential: nn.Sequential) -> list[list[str]]:
     for name, module in sequential.named_children():
         if isinstance(module, nn.Linear):
             chains[-1].append(f"{prefix}.{name}" if prefix else name)
-        elif type(module).__name__ not in _ELEMENTWISE or getattr(module, "whole_image", False):
+        elif not _is_elementwise(module):
             chains.append([])
     return [chain for chain in chains if len(chain) > 1]
+
+
+def _is_elementwise(module: nn.Module) -> bool:
+    """Whether `module` treats each unit on its own."""
+    if isinstance(module, _KeyedDropout):
+        return not module.whole_image
+    return type(module).__name__ in _ELEMENTWISE

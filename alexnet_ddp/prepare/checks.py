@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_ddp.config import ConfigError, Encoding, EngineConfig, PrepareConfig
+from alexnet_ddp.config.prepare import WorkersConfig
 from alexnet_ddp.data.sources.classes import (
     NAME,
     class_difference,
@@ -37,8 +38,9 @@ def check_places(source: str, root: str, engine: EngineConfig) -> None:
     for name, place in (("source", source), ("root", root)):
         if os.path.isfile(place):
             raise ConfigError(f"{name} ({place}) is a file; give a directory or a URL")
+    is_one_process = isinstance(engine, WorkersConfig) and engine.workers == 1
     for place in (source, root):
-        if place.startswith("memory://") and getattr(engine, "workers", None) != 1:
+        if place.startswith("memory://") and not is_one_process:
             raise ConfigError(
                 f"{place} is in the memory of this process, which workers cannot read; "
                 "use engine.workers=1"
@@ -138,6 +140,7 @@ def bytes_needed(tasks: Iterable[ShardTask]) -> int | None:
     for task in tasks:
         recipe = task.recipe
         if recipe.encoding is Encoding.raw:
+            assert recipe.size is not None  # it is set for raw images
             sizes: Iterable[int] = [NPY_HEADER + recipe.size**2 * 3] * task.images
         elif recipe.keep_original and recipe.shorter_side is None and task.offsets[0] != WHOLE:
             sizes = task.sizes  # a folder's images may not be JPEGs, and grow when converted

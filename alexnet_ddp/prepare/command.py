@@ -51,6 +51,7 @@ def main(cfg: PrepareConfig, overrides: list[str]) -> None:
             case Action.stats:
                 report.stats(absolute(cfg.root))
             case Action.diff:
+                assert cfg.other is not None  # action=diff requires it
                 report.diff(absolute(cfg.root), absolute(cfg.other))
             case Action.sheet:
                 from alexnet_ddp.prepare.sheet import sheet
@@ -60,12 +61,12 @@ def main(cfg: PrepareConfig, overrides: list[str]) -> None:
 
 def prepare(cfg: PrepareConfig) -> None:
     """Pack each split: list the images, plan the shards, write the missing ones, verify, commit."""
-    root = absolute(cfg.root)
-    check_places(absolute(cfg.source), root, cfg.engine)
+    root, source = absolute(cfg.root), cfg.source
+    assert source is not None  # action=prepare requires it
+    check_places(absolute(source), root, cfg.engine)
     order = read_order(cfg.class_order)
-    plans = [
-        make_plan(cfg, root, split, open_source(cfg.source, split, order)) for split in _splits(cfg)
-    ]
+    splits = [cfg.split.value] if cfg.split is not Split.all else _splits_of(source)
+    plans = [make_plan(cfg, root, split, open_source(source, split, order)) for split in splits]
     check_classes(plans, read_index(Storage(root)))
     warn_about_names(cfg, plans[0].source.classes)
     for plan in plans:
@@ -147,15 +148,14 @@ def _is_committed(root: Storage, split: str, read: bool) -> bool:
     return not damaged
 
 
-def _splits(cfg: PrepareConfig) -> list[str]:
-    if cfg.split is not Split.all:
-        return [cfg.split.value]
-    there = splits_of(cfg.source)
+def _splits_of(source: str) -> list[str]:
+    """The splits that `source` has. Warns if one is missing."""
+    there = splits_of(source)
     if len(there) == 1:
         other = "val" if there == ["train"] else "train"
         log.warning(
             "%s contains no %s images: only %s is packed; training needs both",
-            cfg.source,
+            source,
             other,
             there[0],
         )

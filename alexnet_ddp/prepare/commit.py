@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from alexnet_ddp.data.sources.shard_index import FORMAT, INDEX, ShardIndex, read_index
-from alexnet_ddp.data.sources.shards import SAMPLE
+from alexnet_ddp.data.sources.shards import SAMPLE, SAMPLE_FIELDS
 from alexnet_ddp.data.storage import SCRATCH, Storage
 from alexnet_ddp.prepare.plan import Plan, ShardTask
 from alexnet_ddp.prepare.write import Statistics, to_npy
@@ -152,7 +152,7 @@ def _wids(split: str, shards: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _samples(rows: np.ndarray) -> np.ndarray:
     samples = np.empty(len(rows), SAMPLE)
-    for name in SAMPLE.names:
+    for name in SAMPLE_FIELDS:
         samples[name] = rows[name]
     return samples
 

@@ -61,6 +61,7 @@ def encode(data: bytes, recipe: Recipe) -> Encoded:
     except BadImage as error:
         raise Refused(error.code) from None
     if recipe.encoding is Encoding.raw:
+        assert recipe.size is not None  # it is set for raw images
         pixels = np.ascontiguousarray(square(image, recipe.size))
         return Encoded(_npy(pixels), pixels)
     small = _shrunk(image, recipe.shorter_side)

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -32,7 +32,7 @@ from alexnet_ddp.runtime.terminal import (
 _PARENT_CHECK_S = 1.0  # interval at which a worker checks that its parent is alive
 _LOG_EVERY_S = 60.0  # interval of progress lines if stderr is not a terminal
 
-Engine = Callable[[Callable[[Any], Any], list[Any]], Iterator[Any]]
+Engine = Callable[[Callable[[Any], Any], list[Any]], Generator[Any, None, None]]
 """(function, items) -> the results, in the order in which they are ready."""
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,9 @@ def local_engine(workers: int | None) -> Engine:
     return partial(run_local, workers or num_usable_cores())
 
 
-def run_local(workers: int, fn: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
+def run_local(
+    workers: int, fn: Callable[[Any], Any], items: list[Any]
+) -> Generator[Any, None, None]:
     """Yield fn(item) for each item, in the order in which they finish.
 
     Closing the iterator kills the workers. Raises the first error of fn, or MachineError if a
@@ -90,7 +92,7 @@ def _start(parent: int) -> None:
 
 def with_progress(
     engine: Engine, fn: Callable[[Any], dict], tasks: list[Any], what: str
-) -> Iterator[dict]:
+) -> Generator[dict, None, None]:
     """Yield fn(task) for each task, with a progress bar, or a line each minute without a terminal.
 
     A task has an attribute `images`, its number of images. fn returns a dict with "images".

@@ -34,7 +34,7 @@ def sheet(cfg: PrepareConfig) -> None:
     place = absolute(cfg.source or cfg.root)
     index, names, basis = _open(place, is_source=cfg.source is not None)
     data = DataConfig(image_size=cfg.image_size, on_bad_image=OnBadImage.skip)
-    augment = build_augment(cfg.augment, cfg.seed, data.image_size, data.eval_resize, basis)
+    augment = build_augment(cfg.augment, cfg.seed, data.image_size, data.resized_side, basis)
     indices = GlobalBatchSampler(len(index), _COLUMNS * _ROWS, cfg.seed).batch(0)
     pixels = _pixels(data, index, augment, indices)
     kind = choice_of("augment", type(cfg.augment))
@@ -87,7 +87,9 @@ def draw(pixels: list[np.ndarray | None], names: list[str], title: str) -> Image
     return page
 
 
-def _open(place: str, is_source: bool) -> tuple[SampleIndex, list[str], np.ndarray | None]:
+def _open(
+    place: str, is_source: bool
+) -> tuple[SampleIndex, list[str], tuple[np.ndarray, np.ndarray] | None]:
     """Return (training images, class names, principal axes of their colours if they are known)."""
     storage = Storage(place)
     if not is_source:
@@ -130,7 +132,7 @@ def _with_effects(slots: np.ndarray, augment: Augment, indices: np.ndarray) -> n
     return pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def _fitted(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+def _fitted(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """Cut `text` to `width` pixels, without characters that cannot be drawn."""
     text = text.encode(errors="replace").decode().replace("\n", " ")
     if font.getlength(text) <= width:

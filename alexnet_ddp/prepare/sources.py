@@ -16,8 +16,8 @@ import numpy as np
 
 from alexnet_ddp.data.sources import imagenet, scan
 from alexnet_ddp.data.sources.classes import BY_NAME, ClassOrder
-from alexnet_ddp.data.sources.index import SampleIndex, index_folder
-from alexnet_ddp.data.sources.shard_index import check_file, check_split, read_index
+from alexnet_ddp.data.sources.index import FileStore, index_folder
+from alexnet_ddp.data.sources.shard_index import INDEX, check_file, check_split, read_index
 from alexnet_ddp.data.sources.tars import ArchiveStore, Member, tar_members
 from alexnet_ddp.data.storage import Storage, absolute
 from alexnet_ddp.runtime.errors import ConfigError, DataError
@@ -124,9 +124,11 @@ def _archive(root: Path, split: str, order: ClassOrder) -> Source:
 
 
 def _folder(storage: Storage, split: str, order: ClassOrder) -> Source:
-    index: SampleIndex = index_folder(Path(storage.root), split, order)
-    paths = [index.store.path(i) for i in range(len(index))]
-    return _of_files(storage.root, split, index.classes, index.labels, paths, index.store.sizes)
+    index = index_folder(Path(storage.root), split, order)
+    store = index.store
+    assert isinstance(store, FileStore)
+    paths = [store.path(i) for i in range(len(index))]
+    return _of_files(storage.root, split, index.classes, index.labels, paths, store.sizes)
 
 
 def _remote_folder(storage: Storage, split: str, order: ClassOrder) -> Source:
@@ -189,6 +191,8 @@ def tar_names(storage: Storage, split: str) -> list[str]:
 def shards_source(storage: Storage, split: str) -> Source:
     """List our own shards. Their names, classes and order are kept. Raises DataError."""
     index = read_index(storage)
+    if index is None:
+        raise DataError(f"{storage.root} contains no {INDEX}; give the root of finished shards")
     entry = index.splits[split]
     if entry["recipe"]["encoding"] == "raw":
         raise DataError(

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def _nothing(item: int) -> None:
     """A task without work: spark_tasks checks the executor before it calls this."""
 
 
-def _preflight(context: Any, run: Callable[..., Iterator[Any]]) -> None:
+def _preflight(context: Any, run: Engine) -> None:
     """Check the executors that exist now, see spark_tasks.py; later ones check themselves."""
     warning = (
         "Spark (%s) has not run a task yet: does it have free workers with the requested cores "
@@ -143,8 +143,8 @@ def _start(engine: SparkEngineConfig) -> Any:
             gateway = launch_gateway(settings, {"stdout": output, "stderr": output})
             context = SparkContext(conf=settings, gateway=gateway)
     except Exception as error:
-        output = (folder / "spark.log").read_text(errors="replace")
-        reason = reason_of(str(getattr(error, "java_exception", output or error)))
+        printed = (folder / "spark.log").read_text(errors="replace")
+        reason = reason_of(str(getattr(error, "java_exception", printed or error)))
         raise ConfigError(
             f"Spark ({master}) did not start: {reason}; more in {folder}/spark.log"
         ) from None

@@ -9,7 +9,7 @@ import re
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -25,7 +25,7 @@ _POLL_S = 0.1
 
 def run_spark(
     context: Any, source: str, root: str, fn: Callable[[Any], Any], items: list[Any]
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Yield fn(item) for each item, in the order in which they finish.
 
     Closing the iterator cancels the remaining tasks. Raises the first error.

@@ -17,7 +17,7 @@ from PIL import Image
 
 from alexnet_ddp.config.data import MAX_BYTES
 from alexnet_ddp.data.image import BOMB, TRUNCATED, UNREADABLE
-from alexnet_ddp.data.sources.shards import SAMPLE
+from alexnet_ddp.data.sources.shards import SAMPLE, SAMPLE_FIELDS
 from alexnet_ddp.data.sources.tars import TarWriter
 from alexnet_ddp.data.storage import NotAFile, Storage
 from alexnet_ddp.prepare.encode import Encoded, Refused, encode, fingerprint, square
@@ -27,7 +27,7 @@ from alexnet_ddp.runtime.errors import DataError
 
 # A sample in a sidecar also has its position in the source and a 128-bit hash of its source bytes.
 NOTED = np.dtype(
-    [*((name, SAMPLE[name]) for name in SAMPLE.names), ("row", "<i8"), ("content", "<u8", (2,))]
+    [*((name, SAMPLE[name]) for name in SAMPLE_FIELDS), ("row", "<i8"), ("content", "<u8", (2,))]
 )
 
 Summary = dict[str, Any]
@@ -50,11 +50,8 @@ def write_shard(task: ShardTask) -> Summary:
         return done
     statistics, quarantine = Statistics(), []
     samples, index = [], ["v1.2 {n}"]
-    mean = (
-        None
-        if task.recipe.mean_image is None
-        else np.zeros((task.recipe.mean_image,) * 2 + (3,), np.uint32)
-    )
+    size = task.recipe.mean_image
+    mean = None if size is None else np.zeros((size, size, 3), np.uint32)
     with root.create(f"{task.stem}.tar") as stream:
         tar = TarWriter(stream)
         for k, row in enumerate(task.rows):
@@ -69,7 +66,7 @@ def write_shard(task: ShardTask) -> Summary:
             samples.append((*_add(tar, task, k, encoded, index), row, _content(data)))
             statistics.add(encoded.pixels)
             if mean is not None:
-                mean += square(Image.fromarray(encoded.pixels), task.recipe.mean_image)
+                mean += square(Image.fromarray(encoded.pixels), len(mean))
         sha256 = tar.close()
     index[0] = f"v1.2 {len(samples)}"
     lines = "".join(f"{line}\n" for line in index).encode()

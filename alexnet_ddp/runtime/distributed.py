@@ -7,11 +7,11 @@ a function that all ranks must call begins with "Collective."
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, overload
 
 import torch
 import torch.distributed as dist
@@ -67,8 +67,13 @@ def session(
     """
     ranks = read_ranks(os.environ)
     refuse_lone_tasks(os.environ)
-    device = choose_device(device, ranks.local_rank)
-    world = World(ranks.rank, ranks.local_rank, ranks.world_size, ranks.local_world_size, device)
+    world = World(
+        ranks.rank,
+        ranks.local_rank,
+        ranks.world_size,
+        ranks.local_world_size,
+        choose_device(device, ranks.local_rank),
+    )
     torch.set_num_threads(world.num_cores)  # torchrun's OMP_NUM_THREADS=1 would leave cores idle
     options: dict[str, Any] = {"backend": "gloo", "timeout": timeout}
     if world.device.type == "cuda":
@@ -133,9 +138,11 @@ def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def start_sum(x: torch.Tensor) -> Callable[[], None]:
+def start_sum(x: torch.Tensor) -> Callable[[], object]:
     """Collective. Start to sum `x` over all ranks, in place; call the result to wait for it."""
-    return dist.all_reduce(x, op=dist.ReduceOp.SUM, async_op=True).wait
+    work = dist.all_reduce(x, op=dist.ReduceOp.SUM, async_op=True)
+    assert work is not None  # because of async_op
+    return work.wait
 
 
 def average(tensors: list[torch.Tensor], world: World) -> None:
@@ -219,7 +226,16 @@ def raise_together(error: RunError | None, world: World) -> None:
 
 def from_main(build: Callable[[], T], world: World) -> T:
     """Collective. Call build() on rank 0 and return its result, picklable and small, everywhere."""
-    return cast(T, broadcast(on_all(build, world, takes_part=world.is_main)))
+    built = on_all(build, world, takes_part=world.is_main)
+    return cast(T, broadcast(built))  # rank 0's, which took part
+
+
+@overload
+def on_all(build: Callable[[], T], world: World) -> T: ...
+
+
+@overload
+def on_all(build: Callable[[], T], world: World, takes_part: bool) -> T | None: ...
 
 
 def on_all(build: Callable[[], T], world: World, takes_part: bool = True) -> T | None:
@@ -244,10 +260,10 @@ def first_on_node(build: Callable[[], T], world: World) -> T:
     """
     first = on_all(build, world, takes_part=world.local_rank == 0)
     other = on_all(build, world, takes_part=world.local_rank != 0)
-    return cast(T, first if world.local_rank == 0 else other)
+    return cast(T, first if world.local_rank == 0 else other)  # this rank took part in it
 
 
-def require_same(facts: dict[str, object], world: World) -> None:
+def require_same(facts: Mapping[str, object], world: World) -> None:
     """Collective. Raise ConfigError on all ranks if a rank's facts differ from rank 0's.
 
     Args:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, Protocol, TextIO, runtime_checkable
 
 from alexnet_ddp.runtime.errors import ConfigError
 
@@ -115,6 +115,13 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+@runtime_checkable
+class _Scalar(Protocol):
+    """A number of numpy or torch."""
+
+    def item(self) -> Any: ...
+
+
 def plain(value: Any) -> Any:
     """Convert a value to types that JSON supports.
 
@@ -129,7 +136,7 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, Path):
         return str(value)
-    number = value.item() if hasattr(value, "item") else value
+    number = value.item() if isinstance(value, _Scalar) else value
     if isinstance(number, float) and not math.isfinite(number):
         return str(number)
     return float(number) if isinstance(number, float) else number

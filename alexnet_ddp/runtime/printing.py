@@ -1,8 +1,9 @@
 """Plain lines for users. Names of files and classes are untrusted, so they are escaped."""
 
+import io
 import os
 import sys
-from typing import TextIO
+from typing import IO, TextIO
 
 
 def printable(text: object, keep: str = "") -> str:
@@ -32,11 +33,11 @@ def say(line: object = "", stream: TextIO | None = None) -> None:
 
 def escape_unencodable(stream: TextIO) -> None:
     """Escape characters that the encoding of `stream` lacks, such as a Latin-1 locale's."""
-    if hasattr(stream, "reconfigure") and stream.errors != "backslashreplace":
+    if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
         stream.reconfigure(errors="backslashreplace")
 
 
-def discard(stream: TextIO) -> None:
+def discard(stream: IO[str]) -> None:
     """Redirect `stream` to /dev/null, including Python's last flush."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())

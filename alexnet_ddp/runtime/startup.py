@@ -12,6 +12,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _MULTI_RANK_COMMANDS = ("train", "evaluate", "doctor", "replay")
@@ -178,7 +182,7 @@ class _NeverFailing(io.FileIO):
 
     has_failed = False
 
-    def write(self, data: bytes) -> int | None:
+    def write(self, data: "ReadableBuffer", /) -> int:
         try:
             return super().write(data)
         except OSError as error:
@@ -190,7 +194,7 @@ class _NeverFailing(io.FileIO):
                     f"warning: some output could not be written to stdout ({error.strerror})",
                     sys.stderr,
                 )
-            return len(data)
+            return memoryview(data).nbytes
 
 
 def _never_failing(stream: io.TextIOWrapper) -> io.TextIOWrapper:

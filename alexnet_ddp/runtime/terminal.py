@@ -9,6 +9,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console as RichConsole
+from rich.console import RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,6 +18,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.style import StyleType
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -66,11 +68,24 @@ class Table(RichTable):
         for heading in headings:
             self.add_column(heading)
 
-    def add_column(self, header: str = "", **options: Any) -> None:
-        super().add_column(Text(printable(header, keep="\n")), **{"overflow": "fold"} | options)
+    def add_column(
+        self, header: RenderableType = "", footer: RenderableType = "", **options: Any
+    ) -> None:
+        heading, end = _literal(header, keep="\n"), _literal(footer, keep="\n")
+        super().add_column(heading, end, **{"overflow": "fold"} | options)
 
-    def add_row(self, *cells: str, style: str | None = None) -> None:
-        super().add_row(*(Text(printable(cell)) for cell in cells), style=style)
+    def add_row(
+        self,
+        *cells: RenderableType | None,
+        style: StyleType | None = None,
+        end_section: bool = False,
+    ) -> None:
+        shown = (None if cell is None else _literal(cell) for cell in cells)
+        super().add_row(*shown, style=style, end_section=end_section)
+
+
+def _literal(content: RenderableType, keep: str = "") -> RenderableType:
+    return Text(printable(content, keep)) if isinstance(content, str) else content
 
 
 def column(template: str) -> TextColumn:

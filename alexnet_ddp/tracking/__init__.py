@@ -6,11 +6,13 @@ Only metrics.jsonl must work. If another sink fails, a warning is printed and th
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from alexnet_ddp.config import LoggerConfig
+from alexnet_ddp.runtime.errors import RunError
 from alexnet_ddp.tracking.console import Console, build_console, headline
 from alexnet_ddp.tracking.record import (
     RunStatus,
@@ -76,12 +78,12 @@ class Tracker:
         if self._record:
             record_run(self._run_dir, config_yaml, facts, classes)
 
-    def log(self, step: int, epoch: float, metrics: dict[str, float | int | str]) -> None:
+    def log(self, step: int, epoch: float, metrics: dict[str, float | str]) -> None:
         """Write one row. epoch: passes over the data, fractional. Raises no error of a sink."""
         if self._record:
             self._record.write(step, epoch, metrics)
         for sink in list(self._sinks):
-            self._attempt(sink, lambda sink=sink: sink.write(step, epoch, metrics))
+            self._attempt(sink, partial(sink.write, step, epoch, metrics))
         if self._console:
             self._console.write(step, epoch, metrics)
 
@@ -105,7 +107,7 @@ class Tracker:
         if record:
             record.close(exit_code)
         for sink in sinks:
-            self._attempt(sink, lambda sink=sink: sink.close(exit_code))
+            self._attempt(sink, partial(sink.close, exit_code))
         if self._console:
             self._console.close(exit_code)
 
@@ -115,7 +117,8 @@ class Tracker:
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(0 if error is None else getattr(error, "exit_code", 1))
+        failed = error.exit_code if isinstance(error, RunError) else 1
+        self.close(0 if error is None else failed)
 
     def add(self, name: str, build: Callable[[], Sink]) -> None:
         """Add the sink that `build` returns. If it raises, print a warning and continue without."""
@@ -153,7 +156,13 @@ def build_tracker(cfg: LoggerConfig, run_dir: Path, run: RunInfo) -> Tracker:
         )
     mode = wandb_mode(cfg.wandb.value)
     if mode != "disabled":
-        spec = {"mode": mode, "project": cfg.wandb_project, "name": run.name, "config": run.config}
-        spec |= {"offset": record.start_offset, "program": sys.argv[0]}
+        spec = {
+            "mode": mode,
+            "project": cfg.wandb_project,
+            "name": run.name,
+            "config": run.config,
+            "offset": record.start_offset,
+            "program": sys.argv[0],
+        }
         tracker.add(WandbSink.name, lambda: WandbSink(run_dir, spec, tracker.say))
     return tracker

@@ -111,7 +111,7 @@ class BarConsole:
         self._show(self._live.stop)
         self._closed = True
 
-    def _show(self, call: Callable[[], None]) -> None:
+    def _show(self, call: Callable[[], object]) -> None:
         try:
             call()
         except OSError:  # the terminal was closed: continue without output

@@ -123,7 +123,9 @@ def _git(tree: Path = PACKAGE) -> dict[str, Any] | None:
     if _git_output(tree, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     commit = _git_output(tree, "rev-parse", "HEAD")
-    return commit and {"commit": commit, "dirty": bool(_git_output(tree, "status", "--porcelain"))}
+    if not commit:
+        return None
+    return {"commit": commit, "dirty": bool(_git_output(tree, "status", "--porcelain"))}
 
 
 def _git_output(tree: Path, *arguments: str) -> str | None:

@@ -12,9 +12,9 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 INIT_S = 5.0
 FINISH_S = 4.0
@@ -23,6 +23,7 @@ LIMIT_S = 12.0  # this process exits at most so long after the run, even if wand
 KILLED = 137  # 128 + SIGKILL, the exit code that a shell reports
 
 End = queue.Queue[int]
+Mode = Literal["online", "offline"]
 
 
 def main() -> None:
@@ -34,11 +35,12 @@ def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_bytes())
     end: End = queue.Queue()
     threading.Thread(target=listen, args=(end,), daemon=True).start()
-    code = follow(spec, sys.argv[2], end, lambda text: os.write(stdout, f"{text}\n".encode()))
+    mode: Mode = "online" if sys.argv[2] == "online" else "offline"
+    code = follow(spec, mode, end, lambda text: os.write(stdout, f"{text}\n".encode()))
     os._exit(code)  # wandb's exit hook would wait for its service without a timeout
 
 
-def follow(spec: dict[str, Any], mode: str, end: End, say: Any) -> int:
+def follow(spec: dict[str, Any], mode: Mode, end: End, say: Callable[[str], object]) -> int:
     """Send rows until the run ends. Errors of wandb become one line each; return the exit code."""
     try:
         run = init(spec, mode)
@@ -60,7 +62,7 @@ def follow(spec: dict[str, Any], mode: str, end: End, say: Any) -> int:
     return 0
 
 
-def init(spec: dict[str, Any], mode: str) -> Any:
+def init(spec: dict[str, Any], mode: Mode) -> Any:
     """Return a new or resumed wandb run. Raises what wandb raises."""
     import wandb
 

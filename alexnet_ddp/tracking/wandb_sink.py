@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from alexnet_ddp.runtime.files import write_bytes, write_json
 from alexnet_ddp.runtime.redaction import redact
@@ -43,6 +43,14 @@ def wandb_id(run_dir: Path) -> str:
     return found
 
 
+class _Helper(NamedTuple):
+    """The helper process and its pipes."""
+
+    process: subprocess.Popen[bytes]
+    stdin: IO[bytes]
+    stdout: IO[bytes]
+
+
 class WandbSink:
     """Starts the helper process and prints its messages.
 
@@ -67,7 +75,7 @@ class WandbSink:
         write_json(directory / "helper.json", redact(spec) | own | {"upload": self._upload})
         if self._mode == "offline":
             say(f"wandb: offline; {self._upload}")
-        self._process = self._start()
+        self._helper = self._start()
 
     def write(self, step: int, epoch: float, metrics: dict[str, Any]) -> None:
         """Print the helper's messages, and restart it offline if it could not connect.
@@ -75,7 +83,7 @@ class WandbSink:
         The helper reads the row from metrics.jsonl. Raises RuntimeError if it has failed.
         """
         self._pass_on()
-        self._check(self._process.poll())
+        self._check(self._helper.process.poll())
 
     def close(self, exit_code: int) -> None:
         """Give the helper CLOSE_S to send the remaining rows; unsent rows stay on disk.
@@ -90,7 +98,7 @@ class WandbSink:
         finally:
             self._end()
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> "_Helper":
         with (self._directory / "helper.log").open("ab") as log:
             process = subprocess.Popen(
                 [
@@ -106,15 +114,17 @@ class WandbSink:
                 env={"WANDB_ERROR_REPORTING": "false", **os.environ},
                 start_new_session=True,  # no Ctrl-C, and no terminal for wandb to prompt on
             )
+        assert process.stdin is not None  # a pipe, and so is the next
+        assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
-        return process
+        return _Helper(process, process.stdin, process.stdout)
 
     def _check(self, code: int | None) -> bool:
         """Handle an exit code of the helper; True if it was restarted offline."""
         if code == NOT_ONLINE and self._mode == "online":
             self._end()
             self._mode = "offline"  # wandb cannot start a run twice in one process
-            self._process = self._start()
+            self._helper = self._start()
             return True
         if code:
             raise RuntimeError(
@@ -125,23 +135,23 @@ class WandbSink:
     def _finish(self, exit_code: int, deadline: float) -> int:
         # The helper may have ended already; its exit code is checked below.
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(f"{exit_code}\n".encode())
-            self._process.stdin.flush()
+            self._helper.stdin.write(f"{exit_code}\n".encode())
+            self._helper.stdin.flush()
         try:
-            return self._process.wait(max(0.1, deadline - time.monotonic()))
+            return self._helper.process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"it did not finish in {CLOSE_S:.0f} s") from None
 
     def _end(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        self._helper.process.kill()
+        self._helper.process.wait()
         self._pass_on()
-        self._process.stdout.close()
+        self._helper.stdout.close()
         try:
-            self._process.stdin.close()
+            self._helper.stdin.close()
         except BrokenPipeError:
             return  # the helper ended before it read the exit code
 
     def _pass_on(self) -> None:
-        for line in (self._process.stdout.read() or b"").decode(errors="replace").splitlines():
+        for line in (self._helper.stdout.read() or b"").decode(errors="replace").splitlines():
             self._say(line)

@@ -24,7 +24,7 @@ class EMA:
         """Average once more if `applied`, a bool on the device, is true. No host wait."""
         parameters = self._parameters
         averages = list(self._average.values())
-        weights = [parameters[name] for name in self._average]
+        weights: list[Tensor] = [parameters[name] for name in self._average]
         share = (1 - self._decay) * applied.to(averages[0].dtype)
         torch._foreach_lerp_(averages, weights, [share] * len(averages))
 

@@ -317,29 +317,36 @@ class LARS(torch.optim.Optimizer):
         self._whole_norms = global_norms  # called once a step
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure
         assert getattr(self, "grad_scale", None) is None, (
             "unscale the gradients first: their norms count here"
         )
         owners = [
-            (p, group) for group in self.param_groups for p in group["params"] if p.grad is not None
+            (p, p.grad, group)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
         ]
-        parameters = [p for p, _ in owners]
-        here = torch.stack([norms(parameters), norms([p.grad for p in parameters])])
+        parameters = [p for p, _, _ in owners]
+        here = torch.stack([norms(parameters), norms([grad for _, grad, _ in owners])])
         whole = self._whole_norms(here, parameters)
-        for (parameter, group), w, g in zip(owners, *whole.unbind()):
-            self._update(parameter, group, w, g)
+        for (parameter, grad, group), w, g in zip(owners, *whole.unbind()):
+            self._update(parameter, grad, group, w, g)
 
-    def _update(self, parameter: nn.Parameter, group: dict, w: Tensor, g: Tensor) -> None:
+    def _update(
+        self, parameter: nn.Parameter, grad: Tensor, group: dict, w: Tensor, g: Tensor
+    ) -> None:
         """w, g: norms of the whole weight and gradient, scalars on the device."""
         decay, lr = group["weight_decay"], torch.full_like(w, group["lr"])
         if group["adapts"]:
             lr *= torch.where((w > 0) & (g > 0), group["eta"] * w / (g + decay * w), 1.0)
         if decay:
-            parameter.grad.add_(parameter, alpha=decay)
+            grad.add_(parameter, alpha=decay)
         # With a loss scale of 1 / lr and a rate of 1, torch's kernel has lr within v.
         sgd(
-            *([parameter], [parameter.grad], [self.state[parameter]["momentum_buffer"]]),
+            [parameter],
+            [grad],
+            [self.state[parameter]["momentum_buffer"]],
             fused=True,
             grad_scale=lr.reciprocal().float(),
             found_inf=getattr(self, "found_inf", None),

@@ -4,13 +4,14 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from alexnet_ddp.checkpoint.format import weights_of_run
-from alexnet_ddp.checkpoint.manager import Groups, LoadedGroups
+from alexnet_ddp.checkpoint.manager import LoadedGroups
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import Batch, Loader, build_loader
 from alexnet_ddp.model import (
@@ -24,6 +25,7 @@ from alexnet_ddp.model import (
     without_weights,
 )
 from alexnet_ddp.parallel import build_parallel
+from alexnet_ddp.parallel.group import ShardedTensor
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.training.ema import EMA
 from alexnet_ddp.training.optim import OptimizerState, build_optimizer
@@ -71,7 +73,7 @@ class TrainingParts:
         saved, setup.saved = self._follow_classes(setup.saved, self.model), {}  # free the memory
         if saved:  # before layers are split, so that an error names full shapes
             load_checkpoint(self.model, saved["model"], self._checkpoint_name())
-        self.model.to(world.device, memory_format=torch.channels_last)
+        self.model.to(world.device).to(memory_format=torch.channels_last)
         parallel = choose_parallelism(cfg, self.model, world)
         if cfg.trainer.compile:
             # A few recompilations per image size, if images grow. Past 8 torch would run eagerly.
@@ -103,13 +105,13 @@ class TrainingParts:
             self.parallel_model.hook.set_step(0)
         self.train_step.load_state_dict(setup.state.sums, setup.state.scaler)
         augment = build_augment(
-            cfg.augment, cfg.seed, cfg.data.image_size, cfg.data.eval_resize, data.colour_basis
+            cfg.augment, cfg.seed, cfg.data.image_size, cfg.data.resized_side, data.colour_basis
         )
         cores, device = world.num_cores, world.device
         self.train_loader: Loader = build_loader(cfg.data, data.train, augment, cores, device, True)
         self.val_loader: Loader = build_loader(cfg.data, data.val, None, cores, device)
 
-    def state_dict(self) -> Groups:
+    def state_dict(self) -> dict[str, dict[str, Tensor | ShardedTensor]]:
         """Collective. Part -> its tensors by name; a tensor may be a shard of a split one."""
         groups = {name: part.state_dict() for name, part in self._stateful.items()}
         return {
@@ -188,7 +190,7 @@ class TrainingParts:
         start = without_weights(cfg.model, setup.state.transform_input)
         if not setup.saved and cfg.model.weights is not None:
             weights, known = distributed.from_main(
-                lambda: weights_of_run(cfg.model.weights, cfg.run.root), world
+                partial(weights_of_run, cfg.model.weights, cfg.run.root), world
             )
             start = replace(cfg.model, weights=weights)
         model = distributed.on_all(

@@ -6,13 +6,14 @@ or on the order.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from alexnet_ddp import rng
+from alexnet_ddp.parallel.group import ShardedTensor
 from alexnet_ddp.runtime.distributed import World, all_equal, all_gather
 from alexnet_ddp.runtime.errors import Diverged
 
@@ -39,7 +40,9 @@ class Replicas:
         """True if a comparison is due after `step` steps."""
         return self._every is not None and step % self._every == 0
 
-    def check(self, step: int, tensors: Callable[[], dict[str, dict[str, Tensor]]]) -> None:
+    def check(
+        self, step: int, tensors: Callable[[], dict[str, dict[str, Tensor | ShardedTensor]]]
+    ) -> None:
         """Collective. Compare the replicas if that is due after `step` steps, or was never done.
 
         tensors(): part -> tensors by name. Raises Diverged on all ranks, with the names of the
@@ -58,7 +61,7 @@ class Replicas:
             },
         )
 
-    def _compare(self, step: int, tensors: dict[str, Tensor]) -> None:
+    def _compare(self, step: int, tensors: Mapping[str, Tensor | ShardedTensor]) -> None:
         # Integers (BatchNorm's num_batches_tracked) are left out: they differ if a rank had no
         # images in a short batch.
         tensors = {name: t for name, t in tensors.items() if t.is_floating_point()}

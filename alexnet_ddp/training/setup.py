@@ -91,7 +91,7 @@ class RunSetup:
     def _require_same_on_all_ranks(self, run_identity: dict[str, object]) -> None:
         """Collective. Images come first and in words: a fingerprint alone names no difference."""
         trainer = self.cfg.trainer
-        same = {
+        same: dict[str, object] = {
             "training images": _description(self.data.train),
             "validation images": _description(self.data.val),
         }
@@ -107,12 +107,12 @@ def choose_parallelism(cfg: Config, model: torch.nn.Module, world: World) -> Par
 
     Raises ConfigError for a hybrid whose optimizer cannot update a shard of a tensor by itself.
     """
-    is_hybrid = isinstance(cfg.parallel, HybridConfig)
+    hybrid = cfg.parallel if isinstance(cfg.parallel, HybridConfig) else None
     is_auto = isinstance(cfg.parallel, AutoParallelConfig)
     reason = needs_whole_tensors(cfg.optimizer)
-    if is_hybrid and reason is not None:
+    if hybrid is not None and reason is not None:
         raise ConfigError(f"{reason}, and parallel=hybrid splits tensors; use parallel=ddp")
-    if not is_auto and not (is_hybrid and cfg.parallel.group_size == AUTO):
+    if not is_auto and not (hybrid is not None and hybrid.group_size == AUTO):
         return cfg.parallel
     if reason is not None:
         log.info("parallel=auto takes ddp: %s", reason)
@@ -126,18 +126,19 @@ def choose_parallelism(cfg: Config, model: torch.nn.Module, world: World) -> Par
     gpu = torch.cuda.get_device_name() if world.device.type == "cuda" else None
 
     def choose() -> tuple[int, str]:
-        names = find_layers(model, cfg.parallel.split) if is_hybrid else None
+        names = find_layers(model, hybrid.split) if hybrid is not None else None
         network = read_network(model, cfg.data.image_size, names)
         machines = guess(world.world_size, world.local_world_size, gpu, cfg.trainer.precision)
         narrow = cfg.trainer.precision is not Precision.fp32
-        narrow |= is_hybrid and cfg.parallel.wire_dtype is WireDtype.bf16
-        choice = choose_guessing(network, *machines, images, is_hybrid, 2 if narrow else 4)
+        narrow |= hybrid is not None and hybrid.wire_dtype is WireDtype.bf16
+        item_bytes = 2 if narrow else 4
+        choice = choose_guessing(network, *machines, images, hybrid is not None, item_bytes)
         return choice.strategy.group, choice.reason
 
     group, reason = distributed.from_main(choose, world)
-    if is_hybrid:
+    if hybrid is not None:
         log.info("parallel.group_size=auto takes %s", reason)
-        return replace(cfg.parallel, group_size=group)
+        return replace(hybrid, group_size=group)
     log.info("parallel=auto takes %s", reason)
     return HybridConfig(group_size=group) if group > 1 else DDPConfig()
 

@@ -85,9 +85,8 @@ class TrainStep:
             (), device=world.device
         )  # 1 if the last gradient was not finite
         if not self.scaler.is_enabled() and reads_found_inf(optimizer):
-            optimizer.found_inf = (
-                self._nonfinite
-            )  # fused kernels read it on the device: no host wait
+            # Fused kernels read it on the device: no host wait. torch's GradScaler sets it, too.
+            optimizer.found_inf = self._nonfinite  # type: ignore[attr-defined]
         self._blank = torch.zeros(1, 3, image_size, image_size, device=world.device)
         parallel_model.on_wait(self._waiting)
         with autocast(cfg.precision, world):
@@ -200,9 +199,10 @@ class TrainStep:
         self.scaler.unscale_(self.optimizer)
         self.parallel_model.sync_found_inf(self.scaler, self.optimizer)
         parameters = [p for p in self._model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         if correction != 1:
-            torch._foreach_mul_([p.grad for p in parameters], correction)
-        local_norms = norms([p.grad for p in parameters])
+            torch._foreach_mul_(gradients, correction)
+        local_norms = norms(gradients)
         global_norms = self.parallel_model.global_norms(local_norms, parameters)
         grad_norm = torch.linalg.vector_norm(global_norms)
         if self.cfg.clip_grad_norm is not None:

@@ -6,7 +6,7 @@ parts.py.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -339,10 +339,11 @@ class Trainer:
         self.saved_at = time.monotonic()
         self.status.running(self.state.step)
 
-    def _log(self, row: dict[str, float | int | str]) -> None:
+    def _log(self, row: Mapping[str, float | str]) -> None:
         """Write a row, with a hash that identifies the images of the last step."""
-        images = {"data/index_hash": index_hash(self.sampler.batch(self.state.step - 1))}
-        self.tracker.log(self.state.step, self.budget.epoch(self.state.step), row | images)
+        images = index_hash(self.sampler.batch(self.state.step - 1))
+        metrics = {**row, "data/index_hash": images}
+        self.tracker.log(self.state.step, self.budget.epoch(self.state.step), metrics)
 
     @contextmanager
     def _not_training(self) -> Iterator[None]:

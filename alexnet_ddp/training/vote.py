@@ -50,7 +50,7 @@ class VoteExchange:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._wait: Callable[[], None] = lambda: None
+        self._wait: Callable[[], object] = lambda: None
         on_gpu = world.device.type == "cuda"
         self._mine, self._host = (
             torch.zeros(7, dtype=torch.float64, pin_memory=on_gpu) for _ in range(2)

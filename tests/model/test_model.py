@@ -332,6 +332,11 @@ def test_dropout_in_evaluation_and_with_p_0_is_the_identity():
     assert KeyedDropout(0.0, 1)(x) is x
 
 
+def test_dropout_without_keys_names_the_missing_call():
+    with pytest.raises(RuntimeError, match="set_dropout_keys"):
+        KeyedDropout(0.5, 1)(torch.ones(1, 4))
+
+
 def test_stochastic_depth_keeps_or_drops_whole_images_by_key():
     depth = KeyedDropout(0.5, 3, whole_image=True)
     set_dropout_keys(depth, 0, 0, torch.arange(400, dtype=torch.int32))

@@ -16,7 +16,7 @@ from alexnet_ddp.config import ConfigError
 from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.prepare import checks, plan, write
 from alexnet_ddp.prepare.command import prepare
-from alexnet_ddp.prepare.sources import open_source
+from alexnet_ddp.prepare.sources import open_source, shards_source
 from alexnet_ddp.runtime.errors import DataError, MachineError
 from tests.archives import DEVKIT, VAL, age_tree, extract, jpeg, lay_out, make_archives
 from tests.conftest import make_folder
@@ -394,6 +394,11 @@ def test_a_folder_wins_over_tars_beside_it(folder, tmp_path):
     tree = Path(shutil.copytree(folder, tmp_path / "tree"))
     (tree / "train-backup.tar").write_bytes(b"not ours")
     assert len(open_source(str(tree), "train")) == 48
+
+
+def test_a_folder_without_an_index_is_no_source_of_shards(tmp_path):
+    with pytest.raises(DataError, match=r"contains no index\.json"):
+        shards_source(Storage(str(tmp_path)), "train")
 
 
 def test_the_root_must_not_be_the_source(folder, tmp_path):

@@ -34,8 +34,9 @@ class ClassOrder:
         origin: the file or folder that contains them, for messages.
         Raises DataError if this order does not fit the names.
         """
-        if self.names is not None and (self.is_binding or set(self.names) == set(found)):
-            return self._as_stated(found, origin)
+        names = self.names
+        if names is not None and (self.is_binding or set(names) == set(found)):
+            return self._as_stated(list(names), found, origin)
         if self.choice == NAME:
             return sorted(found)
         others = sorted(name for name in found if not _WHOLE_NUMBER.fullmatch(name))
@@ -58,12 +59,12 @@ class ClassOrder:
         """A cache key: two orders with the same key arrange all names in the same way."""
         return self.choice if self.names is None else "\n".join((str(self.is_binding), *self.names))
 
-    def _as_stated(self, found: list[str], origin: str) -> list[str]:
+    def _as_stated(self, names: list[str], found: list[str], origin: str) -> list[str]:
         remedy = f"list exactly the classes of {origin}, one per line"
-        difference = class_difference(self.choice, list(self.names), origin, found, remedy)
+        difference = class_difference(self.choice, names, origin, found, remedy)
         if difference:
             raise DataError(f"class_order={self.choice} does not fit: {difference}")
-        return list(self.names)
+        return names
 
 
 BY_NAME = ClassOrder()

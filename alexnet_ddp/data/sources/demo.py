@@ -33,7 +33,7 @@ USABLE_VERSIONS = (1, 2)  # runs that started on version 1 (drawn by OpenCV) can
 COUNTS = {"train": 4000, "val": 1000}
 MARKER = "demo.json"
 
-Ints = NDArray[np.int32]  # int64 for products
+Ints = NDArray[np.signedinteger]  # int32, or int64 for products
 
 _PX = 16  # coordinates are in 1/16 px
 _BITS = 8

@@ -89,6 +89,7 @@ def open_archive(
     if split == "train":
         index, names = _train_archive(root / TRAIN, order, may_be_cut=True)
     else:
+        assert devkit is not None  # read above
         classes = order.arrange(list(devkit.words), str(root / DEVKIT))
         index, names = _val_archive(root / VAL, devkit, classes, may_be_cut=True)
     words = devkit.words if devkit else {}
@@ -125,7 +126,9 @@ def read_devkit(path: Path) -> Devkit:
             for member in archive:
                 if member.isfile() and member.name.endswith(("data/meta.mat", _GROUND_TRUTH)):
                     name = "data/" + member.name.rsplit("/", 1)[1]
-                    files[name] = archive.extractfile(member).read()
+                    content = archive.extractfile(member)
+                    assert content is not None  # it is a file
+                    files[name] = content.read()
         wnids, words = _synsets(files["data/meta.mat"])
         return Devkit(wnids, words, [int(line) for line in files[_GROUND_TRUTH].split()])
     except KeyError as error:
@@ -264,14 +267,17 @@ def _scan_val(path: Path, expected: int, stamps: scan.Stamps, may_be_cut: bool) 
         images = _images(
             scan.watched(members, expected, f"indexing {path.name}"), ignored, str(path)
         )
-    numbers = [_VAL_NAME.fullmatch(m.name) for m in images]
-    if None in numbers:
-        raise DataError(
-            f"{path} contains {images[numbers.index(None)].name}; images must be named "
-            "ILSVRC2012_val_00000001.JPEG and so on: copy it again from its source"
-        )
+    numbers = []
+    for member in images:
+        named = _VAL_NAME.fullmatch(member.name)
+        if named is None:
+            raise DataError(
+                f"{path} contains {member.name}; images must be named "
+                "ILSVRC2012_val_00000001.JPEG and so on: copy it again from its source"
+            )
+        numbers.append(int(named[1]))
     found = {
-        "numbers": np.array([int(n[1]) for n in numbers], np.int32),
+        "numbers": np.array(numbers, np.int32),
         "notes": scan.to_json(ignored.notes()),
     }
     return found | _places(images)

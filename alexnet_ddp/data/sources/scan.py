@@ -176,7 +176,8 @@ def _save(file: Path, arrays: Arrays) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(file, draft) as stream:
-            np.savez(stream, **arrays)  # with a CRC for each array, so a torn file is noticed
+            # With a CRC for each array, so that a torn file is noticed.
+            np.savez(stream, **arrays)  # type: ignore[arg-type]  # no array is named allow_pickle
     except OSError as error:
         log.warning(
             "the index cannot be cached in %s (%s): the next start builds it again",

@@ -48,6 +48,7 @@ SAMPLE = np.dtype(
         ("crc32", "<u4"),  # of the image's bytes
     ]
 )
+SAMPLE_FIELDS = SAMPLE.names or ()
 NPY_HEADER = 128  # bytes before the pixels of a raw image
 
 
@@ -111,6 +112,7 @@ class ShardStore:
 
     def read_rows(self, i: int, top: int, rows: np.ndarray) -> None:
         """Read raw image `i` from row `top` into `rows`, uint8 [n, raw_size, 3]. Raises OSError."""
+        assert self.raw_size is not None  # only raw images have rows
         shard, offset, *_ = self.samples[i].item()
         at = offset + NPY_HEADER + top * self.raw_size * 3
         count = self._open_for(shard, os.preadv, [rows], at)
@@ -122,10 +124,9 @@ class ShardStore:
 
         Returns at once. Raises OSError.
         """
-        wanted = self.samples[indices]
-        if self.files.cache is not None:
+        wanted, files = self.samples[indices], self.files
+        if files.cache is not None:
             for shard in np.unique(wanted["shard"]).tolist():
-                files = self.files
                 files.cache.will_need(files.names[shard], files.sha256[shard], files.sizes[shard])
             return
         for shard, offset, size in zip(
@@ -161,7 +162,7 @@ class ShardStore:
         return {"files": self.files, "samples": np.array(self.samples), "raw_size": self.raw_size}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+        ShardStore.__init__(self, **state)
 
     def __del__(self) -> None:
         for descriptor in self._open.values():

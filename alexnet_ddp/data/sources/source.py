@@ -1,6 +1,7 @@
 """What every source of images provides. Files, tar archives and shards implement it."""
 
-from typing import NamedTuple, Protocol, Self
+from dataclasses import dataclass
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -39,7 +40,8 @@ class ImageSource(Protocol):
         ...
 
 
-class Skipped(NamedTuple):
+@dataclass(frozen=True)
+class Skipped:
     """An image that could not be used and was left out."""
 
     position: int  # in the list of requested images
