@@ -19,9 +19,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from alexnet_ddp.checkpoint.store import RunState
-
 from alexnet_ddp import cli
+from alexnet_ddp.checkpoint.manager import RunState
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.signals import StopSignal
 from alexnet_ddp.runtime.watchdog import Watchdog

@@ -1,5 +1,7 @@
 """The benchmarks run; their figures are not tested."""
 
+import ast
+import importlib
 import json
 import os
 import subprocess
@@ -11,6 +13,31 @@ import pytest
 from tests import cluster
 
 ROOT = Path(__file__).parents[1]
+
+
+def test_what_the_benchmarks_import_from_the_package_exists():
+    found = 0
+    for file in sorted((ROOT / "benchmarks").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("alexnet_ddp"):
+                for alias in node.names:
+                    found += 1
+                    module = importlib.import_module(node.module)
+                    if not hasattr(module, alias.name):  # then it is a module of a package
+                        importlib.import_module(f"{node.module}.{alias.name}")
+    assert found > 20
+
+
+@pytest.mark.slow
+def test_the_survival_benchmark_writes_its_rows(tmp_path):
+    command = [sys.executable, "benchmarks/survival.py", "--quick", "--json", str(tmp_path / "s")]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "s").read_text())["results"]
+    assert [row["id"] for row in results if row["id"]] == ["P13", "stall"]
+    assert all(row["n"] == 1 for row in results)
 
 
 @pytest.mark.slow

@@ -526,7 +526,12 @@ def test_spark_runs_a_preparation_and_stops_its_cluster(cluster):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 0)]
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_spark_without_a_preparation_prints_its_address_and_runs_until_a_signal(
     cluster, number, code

@@ -403,7 +403,7 @@ def test_eight_ranks_take_three_steps_on_two_cores(image_folder, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda root: shutil.rmtree(root), "is not a folder; give one that holds train/CLASS/*"),
+        (lambda root: shutil.rmtree(root), "is not a folder; give one that contains train/CLASS/*"),
         (
             lambda root: shutil.rmtree(root / "val/class1"),
             "only train has class1; add or remove these class folders",

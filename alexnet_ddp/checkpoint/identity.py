@@ -44,6 +44,8 @@ _FREE_OPTIONS = {
     "data.num_val",
     "data.num_classes",
     "data.class_order",
+    "data.val_fraction",
+    "data.fold",
     # `windows` covers these.
     "data.shuffle",
     "data.window_shards",

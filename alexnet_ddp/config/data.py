@@ -1,5 +1,6 @@
 """Options of the data (data=CHOICE) and of its augmentation (augment=CHOICE)."""
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -158,9 +159,9 @@ class StoredConfig(DataConfig):
     root: str = option(
         MISSING,
         "Location of the data. demo: the folder in which the built-in data is written once. "
-        "folder: contains train/CLASS/* and val/CLASS/*. imagenet: contains the three ILSVRC2012 "
-        "archives as distributed, or the extracted train/ and val/. shards: a folder or an fsspec "
-        "URL written by `python -m alexnet_ddp.prepare`.",
+        "folder: contains train/CLASS/* and val/CLASS/*, or CLASS/*. imagenet: contains the three "
+        "ILSVRC2012 archives as distributed, or the extracted train/ and val/. shards: a folder or "
+        "an fsspec URL written by `python -m alexnet_ddp.prepare`.",
     )
 
 
@@ -177,7 +178,40 @@ class LabelledConfig(StoredConfig):
 
 @dataclass(kw_only=True)
 class FolderConfig(LabelledConfig):
-    """Your own images: root/train/CLASS/* and root/val/CLASS/*."""
+    """Your own images: root/train/CLASS/* and root/val/CLASS/*, or root/CLASS/*, divided."""
+
+    val_fraction: float | None = option(
+        None,
+        "Divide root/CLASS/*: the share of the images that is the validation set. A hash of its "
+        "name decides about each image, so that it stays in its set when files are added.",
+        null="root contains train and val",
+        above=0,
+        below=1,
+    )
+    fold: str | None = option(
+        None,
+        "Divide root/CLASS/* for cross-validation. K/N, such as 2/5: the validation set is the "
+        "K-th of N equal parts of each class.",
+        null="no cross-validation",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.val_fraction is not None and self.fold is not None:
+            both = f"data.val_fraction ({self.val_fraction}) and data.fold ({self.fold})"
+            raise ConfigError(f"{both} both choose the validation set; give one of them")
+        k, n = self.fold_of or (1, 2)
+        if not 1 <= k <= n or n < 2:
+            rule = "must be K/N with 1 <= K <= N and N at least 2, such as 2/5"
+            raise ConfigError(f"data.fold ({self.fold}) {rule}")
+
+    @property
+    def fold_of(self) -> tuple[int, int] | None:
+        """(K, N) of data.fold; (0, 0) if it has another form."""
+        if self.fold is None:
+            return None
+        found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", self.fold)
+        return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 @dataclass(kw_only=True)

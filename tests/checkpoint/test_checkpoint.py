@@ -202,8 +202,14 @@ def test_forty_flipped_bits_over_all_files_are_all_rejected_by_file_name(run):
     ckpt.verify(directory)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("stem", ["model", "ema", "optimizer"])
+@pytest.mark.parametrize(
+    ("stem", "dtype"),
+    [
+        *(("model", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+        ("ema", torch.float64),
+        ("optimizer", torch.float32),
+    ],
+)
 def test_a_checkpoint_with_a_value_that_is_not_finite_is_not_written_and_an_older_one_is_rejected(
     run, stem, dtype, caplog, monkeypatch
 ):

@@ -154,6 +154,7 @@ def test_a_class_may_be_added_and_one_removed_with_allow_changes(tmp_path, world
     assert parts.setup.state.best == {}
 
 
+@pytest.mark.slow
 def test_the_best_evaluation_of_other_classes_is_forgotten(tmp_path, world):
     data, cfg = make_images(tmp_path), config(tmp_path)
     parts = TrainingParts(RunSetup(cfg, world))
@@ -168,6 +169,7 @@ def test_the_best_evaluation_of_other_classes_is_forgotten(tmp_path, world):
     assert (changed.state.best, changed.state.evaluated_at) == ({}, None)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_before_the_change_is_read_by_class_when_a_run_rolls_back(tmp_path, world):
     data = make_images(tmp_path)
     then = saved(config(tmp_path), world)

@@ -701,7 +701,10 @@ def test_the_configuration_imports_no_torch_and_only_composing_imports_hydra():
         (["optimizer.lr=0"], {"torch"}),
     ],
 )
-@pytest.mark.parametrize("command", ["train", "evaluate", "doctor"])
+@pytest.mark.parametrize(
+    "command",
+    ["train", *(pytest.param(name, marks=pytest.mark.slow) for name in ("evaluate", "doctor"))],
+)
 def test_a_command_imports_torch_after_its_configuration_is_valid(command, arguments, unneeded):
     module = f"alexnet_ddp.{command}" + (".__main__" if command == "doctor" else "")
     code = (

@@ -207,13 +207,17 @@ def test_a_recorded_run_is_composed_again_with_the_same_texts(tmp_path, text):
     (run_dir / "run.json").write_text(json.dumps(redact({"overrides": overrides})))
     cfg = config_of_run(run_dir, [])
     assert (cfg.run.name, cfg.data.root) == (text, text)
-    assert config_of_run(run_dir, ["++data.root=007"]).data.root == "007"
 
 
 def record_run(run_dir: Path, *overrides: str) -> Path:
     run_dir.mkdir()
     (run_dir / "run.json").write_text(json.dumps({"overrides": list(overrides)}))
     return run_dir
+
+
+def test_an_override_counts_more_than_the_record(tmp_path):
+    run_dir = record_run(tmp_path / "r", "data=folder", "data.root=x")
+    assert config_of_run(run_dir, ["++data.root=007"]).data.root == "007"
 
 
 def test_a_record_does_not_send_a_variable_of_this_machine_to_a_server(tmp_path, monkeypatch):
@@ -258,8 +262,14 @@ def test_a_choice_of_a_group_is_a_text_too(tmp_path, end):
 # --- YAML files -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", ["1.10", "2026_11_28", "true", "1e5", "007"])
-@pytest.mark.parametrize("where", ["experiment", "data", "base"])
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        *(("experiment", value) for value in ("1.10", "2026_11_28", "true", "1e5", "007")),
+        ("data", "1.10"),
+        ("base", "2026_11_28"),
+    ],
+)
 def test_a_number_for_a_text_in_a_yaml_file_is_refused(tmp_path, end, value, where):
     experiment = tmp_path / "experiment"
     experiment.mkdir()

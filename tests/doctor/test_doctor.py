@@ -347,13 +347,15 @@ def _doctor_of_a_run_that_cannot_be_parallel(root: str, *overrides: str) -> tupl
             ["parallel=hybrid", "parallel.group_size=3"],
             "parallel.group_size (3) must divide the number of processes (2)",
         ),
-        (
+        pytest.param(
             ["parallel=hybrid", "model=torchvision", "model.name=resnet18"],
             "parallel=hybrid needs consecutive linear layers",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             ["parallel.hook=post_local_sgd", "parallel.local_sgd_group=2"],
             "parallel.local_sgd_group (2) must be less than the number of processes (2)",
+            marks=pytest.mark.slow,
         ),
     ],
 )

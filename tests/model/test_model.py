@@ -216,8 +216,8 @@ def test_an_image_size_that_the_network_cannot_take_is_refused_with_the_reason(c
     ("cfg", "start"),
     [
         (AlexNetConfig(), 32),
-        (AlexNet2012Config(), 32),
-        (TorchvisionConfig(name="vit_b_32", dropout=0.1), 192),
+        pytest.param(AlexNet2012Config(), 32, marks=pytest.mark.slow),
+        pytest.param(TorchvisionConfig(name="vit_b_32", dropout=0.1), 192, marks=pytest.mark.slow),
     ],
 )
 def test_a_size_to_grow_from_that_the_network_cannot_take_is_refused(cfg, start):
@@ -226,7 +226,16 @@ def test_a_size_to_grow_from_that_the_network_cannot_take_is_refused(cfg, start)
         check_image_size(build(cfg), 10, start, "data.start_image_size")
 
 
-@pytest.mark.parametrize("cfg", [AlexNetConfig(), AlexNet2012Config(), AlexNetBNConfig()])
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        AlexNetConfig(),
+        *(
+            pytest.param(cfg, marks=pytest.mark.slow)
+            for cfg in (AlexNet2012Config(), AlexNetBNConfig())
+        ),
+    ],
+)
 def test_the_family_may_grow_from_64_pixels(cfg):
     check_image_size(build(cfg), 10, 64, "data.start_image_size")
 

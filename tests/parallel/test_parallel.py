@@ -27,7 +27,7 @@ from alexnet_ddp.data.sources.sets import open_data
 from alexnet_ddp.model import build_model
 from alexnet_ddp.model.alexnet import AlexNet
 from alexnet_ddp.model.dropout import key_dropout, set_dropout_keys
-from alexnet_ddp.parallel import build_parallel, find_layers
+from alexnet_ddp.parallel import build, build_parallel, find_layers
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.errors import Diverged, RunError
 from alexnet_ddp.training.ema import EMA
@@ -134,7 +134,7 @@ def test_hybrid_equals_ddp(reference, ranks, cfg, micro):
         assert rank[3] < limit * reference[3]  # a rank holds its shards only
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_hybrid_equals_ddp_with_lars_and_averaged_weights(ranks):
     lars = LARSConfig(lr=2.0, eta=0.01, weight_decay=5e-4)
     trainer = TrainerConfig(**{**vars(TRAINER), "ema_decay": 0.5})
@@ -152,17 +152,29 @@ def test_static_graph_and_bucket_size_do_not_change_the_result(reference, cfg):
         assert max(differences(reference, rank)) < 1e-5
 
 
+def in_float64(module, inputs):
+    return tuple(x.double() for x in inputs)
+
+
+def alexnet_in_float64():
+    model = alexnet().double()
+    model.register_forward_pre_hook(in_float64)
+    return model
+
+
+def trained_in_float64(parallel, num_steps):
+    """In float32 a rounding difference flips a ReLU or a maximum after some steps. In float64 none does."""
+    build._DTYPES[WireDtype.fp32] = torch.float64  # in this process, which ends with the test
+    return trained(parallel, num_steps, TRAINER, alexnet_in_float64)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_hybrid_equals_ddp_after_twenty_steps(ranks):
-    (expected,) = run_ranks(trained, 1, DDPConfig(), 20, TRAINER, alexnet)
+    (expected,) = run_ranks(trained_in_float64, 1, DDPConfig(), 20)
     for cfg in (HybridConfig(), HybridConfig(group_size=2)) if ranks == 4 else (HybridConfig(),):
-        for rank in run_ranks(trained, ranks, cfg, 20, TRAINER, alexnet):
-            losses = [abs(a - b) / a for a, b in zip(expected[0], rank[0])]
-            assert max(losses[:10]) < 1e-5
-            # On some CPUs a rounding difference flips a ReLU or a maximum later on.
-            assert max(losses) < 1e-3
-            assert max(differences(expected, rank)) < 1e-2
+        for rank in run_ranks(trained_in_float64, ranks, cfg, 20):
+            assert max(differences(expected, rank)) < 1e-6
 
 
 def test_two_of_the_three_layers_can_be_sharded(reference):

@@ -180,7 +180,9 @@ def seen(root, skip, rank, world_size, micro=None):
     return found
 
 
-@pytest.mark.parametrize("bad", [[], ["00004.jpg", "00010.jpg"]])
+@pytest.mark.parametrize(
+    "bad", [pytest.param([], marks=pytest.mark.slow), ["00004.jpg", "00010.jpg"]]
+)
 def test_images_are_mixed_with_the_same_partners_for_every_world_size_and_micro_batch(
     image_folder, tmp_path, bad
 ):
@@ -389,7 +391,17 @@ def test_clipping_limits_the_norm_of_the_mean_gradient(world):
     assert outcome.grad_norm > 1e-3
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad", "Adafactor", "RMSprop"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SGD",
+        "Adagrad",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("Adam", "AdamW", "Adafactor", "RMSprop")
+        ),
+    ],
+)
 def test_optimizers_of_torch_that_are_not_fused_train(world, name):
     """Their kernels refuse `found_inf`, which the fused ones read."""
     losses, *_ = steps(2, world, cfg=TorchOptimizerConfig(name=name, lr=1e-3))

@@ -154,8 +154,19 @@ def index_folder(root: Path, split: str, order: ClassOrder = BY_NAME) -> SampleI
             remedy = "if it contains the shards of prepare, write data=shards"
         raise DataError(f"data.root ({root}) contains no folder {split}; {remedy}")
 
+    return _index(top, order, needs_all=split == "train")
+
+
+def index_classes(top: Path, order: ClassOrder = BY_NAME) -> SampleIndex:
+    """The images of top/CLASS/**, by the same rules. Raises DataError, also for an empty class."""
+    return _index(Path(os.path.abspath(top)), order, needs_all=True)
+
+
+def _index(top: Path, order: ClassOrder, needs_all: bool) -> SampleIndex:
+    """needs_all: a class without images is an error."""
+
     def build(stamps: scan.Stamps) -> scan.Arrays:
-        return _scan_split(str(top), stamps, order)
+        return _scan(str(top), stamps, order, needs_all)
 
     try:
         found = scan.cached(
@@ -220,7 +231,7 @@ def names_digest(names: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _scan_split(top: str, stamps: scan.Stamps, order: ClassOrder) -> scan.Arrays:
+def _scan(top: str, stamps: scan.Stamps, order: ClassOrder, needs_all: bool) -> scan.Arrays:
     ignored, paths, sizes, counts = scan.Ignored(), [], array("q"), []
     entries = {top: len(os.listdir(top))}
     classes = order.arrange(_class_names(top, stamps, ignored), top)
@@ -235,7 +246,7 @@ def _scan_split(top: str, stamps: scan.Stamps, order: ClassOrder) -> scan.Arrays
             paths += [path[len(top) + 1 :] for path in listed.paths]
     store = FileStore.pack(top, paths, np.frombuffer(sizes, np.int64))
     empty = [name for name, count in zip(classes, counts) if not count]
-    if empty and (len(empty) == len(classes) or os.path.basename(top) == "train"):
+    if empty and (len(empty) == len(classes) or needs_all):
         raise DataError(
             f"{top} holds no images of {scan.listed(empty)}; add some to its folder, or remove it"
         )

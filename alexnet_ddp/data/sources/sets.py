@@ -24,11 +24,19 @@ from alexnet_ddp.data.sources.classes import (
     read_order,
     same_looking,
 )
-from alexnet_ddp.data.sources.index import SampleIndex, check_same_classes, index_folder
+from alexnet_ddp.data.sources.index import (
+    FileStore,
+    SampleIndex,
+    check_same_classes,
+    index_classes,
+    index_folder,
+)
 from alexnet_ddp.data.sources.scan import listed
 from alexnet_ddp.data.sources.shards import open_shards
+from alexnet_ddp.data.sources.split import split_images
 from alexnet_ddp.data.sources.synthetic import synthetic_images
 from alexnet_ddp.data.storage import Storage, absolute
+from alexnet_ddp.runtime.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +71,11 @@ def open_data(
 
             if may_make:
                 ensure_demo(Path(cfg.root))
-            train, val, names = _open_folder(Path(cfg.root), BY_NAME)
+            train, val = _open_folder(Path(cfg.root), BY_NAME)
+            names = train.classes
         case FolderConfig():
-            train, val, names = _open_folder(Path(cfg.root), _order(cfg.class_order, trained))
+            train, val = _open_own(cfg, _order(cfg.class_order, trained))
+            names = train.classes
         case ImageNetConfig():
             from alexnet_ddp.data.sources.imagenet import open_imagenet
 
@@ -111,9 +121,30 @@ def _warn_of_names(classes: list[str], by_name: bool) -> None:
         )
 
 
-def _open_folder(root: Path, order: ClassOrder) -> tuple[SampleIndex, SampleIndex, list[str]]:
-    train, val = index_folder(root, "train", order), index_folder(root, "val", order)
-    return train, val, train.classes
+def _open_folder(root: Path, order: ClassOrder) -> tuple[SampleIndex, SampleIndex]:
+    return index_folder(root, "train", order), index_folder(root, "val", order)
+
+
+def _open_own(cfg: FolderConfig, order: ClassOrder) -> tuple[SampleIndex, SampleIndex]:
+    """The two sets of a folder with train and val, or of one that is divided."""
+    root, fold = Path(cfg.root), cfg.fold_of
+    sides = [name for name in ("train", "val") if (root / name).is_dir()]
+    if cfg.val_fraction is None and fold is None:
+        if root.is_dir() and not sides and not (root / "index.json").exists():
+            raise DataError(
+                f"data.root ({root}) contains neither train nor val; arrange the images as "
+                "train/CLASS/* and val/CLASS/*, or give data.val_fraction=0.15 to divide CLASS/*"
+            )
+        return _open_folder(root, order)
+    option = "data.val_fraction" if fold is None else "data.fold"
+    if "val" in sides:
+        remedy = f"leave {option} out, or give {option}=null for a run that has it"
+        raise DataError(f"data.root ({root}) contains val, so nothing is divided; {remedy}")
+    if not root.is_dir():
+        raise DataError(f"data.root ({root}) is not a folder; give one that contains CLASS/*")
+    index = index_classes(root.joinpath(*sides), order)
+    assert isinstance(index.store, FileStore)  # of a folder
+    return split_images(index, index.store, cfg.val_fraction, fold)
 
 
 def colour_basis(root: Storage) -> tuple[np.ndarray, np.ndarray] | None:

@@ -1,0 +1,65 @@
+"""Divides the images of one folder of classes into a training and a validation set.
+
+An image's side depends on the SHA-256 of its name CLASS/FILE, so it does not depend on the order or
+the path of the data.
+"""
+
+import hashlib
+import os
+from itertools import pairwise
+
+import numpy as np
+
+from alexnet_ddp.data.sources.index import FileStore, SampleIndex, names_digest
+
+
+def split_images(
+    index: SampleIndex, store: FileStore, val_fraction: float | None, fold: tuple[int, int] | None
+) -> tuple[SampleIndex, SampleIndex]:
+    """Return (training images, validation images). store: that of `index`.
+
+    val_fraction: an image is in the validation set if its hash is below this share of all hashes,
+    so it stays on its side when files are added. Every class of two images or more has an image on
+    each side: if no hash of a class is below, the lowest one counts as below, and if all are, the
+    highest one does not.
+    fold: (k, n) instead: the k-th of n parts of each class, which have equal sizes and together
+    contain every image once.
+    The only image of a class is in the training set.
+    """
+    paths = [store.path(i) for i in range(len(index))]
+    hashes = np.array([_hash(path) for path in paths], np.uint64)
+    is_val = np.zeros(len(index), bool)
+    starts = np.searchsorted(index.labels, np.arange(len(index.classes) + 1))
+    for start, end in pairwise(starts):
+        if end - start >= 2:
+            of_class = slice(start, end)
+            is_val[of_class] = (
+                _part(hashes[of_class], *fold) if fold else _below(hashes[of_class], val_fraction)
+            )
+
+    def side(positions: np.ndarray) -> SampleIndex:
+        names = names_digest(paths[i] for i in positions.tolist())
+        return SampleIndex(index.classes, index.labels[positions], store.take(positions), names)
+
+    return side(np.flatnonzero(~is_val)), side(np.flatnonzero(is_val))
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big")
+
+
+def _below(hashes: np.ndarray, fraction: float | None) -> np.ndarray:
+    assert fraction is not None  # without a fold
+    below = hashes < np.float64(fraction) * 2.0**64
+    if not below.any():
+        below[hashes.argmin()] = True
+    elif below.all():
+        below[hashes.argmax()] = False
+    return below
+
+
+def _part(hashes: np.ndarray, k: int, n: int) -> np.ndarray:
+    """Deal the images out to the n parts by their hashes, beginning with a part that varies."""
+    ranks = np.empty(len(hashes), np.int64)
+    ranks[hashes.argsort(kind="stable")] = np.arange(len(hashes))
+    return (ranks + int(hashes.min()) % n) % n == k - 1
