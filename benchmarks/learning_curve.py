@@ -51,4 +51,7 @@ def draw(out: Path, run_dirs: list[Path]) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit(__doc__)
+    missing = [name for name in sys.argv[2:] if not (Path(name) / "metrics.jsonl").is_file()]
+    if missing:
+        sys.exit(f"{missing[0]} contains no metrics.jsonl; give the directory of a run")
     draw(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]])

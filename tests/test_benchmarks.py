@@ -172,6 +172,13 @@ def test_learning_curves_are_plotted_from_metrics(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    done = subprocess.run(
+        [*command, str(tmp_path / "nope")], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert (
+        done.stderr == f"{tmp_path}/nope contains no metrics.jsonl; give the directory of a run\n"
+    )
 
 
 @pytest.mark.slow

@@ -375,7 +375,8 @@ Every command takes `GROUP=CHOICE` and `OPTION=VALUE`:
 - A misspelt key, a value of the wrong type or outside its bounds, and an option that would be
   ignored are refused with one line and exit code 64, before torch is imported.
 - `--help` prints this reference for one command, `--help NAME` for one group or option.
-  `--cfg job` prints the composed configuration; `--resolve` fills in references, and
+  `--cfg job` prints the composed configuration (a name of a run that is not given is derived
+  later, hence `???`); `--resolve` fills in references, and
   `--package trainer` prints one part.
 - `--config-dir DIR` adds a folder of further YAML files, such as `DIR/experiment/mine.yaml` for
   `experiment=mine`. They contain values only: nothing in them is called.

@@ -113,9 +113,13 @@ def differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") ->
             found.append(
                 f"other {prefix}{name}"
                 if is_hash
-                else f"{prefix}{name} {value} instead of {theirs}"
+                else f"{prefix}{name} {_shown(value)} instead of {_shown(theirs)}"
             )
     return found
+
+
+def _shown(value: object) -> object:
+    return "null" if value is None else value
 
 
 def _split_differences(
