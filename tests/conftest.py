@@ -46,14 +46,15 @@ def limit(full: bool) -> Callable[[float], float]:
     return lambda seconds: seconds if full else 10 * seconds
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a server, and drills of one file, run one after the other in the same worker."""
-    for item in items:
-        markers = {marker.name for marker in item.iter_markers()}
-        if markers & {"drill", "slurm", "spark"}:
-            server = next(iter(markers & {"slurm", "spark"}), None)
-            item.add_marker(pytest.mark.xdist_group(server or item.path.stem))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Tests that share a server, and drills of one file, run one after the other in the same worker.
+
+    In pytest_collection_modifyitems the group would come too late: a worker of pytest-xdist has read the groups.
+    """
+    markers = {marker.name for marker in item.iter_markers()}
+    if markers & {"drill", "slurm", "spark"}:
+        server = next(iter(markers & {"slurm", "spark"}), None)
+        item.add_marker(pytest.mark.xdist_group(server or item.path.stem))
 
 
 def make_folder(

@@ -92,10 +92,13 @@ def test_d11_a_time_limit_without_a_signal(new_batch, calm, measured, tmp_path):
     script = tmp_path / "train.sbatch"
     lines = (PROJECT / "slurm/train.sbatch").read_text().splitlines(keepends=True)
     script.write_text("".join(line for line in lines if "--signal" not in line))
-    job = new_batch("limited").submit("--time=1", script=script)
+    minutes = 2  # beside other tests a start takes most of a minute
+    job = new_batch("limited").submit(f"--time={minutes}", script=script)
     job.slow_down()
     job.until(lambda: job.slurm_says()["JobState"] == "RUNNING", what="the start")
-    measured["saved before the limit, s"] = round(60 - job.until_saved(), 1)
+    measured["saved before the limit, s"] = round(
+        60 * minutes - job.until_saved(timeout_s=60 * minutes), 1
+    )
     job.until_requeued_with_more_time()
     assert re.search(r"Slurm ends this job in (2\d|30) s", job.said()), job.said()
     assert_went_on(job, calm)
