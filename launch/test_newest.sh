@@ -7,8 +7,10 @@
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-tests=(versions config plan redact demo decode augment index policy imagenet quarantine shards
-  packing_formats tracking tracking_record tracking_wandb checkpoint metrics optim)
+tests=(tests/test_versions.py tests/test_plan.py tests/config/test_config.py
+  tests/runtime/test_redaction.py tests/data/test_{decode,augment,policy,quarantine}.py
+  tests/data/sources tests/prepare/test_packing_formats.py tests/tracking
+  tests/checkpoint/test_checkpoint.py tests/training/test_{metrics,optim}.py)
 packages=(hydra-core omegaconf numpy pillow opencv-python-headless rich wandb tensorboard
   safetensors simplejpeg scipy fsspec)
 
@@ -46,8 +48,5 @@ import importlib.metadata, sys
 
 print("newest:", *(f"{name} {importlib.metadata.version(name)}" for name in sys.argv[1:]))
 PYTHON
-if (($# == 0)); then
-  set -- "${tests[@]/#/tests/test_}"
-  set -- "${@/%/.py}"
-fi
+if (($# == 0)); then set -- "${tests[@]}"; fi
 "$folder/venv/bin/python" -m pytest "$@"

@@ -6,7 +6,7 @@ own main() would create folders, configure logging and call whatever a configura
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -35,7 +35,9 @@ from alexnet_ddp.config.schema import CONF_DIR, GROUPS, ROOTS, choice_of, group_
 from alexnet_ddp.runtime.errors import ConfigError
 
 # Hydra 1.3 warns if version_base is missing, Hydra 1.4 if it is given. Both then do the same.
-HYDRA_BASE = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
+_IS_1_3 = hydra.__version__.startswith("1.3.")
+HYDRA_BASE = {"version_base": "1.3"} if _IS_1_3 else {}
+_REPLACE: dict[str, Any] = {} if _IS_1_3 else {"replace": True}  # 1.3 always replaces an entry
 # Groups of Hydra's own application. Nothing here reads them, and they take a quarter of the time.
 _OF_HYDRA = ("env", "help", "hydra_help", "hydra_logging", "job_logging", "launcher", "output")
 _WITHOUT = [f"~hydra/{group}" for group in (*_OF_HYDRA, "sweeper")]
@@ -125,9 +127,13 @@ def to_plain(cfg: Any) -> dict[str, Any]:
 
 def _register(root: type) -> None:
     """Define what conf/ refers to: the `schema` entries of its defaults lists, and a resolver."""
-    OmegaConf.register_new_resolver("lr_by_network", _lr_by_network, replace=True)
+    # OmegaConf 2.3 has another function of the newer name.
+    register: Callable[..., None] = (
+        OmegaConf.register_new_resolver if _IS_1_3 else OmegaConf.register_resolver
+    )
+    register("lr_by_network", _lr_by_network, replace=True)
     _register_groups()
-    ConfigStore.instance().store(name="schema", node=root)
+    ConfigStore.instance().store(name="schema", node=root, **_REPLACE)
 
 
 @cache
