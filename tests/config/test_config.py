@@ -44,10 +44,10 @@ def header(path: Path) -> str:
 # --- options ------------------------------------------------------------------------------------------------------
 
 DATA_KEYS = (
-    "data.args, data.cache_dir, data.cache_gb, data.class_order, data.eval_interpolation, data.eval_resize, "
-    "data.grow_epochs, data.image_size, data.limit_train, data.limit_val, data.max_bad_images, data.mean, "
+    "data.args, data.cache_dir, data.cache_gb, data.class_order, data.eval_interpolation, "
+    "data.eval_resize, data.fold, data.grow_epochs, data.image_size, data.limit_train, data.limit_val, data.max_bad_images, data.mean, "
     "data.name, data.num_classes, data.num_threads, data.num_train, data.num_val, data.on_bad_image, data.root, "
-    "data.shuffle, data.start_image_size, data.std, data.window_shards"
+    "data.shuffle, data.start_image_size, data.std, data.val_fraction, data.window_shards"
 )
 WRONG_VALUES = {
     "run.name=": "run.name ('') is empty; give a text",
