@@ -150,6 +150,6 @@ def test_a_run_on_a_divided_folder_resumes_and_is_evaluated_on_the_same_images(t
     assert done.returncode == 0, done.stdout
     found = json.loads((tmp_path / "runs/r/evaluation.json").read_text())
     assert (found["val/num_images"], found["val/correct1"]) == (expected, last["val/correct1"])
-    other = run("train", *options, "data.val_fraction=0.5", ranks=2, cwd=tmp_path)
+    other = run("train", *options, "data.val_fraction=0.5", cwd=tmp_path)
     assert other.returncode == 64
     assert "run.name=r was started as another run" in other.stdout
