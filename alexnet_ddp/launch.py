@@ -2,8 +2,8 @@
 
     alexnet-ddp launch DIR
 
-DIR/launch and DIR/slurm then contain the same files as a checkout. Set PYTHON to the Python that
-has the package.
+DIR/launch and DIR/slurm then contain the files of a checkout, except those that set one up. Set
+PYTHON to the Python that has the package.
 """
 
 import shutil
@@ -25,7 +25,7 @@ SOURCES = {
 
 
 def copy_scripts(target: Path) -> list[Path]:
-    """Copy both folders into `target`; the files that were made.
+    """Copy the scripts of both folders into `target`; the files that were made.
 
     Raises ConfigError rather than overwrite one.
     """

@@ -27,7 +27,7 @@ def unknown(key: str, value: str, root: type) -> str:
     """The line for KEY=VALUE if the command has no such key."""
     if key in _MOVED:
         return f"{key}={shown(value)}: {_MOVED[key]}"
-    if key.split(".")[0] == "experiment":
+    if key == "experiment":  # the values of such a file would be below this key
         return "a file of the group experiment must begin with the line # @package _global_"
     if key in sections(root):
         rule = f"is refused: {key} is not a group"

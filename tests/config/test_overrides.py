@@ -293,6 +293,18 @@ def test_a_number_for_a_text_in_a_yaml_file_is_refused(tmp_path, end, value, whe
     assert "with quotes" in said
 
 
+def test_a_recipe_without_its_first_line_is_answered_with_that_line(tmp_path, end):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("trainer: {epochs: 3}\n")
+    said = line_of(end, "train", "--config-dir", str(tmp_path), "experiment=mine")
+    assert "must begin with the line # @package _global_" in said
+
+
+def test_a_part_to_print_that_is_an_option_is_answered_with_the_part(end):
+    said = line_of(end, "train", "--cfg", "job", "--package", "trainer.epochs")
+    assert said == "--package trainer.epochs must name a part, such as trainer"
+
+
 def test_a_quoted_text_in_a_yaml_file_is_taken(tmp_path, end):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nrun: {name: '1.10'}\n")
