@@ -81,7 +81,9 @@ def run(command: str, main: str | Main) -> None:
         if not _show(arguments, command):
             cfg = _compose(command, arguments.overrides, arguments.config_dir)
             load_plugins(getattr(cfg, "plugins", ()))
-            _imported(main)(cfg, arguments.overrides)
+            function = _imported(main)
+            startup.resume_garbage_collection()
+            function(cfg, arguments.overrides)
         code = 0
     except RunError as error:
         if shows_traceback:

@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
     startup.make_streams_safe()
     startup.exit_on_stop(can_continue=True)
+    startup.pause_garbage_collection()
 
 import logging
 import os
@@ -29,6 +30,7 @@ def stop(number: int, frame: object) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+startup.resume_garbage_collection()
 startup.end_with_parent()
 signal.signal(signal.SIGINT, stop)
 check_port(sys.argv[1:])

@@ -173,3 +173,10 @@ def test_the_top_level_is_what_the_readers_expect():
         ),
         *("benchmarks", "docs", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "README.zh.md"),
     }
+
+
+@pytest.mark.xdist_group("some group")
+def test_pytest_xdist_keeps_groups_together(request):
+    """It reads a group from the end of a test's id. pytest-xdist 3.8 under pytest 9.2 adds none, without a word."""
+    if hasattr(request.config, "workerinput"):
+        assert request.node.nodeid.endswith("@some group")

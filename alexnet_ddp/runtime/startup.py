@@ -35,6 +35,7 @@ def begin(command: str) -> None:
     """
     make_streams_safe()  # first, because a new pipe would get the number of a closed stream
     exit_on_stop(can_continue=command in _RESTARTABLE_COMMANDS)
+    pause_garbage_collection()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
     if command not in _MULTI_RANK_COMMANDS:
@@ -51,6 +52,24 @@ def begin(command: str) -> None:
         say(f"alexnet_ddp: {error}", sys.stderr)
         write_exit_code(error.exit_code)
         sys.exit(error.exit_code)
+
+
+# --- garbage collection ---------------------------------------------------------------------------
+
+
+def pause_garbage_collection() -> None:
+    """Collect nothing during the imports, whose objects all stay: a sixth of their time."""
+    import gc
+
+    gc.disable()
+
+
+def resume_garbage_collection() -> None:
+    """Collect garbage again, but never look at the objects that exist now."""
+    import gc
+
+    gc.freeze()
+    gc.enable()
 
 
 # --- stop signals -------------------------------------------------------------------------------

@@ -47,11 +47,17 @@ class Batch(Job):
             lambda: int(self.slurm_says()["Restarts"]) >= number, timeout_s, f"requeue {number}"
         )
 
-    def until_requeued_with_more_time(self) -> None:
-        """A minute would be too short for the rest on a busy machine, and one requeue is to be seen."""
-        self.until_restart()
-        self.slurm.run("ctl", "scontrol", "update", f"JobId={self.id}", "TimeLimit=10")
+    def requeued_with_more_time(self) -> None:
+        """Call it when the run is saved, before Slurm starts it again: the next start must see the new limit."""
+
+        def is_longer() -> bool:  # Slurm refuses a change while the job is ending
+            more = ["update", f"JobId={self.id}", "TimeLimit=20"]
+            self.slurm.run("ctl", "scontrol", *more, check=False)
+            return self.slurm_says()["TimeLimit"] == "00:20:00"
+
+        self.until(is_longer, what="the new time limit")
         self.slow_down(None)
+        self.until_restart()
 
     def until_saved(self, timeout_s: float = 60) -> float:
         """Seconds until the stopped run says that it is saved."""

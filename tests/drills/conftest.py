@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,13 @@ from tests.conftest import make_folder
 from tests.drills.harness import Job
 
 pytestmark = pytest.mark.drill
+
+
+@pytest.fixture(scope="session", autouse=True)
+def python(request: pytest.FixtureRequest) -> None:
+    """With --full each rank is a new Python, as a user's."""
+    if request.config.getoption("full"):
+        Job.python = Path(sys.executable)
 
 
 @pytest.fixture(scope="session")

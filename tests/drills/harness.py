@@ -13,6 +13,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).parents[2]
 FAULTS = Path(__file__).parent / "faults"
+PRELOADED = Path(__file__).parent / "preloaded" / "python"
 MARK = "ALEXNET_DDP_DRILL"  # in the environment of every process of a job
 
 # AlexNet's small sibling at 64 px: a step takes some 50 ms, a start of the processes some 5 s.
@@ -26,7 +27,12 @@ SMALL += ["trainer.epochs=2", "trainer.global_batch_size=8", "checkpoint.save_ev
 
 
 class Job:
-    """One run.name in one run.root; start() may be called again, as a user would."""
+    """One run.name in one run.root; start() may be called again, as a user would.
+
+    PYTHON of the launcher is `python`. With PRELOADED torchrun forks the ranks.
+    """
+
+    python = PRELOADED
 
     def __init__(
         self,
@@ -43,7 +49,8 @@ class Job:
         self.env = {
             **os.environ,
             "PYTHONPATH": str(PROJECT),
-            "PYTHON": sys.executable,
+            "PYTHON": str(self.python),
+            "PRELOADED_PYTHON": sys.executable,
             "WANDB_MODE": "disabled",
         }
         self.env |= {MARK: self.mark, "NPROC": str(ranks), "RESTART_DELAY": "0", **(env or {})}
@@ -146,7 +153,8 @@ class Job:
     def rank(self, rank: int) -> int:
         """The pid of the process that trains as `rank`."""
         for pid, env in self.processes().items():
-            if env.get("RANK") == str(rank) and b"alexnet_ddp.train" in _read(pid, "cmdline"):
+            is_own = env.get("RANK") == str(rank) and b"alexnet_ddp.train" in _read(pid, "cmdline")
+            if is_own or _read(pid, "comm").decode().strip() == f"rank {rank}":
                 return pid
         raise LookupError(f"{self.name} has no rank {rank} now")
 

@@ -41,7 +41,7 @@ def saved_soon(limit: Callable[[float], float]) -> Callable[[Batch], float]:
 
 def assert_went_on(job: Batch, calm: Job, restarts: int = 1) -> None:
     """Requeued so often, complete, bit-equal; one run directory, one curve and one run of wandb."""
-    assert job.outcome() == ("COMPLETED", restarts)
+    assert job.outcome() == ("COMPLETED", restarts), job.said()
     assert_same_run(job, calm)
     assert len(job.wandb_ids()) == 1
     assert [path.name for path in job.run_dir.parent.iterdir()] == [job.name]
@@ -83,7 +83,7 @@ def test_d11_a_time_limit_with_a_signal_before_it(new_batch, calm, measured):
     job = new_batch("limited").submit("--time=2")  # train.sbatch asks for USR1 180 s before the end
     job.slow_down()
     measured["saved after, s"] = round(job.until_saved(), 1)
-    job.until_requeued_with_more_time()
+    job.requeued_with_more_time()
     assert "Slurm ends this job" not in job.said()  # it was the signal
     assert_went_on(job, calm)
 
@@ -99,7 +99,7 @@ def test_d11_a_time_limit_without_a_signal(new_batch, calm, measured, tmp_path):
     measured["saved before the limit, s"] = round(
         60 * minutes - job.until_saved(timeout_s=60 * minutes), 1
     )
-    job.until_requeued_with_more_time()
+    job.requeued_with_more_time()
     assert re.search(r"Slurm ends this job in [2-4]\d s", job.said()), job.said()
     assert_went_on(job, calm)
 

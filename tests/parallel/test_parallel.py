@@ -157,7 +157,11 @@ def in_float64(module, inputs):
 
 
 def alexnet_in_float64():
-    model = alexnet().double()
+    """AlexNet with a tenth of the units in its hidden layers, which takes a twentieth of the time."""
+    model = alexnet()
+    for k, (inputs, outputs) in {1: (9216, 409), 4: (409, 409), 6: (409, 5)}.items():
+        model.classifier[k] = nn.Linear(inputs, outputs)
+    model = model.double()
     model.register_forward_pre_hook(in_float64)
     return model
 

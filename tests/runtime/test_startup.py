@@ -258,3 +258,17 @@ def is_running(group: int) -> bool:
         return True
     except ProcessLookupError:
         return False
+
+
+def test_garbage_is_not_collected_during_the_imports_of_a_command_only():
+    code = """
+import gc, sys
+sys.argv[1:] = ["images=x"]
+from alexnet_ddp.runtime import startup
+startup.begin("predict")
+from alexnet_ddp import cli
+during = gc.isenabled()
+cli.run("predict", lambda cfg, overrides: print(during, gc.isenabled(), gc.get_freeze_count() > 0))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "False True True\n", done.stderr

@@ -112,5 +112,10 @@ def _inject() -> None:
             threading.Thread(target=_hold_gil, args=[Path(values["when"])], daemon=True).start()
 
 
-if _TEXT and "RANK" in os.environ and "alexnet_ddp.train" in sys.orig_argv:
-    _inject()
+def inject() -> None:
+    """Inject the faults into this process if it is a rank that trains."""
+    if _TEXT and "RANK" in os.environ and "alexnet_ddp.train" in sys.orig_argv:
+        _inject()
+
+
+inject()
