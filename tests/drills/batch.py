@@ -41,7 +41,7 @@ class Batch(Job):
     def slurm_says(self) -> dict[str, str]:
         return self.slurm.job(self.id)
 
-    def until_restart(self, number: int = 1, timeout_s: float = 60) -> float:
+    def until_restart(self, number: int = 1, timeout_s: float = 120) -> float:
         """Until Slurm has taken the job back into its queue so many times."""
         return self.until(
             lambda: int(self.slurm_says()["Restarts"]) >= number, timeout_s, f"requeue {number}"
@@ -59,7 +59,7 @@ class Batch(Job):
         self.slow_down(None)
         self.until_restart()
 
-    def until_saved(self, timeout_s: float = 60) -> float:
+    def until_saved(self, timeout_s: float = 120) -> float:
         """Seconds until the stopped run says that it is saved."""
         status = self.run_dir / "status.json"
         return self.until(

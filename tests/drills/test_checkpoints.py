@@ -124,7 +124,7 @@ def test_d04_a_writer_that_is_killed_shows_at_once_and_the_next_save_works(new_j
     before = job.step()
     os.kill(writer_of(job), signal.SIGKILL)
     job.until(
-        lambda: "the process that writes checkpoints ended with -9" in job.said(), 20, "the warning"
+        lambda: "the process that writes checkpoints ended with -9" in job.said(), 90, "the warning"
     )
     measured["shown after, steps"] = job.step() - before
     assert (
