@@ -60,7 +60,7 @@ def test_d07_a_node_disappears_and_the_other_one_continues_alone(hosts, two_node
     hosts.crash("n2")
     survivor.until(
         lambda: "exit code 76; starting again" in survivor.said(),
-        30,
+        90,
         "the end of the survivor's rank",
     )
     measured["stopped with 76 after, s"] = round(time.monotonic() - began, 1)
