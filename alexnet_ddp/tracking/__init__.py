@@ -57,6 +57,7 @@ class Sink(Protocol):
     name: str
 
     def write(self, step: int, epoch: float, metrics: dict[str, Any]) -> None: ...
+    def image(self, name: str, path: Path) -> None: ...
     def close(self, exit_code: int) -> None: ...
 
 
@@ -86,6 +87,12 @@ class Tracker:
             self._attempt(sink, partial(sink.write, step, epoch, metrics))
         if self._console:
             self._console.write(step, epoch, metrics)
+
+    def image(self, name: str, path: Path) -> None:
+        """Show the picture in the file `path`, if it exists. Raises no error of a sink."""
+        if path.exists():
+            for sink in list(self._sinks):
+                self._attempt(sink, partial(sink.image, name, path))
 
     def advance(self, step: int) -> None:
         """Move the progress bar to `step`. Takes microseconds: call it at every step."""

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from alexnet_ddp.runtime.files import keep_rows, plain
 
 Say = Callable[[str], None]
@@ -77,6 +79,14 @@ class TensorBoardSink:
             if not isinstance(value, str):
                 self._writer.add_scalar(name, value, step)
         self._writer.flush()
+
+    def image(self, name: str, path: Path) -> None:
+        """Show the picture in the file `path` as `name`."""
+        from PIL import Image
+
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        self._writer.add_image(name, pixels, 0, dataformats="HWC")
 
     def close(self, exit_code: int) -> None:
         self._writer.close()

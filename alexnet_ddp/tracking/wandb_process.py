@@ -88,6 +88,11 @@ def log_all(run: Any, spec: dict[str, Any], end: End) -> None:
     """Send rows until the run ends. wandb ignores steps that an earlier, killed start has sent."""
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
+    batch = Path(spec["run_dir"], "batch.png")
+    if spec["offset"] == 0 and batch.exists():
+        import wandb
+
+        run.log({"batch": wandb.Image(str(batch))}, step=0)
     with Path(spec["run_dir"], "metrics.jsonl").open("rb") as file:
         file.seek(spec["offset"])
         exit_code = None

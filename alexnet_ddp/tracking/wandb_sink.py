@@ -85,6 +85,9 @@ class WandbSink:
         self._pass_on()
         self._check(self._helper.process.poll())
 
+    def image(self, name: str, path: Path) -> None:
+        """Does nothing: the helper sends the pictures that it finds in the run's directory."""
+
     def close(self, exit_code: int) -> None:
         """Give the helper CLOSE_S to send the remaining rows; unsent rows stay on disk.
 

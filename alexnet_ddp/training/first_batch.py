@@ -1,0 +1,51 @@
+"""batch.png: the first images of a run as the network sees them, with their labels."""
+
+import io
+import logging
+from pathlib import Path
+
+from alexnet_ddp.data.effects import apply_effects, to_pixels
+from alexnet_ddp.data.loader import Batch, Loader
+from alexnet_ddp.data.picture import draw
+from alexnet_ddp.data.sampler import GlobalBatchSampler, MicroBatch
+from alexnet_ddp.runtime.errors import DataError
+from alexnet_ddp.runtime.files import write_bytes
+
+log = logging.getLogger(__name__)
+
+FIRST_BATCH = "batch.png"
+_COUNT = 32  # images
+
+
+def write_first_batch(
+    run_dir: Path, loader: Loader, sampler: GlobalBatchSampler, class_names: list[str]
+) -> None:
+    """Write run_dir/batch.png: up to 32 images of the first global batch.
+
+    They are cropped, augmented, mixed and normalised as in training. class_names: by label. A
+    picture that cannot be made is a warning, because the run does not need it.
+    """
+    indices = sampler.batch(0)
+    shown = MicroBatch(0, 0, indices[:_COUNT], True, int(indices[-1]))
+    try:
+        (batch,) = loader.batches([shown])
+        pixels = to_pixels(apply_effects(batch.images, batch.effects), batch.effects.normalisation)
+        title = f"{run_dir.name}: {len(pixels)} of the {len(indices)} images of the first step"
+        out = io.BytesIO()
+        draw(list(pixels), _labels(batch, class_names), title).save(out, "PNG")
+        write_bytes(run_dir / FIRST_BATCH, out.getvalue())
+    except DataError as error:  # the first step reports it, or leaves the image out
+        log.info("%s is not written: %s", FIRST_BATCH, error)
+    except OSError as error:
+        log.warning("%s cannot be written: %s", run_dir / FIRST_BATCH, error.strerror or error)
+
+
+def _labels(batch: Batch, class_names: list[str]) -> list[str]:
+    """The class of each image; if images are mixed, both classes and the share of the first."""
+    names = [class_names[label].split(",")[0] for label in batch.labels.tolist()]
+    mixing = batch.effects.mixing
+    if mixing is None:
+        return names
+    others = [class_names[label].split(",")[0] for label in mixing.labels.tolist()]
+    shares = mixing.share.tolist()
+    return [f"{share:.0%} {one}, {other}" for share, one, other in zip(shares, names, others)]
