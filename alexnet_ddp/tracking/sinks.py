@@ -80,12 +80,8 @@ class TensorBoardSink:
                 self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def image(self, name: str, path: Path) -> None:
-        """Show the picture in the file `path` as `name`."""
-        from PIL import Image
-
-        with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
+    def image(self, name: str, pixels: np.ndarray) -> None:
+        """Show a picture, uint8 [height, width, 3]."""
         self._writer.add_image(name, pixels, 0, dataformats="HWC")
 
     def close(self, exit_code: int) -> None:

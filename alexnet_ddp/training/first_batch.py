@@ -4,6 +4,8 @@ import io
 import logging
 from pathlib import Path
 
+import numpy as np
+
 from alexnet_ddp.data.effects import apply_effects, to_pixels
 from alexnet_ddp.data.loader import Batch, Loader
 from alexnet_ddp.data.picture import draw
@@ -19,11 +21,12 @@ _COUNT = 32  # images
 
 def write_first_batch(
     run_dir: Path, loader: Loader, sampler: GlobalBatchSampler, class_names: list[str]
-) -> None:
+) -> np.ndarray | None:
     """Write run_dir/batch.png: up to 32 images of the first global batch.
 
-    They are cropped, augmented, mixed and normalised as in training. class_names: by label. A
-    picture that cannot be made is a warning, because the run does not need it.
+    They are cropped, augmented, mixed and normalised as in training. class_names: by label.
+    Return the picture, uint8 [height, width, 3]; None if it cannot be made, which is logged,
+    because the run does not need it.
     """
     indices = sampler.batch(0)
     shown = MicroBatch(0, 0, indices[:_COUNT], True, int(indices[-1]))
@@ -31,13 +34,16 @@ def write_first_batch(
         (batch,) = loader.batches([shown])
         pixels = to_pixels(apply_effects(batch.images, batch.effects), batch.effects.normalisation)
         title = f"{run_dir.name}: {len(pixels)} of the {len(indices)} images of the first step"
+        picture = draw(list(pixels), _labels(batch, class_names), title)
         out = io.BytesIO()
-        draw(list(pixels), _labels(batch, class_names), title).save(out, "PNG")
+        picture.save(out, "PNG")
         write_bytes(run_dir / FIRST_BATCH, out.getvalue())
+        return np.asarray(picture)
     except DataError as error:  # the first step reports it, or leaves the image out
         log.info("%s is not written: %s", FIRST_BATCH, error)
     except OSError as error:
         log.warning("%s cannot be written: %s", run_dir / FIRST_BATCH, error.strerror or error)
+    return None
 
 
 def _labels(batch: Batch, class_names: list[str]) -> list[str]:

@@ -41,7 +41,7 @@ from alexnet_ddp.tracking import (
 )
 from alexnet_ddp.training.evaluation import evaluate
 from alexnet_ddp.training.faults import Guard
-from alexnet_ddp.training.first_batch import FIRST_BATCH, write_first_batch
+from alexnet_ddp.training.first_batch import write_first_batch
 from alexnet_ddp.training.metrics import Throughput, train_row
 from alexnet_ddp.training.parts import TrainingParts, build_train_loader
 from alexnet_ddp.training.replicas import Replicas
@@ -141,10 +141,9 @@ class Trainer:
         self.checkpoints.prepare(parts.state_dict())
         names, run_dir = cfg.trainer.callbacks, cfg.run_dir
         self.callbacks = distributed.on_all(lambda: Callbacks(names, run_dir, world.is_main), world)
-        if world.is_main and state.step == 0:
-            with closing(build_train_loader(setup)) as loader:
-                write_first_batch(cfg.run_dir, loader, setup.sampler, data.class_names)
         self.tracker = self._build_tracker(overrides)
+        if world.is_main and state.step == 0:
+            self._show_first_batch(setup)
         Deadline(stop, lambda: self.checkpoints.longest_write_s).watch(world.is_main)
         batch = partial(describe_batch, self.sampler, data.train)
         self.guard = Guard(cfg.trainer, state.bad_steps, batch, cfg.run_dir / "replay.json", world)
@@ -371,6 +370,13 @@ class Trainer:
         yield
         self.throughput.pause(time.monotonic() - began)
 
+    def _show_first_batch(self, setup: RunSetup) -> None:
+        with closing(build_train_loader(setup)) as loader:
+            names = self.data.class_names
+            picture = write_first_batch(self.cfg.run_dir, loader, self.sampler, names)
+        if picture is not None:
+            self.tracker.image("batch", picture)
+
     def _build_tracker(self, overrides: list[str]) -> Tracker:
         """The tracker, with the run's configuration, facts and headline written to it."""
         cfg, world, data, budget, step = (
@@ -385,8 +391,6 @@ class Trainer:
         tracker = build_tracker(cfg.logger, cfg.run_dir, info)
         facts = {"world_size": world.world_size, "overrides": overrides, "start_step": step}
         tracker.record(to_yaml(cfg), facts, {"ids": data.train.classes, "names": data.class_names})
-        if step == 0:
-            tracker.image("batch", cfg.run_dir / FIRST_BATCH)
         tracker.say(
             headline(
                 cfg,

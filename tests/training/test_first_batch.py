@@ -77,3 +77,15 @@ def test_a_run_writes_its_first_batch_and_tensorboard_shows_it(image_folder, tmp
     events = EventAccumulator(str(next((tmp_path / "x").rglob("events.out.tfevents*")).parent))
     events.Reload()
     assert events.Tags()["images"] == ["batch"]
+
+
+@pytest.mark.slow
+def test_wandb_gets_the_first_batch_once(image_folder, tmp_path):
+    same = [*SMALL, f"data.root={image_folder}", f"run.root={tmp_path}", "run.name=x"]
+    same += ["logger.wandb=offline", "trainer.epochs=1"]
+    env = {"WANDB_MODE": "offline"}
+    for steps in (2, 4):
+        done = run("train", *same, f"trainer.max_steps={steps}", env=env, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout
+    (picture,) = tmp_path.glob("x/wandb/offline-run-*/files/media/images/batch_*.png")
+    assert picture.read_bytes() == (tmp_path / "x/batch.png").read_bytes()

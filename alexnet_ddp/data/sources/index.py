@@ -66,7 +66,7 @@ class FileStore:
         return read_file(self.name(i))
 
     def name(self, i: int) -> str:
-        return f"{self.root}/{self.path(i)}"
+        return os.path.join(self.root, self.path(i))
 
     def dimensions(self, indices: np.ndarray) -> None:
         return None
