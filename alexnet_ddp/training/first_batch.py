@@ -47,11 +47,13 @@ def write_first_batch(
 
 
 def _labels(batch: Batch, class_names: list[str]) -> list[str]:
-    """The class of each image; if images are mixed, both classes and the share of the first."""
-    names = [class_names[label].split(",")[0] for label in batch.labels.tolist()]
-    mixing = batch.effects.mixing
+    """The class of each image; if images are mixed, the one with the larger share, after it."""
+    names = [name.split(",")[0] for name in class_names]
+    labels, mixing = batch.labels.tolist(), batch.effects.mixing
     if mixing is None:
-        return names
-    others = [class_names[label].split(",")[0] for label in mixing.labels.tolist()]
-    shares = mixing.share.tolist()
-    return [f"{share:.0%} {one}, {other}" for share, one, other in zip(shares, names, others)]
+        return [names[label] for label in labels]
+    pairs = zip(labels, mixing.labels.tolist(), mixing.share.tolist())
+    return [
+        f"{max(share, 1 - share):.0%} {names[own if share >= 0.5 else other]}"
+        for own, other, share in pairs
+    ]

@@ -57,7 +57,7 @@ class RunSetup:
         self.data = distributed.first_on_node(lambda: open_data(cfg.data, may_make=True), world)
         self.sampler = build_sampler(cfg, self.data.train)
         if self.sampler.sampling is not None:
-            found = describe(self.sampler.sampling, self.data.train.classes)
+            found = describe(self.sampler.sampling, self.data.class_names)
             log.info("data.sampling=%s: %s", cfg.data.sampling, found)
         self.budget = Budget.plan(
             cfg.trainer, self.sampler.steps_per_epoch, cfg.checkpoint.save_every_steps
