@@ -473,6 +473,23 @@ class ReplayConfig(Config):
 
 
 @dataclass(kw_only=True)
+class LrFindConfig(Config):
+    """A training, and the learning rates to try with it."""
+
+    min_lr: float = option(1e-6, "Learning rate of the first step.", above=0)
+    max_lr: float = option(10.0, "Learning rate of the last step.", above=0)
+    num_steps: int = option(100, "Number of steps.", unit="steps", minimum=8)
+    output: str = option(
+        "lr_find.png", "A .png file for the curve; the points are written as .json beside it."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_lr >= self.max_lr:
+            raise ConfigError(f"min_lr ({self.min_lr}) must be less than max_lr ({self.max_lr})")
+
+
+@dataclass(kw_only=True)
 class PredictConfig(Options):
     """A run with a checkpoint, and the images to classify with it."""
 
