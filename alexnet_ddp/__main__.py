@@ -14,6 +14,7 @@ COMMANDS = {
     "plan": "predict the time and memory of a training on a cluster",
     "doctor": "check the machines that a run would use",
     "replay": "compute a bad step again, to find its cause",
+    "lr-find": "find a learning rate for a training",
     "launch": "copy the scripts that start runs on several machines",
 }
 
@@ -26,7 +27,9 @@ def main() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in COMMANDS:
         del sys.argv[1]
-        runpy.run_module(f"alexnet_ddp.{command}", run_name="__main__", alter_sys=True)
+        runpy.run_module(
+            f"alexnet_ddp.{command.replace('-', '_')}", run_name="__main__", alter_sys=True
+        )
         return
     from alexnet_ddp import __version__
     from alexnet_ddp.runtime.printing import say

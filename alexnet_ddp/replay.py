@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from alexnet_ddp import cli
 from alexnet_ddp.config import ConfigError, DDPConfig, Hook, OnNan, ReplayConfig
@@ -40,7 +40,7 @@ from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.training.parts import TrainingParts
 from alexnet_ddp.training.precision import autocast
 from alexnet_ddp.training.setup import RunSetup
-from alexnet_ddp.training.step import TrainStep, cross_entropy
+from alexnet_ddp.training.step import TrainStep
 from alexnet_ddp.training.vote import StepVote
 
 _SHOWN = 5  # images
@@ -115,8 +115,8 @@ class Replay:
         indices = self.sampler.batch(step).tolist()
         agree = indices == record["indices"]
         yield f"images: {len(indices)}, {'the recorded ones' if agree else 'NOT the recorded ones'}"
-        losses = self._losses(batches, step, len(indices))
-        loss = sum(losses.values()) / max(1, len(losses))
+        losses, weight = self._losses(batches, step, len(indices))
+        loss = sum(losses.values()) / max(1, weight)
         yield f"loss {loss:.6g}, recorded {record['loss']:.6g}"
         norm, tensors = self._gradient()
         yield f"gradient norm {norm:.6g}" + (
@@ -152,22 +152,31 @@ class Replay:
                 ):
                     yield replace(work, is_last=work.is_last and rank == world_size - 1)
 
-    def _losses(self, batches: Iterator[Batch], step: int, num_images: int) -> dict[int, float]:
-        """Losses by image; the mean gradient is left in .grad."""
+    def _losses(
+        self, batches: Iterator[Batch], step: int, num_images: int
+    ) -> tuple[dict[int, float], float]:
+        """Losses by image, and the sum of their weights; the mean gradient is left in .grad."""
         train_step, model = self.train_step, self._model
         losses: dict[int, float] = {}
+        weights: list[Tensor] = []
         train_step.optimizer.zero_grad(set_to_none=True)
         for batch in batches:
             if len(batch.labels):
                 set_dropout_keys(model, train_step.seed, step, batch.indices)
                 with autocast(train_step.cfg.precision, train_step.world):
                     logits = model(apply_effects(batch.images, batch.effects)).float()
-                found = cross_entropy(logits, batch, train_step.cfg.label_smoothing, "none")
+                found = train_step.loss(logits, batch, "none")
+                if train_step.loss.is_weighted:
+                    weights.append(train_step.loss.weight(batch))
                 (found.sum() / num_images).backward()
                 losses |= dict(zip(batch.indices.tolist(), found.tolist()))
             if batch.micro_batch.is_last:
                 break
-        return losses
+        weight = torch.stack(weights).sum().item() if weights else len(losses)
+        if weights:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, num_images / weight)
+        return losses, weight
 
     def _gradient(self) -> tuple[float, list[str]]:
         """The norm of the gradient, and the parameters of which it is not finite."""

@@ -8,7 +8,18 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "alexnet_ddp"
 # A command may import everything, and nothing imports a command. test_module_keeps_its_place knows `cli` too.
-COMMANDS = {"train", "evaluate", "predict", "prepare", "plan", "doctor", "replay", "launch", "api"}
+COMMANDS = {
+    "train",
+    "evaluate",
+    "predict",
+    "prepare",
+    "plan",
+    "doctor",
+    "replay",
+    "lr_find",
+    "launch",
+    "api",
+}
 SHARED = {"config", "plugins", "rng", "runtime"}  # every package may import these
 MAY_IMPORT = {  # package -> the others that it may import
     "__init__": {"api"},  # when a name of the API is used

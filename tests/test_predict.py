@@ -1,5 +1,6 @@
 """The images that predict finds, and its output."""
 
+import csv
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from alexnet_ddp.data.sources.index import index_folder
 from alexnet_ddp.predict import find_images
 from alexnet_ddp.runtime.errors import DataError
 from tests.conftest import make_folder
+from tests.test_train import SMALL, run
 
 ROOT = Path(__file__).parents[1]
 
@@ -114,6 +116,109 @@ def test_no_image_is_an_error_of_one_line(photos, pattern, caplog):
     assert caplog.records == []
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, image_folder):
+    """A run of two steps in its root, and a folder of ten images, of which two cannot be read."""
+    root = tmp_path_factory.mktemp("predict")
+    overrides = [*SMALL, f"data.root={image_folder}", "run.root=runs", "run.name=x"]
+    assert run("train", *overrides, "trainer.max_steps=2", cwd=root).returncode == 0
+    (root / "photos").mkdir()
+    for k, file in enumerate(sorted(image_folder.glob("val/*/*.jpg"))[::8]):
+        shutil.copy(file, root / f"photos/{k}.jpg")
+    (root / "photos/1a.jpg").write_bytes(b"no image")
+    (root / "photos/5 truncated.jpg").write_bytes((root / "photos/5.jpg").read_bytes()[:300])
+    return root
+
+
+def rows_of(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_every_image_has_a_line_in_order_for_any_number_of_ranks(trained):
+    found = {}
+    for ranks in (0, 3):
+        done = run(
+            "predict", "run.name=x", "images=photos", "output=o.jsonl", ranks=ranks, cwd=trained
+        )
+        assert done.returncode == 0, done.stdout
+        assert "10 images, 2 of them cannot be read; " in done.stdout
+        assert done.stdout.count("1a.jpg: not an image") == 1
+        found[ranks] = rows_of(trained / "o.jsonl")
+    names = sorted(file.name for file in (trained / "photos").iterdir())
+    assert [row["image"] for row in found[0]] == [f"photos/{name}" for name in names]
+    assert [row["image"] for row in found[0] if "error" in row] == [
+        "photos/1a.jpg",
+        "photos/5 truncated.jpg",
+    ]
+    for one, other in zip(found[0], found[3], strict=True):
+        assert one["image"] == other["image"]
+        for mine, theirs in zip(one.get("predictions", []), other.get("predictions", [])):
+            assert mine["class"] == theirs["class"]
+            assert mine["probability"] == pytest.approx(theirs["probability"], rel=1e-5)
+    assert sum(p["probability"] for p in found[0][0]["predictions"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_csv_has_a_column_for_each_class_and_for_the_reason(trained):
+    done = run("predict", "run.name=x", "images=photos", "output=o.csv", "top_k=2", cwd=trained)
+    assert done.returncode == 0, done.stdout
+    rows = list(csv.DictReader((trained / "o.csv").open(newline="")))
+    assert list(rows[0]) == [
+        *("image", "class_1", "probability_1", "class_2", "probability_2", "error")
+    ]
+    assert len(rows) == 10
+    good = [row for row in rows if not row["error"]]
+    assert len(good) == 8
+    assert all(float(row["probability_1"]) >= float(row["probability_2"]) > 0 for row in good)
+    assert {row["class_1"] for row in good} <= {f"class{k}" for k in range(5)}
+    assert [row["class_1"] for row in rows if row["error"]] == ["", ""]
+
+
+def test_predictions_agree_with_the_evaluation(trained, image_folder):
+    same = ["run.name=x", "output=o.jsonl", "top_k=1"]
+    done = run("predict", *same, f"images={image_folder}/val", cwd=trained)
+    assert done.returncode == 0, done.stdout
+    rows = rows_of(trained / "o.jsonl")
+    correct = sum(Path(r["image"]).parent.name == r["predictions"][0]["class"] for r in rows)
+    assert run("evaluate", "run.name=x", "run.root=runs", cwd=trained).returncode == 0
+    found = json.loads((trained / "runs/x/evaluation.json").read_text())
+    assert (found["val/correct1"], found["val/num_images"]) == (correct, len(rows))
+
+
+def test_paths_come_from_standard_input_and_are_printed_without_an_output(trained):
+    command = [sys.executable, "-m", "alexnet_ddp.predict", "run.name=x", "images=-"]
+    paths = ["photos/3.jpg", "photos/0.jpg", f"{trained}/photos/3.jpg"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command,
+        cwd=trained,
+        env=environment,
+        input="\n".join(paths) + "\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    shown = [line for line in done.stdout.splitlines() if ".jpg" in line]
+    assert len(shown) == 3
+    assert all(path in line for path, line in zip(paths, shown))
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["images=photos", "output=o.txt"], 64, "output (o.txt) must end in .jsonl or .csv"),
+        (["images=photos", "output=no/o.csv"], 64, "must be in an existing directory"),
+        (["images=photos", "on_bad_image=raise"], 65, "leave it out with on_bad_image=skip"),
+        (["images=photos/1a.jpg"], 65, "none of the 1 images can be read"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(trained, options, code, message):
+    done = run("predict", "run.name=x", *options, cwd=trained)
+    assert done.returncode == code, done.stdout
+    assert message in done.stdout
+    assert "Traceback" not in done.stdout
+
+
 @pytest.mark.slow
 def test_names_are_printed_and_recorded_unchanged_even_if_a_pipe_is_closed(tmp_path):
     """Train for an epoch on classes with names that look like markup; evaluate and predict."""
@@ -154,8 +259,9 @@ def test_names_are_printed_and_recorded_unchanged_even_if_a_pipe_is_closed(tmp_p
     shutil.copy(next((folder / "val/cat [male]").iterdir()), target / "photos[x].jpg")
     (target / "broken.jpg").write_bytes(b"no image")
     shown = run("predict", name, f"images={target}", "output=o.jsonl", capture_output=True)
-    assert shown.returncode == 65
+    assert shown.returncode == 0
     assert f"{target}/broken.jpg: not an image" in shown.stderr
-    assert f"{target}/photos[x].jpg" in shown.stdout
     rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
-    assert [row["image"] for row in rows] == [f"{target}/photos[x].jpg"]
+    assert [row["image"] for row in rows] == [f"{target}/broken.jpg", f"{target}/photos[x].jpg"]
+    shown = run("predict", name, f"images={target}", capture_output=True)
+    assert f"{target}/photos[x].jpg" in shown.stdout

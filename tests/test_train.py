@@ -40,7 +40,8 @@ def run(
     root: str, *overrides: str, ranks: int = 0, cwd: Path, env: dict | None = None
 ) -> subprocess.CompletedProcess:
     # HOME's cache is not touched: see conftest.private_cache
-    full = {**ENV, "XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"], **(env or {})}
+    cache = os.environ.get("XDG_CACHE_HOME", str(cwd / "cache"))  # a module's fixture has none
+    full = {**ENV, "XDG_CACHE_HOME": cache, **(env or {})}
     return run_command(f"alexnet_ddp.{root}", list(overrides), ranks, cwd, full)
 
 

@@ -73,6 +73,8 @@ class RunState:
     evaluated_at: int | None = None  # the step of the last complete evaluation
     # step and val/top1 of the best evaluation
     best: dict[str, float | int] = field(default_factory=dict)
+    since_best: int = 0  # evaluations after the best one
+    trained_s: float = 0.0  # seconds of training, of all starts together; the same on all ranks
     # sums since the last row of training metrics
     sums: dict[str, float] = field(default_factory=dict)
     # state of the gradient scaler (fp16)
@@ -84,8 +86,10 @@ class RunState:
     def note_evaluation(self, top1: float) -> None:
         """Record an evaluation. Of equal results the first is the best."""
         self.evaluated_at = self.step
+        self.since_best += 1
         if not self.best or top1 > self.best["val/top1"]:
             self.best = {"step": self.step, "val/top1": top1}
+            self.since_best = 0
 
 
 class CheckpointManager:
@@ -347,6 +351,7 @@ class CheckpointManager:
         )
         if self._has_other_classes():
             state.best = {}
+            state.since_best = 0
             state.evaluated_at = None
         return state, self._read_groups(newest, names)
 

@@ -70,6 +70,7 @@ from alexnet_ddp.config.run import (
     Hook,
     HybridConfig,
     LoggerConfig,
+    LrFindConfig,
     OnNan,
     ParallelConfig,
     Precision,

@@ -1,10 +1,12 @@
 """Options of the data (data=CHOICE) and of its augmentation (augment=CHOICE)."""
 
+import math
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
-from alexnet_ddp.config.option import MISSING, Options, option
+from alexnet_ddp.config.option import MISSING, Options, option, shown
 from alexnet_ddp.runtime.errors import ConfigError
 
 # An image that claims more is a bad image, in training and in preparation.
@@ -91,6 +93,15 @@ class DataConfig(Options, section="data"):
         null="100",
         minimum=0,
     )
+    sampling: Any = option(
+        None,
+        "How many images of each class an epoch has; the epoch's length stays. balanced: equally "
+        "many; sqrt: in proportion to the square root of its images; numbers, one per class in "
+        "the order of labels: in proportion to these. Images of a rare class are repeated, each "
+        "time with another augmentation.",
+        kind="balanced, sqrt, or a list of numbers",
+        null="each image once",
+    )
     limit_train: int | None = option(
         None, "Use this many training images, the same ones in every run.", null="all", minimum=1
     )
@@ -111,10 +122,17 @@ class DataConfig(Options, section="data"):
         if self.eval_resize < self.image_size:
             rule = f"must be at least data.image_size ({self.image_size})"
             raise ConfigError(f"data.eval_resize ({self.eval_resize}) {rule}")
+        if self.sampling is not None:
+            self.sampling = check_class_weights(
+                "data.sampling", self.sampling, ("balanced", "sqrt")
+            )
         for name in ("mean", "std"):
             _check_three(name, getattr(self, name))
         if self.std is not None and min(self.std) <= 0:
             raise ConfigError(f"data.std ({self.std}) must be greater than 0")
+        self._check_growth()
+
+    def _check_growth(self) -> None:
         start, epochs = self.start_image_size, self.grow_epochs
         if (start is None) != (epochs is None):
             rule = "belong together: the first size, and the epoch in which it has grown"
@@ -144,6 +162,19 @@ class DataConfig(Options, section="data"):
             return self.image_size
         grown = (self.image_size - self.start_image_size) * epoch / self.grow_epochs
         return self.start_image_size + int(grown) // 32 * 32
+
+
+def check_class_weights(path: str, value: Any, names: tuple[str, ...]) -> str | list[float]:
+    """Return one of `names`, or a list of numbers. Raises ConfigError for anything else."""
+    if isinstance(value, str) and value in names:
+        return value
+    numbers = value if isinstance(value, list) else []
+    is_valid = all(type(one) in (int, float) and 0 <= one < math.inf for one in numbers)
+    if not is_valid or sum(numbers) <= 0:
+        words = " or ".join(names)
+        rule = f"must be {words}, or numbers of at least 0 and not all 0, one per class"
+        raise ConfigError(f"{path} ({shown(value)}) {rule}; write {path}={names[0]}")
+    return [float(one) for one in numbers]
 
 
 def _check_three(name: str, values: list[float] | None) -> None:

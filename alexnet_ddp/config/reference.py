@@ -104,6 +104,14 @@ The steps from the newest checkpoint before the recorded step are computed again
 that each rank had. Prints the loss, the gradient's norm, and which images or tensors are not
 finite. Nothing is written. Every option has the run's value, unless the command line gives another.
 Exit codes: 0 done, 64 configuration, 65 data, 66 no usable checkpoint.""",
+    "lr_find": """\
+Find a learning rate: train some steps with a rising rate, and see where the loss falls fastest.
+
+  alexnet-ddp lr-find experiment=imagenet20 data.root=DIR
+  torchrun --nproc_per_node=8 -m alexnet_ddp.lr_find experiment=alexnet data.root=DIR max_lr=1
+
+Give it the overrides of the run. It prints a suggestion for optimizer.lr and draws the curve. It
+reads and writes nothing of a run. Exit codes: 0 done, 64 configuration, 65 data.""",
 }
 _HOW = """\
 Usage: GROUP=CHOICE and OPTION=VALUE. --help NAME explains one group or option; --cfg job prints the
@@ -181,14 +189,16 @@ def help_lines(command: str, names: list[str]) -> Iterator[str]:
 
 
 def markdown(
-    commands: tuple[str, ...] = ("train", "doctor", "replay", "predict", "plan", "prepare"),
+    commands: tuple[str, ...] = (
+        *("train", "doctor", "replay", "lr_find", "predict", "plan", "prepare"),
+    ),
 ) -> str:
     """docs/configuration.md. evaluate has the options of train."""
     lines = [_INTRODUCTION, *_recipes()]
     for command in commands:
-        known = describe("train") if command in ("doctor", "replay") else []
+        known = describe("train") if command in ("doctor", "replay", "lr_find") else []
         seen = {entry.path for section in known for entry in section.entries}
-        title = "`train` and `evaluate`" if command == "train" else f"`{command}`"
+        title = "`train` and `evaluate`" if command == "train" else f"`{command.replace('_', '-')}`"
         lines += [f"## Options of {title}", ""]
         if known:
             lines += ["All options of `train`, and:", ""]

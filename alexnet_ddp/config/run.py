@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from alexnet_ddp.config.data import AugmentConfig, DataConfig
+from alexnet_ddp.config.data import AugmentConfig, DataConfig, OnBadImage, check_class_weights
 from alexnet_ddp.config.option import MAX_SEED, MISSING, Options, option, shown
 from alexnet_ddp.config.recipe import Head, ModelConfig, OptimizerConfig, SchedulerConfig
 from alexnet_ddp.runtime.errors import ConfigError
@@ -241,6 +241,14 @@ class TrainerConfig(Options, section="trainer"):
     label_smoothing: float = option(
         0.0, "Label smoothing of the cross entropy.", minimum=0, below=1
     )
+    class_weights: Any = option(
+        None,
+        "Weight of each class in the training loss. The loss is divided by the sum of the weights "
+        "over the global batch. balanced: inversely proportional to the class's number of "
+        "training images; numbers: one per class in the order of labels. val/loss is not weighted.",
+        kind="balanced, or a list of numbers",
+        null="all classes count alike",
+    )
     clip_grad_norm: float | None = option(
         None, "Clip the gradient to this norm.", null="no clipping", above=0
     )
@@ -278,6 +286,28 @@ class TrainerConfig(Options, section="trainer"):
     )
     log_every_steps: int = option(10, "Interval of logged metrics.", unit="steps", minimum=1)
     eval_every_epochs: int = option(1, "Interval of evaluations.", unit="epochs", minimum=1)
+    eval_every_steps: int | None = option(
+        None,
+        "Interval of evaluations, in place of trainer.eval_every_epochs.",
+        unit="steps",
+        null="trainer.eval_every_epochs",
+        minimum=1,
+    )
+    patience: int | None = option(
+        None,
+        "End the run after this many evaluations in a row whose val/top1 is not the best so far.",
+        unit="evaluations",
+        null="no early end",
+        minimum=1,
+    )
+    max_hours: float | None = option(
+        None,
+        "End the run, with an evaluation and a checkpoint, after this time in training. All "
+        "starts of the run count.",
+        unit="hours",
+        null="no limit",
+        above=0,
+    )
     hang_timeout_s: float | None = option(
         30.0,
         "End the run if a rank makes no progress for this time, or for 10 slow steps if that is "
@@ -286,6 +316,19 @@ class TrainerConfig(Options, section="trainer"):
         null="no limit",
         above=0,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_every_steps is not None and self.eval_every_epochs != 1:
+            both = f"trainer.eval_every_epochs ({self.eval_every_epochs})"
+            rule = f"would be ignored with trainer.eval_every_steps ({self.eval_every_steps})"
+            raise ConfigError(f"{both} {rule}; give one of them")
+        if self.class_weights is not None:
+            path = "trainer.class_weights"
+            self.class_weights = check_class_weights(path, self.class_weights, ("balanced",))
+            if isinstance(self.class_weights, list) and 0 in self.class_weights:
+                rule = "must be greater than 0; leave images of a class out with data.sampling"
+                raise ConfigError(f"{path} ({shown(self.class_weights)}) {rule}")
 
 
 @dataclass(kw_only=True)
@@ -372,6 +415,9 @@ class Config(Options):
         if grow is not None and grow >= epochs:
             rule = f"must be less than trainer.epochs ({epochs}), to end at data.image_size"
             raise ConfigError(f"data.grow_epochs ({grow}) {rule}")
+        if self.trainer.class_weights == "balanced" and self.data.sampling is not None:
+            rule = "would correct twice what data.sampling corrects"
+            raise ConfigError(f"trainer.class_weights=balanced {rule}; leave one of them out")
         precision = self.trainer.precision
         if self.device is Device.cpu and precision is not Precision.fp32:
             rule = "needs a CUDA device, but device=cpu; use trainer.precision=fp32"
@@ -427,13 +473,40 @@ class ReplayConfig(Config):
 
 
 @dataclass(kw_only=True)
+class LrFindConfig(Config):
+    """A training, and the learning rates to try with it."""
+
+    min_lr: float = option(1e-6, "Learning rate of the first step.", above=0)
+    max_lr: float = option(10.0, "Learning rate of the last step.", above=0)
+    num_steps: int = option(100, "Number of steps.", unit="steps", minimum=8)
+    output: str = option(
+        "lr_find.png", "A .png file for the curve; the points are written as .json beside it."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_lr >= self.max_lr:
+            raise ConfigError(f"min_lr ({self.min_lr}) must be less than max_lr ({self.max_lr})")
+
+
+@dataclass(kw_only=True)
 class PredictConfig(Options):
     """A run with a checkpoint, and the images to classify with it."""
 
     run: RunConfig
     device: Device = option(Device.auto, "The device to compute on. auto: cuda if there is a GPU.")
-    images: str = option(MISSING, "The images: a file, a directory or a glob.")
-    output: str | None = option(None, "A .jsonl file to write the predictions to.", null="none")
+    images: str = option(
+        MISSING,
+        "The images: a file, a directory or a glob; - reads one path per line from standard input.",
+    )
+    output: str | None = option(
+        None, "A .jsonl or .csv file to write the predictions to.", null="they are printed"
+    )
+    on_bad_image: OnBadImage = option(
+        OnBadImage.skip,
+        "If an image cannot be read: skip writes the reason in place of its classes; raise ends "
+        "the command with exit code 65.",
+    )
     top_k: int = option(5, "Number of classes to print for each image.", minimum=1)
     plugins: list[str] = option(
         [], "Modules to import first if the run was started with plugins; command line only."

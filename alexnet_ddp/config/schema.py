@@ -22,6 +22,7 @@ ROOTS: dict[str, type] = {
     "evaluate": run.Config,
     "doctor": run.DoctorConfig,
     "replay": run.ReplayConfig,
+    "lr_find": run.LrFindConfig,
     "predict": run.PredictConfig,
     "plan": plan.PlanConfig,
     "prepare": prepare.PrepareConfig,

@@ -155,6 +155,16 @@ def apply_effects(images: Tensor, effects: Effects) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
+def to_pixels(x: Tensor, normalisation: Normalisation) -> np.ndarray:
+    """The inverse of the normalisation: uint8 [n, size, size, 3] of float [n, 3, size, size].
+
+    Values outside of the range of an image are clipped. Waits for the device.
+    """
+    mean, std = _on_device(normalisation, x.device)
+    pixels = 255 * (x.permute(0, 2, 3, 1) * std + mean)
+    return pixels.round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+
+
 def normalise(
     images: Tensor, colour: Tensor | None, normalisation: Normalisation = IMAGENET
 ) -> Tensor:

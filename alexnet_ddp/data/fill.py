@@ -36,7 +36,8 @@ def build_fill(cfg: DataConfig, index: SampleIndex, augment: Augment | None) -> 
     """
     match index.store:
         case SyntheticStore() as store:
-            return store.fill
+            fill = store.fill
+            return lambda slots, indices, epoch: fill(slots, indices % len(index), epoch)
         case ShardStore(raw_size=int(raw_size)) as store:
             if cfg.eval_interpolation is Interpolation.bicubic:
                 rule = "is not possible with raw shards, which are resized bilinearly"
@@ -68,11 +69,11 @@ class _IndexFill:
             if not skip:
                 remedy = "remove or fix it, or leave it out with data.on_bad_image=skip"
                 raise DataError(f"{reason}; {remedy}") from None
-            bad.append(Skipped(k, int(i), error.kind, reason))
+            bad.append(Skipped(k, int(i) % len(self.index), error.kind, reason))
         except DataError as error:
             if not skip:
                 raise DataError(str(error)) from None
-            bad.append(Skipped(k, int(i), "unreadable", str(error)))
+            bad.append(Skipped(k, int(i) % len(self.index), "unreadable", str(error)))
         return None
 
 
@@ -112,7 +113,7 @@ class ImageFill(_IndexFill):
         self, bad: list[Skipped], indices: np.ndarray, data: list[bytes | None]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Widths and heights in pixels, int64 [n], from the index or the headers; 1 if bad."""
-        known = self.index.store.dimensions(indices)
+        known = self.index.dimensions(indices)
         if known is not None:
             return known
         sizes = [(1, 1)] * len(data)
@@ -157,10 +158,10 @@ class RawFill(_IndexFill):
         size = height * self.raw_size * 3
         rows = np.frombuffer(scratch(size), np.uint8, size).reshape(height, self.raw_size, 3)
         try:
-            self.store.read_rows(i, top, rows)
+            self.store.read_rows(i % len(self.index), top, rows)
         except OSError as error:
             raise DataError(
-                f"{self.store.name(i)} cannot be read ({error.strerror or error}); copy it again"
+                f"{self.index.name(i)} cannot be read ({error.strerror or error}); copy it again"
             ) from error
         resize_into(slot, rows[:, left : left + width], flip)
 

@@ -29,7 +29,7 @@ class Batch:
     micro_batch: MicroBatch
     images: torch.Tensor  # uint8 [m, size, size, 3], valid until the next batch is requested
     labels: torch.Tensor  # int64 [n]
-    indices: torch.Tensor  # int32 [n], positions in the SampleIndex
+    indices: torch.Tensor  # int32 [n], of MicroBatch.indices
     effects: Effects
     bad: list[Skipped]  # images of the micro-batch that were left out
 
@@ -93,7 +93,7 @@ class Loader:
         batch = Batch(
             host.micro_batch,
             images.to(self.device, non_blocking=True),
-            self._copy(self.labels[indices[:n]].astype(np.int64)),
+            self._copy(self._labels(indices[:n])),
             self._copy(indices[:n].astype(np.int32)),
             self._effects(host, indices, slots),
             [one for one in host.bad if one.position < len(host.micro_batch.indices)],
@@ -111,11 +111,15 @@ class Loader:
         partners = None
         if self._mixes:
             rows = partner_rows(slots, len(host.micro_batch.indices))
-            partners = Partners(rows, self.labels[indices[rows]].astype(np.int64))
+            partners = Partners(rows, self._labels(indices[rows]))
         effects = self.augment.effects(
             host.micro_batch.epoch, indices, host.images.shape[1], partners, self._copy
         )
         return replace(effects, normalisation=self.plain.normalisation)
+
+    def _labels(self, indices: np.ndarray) -> np.ndarray:
+        """The labels of images, or of their repeats: int64, in the shape of `indices`."""
+        return self.labels[indices % len(self.labels)].astype(np.int64)
 
     def _copy(self, array: np.ndarray) -> torch.Tensor:
         """Copy to the device, asynchronously."""

@@ -1,8 +1,9 @@
 """The distributed sampler: the images of each step and rank, as a function of (seed, epoch).
 
-It has no state. Every image is used once per epoch. A global batch is cut into one contiguous slice
-per rank; the sizes of the slices differ by at most one. The last batch of an epoch may be smaller.
-Nothing is padded, and no number has to be divisible by another.
+It has no state. Every image is used once per epoch, unless data.sampling asks for other numbers. A
+global batch is cut into one contiguous slice per rank; the sizes of the slices differ by at most
+one. The last batch of an epoch may be smaller. Nothing is padded, and no number has to be divisible
+by another.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import numpy as np
 
 from alexnet_ddp import rng
 from alexnet_ddp.config import Config, ConfigError, ShardsConfig, Shuffle
+from alexnet_ddp.data.sampling import ClassSampling, build_sampling
 from alexnet_ddp.data.sources.index import SampleIndex
 from alexnet_ddp.data.sources.shards import ShardStore
 
@@ -28,7 +30,9 @@ class MicroBatch:
 
     step: int
     epoch: int
-    indices: np.ndarray  # int64 [n], n <= micro_batch_size
+    # int64 [n], n <= micro_batch_size; with data.sampling the draws of ClassSampling. The image is
+    # the remainder modulo the number of images, random numbers are drawn for the whole value.
+    indices: np.ndarray
     is_last: bool  # the last one of its step; its backward pass synchronises the gradients
     # The image before these in the global batch, cyclically; None if the micro-batch is empty.
     previous: int | None = None
@@ -59,7 +63,7 @@ class Windows:
         return digest.hexdigest()
 
     def arrange(self, order: np.ndarray, key: int) -> np.ndarray:
-        """`order`, an int64 permutation of the images, rearranged window by window."""
+        """`order`, int64 indices of the images, rearranged window by window."""
         # A subset of the images may leave some shards out.
         present = np.flatnonzero(np.bincount(self.shards))
         count = -(-len(present) // self.size)
@@ -67,7 +71,8 @@ class Windows:
         # Windows of equal size: 17 shards in windows of at most 16 give 9 and 8, not 16 and 1.
         ranks = np.arange(len(present)) * count // len(present)
         window[present[rng.permutation(key, len(present))]] = ranks
-        return order[np.argsort(window[self.shards[order]], kind="stable")]
+        shards = self.shards[order % len(self.shards)]
+        return order[np.argsort(window[shards], kind="stable")]
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,7 @@ class GlobalBatchSampler:
     seed: int
     drop_last: bool = False
     windows: Windows | None = None
+    sampling: ClassSampling | None = None
 
     def __post_init__(self) -> None:
         if self.steps_per_epoch == 0:
@@ -100,7 +106,7 @@ class GlobalBatchSampler:
     def batch(self, step: int) -> np.ndarray:
         """The images of `step` (0-based) on all ranks: int64 [n], n <= global_batch_size."""
         epoch, k = divmod(step, self.steps_per_epoch)
-        order = _order(self.num_images, self.seed, epoch, self.windows)
+        order = _order(self.num_images, self.seed, epoch, self.windows, self.sampling)
         return order[k * self.global_batch_size : (k + 1) * self.global_batch_size]
 
     def micro_batches(
@@ -127,9 +133,11 @@ def build_sampler(cfg: Config, index: SampleIndex) -> GlobalBatchSampler:
         assert isinstance(index.store, ShardStore)
         assert cfg.data.window_shards is not None  # the constructor replaces null
         windows = Windows(index.store.shards, cfg.data.window_shards)
-    trainer = cfg.trainer
+    trainer, sampling = cfg.trainer, None
+    if cfg.data.sampling is not None:
+        sampling = build_sampling(cfg.data.sampling, index.labels, index.classes)
     return GlobalBatchSampler(
-        len(index), trainer.global_batch_size, cfg.seed, trainer.drop_last, windows
+        len(index), trainer.global_batch_size, cfg.seed, trainer.drop_last, windows, sampling
     )
 
 
@@ -163,12 +171,19 @@ class Shuffled:
 
 @lru_cache(maxsize=2)
 def _order(
-    num_images: int, seed: int, epoch: int, windows: Windows | None
+    num_images: int,
+    seed: int,
+    epoch: int,
+    windows: Windows | None,
+    sampling: ClassSampling | None,
 ) -> Shuffled | np.ndarray:
     key = rng.fold(seed, rng.ORDER, epoch)
-    if windows is None:
+    if windows is None and sampling is None:
         return Shuffled(key, num_images)
-    return windows.arrange(rng.permutation(key, num_images), rng.fold(seed, rng.SHARDS, epoch))
+    order = rng.permutation(key, num_images)
+    if sampling is not None:
+        order = sampling.draws(seed, epoch)[order]
+    return order if windows is None else windows.arrange(order, rng.fold(seed, rng.SHARDS, epoch))
 
 
 def rank_slice(n: int, rank: int, world_size: int) -> slice:

@@ -5,12 +5,12 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from alexnet_ddp.config import DataConfig, OnBadImage, PrepareConfig
 from alexnet_ddp.config.schema import choice_of
 from alexnet_ddp.data.augment import Augment, build_augment
 from alexnet_ddp.data.fill import build_fill
+from alexnet_ddp.data.picture import draw
 from alexnet_ddp.data.sampler import GlobalBatchSampler
 from alexnet_ddp.data.sources.imagenet import TRAIN, open_archive
 from alexnet_ddp.data.sources.index import SampleIndex, index_folder
@@ -21,9 +21,7 @@ from alexnet_ddp.prepare.report import committed
 from alexnet_ddp.runtime.errors import DataError
 from alexnet_ddp.runtime.printing import say
 
-_COLUMNS, _ROWS = 8, 6
-_GAP, _LINE, _HEAD = 10, 20, 34  # pixels: between cells, of a class name, of the title
-_PAPER, _INK, _MISSING = (255, 255, 255), (40, 40, 40), (225, 225, 225)
+_COUNT = 48  # images
 
 
 def sheet(cfg: PrepareConfig) -> None:
@@ -35,7 +33,7 @@ def sheet(cfg: PrepareConfig) -> None:
     index, names, basis = _open(place, is_source=cfg.source is not None)
     data = DataConfig(image_size=cfg.image_size, on_bad_image=OnBadImage.skip)
     augment = build_augment(cfg.augment, cfg.seed, data.image_size, data.resized_side, basis)
-    indices = GlobalBatchSampler(len(index), _COLUMNS * _ROWS, cfg.seed).batch(0)
+    indices = GlobalBatchSampler(len(index), _COUNT, cfg.seed).batch(0)
     pixels = _pixels(data, index, augment, indices)
     kind = choice_of("augment", type(cfg.augment))
     title = (
@@ -54,37 +52,6 @@ def sheet(cfg: PrepareConfig) -> None:
     else:
         Storage(folder).write(name, out.getvalue())
     say(target)
-
-
-def draw(pixels: list[np.ndarray | None], names: list[str], title: str) -> Image.Image:
-    """Draw a grid of images, each with its class name below it and a line in the class's colour.
-
-    Letters that Pillow's own font does not have are written as escapes, such as \\xf6.
-
-    pixels: uint8 [size, size, 3] each; None for a bad image.
-    """
-    size = next((len(image) for image in pixels if image is not None), 128)
-    rows, columns = -(-len(pixels) // _COLUMNS), min(_COLUMNS, len(pixels))
-    width, height = _GAP + columns * (size + _GAP), _HEAD + rows * (size + _LINE + _GAP)
-    page = Image.new("RGB", (width, height), _PAPER)
-    pen, font, bold = ImageDraw.Draw(page), ImageFont.load_default(12), ImageFont.load_default(14)
-    title, *names = (text.encode("ascii", "backslashreplace").decode() for text in (title, *names))
-    pen.text((_GAP, 8), _fitted(title, width - 2 * _GAP, bold), _INK, bold)
-    hues = {name: int(k * 255 / len(set(names))) for k, name in enumerate(sorted(set(names)))}
-    for k, (image, name) in enumerate(zip(pixels, names)):
-        left, top = (
-            _GAP + k % _COLUMNS * (size + _GAP),
-            _HEAD + k // _COLUMNS * (size + _LINE + _GAP),
-        )
-        if image is None:
-            pen.rectangle((left, top, left + size - 1, top + size - 1), _MISSING)
-            pen.text((left + 8, top + 8), "bad image", _INK, font)
-        else:
-            page.paste(Image.fromarray(image), (left, top))
-        colour = Image.new("HSV", (1, 1), (hues[name], 170, 200)).convert("RGB").getpixel((0, 0))
-        pen.rectangle((left, top + size, left + size - 1, top + size + 2), colour)
-        pen.text((left, top + size + 4), _fitted(name, size, font), _INK, font)
-    return page
 
 
 def _open(
@@ -119,24 +86,9 @@ def _with_effects(slots: np.ndarray, augment: Augment, indices: np.ndarray) -> n
     """Apply the effects of the device: jitter, noise, erasing, and mixing with the image before."""
     import torch  # only here: the other actions start without torch
 
-    from alexnet_ddp.data.effects import Partners, apply_effects, normalise
+    from alexnet_ddp.data.effects import Partners, apply_effects, to_pixels
 
     rows = np.arange(-1, len(indices) - 1) % len(indices)
     partners = Partners(rows, rows) if augment.mixes else None
     effects = augment.effects(0, indices, slots.shape[1], partners, torch.from_numpy)
-    x = apply_effects(torch.from_numpy(slots), effects)
-    black, white = (
-        normalise(torch.full((1, 1, 1, 3), v, dtype=torch.uint8), None) for v in (0, 255)
-    )
-    pixels = (255 * (x - black) / (white - black)).round().clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).contiguous().numpy()
-
-
-def _fitted(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Cut `text` to `width` pixels, without characters that cannot be drawn."""
-    text = text.encode(errors="replace").decode().replace("\n", " ")
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"{text}…") > width:
-        text = text[:-1]
-    return f"{text}…"
+    return to_pixels(apply_effects(torch.from_numpy(slots), effects), effects.normalisation)

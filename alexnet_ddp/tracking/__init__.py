@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+import numpy as np
+
 from alexnet_ddp.config import LoggerConfig
 from alexnet_ddp.runtime.errors import RunError
 from alexnet_ddp.tracking.console import Console, build_console, headline
@@ -57,6 +59,7 @@ class Sink(Protocol):
     name: str
 
     def write(self, step: int, epoch: float, metrics: dict[str, Any]) -> None: ...
+    def image(self, name: str, pixels: np.ndarray) -> None: ...
     def close(self, exit_code: int) -> None: ...
 
 
@@ -86,6 +89,11 @@ class Tracker:
             self._attempt(sink, partial(sink.write, step, epoch, metrics))
         if self._console:
             self._console.write(step, epoch, metrics)
+
+    def image(self, name: str, pixels: np.ndarray) -> None:
+        """Show a picture, uint8 [height, width, 3]. Raises no error of a sink."""
+        for sink in list(self._sinks):
+            self._attempt(sink, partial(sink.image, name, pixels))
 
     def advance(self, step: int) -> None:
         """Move the progress bar to `step`. Takes microseconds: call it at every step."""

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from alexnet_ddp.runtime.files import keep_rows, plain
 
 Say = Callable[[str], None]
@@ -77,6 +79,10 @@ class TensorBoardSink:
             if not isinstance(value, str):
                 self._writer.add_scalar(name, value, step)
         self._writer.flush()
+
+    def image(self, name: str, pixels: np.ndarray) -> None:
+        """Show a picture, uint8 [height, width, 3]."""
+        self._writer.add_image(name, pixels, 0, dataformats="HWC")
 
     def close(self, exit_code: int) -> None:
         self._writer.close()

@@ -91,11 +91,24 @@ def log_all(run: Any, spec: dict[str, Any], end: End) -> None:
     with Path(spec["run_dir"], "metrics.jsonl").open("rb") as file:
         file.seek(spec["offset"])
         exit_code = None
+        shows_batch = spec["offset"] == 0  # a new run
         while exit_code is None:
             exit_code = poll_exit_code(end)
+            shows_batch = shows_batch and not log_batch(run, spec)
             for row in new_rows(file):
                 run.log(row, step=row["step"])
     run.finish(exit_code=exit_code)
+
+
+def log_batch(run: Any, spec: dict[str, Any]) -> bool:
+    """Send the picture of the first batch. Return False if it is not written yet."""
+    picture = Path(spec["run_dir"], "batch.png")
+    if not picture.exists():
+        return False
+    import wandb
+
+    run.log({"batch": wandb.Image(str(picture))}, step=0)
+    return True
 
 
 def new_rows(file: BinaryIO) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import numpy as np
+
 from alexnet_ddp.runtime.files import write_bytes, write_json
 from alexnet_ddp.runtime.redaction import redact
 from alexnet_ddp.tracking.sinks import Say
@@ -84,6 +86,9 @@ class WandbSink:
         """
         self._pass_on()
         self._check(self._helper.process.poll())
+
+    def image(self, name: str, pixels: np.ndarray) -> None:
+        """Does nothing: the helper sends batch.png, which it finds in the run's directory."""
 
     def close(self, exit_code: int) -> None:
         """Give the helper CLOSE_S to send the remaining rows; unsent rows stay on disk.

@@ -9,27 +9,31 @@ from alexnet_ddp.plugins import METRICS
 from alexnet_ddp.runtime.distributed import sum_over_ranks
 from alexnet_ddp.runtime.errors import ConfigError
 
-_SUMS = ("loss", "correct1", "correct5", "images")
+_SUMS = ("loss", "correct1", "correct5", "images", "weight")
 _TAKEN = frozenset(("loss", "top1", "top5", "num_images", "correct1", "correct5", "num_bad_images"))
 
 
 class Meter:
     """Sums over images, on the device until read(). float64: counts are exact to 2**53.
 
-    `local`: float64 [4], the sums of this rank since the last read().
+    `local`: float64 [5], the sums of this rank since the last read().
     """
 
     def __init__(self, device: torch.device) -> None:
         self.local = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
         self._total = torch.zeros(len(_SUMS), dtype=torch.float64)
 
-    def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
+    def add(
+        self, loss_sum: Tensor, logits: Tensor, labels: Tensor, weight: Tensor | None = None
+    ) -> None:
         """Add n images. No host wait.
 
         loss_sum: scalar, summed over the images; logits: [n, classes]; labels: int64 [n].
+        weight: scalar, the sum of the images' weights in the loss; None if each counts 1.
         """
         images, correct1, correct5 = correct_counts(logits.detach(), labels).sum(0)
-        self.local += torch.stack([loss_sum.detach().double(), correct1, correct5, images])
+        loss, weight = loss_sum.detach().double(), images if weight is None else weight.double()
+        self.local += torch.stack([loss, correct1, correct5, images, weight])
 
     def read(self) -> dict[str, float]:
         """Collective. Return the sums over all ranks since reset(). Waits for the device."""
@@ -39,7 +43,9 @@ class Meter:
 
     def load(self, sums: dict[str, float]) -> None:
         """Restore what read() returned."""
-        self._total = torch.tensor([sums[name] for name in _SUMS], dtype=torch.float64)
+        older = {"weight": sums["images"]}  # of a checkpoint that has no sum of weights
+        total = [(older | sums)[name] for name in _SUMS]
+        self._total = torch.tensor(total, dtype=torch.float64)
 
     def reset(self) -> None:
         """Start a new row."""
@@ -82,11 +88,11 @@ def correct_counts(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def train_row(sums: dict[str, float]) -> dict[str, float]:
-    """Return loss (mean over images) and top1 (percent); empty if no step was applied."""
+    """Return loss (weighted mean) and top1 (percent); empty if no step was applied."""
     if sums["images"] == 0:
         return {}
     return {
-        "train/loss": sums["loss"] / sums["images"],
+        "train/loss": sums["loss"] / sums["weight"],
         "train/top1": 100 * sums["correct1"] / sums["images"],
     }
 

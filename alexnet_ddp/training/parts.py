@@ -28,6 +28,7 @@ from alexnet_ddp.parallel import build_parallel
 from alexnet_ddp.parallel.group import ShardedTensor
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.training.ema import EMA
+from alexnet_ddp.training.loss import class_weights
 from alexnet_ddp.training.optim import OptimizerState, build_optimizer
 from alexnet_ddp.training.setup import RunSetup, choose_parallelism
 from alexnet_ddp.training.step import TrainStep
@@ -94,6 +95,7 @@ class TrainingParts:
             world,
             cfg.data.image_size,
             ema=self.ema,
+            class_weights=self._class_weights(),
             on_phase=on_phase,
         )
         # After the warm-up of TrainStep, which leaves traces in a hook.
@@ -104,12 +106,10 @@ class TrainingParts:
             self.parallel_model.hook.load_state_dict({})
             self.parallel_model.hook.set_step(0)
         self.train_step.load_state_dict(setup.state.sums, setup.state.scaler)
-        augment = build_augment(
-            cfg.augment, cfg.seed, cfg.data.image_size, cfg.data.resized_side, data.colour_basis
+        self.train_loader: Loader = build_train_loader(setup)
+        self.val_loader: Loader = build_loader(
+            cfg.data, data.val, None, world.num_cores, world.device
         )
-        cores, device = world.num_cores, world.device
-        self.train_loader: Loader = build_loader(cfg.data, data.train, augment, cores, device, True)
-        self.val_loader: Loader = build_loader(cfg.data, data.val, None, cores, device)
 
     def state_dict(self) -> dict[str, dict[str, Tensor | ShardedTensor]]:
         """Collective. Part -> its tensors by name; a tensor may be a shard of a split one."""
@@ -183,6 +183,11 @@ class TrainingParts:
         self.train_loader.close()
         self.val_loader.close()
 
+    def _class_weights(self) -> Tensor | None:
+        cfg, train = self.setup.cfg.trainer, self.setup.data.train
+        weights = class_weights(cfg.class_weights, train.labels, len(train.classes))
+        return None if weights is None else weights.to(self.setup.world.device)
+
     def _build_model(self) -> nn.Module:
         """The network with the weights that a new run starts from."""
         setup, cfg, world = self.setup, self.setup.cfg, self.setup.world
@@ -236,3 +241,11 @@ class TrainingParts:
         names, own = head_parameters(fresh), fresh.state_dict()
         rows = {name: own[name].to(self.setup.world.device) for name in names}
         return {name: follow_classes(tensors, change, rows) for name, tensors in groups.items()}
+
+
+def build_train_loader(setup: RunSetup) -> Loader:
+    """The loader of the training images, augmented, at the sizes of their epochs."""
+    cfg, world, data = setup.cfg, setup.world, setup.data
+    size, side = cfg.data.image_size, cfg.data.resized_side
+    augment = build_augment(cfg.augment, cfg.seed, size, side, data.colour_basis)
+    return build_loader(cfg.data, data.train, augment, world.num_cores, world.device, True)

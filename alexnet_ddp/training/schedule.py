@@ -38,7 +38,7 @@ class Budget:
         """Return the budget of a run of `steps_per_epoch` steps an epoch."""
         total = cfg.epochs * steps_per_epoch
         total = min(total, cfg.max_steps or total)
-        eval_every_steps = cfg.eval_every_epochs * steps_per_epoch
+        eval_every_steps = cfg.eval_every_steps or cfg.eval_every_epochs * steps_per_epoch
         return cls(steps_per_epoch, total, eval_every_steps, cfg.log_every_steps, save_every_steps)
 
     def epoch(self, step: int) -> float:

@@ -24,6 +24,7 @@ from alexnet_ddp.config import (
 from alexnet_ddp.cost_model.choose import choose_guessing, guess
 from alexnet_ddp.cost_model.network import read_network
 from alexnet_ddp.data.sampler import build_sampler, micro_batch_sizes
+from alexnet_ddp.data.sampling import describe
 from alexnet_ddp.data.sources.index import SampleIndex
 from alexnet_ddp.data.sources.sets import ImageSets, open_data
 from alexnet_ddp.parallel import find_layers
@@ -55,6 +56,9 @@ class RunSetup:
         )  # refuses unknown names before the run starts
         self.data = distributed.first_on_node(lambda: open_data(cfg.data, may_make=True), world)
         self.sampler = build_sampler(cfg, self.data.train)
+        if self.sampler.sampling is not None:
+            found = describe(self.sampler.sampling, self.data.class_names)
+            log.info("data.sampling=%s: %s", cfg.data.sampling, found)
         self.budget = Budget.plan(
             cfg.trainer, self.sampler.steps_per_epoch, cfg.checkpoint.save_every_steps
         )
@@ -75,9 +79,17 @@ class RunSetup:
         )
 
     @property
+    def is_over(self) -> bool:
+        """The last step is done, or trainer.patience or trainer.max_hours ends the run."""
+        trainer, state = self.cfg.trainer, self.state
+        is_late = trainer.max_hours is not None and state.trained_s >= 3600 * trainer.max_hours
+        is_worse = trainer.patience is not None and state.since_best >= trainer.patience
+        return is_late or is_worse or self.budget.is_end(state.step)
+
+    @property
     def is_complete(self) -> bool:
-        """The last step is done and evaluated."""
-        return self.budget.is_end(self.state.step) and self.state.evaluated_at == self.state.step
+        """The run is over and its last step is evaluated."""
+        return self.is_over and self.state.evaluated_at == self.state.step
 
     def _identity(self) -> dict[str, object]:
         """The options and data that may not change when a run is resumed."""
@@ -97,7 +109,10 @@ class RunSetup:
         }
         same |= {key: value for key, value in run_identity.items() if key != "data"}
         same |= {"budget": str(self.budget)}
-        options = ("eval_batch_size", "on_nan", "check_every_steps")
+        options = (
+            *("eval_batch_size", "on_nan", "check_every_steps"),
+            *("patience", "max_hours"),
+        )
         same |= {name: getattr(trainer, name) for name in options}
         distributed.require_same(same, self.world)
 

@@ -7,7 +7,6 @@ from enum import Enum
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alexnet_ddp.config import OnNan, Precision, TrainerConfig
@@ -21,6 +20,7 @@ from alexnet_ddp.runtime.distributed import World, any_rank, average, raise_toge
 from alexnet_ddp.runtime.errors import RunError
 from alexnet_ddp.runtime.watchdog import WAITING
 from alexnet_ddp.training.ema import EMA
+from alexnet_ddp.training.loss import CrossEntropy
 from alexnet_ddp.training.metrics import Meter
 from alexnet_ddp.training.optim import apply_step, norms, reads_found_inf, set_lr
 from alexnet_ddp.training.precision import autocast
@@ -54,8 +54,9 @@ class TrainStep:
     The gradient is the mean over the images of the global batch, however they are divided. No rank
     applies anything before all ranks know that the step is valid.
 
-    image_size: pixels, the largest that the run uses. on_phase: called with the next phase, one of
-    runtime.watchdog.PHASES.
+    image_size: pixels, the largest that the run uses. class_weights: float32 [classes] on the
+    device; the mean is then weighted, over the global batch. on_phase: called with the next phase,
+    one of runtime.watchdog.PHASES.
     """
 
     def __init__(
@@ -68,11 +69,13 @@ class TrainStep:
         image_size: int,
         *,
         ema: EMA | None = None,
+        class_weights: Tensor | None = None,
         on_phase: Callable[[str], None] = lambda phase: None,
     ) -> None:
         self.parallel_model, self.optimizer = parallel_model, optimizer
         self.cfg, self.seed, self.world = cfg, seed, world
         self.ema, self._on_phase = ema, on_phase
+        self.loss = CrossEntropy(cfg.label_smoothing, class_weights)
         self.scaler = torch.amp.GradScaler(
             world.device.type, enabled=cfg.precision is Precision.fp16
         )
@@ -115,7 +118,7 @@ class TrainStep:
             self._nonfinite.zero_()  # this vote has reported the previous step
             return StepOutcome(status, votes, skipped_images, None)
         self._on_phase("update")
-        grad_norm = self._apply(num_images / votes.num_images)
+        grad_norm = self._apply(num_images / votes.weight)
         self._on_phase(WAITING)
         average(self._statistics, self.world)
         self._before.restore(self._nonfinite)
@@ -147,6 +150,7 @@ class TrainStep:
         """Fetch, forward, vote, backward: leave the mean gradient over `num_images` in .grad."""
         scale = self.world.world_size / num_images  # DDP divides the sum over ranks by world_size
         loss_sum, num_read = torch.zeros((), device=self.world.device), 0
+        weights: list[Tensor] = []  # of the images that were read, summed by pass
         skipped_images: list[Skipped] = []
         passes = micro_batch_sizes(num_images, self.world.world_size, self.cfg.micro_batch_size)
         is_last, has_data = False, True
@@ -169,11 +173,14 @@ class TrainStep:
                 loss_sum += loss.detach()
                 if batch is not None:
                     num_read += len(batch.labels)
+                    if self.loss.is_weighted:
+                        weights.append(self.loss.weight(batch))
                     skipped_images += batch.bad
                 if is_last or self.parallel_model.is_split:
                     self._on_phase(WAITING)
                 if is_last:
-                    self._exchange.start(loss_sum, num_read, vote, self._nonfinite)
+                    weight = torch.stack(weights).sum() if weights else None
+                    self._exchange.start(loss_sum, num_read, vote, self._nonfinite, weight)
                 self.scaler.scale(loss * scale).backward()
         self.parallel_model.finish_backward()
         return self._exchange.finish(), skipped_images, vote.error
@@ -186,14 +193,16 @@ class TrainStep:
         set_dropout_keys(self._model, self.seed, step, batch.indices)
         with autocast(self.cfg.precision, self.world):
             logits = self.parallel_model(apply_effects(batch.images, batch.effects), slots)
-        loss = cross_entropy(logits.float(), batch, self.cfg.label_smoothing)
-        self.meter.add(loss, logits, batch.labels)
+        loss = self.loss(logits.float(), batch)
+        weight = self.loss.weight(batch) if self.loss.is_weighted else None
+        self.meter.add(loss, logits, batch.labels, weight)
         return loss
 
     def _apply(self, correction: float) -> Tensor:
         """Agree, clip, apply. Return the gradient's norm; if it is not finite, nothing is applied.
 
-        correction: planned images / images that were read. Gradients were scaled by the first.
+        correction: planned images / sum of the weights of those that were read, which is their
+        number without class weights. Gradients were scaled by the first.
         The norm is the same on all ranks (see ParallelModel.global_norms), so they decide alike.
         """
         self.scaler.unscale_(self.optimizer)
@@ -222,19 +231,3 @@ class TrainStep:
         with self.stopwatch.paused():
             yield
         self._on_phase("forward")
-
-
-def cross_entropy(logits: Tensor, batch: Batch, smoothing: float, reduction: str = "sum") -> Tensor:
-    """The loss of logits [n, classes]: summed over the images, or [n] if reduction is "none".
-
-    If images are mixed, the two labels of an image are weighted by their shares of it.
-    """
-    mixing = batch.effects.mixing
-    if mixing is None:
-        return F.cross_entropy(logits, batch.labels, reduction=reduction, label_smoothing=smoothing)
-    own, other = (
-        F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
-        for labels in (batch.labels, mixing.labels)
-    )
-    losses = torch.lerp(other, own, mixing.share)
-    return losses.sum() if reduction == "sum" else losses

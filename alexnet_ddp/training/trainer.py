@@ -41,8 +41,9 @@ from alexnet_ddp.tracking import (
 )
 from alexnet_ddp.training.evaluation import evaluate
 from alexnet_ddp.training.faults import Guard
+from alexnet_ddp.training.first_batch import write_first_batch
 from alexnet_ddp.training.metrics import Throughput, train_row
-from alexnet_ddp.training.parts import TrainingParts
+from alexnet_ddp.training.parts import TrainingParts, build_train_loader
 from alexnet_ddp.training.replicas import Replicas
 from alexnet_ddp.training.schedule import count_warmup_steps
 from alexnet_ddp.training.setup import RunSetup
@@ -131,6 +132,7 @@ class Trainer:
         stop: StopSignal,
     ) -> None:
         cfg, world, data, state = setup.cfg, setup.world, setup.data, setup.state
+        self.setup = setup
         self.cfg, self.world, self.data, self.state = cfg, world, data, state
         self.parts, self.train_step = parts, parts.train_step
         self.sampler, self.budget, self.lr = setup.sampler, setup.budget, setup.lr
@@ -140,6 +142,8 @@ class Trainer:
         names, run_dir = cfg.trainer.callbacks, cfg.run_dir
         self.callbacks = distributed.on_all(lambda: Callbacks(names, run_dir, world.is_main), world)
         self.tracker = self._build_tracker(overrides)
+        if world.is_main and state.step == 0:
+            self._show_first_batch(setup)
         Deadline(stop, lambda: self.checkpoints.longest_write_s).watch(world.is_main)
         batch = partial(describe_batch, self.sampler, data.train)
         self.guard = Guard(cfg.trainer, state.bad_steps, batch, cfg.run_dir / "replay.json", world)
@@ -152,6 +156,7 @@ class Trainer:
         self.batches = parts.batches(state.step)
         self.outcome: StepOutcome | None = None  # of the last step
         self.saved_at = time.monotonic()
+        self.began_at = self.saved_at - state.trained_s  # as if all starts had been one
         self.save_error: RunError | None = None  # rank 0's, until the next vote shares it
 
     def run(self) -> None:
@@ -160,7 +165,8 @@ class Trainer:
         due = Due(evaluate=self._evaluation_is_due())  # one that a stop interrupted
         while True:
             self._perform(due)
-            if self.budget.is_end(self.state.step):
+            if self.setup.is_over:
+                self._explain_early_end()
                 self.callbacks.on_run_end()
                 return
             due = self.advance()
@@ -170,9 +176,10 @@ class Trainer:
         step = self.state.step
         indices = self.sampler.batch(step)
         mine = rank_slice(len(indices), self.world.rank, self.world.world_size)
-        self.watchdog.begin_step(step, indices[mine][:16].tolist())
+        self.watchdog.begin_step(step, (indices[mine][:16] % len(self.data.train)).tolist())
         outcome = self.train_step(self.batches, step, self.lr(step), len(indices), self._vote())
         self.state.step, self.outcome = step + 1, outcome
+        self.state.trained_s = outcome.votes.trained_s
         self.save_error = self.checkpoints.poll() or self.save_error
         self.guard.watch(step, outcome.votes.loss)
         for nonfinite in outcome.votes.nonfinite_steps(step):
@@ -194,20 +201,22 @@ class Trainer:
     def _vote(self) -> StepVote:
         """What this rank requests at the coming step."""
         minutes = self.cfg.checkpoint.save_every_minutes
-        save = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
-        return StepVote(self.stop.received, save, self.save_error)
+        now = time.monotonic()
+        save = minutes is not None and now - self.saved_at > 60 * minutes
+        trained_s = now - self.began_at if self.world.is_main else 0.0
+        return StepVote(self.stop.received, save, self.save_error, trained_s)
 
     def _due(self, outcome: StepOutcome, is_retried: bool) -> Due:
         """Collective. What is due now. A save and a stop wait until the replicas are equal."""
-        step, budget = self.state.step, self.budget
+        step, budget, is_over = self.state.step, self.budget, self.setup.is_over
         due = Due(
-            log=budget.log_due(step) and not is_retried,
+            log=(budget.log_due(step) or is_over) and not is_retried,
             evaluate=self._evaluation_is_due(),
             save=outcome.votes.save or budget.save_due(step),
             stop=outcome.votes.stop,
         )
         planned = self.replicas.due(step) or budget.eval_due(step) or budget.save_due(step)
-        if self._sync_replicas(planned or budget.is_end(step)):
+        if self._sync_replicas(planned or is_over):
             return due
         return replace(due, save=False, stop=False)
 
@@ -232,7 +241,15 @@ class Trainer:
 
     def _evaluation_is_due(self) -> bool:
         step = self.state.step
-        return self.budget.eval_due(step) and self.state.evaluated_at != step
+        is_due = self.budget.eval_due(step) or (self.setup.is_over and step > 0)
+        return is_due and self.state.evaluated_at != step
+
+    def _explain_early_end(self) -> None:
+        state, total = self.state, self.budget.total_steps
+        if not self.budget.is_end(state.step):
+            best = f"best val/top1 {state.best['val/top1']:.2f} after step {state.best['step']}"
+            hours = f"{state.trained_s / 3600:.3g} hours of training"
+            log.info("the run ends after step %d of %d: %s, %s", state.step, total, best, hours)
 
     def _sync_replicas(self, planned: bool) -> bool:
         """Collective. True if the ranks are equal. See TrainingParts.sync_replicas."""
@@ -323,7 +340,7 @@ class Trainer:
 
     def _save(self, is_last: bool) -> None:
         """Collective. Save a checkpoint. If the last one fails, the run ends; see checkpoint/."""
-        is_last = is_last or self.budget.is_end(self.state.step)
+        is_last = is_last or self.setup.is_over
         self.watchdog.phase(WAITING)
         self.state.sums = self.train_step.meter.read()
         self.state.scaler = self.train_step.scaler.state_dict()
@@ -352,6 +369,13 @@ class Trainer:
         self.watchdog.pause()
         yield
         self.throughput.pause(time.monotonic() - began)
+
+    def _show_first_batch(self, setup: RunSetup) -> None:
+        with closing(build_train_loader(setup)) as loader:
+            names = self.data.class_names
+            picture = write_first_batch(self.cfg.run_dir, loader, self.sampler, names)
+        if picture is not None:
+            self.tracker.image("batch", picture)
 
     def _build_tracker(self, overrides: list[str]) -> Tracker:
         """The tracker, with the run's configuration, facts and headline written to it."""

@@ -21,6 +21,7 @@ class StepVote:
     stop: bool = False
     save: bool = False
     error: RunError | None = None
+    trained_s: float = 0.0  # rank 0's: seconds of training
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class VoteResult:
     nonfinite_loss: bool  # a rank's loss of this step is not finite
     nonfinite_previous: bool  # the previous step's gradient was not finite and was not applied
     num_images: int  # images of the global batch that could be read
-    loss: float  # mean over these images; NaN if there are none
+    loss: float  # weighted mean over these images; NaN if there are none
+    weight: float  # sum of their weights in the loss; num_images without class weights
+    trained_s: float  # rank 0's seconds of training
 
     @property
     def is_empty(self) -> bool:
@@ -53,9 +56,9 @@ class VoteExchange:
         self._wait: Callable[[], object] = lambda: None
         on_gpu = world.device.type == "cuda"
         self._mine, self._host = (
-            torch.zeros(7, dtype=torch.float64, pin_memory=on_gpu) for _ in range(2)
+            torch.zeros(9, dtype=torch.float64, pin_memory=on_gpu) for _ in range(2)
         )
-        self._sum = torch.zeros(7, dtype=torch.float64, device=world.device)
+        self._sum = torch.zeros(9, dtype=torch.float64, device=world.device)
         self._ready = torch.cuda.Event() if on_gpu else None
 
     def start(
@@ -64,18 +67,23 @@ class VoteExchange:
         num_images: int,
         vote: StepVote,
         nonfinite_previous: torch.Tensor,
+        weight: torch.Tensor | None = None,
     ) -> None:
         """Collective. Call it before the backward pass that synchronises gradients.
 
         loss_sum: of this rank's images. nonfinite_previous: 1 if the previous step's gradient was
-        not finite, else 0. Both are scalars on the device.
+        not finite, else 0. weight: sum of the images' weights; None if each counts 1. The three
+        are scalars on the device.
         """
-        mine = [vote.stop, 0, vote.error is not None, vote.save, num_images, 0, 0]
+        flags = [vote.stop, 0, vote.error is not None, vote.save]
+        mine = [*flags, num_images, 0, 0, num_images, vote.trained_s]
         self._mine.copy_(torch.tensor(mine, dtype=torch.float64))
         self._sum = torch.empty_like(self._mine, device=self._world.device)
         self._sum.copy_(self._mine, non_blocking=True)  # from pinned memory: no host wait
         self._sum[1] = ~torch.isfinite(loss_sum)
         self._sum[5], self._sum[6] = nonfinite_previous, loss_sum
+        if weight is not None:
+            self._sum[7] = weight
         self._wait = start_sum(self._sum)
         if self._ready is not None:
             self._wait()  # on a GPU this orders streams and does not block the host
@@ -89,7 +97,8 @@ class VoteExchange:
         else:
             self._wait()
             self._host.copy_(self._sum)
-        stop, nonfinite, failed, save, num_images, previous, loss_sum = self._host.tolist()
+        stop, nonfinite, failed, save, num_images, *rest = self._host.tolist()
+        previous, loss_sum, weight, trained_s = rest
         return VoteResult(
             stop=stop > 0,
             save=save > 0,
@@ -97,7 +106,9 @@ class VoteExchange:
             nonfinite_loss=nonfinite > 0,
             nonfinite_previous=previous > 0,
             num_images=round(num_images),
-            loss=loss_sum / num_images if num_images else math.nan,
+            loss=loss_sum / weight if num_images else math.nan,
+            weight=weight,
+            trained_s=trained_s,
         )
 
 

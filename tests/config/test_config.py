@@ -47,9 +47,37 @@ DATA_KEYS = (
     "data.args, data.cache_dir, data.cache_gb, data.class_order, data.eval_interpolation, "
     "data.eval_resize, data.fold, data.grow_epochs, data.image_size, data.limit_train, data.limit_val, data.max_bad_images, data.mean, "
     "data.name, data.num_classes, data.num_threads, data.num_train, data.num_val, data.on_bad_image, data.root, "
-    "data.shuffle, data.start_image_size, data.std, data.val_fraction, data.window_shards"
+    "data.sampling, data.shuffle, data.start_image_size, data.std, data.val_fraction, data.window_shards"
 )
+NUMBERS = "or numbers of at least 0 and not all 0, one per class; write "
 WRONG_VALUES = {
+    "data.sampling=evenly": (
+        f"data.sampling (evenly) must be balanced or sqrt, {NUMBERS}data.sampling=balanced"
+    ),
+    "data.sampling=[0,0.0]": (
+        f"data.sampling ([0, 0.0]) must be balanced or sqrt, {NUMBERS}data.sampling=balanced"
+    ),
+    "data.sampling=[1,-1]": (
+        f"data.sampling ([1, -1]) must be balanced or sqrt, {NUMBERS}data.sampling=balanced"
+    ),
+    "data.sampling=2": (
+        f"data.sampling (2) must be balanced or sqrt, {NUMBERS}data.sampling=balanced"
+    ),
+    "trainer.class_weights=sqrt": (
+        f"trainer.class_weights (sqrt) must be balanced, {NUMBERS}trainer.class_weights=balanced"
+    ),
+    "trainer.class_weights=[1,0]": (
+        "trainer.class_weights ([1.0, 0.0]) must be greater than 0; leave images of a class out "
+        "with data.sampling"
+    ),
+    "trainer.eval_every_steps=5 trainer.eval_every_epochs=2": (
+        "trainer.eval_every_epochs (2) would be ignored with trainer.eval_every_steps (5); "
+        "give one of them"
+    ),
+    "trainer.class_weights=balanced data.sampling=sqrt": (
+        "trainer.class_weights=balanced would correct twice what data.sampling corrects; "
+        "leave one of them out"
+    ),
     "run.name=": "run.name ('') is empty; give a text",
     "run.name=..": "run.name ('..') must name one directory below run.root (runs)",
     "run.name=a/b run.root=x": "run.name ('a/b') must name one directory below run.root (x)",
@@ -207,10 +235,10 @@ REFUSED_BY_THE_SCHEMA = {
     ),
     "augment.policy=autoaugment": "augment.policy (autoaugment) must be one of none, randaugment, trivialaugment",
     "trainer.nope=1": (
-        "trainer.nope is not a key; known here: trainer.callbacks, trainer.check_every_steps, trainer.clip_grad_norm, trainer.compile, "
-        "trainer.drop_last, trainer.ema_decay, trainer.epochs, trainer.eval_batch_size, trainer.eval_every_epochs, "
+        "trainer.nope is not a key; known here: trainer.callbacks, trainer.check_every_steps, trainer.class_weights, trainer.clip_grad_norm, trainer.compile, "
+        "trainer.drop_last, trainer.ema_decay, trainer.epochs, trainer.eval_batch_size, trainer.eval_every_epochs, trainer.eval_every_steps, "
         "trainer.global_batch_size, trainer.hang_timeout_s, trainer.label_smoothing, trainer.log_every_steps, "
-        "trainer.max_steps, trainer.metrics, trainer.micro_batch_size, trainer.on_nan, trainer.precision, trainer.spike_factor, "
+        "trainer.max_hours, trainer.max_steps, trainer.metrics, trainer.micro_batch_size, trainer.on_nan, trainer.patience, trainer.precision, trainer.spike_factor, "
         "trainer.tf32"
     ),
     "model.name=resnet18": (  # an option of another choice would be ignored

@@ -503,6 +503,7 @@ OWNERS = {
 OWNERS |= {
     "predict": ["predict", "train"],
     "doctor": ["doctor"],
+    "lr_find": ["lr_find"],
     "examination": ["doctor", "prepare"],
 }
 

@@ -20,7 +20,7 @@ from alexnet_ddp.data.effects import (
     normalise,
     partner_rows,
 )
-from alexnet_ddp.training.step import cross_entropy
+from alexnet_ddp.training.loss import CrossEntropy
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 SIZE = 32
@@ -211,7 +211,7 @@ def test_mixup_and_cutmix_are_torchvisions_for_their_lambda_and_box():
         for smoothing in (0.0, 0.1):
             soft = transform.transform(labels, params)
             expected = F.cross_entropy(logits, soft, reduction="sum", label_smoothing=smoothing)
-            assert cross_entropy(logits, batch, smoothing).item() == pytest.approx(
+            assert CrossEntropy(smoothing)(logits, batch).item() == pytest.approx(
                 expected.item(), rel=1e-5
             )
 
@@ -347,7 +347,7 @@ def test_the_device_never_makes_the_host_wait():
     batch = SimpleNamespace(
         labels=torch.zeros(5, dtype=torch.int64, device="meta"), effects=on_meta
     )
-    assert cross_entropy(torch.zeros(5, 7, device="meta"), batch, 0.1).shape == ()
+    assert CrossEntropy(0.1)(torch.zeros(5, 7, device="meta"), batch).shape == ()
 
 
 def test_what_the_network_sees_is_channels_last():

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from alexnet_ddp.config import AlexNet2012AugmentConfig, NoAugmentConfig
-from alexnet_ddp.prepare.sheet import draw
+from alexnet_ddp.data.picture import draw
 from alexnet_ddp.runtime.errors import DataError
 from tests.archives import age_tree, extract, make_archives
 from tests.packing import act, hashes, pack, run, times

@@ -106,7 +106,9 @@ def by_rank() -> list[dict[str, VoteResult]]:
 
 def outcome(num_images: int, **flags: bool) -> VoteResult:
     none = dict.fromkeys(("stop", "nonfinite_loss", "nonfinite_previous", "failed", "save"), False)
-    return VoteResult(**{**none, **flags}, num_images=num_images, loss=0)
+    return VoteResult(
+        **{**none, **flags}, num_images=num_images, loss=0, weight=num_images, trained_s=0
+    )
 
 
 @pytest.mark.parametrize(

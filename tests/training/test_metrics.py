@@ -37,7 +37,7 @@ def test_a_meter_sums_loss_hits_and_images_over_batches():
     for ranks in ([0, 1, 4, 5], [0, 0, 9]):
         labels = torch.arange(len(ranks)) + 2
         meter.add(torch.tensor(2.5), logits_that_rank(labels, ranks, 10), labels)
-    assert meter.read() == {"loss": 5.0, "correct1": 3, "correct5": 5, "images": 7}
+    assert meter.read() == {"loss": 5.0, "correct1": 3, "correct5": 5, "images": 7, "weight": 7}
 
 
 def test_reading_does_not_forget_and_reset_does():
@@ -47,18 +47,22 @@ def test_reading_does_not_forget_and_reset_does():
     assert meter.read()["images"] == 1
     assert meter.read()["images"] == 1
     meter.add(torch.tensor(1.0), logits, labels)
-    assert meter.read() == {"loss": 2.0, "correct1": 2, "correct5": 2, "images": 2}
+    assert meter.read() == {"loss": 2.0, "correct1": 2, "correct5": 2, "images": 2, "weight": 2}
     meter.reset()
-    assert meter.read() == {"loss": 0.0, "correct1": 0, "correct5": 0, "images": 0}
+    assert meter.read() == {"loss": 0.0, "correct1": 0, "correct5": 0, "images": 0, "weight": 0}
 
 
 def test_a_meter_goes_on_from_the_sums_of_a_checkpoint():
     meter, labels = Meter(torch.device("cpu")), torch.tensor([1, 1])
     sums = {"loss": 0.1 + 0.2, "correct1": 3.0, "correct5": 5.0, "images": 2.0**40 + 1}
     meter.load(sums)
-    assert meter.read() == sums
-    meter.add(torch.tensor(0.0), logits_that_rank(labels, [0, 2], 6), labels)
-    assert meter.read() == {**sums, "correct1": 4, "correct5": 7, "images": 2.0**40 + 3}
+    weight = {"weight": sums["images"]}  # of a checkpoint that has none
+    assert meter.read() == sums | weight
+    meter.load(sums | {"weight": 3.5})
+    logits = logits_that_rank(labels, [0, 2], 6)
+    meter.add(torch.tensor(0.0), logits, labels, torch.tensor(1.25))
+    more = {"correct1": 4, "correct5": 7, "images": 2.0**40 + 3, "weight": 4.75}
+    assert meter.read() == sums | more
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 5])
@@ -79,8 +83,9 @@ def test_a_meter_takes_a_loss_that_requires_a_gradient_and_keeps_no_graph():
 
 
 def test_a_training_row_is_a_mean_over_images_and_a_percentage():
-    row = train_row({"loss": 30.0, "correct1": 5.0, "correct5": 9.0, "images": 20.0})
-    assert row == {"train/loss": 1.5, "train/top1": 25.0}
+    sums = {"loss": 30.0, "correct1": 5.0, "correct5": 9.0, "images": 20.0, "weight": 25.0}
+    row = train_row(sums)
+    assert row == {"train/loss": 1.2, "train/top1": 25.0}
 
 
 def test_a_row_without_a_step_that_was_applied_has_no_loss():

@@ -66,7 +66,7 @@ class FileStore:
         return read_file(self.name(i))
 
     def name(self, i: int) -> str:
-        return f"{self.root}/{self.path(i)}"
+        return os.path.join(self.root, self.path(i))
 
     def dimensions(self, indices: np.ndarray) -> None:
         return None
@@ -77,7 +77,10 @@ class FileStore:
 
 @dataclass(frozen=True, eq=False)
 class SampleIndex:
-    """N images of C classes, sorted by (label, file name)."""
+    """N images of C classes, sorted by (label, file name).
+
+    An index i of an image may also be one of its repeats: i + N * k. See ClassSampling.
+    """
 
     classes: list[str]  # in the order of the labels
     labels: np.ndarray  # int32 [N]: positions in classes
@@ -96,7 +99,7 @@ class SampleIndex:
     def read(self, i: int) -> bytes:
         """The encoded bytes of image `i`. Raises DataError with its name if it cannot be read."""
         try:
-            return self.store.read(i)
+            return self.store.read(i % len(self))
         except OSError as error:
             why = error.strerror or error
             raise DataError(
@@ -106,11 +109,15 @@ class SampleIndex:
     def will_need(self, indices: np.ndarray) -> None:
         """A hint that these images will be read soon. Takes about a microsecond per image."""
         with suppress(OSError):  # the read will report it
-            self.store.will_need(indices)
+            self.store.will_need(indices % len(self))
+
+    def dimensions(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Widths and heights in pixels, int64 [n], if the store knows them."""
+        return self.store.dimensions(indices % len(self))
 
     def name(self, i: int) -> str:
         """A path, or archive:member, for messages."""
-        return self.store.name(i)
+        return self.store.name(i % len(self))
 
     def subset(self, n: int | None) -> "SampleIndex":
         """A fixed choice of `n` images, in their order here; all of them for None or n >= N."""
