@@ -107,15 +107,16 @@ def suggestion(points: list[Point]) -> float | None:
 
 def _report(cfg: LrFindConfig, points: list[Point], found: float | None) -> None:
     steps = f"{len(points)} of {cfg.num_steps} steps of {cfg.trainer.global_batch_size} images"
-    if points:
-        best = min(points, key=lambda point: point.average)
-        fell = f"the average loss falls from {points[0].average:.3g} to {best.average:.3g}"
-        say(f"{steps}, rates {points[0].lr:.3g} to {points[-1].lr:.3g}: {fell} at {best.lr:.3g}")
+    rates = f"rates {points[0].lr:.3g} to {points[-1].lr:.3g}" if points else "no finite loss"
     if found is None:
+        remedy = "try more steps (num_steps), or other rates (min_lr, max_lr)"
         say(
-            "no suggestion: the loss does not fall; check the data and the network, or lower min_lr"
+            f"{steps}, {rates}: the average loss does not fall, so there is no suggestion; {remedy}"
         )
     else:
+        best = min(points, key=lambda point: point.average)
+        fell = f"the average loss falls from {points[0].average:.3g} to {best.average:.3g}"
+        say(f"{steps}, {rates}: {fell} at {best.lr:.3g}")
         say(f"suggestion: optimizer.lr={_option_value(cfg, found):.2g}, where it falls fastest")
     file = Path(cfg.output)
     _draw(points, found, cfg, file)
