@@ -130,10 +130,14 @@ def trained(tmp_path_factory, image_folder):
     return root
 
 
+of_a_run = pytest.mark.xdist_group("predict")  # in one worker, which trains it once
+
+
 def rows_of(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@of_a_run
 def test_every_image_has_a_line_in_order_for_any_number_of_ranks(trained):
     found = {}
     for ranks in (0, 3):
@@ -158,6 +162,7 @@ def test_every_image_has_a_line_in_order_for_any_number_of_ranks(trained):
     assert sum(p["probability"] for p in found[0][0]["predictions"]) == pytest.approx(1, abs=1e-5)
 
 
+@of_a_run
 def test_a_csv_has_a_column_for_each_class_and_for_the_reason(trained):
     done = run("predict", "run.name=x", "images=photos", "output=o.csv", "top_k=2", cwd=trained)
     assert done.returncode == 0, done.stdout
@@ -173,6 +178,7 @@ def test_a_csv_has_a_column_for_each_class_and_for_the_reason(trained):
     assert [row["class_1"] for row in rows if row["error"]] == ["", ""]
 
 
+@of_a_run
 def test_predictions_agree_with_the_evaluation(trained, image_folder):
     same = ["run.name=x", "output=o.jsonl", "top_k=1"]
     done = run("predict", *same, f"images={image_folder}/val", cwd=trained)
@@ -184,6 +190,7 @@ def test_predictions_agree_with_the_evaluation(trained, image_folder):
     assert (found["val/correct1"], found["val/num_images"]) == (correct, len(rows))
 
 
+@of_a_run
 def test_paths_come_from_standard_input_and_are_printed_without_an_output(trained):
     command = [sys.executable, "-m", "alexnet_ddp.predict", "run.name=x", "images=-"]
     paths = ["photos/3.jpg", "photos/0.jpg", f"{trained}/photos/3.jpg"]
@@ -203,6 +210,7 @@ def test_paths_come_from_standard_input_and_are_printed_without_an_output(traine
     assert all(path in line for path, line in zip(paths, shown))
 
 
+@of_a_run
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
