@@ -4,7 +4,6 @@ import pytest
 
 from tests.test_train import SMALL, rows, run, sha_of_newest, status
 
-
 pytestmark = pytest.mark.xdist_group("early end")
 
 
