@@ -57,12 +57,12 @@ from PIL import Image
 
 import alexnet_ddp
 
-run = alexnet_ddp.load_run(".")
-image = run.transform(Image.open("photo.jpg"))
+trained = alexnet_ddp.load_run(".")
+image = trained.transform(Image.open("photo.jpg"))
 with torch.inference_mode():
-    probabilities = run.model(image[None]).softmax(1)[0]
+    probabilities = trained.model(image[None]).softmax(1)[0]
 best = int(probabilities.argmax())
-print(run.classes[best], float(probabilities[best]))
+print(trained.classes[best], float(probabilities[best]))
 """
 _HUGGINGFACE = """\
 import json

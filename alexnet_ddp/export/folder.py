@@ -1,7 +1,7 @@
 """The files beside an exported model: JSON for programs, and README.md for people."""
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ def _training(cfg: Config, metrics: dict[str, Any], num_train: int) -> list[str]
         f"- data: {num_train:,} training images (`data={choice_of('data', type(cfg.data))}`)",
         f"- start: {origin}",
         f"- steps: {run['step']:,} of {cfg.trainer.global_batch_size:,} images each{averaged}",
-        f"- optimizer: {optimizer}, learning rate {asdict(cfg.optimizer)['lr']:g} "
+        f"- optimizer: {optimizer}, learning rate {cfg.optimizer.lr:g} "
         f"before scaling and schedule; seed {cfg.seed}",
     ]
 

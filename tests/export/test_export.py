@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +58,7 @@ def place(tmp_path_factory) -> Path:
     make_folder(place / "data", 103, 61)
     small = ["data.image_size=64", "trainer.epochs=2", "trainer.ema_decay=0.9"]
     train(place, "small", *small, "data.std=[0.3,0.25,0.2]", "model=alexnet_small")
+    assert run("evaluate", "run.name=small", cwd=place).returncode == 0
     return place
 
 
@@ -70,7 +73,6 @@ def exported(place) -> dict[str, Path]:
     """The folder of each format, by its own command."""
     kinds = {one: [f"format={one}"] for one in ("safetensors", "onnx", "torch_export")}
     kinds["onnx_uint8"] = ["format=onnx", "preprocessing=true"]
-    kinds["torch_export_uint8"] = ["format=torch_export", "preprocessing=true"]
     for kind, options in kinds.items():
         done = run("export", "run.name=small", *options, f"output=out_{kind}", cwd=place)
         assert done.returncode == 0, done.stdout
@@ -79,7 +81,7 @@ def exported(place) -> dict[str, Path]:
     return {kind: place / f"out_{kind}" for kind in kinds}
 
 
-KINDS = ["safetensors", "onnx", "onnx_uint8", "torch_export", "torch_export_uint8"]
+KINDS = ["safetensors", "onnx", "onnx_uint8", "torch_export"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,7 +89,6 @@ def test_the_folder_holds_the_model_and_the_counts_of_evaluate(exported, place, 
     found = {path.name for path in exported[kind].iterdir()}
     assert found == OTHER_FILES | {FILES[ExportFormat(kind.removesuffix("_uint8"))]}
     assert not list(place.glob(".out*"))
-    assert run("evaluate", "run.name=small", cwd=place).returncode == 0
     expected = json.loads((place / "runs/small/evaluation.json").read_text())
     metrics = json.loads((exported[kind] / "metrics.json").read_text())
     assert metrics["run"]["weights"] == expected["weights"] == "averaged"
@@ -262,6 +263,29 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(place, tmp_path, monkeypatch
     ):
         export_here(place, "format=onnx", f"output={tmp_path / 'out'}")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_stop_signal_leaves_nothing(place):
+    line = [
+        sys.executable,
+        "-m",
+        "alexnet_ddp.export",
+        "run.name=small",
+        "format=onnx",
+        "output=stopped",
+    ]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(line, cwd=place, env=env, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 120
+        while not list(place.glob(".stopped.tmp-*")):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+        assert process.stderr.read() == "alexnet_ddp: stopped by SIGTERM\n"
+    assert not list(place.glob("*stopped*"))
 
 
 def test_ties_may_flip_and_other_differences_may_not():
