@@ -5,9 +5,9 @@ difference of a log-probability must be at most
 
     1e-6 + 1e-3 * (largest - smallest logit of the run's model for this image).
 
-Measured differences are 100 times smaller. Within this tolerance, an image can only get another
-class if the logits of the two classes are almost equal: such ties are counted and allowed. Counts
-alone would let a wrong export pass if the validation set is small.
+The differences that the tests measure are less than a fifth of this. Within this tolerance, an
+image can only get another class if the logits of the two classes are almost equal: such ties are
+counted and allowed. Counts alone would let a wrong export pass if the validation set is small.
 """
 
 from collections.abc import Callable, Iterable

@@ -437,9 +437,14 @@ def test_each_network_is_exported_in_each_format(place, name, tmp_path):
         assert metrics["num_images"] == 12
         assert metrics["correct1"] == metrics["run"]["correct1"]
         assert metrics["largest_difference"] < 2e-4
-    export_here(
-        place, "format=onnx", "preprocessing=true", f"output={tmp_path / 'uint8'}", name=name
-    )
+    if name == "googlenet":  # which rescales its inputs itself
+        export_here(
+            place,
+            "format=torch_export",
+            "preprocessing=true",
+            f"output={tmp_path / 'uint8'}",
+            name=name,
+        )
     if name in IN_TIMM:
         trained = alexnet_ddp.load_run(place / "runs" / name)
         assert set(alexnet_ddp.load_run(tmp_path / "huggingface").model.state_dict()) == set(
