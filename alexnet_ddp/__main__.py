@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train an image classifier, or continue a run",
     "evaluate": "evaluate a run, or a file of weights, on all validation images",
     "predict": "classify images with a trained run",
+    "export": "write the model of a run for other programs, and check the written file",
     "prepare": "pack images into verified shards",
     "plan": "predict the time and memory of a training on a cluster",
     "doctor": "check the machines that a run would use",

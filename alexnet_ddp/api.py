@@ -1,5 +1,6 @@
 """The functions of `import alexnet_ddp`: trained runs, networks and data for Python programs."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,27 +8,33 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from alexnet_ddp import cli
 from alexnet_ddp import model as networks
-from alexnet_ddp.checkpoint.format import (
-    classes_of,
-    find_best,
-    read_state,
-    read_tensors,
-    weights_group,
-)
+from alexnet_ddp.checkpoint.format import find_best
 from alexnet_ddp.config import Config
 from alexnet_ddp.data.decode import centre_crop
 from alexnet_ddp.data.effects import normalise
 from alexnet_ddp.data.sources.sets import ImageSets, open_data
 from alexnet_ddp.plugins import load_plugins
 from alexnet_ddp.runtime.errors import ConfigError
-from alexnet_ddp.tracking import read_classes
+from alexnet_ddp.training.trained import read_trained
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+# Option of data -> key of an export's preprocessing.json.
+_OF_PREPROCESSING = {
+    "image_size": "size",
+    "eval_resize": "resize",
+    "eval_interpolation": "interpolation",
+    "mean": "mean",
+    "std": "std",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class TrainedRun:
     model: nn.Module  # on the CPU, in evaluation mode; images float [n, 3, size, size] -> logits
     classes: list[str]  # names in the order of the logits
     config: Config
-    checkpoint: Path  # the directory of the weights
+    checkpoint: Path  # the directory of the weights; of an export, its folder
 
     def transform(self, image: "Image.Image") -> Tensor:
         """The network's input for an image of PIL: float [3, size, size], the same as in evaluate.
@@ -56,10 +63,13 @@ def load_run(directory: str | Path, plugins: Iterable[str] = ()) -> TrainedRun:
 
     Those of the newest checkpoint if the run was never evaluated; the averages if it has
     trainer.ema_decay. plugins: modules to import first, for a run that was started with plugins.
+    directory may also be a folder that `export format=safetensors` wrote.
     Raises ConfigError if there is no such run, and NoCheckpoint if it has no usable checkpoint.
     """
     modules, run_dir = list(plugins), Path(directory)
     load_plugins(modules)
+    if (run_dir / "preprocessing.json").exists():  # a run has no such file
+        return read_export(run_dir)
     options = [f"plugins=[{','.join(modules)}]"]
     return read_run(run_dir, cli.config_of_run(run_dir, options, opens_data=False))
 
@@ -67,13 +77,32 @@ def load_run(directory: str | Path, plugins: Iterable[str] = ()) -> TrainedRun:
 def read_run(run_dir: Path, cfg: Config) -> TrainedRun:
     """The run in `run_dir`, whose configuration is `cfg`. Plugins are imported already."""
     best = find_best(run_dir / "checkpoints")
-    state = read_state(best)
-    # The checkpoint's classes: a later start of the run may have had others.
-    classes = (classes_of(best, state) or read_classes(run_dir))["names"]
-    start = networks.without_weights(cfg.model, state.get("transform_input", False))
-    model = networks.build_model(start, len(classes), cfg.data.image_size, cfg.seed)
-    networks.load_checkpoint(model, read_tensors(best, weights_group(best)), str(best))
-    return TrainedRun(model.eval(), classes, cfg, best)
+    trained = read_trained(cfg, best)
+    return TrainedRun(trained.model.eval(), trained.names, cfg, best)
+
+
+def read_export(folder: Path) -> TrainedRun:
+    """The model in a folder that `export format=safetensors` wrote. Plugins are imported already.
+
+    Raises ConfigError if a file is missing, cannot be read or does not fit.
+    """
+    try:
+        options = json.loads((folder / "model.json").read_bytes())["options"]
+        how = json.loads((folder / "preprocessing.json").read_bytes())
+        names = [str(name) for name in json.loads((folder / "classes.json").read_bytes())]
+        tensors = load_file(folder / "model.safetensors")
+        data = [f"data.{option}={how[key]}" for option, key in _OF_PREPROCESSING.items()]
+        given = [str(option) for option in (*options, *data)]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        rule = f"is no export that load_run reads ({type(error).__name__}: {error})"
+        raise ConfigError(f"{folder} {rule}; give one of format=safetensors") from error
+    keys = ("model=", "model.", "data.")
+    if any("${" in option or not option.startswith(keys) for option in given):
+        raise ConfigError(f"{folder / 'model.json'} must hold plain options of the model only")
+    cfg = cli.compose_for_python(["data=synthetic", *given])
+    model = networks.build_model(cfg.model, len(names), cfg.data.image_size, cfg.seed)
+    networks.load_checkpoint(model, tensors, str(folder))
+    return TrainedRun(model.eval(), names, cfg, folder)
 
 
 def build_model(*options: str, num_classes: int) -> nn.Module:

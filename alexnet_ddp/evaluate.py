@@ -22,32 +22,14 @@ import torch
 from torch import nn
 
 from alexnet_ddp import cli
-from alexnet_ddp.checkpoint.format import (
-    classes_of,
-    find_best,
-    read_state,
-    read_tensors,
-    step_of,
-    weights_group,
-    weights_of_run,
-)
+from alexnet_ddp.checkpoint.format import find_best, weights_of_run
 from alexnet_ddp.config import Config, ConfigError, Head
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_batches
-from alexnet_ddp.data.sources.classes import class_difference
 from alexnet_ddp.data.sources.sets import ImageSets, open_data
-from alexnet_ddp.model import (
-    ClassChange,
-    build_model,
-    follow_classes,
-    head_parameters,
-    load_checkpoint,
-    load_weights,
-    wanted_transform,
-    without_weights,
-)
+from alexnet_ddp.model import build_model, load_weights, wanted_transform, without_weights
 from alexnet_ddp.runtime import distributed
-from alexnet_ddp.runtime.errors import DataError, Preempted
+from alexnet_ddp.runtime.errors import Preempted
 from alexnet_ddp.runtime.files import write_json
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.signals import StopSignal
@@ -55,6 +37,7 @@ from alexnet_ddp.runtime.terminal import Console, Table
 from alexnet_ddp.tracking import read_classes
 from alexnet_ddp.training.evaluation import Evaluation, evaluate
 from alexnet_ddp.training.precision import check_precision
+from alexnet_ddp.training.trained import read_trained
 
 log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
 
@@ -72,15 +55,18 @@ def main(cfg: Config, overrides: list[str]) -> None:
         cfg = cli.config_of_run(cfg.run_dir, overrides)
     with distributed.session(cfg.device, cfg.trainer.tf32) as world:
         check_precision(cfg.trainer.precision, world)
-        trained = (
+        known = (
             distributed.on_all(lambda: read_classes(cfg.run_dir)["ids"], world)
             if file is None
             else None
         )
-        data = distributed.first_on_node(lambda: open_data(cfg.data, trained=trained), world)
+        data = distributed.first_on_node(lambda: open_data(cfg.data, trained=known), world)
         if file is None:
             directory = distributed.from_main(lambda: find_best(cfg.run_dir / "checkpoints"), world)
-            model, origin = distributed.on_all(lambda: _trained(cfg, data, directory), world)
+            trained = distributed.on_all(
+                lambda: read_trained(cfg, directory, data.val.classes), world
+            )
+            model, origin = trained.model, trained.origin
         else:
             weights = distributed.from_main(partial(weights_of_run, file, cfg.run.root), world)
             model, origin = distributed.on_all(lambda: _from_file(cfg, data, *weights), world)
@@ -109,42 +95,6 @@ def main(cfg: Config, overrides: list[str]) -> None:
             _report(
                 result, data.class_names, {"run": cfg.run.name} | origin if file is None else origin
             )
-
-
-def _trained(cfg: Config, data: ImageSets, directory: Path) -> tuple[nn.Module, dict]:
-    """The network of a checkpoint, and the origin of its weights for the record.
-
-    Raises DataError unless the data has the checkpoint's classes, in any order.
-    """
-    state = read_state(directory)
-    known = classes_of(directory, state) or read_classes(cfg.run_dir)
-    expected, found = known["ids"], data.val.classes
-    differ = class_difference(
-        f"run {cfg.run.name}",
-        expected,
-        "data.root",
-        found,
-        "use a directory with the classes of the training",
-    )
-    if differ:
-        raise DataError(
-            f"data.root has other classes than the training data of run {cfg.run.name}: {differ}"
-        )
-    start = without_weights(cfg.model, state.get("transform_input", False))
-    model = build_model(start, len(expected), cfg.data.image_size, cfg.seed)
-    stem = weights_group(directory)
-    tensors = read_tensors(directory, stem)
-    if expected != found:
-        change, own = ClassChange(expected, found), model.state_dict()
-        tensors = follow_classes(
-            tensors, change, {name: own[name] for name in head_parameters(model)}
-        )
-        log.info(
-            "the data has %s than the training: rows of the head follow their class names", change
-        )
-    load_checkpoint(model, tensors, str(directory))
-    origin = {"checkpoint": directory.name, "step": step_of(directory)}
-    return model, origin | ({"weights": "averaged"} if stem == "ema" else {})
 
 
 def _from_file(

@@ -9,15 +9,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "alexnet_ddp"
 # A command may import everything, and nothing imports a command. test_module_keeps_its_place knows `cli` too.
 COMMANDS = {
-    "train",
-    "evaluate",
-    "predict",
-    "prepare",
-    "plan",
-    "doctor",
-    "replay",
-    "lr_find",
-    "launch",
+    *("train", "evaluate", "predict", "prepare", "plan", "doctor", "replay", "lr_find"),
+    *("launch", "export"),
     "api",
 }
 SHARED = {"config", "plugins", "rng", "runtime"}  # every package may import these
@@ -43,6 +36,7 @@ ONLY_IN = {  # library -> the modules that may import it: packages, or files of 
     r"scipy": {"data"},
     r"rich": {"runtime/terminal", "tracking/console"},  # console: the progress bar of a training
     r"matplotlib": {"cost_model/sweep"},
+    r"onnx|onnxruntime|onnxscript": {"export/formats"},
     r"fcntl": {"runtime/files"},  # file locks
     r"pyspark": {"prepare/spark"},
 }

@@ -259,7 +259,7 @@ def test_every_option_that_is_named_exists(page):
     named = re.compile(rf"(?:{'|'.join(sorted(heads()))})\.[a-z][a-z_0-9]+")
     for span in set(spans(page)) - ATTRIBUTES:
         if named.fullmatch(span) and not re.search(
-            r"\.(py|json|npy|yaml|safetensors|jsonl)$", span
+            r"\.(py|json|npy|yaml|safetensors|jsonl|onnx|onnx\.data|pt2)$", span
         ):
             assert is_option(span), f"{span} in {page.name}"
         found = re.fullmatch(r"([a-z_]+)=[^=]*", span)

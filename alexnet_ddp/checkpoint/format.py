@@ -322,6 +322,20 @@ def classes_of(directory: Path, state: dict[str, Any]) -> dict[str, list[str]] |
         return None
 
 
+def weights_metadata(transform_input: bool, classes: dict[str, list[str]] | None) -> dict[str, str]:
+    """Return the metadata of a file of weights, for programs that load only that file.
+
+    Args:
+        transform_input: the network rescales its inputs, as some GoogLeNets do.
+        classes: "ids" and "names" of the classes, ordered by label; None if they are unknown.
+    """
+    metadata = {"format": "pt", "transform_input": str(transform_input).lower()}
+    if classes is not None:
+        metadata["classes"] = json.dumps(classes["ids"])
+        metadata["class_names"] = json.dumps(classes["names"])
+    return metadata
+
+
 def read_tensors(directory: Path, group: str) -> "dict[str, torch.Tensor]":
     """Return the tensors of a group by name, on the CPU. The checkpoint must be verified."""
     from safetensors.torch import load_file

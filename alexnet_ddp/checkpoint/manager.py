@@ -4,7 +4,6 @@ A checkpoint consists of a RunState and of groups of tensors, whose names and co
 does not interpret.
 """
 
-import json
 import logging
 import mmap
 import time
@@ -28,6 +27,7 @@ from alexnet_ddp.checkpoint.format import (
     read_state,
     read_tensors,
     step_of,
+    weights_metadata,
 )
 from alexnet_ddp.checkpoint.identity import (
     DataFacts,
@@ -261,11 +261,8 @@ class CheckpointManager:
 
     def _metadata(self, state: RunState) -> dict[str, str]:
         """Return the metadata of each file of tensors, for programs that load only that file."""
-        metadata = {"format": "pt", "transform_input": str(state.transform_input).lower()}
-        if self._data is not None:
-            ids, names = self._data.classes["ids"], self._data.classes["names"]
-            metadata |= {"classes": json.dumps(ids), "class_names": json.dumps(names)}
-        return metadata
+        classes = None if self._data is None else self._data.classes
+        return weights_metadata(state.transform_input, classes)
 
     def _failed(self, result: SaveResult, is_last: bool) -> RunError | None:
         self._failures_in_a_row += 1

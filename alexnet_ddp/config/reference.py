@@ -58,6 +58,20 @@ Classify images with a trained run: prints the most probable classes of each ima
 
 A folder is listed as in training: linked folders are followed; hidden entries and other file types
 are counted in a warning. A file that is named, or matched by a glob, may have any suffix.""",
+    "export": """\
+Write the model of a run as files for other programs, and evaluate the exported file.
+
+  python -m alexnet_ddp.export run.name=X format=onnx output=DIR
+  python -m alexnet_ddp.export run.name=X format=onnx output=DIR preprocessing=true
+  python -m alexnet_ddp.export run.name=X format=safetensors output=DIR [data.root=DIR ...]
+
+The weights are those that evaluate uses. DIR receives the model, classes.json, preprocessing.json,
+metrics.json, model.json and README.md. At the end the exported file is evaluated on all validation
+images and compared with the run's model. If they differ, nothing is left and the exit code is 70.
+format=onnx needs: pip install 'alexnet-ddp[export]'. Every option has the run's value, unless the
+command line gives another. It takes one process.
+Exit codes: 0 done, 64 configuration, 65 data, 66 no usable checkpoint, 70 the file differs from the
+run, 74 disk or memory.""",
     "plan": """\
 Predict the speed of a training on a cluster, for each kind of parallelism, and recommend one.
 
@@ -188,15 +202,18 @@ def help_lines(command: str, names: list[str]) -> Iterator[str]:
         yield from _section_lines(section)
 
 
+_WITH_TRAIN = ("doctor", "replay", "lr_find", "export")  # commands that also have its options
+
+
 def markdown(
     commands: tuple[str, ...] = (
-        *("train", "doctor", "replay", "lr_find", "predict", "plan", "prepare"),
+        *("train", "doctor", "replay", "lr_find", "predict", "export", "plan", "prepare"),
     ),
 ) -> str:
     """docs/configuration.md. evaluate has the options of train."""
     lines = [_INTRODUCTION, *_recipes()]
     for command in commands:
-        known = describe("train") if command in ("doctor", "replay", "lr_find") else []
+        known = describe("train") if command in _WITH_TRAIN else []
         seen = {entry.path for section in known for entry in section.entries}
         title = "`train` and `evaluate`" if command == "train" else f"`{command.replace('_', '-')}`"
         lines += [f"## Options of {title}", ""]

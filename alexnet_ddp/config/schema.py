@@ -10,7 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from alexnet_ddp.config import data, plan, plugins, prepare, recipe, run
+from alexnet_ddp.config import data, export, plan, plugins, prepare, recipe, run
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # An installed wheel contains conf/ inside the package; in a checkout both are in one folder.
@@ -24,6 +24,7 @@ ROOTS: dict[str, type] = {
     "replay": run.ReplayConfig,
     "lr_find": run.LrFindConfig,
     "predict": run.PredictConfig,
+    "export": export.ExportConfig,
     "plan": plan.PlanConfig,
     "prepare": prepare.PrepareConfig,
 }

@@ -92,6 +92,12 @@ class Diverged(RunError):
     exit_code = 70
 
 
+class WrongExport(RunError):
+    """An exported model cannot be run, or computes other results than the model of the run."""
+
+    exit_code = 70
+
+
 class CheckpointIOError(RunError):
     """Checkpoints could not be written three times in a row."""
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-_MULTI_RANK_COMMANDS = ("train", "evaluate", "predict", "doctor", "replay", "lr_find")
+_MULTI_RANK_COMMANDS = (*("train", "evaluate", "predict", "doctor", "replay", "lr_find", "export"),)
 # If these are stopped, the same command continues or starts again: exit code 75, also under Slurm.
 _RESTARTABLE_COMMANDS = ("train", "evaluate", "prepare")
 

@@ -27,6 +27,7 @@ from alexnet_ddp.runtime.distributed import World, session
 from alexnet_ddp.runtime.errors import DataError
 from alexnet_ddp.training.parts import TrainingParts
 from alexnet_ddp.training.setup import RunSetup
+from alexnet_ddp.training.trained import read_trained
 from tests.ranks import run_ranks
 
 HEAD = ("classifier.3.weight", "classifier.3.bias")
@@ -269,7 +270,7 @@ def test_evaluate_maps_classes_by_name_and_refuses_others(tmp_path, world, caplo
     data, cfg = make_images(tmp_path), config(tmp_path)
     then = saved(cfg, world)["ema"]
     checkpoint = find_best(tmp_path / "runs/r/checkpoints")
-    model, _ = evaluate._trained(cfg, other_order(cfg), checkpoint)
+    model = read_trained(cfg, checkpoint, other_order(cfg).val.classes).model
     for name in HEAD:
         assert torch.equal(model.state_dict()[name], then[name].flip(0))
     rule = "the data has the same 3 classes in another order than the training: "
@@ -289,7 +290,7 @@ def test_evaluate_maps_classes_by_name_and_refuses_others(tmp_path, world, caplo
     with pytest.raises(
         DataError, match=r"of run r: only run r has a; only data.root has z; use a directory with"
     ):
-        evaluate._trained(cfg, open_data(cfg.data), checkpoint)
+        read_trained(cfg, checkpoint, open_data(cfg.data).val.classes)
     with pytest.raises(
         ConfigError,
         match=r"has other classes than the data: 2 kept \(m, q\), 1 dropped \(a\), 1 new",

@@ -508,6 +508,9 @@ OWNERS |= {
 }
 
 
+FILES = (".py", ".json", ".npy", ".yaml", ".png", ".onnx", ".pt2")
+
+
 @pytest.mark.parametrize(
     "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
 )
@@ -534,9 +537,7 @@ def test_every_option_that_a_message_names_exists(path):
     ]
     for text in texts:
         for option in named.findall(text) if isinstance(text, str) and " " in text else []:
-            assert option in known or option.endswith((".py", ".json", ".npy", ".yaml", ".png")), (
-                f"{option} in {text!r}"
-            )
+            assert option in known or option.endswith(FILES), f"{option} in {text!r}"
 
 
 def test_options_of_a_choice_know_their_choices():

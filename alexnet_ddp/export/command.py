@@ -1,0 +1,153 @@
+"""Export a run's model, and evaluate the exported file before the folder gets its name.
+
+alexnet-ddp export run.name=X format=onnx output=DIR [preprocessing=true]
+"""
+
+import copy
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alexnet_ddp import cli
+from alexnet_ddp.checkpoint.format import find_best
+from alexnet_ddp.config import Config, ConfigError, ExportConfig, ExportFormat
+from alexnet_ddp.data.effects import normalise
+from alexnet_ddp.data.loader import build_loader
+from alexnet_ddp.data.sampler import evaluation_batches
+from alexnet_ddp.data.sources.sets import ImageSets, open_data
+from alexnet_ddp.export.check import Comparison, compare
+from alexnet_ddp.export.folder import metrics_of, preprocessing_of, write_inputs, write_report
+from alexnet_ddp.export.formats import WithPreprocessing, open_model, require_libraries, write_model
+from alexnet_ddp.export.timm_folder import write_config
+from alexnet_ddp.runtime import distributed
+from alexnet_ddp.runtime.distributed import World
+from alexnet_ddp.runtime.environment import read_ranks
+from alexnet_ddp.runtime.errors import MachineError
+from alexnet_ddp.runtime.files import sync_directory
+from alexnet_ddp.runtime.printing import say
+from alexnet_ddp.runtime.startup import before_exit
+from alexnet_ddp.tracking import read_classes
+from alexnet_ddp.training.trained import Trained, read_trained
+
+_OWN_OPTIONS = ("format", "output", "preprocessing")
+
+
+def main(options: ExportConfig, overrides: list[str]) -> None:
+    """Write options.output. Raises ConfigError, DataError, NoCheckpoint, MachineError, and
+    WrongExport if the exported file does not compute the run's results.
+    """
+    num_ranks = read_ranks(os.environ).world_size
+    if num_ranks > 1:
+        rule = f"export takes one process, not {num_ranks}"
+        raise ConfigError(f"{rule}; start it without torchrun")
+    output = Path(options.output)
+    _check_output(output)
+    require_libraries(options.format)
+    kept = [one for one in overrides if one.partition("=")[0].lstrip("+") not in _OWN_OPTIONS]
+    cfg = cli.config_of_run(options.run_dir, kept)
+    # TF32 rounds products to 10 bits, which would hide a difference.
+    with distributed.session(cfg.device, tf32=False) as world:
+        data = open_data(cfg.data, trained=read_classes(cfg.run_dir)["ids"])
+        best = find_best(cfg.run_dir / "checkpoints")
+        trained = read_trained(cfg, best, data.val.classes)
+        with _draft(output) as folder:
+            result = _write(folder, options, cfg, trained, data, world)
+            metrics = metrics_of(options.format, cfg.run.name, trained, result)
+            write_report(folder, options.format, cfg, metrics, len(data.train))
+    ties = f" ({result.num_ties} ties differ)" if result.num_ties else ""
+    say(
+        f"{output}: {options.format.value} of {cfg.run.name} ({best.name}), evaluated: "
+        f"top-1 {metrics['top1']:.2f} %  top-5 {metrics['top5']:.2f} %  of "
+        f"{metrics['num_images']:,} images, as the run{ties}"
+    )
+
+
+def _check_output(output: Path) -> None:
+    if os.path.lexists(output):
+        raise ConfigError(f"output ({output}) exists; give another folder, or remove it first")
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"output ({output}) must be in an existing directory; create it first")
+
+
+@contextmanager
+def _draft(output: Path) -> Iterator[Path]:
+    """A hidden folder beside `output`, which becomes `output` when the block ends.
+
+    If the block raises, or a stop signal arrives, it is removed. Raises MachineError for an error
+    of the disk.
+    """
+    output = output.absolute()
+    draft = output.with_name(f".{output.name}.tmp-{os.getpid()}")
+
+    def remove() -> None:
+        shutil.rmtree(draft, ignore_errors=True)
+
+    try:
+        with before_exit(remove):
+            draft.mkdir()
+            yield draft
+            sync_directory(draft)
+            draft.rename(output)
+            sync_directory(output.parent)
+    except OSError as error:
+        rule = f"output ({output}) could not be written ({error.strerror or error})"
+        raise MachineError(f"{rule}; free some space, or give another folder") from error
+    finally:
+        remove()
+
+
+def _write(
+    folder: Path,
+    options: ExportConfig,
+    cfg: Config,
+    trained: Trained,
+    data: ImageSets,
+    world: World,
+) -> Comparison:
+    """Write the model and its inputs into `folder`; return the comparison with the run's model."""
+    how = preprocessing_of(cfg.data, options.preprocessing)
+    write_inputs(folder, trained, how)
+    network = trained.model.eval()
+    if options.format is ExportFormat.huggingface:
+        write_config(folder, trained.config, network, trained.names, how)
+    written, example = _interface(copy.deepcopy(network), how)
+    classes = {"ids": trained.ids, "names": trained.names}
+    write_model(options.format, written, example, classes, folder)
+    del written
+    model = network.to(world.device).to(memory_format=torch.channels_last)
+    loader = build_loader(cfg.data, data.val, None, world.num_cores, world.device)
+    works = evaluation_batches(len(data.val), cfg.trainer.eval_batch_size, 0, 1)
+    runner = open_model(options.format, folder, world.num_cores)
+    try:
+        return compare(
+            model,
+            runner,
+            loader.batches(works),
+            lambda images: _prepared(images, how),
+            options.preprocessing,
+        )
+    finally:
+        loader.close()
+
+
+def _interface(network: nn.Module, how: dict[str, Any]) -> tuple[nn.Module, Tensor]:
+    """The module to export, and an input of two images for it: torch may treat 1 as a constant."""
+    images = torch.zeros(2, how["size"], how["size"], 3, dtype=torch.uint8)
+    if how["normalised_by"] == "model":
+        normalisation = (tuple(how["mean"]), tuple(how["std"]))
+        return WithPreprocessing(network, normalisation).eval(), _prepared(images, how)
+    return network, _prepared(images, how)
+
+
+def _prepared(images: Tensor, how: dict[str, Any]) -> Tensor:
+    """The exported model's input for uint8 images [n, size, size, 3], by preprocessing.json."""
+    if how["normalised_by"] == "model":
+        return images.permute(0, 3, 1, 2).contiguous()
+    normalisation = (tuple(how["mean"]), tuple(how["std"]))
+    return normalise(images, None, normalisation).contiguous()
