@@ -26,6 +26,7 @@ class ModelConfig(Options, section="model"):
     """The network. The number of classes is the data's."""
 
     needs_low_lr: ClassVar[bool] = False  # see LOW_LR_NETWORKS
+    has_own_weights: ClassVar[bool] = False  # it may load weights itself
 
     weights: str | None = option(
         None,

@@ -22,12 +22,14 @@ from alexnet_ddp.config import (
 )
 from alexnet_ddp.config.plugins import PluginModelConfig, TimmConfig
 from alexnet_ddp.model.alexnet import alexnet_2012, alexnet_bn, alexnet_small
+from alexnet_ddp.model.backbone import Backbone
 from alexnet_ddp.model.dropout import KeyedDropout, key_dropout, set_dropout_keys
 from alexnet_ddp.model.head import ClassChange, follow_classes, head_parameters
 from alexnet_ddp.model.weights import load_checkpoint, load_weights
 from alexnet_ddp.plugins import MODELS, call_plugin
 
 __all__ = [
+    "Backbone",
     "ClassChange",
     "KeyedDropout",
     "build_model",

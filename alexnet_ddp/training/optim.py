@@ -258,6 +258,7 @@ def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, state
     """The inverse of state_by_name. Hyperparameters stay those of the configuration."""
     reset(optimizer)
     parameters = dict(model.named_parameters())
+    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     on_device = all(
         group.get("fused") or group.get("capturable") or isinstance(optimizer, LARS)
         for group in optimizer.param_groups
@@ -266,6 +267,8 @@ def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, state
         key, name = entry.split("/", 1)
         kind, colon, number = key.partition(":")
         parameter = parameters[name]
+        if parameter not in trained:  # saved by a run that trained more: resume.allow_changes
+            continue
         if colon and kind in _NUMBERS:
             optimizer.state[parameter][number] = _NUMBERS[kind][0](value.item())
         elif value.shape == parameter.shape and value.dim():
