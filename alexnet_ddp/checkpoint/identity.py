@@ -68,7 +68,11 @@ _FREE_OPTIONS = {
 }
 # With these values a newer option has no effect, so an older checkpoint without it still matches.
 _OFF = (None, 0, "none")
-_OFF_BY_KEY: dict[str, object] = {"finetune.method": "full"}
+_OFF_BY_KEY: dict[str, object] = {
+    "finetune.method": "full",
+    "finetune.backbone_lr_factor": 1.0,
+    "finetune.layer_decay": 1.0,
+}
 
 
 def identity(cfg: Config, fingerprint: str, windows: str | None = None) -> dict[str, object]:

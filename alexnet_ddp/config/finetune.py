@@ -32,12 +32,30 @@ class FinetuneConfig(Options, section="finetune"):
         null="1 with finetune.method=gradual",
         above=0,
     )
+    backbone_lr_factor: float = option(
+        1.0,
+        "Learning rate of all parameters but the head's, relative to optimizer.lr.",
+        above=0,
+    )
+    layer_decay: float = option(
+        1.0,
+        "Factor of the learning rate from each block of the network to the block before it. The "
+        "head has optimizer.lr, the last block finetune.layer_decay times that. See "
+        "docs/fine-tuning.md for the blocks.",
+        above=0,
+        maximum=1,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.head_epochs is not None and self.method is not Method.gradual:
             rule = f"would be ignored with finetune.method={self.method.value}; leave it null"
             raise ConfigError(f"finetune.head_epochs ({self.head_epochs:g}) {rule}")
+        for name in ("backbone_lr_factor", "layer_decay"):
+            value = getattr(self, name)
+            if value != 1 and self.method is Method.head:
+                rule = "would be ignored with finetune.method=head; leave it 1"
+                raise ConfigError(f"finetune.{name} ({value:g}) {rule}")
 
     @property
     def freezes(self) -> bool:

@@ -23,6 +23,7 @@ from alexnet_ddp.model import (
     follow_classes,
     head_parameters,
     load_checkpoint,
+    lr_factors,
     transforms_input,
     without_weights,
 )
@@ -76,9 +77,12 @@ class TrainingParts:
         if saved:  # before layers are split, so that an error names full shapes
             load_checkpoint(self.model, saved["model"], self._checkpoint_name())
         self.model.to(world.device).to(memory_format=torch.channels_last)
-        self.backbone = Backbone(self.model)
-        if self.is_frozen(setup.state.step):
+        self.backbone = Backbone(self.model) if cfg.finetune.freezes else None
+        if self.backbone is not None and self.is_frozen(setup.state.step):
             self.backbone.freeze()
+        # By the names of the whole network: a hybrid replaces its layers.
+        rates = (cfg.finetune.backbone_lr_factor, cfg.finetune.layer_decay)
+        self._lr_factors = lr_factors(self.model, *rates) if rates != (1, 1) else {}
         self._parallel = choose_parallelism(cfg, self.model, world)
         if cfg.trainer.compile:
             # A few recompilations per image size, if images grow. Past 8 torch would run eagerly.
@@ -163,6 +167,7 @@ class TrainingParts:
         kept = self._stateful["optimizer"].state_dict()
         sums, scaler = self.train_step.meter.read(), self.train_step.scaler.state_dict()
         del self._stateful, self.train_step, self.parallel_model
+        assert self.backbone is not None  # unfreeze_due()
         self.backbone.unfreeze()
         gc.collect()  # DDP removes its hooks from the head's parameters when it is freed
         self.parallel_model = build_parallel(self._parallel, self.model, self.setup.world)
@@ -233,7 +238,9 @@ class TrainingParts:
         cfg = self.setup.cfg
         step = TrainStep(
             self.parallel_model,
-            build_optimizer(cfg.optimizer, self.model, self.parallel_model.global_norms),
+            build_optimizer(
+                cfg.optimizer, self.model, self.parallel_model.global_norms, self._lr_factors
+            ),
             cfg.trainer,
             cfg.seed,
             self.setup.world,

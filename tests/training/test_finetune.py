@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 
 from alexnet_ddp.cli import compose
 from alexnet_ddp.config import ConfigError, Device
-from alexnet_ddp.model import head_parameters
+from alexnet_ddp.model import Backbone, head_parameters
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.training.parts import TrainingParts
@@ -138,6 +138,7 @@ def test_nothing_is_sent_for_frozen_parameters_and_statistics(tmp_path, weights)
 def resumes(root: str, weights: str, optimizer: str) -> dict[str, bool]:
     """Train six steps with the switch after three; and resume from checkpoints of each step."""
     more = ["finetune.method=gradual", "finetune.head_epochs=0.19", "trainer.ema_decay=0.9"]
+    more += ["finetune.backbone_lr_factor=0.5", "finetune.layer_decay=0.7"]
     more += [f"optimizer={optimizer}", "optimizer.weight_decay=0.1", "optimizer.lr=0.01"]
     with distributed.session(Device.cpu) as world:
         torch.set_num_threads(1)
@@ -193,15 +194,23 @@ def test_after_the_switch_all_parameters_are_trained_and_the_heads_moments_are_k
     parts.close()
 
 
-def test_a_parameter_that_the_network_excludes_stays_excluded(world, tmp_path, weights):
-    parts = training(world, tmp_path, weights, "finetune.method=full")
-    parts.model.conv1.weight.requires_grad_(False)
-    backbone = type(parts.backbone)(parts.model)
+def test_a_parameter_that_the_network_excludes_stays_excluded():
+    model = torchvision.models.resnet18(num_classes=3)
+    model.conv1.weight.requires_grad_(False)
+    backbone = Backbone(model)
     backbone.freeze()
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "fc.weight",
+        "fc.bias",
+    ]
     backbone.unfreeze()
-    excluded = [name for name, p in parts.model.named_parameters() if not p.requires_grad]
+    excluded = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert excluded == ["conv1.weight"]
-    parts.close()
+
+
+def test_a_network_without_a_known_head_is_refused():
+    with pytest.raises(ConfigError, match="Bilinear has no linear layer and no convolution"):
+        Backbone(nn.Bilinear(2, 3, 4))
 
 
 def test_a_checkpoint_without_these_options_is_one_of_a_full_training(world, tmp_path, weights):
@@ -226,6 +235,11 @@ WRONG = {
     "finetune.head_epochs=2": (
         "finetune.head_epochs (2) would be ignored with finetune.method=full; leave it null"
     ),
+    "finetune.method=head finetune.layer_decay=0.5": (
+        "finetune.layer_decay (0.5) would be ignored with finetune.method=head; leave it 1"
+    ),
+    "finetune.layer_decay=1.1": "finetune.layer_decay (1.1) must be in (0, 1]",
+    "finetune.backbone_lr_factor=0": "finetune.backbone_lr_factor (0.0) must be greater than 0",
     "finetune.method=gradual finetune.head_epochs=0": (
         "finetune.head_epochs (0.0) must be greater than 0"
     ),
