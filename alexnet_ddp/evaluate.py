@@ -43,6 +43,7 @@ from alexnet_ddp.model import (
     head_parameters,
     load_checkpoint,
     load_weights,
+    published_weights,
     wanted_transform,
     without_weights,
 )
@@ -82,7 +83,9 @@ def main(cfg: Config, overrides: list[str]) -> None:
             directory = distributed.from_main(lambda: find_best(cfg.run_dir / "checkpoints"), world)
             model, origin = distributed.on_all(lambda: _trained(cfg, data, directory), world)
         else:
-            weights = distributed.from_main(partial(weights_of_run, file, cfg.run.root), world)
+            weights = distributed.first_on_node(
+                partial(published_weights, cfg.model, data.val.classes), world
+            ) or distributed.from_main(partial(weights_of_run, file, cfg.run.root), world)
             model, origin = distributed.on_all(lambda: _from_file(cfg, data, *weights), world)
         model.to(world.device).to(memory_format=torch.channels_last)
         loader = build_loader(cfg.data, data.val, None, world.num_cores, world.device)

@@ -30,7 +30,8 @@ class ModelConfig(Options, section="model"):
 
     weights: str | None = option(
         None,
-        "Weights to start from: a .safetensors or torch file, or a run (runs/NAME or run:NAME).",
+        "Weights to start from: a .safetensors or torch file, a run (runs/NAME or run:NAME), or "
+        "the name of torchvision's weights for this network, such as DEFAULT or IMAGENET1K_V1.",
         null="random initialisation",
     )
     head: Head = option(

@@ -26,6 +26,7 @@ from alexnet_ddp.model.backbone import Backbone
 from alexnet_ddp.model.blocks import lr_factors
 from alexnet_ddp.model.dropout import KeyedDropout, key_dropout, set_dropout_keys
 from alexnet_ddp.model.head import ClassChange, follow_classes, head_parameters
+from alexnet_ddp.model.published import published_weights
 from alexnet_ddp.model.weights import load_checkpoint, load_weights
 from alexnet_ddp.plugins import MODELS, call_plugin
 
@@ -39,6 +40,7 @@ __all__ = [
     "load_checkpoint",
     "load_weights",
     "lr_factors",
+    "published_weights",
     "set_dropout_keys",
     "transforms_input",
     "wanted_transform",

@@ -24,6 +24,7 @@ from alexnet_ddp.model import (
     head_parameters,
     load_checkpoint,
     lr_factors,
+    published_weights,
     transforms_input,
     without_weights,
 )
@@ -222,7 +223,9 @@ class TrainingParts:
         classes, size, known = setup.data.train.classes, cfg.data.image_size, None
         start = without_weights(cfg.model, setup.state.transform_input)
         if not setup.saved and cfg.model.weights is not None:
-            weights, known = distributed.from_main(
+            weights, known = distributed.first_on_node(
+                partial(published_weights, cfg.model, classes), world
+            ) or distributed.from_main(
                 partial(weights_of_run, cfg.model.weights, cfg.run.root), world
             )
             start = replace(cfg.model, weights=weights)
