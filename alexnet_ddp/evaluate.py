@@ -27,7 +27,13 @@ from alexnet_ddp.config import Config, ConfigError, Head
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_batches
 from alexnet_ddp.data.sources.sets import ImageSets, open_data
-from alexnet_ddp.model import build_model, load_weights, wanted_transform, without_weights
+from alexnet_ddp.model import (
+    build_model,
+    load_weights,
+    published_weights,
+    wanted_transform,
+    without_weights,
+)
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.errors import Preempted
 from alexnet_ddp.runtime.files import write_json
@@ -68,7 +74,9 @@ def main(cfg: Config, overrides: list[str]) -> None:
             )
             model, origin = trained.model, trained.origin
         else:
-            weights = distributed.from_main(partial(weights_of_run, file, cfg.run.root), world)
+            weights = distributed.first_on_node(
+                partial(published_weights, cfg.model, data.val.classes), world
+            ) or distributed.from_main(partial(weights_of_run, file, cfg.run.root), world)
             model, origin = distributed.on_all(lambda: _from_file(cfg, data, *weights), world)
         model.to(world.device).to(memory_format=torch.channels_last)
         loader = build_loader(cfg.data, data.val, None, world.num_cores, world.device)

@@ -70,7 +70,7 @@ def main(options: ReplayConfig, overrides: list[str]) -> None:
         setup = RunSetup(cfg, world, up_to=record["step"] - 1)
         parts = TrainingParts(setup)
         loader, name = parts.train_loader, setup.data.train.name
-        again = Replay(parts.train_step, setup.sampler, loader, setup.lr, name, exact)
+        again = Replay(parts, setup.sampler, loader, setup.lr, name, exact)
         for line in again.lines(record, setup.state.step):
             say(line)
         parts.close()
@@ -97,7 +97,7 @@ class Replay:
     name(i): the name of image i. exact: the run computed its updates in the same way.
     """
 
-    train_step: TrainStep
+    parts: TrainingParts
     sampler: GlobalBatchSampler
     loader: Loader
     lr: Callable[[int], float]
@@ -111,7 +111,9 @@ class Replay:
         batches = self.loader.batches(works)
         yield f"replay of step {step + 1} ({record['reason']}), from the state after step {start}"
         for k in range(start, step):
-            self.train_step(batches, k, self.lr(k), len(self.sampler.batch(k)), StepVote())
+            self._train_step(batches, k, self.lr(k), len(self.sampler.batch(k)), StepVote())
+            if self.parts.unfreeze_due(k + 1):
+                self.parts.unfreeze()
         indices = self.sampler.batch(step).tolist()
         agree = indices == record["indices"]
         yield f"images: {len(indices)}, {'the recorded ones' if agree else 'NOT the recorded ones'}"
@@ -144,7 +146,7 @@ class Replay:
 
         BatchNorm then normalises the same images together as in the run.
         """
-        micro = self.train_step.cfg.micro_batch_size
+        micro = self._train_step.cfg.micro_batch_size
         for step in steps:
             for rank in range(world_size):
                 for work in self.sampler.micro_batches(
@@ -156,7 +158,7 @@ class Replay:
         self, batches: Iterator[Batch], step: int, num_images: int
     ) -> tuple[dict[int, float], float]:
         """Losses by image, and the sum of their weights; the mean gradient is left in .grad."""
-        train_step, model = self.train_step, self._model
+        train_step, model = self._train_step, self._model
         losses: dict[int, float] = {}
         weights: list[Tensor] = []
         train_step.optimizer.zero_grad(set_to_none=True)
@@ -187,5 +189,9 @@ class Replay:
         return float(nn.utils.get_total_norm(list(gradients.values()))), bad
 
     @property
+    def _train_step(self) -> TrainStep:
+        return self.parts.train_step
+
+    @property
     def _model(self) -> nn.Module:
-        return self.train_step.parallel_model.model
+        return self._train_step.parallel_model.model

@@ -109,7 +109,7 @@ RUNS_CODE = r"""
     \b(pickle|cPickle|_pickle|dill|cloudpickle|joblib|shelve|marshal)\.(loads?|Unpickler|open)\b  # unpickles
     | \bread_pickle\b | allow_pickle\ *=\ *True | \bpickle_load
     | \bnp\.load\( (?! [^\n]* allow_pickle=False )
-    | \btorch\.load\( (?! [^\n]* weights_only=True ) | weights_only\ *=\ *False | \btorch\.(jit\.load|package|hub)\b
+    | \btorch\.load\( (?! [^\n]* weights_only=True ) | weights_only\ *=\ *False | \btorch\.(jit\.load|package|hub\.load\w*)\b | \bfrom\ torch\.hub\b
     | \.extract(all)?\( | \bunpack_archive\b  # writes where an archive says
     | \byaml\.(load|unsafe_load|full_load)\b | \bloadmat\( (?! io\.BytesIO )
     | \bos\.(system|popen)\b | shell\ *=\ *True | (?<![.\w])(eval|exec|__import__)\(
@@ -126,7 +126,7 @@ def test_nothing_that_is_read_can_run_code(path):
 def test_the_search_for_code_that_may_run_finds_it():
     for text in (
         "pickle.load(f)", "np.load(path)", "torch.load(path, map_location=x)", "archive.extractall(x)", "eval(text)",
-        "yaml.load(f)", "subprocess.run(x, shell=True)", "np.load(p, allow_pickle=True)", "instantiate(cfg)",
+        "torch.hub.load_state_dict_from_url(x)", "yaml.load(f)", "subprocess.run(x, shell=True)", "np.load(p, allow_pickle=True)", "instantiate(cfg)",
     ):  # fmt: skip
         assert re.search(RUNS_CODE, text, re.VERBOSE), text
     for text in (

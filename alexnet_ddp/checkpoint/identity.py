@@ -71,6 +71,11 @@ _FREE_OPTIONS = {
 }
 # With these values a newer option has no effect, so an older checkpoint without it still matches.
 _OFF = (None, 0, "none")
+_OFF_BY_KEY: dict[str, object] = {
+    "finetune.method": "full",
+    "finetune.backbone_lr_factor": 1.0,
+    "finetune.layer_decay": 1.0,
+}
 
 
 def identity(cfg: Config, fingerprint: str, windows: str | None = None) -> dict[str, object]:
@@ -139,7 +144,7 @@ def check_same_run(
     """
     record = read_state(checkpoint)
     then = record["identity"]
-    now = {key: value for key, value in now.items() if key in then or value not in _OFF}
+    now = {key: value for key, value in now.items() if key in then or not _is_off(key, value)}
     changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     if data is not None and "data" in changed and then.get("data") == data.labels:
         changed.remove("data")
@@ -164,6 +169,10 @@ def check_same_run(
     elif "data" in changed:
         shown.insert(0, f"data={_shorten(now.get('data'))} (was {_shorten(then.get('data'))})")
     raise ConfigError(f"run.name={name} was started as another run: {', '.join(shown)}; {remedy}")
+
+
+def _is_off(key: str, value: object) -> bool:
+    return value in _OFF or (key in _OFF_BY_KEY and value == _OFF_BY_KEY[key])
 
 
 def _warn_of_other_evaluation(record: dict[str, Any], data: DataFacts) -> None:

@@ -1,7 +1,7 @@
 """Options of what is built outside the package: classes of torch.optim, timm, plugins."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from alexnet_ddp.config.data import BasicAugmentConfig, DataConfig
 from alexnet_ddp.config.option import MISSING, option, with_default
@@ -21,6 +21,8 @@ ELEMENTWISE = frozenset(
 @dataclass(kw_only=True)
 class PluginModelConfig(ModelConfig):
     """A network that a plugin has registered: see docs/extending.md."""
+
+    has_own_weights: ClassVar[bool] = True
 
     name: str = option(MISSING, "Name that was given to register_model.")
     args: Any = option(

@@ -26,10 +26,12 @@ class ModelConfig(Options, section="model"):
     """The network. The number of classes is the data's."""
 
     needs_low_lr: ClassVar[bool] = False  # see LOW_LR_NETWORKS
+    has_own_weights: ClassVar[bool] = False  # it may load weights itself
 
     weights: str | None = option(
         None,
-        "Weights to start from: a .safetensors or torch file, or a run (runs/NAME or run:NAME).",
+        "Weights to start from: a .safetensors or torch file, a run (runs/NAME or run:NAME), or "
+        "the name of torchvision's weights for this network, such as DEFAULT or IMAGENET1K_V1.",
         null="random initialisation",
     )
     head: Head = option(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_ddp.config.data import AugmentConfig, DataConfig, OnBadImage, check_class_weights
+from alexnet_ddp.config.finetune import FinetuneConfig, Method
 from alexnet_ddp.config.option import MAX_SEED, MISSING, Options, option, shown
 from alexnet_ddp.config.recipe import Head, ModelConfig, OptimizerConfig, SchedulerConfig
 from alexnet_ddp.runtime.errors import ConfigError
@@ -397,6 +398,7 @@ class Config(Options):
     scheduler: SchedulerConfig
     parallel: ParallelConfig
     trainer: TrainerConfig
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -426,6 +428,26 @@ class Config(Options):
             self._check_powersgd()
         if isinstance(self.parallel, HybridConfig):
             self._check_hybrid(self.parallel)
+        if self.finetune.freezes:
+            self._check_frozen(f"finetune.method={self.finetune.method.value}")
+
+    def _check_frozen(self, method: str) -> None:
+        if self.model.weights is None and not self.model.has_own_weights:
+            rule = "trains the head of a network whose other weights are random"
+            raise ConfigError(f"{method} without model.weights {rule}; give model.weights")
+        head_epochs, epochs = self.finetune.head_epochs or 1.0, self.trainer.epochs
+        if self.finetune.method is Method.gradual and head_epochs >= epochs:
+            rule = f"must be less than trainer.epochs ({epochs}), or the rest is never trained"
+            remedy = "train longer, or use finetune.method=head"
+            raise ConfigError(f"finetune.head_epochs ({head_epochs:g}) {rule}; {remedy}")
+        if isinstance(self.parallel, HybridConfig):
+            rule = "excludes the layers from training that parallel=hybrid splits"
+            raise ConfigError(f"{method} {rule}; use parallel=ddp")
+        hook = self.parallel.hook if isinstance(self.parallel, DDPConfig) else Hook.none
+        if hook in (Hook.powersgd, Hook.post_local_sgd):
+            rule = f"does not go with parallel.hook={hook.value}, which keeps state for parameters"
+            remedy = "use parallel.hook=none, fp16 or bf16"
+            raise ConfigError(f"{method} {rule} that are not trained; {remedy}")
 
     def _check_powersgd(self) -> None:
         if self.trainer.on_nan is not OnNan.stop:

@@ -26,6 +26,7 @@ from alexnet_ddp.config import (
     DoctorConfig,
     Hook,
     HybridConfig,
+    Method,
 )
 from alexnet_ddp.config.compose import to_plain
 from alexnet_ddp.data.augment import build_augment
@@ -37,7 +38,7 @@ from alexnet_ddp.doctor.facts import Facts, collect_facts
 from alexnet_ddp.doctor.findings import Finding, Level, format_bytes, format_seconds
 from alexnet_ddp.doctor.outputs import check_wandb
 from alexnet_ddp.doctor.speed import Measurement
-from alexnet_ddp.model import build_model, set_dropout_keys, without_weights
+from alexnet_ddp.model import Backbone, build_model, set_dropout_keys, without_weights
 from alexnet_ddp.parallel import check_parallel, worth_splitting
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.distributed import World
@@ -180,6 +181,8 @@ def _measure_model(cfg: DoctorConfig, world: World, num_classes: int) -> Measure
     model = build_model(without_weights(cfg.model), num_classes, cfg.data.image_size, cfg.seed)
     check_parallel(cfg.parallel, model, world)
     model.to(world.device).to(memory_format=torch.channels_last).train()
+    if cfg.finetune.method is Method.head:
+        Backbone(model).freeze()
     optimizer = build_optimizer(cfg.optimizer, model)
     state = [*model.state_dict().values(), *state_by_name(optimizer, model).values()]
     parameters = [p for p in model.parameters() if p.requires_grad]

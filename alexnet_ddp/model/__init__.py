@@ -22,12 +22,16 @@ from alexnet_ddp.config import (
 )
 from alexnet_ddp.config.plugins import PluginModelConfig, TimmConfig
 from alexnet_ddp.model.alexnet import alexnet_2012, alexnet_bn, alexnet_small
+from alexnet_ddp.model.backbone import Backbone
+from alexnet_ddp.model.blocks import lr_factors
 from alexnet_ddp.model.dropout import KeyedDropout, key_dropout, set_dropout_keys
 from alexnet_ddp.model.head import ClassChange, follow_classes, head_parameters
+from alexnet_ddp.model.published import published_weights
 from alexnet_ddp.model.weights import load_checkpoint, load_weights
 from alexnet_ddp.plugins import MODELS, call_plugin
 
 __all__ = [
+    "Backbone",
     "ClassChange",
     "KeyedDropout",
     "build_model",
@@ -35,6 +39,8 @@ __all__ = [
     "head_parameters",
     "load_checkpoint",
     "load_weights",
+    "lr_factors",
+    "published_weights",
     "set_dropout_keys",
     "transforms_input",
     "wanted_transform",

@@ -5,17 +5,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from alexnet_ddp.runtime.errors import ConfigError
+
 _SHOWN = 5  # class names in a message
 
 
 def find_head(model: nn.Module) -> str:
     """The name of the layer that returns the logits: the last linear layer or convolution.
 
-    This holds for every torchvision classifier; auxiliary classifiers precede the head.
+    This holds for every torchvision classifier; auxiliary classifiers precede the head. Raises
+    ConfigError if the network has no such layer.
     """
-    return [
+    layers = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
-    ][-1]
+    ]
+    if not layers:
+        rule = "has no linear layer and no convolution, so its head is not known"
+        remedy = "end the network with nn.Linear, or leave finetune and model.head as they are"
+        raise ConfigError(f"{type(model).__name__} {rule}; {remedy}")
+    return layers[-1]
 
 
 def head_parameters(model: nn.Module) -> list[str]:

@@ -9,6 +9,7 @@ from alexnet_ddp.parallel.build import build_parallel, check_parallel
 from alexnet_ddp.parallel.group import ShardedTensor
 from alexnet_ddp.parallel.hybrid import find_layers, worth_splitting
 from alexnet_ddp.parallel.interface import CommHook, ParallelModel
+from alexnet_ddp.parallel.modes import evaluation_mode
 
 __all__ = [
     "CommHook",
@@ -16,6 +17,7 @@ __all__ = [
     "ShardedTensor",
     "build_parallel",
     "check_parallel",
+    "evaluation_mode",
     "find_layers",
     "worth_splitting",
 ]

@@ -16,6 +16,7 @@ from alexnet_ddp.parallel.group import ShardedTensor
 from alexnet_ddp.parallel.hooks import PowerSGD
 from alexnet_ddp.parallel.interface import CommHook
 from alexnet_ddp.parallel.local_sgd import LocalSGD
+from alexnet_ddp.parallel.modes import evaluation_mode
 from alexnet_ddp.runtime.distributed import World
 
 # torch 2.14 renamed the option that copies rank 0's buffers before each forward pass.
@@ -66,10 +67,8 @@ class DDPModel(nn.Module):
         """Nothing to set: a forward pass of replicas waits for nobody."""
 
     def zero_loss(self, image: Tensor, max_images: int = 1) -> Tensor:
-        self.ddp.eval()
-        loss = self(image, max_images).float().sum() * 0.0
-        self.ddp.train()
-        return loss
+        with evaluation_mode(self.model):
+            return self(image, max_images).float().sum() * 0.0
 
     def warm_up_buckets(self, image: Tensor) -> None:
         """Collective. Run one backward pass without effect, before the first step of a process.

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from alexnet_ddp.config import DDPConfig, HybridConfig
 from alexnet_ddp.parallel.ddp import DDPModel
 from alexnet_ddp.parallel.group import Group, Shard, ShardedTensor, require_divisor
+from alexnet_ddp.parallel.modes import evaluation_mode
 from alexnet_ddp.parallel.sharded_linear import ColumnLinear, RowLinear
 from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.runtime.errors import ConfigError
@@ -103,13 +104,11 @@ class HybridModel(DDPModel):
         self._group.wait_context = context
 
     def zero_loss(self, image: Tensor, max_images: int = 1) -> Tensor:
-        self.ddp.eval()
-        for dropout in self._dropouts:
-            dropout.train()  # it drops units of the other ranks' images
-            dropout.keys = None
-        loss = self(image, max_images).float().sum() * 0.0
-        self.ddp.train()
-        return loss
+        with evaluation_mode(self.model):
+            for dropout in self._dropouts:
+                dropout.train()  # it drops units of the other ranks' images
+                dropout.keys = None
+            return self(image, max_images).float().sum() * 0.0
 
     def finish_backward(self) -> None:
         """Collective. Wait for the all-reduce of the sharded gradients, which DDP ignores."""

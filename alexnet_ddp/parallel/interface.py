@@ -79,7 +79,7 @@ class ParallelModel(Protocol):
     def zero_loss(self, image: Tensor, max_images: int = 1) -> Tensor:
         """The loss of a rank that has no images in a pass: its gradient is zero.
 
-        Batch statistics and dropout state do not change. image: zeros, float [1, 3, size, size].
+        Batch statistics and modules' modes do not change. image: zeros, float [1, 3, size, size].
         """
         ...
 

@@ -41,6 +41,8 @@ def evaluate(
 ) -> Evaluation | None:
     """Collective. Evaluate `model` on the images of `batches`. Return None if a stop was requested.
 
+    The model stays in evaluation mode.
+
     batches: the same number of batches on all ranks; a batch may be empty. Raises RunError on all
     ranks if a rank has one, and DataError if no image could be read.
     """
@@ -70,7 +72,6 @@ def evaluate(
             break
     if _must_end(stop, error, world):
         return None
-    model.train()
     sums = meter.read()
     if sums["images"] == 0:
         example = f", such as {skipped[0].reason}" if skipped else ""

@@ -5,7 +5,7 @@ with @builds here.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -55,14 +55,16 @@ def build_optimizer(
     cfg: OptimizerConfig,
     model: nn.Module,
     global_norms: WholeNorms = lambda norms, parameters: norms,
+    lr_factors: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer of `cfg`.
+    """The optimizer of `cfg`, of the parameters that require gradients.
 
-    Its groups contain `lr_factor`, which set_lr multiplies by the step's rate.
+    Its groups contain `lr_factor`, which set_lr multiplies by the step's rate. lr_factors: factors
+    of the rate by the name of the parameter; a missing one is 1.
 
     Raises ConfigError if torch or a plugin refuses the options.
     """
-    optimizer = _BUILDERS[type(cfg)](cfg, _groups(cfg, model), global_norms)
+    optimizer = _BUILDERS[type(cfg)](cfg, _groups(cfg, model, lr_factors or {}), global_norms)
     for group in optimizer.param_groups:
         group.setdefault("lr_factor", 1.0)
     reset(optimizer)
@@ -202,16 +204,29 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_factor"]
 
 
-def _groups(cfg: OptimizerConfig, model: nn.Module) -> list[dict]:
-    """Weights, and biases with norms: the second may learn at another rate and without decay."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+def _groups(cfg: OptimizerConfig, model: nn.Module, lr_factors: Mapping[str, float]) -> Groups:
+    """Weights, and biases with norms: the second may learn at another rate and without decay.
+
+    Each is divided by the factor of the learning rate, the parameters with the highest first.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decay = cfg.weight_decay if cfg.decay_biases else 0.0
-    groups = [
-        {"params": matrices, "weight_decay": cfg.weight_decay, "lr_factor": 1.0},
-        {"params": vectors, "weight_decay": decay, "lr_factor": cfg.bias_lr_factor},
-    ]
-    return [g for g in groups if g["params"]]
+    groups: Groups = []
+    for is_matrix in (True, False):
+        by_factor: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in trained:
+            if (parameter.dim() > 1) == is_matrix:
+                by_factor.setdefault(lr_factors.get(name, 1.0), []).append(parameter)
+        kind_factor = 1.0 if is_matrix else cfg.bias_lr_factor
+        groups += [
+            {
+                "params": by_factor[factor],
+                "weight_decay": cfg.weight_decay if is_matrix else decay,
+                "lr_factor": factor * kind_factor,
+            }
+            for factor in sorted(by_factor, reverse=True)
+        ]
+    return groups
 
 
 # Python numbers of the state are saved as scalars, under names that begin with their type.
@@ -258,6 +273,7 @@ def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, state
     """The inverse of state_by_name. Hyperparameters stay those of the configuration."""
     reset(optimizer)
     parameters = dict(model.named_parameters())
+    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     on_device = all(
         group.get("fused") or group.get("capturable") or isinstance(optimizer, LARS)
         for group in optimizer.param_groups
@@ -266,6 +282,8 @@ def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, state
         key, name = entry.split("/", 1)
         kind, colon, number = key.partition(":")
         parameter = parameters[name]
+        if parameter not in trained:  # saved by a run that trained more: resume.allow_changes
+            continue
         if colon and kind in _NUMBERS:
             optimizer.state[parameter][number] = _NUMBERS[kind][0](value.item())
         elif value.shape == parameter.shape and value.dim():

@@ -1,5 +1,6 @@
 """The parts of a run that have state, built and restored: model, optimizer, EMA, hook, scaler."""
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,16 +16,19 @@ from alexnet_ddp.checkpoint.manager import LoadedGroups
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.loader import Batch, Loader, build_loader
 from alexnet_ddp.model import (
+    Backbone,
     ClassChange,
     build_model,
     check_image_size,
     follow_classes,
     head_parameters,
     load_checkpoint,
+    lr_factors,
+    published_weights,
     transforms_input,
     without_weights,
 )
-from alexnet_ddp.parallel import build_parallel
+from alexnet_ddp.parallel import build_parallel, evaluation_mode
 from alexnet_ddp.parallel.group import ShardedTensor
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.training.ema import EMA
@@ -75,29 +79,23 @@ class TrainingParts:
         if saved:  # before layers are split, so that an error names full shapes
             load_checkpoint(self.model, saved["model"], self._checkpoint_name())
         self.model.to(world.device).to(memory_format=torch.channels_last)
-        parallel = choose_parallelism(cfg, self.model, world)
+        self.backbone = Backbone(self.model) if cfg.finetune.freezes else None
+        if self.backbone is not None and self.is_frozen(setup.state.step):
+            self.backbone.freeze()
+        # By the names of the whole network: a hybrid replaces its layers.
+        rates = (cfg.finetune.backbone_lr_factor, cfg.finetune.layer_decay)
+        self._lr_factors = lr_factors(self.model, *rates) if rates != (1, 1) else {}
+        self._parallel = choose_parallelism(cfg, self.model, world)
         if cfg.trainer.compile:
             # A few recompilations per image size, if images grow. Past 8 torch would run eagerly.
             torch.compiler.config.recompile_limit = 64
             self.model.compile()
-        self.parallel_model = build_parallel(parallel, self.model, world)
-        self.optimizer = build_optimizer(
-            cfg.optimizer, self.model, self.parallel_model.global_norms
-        )
+        self.parallel_model = build_parallel(self._parallel, self.model, world)
         decay = cfg.trainer.ema_decay
         self.ema = EMA(self.model, decay) if decay is not None else None
+        self._on_phase = on_phase
+        self.train_step = self._build_step()
         self._stateful = self._name_parts()
-        self.train_step = TrainStep(
-            self.parallel_model,
-            self.optimizer,
-            cfg.trainer,
-            cfg.seed,
-            world,
-            cfg.data.image_size,
-            ema=self.ema,
-            class_weights=self._class_weights(),
-            on_phase=on_phase,
-        )
         # After the warm-up of TrainStep, which leaves traces in a hook.
         if saved:
             self.load_state_dict(saved, setup.state.step)
@@ -110,6 +108,10 @@ class TrainingParts:
         self.val_loader: Loader = build_loader(
             cfg.data, data.val, None, world.num_cores, world.device
         )
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.train_step.optimizer
 
     def state_dict(self) -> dict[str, dict[str, Tensor | ShardedTensor]]:
         """Collective. Part -> its tensors by name; a tensor may be a shard of a split one."""
@@ -147,6 +149,33 @@ class TrainingParts:
         self.load_state_dict(groups, step)
         return checkpoint_step
 
+    def is_frozen(self, step: int) -> bool:
+        """True if only the head is trained in step `step`: see finetune.method."""
+        setup = self.setup
+        return setup.cfg.finetune.is_frozen(step, setup.budget.steps_per_epoch)
+
+    def unfreeze_due(self, step: int) -> bool:
+        """True if unfreeze() must be called after `step` steps: step `step` trains the backbone."""
+        return self.is_frozen(step - 1) and not self.is_frozen(step)
+
+    def unfreeze(self) -> None:
+        """Collective. Train all parameters from now on.
+
+        The state is carried over by name, so the rest of the run is equal to that of a run that is
+        resumed here from a checkpoint.
+        """
+        kept = self._stateful["optimizer"].state_dict()
+        sums, scaler = self.train_step.meter.read(), self.train_step.scaler.state_dict()
+        del self._stateful, self.train_step, self.parallel_model
+        assert self.backbone is not None  # unfreeze_due()
+        self.backbone.unfreeze()
+        gc.collect()  # DDP removes its hooks from the head's parameters when it is freed
+        self.parallel_model = build_parallel(self._parallel, self.model, self.setup.world)
+        self.train_step = self._build_step()
+        self._stateful = self._name_parts()
+        self._stateful["optimizer"].load_state_dict(kept)
+        self.train_step.load_state_dict(sums, scaler)
+
     def batches(self, from_step: int) -> Iterator[Batch]:
         """This rank's micro-batches of all steps from `from_step` on."""
         setup, world = self.setup, self.setup.world
@@ -174,8 +203,12 @@ class TrainingParts:
 
     @contextmanager
     def evaluation_model(self) -> Iterator[nn.Module]:
-        """Collective. The full model as it is evaluated: with averaged weights if there are any."""
-        with nullcontext() if self.ema is None else self.ema.in_place():
+        """Collective. The full model as it is evaluated: with averaged weights if there are any.
+
+        Afterwards each module has its mode back: a frozen backbone trains in evaluation mode.
+        """
+        averaged = nullcontext() if self.ema is None else self.ema.in_place()
+        with averaged, evaluation_mode(self.model):
             yield self.parallel_model.full_model()
 
     def close(self) -> None:
@@ -194,7 +227,9 @@ class TrainingParts:
         classes, size, known = setup.data.train.classes, cfg.data.image_size, None
         start = without_weights(cfg.model, setup.state.transform_input)
         if not setup.saved and cfg.model.weights is not None:
-            weights, known = distributed.from_main(
+            weights, known = distributed.first_on_node(
+                partial(published_weights, cfg.model, classes), world
+            ) or distributed.from_main(
                 partial(weights_of_run, cfg.model.weights, cfg.run.root), world
             )
             start = replace(cfg.model, weights=weights)
@@ -205,6 +240,32 @@ class TrainingParts:
         check_image_size(model, len(classes), cfg.data.train_image_size(0), "data.start_image_size")
         return model
 
+    def _build_step(self) -> TrainStep:
+        """Collective. The step, with an optimizer of the parameters that are trained now."""
+        cfg = self.setup.cfg
+        step = TrainStep(
+            self.parallel_model,
+            build_optimizer(
+                cfg.optimizer, self.model, self.parallel_model.global_norms, self._lr_factors
+            ),
+            cfg.trainer,
+            cfg.seed,
+            self.setup.world,
+            cfg.data.image_size,
+            ema=self.ema,
+            class_weights=self._class_weights(),
+            on_phase=self._on_phase,
+        )
+        if cfg.finetune.freezes:
+            counts = [p.numel() for p in self.model.parameters() if p.requires_grad]
+            total = self.parallel_model.num_parameters
+            method = cfg.finetune.method.value
+            log.info(
+                "finetune.method=%s: %s of %s parameters are trained",
+                *(method, f"{sum(counts):,}", f"{total:,}"),
+            )
+        return step
+
     def _checkpoint_name(self) -> str:
         return f"the checkpoint of {self.setup.cfg.run.name}"
 
@@ -212,7 +273,7 @@ class TrainingParts:
         """The parts by the name of their file in a checkpoint. The averages follow the model."""
         parts: dict[str, Stateful] = {
             "model": ModelState(self.model, self._checkpoint_name()),
-            "optimizer": OptimizerState(self.optimizer, self.model),
+            "optimizer": OptimizerState(self.train_step.optimizer, self.model),
         }
         if self.ema is not None:
             parts["ema"] = self.ema

@@ -132,6 +132,9 @@ def choose_parallelism(cfg: Config, model: torch.nn.Module, world: World) -> Par
     if reason is not None:
         log.info("parallel=auto takes ddp: %s", reason)
         return DDPConfig()
+    if cfg.finetune.freezes:
+        log.info("parallel=auto takes ddp: finetune.method is not full")
+        return DDPConfig()
     if cfg.trainer.compile:
         log.info("parallel=auto takes ddp: trainer.compile=true does not go with a hybrid")
         return DDPConfig()

@@ -81,7 +81,13 @@ class TrainStep:
         )
         self.meter, self.stopwatch = Meter(world.device), Stopwatch(world)
         self._model = parallel_model.model
-        self._statistics = [b for b in self._model.buffers() if b.is_floating_point()]
+        self._statistics = [
+            buffer
+            for module in self._model.modules()
+            if module.training  # a frozen BatchNorm keeps its statistics: they are not sent
+            for buffer in module.buffers(recurse=False)
+            if buffer.is_floating_point()
+        ]
         self._before = StepSnapshot([*self._model.buffers(), self.meter.local])
         self._exchange = VoteExchange(world)
         self._nonfinite = torch.zeros(

@@ -47,7 +47,7 @@ from alexnet_ddp.training.parts import TrainingParts, build_train_loader
 from alexnet_ddp.training.replicas import Replicas
 from alexnet_ddp.training.schedule import count_warmup_steps
 from alexnet_ddp.training.setup import RunSetup
-from alexnet_ddp.training.step import StepOutcome, StepStatus
+from alexnet_ddp.training.step import StepOutcome, StepStatus, TrainStep
 from alexnet_ddp.training.stragglers import Stragglers
 from alexnet_ddp.training.vote import StepVote
 
@@ -113,6 +113,7 @@ class Due:
     evaluate: bool = False
     save: bool = False
     stop: bool = False
+    unfreeze: bool = False
 
 
 class Trainer:
@@ -134,7 +135,7 @@ class Trainer:
         cfg, world, data, state = setup.cfg, setup.world, setup.data, setup.state
         self.setup = setup
         self.cfg, self.world, self.data, self.state = cfg, world, data, state
-        self.parts, self.train_step = parts, parts.train_step
+        self.parts = parts
         self.sampler, self.budget, self.lr = setup.sampler, setup.budget, setup.lr
         self.checkpoints, self.watchdog = setup.checkpoints, watchdog
         self.status, self.stop = status, stop
@@ -198,6 +199,11 @@ class Trainer:
             self.callbacks.on_step_end(self.state.step, row)
         return due
 
+    @property
+    def train_step(self) -> TrainStep:
+        """The step of the current phase: see TrainingParts.unfreeze."""
+        return self.parts.train_step
+
     def _vote(self) -> StepVote:
         """What this rank requests at the coming step."""
         minutes = self.cfg.checkpoint.save_every_minutes
@@ -214,6 +220,7 @@ class Trainer:
             evaluate=self._evaluation_is_due(),
             save=outcome.votes.save or budget.save_due(step),
             stop=outcome.votes.stop,
+            unfreeze=self.parts.unfreeze_due(step) and not budget.is_end(step),
         )
         planned = self.replicas.due(step) or budget.eval_due(step) or budget.save_due(step)
         if self._sync_replicas(planned or is_over):
@@ -238,6 +245,9 @@ class Trainer:
             self.stop.ignore()
             done = f"stopped at step {self.state.step} of {self.budget.total_steps} and saved"
             raise Preempted(f"{done}; start the same command again to resume")
+        if due.unfreeze:
+            with self._not_training():
+                self.parts.unfreeze()
 
     def _evaluation_is_due(self) -> bool:
         step = self.state.step

@@ -553,7 +553,7 @@ def train(tmp_path):
 
 
 WRONG_NAME = "run.name ('0/x') must name one directory below run.root (runs)\n"
-KEYS = "augment, checkpoint, data, device, experiment, logger, model, optimizer, parallel, plugins, resume, run, "
+KEYS = "augment, checkpoint, data, device, experiment, finetune, logger, model, optimizer, parallel, plugins, resume, run, "
 KEYS += "scheduler, seed, trainer"
 
 

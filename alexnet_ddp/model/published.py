@@ -1,0 +1,75 @@
+"""Weights that torchvision publishes, by name: model.weights=DEFAULT, IMAGENET1K_V1 and so on."""
+
+import logging
+import os
+import re
+from pathlib import Path
+from urllib.parse import urlparse
+
+import torch
+import torchvision
+
+from alexnet_ddp.config import AlexNetConfig, ModelConfig, TorchvisionConfig
+from alexnet_ddp.runtime.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[A-Z][A-Z0-9_]*")  # of a member of torchvision's enums; files have a suffix
+_WORDNET_ID = re.compile(r"n\d{8}")
+_IMAGENET = 1000  # classes
+
+
+def published_weights(cfg: ModelConfig, classes: list[str]) -> tuple[str, list[str]] | None:
+    """Resolve model.weights, if it is the name of published weights, to a file. Download that once.
+
+    The file is in the cache of torch.hub. classes: class folder names of the data.
+
+    Returns the path, and the class names in the order of the head's rows; None for other values of
+    model.weights. Raises ConfigError for an unknown name, or if the file cannot be downloaded.
+    """
+    text = cfg.weights
+    if text is None or _NAME.fullmatch(text) is None or os.path.lexists(text):
+        return None
+    name = _torchvision_name(cfg)
+    if name is None:
+        rule = "is a name of torchvision's weights, and this network is not torchvision's"
+        raise ConfigError(f"model.weights ({text}) {rule}; give a file, or a run such as run:NAME")
+    known = torchvision.models.get_model_weights(name).__members__
+    if text not in known:
+        listed = ", ".join(known) or "none"
+        raise ConfigError(f"model.weights ({text}): torchvision has for {name}: {listed}")
+    weights = known[text]
+    path = _cached(weights.url, f"model.weights ({text})")
+    log.info("model.weights=%s takes torchvision's %s, in %s", text, weights, path)
+    rows = list(weights.meta["categories"])
+    # ImageNet's folders are WordNet ids. torchvision's rows have their order.
+    if len(classes) == len(rows) == _IMAGENET and all(map(_WORDNET_ID.fullmatch, classes)):
+        rows = sorted(classes)
+    return str(path), rows
+
+
+def _torchvision_name(cfg: ModelConfig) -> str | None:
+    if isinstance(cfg, TorchvisionConfig):
+        known = torchvision.models.list_models(module=torchvision.models)
+        return cfg.name if cfg.name in known else None
+    return "alexnet" if isinstance(cfg, AlexNetConfig) else None
+
+
+def _cached(url: str, what: str) -> Path:
+    """The file of `url` in the cache of torch.hub, downloaded if it is not there."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / Path(urlparse(url).path).name
+    if path.exists():
+        return path
+    digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    log.info("%s: downloading %s", what, url)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(
+            url, str(path), digest[1] if digest else None, progress=False
+        )
+    except (OSError, RuntimeError) as error:  # the second: not the content that the name states
+        reason = " ".join(str(error).split())
+        remedy = f"download it on another machine and put it into {folder.absolute()}"
+        raise ConfigError(f"{what}: {url} cannot be downloaded ({reason}); {remedy}") from error
+    return path
