@@ -312,7 +312,8 @@ def test_only_one_module_opens_images():
     package = Path(alexnet_ddp.__file__).parent
     opens = r"\bImage\.open\(|\bim(read|decode)\("
     files = [path for path in package.rglob("*.py") if re.search(opens, path.read_text())]
-    assert files == [package / "data/image.py"]
+    in_text = package / "export/examples.py"  # of a README, for programs without this package
+    assert set(files) == {package / "data/image.py", in_text}
     assert "formats=FORMATS" in (package / "data/image.py").read_text()
 
 

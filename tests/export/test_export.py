@@ -34,6 +34,7 @@ from tests.conftest import make_folder
 from tests.ranks import run_command
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.xdist_group("export")  # in one worker, which trains and exports once
 OTHER_FILES = {"README.md", "classes.json", "metrics.json", "model.json", "preprocessing.json"}
 
 

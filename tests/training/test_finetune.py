@@ -165,7 +165,8 @@ def resumes(root: str, weights: str, optimizer: str) -> dict[str, bool]:
         return found
 
 
-@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.slow), "adamw"])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_gradual_training_resumes_bit_equal_in_both_phases_and_at_the_switch(
     tmp_path, weights, optimizer
 ):
