@@ -6,6 +6,7 @@ alexnet-ddp export run.name=X format=onnx output=DIR [preprocessing=true]
 import copy
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ from alexnet_ddp.runtime.startup import before_exit
 from alexnet_ddp.tracking import read_classes
 from alexnet_ddp.training.trained import Trained, read_trained
 
+_WAIT_S = 30.0  # longer than the difference between the starts of two ranks
 _OWN_OPTIONS = ("format", "output", "preprocessing")
 
 
@@ -42,10 +44,7 @@ def main(options: ExportConfig, overrides: list[str]) -> None:
     """Write options.output. Raises ConfigError, DataError, NoCheckpoint, MachineError, and
     WrongExport if the exported file does not compute the run's results.
     """
-    num_ranks = read_ranks(os.environ).world_size
-    if num_ranks > 1:
-        rule = f"export takes one process, not {num_ranks}"
-        raise ConfigError(f"{rule}; start it without torchrun")
+    _require_one_process()
     output = Path(options.output)
     _check_output(output)
     require_libraries(options.format)
@@ -66,6 +65,16 @@ def main(options: ExportConfig, overrides: list[str]) -> None:
         f"top-1 {metrics['top1']:.2f} %  top-5 {metrics['top5']:.2f} %  of "
         f"{metrics['num_images']:,} images, as the run{ties}"
     )
+
+
+def _require_one_process() -> None:
+    """Raise ConfigError under torchrun with several ranks."""
+    ranks = read_ranks(os.environ)
+    if ranks.world_size > 1:
+        if ranks.rank != 0:
+            time.sleep(_WAIT_S)  # until rank 0 has reported: torchrun stops all when one ends
+        rule = f"export takes one process, not {ranks.world_size}"
+        raise ConfigError(f"{rule}; start it without torchrun")
 
 
 def _check_output(output: Path) -> None:

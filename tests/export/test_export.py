@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import onnx
@@ -69,20 +70,37 @@ def export_here(place: Path, *overrides: str, name: str = "small") -> None:
     command.main(compose("export", given), given)
 
 
-@pytest.fixture(scope="module")
-def exported(place) -> dict[str, Path]:
-    """The folder of each format, by its own command."""
-    kinds = {one: [f"format={one}"] for one in ("safetensors", "onnx", "torch_export")}
-    kinds["onnx_uint8"] = ["format=onnx", "preprocessing=true"]
-    for kind, options in kinds.items():
-        done = run("export", "run.name=small", *options, f"output=out_{kind}", cwd=place)
+class Exports(dict[str, Path]):
+    """The folder of each kind, which its own command writes when it is first asked for."""
+
+    OPTIONS: ClassVar = {
+        **{one: [f"format={one}"] for one in ("safetensors", "onnx", "torch_export")},
+        "onnx_uint8": ["format=onnx", "preprocessing=true"],
+    }
+
+    def __init__(self, place: Path) -> None:
+        self._place = place
+
+    def __missing__(self, kind: str) -> Path:
+        arguments = ["run.name=small", *self.OPTIONS[kind], f"output=out_{kind}"]
+        done = run("export", *arguments, cwd=self._place)
         assert done.returncode == 0, done.stdout
         assert done.stdout.count("\n") == 1, done.stdout
         assert re.match(rf"out_{kind}: .* top-1 .* of 61 images, as the run", done.stdout)
-    return {kind: place / f"out_{kind}" for kind in kinds}
+        self[kind] = self._place / f"out_{kind}"
+        return self[kind]
 
 
-KINDS = ["safetensors", "onnx", "onnx_uint8", "torch_export"]
+@pytest.fixture(scope="module")
+def exported(place) -> Exports:
+    return Exports(place)
+
+
+KINDS = [
+    "safetensors",
+    "onnx",
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("onnx_uint8", "torch_export")),
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -156,6 +174,7 @@ def test_the_graph_takes_any_batch_and_has_neither_dropout_nor_random_numbers(ex
     np.testing.assert_allclose(theirs, ours.numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_preprocessing_in_the_graph_returns_probabilities(exported):
     session = onnxruntime.InferenceSession(exported["onnx_uint8"] / "model.onnx")
     assert [(one.name, one.type) for one in session.get_inputs()] == [("images", "tensor(uint8)")]
