@@ -159,4 +159,4 @@ def _check_output(output: str) -> None:
         raise ConfigError(f"output ({output}) must end in .png")
     if not Path(output).absolute().parent.is_dir():
         raise ConfigError(f"output ({output}) must be in an existing directory; create it first")
-    matplotlib_pyplot()
+    matplotlib_pyplot("output", otherwise="")

@@ -127,14 +127,17 @@ def draw(swept: Sweep, images: int, world_size: int, file: Path) -> None:
     pyplot.close(figure)
 
 
-def matplotlib_pyplot() -> ModuleType:
-    """matplotlib.pyplot. Raises ConfigError if matplotlib is not installed."""
+def matplotlib_pyplot(what: str = "plot", otherwise: str = ", or leave plot out") -> ModuleType:
+    """matplotlib.pyplot. Raises ConfigError if matplotlib is not installed.
+
+    what, otherwise: for the message: the option that needs it, and what to do without it.
+    """
     try:
         import matplotlib
     except ImportError as error:
         raise ConfigError(
-            "plot needs matplotlib, which is not installed; "
-            "pip install 'alexnet-ddp[plot]', or leave plot out"
+            f"{what} needs matplotlib, which is not installed; "
+            f"pip install 'alexnet-ddp[plot]'{otherwise}"
         ) from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
