@@ -95,7 +95,10 @@ def _draft(output: Path) -> Iterator[Path]:
     draft = output.with_name(f".{output.name}.tmp-{os.getpid()}")
 
     def remove() -> None:
-        shutil.rmtree(draft, ignore_errors=True)
+        for _ in range(100):  # after a stop signal, the main thread may add files meanwhile
+            shutil.rmtree(draft, ignore_errors=True)
+            if not draft.exists():
+                return
 
     try:
         with before_exit(remove):

@@ -112,7 +112,7 @@ class MachineError(RunError):
 
 _NO_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|bad_alloc|Cannot allocate memory"
-    r"|could not create a memory"
+    r"|could not create a memory|could not (create|execute) a primitive(?! descriptor)"  # oneDNN
 )
 
 

@@ -7,6 +7,7 @@ It makes the standard streams safe, handles stop signals and checks the ranks. I
 changes nothing and imports only light modules of the standard library.
 """
 
+import _thread
 import io
 import os
 import signal
@@ -23,6 +24,7 @@ _MULTI_RANK_COMMANDS = (*("train", "evaluate", "predict", "doctor", "replay", "l
 _RESTARTABLE_COMMANDS = ("train", "evaluate", "prepare")
 
 _before_exit: list[Callable[[], object]] = []
+_exit_lock = _thread.allocate_lock()  # held while the actions run: nobody else ends the process
 _recorded: set[int] = set()  # signals that arrived while _record was their handler
 
 
@@ -134,6 +136,7 @@ def _exit(number: int, can_continue: bool) -> None:
     if can_continue:
         line += " while it started; nothing is lost: start the same command again"
         code = Preempted.exit_code
+    _exit_lock.acquire()
     try:
         for action in reversed(_before_exit):
             action()
@@ -147,7 +150,8 @@ def _exit(number: int, can_continue: bool) -> None:
 class before_exit:
     """Context manager: call `action` if a stop signal ends the process inside the block.
 
-    It is a class because contextlib is slow to import.
+    The block does not end once that has begun, so an error that `action` causes in it is not
+    reported. It is a class because contextlib is slow to import.
     """
 
     def __init__(self, action: Callable[[], object]) -> None:
@@ -157,7 +161,8 @@ class before_exit:
         _before_exit.append(self._action)
 
     def __exit__(self, *error: object) -> None:
-        _before_exit.remove(self._action)
+        with _exit_lock:  # for ever if a stop signal is ending the process
+            _before_exit.remove(self._action)
 
 
 def end_with_parent() -> None:

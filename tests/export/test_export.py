@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -286,26 +287,27 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(place, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_stop_signal_leaves_nothing(place):
-    line = [
-        sys.executable,
-        "-m",
-        "alexnet_ddp.export",
-        "run.name=small",
-        "format=onnx",
-        "output=stopped",
-    ]
+def test_a_stop_signal_leaves_nothing_though_files_are_being_written(tmp_path):
+    code = """
+        from alexnet_ddp.runtime import startup
+        startup.begin("export")
+        from pathlib import Path
+        from alexnet_ddp.export.command import _draft
+        with _draft(Path("stopped")) as folder:
+            print("ready", flush=True)
+            for number in range(10**9):
+                (folder / f"{number}").write_text("")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(line, cwd=place, env=env, stderr=subprocess.PIPE, text=True) as process:
-        end = time.monotonic() + 120
-        while not list(place.glob(".stopped.tmp-*")):
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < end
-            time.sleep(0.02)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tmp_path, env=env, text=True, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 143
         assert process.stderr.read() == "alexnet_ddp: stopped by SIGTERM\n"
-    assert not list(place.glob("*stopped*"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_ties_may_flip_and_other_differences_may_not():

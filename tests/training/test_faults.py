@@ -227,6 +227,7 @@ def test_a_good_window_or_another_rank_in_between_starts_the_count_again():
         (MemoryError(), "more than there is"),
         (MemoryError("Unable to allocate 1.50 GiB for an array with shape (1,)"), "1.50 GiB"),
         (RuntimeError("std::bad_alloc"), "more than there is"),
+        (RuntimeError("could not create a primitive"), "more than there is"),  # oneDNN
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
             "2.00 GiB",
@@ -246,7 +247,11 @@ def test_what_torch_says_of_a_full_memory_is_understood():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 50, dtype=torch.uint8)
     assert "it asked for 1,125,899,906.8 MB" in str(out_of_memory(caught.value))
-    assert out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    for other in (
+        "mat1 and mat2 shapes cannot be multiplied",
+        "could not create a primitive descriptor for a convolution forward propagation primitive",
+    ):
+        assert out_of_memory(RuntimeError(other)) is None
 
 
 def test_a_peer_that_is_lost_is_no_reason_where_the_peer_has_given_one(tmp_path, monkeypatch):
