@@ -5,6 +5,7 @@ does not interpret.
 """
 
 import logging
+import math
 import mmap
 import time
 from collections.abc import Mapping
@@ -41,7 +42,7 @@ from alexnet_ddp.checkpoint.writer import (
     SaveResult,
     fetch_newest_copy,
 )
-from alexnet_ddp.config import CheckpointConfig
+from alexnet_ddp.config import BestBy, CheckpointConfig
 from alexnet_ddp.runtime.distributed import World, any_rank, broadcast_tensors, from_main, on_all
 from alexnet_ddp.runtime.errors import CheckpointIOError, Diverged, NoCheckpoint, RunError
 from alexnet_ddp.runtime.files import free_bytes
@@ -71,7 +72,7 @@ class RunState:
 
     step: int = 0  # completed optimizer steps
     evaluated_at: int | None = None  # the step of the last complete evaluation
-    # step and val/top1 of the best evaluation
+    # step, val/top1 and val/loss of the best evaluation
     best: dict[str, float | int] = field(default_factory=dict)
     since_best: int = 0  # evaluations after the best one
     trained_s: float = 0.0  # seconds of training, of all starts together; the same on all ranks
@@ -83,12 +84,17 @@ class RunState:
     bad_steps: dict[str, int] = field(default_factory=dict)
     transform_input: bool = False  # of the network: see model/weight_files.py
 
-    def note_evaluation(self, top1: float) -> None:
-        """Record an evaluation. Of equal results the first is the best."""
+    def note_evaluation(self, top1: float, loss: float, by: BestBy = BestBy.top1) -> None:
+        """Record an evaluation: val/top1 and val/loss. Of equal results the first is the best."""
         self.evaluated_at = self.step
         self.since_best += 1
-        if not self.best or top1 > self.best["val/top1"]:
-            self.best = {"step": self.step, "val/top1": top1}
+        if by is BestBy.loss:
+            # Checkpoints of older versions do not have the loss of the best evaluation.
+            is_better = loss < self.best.get("val/loss", math.inf)
+        else:
+            is_better = top1 > self.best.get("val/top1", -math.inf)
+        if is_better or not self.best:
+            self.best = {"step": self.step, "val/top1": top1, "val/loss": loss}
             self.since_best = 0
 
 

@@ -57,7 +57,7 @@ class SaveRequest:
     step: int
     ranges: dict[str, tuple[int, int]]  # group -> (first byte, end) of its file in the memory
     state: dict[str, Any]  # the content of state.json
-    best: dict[str, float | int]  # step and val/top1 of the best evaluation; empty without one
+    best: dict[str, float | int]  # of RunState; empty without an evaluation
     keep_last: int
     keep_every_steps: int | None
     copy_to: str | None  # URL

@@ -190,7 +190,8 @@ class StoredConfig(DataConfig):
     root: str = option(
         MISSING,
         "Location of the data. demo: the folder in which the built-in data is written once. "
-        "folder: contains train/CLASS/* and val/CLASS/*, or CLASS/*. imagenet: contains the three "
+        "folder: contains train/CLASS/* and val/CLASS/*, or CLASS/*. csv: a file that lists images "
+        "and labels. imagenet: contains the three "
         "ILSVRC2012 archives as distributed, or the extracted train/ and val/. shards: a folder or "
         "an fsspec URL written by `python -m alexnet_ddp.prepare`.",
     )
@@ -208,21 +209,21 @@ class LabelledConfig(StoredConfig):
 
 
 @dataclass(kw_only=True)
-class FolderConfig(LabelledConfig):
-    """Your own images: root/train/CLASS/* and root/val/CLASS/*, or root/CLASS/*, divided."""
+class DividedConfig(LabelledConfig):
+    """Images that may be divided into a training and a validation set."""
 
     val_fraction: float | None = option(
         None,
-        "Divide root/CLASS/*: the share of the images that is the validation set. A hash of its "
-        "name decides about each image, so that it stays in its set when files are added.",
-        null="root contains train and val",
+        "Divide the images: the share of them that is the validation set. A hash of its name "
+        "decides about each image, so that it stays in its set when others are added.",
+        null="the data is divided already",
         above=0,
         below=1,
     )
     fold: str | None = option(
         None,
-        "Divide root/CLASS/* for cross-validation. K/N, such as 2/5: the validation set is the "
-        "K-th of N equal parts of each class.",
+        "Divide the images for cross-validation. K/N, such as 2/5: the validation set is the K-th "
+        "of N equal parts of each class.",
         null="no cross-validation",
     )
 
@@ -243,6 +244,24 @@ class FolderConfig(LabelledConfig):
             return None
         found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", self.fold)
         return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+@dataclass(kw_only=True)
+class FolderConfig(DividedConfig):
+    """Your own images: root/train/CLASS/* and root/val/CLASS/*, or root/CLASS/*, divided."""
+
+
+@dataclass(kw_only=True)
+class CsvConfig(DividedConfig):
+    """Your own images, listed with their labels in the CSV, TSV or Parquet file data.root."""
+
+    images: str | None = option(
+        None,
+        "Folder to which the paths in the file are relative.",
+        null="the folder of data.root",
+    )
+    path_column: str = option("path", "Name of the column with the path of each image.")
+    label_column: str = option("label", "Name of the column with the class of each image.")
 
 
 @dataclass(kw_only=True)

@@ -30,6 +30,13 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
+class BestBy(StrEnum):
+    """By which result of an evaluation the best checkpoint is chosen."""
+
+    top1 = "top1"
+    loss = "loss"
+
+
 class OnNan(StrEnum):
     """What happens after a step whose loss or gradient is not finite."""
 
@@ -296,7 +303,7 @@ class TrainerConfig(Options, section="trainer"):
     )
     patience: int | None = option(
         None,
-        "End the run after this many evaluations in a row whose val/top1 is not the best so far.",
+        "End the run after this many evaluations in a row that are not the best so far.",
         unit="evaluations",
         null="no early end",
         minimum=1,
@@ -344,6 +351,11 @@ class CheckpointConfig(Options, section="checkpoint"):
     )
     keep_last: int = option(
         2, "Number of newest checkpoints to keep; the best one is kept as well.", minimum=1
+    )
+    best: BestBy = option(
+        BestBy.top1,
+        "The best evaluation is the one with the highest val/top1 (top1) or the lowest val/loss "
+        "(loss). Its checkpoint is kept, and evaluate, predict and export use it.",
     )
     keep_every_epochs: int | None = option(
         None,

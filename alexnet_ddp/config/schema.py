@@ -34,6 +34,7 @@ GROUPS: dict[str, dict[str, type]] = {
     "data": {
         "demo": data.DemoConfig,
         "folder": data.FolderConfig,
+        "csv": data.CsvConfig,
         "imagenet": data.ImageNetConfig,
         "shards": data.ShardsConfig,
         "synthetic": data.SyntheticConfig,

@@ -148,7 +148,7 @@ def _address() -> str:
 def _data_fingerprint(cfg: Config) -> str:
     """Return 16 hex digits: a hash of the names two levels below data.root and of its files' sizes.
 
-    "" if data.root cannot be read.
+    If data.root is a file (data=csv), of its content. "" if data.root cannot be read.
     """
     root = getattr(cfg.data, "root", None)
     # The built-in data is created by each node that needs it.
@@ -156,6 +156,8 @@ def _data_fingerprint(cfg: Config) -> str:
         return "not on a disk"
     digest = hashlib.sha256()
     try:
+        if os.path.isfile(root):
+            return hashlib.sha256(Path(root).read_bytes()).hexdigest()[:16]
         for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
             if entry.name.startswith((".", "_")):
                 continue

@@ -257,7 +257,8 @@ class Trainer:
     def _explain_early_end(self) -> None:
         state, total = self.state, self.budget.total_steps
         if not self.budget.is_end(state.step):
-            best = f"best val/top1 {state.best['val/top1']:.2f} after step {state.best['step']}"
+            key = f"val/{self.cfg.checkpoint.best.value}"
+            best = f"best {key} {state.best[key]:.4g} after step {state.best['step']}"
             hours = f"{state.trained_s / 3600:.3g} hours of training"
             log.info("the run ends after step %d of %d: %s, %s", state.step, total, best, hours)
 
@@ -343,7 +344,8 @@ class Trainer:
         except RunError:  # raised on all ranks together
             self._save(is_last=True)
             raise
-        self.state.note_evaluation(result.row["val/top1"])
+        row = result.row
+        self.state.note_evaluation(row["val/top1"], row["val/loss"], self.cfg.checkpoint.best)
         self.callbacks.on_evaluation(self.state.step, result.row)
         self._log(result.row | ({"val/num_bad_images": num_bad} if num_bad else {}))
         return replace(due, save=True)

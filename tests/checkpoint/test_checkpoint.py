@@ -390,12 +390,22 @@ def test_without_any_checkpoint_there_is_no_best_one(run):
         find_best(run.at)
 
 
-def test_the_best_evaluation_is_the_first_with_the_highest_value():
+@pytest.mark.parametrize(("by", "best_step"), [(BestBy.top1, 20), (BestBy.loss, 30)])
+def test_the_best_evaluation_is_the_first_with_the_best_value(by, best_step):
+    results = {10: (40.0, 2.0), 20: (60.0, 1.5), 30: (60.0, 1.2), 40: (50.0, 1.2), 50: (9.0, math.nan)}
     state = RunState()
-    for step, top1 in ((10, 40.0), (20, 60.0), (30, 60.0), (40, 50.0)):
+    for step, (top1, loss) in results.items():
         state.step = step
-        state.note_evaluation(top1)
-    assert (state.best, state.evaluated_at) == ({"step": 20, "val/top1": 60.0}, 40)
+        state.note_evaluation(top1, loss, by)
+    top1, loss = results[best_step]
+    assert state.best == {"step": best_step, "val/top1": top1, "val/loss": loss}
+    assert (state.evaluated_at, state.since_best) == (50, (50 - best_step) // 10)
+
+
+def test_a_checkpoint_of_an_older_version_has_no_loss_of_its_best_evaluation():
+    state = RunState(step=20, best={"step": 10, "val/top1": 60.0})
+    state.note_evaluation(50.0, 3.0, BestBy.loss)
+    assert state.best == {"step": 20, "val/top1": 50.0, "val/loss": 3.0}
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------

@@ -45,8 +45,8 @@ def header(path: Path) -> str:
 
 DATA_KEYS = (
     "data.args, data.cache_dir, data.cache_gb, data.class_order, data.eval_interpolation, "
-    "data.eval_resize, data.fold, data.grow_epochs, data.image_size, data.limit_train, data.limit_val, data.max_bad_images, data.mean, "
-    "data.name, data.num_classes, data.num_threads, data.num_train, data.num_val, data.on_bad_image, data.root, "
+    "data.eval_resize, data.fold, data.grow_epochs, data.image_size, data.images, data.label_column, data.limit_train, data.limit_val, data.max_bad_images, data.mean, "
+    "data.name, data.num_classes, data.num_threads, data.num_train, data.num_val, data.on_bad_image, data.path_column, data.root, "
     "data.sampling, data.shuffle, data.start_image_size, data.std, data.val_fraction, data.window_shards"
 )
 NUMBERS = "or numbers of at least 0 and not all 0, one per class; write "
@@ -371,7 +371,7 @@ def test_eval_resize_follows_the_image_size_by_torchvisions_ratio():
 
 @pytest.mark.parametrize("group", [g for g in GROUPS if g != "experiment"])
 def test_every_choice_of_a_group_composes_and_is_the_only_thing_that_changes(group):
-    required = {choice: ["data.root=x"] for choice in ("folder", "imagenet", "shards")}
+    required = {choice: ["data.root=x"] for choice in ("folder", "csv", "imagenet", "shards")}
     required |= {"torchvision": ["model.name=resnet18"]}
     kinds = set()
     for choice in choices(group):

@@ -543,6 +543,6 @@ def test_every_option_that_a_message_names_exists(path):
 def test_options_of_a_choice_know_their_choices():
     found = options(Config)
     assert found["model.name"] == Option((str, str, str), ("torchvision", "timm", "plugin"))
-    assert found["data.root"].choices == ("demo", "folder", "imagenet", "shards", "plugin")
+    assert found["data.root"].choices == ("demo", "folder", "csv", "imagenet", "shards", "plugin")
     assert found["optimizer.lr"].choices == ()
     assert os.sep not in "".join(found)

@@ -213,17 +213,25 @@ def _is_current(top: Path, found: scan.Arrays) -> bool:
     all files are compared, and the number of entries in each folder, in case the file system keeps
     no times for folders. For a larger index, an evenly spread sample is compared.
     """
-    store, sizes = _store(top, found), found["sizes"].tolist()
-    n, entries = len(sizes), scan.from_json(found["entries"])
-    if n <= _CHECKED and any(len(os.listdir(folder)) != count for folder, count in entries.items()):
+    store, entries = _store(top, found), scan.from_json(found["entries"])
+    if len(store.sizes) <= _CHECKED and any(
+        len(os.listdir(folder)) != count for folder, count in entries.items()
+    ):
         return False
+    return have_sizes(store)
+
+
+def have_sizes(store: FileStore) -> bool:
+    """Whether the files have the sizes that the store says: all of them, or a sample of many."""
+    n = len(store.sizes)
     return all(
-        _size_of(store.name(i)) == sizes[i]
+        size_of(store.name(i)) == store.sizes[i]
         for i in range(0, n, 1 if n <= _CHECKED else n // _SAMPLED)
     )
 
 
-def _size_of(path: str) -> int:
+def size_of(path: str) -> int:
+    """Bytes of a file, _NO_FILE if there is none."""
     try:
         return os.stat(path).st_size
     except OSError:

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from alexnet_ddp.config import (
+    CsvConfig,
     DataConfig,
     DemoConfig,
     FolderConfig,
     ImageNetConfig,
+    LabelledConfig,
     ShardsConfig,
     SyntheticConfig,
 )
@@ -76,6 +78,11 @@ def open_data(
         case FolderConfig():
             train, val = _open_own(cfg, _order(cfg.class_order, trained))
             names = train.classes
+        case CsvConfig():
+            from alexnet_ddp.data.sources.table import open_table
+
+            train, val = open_table(cfg, _order(cfg.class_order, trained))
+            names = train.classes
         case ImageNetConfig():
             from alexnet_ddp.data.sources.imagenet import open_imagenet
 
@@ -95,7 +102,7 @@ def open_data(
         case _:
             raise TypeError(f"no data for {type(cfg).__name__}")
     check_same_classes(train, val)
-    choice = cfg.class_order if isinstance(cfg, FolderConfig | ImageNetConfig) else NAME
+    choice = cfg.class_order if isinstance(cfg, LabelledConfig) else NAME
     _warn_of_names(train.classes, trained is None and choice == NAME)
     return ImageSets(train.subset(cfg.limit_train), val.subset(cfg.limit_val), names, basis)
 
