@@ -158,6 +158,7 @@ def test_the_loader_benchmark_refuses_unknown_parts():
     assert "--only knows P5, P6, P7, 64px, P8, P11, P12, not P99" in done.stderr
 
 
+@pytest.mark.slow
 def test_learning_curves_are_plotted_from_metrics(tmp_path):
     run = tmp_path / "run"
     run.mkdir()

@@ -185,6 +185,7 @@ def cases() -> list[tuple[str, tuple[str, ...]]]:
     return list(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "overrides"), cases(), ids=lambda x: str(x)[:100])
 def test_every_command_line_of_the_documentation_composes(command, overrides):
     command = command.replace("-", "_")

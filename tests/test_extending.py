@@ -221,6 +221,7 @@ def test_a_yaml_file_cannot_name_plugins(place):
     assert not (place / "imported").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [

@@ -14,6 +14,7 @@ def points_of(file):
     return json.loads(file.read_text())["points"]
 
 
+@pytest.mark.slow
 def test_the_curve_is_the_same_for_one_and_two_ranks_and_a_run_stays_as_it_is(
     image_folder, tmp_path
 ):

@@ -137,6 +137,7 @@ def rows_of(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.slow
 @of_a_run
 def test_every_image_has_a_line_in_order_for_any_number_of_ranks(trained):
     found = {}
@@ -190,6 +191,7 @@ def test_predictions_agree_with_the_evaluation(trained, image_folder):
     assert (found["val/correct1"], found["val/num_images"]) == (correct, len(rows))
 
 
+@pytest.mark.slow
 @of_a_run
 def test_paths_come_from_standard_input_and_are_printed_without_an_output(trained):
     command = [sys.executable, "-m", "alexnet_ddp.predict", "run.name=x", "images=-"]

@@ -23,7 +23,14 @@ from alexnet_ddp.checkpoint.format import find_best, find_newest
 from alexnet_ddp.checkpoint.identity import identity
 from alexnet_ddp.checkpoint.manager import CheckpointManager, RunState
 from alexnet_ddp.cli import compose
-from alexnet_ddp.config import AlexNetSmallConfig, CheckpointConfig, ConfigError, Device, SGDConfig
+from alexnet_ddp.config import (
+    AlexNetSmallConfig,
+    BestBy,
+    CheckpointConfig,
+    ConfigError,
+    Device,
+    SGDConfig,
+)
 from alexnet_ddp.model import build_model, load_checkpoint
 from alexnet_ddp.runtime.distributed import session
 from alexnet_ddp.runtime.errors import CheckpointIOError, NoCheckpoint
@@ -392,7 +399,13 @@ def test_without_any_checkpoint_there_is_no_best_one(run):
 
 @pytest.mark.parametrize(("by", "best_step"), [(BestBy.top1, 20), (BestBy.loss, 30)])
 def test_the_best_evaluation_is_the_first_with_the_best_value(by, best_step):
-    results = {10: (40.0, 2.0), 20: (60.0, 1.5), 30: (60.0, 1.2), 40: (50.0, 1.2), 50: (9.0, math.nan)}
+    results = {
+        10: (40.0, 2.0),
+        20: (60.0, 1.5),
+        30: (60.0, 1.2),
+        40: (50.0, 1.2),
+        50: (9.0, math.nan),
+    }
     state = RunState()
     for step, (top1, loss) in results.items():
         state.step = step

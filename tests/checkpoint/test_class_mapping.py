@@ -319,6 +319,7 @@ def test_a_new_head_without_weights_is_refused():
         compose(["model.head=new", "run.name=r"])
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path, world):
     make_images(tmp_path)
     cfg = config(tmp_path)

@@ -286,6 +286,7 @@ def test_gradients_that_do_not_overlap_the_backward_pass_are_reported_with_their
     )
 
 
+@pytest.mark.slow
 def test_a_half_precision_hook_halves_the_bytes_and_other_options_are_named():
     half = ("parallel=ddp", "parallel.hook=bf16")
     less = (
@@ -321,6 +322,7 @@ def _doctor_of_too_small_images(root: str) -> str:
     return str(failed.value)
 
 
+@pytest.mark.slow
 def test_images_that_the_model_cannot_use_fail_and_the_other_checks_run(tmp_path):
     assert run_ranks(_doctor_of_too_small_images, 1, str(tmp_path)) == [
         "doctor: FAIL: step; the table names the remedies"

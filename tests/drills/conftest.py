@@ -10,16 +10,21 @@ import pytest
 
 from tests.cluster import Slurm, why_not
 from tests.conftest import make_folder
-from tests.drills.harness import Job
+from tests.drills.harness import Job, preloaded_server
 
 pytestmark = pytest.mark.drill
 
 
 @pytest.fixture(scope="session", autouse=True)
-def python(request: pytest.FixtureRequest) -> None:
-    """With --full each rank is a new Python, as a user's."""
+def python(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With --full torchrun and each rank are a new Python, as a user's."""
     if request.config.getoption("full"):
         Job.python = Path(sys.executable)
+        yield
+        return
+    with preloaded_server() as Job.server:
+        yield
+    Job.server = None
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 PROJECT = Path(__file__).parents[2]
 FAULTS = Path(__file__).parent / "faults"
@@ -29,10 +31,12 @@ SMALL += ["trainer.epochs=2", "trainer.global_batch_size=8", "checkpoint.save_ev
 class Job:
     """One run.name in one run.root; start() may be called again, as a user would.
 
-    PYTHON of the launcher is `python`. With PRELOADED torchrun forks the ranks.
+    PYTHON of the launcher is `python`. With PRELOADED torchrun forks the ranks, and is itself forked by preloaded_server
+    if there is one.
     """
 
     python = PRELOADED
+    server: Path | None = None  # the socket of preloaded_server
 
     def __init__(
         self,
@@ -45,7 +49,7 @@ class Job:
         self.root, self.name, self.ranks, self.overrides = root, name, ranks, [*SMALL, *overrides]
         self.run_dir = root / "runs" / name
         self.log = root / f"{name}.log"
-        self.mark = f"{name}-{secrets.token_hex(4)}"
+        self.mark = f"{name}-{secrets.token_hex(3)}"
         self.env = {
             **os.environ,
             "PYTHONPATH": str(PROJECT),
@@ -53,6 +57,8 @@ class Job:
             "PRELOADED_PYTHON": sys.executable,
             "WANDB_MODE": "disabled",
         }
+        if self.server:
+            self.env["PRELOADED_SERVER"] = str(self.server)
         self.env |= {MARK: self.mark, "NPROC": str(ranks), "RESTART_DELAY": "0", **(env or {})}
         self.process: subprocess.Popen | None = None
 
@@ -154,7 +160,7 @@ class Job:
         """The pid of the process that trains as `rank`."""
         for pid, env in self.processes().items():
             is_own = env.get("RANK") == str(rank) and b"alexnet_ddp.train" in _read(pid, "cmdline")
-            if is_own or _read(pid, "comm").decode().strip() == f"rank {rank}":
+            if is_own or _read(pid, "comm").decode().startswith(f"rank {rank} "):
                 return pid
         raise LookupError(f"{self.name} has no rank {rank} now")
 
@@ -172,6 +178,28 @@ class Job:
                 continue
 
 
+@contextmanager
+def preloaded_server() -> Iterator[Path]:
+    """The socket of preloaded/server.py, which runs until the block ends."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "socket")
+        env = {**os.environ, "PYTHONPATH": f"{FAULTS}{os.pathsep}{PROJECT}"}
+        server = subprocess.Popen(
+            [sys.executable, str(PRELOADED.with_name("server.py")), str(path)],
+            env=env,
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        try:
+            while not path.exists():
+                assert server.poll() is None, "the server of preloaded processes has ended"
+                time.sleep(0.02)
+            yield path
+        finally:
+            server.stdin.close()
+            server.wait(30)
+
+
 def assert_same_run(job: Job, calm: Job) -> None:
     """Bit-equal weights and momentum, the same images in every step, one continuous record."""
     assert job.digest() == calm.digest()
@@ -181,11 +209,14 @@ def assert_same_run(job: Job, calm: Job) -> None:
 
 
 def _marked(mark: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """By the environment of a program, or the name of a fork of preloaded_server."""
+    token = mark.rpartition("-")[2]
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         raw = _read(int(entry.name), "environ")
-        if f"{MARK}={mark}".encode() in raw.split(b"\0"):
+        is_forked = _read(int(entry.name), "comm").decode().strip().endswith(f" {token}")
+        if is_forked or f"{MARK}={mark}".encode() in raw.split(b"\0"):
             pairs = (
                 pair.decode(errors="replace").partition("=") for pair in raw.split(b"\0") if pair
             )

@@ -104,6 +104,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_folder_holds_the_model_and_the_counts_of_evaluate(exported, place, kind):
     found = {path.name for path in exported[kind].iterdir()}
@@ -143,6 +144,7 @@ def check_example(folder: Path, trained: TrainedRun, photo: Path, end: str = "")
     assert float(probability) == pytest.approx(float(expected.max()), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_example_of_the_readme_runs_and_prints_what_predict_does(exported, place, kind):
     # With onnxruntime, neither torch nor this package is needed.
@@ -155,6 +157,7 @@ def test_the_example_of_the_readme_runs_and_prints_what_predict_does(exported, p
     assert str(place) not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 5])
 def test_the_graph_takes_any_batch_and_has_neither_dropout_nor_random_numbers(exported, count):
     path = exported["onnx"] / "model.onnx"
@@ -184,6 +187,7 @@ def test_preprocessing_in_the_graph_returns_probabilities(exported):
     np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_load_run_takes_an_exported_folder(exported, place):
     there, here = (
         alexnet_ddp.load_run(one) for one in (place / "runs/small", exported["safetensors"])
@@ -199,6 +203,7 @@ def test_load_run_takes_an_exported_folder(exported, place):
         alexnet_ddp.load_run(exported["onnx"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [["model=${oc.env:HOME}"], ["plugins=[os]"], ["trainer.epochs=2"]]
 )
@@ -209,6 +214,7 @@ def test_a_record_of_an_export_chooses_the_network_only(exported, tmp_path, opti
         alexnet_ddp.load_run(tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_the_weights_file_names_its_classes_and_can_start_a_run(exported, place):
     path = exported["safetensors"] / "model.safetensors"
     with safe_open(path, "pt") as file:
@@ -243,6 +249,7 @@ def wrong_mean(data, in_graph):
 RIGHT = folder.preprocessing_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -263,6 +270,7 @@ def test_a_wrong_mean_is_caught_and_leaves_nothing(place, tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_file_that_does_not_load_is_caught_and_leaves_nothing(place, tmp_path, monkeypatch):
     def damaged(model, example, path):
         path.write_bytes(b"no model")
@@ -273,6 +281,7 @@ def test_a_file_that_does_not_load_is_caught_and_leaves_nothing(place, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_nothing(place, tmp_path, monkeypatch):
     def full(model, example, path):
         path.write_bytes(b"half")
@@ -334,6 +343,7 @@ def test_ties_may_flip_and_other_differences_may_not():
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "line"),
     [
@@ -357,6 +367,7 @@ def test_bad_input_is_one_line(place, options, line):
     assert not (place / "new").exists()
 
 
+@pytest.mark.slow
 def test_several_ranks_are_refused_in_one_line(place):
     done = run("export", "run.name=small", "format=onnx", "output=new", cwd=place, ranks=2)
     assert done.returncode == 1
@@ -364,6 +375,7 @@ def test_several_ranks_are_refused_in_one_line(place):
     assert lines == ["alexnet_ddp: export takes one process, not 2; start it without torchrun"]
 
 
+@pytest.mark.slow
 def test_a_missing_extra_gives_the_command_of_pip(place, tmp_path, monkeypatch):
     for name in ("onnxruntime", "onnx"):
         monkeypatch.setitem(sys.modules, name, None)

@@ -143,6 +143,7 @@ def test_hybrid_equals_ddp_with_lars_and_averaged_weights(ranks):
         assert max(differences(expected, rank)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cfg", [DDPConfig(static_graph=True), DDPConfig(bucket_mb=0.1)], ids=["static", "buckets"]
 )
@@ -333,6 +334,7 @@ def test_the_norm_of_a_large_gradient_is_exact():
     assert [float(n) for n in norms(gradients)] == pytest.approx(exact, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hook", "bound"), [(Hook.fp16, 1e-3), (Hook.bf16, 5e-3), (Hook.powersgd, 0.05)]
 )

@@ -4,7 +4,7 @@ import pytest
 
 from tests.test_train import SMALL, rows, run, sha_of_newest, status
 
-pytestmark = pytest.mark.xdist_group("early end")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("early end")]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,6 @@ def test_a_run_is_evaluated_every_so_many_steps_and_at_its_end(whole):
     assert steps_of(whole[1]) == [4, 8, 12, 16, 18]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_without_a_better_result_a_run_ends_early_and_more_patience_continues_it(
     whole, tmp_path, ranks

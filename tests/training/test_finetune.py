@@ -214,6 +214,7 @@ def test_a_network_without_a_known_head_is_refused():
         Backbone(nn.Bilinear(2, 3, 4))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_these_options_is_one_of_a_full_training(world, tmp_path, weights):
     parts = training(world, tmp_path, weights)
     identity = parts.setup.checkpoints._identity

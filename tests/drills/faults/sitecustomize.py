@@ -16,13 +16,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-_TEXT = os.environ.get("ALEXNET_DDP_FAULT", "")
+
+def _text() -> str:
+    return os.environ.get("ALEXNET_DDP_FAULT", "")
 
 
 def _faults() -> list[tuple[str, dict[str, Any]]]:
     """Those of this rank."""
     found = []
-    for fault in filter(None, map(str.strip, _TEXT.split(";"))):
+    for fault in filter(None, map(str.strip, _text().split(";"))):
         name, *pairs = fault.split()
         texts = dict(pair.split("=") for pair in pairs)
         values = {
@@ -114,7 +116,7 @@ def _inject() -> None:
 
 def inject() -> None:
     """Inject the faults into this process if it is a rank that trains."""
-    if _TEXT and "RANK" in os.environ and "alexnet_ddp.train" in sys.orig_argv:
+    if _text() and "RANK" in os.environ and "alexnet_ddp.train" in sys.orig_argv:
         _inject()
 
 

@@ -2,9 +2,9 @@
 
     python tests/drills/preloaded/torchrun.py .../launch/torchrun.py [torchrun's arguments]
 
-One import serves all ranks and all restarts: a start of two ranks needs half of the CPU time. Otherwise a rank is the
-process that torchrun starts: own session, environment, signals and files; `comm` in /proc is "rank N". `--full` runs
-the drills without this.
+One import serves all ranks and all restarts; with server.py it serves all jobs. Otherwise a rank is the process that
+torchrun starts: own session, environment, signals and files. `comm` in /proc is "rank N" and the end of the job's mark.
+`--full` runs the drills without this.
 """
 
 import atexit
@@ -19,22 +19,29 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 IMPORTS = (
     "alexnet_ddp.cli",
     "alexnet_ddp.config.compose",
     "alexnet_ddp.training.trainer",
+    "alexnet_ddp.doctor.port",
     "torch._dynamo",
+    "torch.distributed.run",
 )
+
+
+def import_all() -> None:
+    for module in IMPORTS:
+        importlib.import_module(module)
 
 
 class ForkedRank:
     """What torchrun uses of a subprocess.Popen, for `python -u -m MODULE ARGUMENTS` as a fork of this process."""
 
     def __init__(self, args: tuple[str, ...], env: dict[str, str]) -> None:
-        for module in IMPORTS:
-            importlib.import_module(module)
+        import_all()
         self.returncode: int | None = None
         sys.stdout.flush()
         sys.stderr.flush()
@@ -64,25 +71,34 @@ class ForkedRank:
 
 def _be_rank(args: tuple[str, ...], env: dict[str, str], signals_blocked: set[int]) -> None:
     """Undo what torchrun has set in this process, then run the module. Does not return."""
+    os.setsid()
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, signals_blocked)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    os.environ.clear()
+    os.environ |= env
+    logging.disable(logging.NOTSET)
+    sys.orig_argv[:] = args
+    module = args.index("-m") + 1
+    sys.argv[:] = args[module:]
+    if faults := sys.modules.get("sitecustomize"):
+        faults.inject()
+    end_as(
+        f"rank {env['RANK']}",
+        lambda: runpy.run_module(args[module], run_name="__main__", alter_sys=True),
+    )
+
+
+def end_as(name: str, function: Callable[[], object]) -> None:
+    """Call the function in this forked process, and end as a Python program ends. Does not return."""
+    token = os.environ.get("ALEXNET_DDP_DRILL", "").rpartition("-")[2]
+    Path("/proc/self/comm").write_text(f"{name} {token}")
     code = 1
     try:
-        os.setsid()
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, signals_blocked)
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
-        os.environ.clear()
-        os.environ |= env
-        Path("/proc/self/comm").write_text(f"rank {env['RANK']}")
-        logging.disable(logging.NOTSET)
-        sys.orig_argv[:] = args
-        module = args.index("-m") + 1
-        sys.argv[:] = args[module:]
-        if faults := sys.modules.get("sitecustomize"):
-            faults.inject()
-        runpy.run_module(args[module], run_name="__main__", alter_sys=True)
+        function()
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -104,7 +120,7 @@ def _fork_ranks() -> None:
     gc.enable()
 
 
-if __name__ == "__main__":
+def main() -> None:
     from alexnet_ddp.runtime import startup
 
     startup.resume_garbage_collection = (
@@ -113,3 +129,7 @@ if __name__ == "__main__":
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).parent)
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
