@@ -18,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full",
         action="store_true",
-        help="repeat the drills as often as docs/faults-and-drills.md states",
+        help="repeat the drills as often as docs/faults-and-drills.md states, and export every network",
     )
 
 
@@ -33,7 +33,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.fixture
 def full(request: pytest.FixtureRequest) -> bool:
-    """True with --full. Otherwise a drill that repeats a fault repeats it a few times, which takes seconds."""
+    """True with --full. Otherwise a test that repeats a check repeats it a few times, which takes seconds."""
     return request.config.getoption("full")
 
 

@@ -448,14 +448,23 @@ NETWORKS = {
     "vit_b_16": (["model=torchvision", "model.name=vit_b_16", "model.dropout=0"], 224),
     "googlenet": (["model=torchvision", "model.name=googlenet", "model.transform_input=true"], 64),
     "timm": (["model=timm", "model.name=resnet10t"], 64),
+    "small_vit": (["model=timm", "model.name=test_vit"], 160),
 }
 
-IN_TIMM = ("resnet18", "timm")
+IN_TIMM = ("resnet18", "timm", "small_vit")
+FULL = (
+    "alexnet",
+    "alexnet_bn",
+    "efficientnet_b0",
+    "vit_b_16",
+)  # a minute each, and the others have their layers
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
-def test_each_network_is_exported_in_each_format(place, name, tmp_path):
+def test_each_network_is_exported_in_each_format(place, name, tmp_path, full):
+    if name in FULL and not full:
+        pytest.skip("with --full")
     options, size = NETWORKS[name]
     few = [
         "data.limit_train=8",

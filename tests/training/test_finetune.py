@@ -168,8 +168,10 @@ def resumes(root: str, weights: str, optimizer: str) -> dict[str, bool]:
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_gradual_training_resumes_bit_equal_in_both_phases_and_at_the_switch(
-    tmp_path, weights, optimizer
+    tmp_path, weights, optimizer, full
 ):
+    if optimizer == "sgd" and not full:
+        pytest.skip("with --full")
     nothing = {"model": set(), "optimizer": set(), "ema": set()}
     for rank in run_ranks(resumes, 2, str(tmp_path), str(weights), optimizer):
         assert rank == {2: nothing, 3: nothing, 5: nothing}
