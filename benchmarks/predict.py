@@ -1,6 +1,6 @@
 """`predict` against the usual pipeline of torchvision, and the memory of `predict`.
 
-python benchmarks/predict.py --images DIR [--model alexnet] [--repetitions 5]
+python benchmarks/predict.py --images DIR [--model alexnet] [--repetitions 5] [--num-files N]
 
 The peer is a data set of the same files, opened by Pillow, with torchvision's preset for
 classification (resize 256, centre crop 224), a DataLoader with 2 workers and the same network in
@@ -9,7 +9,7 @@ the same number of threads. The figure is images/s from the first file to the la
 without imports and without reading the weights.
 
 The second part runs `predict` in a process of its own on hard links of a few small JPEG files,
-and reports the largest resident memory of that process.
+and reports the largest resident memory of that process, with alexnet_small at 64 px.
 """
 
 import argparse
@@ -52,16 +52,16 @@ class Files(Dataset):
             return self.transform(Image.open(file).convert("RGB"))
 
 
-def run_of(folder: Path, model: str) -> Path:
+def run_of(folder: Path, model: str, size: int) -> Path:
     """Train a network for a step on synthetic images: its speed does not depend on its weights."""
     options = [
         *("data=synthetic", "data.num_classes=1000", "data.num_train=8", "data.num_val=8"),
-        *("data.image_size=224", f"model={model}", "trainer.max_steps=1", "augment=basic"),
+        *(f"data.image_size={size}", f"model={model}", "trainer.max_steps=1", "augment=basic"),
         *("trainer.global_batch_size=8", "trainer.epochs=1", "logger.tensorboard=false"),
-        *(f"run.root={folder}", "run.name=x", "device=cpu"),
+        *(f"run.root={folder}", f"run.name={model}-{size}", "device=cpu"),
     ]
     _start("train", *options)
-    return folder / "x"
+    return folder / f"{model}-{size}"
 
 
 def _start(command: str, *options: str) -> None:
@@ -162,9 +162,9 @@ def main() -> None:
         if args.images is None:
             _write_files(place / "images", 64)
             args.images = str(place / "images")
-        run_dir = run_of(place / "runs", args.model)
-        rates(report, args.images, run_dir, args)
-        about["rss_mb"] = {k: round(v) for k, v in memory(run_dir, args.num_files).items()}
+        rates(report, args.images, run_of(place / "runs", args.model, 224), args)
+        found = memory(run_of(place / "runs", "alexnet_small", 64), args.num_files)
+        about["rss_mb"] = {count: round(mb) for count, mb in found.items()}
     finally:
         shutil.rmtree(place)
     report.print_table()

@@ -206,7 +206,13 @@ def help_lines(command: str, names: list[str]) -> Iterator[str]:
         yield from _section_lines(section)
 
 
-_WITH_TRAIN = ("evaluate", "doctor", "replay", "lr_find", "export")  # commands that also have its options
+_WITH_TRAIN = (
+    "evaluate",
+    "doctor",
+    "replay",
+    "lr_find",
+    "export",
+)  # commands that also have its options
 
 
 def markdown(
