@@ -81,7 +81,9 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
         batches, num_classes = loader.batches(works), len(data.val.classes)
         outputs = Outputs() if options.calibrate else None
         observe = outputs.add if outputs is not None else None
-        result = evaluate(model, batches, cfg.trainer, num_classes, world, StopSignal(), observe)
+        result = evaluate(
+            model, batches, cfg.trainer, num_classes, world, StopSignal(), observe=observe
+        )
         if result is None:
             raise Preempted(
                 "stopped before the evaluation was complete; start the same command again"

@@ -38,6 +38,7 @@ def evaluate(
     num_classes: int,
     world: World,
     stop: StopSignal,
+    *,
     observe: Callable[[Batch, Tensor], None] | None = None,
 ) -> Evaluation | None:
     """Collective. Evaluate `model` on the images of `batches`. Return None if a stop was requested.
