@@ -95,8 +95,10 @@ def read_export(folder: Path) -> TrainedRun:
         how = json.loads((folder / "preprocessing.json").read_bytes())
         names = [str(name) for name in json.loads((folder / "classes.json").read_bytes())]
         tensors = load_file(folder / "model.safetensors")
-        metrics = json.loads((folder / "metrics.json").read_bytes())
-        temperature = metrics.get("temperature")  # older exports have none
+        metrics = folder / "metrics.json"
+        # export itself reads the model before it writes the metrics; older exports have no such key
+        known = json.loads(metrics.read_bytes()) if metrics.exists() else {}
+        temperature = known.get("temperature")
         data = [f"data.{option}={how[key]}" for option, key in _OF_PREPROCESSING.items()]
         given = [str(option) for option in (*options, *data)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:

@@ -193,6 +193,7 @@ def test_load_run_takes_an_exported_folder(exported, place):
         alexnet_ddp.load_run(one) for one in (place / "runs/small", exported["safetensors"])
     )
     assert here.classes == there.classes
+    assert here.temperature == there.temperature is not None
     assert here.checkpoint == exported["safetensors"]
     assert not here.model.training
     image = Image.open(next((place / "data/val/class1").iterdir()))
