@@ -125,7 +125,7 @@ def _warn_if_not_calibrated(options: PredictConfig, run: TrainedRun, run_dir: Pa
     """
     is_known = run.temperature is not None or (run_dir / calibration.FILE).exists()
     if options.min_confidence is not None and not is_known:
-        rule = f"run {options.run.name} is not calibrated: its probabilities may be too high or too low"
+        rule = f"run {options.run.name} is not calibrated: its probabilities may be wrong"
         remedy = f"start evaluate run.name={options.run.name} calibrate=true first"
         log.warning("min_confidence=%g: %s; %s", options.min_confidence, rule, remedy)
 
