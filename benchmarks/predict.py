@@ -102,10 +102,11 @@ def memory(run_dir: Path, num_files: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=run_dir.parent) as place:
         for count in (num_files // 100, num_files):
             _write_files(Path(place) / str(count), count)
+            # ru_maxrss would count the memory of this process, too, which the new one inherits.
             code = (
-                "import resource, runpy, sys\n"
+                "import runpy\n"
                 "try:\n    runpy.run_module('alexnet_ddp.predict', run_name='__main__')\n"
-                "finally:\n    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+                "finally:\n    print([x for x in open('/proc/self/status') if 'VmHWM' in x][0])\n"
             )
             options = [
                 *(f"run.root={run_dir.parent}", f"run.name={run_dir.name}", "device=cpu"),
@@ -120,7 +121,7 @@ def memory(run_dir: Path, num_files: int) -> dict[str, float]:
             )
             lines = Path(f"{place}/o.jsonl").read_bytes().count(b"\n")
             assert lines == count, lines
-            found[f"{count:,} files"] = int(done.stdout.split()[-1]) * 1024 / 1e6
+            found[f"{count:,} files"] = int(done.stdout.split()[-2]) * 1024 / 1e6
             print(f"{count:9,} files  {found[f'{count:,} files']:8.0f} MB", flush=True)
     return found
 
