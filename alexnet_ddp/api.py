@@ -21,6 +21,7 @@ from alexnet_ddp.data.effects import normalise
 from alexnet_ddp.data.sources.sets import ImageSets, open_data
 from alexnet_ddp.plugins import load_plugins
 from alexnet_ddp.runtime.errors import ConfigError
+from alexnet_ddp.training.calibration import read_temperature
 from alexnet_ddp.training.trained import read_trained
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class TrainedRun:
     classes: list[str]  # names in the order of the logits
     config: Config
     checkpoint: Path  # the directory of the weights; of an export, its folder
+    # (logits / temperature).softmax(1) are calibrated; None without `evaluate calibrate=true`.
+    temperature: float | None = None
 
     def transform(self, image: "Image.Image") -> Tensor:
         """The network's input for an image of PIL: float [3, size, size], the same as in evaluate.
@@ -78,7 +81,8 @@ def read_run(run_dir: Path, cfg: Config) -> TrainedRun:
     """The run in `run_dir`, whose configuration is `cfg`. Plugins are imported already."""
     best = find_best(run_dir / "checkpoints")
     trained = read_trained(cfg, best)
-    return TrainedRun(trained.model.eval(), trained.names, cfg, best)
+    temperature = read_temperature(run_dir, best)
+    return TrainedRun(trained.model.eval(), trained.names, cfg, best, temperature)
 
 
 def read_export(folder: Path) -> TrainedRun:
@@ -91,9 +95,13 @@ def read_export(folder: Path) -> TrainedRun:
         how = json.loads((folder / "preprocessing.json").read_bytes())
         names = [str(name) for name in json.loads((folder / "classes.json").read_bytes())]
         tensors = load_file(folder / "model.safetensors")
+        metrics = folder / "metrics.json"
+        # export itself reads the model before it writes the metrics; older exports have no such key
+        known = json.loads(metrics.read_bytes()) if metrics.exists() else {}
+        temperature = known.get("temperature")
         data = [f"data.{option}={how[key]}" for option, key in _OF_PREPROCESSING.items()]
         given = [str(option) for option in (*options, *data)]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         rule = f"is no export that load_run reads ({type(error).__name__}: {error})"
         raise ConfigError(f"{folder} {rule}; give one of format=safetensors") from error
     keys = ("model=", "model.", "data.")
@@ -102,7 +110,7 @@ def read_export(folder: Path) -> TrainedRun:
     cfg = cli.compose_for_python(["data=synthetic", *given])
     model = networks.build_model(cfg.model, len(names), cfg.data.image_size, cfg.seed)
     networks.load_checkpoint(model, tensors, str(folder))
-    return TrainedRun(model.eval(), names, cfg, folder)
+    return TrainedRun(model.eval(), names, cfg, folder, temperature)
 
 
 def build_model(*options: str, num_classes: int) -> nn.Module:

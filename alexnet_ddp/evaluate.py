@@ -1,6 +1,6 @@
 """Evaluate a run or a weights file: every validation image once, with any number of processes.
 
-python -m alexnet_ddp.evaluate run.name=X [data.root=DIR]
+python -m alexnet_ddp.evaluate run.name=X [data.root=DIR] [calibrate=true]
 python -m alexnet_ddp.evaluate model=alexnet model.weights=FILE data=imagenet data.root=DIR
 """
 
@@ -23,7 +23,7 @@ from torch import nn
 
 from alexnet_ddp import cli
 from alexnet_ddp.checkpoint.format import find_best, weights_of_run
-from alexnet_ddp.config import Config, ConfigError, Head
+from alexnet_ddp.config import Config, ConfigError, EvaluateConfig, Head
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_batches
 from alexnet_ddp.data.sources.sets import ImageSets, open_data
@@ -35,12 +35,14 @@ from alexnet_ddp.model import (
     without_weights,
 )
 from alexnet_ddp.runtime import distributed
+from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.runtime.errors import Preempted
 from alexnet_ddp.runtime.files import write_json
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.signals import StopSignal
 from alexnet_ddp.runtime.terminal import Console, Table
 from alexnet_ddp.tracking import read_classes
+from alexnet_ddp.training.calibration import NUM_BINS, Outputs, fit, write_calibration
 from alexnet_ddp.training.evaluation import Evaluation, evaluate
 from alexnet_ddp.training.precision import check_precision
 from alexnet_ddp.training.trained import read_trained
@@ -50,15 +52,18 @@ log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
 _MAX_ROWS = 40  # classes in the table; evaluation.json contains all of them
 
 
-def main(cfg: Config, overrides: list[str]) -> None:
+def main(options: EvaluateConfig, overrides: list[str]) -> None:
     """Evaluate model.weights if it is given, else the best checkpoint of run.name.
 
-    A run's result is also written to evaluation.json in its directory. Raises ConfigError,
-    DataError or, after a stop signal, Preempted.
+    A run's result is also written to evaluation.json in its directory, and with calibrate=true its
+    temperature to calibration.json. Raises ConfigError, DataError or, after a stop signal,
+    Preempted.
     """
+    cfg: Config = options
     file = cfg.model.weights
     if file is None:
-        cfg = cli.config_of_run(cfg.run_dir, overrides)
+        kept = [one for one in overrides if one.partition("=")[0].lstrip("+") != "calibrate"]
+        cfg = cli.config_of_run(cfg.run_dir, kept)
     with distributed.session(cfg.device, cfg.trainer.tf32) as world:
         check_precision(cfg.trainer.precision, world)
         known = (
@@ -67,24 +72,18 @@ def main(cfg: Config, overrides: list[str]) -> None:
             else None
         )
         data = distributed.first_on_node(lambda: open_data(cfg.data, trained=known), world)
-        if file is None:
-            directory = distributed.from_main(lambda: find_best(cfg.run_dir / "checkpoints"), world)
-            trained = distributed.on_all(
-                lambda: read_trained(cfg, directory, data.val.classes), world
-            )
-            model, origin = trained.model, trained.origin
-        else:
-            weights = distributed.first_on_node(
-                partial(published_weights, cfg.model, data.val.classes), world
-            ) or distributed.from_main(partial(weights_of_run, file, cfg.run.root), world)
-            model, origin = distributed.on_all(lambda: _from_file(cfg, data, *weights), world)
+        model, origin, directory = _open_network(cfg, data, world)
         model.to(world.device).to(memory_format=torch.channels_last)
         loader = build_loader(cfg.data, data.val, None, world.num_cores, world.device)
         works = evaluation_batches(
             len(data.val), cfg.trainer.eval_batch_size, world.rank, world.world_size
         )
         batches, num_classes = loader.batches(works), len(data.val.classes)
-        result = evaluate(model, batches, cfg.trainer, num_classes, world, StopSignal())
+        outputs = Outputs() if options.calibrate else None
+        observe = outputs.add if outputs is not None else None
+        result = evaluate(
+            model, batches, cfg.trainer, num_classes, world, StopSignal(), observe=observe
+        )
         if result is None:
             raise Preempted(
                 "stopped before the evaluation was complete; start the same command again"
@@ -103,6 +102,36 @@ def main(cfg: Config, overrides: list[str]) -> None:
             _report(
                 result, data.class_names, {"run": cfg.run.name} | origin if file is None else origin
             )
+        if outputs is not None and directory is not None:
+            _calibrate(outputs, cfg.run_dir, directory, world)
+
+
+def _calibrate(outputs: Outputs, run_dir: Path, checkpoint: Path, world: World) -> None:
+    """Collective. Write calibration.json and print what it changes. Raises DataError."""
+    gathered = outputs.gather(world)
+    found = distributed.from_main(lambda: None if gathered is None else fit(*gathered), world)
+    if world.is_main and found is not None:
+        write_calibration(run_dir, checkpoint, found)
+        say(
+            f"temperature {found.temperature:.4f}: expected calibration error ({NUM_BINS} bins) "
+            f"{100 * found.ece_before:.2f} % before, {100 * found.ece_after:.2f} % after; loss "
+            f"{found.loss_before:.4f} before, {found.loss_after:.4f} after"
+        )
+
+
+def _open_network(
+    cfg: Config, data: ImageSets, world: World
+) -> tuple[nn.Module, dict, Path | None]:
+    """Collective. The network, its origin for the record, and the checkpoint if it is a run's."""
+    file = cfg.model.weights
+    if file is None:
+        directory = distributed.from_main(lambda: find_best(cfg.run_dir / "checkpoints"), world)
+        trained = distributed.on_all(lambda: read_trained(cfg, directory, data.val.classes), world)
+        return trained.model, trained.origin, directory
+    weights = distributed.first_on_node(
+        partial(published_weights, cfg.model, data.val.classes), world
+    ) or distributed.from_main(partial(weights_of_run, file, cfg.run.root), world)
+    return *distributed.on_all(lambda: _from_file(cfg, data, *weights), world), None
 
 
 def _from_file(

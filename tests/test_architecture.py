@@ -39,6 +39,7 @@ ONLY_IN = {  # library -> the modules that may import it: packages, or files of 
     r"onnx|onnxruntime|onnxscript": {"export/formats"},
     r"fcntl": {"runtime/files"},  # file locks
     r"pyspark": {"prepare/spark"},
+    r"pyarrow": {"predict/parquet"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -208,3 +208,15 @@ def test_the_large_batch_benchmark_collects_both_curves(tmp_path):
     ]
     assert all(len(found["train/loss"]) == 2 and found["val/top1"] for found in curves.values())
     assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_prediction_benchmark_compares_rates_and_reports_memory(tmp_path):
+    command = [sys.executable, "benchmarks/predict.py", "--quick", "--json", str(tmp_path / "p")]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "p").read_text())
+    assert [row["unit"] for row in written["results"]] == ["images/s"]
+    assert set(written["machine"]["rss_mb"]) == {"2 files", "200 files"}

@@ -2,8 +2,8 @@
 
 The modules, in the order in which a command uses them:
 
-- option: how an option is declared; data, recipe, finetune, run, export, prepare, plan, plugins:
-  the option classes
+- option: how an option is declared; data, recipe, finetune, run, evaluate, predict, export,
+  prepare, plan, plugins:  the option classes
 - schema: the tables of commands, groups and options; reference: --help and docs/configuration.md
 - overrides, advice: a command line becomes Hydra's overrides; mistakes become one line
 - compose: Hydra composes conf/ with the overrides; plain, checked dataclasses come out
@@ -31,9 +31,11 @@ from alexnet_ddp.config.data import (
     Shuffle,
     SyntheticConfig,
 )
+from alexnet_ddp.config.evaluate import EvaluateConfig
 from alexnet_ddp.config.export import ExportConfig, ExportFormat
 from alexnet_ddp.config.finetune import FinetuneConfig, Method
 from alexnet_ddp.config.plan import PlanConfig
+from alexnet_ddp.config.predict import PredictConfig
 from alexnet_ddp.config.prepare import (
     Action,
     AutoEngineConfig,
@@ -80,7 +82,6 @@ from alexnet_ddp.config.run import (
     OnNan,
     ParallelConfig,
     Precision,
-    PredictConfig,
     ReplayConfig,
     RunConfig,
     TrainerConfig,

@@ -45,16 +45,20 @@ Evaluate exactly: every validation image once, on any number of processes.
   python -m alexnet_ddp.evaluate run.name=X [data.root=DIR ...]        the best checkpoint of a run
   python -m alexnet_ddp.evaluate model=alexnet model.weights=FILE data=imagenet data.root=DIR
   torchrun --nproc_per_node=2 -m alexnet_ddp.evaluate run.name=X
+  python -m alexnet_ddp.evaluate run.name=X calibrate=true
 
 Prints top-1, top-5 and a table of the classes; with run.name, also writes evaluation.json into the
 run's directory. data.root must contain the training images too: they determine the classes.
-With run.name every option has the run's value, unless the command line gives another.""",
+With run.name every option has the run's value, unless the command line gives another.
+calibrate=true fits a temperature to the validation images, which predict then uses.""",
     "predict": """\
 Classify images with a trained run: prints the most probable classes of each image.
 
   python -m alexnet_ddp.predict run.name=X images=cat.jpg
   python -m alexnet_ddp.predict run.name=X images=photos output=predictions.jsonl
   python -m alexnet_ddp.predict run.name=X 'images=photos/*.jpg' top_k=3
+  python -m alexnet_ddp.predict run.name=X images=photos output=p.csv min_confidence=0.9
+  python -m alexnet_ddp.predict run.name=X images=photos embeddings=photos.npy
 
 A folder is listed as in training: linked folders are followed; hidden entries and other file types
 are counted in a warning. A file that is named, or matched by a glob, may have any suffix.""",
@@ -202,21 +206,27 @@ def help_lines(command: str, names: list[str]) -> Iterator[str]:
         yield from _section_lines(section)
 
 
-_WITH_TRAIN = ("doctor", "replay", "lr_find", "export")  # commands that also have its options
+_WITH_TRAIN = (
+    "evaluate",
+    "doctor",
+    "replay",
+    "lr_find",
+    "export",
+)  # commands that also have its options
 
 
 def markdown(
     commands: tuple[str, ...] = (
-        *("train", "doctor", "replay", "lr_find", "predict", "export", "plan", "prepare"),
+        *("train", "evaluate", "doctor", "replay", "lr_find", "predict", "export", "plan"),
+        "prepare",
     ),
 ) -> str:
-    """docs/configuration.md. evaluate has the options of train."""
+    """docs/configuration.md."""
     lines = [_INTRODUCTION, *_recipes()]
     for command in commands:
         known = describe("train") if command in _WITH_TRAIN else []
         seen = {entry.path for section in known for entry in section.entries}
-        title = "`train` and `evaluate`" if command == "train" else f"`{command.replace('_', '-')}`"
-        lines += [f"## Options of {title}", ""]
+        lines += [f"## Options of `{command.replace('_', '-')}`", ""]
         if known:
             lines += ["All options of `train`, and:", ""]
         for section in describe(command):

@@ -1,4 +1,4 @@
-"""Options of train, evaluate, doctor and predict that belong to no data, network or optimizer."""
+"""Options of train and doctor that belong to no data, network or optimizer."""
 
 import os
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from alexnet_ddp.config.data import AugmentConfig, DataConfig, OnBadImage, check_class_weights
+from alexnet_ddp.config.data import AugmentConfig, DataConfig, check_class_weights
 from alexnet_ddp.config.finetune import FinetuneConfig, Method
 from alexnet_ddp.config.option import MAX_SEED, MISSING, Options, option, shown
 from alexnet_ddp.config.recipe import Head, ModelConfig, OptimizerConfig, SchedulerConfig
@@ -521,27 +521,3 @@ class LrFindConfig(Config):
         super().__post_init__()
         if self.min_lr >= self.max_lr:
             raise ConfigError(f"min_lr ({self.min_lr}) must be less than max_lr ({self.max_lr})")
-
-
-@dataclass(kw_only=True)
-class PredictConfig(Options):
-    """A run with a checkpoint, and the images to classify with it."""
-
-    run: RunConfig
-    device: Device = option(Device.auto, "The device to compute on. auto: cuda if there is a GPU.")
-    images: str = option(
-        MISSING,
-        "The images: a file, a directory or a glob; - reads one path per line from standard input.",
-    )
-    output: str | None = option(
-        None, "A .jsonl or .csv file to write the predictions to.", null="they are printed"
-    )
-    on_bad_image: OnBadImage = option(
-        OnBadImage.skip,
-        "If an image cannot be read: skip writes the reason in place of its classes; raise ends "
-        "the command with exit code 65.",
-    )
-    top_k: int = option(5, "Number of classes to print for each image.", minimum=1)
-    plugins: list[str] = option(
-        [], "Modules to import first if the run was started with plugins; command line only."
-    )

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from alexnet_ddp.config import data, export, plan, plugins, prepare, recipe, run
+from alexnet_ddp.config import data, evaluate, export, plan, plugins, predict, prepare, recipe, run
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # An installed wheel contains conf/ inside the package; in a checkout both are in one folder.
@@ -19,11 +19,11 @@ CONF_DIR = next(d for d in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if d.is
 # conf/COMMAND.yaml -> the class that it fills.
 ROOTS: dict[str, type] = {
     "train": run.Config,
-    "evaluate": run.Config,
+    "evaluate": evaluate.EvaluateConfig,
     "doctor": run.DoctorConfig,
     "replay": run.ReplayConfig,
     "lr_find": run.LrFindConfig,
-    "predict": run.PredictConfig,
+    "predict": predict.PredictConfig,
     "export": export.ExportConfig,
     "plan": plan.PlanConfig,
     "prepare": prepare.PrepareConfig,

@@ -34,6 +34,7 @@ from alexnet_ddp.runtime.files import sync_directory
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.startup import before_exit
 from alexnet_ddp.tracking import read_classes
+from alexnet_ddp.training.calibration import read_temperature
 from alexnet_ddp.training.trained import Trained, read_trained
 
 _WAIT_S = 30.0  # longer than the difference between the starts of two ranks
@@ -58,6 +59,7 @@ def main(options: ExportConfig, overrides: list[str]) -> None:
         with _draft(output) as folder:
             result = _write(folder, options, cfg, trained, data, world)
             metrics = metrics_of(options.format, cfg.run.name, trained, result)
+            metrics["temperature"] = read_temperature(cfg.run_dir, best)
             write_report(folder, options.format, cfg, metrics, len(data.train))
     ties = f" ({result.num_ties} ties differ)" if result.num_ties else ""
     say(

@@ -112,6 +112,7 @@ def write_report(
         f"| loss (cross-entropy) | {metrics['loss']:.4f} | {metrics['num_images']:,} |",
         "",
         "Its outputs equal those of the training framework up to rounding.",
+        *_calibration(metrics["temperature"], how),
         "",
         "## Training",
         "",
@@ -139,6 +140,16 @@ _ABOUT = {
     "config.json": ": the network and its input for timm",
     "model.json": ": the options that build this network in alexnet_ddp",
 }
+
+
+def _calibration(temperature: float | None, how: dict[str, Any]) -> list[str]:
+    """temperature: of `evaluate calibrate=true`, or None if the run is not calibrated."""
+    if temperature is None:
+        return []
+    if how["normalised_by"] == "model":
+        change = f"raise them to the power {1 / temperature:.6g} and divide them by their sum"
+        return ["", f"The probabilities are not calibrated. To calibrate them, {change}."]
+    return ["", f"For calibrated probabilities, divide the logits by {temperature:.6g} first."]
 
 
 def _training(cfg: Config, metrics: dict[str, Any], num_train: int) -> list[str]:

@@ -25,7 +25,7 @@ from alexnet_ddp.model.alexnet import alexnet_2012, alexnet_bn, alexnet_small
 from alexnet_ddp.model.backbone import Backbone
 from alexnet_ddp.model.blocks import lr_factors
 from alexnet_ddp.model.dropout import KeyedDropout, key_dropout, set_dropout_keys
-from alexnet_ddp.model.head import ClassChange, follow_classes, head_parameters
+from alexnet_ddp.model.head import ClassChange, find_head, follow_classes, head_parameters
 from alexnet_ddp.model.published import published_weights
 from alexnet_ddp.model.weights import load_checkpoint, load_weights
 from alexnet_ddp.plugins import MODELS, call_plugin
@@ -35,6 +35,7 @@ __all__ = [
     "ClassChange",
     "KeyedDropout",
     "build_model",
+    "find_head",
     "follow_classes",
     "head_parameters",
     "load_checkpoint",

@@ -1,6 +1,6 @@
 """An exact evaluation: each image counts once, and the world size does not change the result."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
 
@@ -38,12 +38,15 @@ def evaluate(
     num_classes: int,
     world: World,
     stop: StopSignal,
+    *,
+    observe: Callable[[Batch, Tensor], None] | None = None,
 ) -> Evaluation | None:
     """Collective. Evaluate `model` on the images of `batches`. Return None if a stop was requested.
 
     The model stays in evaluation mode.
 
-    batches: the same number of batches on all ranks; a batch may be empty. Raises RunError on all
+    batches: the same number of batches on all ranks; a batch may be empty. observe: called with
+    each batch that is not empty, and its logits, float32 [n, classes]. Raises RunError on all
     ranks if a rank has one, and DataError if no image could be read.
     """
     model.eval()
@@ -65,6 +68,8 @@ def evaluate(
                 loss_sum = F.cross_entropy(logits, batch.labels, reduction="sum")
                 meter.add(loss_sum, logits, batch.labels)
                 extra.add(logits, batch.labels)
+                if observe is not None:
+                    observe(batch, logits)
                 per_class.index_add_(0, batch.labels, correct_counts(logits, batch.labels))
         except RunError as e:  # of the data, or of a plugin's metric
             error = e

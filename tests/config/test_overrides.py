@@ -501,7 +501,7 @@ OWNERS = {
     "packing": ["prepare", "train"],
 }
 OWNERS |= {
-    "predict": ["predict", "train"],
+    "predict": ["predict", "train", "evaluate"],
     "doctor": ["doctor"],
     "lr_find": ["lr_find"],
     "examination": ["doctor", "prepare"],
@@ -518,7 +518,7 @@ def test_every_option_that_a_message_names_exists(path):
     parts = [*path.relative_to(PACKAGE).parts[:-1], path.stem]
     roots = next(
         (OWNERS[part] for part in reversed(parts) if part in OWNERS),
-        ["train", "predict", "prepare", "plan"],
+        ["train", "evaluate", "predict", "prepare", "plan"],
     )
     known = {option for root in roots for option in options(ROOTS[root])}
     heads = {

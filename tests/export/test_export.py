@@ -61,7 +61,7 @@ def place(tmp_path_factory) -> Path:
     make_folder(place / "data", 103, 61)
     small = ["data.image_size=64", "trainer.epochs=2", "trainer.ema_decay=0.9"]
     train(place, "small", *small, "data.std=[0.3,0.25,0.2]", "model=alexnet_small")
-    assert run("evaluate", "run.name=small", cwd=place).returncode == 0
+    assert run("evaluate", "run.name=small", "calibrate=true", cwd=place).returncode == 0
     return place
 
 
@@ -118,6 +118,10 @@ def test_the_folder_holds_the_model_and_the_counts_of_evaluate(exported, place, 
         assert metrics[count] == expected[f"val/{count}"]
     assert metrics["loss"] == pytest.approx(expected["val/loss"], rel=1e-5)
     assert metrics["num_ties"] == 0
+    known = json.loads((place / "runs/small/calibration.json").read_text())["temperature"]
+    assert metrics["temperature"] == known
+    written = known if kind != "onnx_uint8" else 1 / known
+    assert f" {written:.6g} " in (exported[kind] / "README.md").read_text()
     assert 0 < metrics["largest_difference"] < 1e-4 or kind == "safetensors"
     classes = json.loads((exported[kind] / "classes.json").read_text())
     assert classes == [f"class{k}" for k in range(5)]
@@ -193,6 +197,7 @@ def test_load_run_takes_an_exported_folder(exported, place):
         alexnet_ddp.load_run(one) for one in (place / "runs/small", exported["safetensors"])
     )
     assert here.classes == there.classes
+    assert here.temperature == there.temperature is not None
     assert here.checkpoint == exported["safetensors"]
     assert not here.model.training
     image = Image.open(next((place / "data/val/class1").iterdir()))

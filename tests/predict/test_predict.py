@@ -8,15 +8,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from pyarrow import parquet
 
+from alexnet_ddp import load_run
 from alexnet_ddp.data.sources.index import index_folder
-from alexnet_ddp.predict import find_images
+from alexnet_ddp.model import find_head
+from alexnet_ddp.predict.images import find_images
 from alexnet_ddp.runtime.errors import DataError
 from tests.conftest import make_folder
 from tests.test_train import SMALL, run
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -130,6 +136,19 @@ def trained(tmp_path_factory, image_folder):
     return root
 
 
+def _require_head_inputs(root, embeddings, rows):
+    """The head must compute the written predictions from the written embeddings."""
+    trained = load_run(root / "runs/x")
+    head = trained.model.get_submodule(find_head(trained.model))
+    with torch.inference_mode():
+        probabilities = head(torch.from_numpy(embeddings)).softmax(1)
+    good = [row for row in rows if "error" not in row]
+    for values, row in zip(probabilities, good, strict=True):
+        for one in row["predictions"]:
+            k = trained.classes.index(one["class"])
+            assert values[k].item() == pytest.approx(one["probability"], rel=1e-4, abs=1e-7)
+
+
 of_a_run = pytest.mark.xdist_group("predict")  # in one worker, which trains it once
 
 
@@ -140,15 +159,22 @@ def rows_of(file: Path) -> list[dict]:
 @pytest.mark.slow
 @of_a_run
 def test_every_image_has_a_line_in_order_for_any_number_of_ranks(trained):
-    found = {}
+    found, embeddings = {}, {}
+    options = ["images=photos", "output=o.jsonl", "embeddings=e.npy", "min_confidence=0.9999"]
     for ranks in (0, 3):
-        done = run(
-            "predict", "run.name=x", "images=photos", "output=o.jsonl", ranks=ranks, cwd=trained
-        )
+        done = run("predict", "run.name=x", *options, ranks=ranks, cwd=trained)
         assert done.returncode == 0, done.stdout
-        assert "10 images, 2 of them cannot be read; " in done.stdout
+        assert "10 images, 2 of them cannot be read, 8 to ask a person" in done.stdout
         assert done.stdout.count("1a.jpg: not an image") == 1
+        assert done.stdout.count("run x is not calibrated") == 1
         found[ranks] = rows_of(trained / "o.jsonl")
+        embeddings[ranks] = np.load(trained / "e.npy")
+        good = [row["image"] for row in found[ranks] if row.get("ask_a_person")]
+        assert [row["image"] for row in rows_of(trained / "e.jsonl")] == good
+    assert embeddings[0].dtype == np.float32
+    assert len(embeddings[0]) == 8
+    np.testing.assert_allclose(embeddings[0], embeddings[3], rtol=1e-5, atol=1e-6)
+    _require_head_inputs(trained, embeddings[0], found[0])
     names = sorted(file.name for file in (trained / "photos").iterdir())
     assert [row["image"] for row in found[0]] == [f"photos/{name}" for name in names]
     assert [row["image"] for row in found[0] if "error" in row] == [
@@ -177,6 +203,47 @@ def test_a_csv_has_a_column_for_each_class_and_for_the_reason(trained):
     assert all(float(row["probability_1"]) >= float(row["probability_2"]) > 0 for row in good)
     assert {row["class_1"] for row in good} <= {f"class{k}" for k in range(5)}
     assert [row["class_1"] for row in rows if row["error"]] == ["", ""]
+
+
+@of_a_run
+def test_predictions_of_a_calibrated_run_are_divided_by_its_temperature(trained):
+    """evaluate calibrate=true on two ranks, then predict into Parquet files."""
+    run_dir = trained / "runs/calibrated"
+    shutil.copytree(trained / "runs/x", run_dir)
+    name = "run.name=calibrated"
+    done = run("evaluate", name, "calibrate=true", ranks=2, cwd=trained)
+    assert done.returncode == 0, done.stdout
+    assert "expected calibration error (15 bins) " in done.stdout
+    known = json.loads((run_dir / "calibration.json").read_text())
+    assert known["loss_after"] <= known["loss_before"]
+    assert (
+        known["num_images"]
+        == json.loads((run_dir / "evaluation.json").read_text())["val/num_images"]
+    )
+    files = ["output=o.parquet", "embeddings=e.parquet", "layer=features.0"]
+    done = run("predict", name, "images=photos", *files, "min_confidence=0.3", cwd=trained)
+    assert done.returncode == 0, done.stdout
+    assert "not calibrated" not in done.stdout
+    calibrated = parquet.read_table(trained / "o.parquet").to_pylist()
+    assert len(calibrated) == 10
+    assert [row["image"] for row in calibrated if row["error"]] == [
+        "photos/1a.jpg",
+        "photos/5 truncated.jpg",
+    ]
+    good = [row for row in calibrated if not row["error"]]
+    embeddings = parquet.read_table(trained / "e.parquet").to_pylist()
+    assert [row["image"] for row in embeddings] == [row["image"] for row in good]
+    trained_run = load_run(run_dir)
+    assert trained_run.temperature == known["temperature"]
+    for row, embedding in zip(good, embeddings, strict=True):
+        image = trained_run.transform(Image.open(trained / row["image"]))[None]
+        with torch.inference_mode():
+            logits = trained_run.model(image)
+            expected = (logits / known["temperature"]).softmax(1).max().item()
+            first = trained_run.model.get_submodule("features.0")(image).flatten()
+        assert row["probability_1"] == pytest.approx(expected, rel=1e-4)
+        assert row["ask_a_person"] == (row["probability_1"] < 0.3)
+        np.testing.assert_allclose(embedding["embedding"], first, rtol=1e-4, atol=1e-5)
 
 
 @of_a_run
@@ -216,8 +283,18 @@ def test_paths_come_from_standard_input_and_are_printed_without_an_output(traine
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["images=photos", "output=o.txt"], 64, "output (o.txt) must end in .jsonl or .csv"),
+        (
+            ["images=photos", "output=o.txt"],
+            64,
+            "output (o.txt) must end in .jsonl, .csv or .parquet",
+        ),
         (["images=photos", "output=no/o.csv"], 64, "must be in an existing directory"),
+        (["images=photos", "embeddings=no/e.npy"], 64, "must be in an existing directory"),
+        (
+            ["images=photos", "embeddings=e.npy", "layer=feature.1"],
+            64,
+            "layer (feature.1) is not a layer of AlexNet; nearest: features.1",
+        ),
         (["images=photos", "on_bad_image=raise"], 65, "leave it out with on_bad_image=skip"),
         (["images=photos/1a.jpg"], 65, "none of the 1 images can be read"),
     ],
