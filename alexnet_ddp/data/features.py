@@ -88,7 +88,8 @@ class FeatureFile:
             )
             return None
         shape = (self.num_images, *self.shape)
-        return Features(np.memmap(self.data, np.float32, "r", shape=shape), bad)
+        mapped = np.memmap(self.data, "<f4", "r", shape=shape)
+        return Features(mapped.view(np.ndarray), bad)  # indexing a memmap is slower
 
     def _check(self, sha256: str, verifies: bool) -> None:
         size = self.data.stat().st_size

@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -155,6 +155,10 @@ class HeadFeatures:
             f"finetune.cache_features=true {rule} something after {self._name}; {remedy}"
         )
 
+    @cached_property
+    def _backbone(self) -> str:
+        return _digest(self._model, set(head_parameters(self._model)))
+
     def _file(self, index: SampleIndex) -> FeatureFile:
         """The file of the features of `index`. Its name covers all that they depend on.
 
@@ -172,7 +176,7 @@ class HeadFeatures:
             "size": [cfg.data.image_size, cfg.data.resized_side, cfg.data.eval_interpolation],
             "normalisation": cfg.data.normalisation,
             "precision": cfg.trainer.precision,
-            "backbone": _digest(self._model, set(head_parameters(self._model))),
+            "backbone": self._backbone,
         }
         key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
         return FeatureFile(folder / key, len(index), self.shape, self._norms)

