@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from alexnet_ddp import cli
 from alexnet_ddp.config import ConfigError, DDPConfig, Hook, OnNan, ReplayConfig
-from alexnet_ddp.data.effects import apply_effects
+from alexnet_ddp.data.features import FeatureLoader
 from alexnet_ddp.data.loader import Batch, Loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler, MicroBatch
 from alexnet_ddp.model import set_dropout_keys
@@ -99,7 +99,7 @@ class Replay:
 
     parts: TrainingParts
     sampler: GlobalBatchSampler
-    loader: Loader
+    loader: Loader | FeatureLoader
     lr: Callable[[int], float]
     name: Callable[[int], str]
     exact: bool = True
@@ -166,7 +166,7 @@ class Replay:
             if len(batch.labels):
                 set_dropout_keys(model, train_step.seed, step, batch.indices)
                 with autocast(train_step.cfg.precision, train_step.world):
-                    logits = model(apply_effects(batch.images, batch.effects)).float()
+                    logits = model(batch.inputs()).float()
                 found = train_step.loss(logits, batch, "none")
                 if train_step.loss.is_weighted:
                     weights.append(train_step.loss.weight(batch))

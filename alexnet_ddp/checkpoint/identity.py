@@ -37,6 +37,7 @@ _FREE_OPTIONS = {
     "data.max_bad_images",
     "data.limit_train",
     "data.limit_val",
+    "finetune.cache_features",
     "model.weights",
     "model.head",
     # The fingerprint of the data covers these.

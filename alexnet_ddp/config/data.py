@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 from alexnet_ddp.config.option import MISSING, Options, option, shown
 from alexnet_ddp.runtime.errors import ConfigError
@@ -37,6 +37,9 @@ class Policy(StrEnum):
 @dataclass(kw_only=True)
 class DataConfig(Options, section="data"):
     """Which images are used, and the size at which the network sees them."""
+
+    # Whether the fingerprint of the data depends on the content of the images, not on names alone.
+    is_identified: ClassVar[bool] = True
 
     image_size: int = option(
         224, "Height and width of the network's input.", unit="pixels", minimum=1, maximum=MAX_SIDE

@@ -46,8 +46,17 @@ class FinetuneConfig(Options, section="finetune"):
         maximum=1,
     )
 
+    cache_features: bool = option(
+        False,
+        "With finetune.method=head and augment=none: compute the inputs of the head once for each "
+        "image, keep them on the disk, and train and evaluate the head from them.",
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.cache_features and self.method is not Method.head:
+            rule = f"would be ignored with finetune.method={self.method.value}; leave it false"
+            raise ConfigError(f"finetune.cache_features (true) {rule}")
         if self.head_epochs is not None and self.method is not Method.gradual:
             rule = f"would be ignored with finetune.method={self.method.value}; leave it null"
             raise ConfigError(f"finetune.head_epochs ({self.head_epochs:g}) {rule}")

@@ -88,6 +88,8 @@ class PluginOptimizerConfig(OptimizerConfig):
 class PluginDataConfig(DataConfig):
     """A data source that a plugin has registered: see docs/extending.md."""
 
+    is_identified: ClassVar[bool] = False
+
     name: str = option(MISSING, "Name that was given to register_source.")
     root: str = option(".", "Passed to the registered function; it may change when a run resumes.")
     args: Any = option(

@@ -6,7 +6,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from alexnet_ddp.config.data import AugmentConfig, DataConfig, check_class_weights
+from alexnet_ddp.config.data import (
+    AugmentConfig,
+    DataConfig,
+    NoAugmentConfig,
+    OnBadImage,
+    check_class_weights,
+)
 from alexnet_ddp.config.finetune import FinetuneConfig, Method
 from alexnet_ddp.config.option import MAX_SEED, MISSING, Options, option, shown
 from alexnet_ddp.config.recipe import Head, ModelConfig, OptimizerConfig, SchedulerConfig
@@ -442,6 +448,8 @@ class Config(Options):
             self._check_hybrid(self.parallel)
         if self.finetune.freezes:
             self._check_frozen(f"finetune.method={self.finetune.method.value}")
+        if self.finetune.cache_features:
+            self._check_cached_features()
 
     def _check_frozen(self, method: str) -> None:
         if self.model.weights is None and not self.model.has_own_weights:
@@ -460,6 +468,22 @@ class Config(Options):
             rule = f"does not go with parallel.hook={hook.value}, which keeps state for parameters"
             remedy = "use parallel.hook=none, fp16 or bf16"
             raise ConfigError(f"{method} {rule} that are not trained; {remedy}")
+
+    def _check_cached_features(self) -> None:
+        what, otherwise = "finetune.cache_features=true", "leave finetune.cache_features false"
+        if not isinstance(self.augment, NoAugmentConfig):
+            rule = "computes each image once, and this augmentation changes it in each epoch"
+            raise ConfigError(f"{what} {rule}; use augment=none, or {otherwise}")
+        if self.data.start_image_size is not None:
+            rule = f"changes the images in each epoch; leave it out, or {otherwise}"
+            start = f"data.start_image_size ({self.data.start_image_size})"
+            raise ConfigError(f"{what}: {start} {rule}")
+        if self.trainer.compile:
+            rule = "would be ignored: only the head is trained, which is one layer"
+            raise ConfigError(f"trainer.compile=true {rule}; leave it false, or {otherwise}")
+        if not self.data.is_identified:
+            rule = "cannot tell whether the images of data=plugin are the same as before"
+            raise ConfigError(f"{what} {rule}; {otherwise}")
 
     def _check_powersgd(self) -> None:
         if self.trainer.on_nan is not OnNan.stop:

@@ -10,7 +10,7 @@ import torch
 
 from alexnet_ddp.config import DataConfig
 from alexnet_ddp.data.augment import Augment
-from alexnet_ddp.data.effects import Effects, Partners, partner_rows
+from alexnet_ddp.data.effects import Effects, Partners, apply_effects, partner_rows
 from alexnet_ddp.data.fill import Fill, build_fill
 from alexnet_ddp.data.prefetch import HostBatch, Prefetcher
 from alexnet_ddp.data.sampler import MicroBatch
@@ -27,11 +27,18 @@ class Batch:
     """
 
     micro_batch: MicroBatch
-    images: torch.Tensor  # uint8 [m, size, size, 3], valid until the next batch is requested
+    # uint8 [m, size, size, 3], until the next batch is requested; or features: float32 [n, ...]
+    images: torch.Tensor
     labels: torch.Tensor  # int64 [n]
     indices: torch.Tensor  # int32 [n], of MicroBatch.indices
     effects: Effects
     bad: list[Skipped]  # images of the micro-batch that were left out
+
+    def inputs(self) -> torch.Tensor:
+        """The input of the network that is trained: float [n, 3, size, size], or the features."""
+        if self.images.is_floating_point():
+            return self.images
+        return apply_effects(self.images, self.effects)
 
 
 @dataclass(eq=False)

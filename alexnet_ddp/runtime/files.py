@@ -142,7 +142,20 @@ def plain(value: Any) -> Any:
     return float(number) if isinstance(number, float) else number
 
 
-# --- free space ---------------------------------------------------------------------------------
+# --- places and free space ------------------------------------------------------------------------
+
+
+def user_cache(kind: str) -> Path | None:
+    """Return this user's cache folder for files of `kind`: $XDG_CACHE_HOME/alexnet_ddp/KIND.
+
+    The folder need not exist. None if the user has no home directory, as in some containers.
+    """
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        base = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return base / "alexnet_ddp" / kind
 
 
 def existing_parent(path: Path) -> Path:

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alexnet_ddp.config import TrainerConfig
-from alexnet_ddp.data.effects import apply_effects
 from alexnet_ddp.data.loader import Batch
 from alexnet_ddp.data.sources.source import Skipped
 from alexnet_ddp.runtime.distributed import World, any_rank, raise_together, sum_over_ranks
@@ -64,7 +63,7 @@ def evaluate(
                 skipped += batch.bad
             if batch is not None and len(batch.labels):
                 with autocast(cfg.precision, world):
-                    logits = model(apply_effects(batch.images, batch.effects)).float()
+                    logits = model(batch.inputs()).float()
                 loss_sum = F.cross_entropy(logits, batch.labels, reduction="sum")
                 meter.add(loss_sum, logits, batch.labels)
                 extra.add(logits, batch.labels)

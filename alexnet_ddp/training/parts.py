@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from alexnet_ddp.checkpoint.format import weights_of_run
 from alexnet_ddp.checkpoint.manager import LoadedGroups
 from alexnet_ddp.data.augment import build_augment
+from alexnet_ddp.data.features import FeatureLoader
 from alexnet_ddp.data.loader import Batch, Loader, build_loader
 from alexnet_ddp.model import (
     Backbone,
@@ -32,10 +33,13 @@ from alexnet_ddp.parallel import build_parallel, evaluation_mode
 from alexnet_ddp.parallel.group import ShardedTensor
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.training.ema import EMA
+from alexnet_ddp.training.features import HeadFeatures
 from alexnet_ddp.training.loss import class_weights
 from alexnet_ddp.training.optim import OptimizerState, build_optimizer
 from alexnet_ddp.training.setup import RunSetup, choose_parallelism
 from alexnet_ddp.training.step import TrainStep
+
+AnyLoader = Loader | FeatureLoader
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +76,7 @@ class TrainingParts:
     def __init__(
         self, setup: RunSetup, on_phase: Callable[[str], None] = lambda phase: None
     ) -> None:
-        cfg, world, data = setup.cfg, setup.world, setup.data
+        cfg, world = setup.cfg, setup.world
         self.setup = setup
         self.model = self._build_model()
         saved, setup.saved = self._follow_classes(setup.saved, self.model), {}  # free the memory
@@ -85,12 +89,16 @@ class TrainingParts:
         # By the names of the whole network: a hybrid replaces its layers.
         rates = (cfg.finetune.backbone_lr_factor, cfg.finetune.layer_decay)
         self._lr_factors = lr_factors(self.model, *rates) if rates != (1, 1) else {}
+        self._features = (
+            HeadFeatures(setup, self.model, on_phase) if cfg.finetune.cache_features else None
+        )
         self._parallel = choose_parallelism(cfg, self.model, world)
         if cfg.trainer.compile:
             # A few recompilations per image size, if images grow. Past 8 torch would run eagerly.
             torch.compiler.config.recompile_limit = 64
             self.model.compile()
-        self.parallel_model = build_parallel(self._parallel, self.model, world)
+        trained = self.model if self._features is None else self._features.head
+        self.parallel_model = build_parallel(self._parallel, trained, world)
         decay = cfg.trainer.ema_decay
         self.ema = EMA(self.model, decay) if decay is not None else None
         self._on_phase = on_phase
@@ -104,14 +112,18 @@ class TrainingParts:
             self.parallel_model.hook.load_state_dict({})
             self.parallel_model.hook.set_step(0)
         self.train_step.load_state_dict(setup.state.sums, setup.state.scaler)
-        self.train_loader: Loader = build_train_loader(setup)
-        self.val_loader: Loader = build_loader(
-            cfg.data, data.val, None, world.num_cores, world.device
-        )
+        self.train_loader, self.val_loader = self._build_loaders()
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         return self.train_step.optimizer
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of parameters of the full network."""
+        if self._features is not None:  # parallel_model is the head alone
+            return sum(p.numel() for p in self.model.parameters())
+        return self.parallel_model.num_parameters
 
     def state_dict(self) -> dict[str, dict[str, Tensor | ShardedTensor]]:
         """Collective. Part -> its tensors by name; a tensor may be a shard of a split one."""
@@ -205,6 +217,7 @@ class TrainingParts:
     def evaluation_model(self) -> Iterator[nn.Module]:
         """Collective. The full model as it is evaluated: with averaged weights if there are any.
 
+        With finetune.cache_features it is the head, whose inputs val_loader returns.
         Afterwards each module has its mode back: a frozen backbone trains in evaluation mode.
         """
         averaged = nullcontext() if self.ema is None else self.ema.in_place()
@@ -240,6 +253,14 @@ class TrainingParts:
         check_image_size(model, len(classes), cfg.data.train_image_size(0), "data.start_image_size")
         return model
 
+    def _build_loaders(self) -> tuple[AnyLoader, AnyLoader]:
+        """The loaders of the training and the validation images, or of their features."""
+        setup, data, world = self.setup, self.setup.data, self.setup.world
+        if self._features is not None:
+            return self._features.train, self._features.val
+        val = build_loader(setup.cfg.data, data.val, None, world.num_cores, world.device)
+        return build_train_loader(setup), val
+
     def _build_step(self) -> TrainStep:
         """Collective. The step, with an optimizer of the parameters that are trained now."""
         cfg = self.setup.cfg
@@ -255,10 +276,11 @@ class TrainingParts:
             ema=self.ema,
             class_weights=self._class_weights(),
             on_phase=self._on_phase,
+            feature_shape=None if self._features is None else self._features.shape,
         )
         if cfg.finetune.freezes:
             counts = [p.numel() for p in self.model.parameters() if p.requires_grad]
-            total = self.parallel_model.num_parameters
+            total = self.num_parameters
             method = cfg.finetune.method.value
             log.info(
                 "finetune.method=%s: %s of %s parameters are trained",

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from alexnet_ddp.config import OnNan, Precision, TrainerConfig
-from alexnet_ddp.data.effects import apply_effects
 from alexnet_ddp.data.loader import Batch
 from alexnet_ddp.data.sampler import micro_batch_sizes
 from alexnet_ddp.data.sources.source import Skipped
@@ -56,7 +55,8 @@ class TrainStep:
 
     image_size: pixels, the largest that the run uses. class_weights: float32 [classes] on the
     device; the mean is then weighted, over the global batch. on_phase: called with the next phase,
-    one of runtime.watchdog.PHASES.
+    one of runtime.watchdog.PHASES. feature_shape: of one input, if the network gets features and
+    not images.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class TrainStep:
         ema: EMA | None = None,
         class_weights: Tensor | None = None,
         on_phase: Callable[[str], None] = lambda phase: None,
+        feature_shape: tuple[int, ...] | None = None,
     ) -> None:
         self.parallel_model, self.optimizer = parallel_model, optimizer
         self.cfg, self.seed, self.world = cfg, seed, world
@@ -96,7 +97,8 @@ class TrainStep:
         if not self.scaler.is_enabled() and reads_found_inf(optimizer):
             # Fused kernels read it on the device: no host wait. torch's GradScaler sets it, too.
             optimizer.found_inf = self._nonfinite  # type: ignore[attr-defined]
-        self._blank = torch.zeros(1, 3, image_size, image_size, device=world.device)
+        shape = feature_shape or (3, image_size, image_size)
+        self._blank = torch.zeros(1, *shape, device=world.device)
         parallel_model.on_wait(self._waiting)
         with autocast(cfg.precision, world):
             parallel_model.warm_up_buckets(self._blank)
@@ -198,7 +200,7 @@ class TrainStep:
                 return self.parallel_model.zero_loss(self._blank, slots)
         set_dropout_keys(self._model, self.seed, step, batch.indices)
         with autocast(self.cfg.precision, self.world):
-            logits = self.parallel_model(apply_effects(batch.images, batch.effects), slots)
+            logits = self.parallel_model(batch.inputs(), slots)
         loss = self.loss(logits.float(), batch)
         weight = self.loss.weight(batch) if self.loss.is_weighted else None
         self.meter.add(loss, logits, batch.labels, weight)

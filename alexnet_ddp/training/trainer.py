@@ -407,7 +407,7 @@ class Trainer:
             headline(
                 cfg,
                 world,
-                self.parts.parallel_model.num_parameters,
+                self.parts.num_parameters,
                 (len(data.train), len(data.val), len(data.class_names)),
                 count_warmup_steps(cfg.scheduler, budget),
                 f"step {step} of {total} ({per_epoch} an epoch)",

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from alexnet_ddp.runtime.files import atomic_file
+from alexnet_ddp.runtime.files import atomic_file, user_cache
 from alexnet_ddp.runtime.printing import printable
 
 # The same as in torchvision's ImageFolder.
@@ -145,12 +145,8 @@ def cached(
 def _cache_file(kind: str, path: Path, variant: str) -> Path | None:
     what = f"{_FORMAT}\0{kind}\0{variant}\0".encode(errors="surrogateescape")
     key = hashlib.sha256(what + os.fsencode(os.path.abspath(path))).hexdigest()
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        base = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
-    except RuntimeError:  # the user has no home directory, as in some containers
-        return None
-    return base / "alexnet_ddp" / "index" / f"{kind}-{key[:32]}.npz"
+    folder = user_cache("index")
+    return None if folder is None else folder / f"{kind}-{key[:32]}.npz"
 
 
 def _load(file: Path) -> Arrays | None:
