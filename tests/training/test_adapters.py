@@ -50,6 +50,7 @@ def small(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_adapters_and_head_are_trained_and_checkpoints_hold_a_plain_network(
     world, tmp_path, weights
 ):
@@ -258,7 +259,7 @@ def test_the_penalty_counts_once_for_any_division_of_the_batch(world, tmp_path, 
                 torch.testing.assert_close(grads[-1][name], p.grad, rtol=1e-5, atol=1e-7)
         parts.close()
     for name, grad in grads[0].items():
-        torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-5)
 
 
 class Odd(nn.Module):
