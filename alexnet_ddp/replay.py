@@ -170,7 +170,7 @@ class Replay:
                 found = train_step.loss(logits, batch, "none")
                 if train_step.loss.is_weighted:
                     weights.append(train_step.loss.weight(batch))
-                (found.sum() / num_images).backward()
+                (train_step.objective(found.sum(), batch) / num_images).backward()
                 losses |= dict(zip(batch.indices.tolist(), found.tolist()))
             if batch.micro_batch.is_last:
                 break

@@ -37,6 +37,7 @@ ONLY_IN = {  # library -> the modules that may import it: packages, or files of 
     r"rich": {"runtime/terminal", "tracking/console"},  # console: the progress bar of a training
     r"matplotlib": {"cost_model/sweep"},
     r"onnx|onnxruntime|onnxscript": {"export/formats"},
+    r"peft": {"model/adapters", "training/adalora"},
     r"fcntl": {"runtime/files"},  # file locks
     r"pyspark": {"prepare/spark"},
     r"pyarrow": {"predict/parquet"},

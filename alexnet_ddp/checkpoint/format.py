@@ -1,6 +1,7 @@
 """A checkpoint on disk: an immutable directory of safetensors and JSON files with checksums.
 
-    step-00000120/  model.safetensors  optimizer.safetensors  [ema, hook].safetensors
+    step-00000120/  model.safetensors  optimizer.safetensors
+                    [ema, hook, adapters, ranks, ema_adapters].safetensors
                     state.json  MANIFEST.json
 
 A checkpoint is written to a hidden directory, verified, and committed by renaming that directory.
@@ -37,7 +38,7 @@ MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 _REQUIRED = {"model.safetensors", "optimizer.safetensors", STATE}
 # Groups whose values must be finite. parallel/hooks.py checks the state of a hook.
-_FINITE_GROUPS = {"model", "ema", "optimizer"}
+_FINITE_GROUPS = {"model", "ema", "optimizer", "adapters", "ranks", "ema_adapters"}
 _NAME = re.compile(r"step-(\d+)")
 _CHUNK = 1 << 24  # bytes
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}

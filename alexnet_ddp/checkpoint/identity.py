@@ -70,6 +70,7 @@ _FREE_OPTIONS = {
     "trainer.metrics",
     "trainer.callbacks",
 }
+_ADAPTER_GROUPS = ("adapters", "ranks", "ema_adapters")
 # With these values a newer option has no effect, so an older checkpoint without it still matches.
 _OFF = (None, 0, "none")
 _OFF_BY_KEY: dict[str, object] = {
@@ -195,7 +196,13 @@ def groups_to_restore(
         now: the identity of this run.
     """
     groups = list(saved)
-    if then.get("optimizer") != now.get("optimizer"):
+    if _adapters(then) != _adapters(now):
+        log.warning(
+            "other adapters than the checkpoint's (finetune.method, rank, alpha): training "
+            "continues from the merged weights, and the state of the optimizer starts afresh"
+        )
+        groups = [group for group in groups if group not in ("optimizer", *_ADAPTER_GROUPS)]
+    elif then.get("optimizer") != now.get("optimizer"):
         log.warning("another optimizer than the checkpoint's: its state starts afresh")
         groups.remove("optimizer")
     has_averages = now.get("trainer.ema_decay") is not None
@@ -204,9 +211,16 @@ def groups_to_restore(
             "the checkpoint has no averaged weights (trainer.ema_decay): "
             "they are initialised with its weights"
         )
-    if not has_averages and "ema" in groups:
-        groups.remove("ema")
-    return groups
+    left_out = set() if has_averages else {"ema", "ema_adapters"}
+    return [group for group in groups if group not in left_out]
+
+
+def _adapters(of: dict[str, object]) -> tuple[object, ...] | None:
+    """The options that define the adapters of a run with the identity `of`; None without any."""
+    method = of.get("finetune.method")
+    if method not in ("lora", "adalora"):
+        return None
+    return method, of.get("finetune.rank"), of.get("finetune.alpha")
 
 
 # --- differences of the data --------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Options of fine-tuning: which parameters are trained, and when."""
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -13,6 +14,8 @@ class Method(StrEnum):
     full = "full"
     head = "head"
     gradual = "gradual"
+    lora = "lora"
+    adalora = "adalora"
 
 
 @dataclass(kw_only=True)
@@ -23,7 +26,24 @@ class FinetuneConfig(Options, section="finetune"):
         Method.full,
         "full: all parameters are trained; head: only the head is, and the rest of the network "
         "computes as in an evaluation (BatchNorm with its running statistics, no dropout); "
-        "gradual: first the head, then all parameters.",
+        "gradual: first the head, then all parameters; lora: the head, and adapters of a low rank "
+        "that are added to the weights of the other layers; adalora: the same, with ranks that "
+        "training divides among the layers.",
+    )
+    rank: int | None = option(
+        None,
+        "The rank of the adapters of finetune.method=lora. With adalora, their mean rank in the "
+        "end; they start with one and a half times that.",
+        null="8 with finetune.method=lora and adalora",
+        minimum=1,
+        maximum=4096,
+    )
+    alpha: float | None = option(
+        None,
+        "The scale of the adapters: lora multiplies the product of the factors by finetune.alpha "
+        "divided by finetune.rank, adalora by finetune.alpha divided by the initial rank.",
+        null="2 finetune.rank with finetune.method=lora and adalora",
+        above=0,
     )
     head_epochs: float | None = option(
         None,
@@ -34,7 +54,8 @@ class FinetuneConfig(Options, section="finetune"):
     )
     backbone_lr_factor: float = option(
         1.0,
-        "Learning rate of all parameters but the head's, relative to optimizer.lr.",
+        "Learning rate of all parameters but the head's, relative to optimizer.lr. An adapter has "
+        "the rate of the weight that it is added to.",
         above=0,
     )
     layer_decay: float = option(
@@ -60,6 +81,10 @@ class FinetuneConfig(Options, section="finetune"):
         if self.head_epochs is not None and self.method is not Method.gradual:
             rule = f"would be ignored with finetune.method={self.method.value}; leave it null"
             raise ConfigError(f"finetune.head_epochs ({self.head_epochs:g}) {rule}")
+        for name in ("rank", "alpha"):
+            if getattr(self, name) is not None and not self.adapts:
+                rule = f"would be ignored with finetune.method={self.method.value}; leave it null"
+                raise ConfigError(f"finetune.{name} ({getattr(self, name):g}) {rule}")
         for name in ("backbone_lr_factor", "layer_decay"):
             value = getattr(self, name)
             if value != 1 and self.method is Method.head:
@@ -68,8 +93,28 @@ class FinetuneConfig(Options, section="finetune"):
 
     @property
     def freezes(self) -> bool:
-        """True if there are steps in which only the head is trained."""
+        """True if there are steps in which some parameters are not trained."""
         return self.method is not Method.full
+
+    @property
+    def adapts(self) -> bool:
+        """True if adapters are trained in place of the weights of the backbone."""
+        return self.method in (Method.lora, Method.adalora)
+
+    @property
+    def lora_rank(self) -> int:
+        """The rank of the adapters; with adalora, their mean rank in the end."""
+        return self.rank or 8
+
+    @property
+    def initial_rank(self) -> int:
+        """The rank with which adalora starts: larger than lora_rank."""
+        return math.ceil(1.5 * self.lora_rank)
+
+    @property
+    def lora_alpha(self) -> float:
+        """The scale of the adapters, times their rank."""
+        return self.alpha or 2.0 * self.lora_rank
 
     def is_frozen(self, step: int, steps_per_epoch: int) -> bool:
         """True if only the head is trained in step `step` (0-based)."""

@@ -15,7 +15,13 @@ from alexnet_ddp.config.data import (
 )
 from alexnet_ddp.config.finetune import FinetuneConfig, Method
 from alexnet_ddp.config.option import MAX_SEED, MISSING, Options, option, shown
-from alexnet_ddp.config.recipe import Head, ModelConfig, OptimizerConfig, SchedulerConfig
+from alexnet_ddp.config.recipe import (
+    Head,
+    LARSConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+)
 from alexnet_ddp.runtime.errors import ConfigError
 
 # A file name may have 255 bytes, and temporary names add up to 40.
@@ -454,6 +460,8 @@ class Config(Options):
     def _check_frozen(self, method: str) -> None:
         if self.model.weights is None and not self.model.has_own_weights:
             rule = "trains the head of a network whose other weights are random"
+            if self.finetune.adapts:
+                rule = "adapts a network whose weights are random"
             raise ConfigError(f"{method} without model.weights {rule}; give model.weights")
         head_epochs, epochs = self.finetune.head_epochs or 1.0, self.trainer.epochs
         if self.finetune.method is Method.gradual and head_epochs >= epochs:
@@ -468,6 +476,9 @@ class Config(Options):
             rule = f"does not go with parallel.hook={hook.value}, which keeps state for parameters"
             remedy = "use parallel.hook=none, fp16 or bf16"
             raise ConfigError(f"{method} {rule} that are not trained; {remedy}")
+        if self.finetune.method is Method.adalora and isinstance(self.optimizer, LARSConfig):
+            rule = "computes importances from gradients, which optimizer=lars overwrites"
+            raise ConfigError(f"{method} {rule}; use optimizer=adamw or sgd")
 
     def _check_cached_features(self) -> None:
         what, otherwise = "finetune.cache_features=true", "leave finetune.cache_features false"

@@ -38,7 +38,13 @@ from alexnet_ddp.doctor.facts import Facts, collect_facts
 from alexnet_ddp.doctor.findings import Finding, Level, format_bytes, format_seconds
 from alexnet_ddp.doctor.outputs import check_wandb
 from alexnet_ddp.doctor.speed import Measurement
-from alexnet_ddp.model import Backbone, build_model, set_dropout_keys, without_weights
+from alexnet_ddp.model import (
+    Adapters,
+    Backbone,
+    build_model,
+    set_dropout_keys,
+    without_weights,
+)
 from alexnet_ddp.parallel import check_parallel, worth_splitting
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.distributed import World
@@ -183,8 +189,12 @@ def _measure_model(cfg: DoctorConfig, world: World, num_classes: int) -> Measure
     model.to(world.device).to(memory_format=torch.channels_last).train()
     if cfg.finetune.method is Method.head:
         Backbone(model).freeze()
+    weights = model.state_dict()
+    if cfg.finetune.adapts:
+        adapters = Adapters(model, cfg.finetune, cfg.seed, cfg.data.image_size)
+        weights = adapters.merged_state() | adapters.state_dict()
     optimizer = build_optimizer(cfg.optimizer, model)
-    state = [*model.state_dict().values(), *state_by_name(optimizer, model).values()]
+    state = [*weights.values(), *state_by_name(optimizer, model).values()]
     parameters = [p for p in model.parameters() if p.requires_grad]
     n = _images_per_pass(cfg, world)
     size, device = cfg.data.image_size, world.device

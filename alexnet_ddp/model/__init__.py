@@ -21,16 +21,19 @@ from alexnet_ddp.config import (
     TorchvisionConfig,
 )
 from alexnet_ddp.config.plugins import PluginModelConfig, TimmConfig
+from alexnet_ddp.model.adapters import Adapters
 from alexnet_ddp.model.alexnet import alexnet_2012, alexnet_bn, alexnet_small
 from alexnet_ddp.model.backbone import Backbone
 from alexnet_ddp.model.blocks import lr_factors
 from alexnet_ddp.model.dropout import KeyedDropout, key_dropout, set_dropout_keys
 from alexnet_ddp.model.head import ClassChange, find_head, follow_classes, head_parameters
 from alexnet_ddp.model.published import published_weights
+from alexnet_ddp.model.shapes import run_on_meta
 from alexnet_ddp.model.weights import load_checkpoint, load_weights
 from alexnet_ddp.plugins import MODELS, call_plugin
 
 __all__ = [
+    "Adapters",
     "Backbone",
     "ClassChange",
     "KeyedDropout",
@@ -164,14 +167,7 @@ def check_image_size(model: nn.Module, num_classes: int, image_size: int, option
     Runs one image through the network on the meta device, which computes shapes only.
     """
     try:
-        with torch.no_grad():
-            was_training = model.training
-            meta = torch.func.functional_call(
-                model.eval(),
-                {n: torch.empty_like(t, device="meta") for n, t in model.state_dict().items()},
-                torch.empty(1, 3, image_size, image_size, device="meta"),
-            )
-            model.train(was_training)
+        meta = run_on_meta(model, image_size)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         remedy = "use larger images, or correct or change the network"

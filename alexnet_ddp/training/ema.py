@@ -54,5 +54,10 @@ class EMA:
             parameter.copy_(values[name])
 
     @property
+    def averages(self) -> dict[str, Tensor]:
+        """The averages by the names of their parameters."""
+        return self._average
+
+    @property
     def _parameters(self) -> dict[str, nn.Parameter]:
         return dict(self._model.named_parameters())

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from alexnet_ddp.checkpoint.format import weights_of_run
 from alexnet_ddp.checkpoint.manager import LoadedGroups
+from alexnet_ddp.config import Method
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.features import FeatureLoader
 from alexnet_ddp.data.loader import Batch, Loader, build_loader
 from alexnet_ddp.model import (
+    Adapters,
     Backbone,
     ClassChange,
     build_model,
@@ -32,6 +34,8 @@ from alexnet_ddp.model import (
 from alexnet_ddp.parallel import build_parallel, evaluation_mode
 from alexnet_ddp.parallel.group import ShardedTensor
 from alexnet_ddp.runtime import distributed
+from alexnet_ddp.training.adalora import RankAllocation
+from alexnet_ddp.training.adapted import AdapterAverages, MergedEMA, MergedModel
 from alexnet_ddp.training.ema import EMA
 from alexnet_ddp.training.features import HeadFeatures
 from alexnet_ddp.training.loss import class_weights
@@ -82,13 +86,16 @@ class TrainingParts:
         saved, setup.saved = self._follow_classes(setup.saved, self.model), {}  # free the memory
         if saved:  # before layers are split, so that an error names full shapes
             load_checkpoint(self.model, saved["model"], self._checkpoint_name())
-        self.model.to(world.device).to(memory_format=torch.channels_last)
-        self.backbone = Backbone(self.model) if cfg.finetune.freezes else None
-        if self.backbone is not None and self.is_frozen(setup.state.step):
-            self.backbone.freeze()
-        # By the names of the whole network: a hybrid replaces its layers.
+        # By the names of the plain network: adapters and a hybrid replace its layers.
         rates = (cfg.finetune.backbone_lr_factor, cfg.finetune.layer_decay)
         self._lr_factors = lr_factors(self.model, *rates) if rates != (1, 1) else {}
+        self.adapters = self._build_adapters()
+        self.model.to(world.device).to(memory_format=torch.channels_last)
+        self.allocation = self._build_allocation()
+        can_freeze = cfg.finetune.freezes and self.adapters is None
+        self.backbone = Backbone(self.model) if can_freeze else None
+        if self.backbone is not None and self.is_frozen(setup.state.step):
+            self.backbone.freeze()
         self._features = (
             HeadFeatures(setup, self.model, on_phase) if cfg.finetune.cache_features else None
         )
@@ -133,6 +140,21 @@ class TrainingParts:
             for name, tensors in groups.items()
             if tensors or name in ("model", "optimizer")
         }
+
+    def replica_tensors(self) -> dict[str, dict[str, Tensor | ShardedTensor]]:
+        """Collective. Part -> its tensors by name, which must be equal on all ranks.
+
+        As in state_dict(), but adapters are not merged, which may round otherwise on other CPUs.
+        """
+        if self.adapters is None:
+            return self.state_dict()
+        groups: dict[str, dict[str, Tensor | ShardedTensor]] = {
+            "model": dict(self.model.state_dict()),
+            "optimizer": dict(self._stateful["optimizer"].state_dict()),
+        }
+        if self.ema is not None:
+            groups["ema"] = dict(self.ema.state_dict())
+        return groups
 
     def load_state_dict(self, groups: LoadedGroups, step: int) -> None:
         """Collective. Restore all parts from full tensors, as after `step` steps.
@@ -218,10 +240,12 @@ class TrainingParts:
         """Collective. The full model as it is evaluated: with averaged weights if there are any.
 
         With finetune.cache_features it is the head, whose inputs val_loader returns.
+        Adapters are merged, so that a network of the checkpoint's weights gives the same results.
         Afterwards each module has its mode back: a frozen backbone trains in evaluation mode.
         """
         averaged = nullcontext() if self.ema is None else self.ema.in_place()
-        with averaged, evaluation_mode(self.model):
+        merged = nullcontext() if self.adapters is None else self.adapters.merged()
+        with averaged, merged, evaluation_mode(self.model):
             yield self.parallel_model.full_model()
 
     def close(self) -> None:
@@ -261,6 +285,25 @@ class TrainingParts:
         val = build_loader(setup.cfg.data, data.val, None, world.num_cores, world.device)
         return build_train_loader(setup), val
 
+    def _build_adapters(self) -> Adapters | None:
+        """Collective. Add adapters to the network, if finetune.method asks for them."""
+        cfg = self.setup.cfg
+        if not cfg.finetune.adapts:
+            return None
+        adapters = distributed.on_all(
+            lambda: Adapters(self.model, cfg.finetune, cfg.seed, cfg.data.image_size),
+            self.setup.world,
+        )
+        if self._lr_factors:
+            self._lr_factors = adapters.lr_factors(self._lr_factors)
+        return adapters
+
+    def _build_allocation(self) -> RankAllocation | None:
+        setup, cfg = self.setup, self.setup.cfg.finetune
+        if cfg.method is not Method.adalora:
+            return None
+        return RankAllocation(self.model, cfg, setup.budget.total_steps, setup.world)
+
     def _build_step(self) -> TrainStep:
         """Collective. The step, with an optimizer of the parameters that are trained now."""
         cfg = self.setup.cfg
@@ -275,6 +318,7 @@ class TrainingParts:
             cfg.data.image_size,
             ema=self.ema,
             class_weights=self._class_weights(),
+            allocation=self.allocation,
             on_phase=self._on_phase,
             feature_shape=None if self._features is None else self._features.shape,
         )
@@ -293,12 +337,19 @@ class TrainingParts:
 
     def _name_parts(self) -> dict[str, Stateful]:
         """The parts by the name of their file in a checkpoint. The averages follow the model."""
+        model, name, ema, adapters = self.model, self._checkpoint_name(), self.ema, self.adapters
         parts: dict[str, Stateful] = {
-            "model": ModelState(self.model, self._checkpoint_name()),
-            "optimizer": OptimizerState(self.train_step.optimizer, self.model),
+            "model": MergedModel(model, adapters, name) if adapters else ModelState(model, name),
+            "optimizer": OptimizerState(self.train_step.optimizer, model),
         }
-        if self.ema is not None:
-            parts["ema"] = self.ema
+        if adapters is not None:
+            parts["adapters"] = adapters
+        if self.allocation is not None:
+            parts["ranks"] = self.allocation
+        if ema is not None:
+            parts["ema"] = MergedEMA(ema, adapters) if adapters else ema
+        if ema is not None and adapters is not None:
+            parts["ema_adapters"] = AdapterAverages(ema, adapters)
         if self.parallel_model.hook is not None:
             parts["hook"] = self.parallel_model.hook
         return parts

@@ -18,6 +18,7 @@ from alexnet_ddp.parallel import ParallelModel
 from alexnet_ddp.runtime.distributed import World, any_rank, average, raise_together
 from alexnet_ddp.runtime.errors import RunError
 from alexnet_ddp.runtime.watchdog import WAITING
+from alexnet_ddp.training.adalora import RankAllocation
 from alexnet_ddp.training.ema import EMA
 from alexnet_ddp.training.loss import CrossEntropy
 from alexnet_ddp.training.metrics import Meter
@@ -54,9 +55,9 @@ class TrainStep:
     applies anything before all ranks know that the step is valid.
 
     image_size: pixels, the largest that the run uses. class_weights: float32 [classes] on the
-    device; the mean is then weighted, over the global batch. on_phase: called with the next phase,
-    one of runtime.watchdog.PHASES. feature_shape: of one input, if the network gets features and
-    not images.
+    device; the mean is then weighted, over the global batch. allocation: for
+    finetune.method=adalora. on_phase: called with the next phase, one of runtime.watchdog.PHASES.
+    feature_shape: of one input, if the network gets features and not images.
     """
 
     def __init__(
@@ -70,12 +71,13 @@ class TrainStep:
         *,
         ema: EMA | None = None,
         class_weights: Tensor | None = None,
+        allocation: RankAllocation | None = None,
         on_phase: Callable[[str], None] = lambda phase: None,
         feature_shape: tuple[int, ...] | None = None,
     ) -> None:
         self.parallel_model, self.optimizer = parallel_model, optimizer
         self.cfg, self.seed, self.world = cfg, seed, world
-        self.ema, self._on_phase = ema, on_phase
+        self.ema, self.allocation, self._on_phase = ema, allocation, on_phase
         self.loss = CrossEntropy(cfg.label_smoothing, class_weights)
         self.scaler = torch.amp.GradScaler(
             world.device.type, enabled=cfg.precision is Precision.fp16
@@ -126,7 +128,7 @@ class TrainStep:
             self._nonfinite.zero_()  # this vote has reported the previous step
             return StepOutcome(status, votes, skipped_images, None)
         self._on_phase("update")
-        grad_norm = self._apply(num_images / votes.weight)
+        grad_norm = self._apply(step, num_images / votes.weight)
         self._on_phase(WAITING)
         average(self._statistics, self.world)
         self._before.restore(self._nonfinite)
@@ -189,7 +191,7 @@ class TrainStep:
                 if is_last:
                     weight = torch.stack(weights).sum() if weights else None
                     self._exchange.start(loss_sum, num_read, vote, self._nonfinite, weight)
-                self.scaler.scale(loss * scale).backward()
+                self.scaler.scale(self.objective(loss, batch) * scale).backward()
         self.parallel_model.finish_backward()
         return self._exchange.finish(), skipped_images, vote.error
 
@@ -206,7 +208,18 @@ class TrainStep:
         self.meter.add(loss, logits, batch.labels, weight)
         return loss
 
-    def _apply(self, correction: float) -> Tensor:
+    def objective(self, loss: Tensor, batch: Batch | None) -> Tensor:
+        """The loss summed over the images of `batch`, with AdaLoRA's penalty for each of them.
+
+        The mean over the global batch is then the mean loss plus the penalty, on any number of
+        ranks. loss: of the images, without the penalty.
+        """
+        if self.allocation is None or batch is None or len(batch.labels) == 0:
+            return loss
+        weight = self.loss.weight(batch) if self.loss.is_weighted else len(batch.labels)
+        return loss + weight * self.allocation.penalty()
+
+    def _apply(self, step: int, correction: float) -> Tensor:
         """Agree, clip, apply. Return the gradient's norm; if it is not finite, nothing is applied.
 
         correction: planned images / sum of the weights of those that were read, which is their
@@ -228,6 +241,8 @@ class TrainStep:
             self._nonfinite.copy_(~torch.isfinite(grad_norm))
         apply_step(self.optimizer, self.scaler, self._nonfinite)
         self.scaler.update()
+        if self.allocation is not None and bool(torch.isfinite(grad_norm)):  # waits for the device
+            self.allocation.update(step)
         if self.ema is not None:
             self.ema.update(torch.isfinite(grad_norm))
         return grad_norm

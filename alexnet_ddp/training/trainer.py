@@ -229,7 +229,7 @@ class Trainer:
 
     def _perform(self, due: Due) -> None:
         """Everything between two steps, in one order on all ranks."""
-        self.replicas.check(self.state.step, self.parts.state_dict)
+        self.replicas.check(self.state.step, self.parts.replica_tensors)
         if due != Due() and self.train_step.poll_nonfinite():
             self._handle_nonfinite(self.state.step - 1)
         if due.log:

@@ -43,8 +43,14 @@ def world():
         yield alone
 
 
-def training(world: World, root: Path | str, weights: Path | str, *overrides: str) -> TrainingParts:
-    cfg = compose([*IMAGES, *RESNET, f"model.weights={weights}", f"run.root={root}", *overrides])
+def training(
+    world: World,
+    root: Path | str,
+    weights: Path | str,
+    *overrides: str,
+    network: list[str] = RESNET,
+) -> TrainingParts:
+    cfg = compose([*IMAGES, *network, f"model.weights={weights}", f"run.root={root}", *overrides])
     return TrainingParts(RunSetup(cfg, world))
 
 
@@ -109,21 +115,25 @@ def test_a_frozen_backbone_computes_as_in_an_evaluation(world, tmp_path):
 
 
 def sent(root: str, weights: str, method: str) -> tuple[int, int]:
-    """The values of one step's gradients that DDP reduces, and of the buffers that are averaged."""
+    """What sent_by() counts in a run with finetune.method."""
     with distributed.session(Device.cpu) as world:
-        parts = training(world, root, weights, f"finetune.method={method}")
-        ddp, sizes = parts.parallel_model.ddp, []
+        return sent_by(training(world, root, weights, f"finetune.method={method}"))
 
-        def count(state: None, bucket):
-            sizes.append(bucket.buffer().numel())
-            future = torch.futures.Future()
-            future.set_result(bucket.buffer())
-            return future
 
-        ddp.register_comm_hook(None, count)
-        go(parts, 1)
-        parts.close()
-        return sum(sizes), sum(buffer.numel() for buffer in parts.train_step._statistics)
+def sent_by(parts: TrainingParts) -> tuple[int, int]:
+    """The values of one step's gradients that DDP reduces, and of the buffers that are averaged."""
+    ddp, sizes = parts.parallel_model.ddp, []
+
+    def count(state: None, bucket):
+        sizes.append(bucket.buffer().numel())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    ddp.register_comm_hook(None, count)
+    go(parts, 1)
+    parts.close()
+    return sum(sizes), sum(buffer.numel() for buffer in parts.train_step._statistics)
 
 
 def test_nothing_is_sent_for_frozen_parameters_and_statistics(tmp_path, weights):
@@ -250,6 +260,20 @@ WRONG = {
     "finetune.method=gradual finetune.head_epochs=8 model.weights=x": (
         "finetune.head_epochs (8) must be less than trainer.epochs (8), or the rest is never trained; train longer, or "
         "use finetune.method=head"
+    ),
+    "finetune.method=lora": (
+        "finetune.method=lora without model.weights adapts a network whose weights are random; give model.weights"
+    ),
+    "finetune.rank=4": "finetune.rank (4) would be ignored with finetune.method=full; leave it null",
+    "finetune.method=head finetune.alpha=4": (
+        "finetune.alpha (4) would be ignored with finetune.method=head; leave it null"
+    ),
+    "finetune.method=adalora optimizer=lars model.weights=x": (
+        "finetune.method=adalora computes importances from gradients, which optimizer=lars overwrites; use "
+        "optimizer=adamw or sgd"
+    ),
+    "finetune.method=lora parallel=hybrid model.weights=x": (
+        "finetune.method=lora excludes the layers from training that parallel=hybrid splits; use parallel=ddp"
     ),
     "finetune.method=gradual parallel=hybrid model.weights=x": (
         "finetune.method=gradual excludes the layers from training that parallel=hybrid splits; use parallel=ddp"
