@@ -10,7 +10,6 @@ from alexnet_ddp.config.data import (
     AugmentConfig,
     DataConfig,
     NoAugmentConfig,
-    OnBadImage,
     check_class_weights,
 )
 from alexnet_ddp.config.finetune import FinetuneConfig, Method
