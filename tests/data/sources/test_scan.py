@@ -97,9 +97,9 @@ def test_of_a_large_index_an_evenly_spread_sample_is_compared(tmp_path, monkeypa
     monkeypatch.setattr(index_module, "_CHECKED", 1)
     monkeypatch.setattr(index_module, "_SAMPLED", 5)
     first, compared = index_folder(small(tmp_path), "train"), []
-    size_of = index_module._size_of
+    size_of = index_module.size_of
     monkeypatch.setattr(
-        index_module, "_size_of", lambda path: compared.append(path) or size_of(path)
+        index_module, "size_of", lambda path: compared.append(path) or size_of(path)
     )
     second = index_folder(tmp_path, "train")
     assert compared == names(first)[::6]
