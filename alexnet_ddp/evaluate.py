@@ -72,7 +72,7 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
             else None
         )
         data = distributed.first_on_node(lambda: open_data(cfg.data, trained=known), world)
-        model, origin, directory = _open_network(cfg, data, world)
+        model, origin, directory = _open_network(cfg, file, data, world)
         model.to(world.device).to(memory_format=torch.channels_last)
         loader = build_loader(cfg.data, data.val, None, world.num_cores, world.device)
         works = evaluation_batches(
@@ -120,10 +120,13 @@ def _calibrate(outputs: Outputs, run_dir: Path, checkpoint: Path, world: World) 
 
 
 def _open_network(
-    cfg: Config, data: ImageSets, world: World
+    cfg: Config, file: str | None, data: ImageSets, world: World
 ) -> tuple[nn.Module, dict, Path | None]:
-    """Collective. The network, its origin for the record, and the checkpoint if it is a run's."""
-    file = cfg.model.weights
+    """Collective. The network, its origin for the record, and the checkpoint if it is a run's.
+
+    file: the weights to evaluate; None for those of the run, whose own model.weights are the ones
+    that it started from.
+    """
     if file is None:
         directory = distributed.from_main(lambda: find_best(cfg.run_dir / "checkpoints"), world)
         trained = distributed.on_all(lambda: read_trained(cfg, directory, data.val.classes), world)

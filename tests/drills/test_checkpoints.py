@@ -201,7 +201,11 @@ def test_d15_a_disk_that_turns_read_only_is_survived_twice_and_the_third_time_en
         before = len(job.said())
         job.start()
         job.until_step(job.step() + 1)
-        subprocess.run(["mount", "-o", "remount,bind,ro", str(checkpoints)], check=True)
+        remount = ["mount", "-o", "remount,bind,ro", str(checkpoints)]
+        job.until(  # it fails while a checkpoint is being written
+            lambda: subprocess.run(remount, stderr=subprocess.DEVNULL, check=False).returncode == 0,
+            what="the remount",
+        )
         assert job.wait() == 74, job.said()
         measured["failures survived"] = job.said()[before:].count(
             "training continues, and the checkpoints before it"
