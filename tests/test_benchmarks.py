@@ -52,7 +52,7 @@ def test_the_loader_benchmark_writes_one_row_per_target(tmp_path, full):
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "l.json").read_text())
     marks = [row["id"] for row in written["results"] if row["id"]]
-    assert sorted(marks) == targets
+    assert sorted(marks) == (targets if full else ["P12", "P5", "P7"])  # P5 also gives P7
     keys = {"id", "what", "peer", "ratio", "min", "max", "n", "ours", "theirs", "unit"}
     assert all(
         row.keys() == keys and row["n"] == 1 and row["ratio"] > 0 for row in written["results"]
