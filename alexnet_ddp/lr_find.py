@@ -25,7 +25,7 @@ from alexnet_ddp.config import ConfigError, LrFindConfig
 from alexnet_ddp.cost_model.sweep import matplotlib_pyplot
 from alexnet_ddp.data.sources.scan import watched
 from alexnet_ddp.runtime import distributed
-from alexnet_ddp.runtime.files import write_bytes
+from alexnet_ddp.runtime.files import require_folder_of, write_bytes
 from alexnet_ddp.runtime.printing import printable, say
 from alexnet_ddp.training.parts import TrainingParts
 from alexnet_ddp.training.setup import RunSetup
@@ -157,6 +157,5 @@ def _check_output(output: str) -> None:
     """Raise ConfigError unless a picture can be written to `output`."""
     if not output.endswith(".png"):
         raise ConfigError(f"output ({output}) must end in .png")
-    if not Path(output).absolute().parent.is_dir():
-        raise ConfigError(f"output ({output}) must be in an existing directory; create it first")
+    require_folder_of("output", output)
     matplotlib_pyplot("output", otherwise="")

@@ -28,7 +28,7 @@ from alexnet_ddp.cost_model.step import Step, Strategy, predict
 from alexnet_ddp.cost_model.sweep import Sweep, draw, matplotlib_pyplot, sweep
 from alexnet_ddp.model import build_model, without_weights
 from alexnet_ddp.runtime.distributed import choose_device
-from alexnet_ddp.runtime.files import write_json
+from alexnet_ddp.runtime.files import require_folder_of, write_json
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.terminal import Console, Table
 
@@ -83,8 +83,7 @@ def _check_file(option: str, name: str | None, suffix: str) -> None:
         raise ConfigError(
             f"{option} ({name}) must end in {suffix}; {option}={Path(name).with_suffix(suffix)}"
         )
-    if not Path(name).absolute().parent.is_dir():
-        raise ConfigError(f"{option} ({name}) must be in an existing directory; create it first")
+    require_folder_of(option, name)
 
 
 def find_device(cfg: PlanConfig, model: nn.Module, network: Network) -> machine.Device:

@@ -83,10 +83,9 @@ def test_the_preparation_benchmark_compares_the_installed_engines(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(cluster.why_not() is not None, reason=str(cluster.why_not()))
-def test_the_communication_benchmark_checks_equality_and_counts_fewer_bytes(tmp_path, full):
-    if not full:
-        pytest.skip("with --full")
+def test_the_communication_benchmark_checks_equality_and_counts_fewer_bytes(tmp_path):
     files = ["--json", str(tmp_path / "c.json"), "--plot", str(tmp_path / "c.png")]
     command = [sys.executable, "benchmarks/communication.py", "--quick", *files]
     done = subprocess.run(

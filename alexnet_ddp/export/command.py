@@ -30,7 +30,7 @@ from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.runtime.environment import read_ranks
 from alexnet_ddp.runtime.errors import MachineError
-from alexnet_ddp.runtime.files import sync_directory
+from alexnet_ddp.runtime.files import require_folder_of, sync_directory
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.startup import before_exit
 from alexnet_ddp.tracking import read_classes
@@ -82,8 +82,7 @@ def _require_one_process() -> None:
 def _check_output(output: Path) -> None:
     if os.path.lexists(output):
         raise ConfigError(f"output ({output}) exists; give another folder, or remove it first")
-    if not output.absolute().parent.is_dir():
-        raise ConfigError(f"output ({output}) must be in an existing directory; create it first")
+    require_folder_of("output", output)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 
 from alexnet_ddp import cli
 from alexnet_ddp.api import TrainedRun, read_run
-from alexnet_ddp.config import ConfigError, OnBadImage, PredictConfig
+from alexnet_ddp.config import OnBadImage, PredictConfig
 from alexnet_ddp.data.effects import apply_effects
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_batches
@@ -29,6 +29,7 @@ from alexnet_ddp.predict.parquet import require_pyarrow
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.distributed import World, all_gather_objects
 from alexnet_ddp.runtime.errors import DataError
+from alexnet_ddp.runtime.files import require_folder_of
 from alexnet_ddp.runtime.printing import printable, say
 from alexnet_ddp.training import calibration
 
@@ -45,7 +46,7 @@ def main(options: PredictConfig, overrides: list[str]) -> None:
     """
     run_dir = Path(options.run.root) / options.run.name
     with distributed.session(options.device) as world:
-        distributed.from_main(lambda: check_files(options), world)
+        distributed.from_main(lambda: _check_files(options), world)
         paths = distributed.from_main(lambda: find_images(options.images), world)
         plugins = [one for one in overrides if one.lstrip("+").startswith("plugins=")]
         run = distributed.on_all(
@@ -187,11 +188,11 @@ def _summarise(
     say("; ".join([f"{num_images:,} images{bad}{asked}", f"{rate:,.0f} images/s", *files]))
 
 
-def check_files(options: PredictConfig) -> None:
+def _check_files(options: PredictConfig) -> None:
     """Raise ConfigError unless the files to write can be: existing folders, known libraries."""
     require_pyarrow("output", options.output)
     require_pyarrow("embeddings", options.embeddings)
     for name in ("output", "embeddings"):
         value = getattr(options, name)
-        if value is not None and not Path(value).absolute().parent.is_dir():
-            raise ConfigError(f"{name} ({value}) must be in an existing directory; create it first")
+        if value is not None:
+            require_folder_of(name, value)

@@ -164,6 +164,12 @@ def existing_parent(path: Path) -> Path:
     return next(p for p in (path, *path.parents) if p.exists())
 
 
+def require_folder_of(option: str, path: str | Path) -> None:
+    """Raise ConfigError unless the folder of `path`, the value of `option`, exists."""
+    if not Path(path).absolute().parent.is_dir():
+        raise ConfigError(f"{option} ({path}) must be in an existing directory; create it first")
+
+
 def free_bytes(path: Path) -> int:
     """Return the free bytes of the file system that contains `path`, which need not exist yet."""
     return shutil.disk_usage(existing_parent(path)).free

@@ -466,10 +466,11 @@ FULL = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
-def test_each_network_is_exported_in_each_format(place, name, tmp_path, full):
-    if name in FULL and not full:
-        pytest.skip("with --full")
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.full] * (name in FULL)) for name in NETWORKS],
+)
+def test_each_network_is_exported_in_each_format(place, name, tmp_path):
     options, size = NETWORKS[name]
     few = [
         "data.limit_train=8",

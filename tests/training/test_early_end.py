@@ -25,22 +25,19 @@ def test_a_run_is_evaluated_every_so_many_steps_and_at_its_end(whole):
     assert steps_of(whole[1]) == [4, 8, 12, 16, 18]
 
 
-@pytest.mark.parametrize("ranks", [2])
-def test_without_a_better_result_a_run_ends_early_and_more_patience_continues_it(
-    whole, tmp_path, ranks
-):
+def test_without_a_better_result_a_run_ends_early_and_more_patience_continues_it(whole, tmp_path):
     same, complete = whole
-    run_dir = complete.parent / f"patient{ranks}"
+    run_dir = complete.parent / "patient"
     stuck = [*same, f"run.name={run_dir.name}", "optimizer.lr=1e-12"]  # val/top1 stays the same
-    done = run("train", *stuck, "trainer.patience=2", ranks=ranks, cwd=tmp_path)
+    done = run("train", *stuck, "trainer.patience=2", ranks=2, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert steps_of(run_dir) == [4, 8, 12]
     assert "the run ends after step 12 of 18: best val/top1 " in done.stdout
     assert status(run_dir)["state"] == "complete"
-    again = run("train", *stuck, "trainer.patience=2", ranks=ranks, cwd=tmp_path)
+    again = run("train", *stuck, "trainer.patience=2", ranks=2, cwd=tmp_path)
     assert again.returncode == 0
     assert "is complete after 12 steps" in again.stdout
-    more = run("train", *stuck, "trainer.patience=3", ranks=ranks, cwd=tmp_path)
+    more = run("train", *stuck, "trainer.patience=3", ranks=2, cwd=tmp_path)
     assert more.returncode == 0
     assert steps_of(run_dir) == [4, 8, 12, 16]  # 1 best and 3 others
     assert [row["step"] for row in rows(run_dir, "train/loss")][-1] == 16

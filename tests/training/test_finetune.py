@@ -1,5 +1,6 @@
 """Fine-tuning: which parameters are trained, what is sent and saved for them, and resumption across the switch."""
 
+import json
 import os
 from pathlib import Path
 
@@ -176,12 +177,10 @@ def resumes(root: str, weights: str, optimizer: str) -> dict[str, bool]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.full), "adamw"])
 def test_gradual_training_resumes_bit_equal_in_both_phases_and_at_the_switch(
-    tmp_path, weights, optimizer, full
+    tmp_path, weights, optimizer
 ):
-    if optimizer == "sgd" and not full:
-        pytest.skip("with --full")
     nothing = {"model": set(), "optimizer": set(), "ema": set()}
     for rank in run_ranks(resumes, 2, str(tmp_path), str(weights), optimizer):
         assert rank == {2: nothing, 3: nothing, 5: nothing}
@@ -318,3 +317,5 @@ def test_the_command_trains_gradually_and_resumes_across_the_switch(
         )
     done = run_command("alexnet_ddp.evaluate", ["run.name=hit"], 0, tmp_path, env)
     assert done.returncode == 0, done.stdout
+    evaluated = json.loads((tmp_path / "runs/hit/evaluation.json").read_text())
+    assert evaluated["checkpoint"].startswith("step-")  # not the file of model.weights

@@ -123,14 +123,13 @@ def test_twenty_steps_of_alexnet_equal_a_plain_torch_loop(world):
 
 
 # The small one in every run of the tests; the one with 61 million parameters with --full.
-NETWORKS = [AlexNetSmallConfig(), pytest.param(AlexNetConfig(), marks=pytest.mark.slow)]
+LARGE = pytest.param(AlexNetConfig(), marks=[pytest.mark.slow, pytest.mark.full])
+NETWORKS = [AlexNetSmallConfig(), LARGE]
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_one_two_three_ranks_and_three_micro_batches_train_the_same(network, full):
+def test_one_two_three_ranks_and_three_micro_batches_train_the_same(network):
     """Dropout on, 103 images, batches of 51 and a last one of 1: two of three ranks have nothing to do in that step."""
-    if isinstance(network, AlexNetConfig) and not full:
-        pytest.skip("with --full")
     whole = TrainerConfig(epochs=1, global_batch_size=51)
     micro = TrainerConfig(epochs=1, global_batch_size=51, micro_batch_size=17)
     runs = [run_ranks(losses_on_a_rank, n, 4, network, whole) for n in (1, 2, 3)]

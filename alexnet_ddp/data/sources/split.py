@@ -37,9 +37,18 @@ def split_images(
                 _part(hashes[of_class], *fold) if fold else _below(hashes[of_class], val_fraction)
             )
 
+    return divide(index, store, is_val)
+
+
+def divide(
+    index: SampleIndex, store: FileStore, is_val: np.ndarray
+) -> tuple[SampleIndex, SampleIndex]:
+    """Return (training images, validation images). store: that of `index`. is_val: bool [N]."""
+
     def side(positions: np.ndarray) -> SampleIndex:
-        names = names_digest(paths[i] for i in positions.tolist())
-        return SampleIndex(index.classes, index.labels[positions], store.take(positions), names)
+        taken = store.take(positions)
+        names = names_digest(map(taken.path, range(len(positions))))
+        return SampleIndex(index.classes, index.labels[positions], taken, names)
 
     return side(np.flatnonzero(~is_val)), side(np.flatnonzero(is_val))
 

@@ -17,10 +17,9 @@ from alexnet_ddp.data.sources.index import (
     FileStore,
     SampleIndex,
     have_sizes,
-    names_digest,
     size_of,
 )
-from alexnet_ddp.data.sources.split import split_images
+from alexnet_ddp.data.sources.split import divide, split_images
 from alexnet_ddp.runtime.errors import ConfigError, DataError
 
 SPLIT = "split"  # the column that divides the images; it is optional
@@ -72,23 +71,13 @@ def open_table(cfg: CsvConfig, order: ClassOrder) -> tuple[SampleIndex, SampleIn
             if divides
             else f"{cfg.root} has no column {SPLIT}; add one with train and val, or give {names}"
         )
+    index = SampleIndex(classes, labels, store)
     if divides:
-        everything = SampleIndex(classes, labels, store, names_digest(_paths(store)))
-        sides = split_images(everything, store, cfg.val_fraction, cfg.fold_of)
+        train, val = split_images(index, store, cfg.val_fraction, cfg.fold_of)
     else:
-        train, val = (
-            _of_side(classes, labels, store, np.flatnonzero(found["is_val"] == k)) for k in (0, 1)
-        )
-        sides = train, val
-    _check_sides(cfg.root, *sides)
-    return sides
-
-
-def _of_side(
-    classes: list[str], labels: np.ndarray, store: FileStore, positions: np.ndarray
-) -> SampleIndex:
-    names = names_digest(store.path(i) for i in positions.tolist())
-    return SampleIndex(classes, labels[positions], store.take(positions), names)
+        train, val = divide(index, store, found["is_val"])
+    _check_sides(cfg.root, train, val)
+    return train, val
 
 
 def _check_sides(root: str, train: SampleIndex, val: SampleIndex) -> None:
@@ -99,10 +88,6 @@ def _check_sides(root: str, train: SampleIndex, val: SampleIndex) -> None:
         raise DataError(f"{root} has no training images of {names}; add some, or remove these rows")
     if not len(val):
         raise DataError(f"{root} has no validation images; add rows with val in column {SPLIT}")
-
-
-def _paths(store: FileStore) -> Iterator[str]:
-    return map(store.path, range(len(store.ends)))
 
 
 def _store(folder: str, found: scan.Arrays) -> FileStore:
@@ -127,7 +112,7 @@ def _arrays(file: Path, folder: str, columns: tuple[str, str], order: ClassOrder
     store = FileStore.pack(folder, paths, sizes)
     return {
         "labels": np.array([label_of[label] for _, label, _ in rows], np.int32),
-        "is_val": np.array([split == "val" for _, _, split in rows], np.uint8),
+        "is_val": np.array([split == "val" for _, _, split in rows], bool),
         "blob": store.blob,
         "ends": store.ends,
         "sizes": store.sizes,
