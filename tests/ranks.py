@@ -11,7 +11,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -75,9 +76,48 @@ def run_command(
 ) -> CompletedProcess:
     """`python -m MODULE ARGUMENTS`, or with ranks > 0 as many processes with torchrun's environment.
 
-    Each process saves the seconds that importing torch takes. Use a real command line if the start of the interpreter,
-    a launcher or a signal is the subject. stdout contains stderr. Returns the code of the process; of several ranks 0
-    or 1, as torchrun does, which stops the others if one fails.
+    stdout contains stderr. Returns the code of the process; of several ranks 0 or 1, as torchrun does, which stops the
+    others if one fails.
+    """
+    with started(module, arguments, ranks, cwd, env) as command:
+        code = command.wait(180)
+        return CompletedProcess([module, *arguments], code, command.said())
+
+
+class Command:
+    """The processes of a command that `started` has started."""
+
+    def __init__(self, name: str, processes: list[Any], ranks: int, out: Path) -> None:
+        self._name, self._processes, self._ranks, self._out = name, processes, ranks, out
+
+    def is_running(self) -> bool:
+        return any(process.exitcode is None for process in self._processes)
+
+    def send_signal(self, number: int) -> None:
+        """To every process, as torchrun passes on a stop signal."""
+        for process in self._processes:
+            if process.exitcode is None:
+                os.kill(process.pid, number)
+
+    def wait(self, timeout_s: float) -> int:
+        """The code that run_command returns."""
+        _wait_for_all(self._processes, timeout_s)
+        codes = [process.exitcode for process in self._processes]
+        assert None not in codes, f"{self._name} did not end in {timeout_s} s:\n{self.said()}"
+        return int(any(codes)) if self._ranks else codes[0]
+
+    def said(self) -> str:
+        return self._out.read_text()
+
+
+@contextmanager
+def started(
+    module: str, arguments: list[str], ranks: int, cwd: Path, env: dict[str, str]
+) -> Iterator[Command]:
+    """Start what run_command runs. What is left of it at the end of the block is killed.
+
+    Each process saves the seconds that importing torch takes. Use a real command line if the start of the interpreter
+    or a launcher is the subject.
     """
     port = _free_port() if ranks else 0
     rank_envs = [
@@ -91,16 +131,11 @@ def run_command(
         for process in processes:
             process.start()
         try:
-            _wait_for_all(processes, timeout_s=180)
-            codes = [process.exitcode for process in processes]
+            yield Command(module, processes, ranks, out)
         finally:
             for process in processes:
                 process.kill()
                 process.join()
-        assert None not in codes, f"{module} did not end in 180 s:\n{out.read_text()}"
-        return CompletedProcess(
-            [module, *arguments], int(any(codes)) if ranks else codes[0], out.read_text()
-        )
 
 
 def _wait_for_all(processes: list[Any], timeout_s: float) -> None:

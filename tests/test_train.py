@@ -16,7 +16,7 @@ import torch
 from alexnet_ddp import load_run
 from alexnet_ddp.checkpoint import format as ckpt
 from tests.conftest import make_folder
-from tests.ranks import run_command
+from tests.ranks import run_command, started
 
 ENV = {**os.environ, "WANDB_MODE": "disabled", "PYTHONPATH": str(Path(__file__).parents[1])}
 SMALL = [
@@ -25,15 +25,6 @@ SMALL = [
     "trainer.log_every_steps=1",
     "logger.tensorboard=false",
 ]
-
-
-def command(root: str, *overrides: str, ranks: int = 0) -> list[str]:
-    torchrun = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        if ranks
-        else []
-    )
-    return [sys.executable, *torchrun, "-m", f"alexnet_ddp.{root}", *overrides]
 
 
 def run(
@@ -63,24 +54,21 @@ def status(run_dir: Path) -> dict:
 def start_and_hit(
     number: int, overrides: list[str], run_dir: Path, more_rows: int, ranks: int = 0
 ) -> int:
-    """Start a run, send `number` to its launcher once it has written `more_rows` and a checkpoint; its exit code."""
+    """Start a run, send `number` to it once it has written `more_rows` and a checkpoint; its exit code."""
     full = {**ENV, "XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"]}
     before = rows(run_dir, "train/loss")
     start = before[-1]["step"] if before else 0
-    process = subprocess.Popen(
-        command("train", *overrides, ranks=ranks), env=full, stdout=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        now = rows(run_dir, "train/loss")
-        saved = any(
-            (run_dir / "checkpoints").glob("step-*")
-        )  # in the background, so maybe some steps later
-        if saved and now[-1]["step"] >= start + more_rows:
-            break
-        time.sleep(0.05)
-    process.send_signal(number)
-    return process.wait(timeout=60)
+    with started("alexnet_ddp.train", overrides, ranks, Path.cwd(), full) as train:
+        deadline = time.monotonic() + 120
+        while train.is_running() and time.monotonic() < deadline:
+            now = rows(run_dir, "train/loss")
+            # It is saved in the background, so maybe some steps later.
+            saved = any((run_dir / "checkpoints").glob("step-*"))
+            if saved and now[-1]["step"] >= start + more_rows:
+                break
+            time.sleep(0.05)
+        train.send_signal(number)
+        return train.wait(60)
 
 
 def test_a_run_trains_records_itself_and_is_complete_at_once_the_second_time(
@@ -257,7 +245,7 @@ def test_killed_without_a_word_it_goes_on_from_the_last_checkpoint(undisturbed, 
     overrides, root = undisturbed
     hit = [*overrides, "run.name=killed"]
     run_dir = root / "killed"
-    start_and_hit(signal.SIGKILL, hit, run_dir, 8)  # one process, no torchrun
+    start_and_hit(signal.SIGKILL, hit, run_dir, 8)  # one process
     assert any((run_dir / "checkpoints").glob("step-*"))
     assert status(run_dir)["state"] == "running"
     done = run("train", *hit, ranks=3, cwd=tmp_path)

@@ -374,11 +374,11 @@ def test_a_value_that_nothing_can_take_is_one_short_line(end, argument):
 @pytest.mark.parametrize(
     "root", ["train", "predict", "plan", "prepare"]
 )  # evaluate and doctor have train's options
-def test_no_number_option_takes_more_than_64_bits_or_what_is_no_number(root):
+def test_no_number_option_takes_more_than_64_bits_or_what_is_no_number(root, full):
     too_much = {int: cycle((str(10**30), "-1" + "0" * 30)), float: cycle(("nan", "-inf", "inf"))}
-    for path, option in options(ROOTS[root]).items():
+    for k, (path, option) in enumerate(options(ROOTS[root]).items()):
         kind = next((kind for kind in (int, float) if kind in option.kinds), None)
-        if kind is None:
+        if kind is None or (k % 4 and not full):
             continue
         choice = path.split(".")[0]
         chosen = [f"{choice}={option.choices[0]}"] if option.choices else []

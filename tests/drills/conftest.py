@@ -2,9 +2,12 @@
 
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -22,9 +25,11 @@ def python(request: pytest.FixtureRequest) -> Iterator[None]:
         Job.python = Path(sys.executable)
         yield
         return
-    with preloaded_server() as Job.server:
-        yield
-    Job.server = None
+    with TemporaryDirectory() as folder:  # a short path: a socket's has at most 107 characters
+        Job.servers = Path(folder)
+        with preloaded_server(Job.servers, socket.gethostname()):
+            yield
+    Job.servers = None
 
 
 @pytest.fixture(scope="session")
@@ -88,5 +93,7 @@ def slurm() -> Iterator[Slurm]:
         pytest.skip(
             reason
         )  # the real thing or nothing: a laptop has no Slurm; .ci/run installs it and shows skips
-    with Slurm() as cluster:
+    with Slurm() as cluster, ExitStack() as servers:
+        for host in ("n1", "n2") if Job.servers else ():
+            servers.enter_context(preloaded_server(Job.servers, host, cluster.command(host)))
         yield cluster

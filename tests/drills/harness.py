@@ -8,10 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 PROJECT = Path(__file__).parents[2]
 FAULTS = Path(__file__).parent / "faults"
@@ -31,12 +30,12 @@ SMALL += ["trainer.epochs=2", "trainer.global_batch_size=8", "checkpoint.save_ev
 class Job:
     """One run.name in one run.root; start() may be called again, as a user would.
 
-    PYTHON of the launcher is `python`. With PRELOADED torchrun forks the ranks, and is itself forked by preloaded_server
-    if there is one.
+    PYTHON of the launcher is `python`. With PRELOADED torchrun forks the ranks, and is itself forked by a
+    preloaded_server if one runs on its host.
     """
 
     python = PRELOADED
-    server: Path | None = None  # the socket of preloaded_server
+    servers: Path | None = None  # folder of preloaded_server
 
     def __init__(
         self,
@@ -57,8 +56,8 @@ class Job:
             "PRELOADED_PYTHON": sys.executable,
             "WANDB_MODE": "disabled",
         }
-        if self.server:
-            self.env["PRELOADED_SERVER"] = str(self.server)
+        if self.servers:
+            self.env["PRELOADED_SERVERS"] = str(self.servers)
         self.env |= {MARK: self.mark, "NPROC": str(ranks), "RESTART_DELAY": "0", **(env or {})}
         self.process: subprocess.Popen | None = None
 
@@ -179,25 +178,22 @@ class Job:
 
 
 @contextmanager
-def preloaded_server() -> Iterator[Path]:
-    """The socket of preloaded/server.py, which runs until the block ends."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "socket")
-        env = {**os.environ, "PYTHONPATH": f"{FAULTS}{os.pathsep}{PROJECT}"}
-        server = subprocess.Popen(
-            [sys.executable, str(PRELOADED.with_name("server.py")), str(path)],
-            env=env,
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
-        try:
-            while not path.exists():
-                assert server.poll() is None, "the server of preloaded processes has ended"
-                time.sleep(0.02)
-            yield path
-        finally:
-            server.stdin.close()
-            server.wait(30)
+def preloaded_server(folder: Path, host: str, on_host: Sequence[str] = ()) -> Iterator[None]:
+    """preloaded/server.py, which runs until the block ends; its socket is in `folder`.
+
+    on_host: what runs a command on the host, if that is not this machine.
+    """
+    env = {**os.environ, "PYTHONPATH": f"{FAULTS}{os.pathsep}{PROJECT}"}
+    command = [*on_host, sys.executable, str(PRELOADED.with_name("server.py")), str(folder)]
+    server = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        while not (folder / host).exists():
+            assert server.poll() is None, "the server of preloaded processes has ended"
+            time.sleep(0.02)
+        yield
+    finally:
+        server.stdin.close()
+        server.wait(30)
 
 
 def assert_same_run(job: Job, calm: Job) -> None:

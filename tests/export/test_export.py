@@ -457,12 +457,8 @@ NETWORKS = {
 }
 
 IN_TIMM = ("resnet18", "timm", "small_vit")
-FULL = (
-    "alexnet",
-    "alexnet_bn",
-    "efficientnet_b0",
-    "vit_b_16",
-)  # a minute each, and the others have their layers
+# Half a minute to a minute each. The others have their layers.
+FULL = ("alexnet", "alexnet_bn", "efficientnet_b0", "vit_b_16", "resnet18")
 
 
 @pytest.mark.slow

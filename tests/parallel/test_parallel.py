@@ -175,9 +175,10 @@ def trained_in_float64(parallel, num_steps):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_hybrid_equals_ddp_after_twenty_steps(ranks):
+def test_hybrid_equals_ddp_after_twenty_steps(ranks, full):
     (expected,) = run_ranks(trained_in_float64, 1, DDPConfig(), 20)
-    for cfg in (HybridConfig(), HybridConfig(group_size=2)) if ranks == 4 else (HybridConfig(),):
+    groups_of_two = [HybridConfig(group_size=2)] * (ranks == 4)
+    for cfg in groups_of_two + [HybridConfig()] * (ranks == 2 or full):
         for rank in run_ranks(trained_in_float64, ranks, cfg, 20):
             assert max(differences(expected, rank)) < 1e-6
 

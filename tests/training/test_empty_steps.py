@@ -92,7 +92,7 @@ def weights(runs: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
-    [[], ["trainer.micro_batch_size=2"], ["augment.mixup_alpha=0.4", "augment.cutmix_alpha=1.0"]],
+    [[], ["trainer.micro_batch_size=2", "augment.mixup_alpha=0.4", "augment.cutmix_alpha=1.0"]],
     ids=str,
 )
 def test_a_batch_of_bad_images_is_skipped_and_counted_alike_on_one_two_and_three_ranks(

@@ -94,9 +94,10 @@ def world():
 
 
 @pytest.mark.slow
-def test_twenty_steps_of_alexnet_equal_a_plain_torch_loop(world):
-    trainer = TrainerConfig(epochs=1, global_batch_size=7)
-    ours, parameters, *_ = steps(20, world, AlexNetConfig(), trainer)
+def test_twenty_steps_of_alexnet_equal_a_plain_torch_loop(world, full):
+    """Five without --full."""
+    trainer, num_steps = TrainerConfig(epochs=1, global_batch_size=7), 20 if full else 5
+    ours, parameters, *_ = steps(num_steps, world, AlexNetConfig(), trainer)
 
     # The reference: the same images, masks and initial weights; everything else is torch's own.
     model = build_model(AlexNetConfig(), 5, 64, seed=0)
@@ -108,7 +109,7 @@ def test_twenty_steps_of_alexnet_equal_a_plain_torch_loop(world):
     )
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     reference = []
-    for batch in loader.batches(sampler.micro_batches(range(20), 0, 1, None)):
+    for batch in loader.batches(sampler.micro_batches(range(num_steps), 0, 1, None)):
         x = ((batch.images / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
         set_dropout_keys(model, 0, batch.micro_batch.step, batch.indices)
         loss = F.cross_entropy(model(x), batch.labels)
@@ -288,11 +289,19 @@ def same(a, b):
     return all(np.array_equal(a.get(name, np.zeros_like(b[name])), b[name]) for name in b)
 
 
-@pytest.mark.parametrize(
-    "optimizer_cfg", [SGD, pytest.param(AdamWConfig(lr=0.01), marks=pytest.mark.slow)]
-)
+ADAMW = AdamWConfig(lr=0.01)
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize("bad", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize(
+    ("bad", "optimizer_cfg"),
+    [
+        (1, SGD),
+        pytest.param(0, ADAMW, marks=pytest.mark.slow),
+        pytest.param(0, SGD, marks=[pytest.mark.slow, pytest.mark.full]),
+        pytest.param(1, ADAMW, marks=[pytest.mark.slow, pytest.mark.full]),
+    ],
+)
 def test_nothing_of_a_bad_step_is_applied_on_any_rank_and_the_next_one_is(bad, what, optimizer_cfg):
     """Parameters, moments, BatchNorm's statistics and counts, the sums of the row. Also in the first step of all."""
     ranks = run_ranks(bad_step, 2, what, 1, optimizer_cfg, OnNan.skip, bad)

@@ -2,10 +2,11 @@
 
     python -I -S tests/drills/preloaded/client.py .../launch/torchrun.py [torchrun's arguments]
 
-If it is killed, the server kills torchrun. Without a server, or in other namespaces than the server's, it becomes
-torchrun.py of this folder.
+PRELOADED_SERVERS is a folder with the socket of a server for each host name. If the client is killed, the server kills
+torchrun. Without a server, or in other namespaces than the server's, the client becomes torchrun.py of this folder.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -18,6 +19,7 @@ from typing import TextIO
 
 FOLDER = Path(__file__).parent
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+NO_SERVER = (FileNotFoundError, ConnectionRefusedError)  # for example after a reboot of the host
 LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE, resource.RLIMIT_CORE)
 
 
@@ -30,11 +32,11 @@ def namespaces() -> list[str]:
 
 
 def main() -> None:
-    path = os.environ.get("PRELOADED_SERVER")
-    if path:
+    folder = os.environ.get("PRELOADED_SERVERS")
+    if folder:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
-        with socket.socket(socket.AF_UNIX) as server:
-            server.connect(path)
+        with socket.socket(socket.AF_UNIX) as server, contextlib.suppress(*NO_SERVER):
+            server.connect(str(Path(folder, socket.gethostname())))
             lines = server.makefile("rw")
             socket.send_fds(server, [b"\0"], [0, 1, 2])
             if json.loads(lines.readline()) == namespaces():

@@ -1,6 +1,8 @@
 """Forks launch/torchrun.py from a process that has imported what the ranks import.
 
-    python tests/drills/preloaded/server.py SOCKET
+    python tests/drills/preloaded/server.py FOLDER
+
+The socket in FOLDER has the name of the host.
 
 One import serves all jobs of a pytest worker. client.py asks for a start and takes its place in the process tree. The
 server ends with its standard input. Environment, directory, files, limits and cores of a start are the client's.
@@ -14,16 +16,17 @@ import selectors
 import signal
 import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 import torchrun  # beside this file, as is the next
 from client import namespaces
 
 
-def serve(path: str) -> None:
+def serve(path: Path) -> None:
     selector = selectors.DefaultSelector()
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
+        listener.bind(str(path))
         listener.listen()
         selector.register(listener, selectors.EVENT_READ)
         selector.register(0, selectors.EVENT_READ)
@@ -100,4 +103,4 @@ if __name__ == "__main__":
 
     torchrun.import_all()
     gc.freeze()
-    serve(sys.argv[1])
+    serve(Path(sys.argv[1], socket.gethostname()))
