@@ -1,13 +1,14 @@
 """Measure the cost of communication: parallel=hybrid against plain DDP, on links of known speed.
 
     sudo python benchmarks/communication.py [--json FILE] [--plot PNG] [--repetitions N]
-        [--all] [--quick]
+        [--all | --fine-tuning] [--quick]
 
 It creates hosts on this machine (network namespaces with one core each), connects them, and
 alternates between variants of one training. It needs root, iproute2 and 8 GB of memory; --all needs
 18 GB. Without --all: P1 to P4, in six minutes. With --all, in over an hour (n = 3): also our DDP,
 the communication hooks, Lightning if it is installed, 128 and 224 px, four ranks, and scaling from
-1 to 4 ranks.
+1 to 4 ranks. --fine-tuning instead compares what a step of finetune.method=head and lora sends and
+takes with finetune.method=full, at 100 Mbit/s.
 
 P1  bytes sent per rank and step: two ranks, 32 images each. The parameters must be equal to 1e-5
     after these steps
@@ -46,6 +47,7 @@ VARIANTS = {
     LIGHTNING: {"kind": "lightning"},
     OURS_DDP: {"kind": "ours", "overrides": ["parallel=ddp"]},
 }
+FINE_TUNED = {method: f"ours: finetune.method={method}" for method in ("full", "head", "lora")}
 TARGETS = {"1 Gbit/s": "P2", "100 Mbit/s": "P3", "unshaped": "P4"}
 BLOCK = {"unshaped": 4, "1 Gbit/s": 3, "100 Mbit/s": 1}  # steps per turn
 WARM_UP = 4  # steps of a new team: DDP rebuilds its buckets, PowerSGD starts
@@ -150,10 +152,44 @@ class Bench:
             seconds = {name: team.seconds(BLOCK[SCALING_LINK]) for name, team in teams.items()}
             return in_turns(seconds, self.repetitions, "s", self.warm_up)
 
+    def fine_tuning(self, on: Field, folder: Path, size: int = 64) -> None:
+        """Bytes and seconds of a step, by what is trained. The weights do not matter for both."""
+        weights = folder / "alexnet.pt"
+        write_weights(weights)
+        teams = {}
+        for method, name in FINE_TUNED.items():
+            overrides = ["parallel=ddp", f"finetune.method={method}", f"model.weights={weights}"]
+            request = {"kind": "ours", "overrides": overrides, "batch": self.batch, "size": size}
+            teams[name] = on.team(request)
+            teams[name].steps(WARM_UP if self.warm_up else 1)
+        link = "100 Mbit/s"
+        on.link(LINKS[link])
+        for what, unit, figure in (
+            ("fine-tuning, " + BYTES, "MB", lambda team: team.megabytes(1)),
+            (f"fine-tuning, K=2, {size} px, {link}", "s", lambda team: team.seconds(BLOCK[link])),
+        ):
+            found = self._turns(what, {name: figure(team) for name, team in teams.items()}, unit)
+            full = FINE_TUNED["full"]
+            for name in teams:
+                if name != full:
+                    title = f"{what}, {self.batch} images a rank: {name}"
+                    self.report.compare(None, title, found[name], found[full], [full, unit])
+        on.link(None)
+        for team in teams.values():
+            team.close()
+        self.keep()
+
     def _turns(self, title: str, variants: dict, unit: str) -> dict[str, list[float]]:
         print(f"\n{title}", flush=True)
         self.report.turns[title] = in_turns(variants, self.repetitions, unit, self.warm_up)
         return self.report.turns[title]
+
+
+def write_weights(file: Path) -> None:
+    import torch
+    from torchvision.models import alexnet
+
+    torch.save(alexnet().state_dict(), file)
 
 
 def largest_differences(folder: Path) -> tuple[float, float]:
@@ -214,7 +250,7 @@ def everything(bench: Bench) -> None:
     at(4, 224)
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -230,9 +266,19 @@ def main() -> None:
         "--all", action="store_true", help="also other peers, image sizes, four ranks, and scaling"
     )
     parser.add_argument(
+        "--fine-tuning", action="store_true", help="only what fine-tuning sends and takes"
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="one short turn of P1, P4 and P2, as a test"
     )
     args = parser.parse_args()
+    if args.fine_tuning and (args.all or args.plot):
+        parser.error("--fine-tuning takes the place of the rows of --all and --plot")
+    return args
+
+
+def main() -> None:
+    args = parse()
     if reason := why_not():
         print(
             f"communication.py creates hosts and links on this machine, which {reason}",
@@ -255,8 +301,11 @@ def main() -> None:
         }
         about["compute_s"] = compute_s(on, bench.batch)
         print(about)
-        bench.bytes_sent(on, Path(folder))
-        if not args.all:
+        if args.fine_tuning or args.quick:
+            bench.fine_tuning(on, Path(folder))
+        if not args.fine_tuning:
+            bench.bytes_sent(on, Path(folder))
+        if not args.all and not args.fine_tuning:
             bench.step_times(on, [PLAIN, bench.ours], 2, 64)
     if args.all:
         everything(bench)
