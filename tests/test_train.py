@@ -16,6 +16,7 @@ import torch
 from alexnet_ddp import load_run
 from alexnet_ddp.checkpoint import format as ckpt
 from tests.conftest import make_folder
+from tests.network import QUICK
 from tests.ranks import run_command, started
 
 ENV = {**os.environ, "WANDB_MODE": "disabled", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -24,6 +25,7 @@ SMALL = [
     "data.image_size=64",
     "trainer.log_every_steps=1",
     "logger.tensorboard=false",
+    *QUICK,
 ]
 
 
@@ -33,7 +35,9 @@ def run(
     # HOME's cache is not touched: see conftest.private_cache
     cache = os.environ.get("XDG_CACHE_HOME", str(cwd / "cache"))  # a module's fixture has none
     full = {**ENV, "XDG_CACHE_HOME": cache, **(env or {})}
-    return run_command(f"alexnet_ddp.{root}", list(overrides), ranks, cwd, full)
+    # A run's record does not choose what is imported.
+    plugins = QUICK[:1] if root in ("evaluate", "predict", "replay") else []
+    return run_command(f"alexnet_ddp.{root}", [*overrides, *plugins], ranks, cwd, full)
 
 
 def rows(run_dir: Path, key: str) -> list[dict]:
@@ -231,7 +235,7 @@ def test_where_weights_are_averaged_they_are_what_the_run_and_evaluate_and_predi
         row for row in rows(tmp_path / "runs/x", "val/loss") if row["step"] == found["step"]
     )  # of the best one
     assert found["val/loss"] == pytest.approx(row["val/loss"], rel=1e-6)
-    shown = load_run(tmp_path / "runs/x").model.state_dict()
+    shown = load_run(tmp_path / "runs/x", plugins=["tests.network"]).model.state_dict()
     checkpoint = tmp_path / "runs/x/checkpoints" / found["checkpoint"]
     averages, weights = (ckpt.read_tensors(checkpoint, stem) for stem in ("ema", "model"))
     assert all(torch.equal(t, averages[name]) for name, t in shown.items())
@@ -526,7 +530,7 @@ def test_windows_of_shards_and_growing_images_resume_bit_equal_and_on_other_rank
             "trainer.epochs=3",
         ),
         *(
-            "model=alexnet_small",
+            *QUICK,
             "trainer.log_every_steps=1",
             "logger.tensorboard=false",
             "trainer.global_batch_size=8",
@@ -571,7 +575,6 @@ def test_a_run_goes_on_under_another_parallelism_and_all_of_it_is_read_by_evalua
         f"data.root={images}",
         "trainer.epochs=2",
         "trainer.global_batch_size=7",
-        "model.dropout=0.5",
     ]
     common += [
         "optimizer.scaling=none",

@@ -14,22 +14,24 @@ import pytest
 from tests.cluster import Slurm, why_not
 from tests.conftest import make_folder
 from tests.drills.harness import Job, preloaded_server
+from tests.network import WAITING
 
 pytestmark = pytest.mark.drill
 
 
 @pytest.fixture(scope="session", autouse=True)
 def python(request: pytest.FixtureRequest) -> Iterator[None]:
-    """With --full torchrun and each rank are a new Python, as a user's."""
+    """With --full torchrun and each rank are a new Python, as a user's, and the network is alexnet_small."""
     if request.config.getoption("full"):
         Job.python = Path(sys.executable)
         yield
         return
+    Job.network = tuple(WAITING)
     with TemporaryDirectory() as folder:  # a short path: a socket's has at most 107 characters
         Job.servers = Path(folder)
         with preloaded_server(Job.servers, socket.gethostname()):
             yield
-    Job.servers = None
+    Job.servers, Job.network = None, ()
 
 
 @pytest.fixture(scope="session")

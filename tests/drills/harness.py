@@ -17,7 +17,7 @@ FAULTS = Path(__file__).parent / "faults"
 PRELOADED = Path(__file__).parent / "preloaded" / "python"
 MARK = "ALEXNET_DDP_DRILL"  # in the environment of every process of a job
 
-# AlexNet's small sibling at 64 px: a step takes some 50 ms, a start of the processes some 5 s.
+# A step takes some 50 ms, a start of the processes some 5 s.
 SMALL = [
     "data=folder",
     "data.image_size=64",
@@ -36,6 +36,7 @@ class Job:
 
     python = PRELOADED
     servers: Path | None = None  # folder of preloaded_server
+    network: tuple[str, ...] = ()  # overrides; without any it is alexnet_small
 
     def __init__(
         self,
@@ -44,8 +45,11 @@ class Job:
         *overrides: str,
         ranks: int = 2,
         env: dict[str, str] | None = None,
+        network: tuple[str, ...] | None = None,
     ):
-        self.root, self.name, self.ranks, self.overrides = root, name, ranks, [*SMALL, *overrides]
+        self.network = self.network if network is None else network
+        self.root, self.name, self.ranks = root, name, ranks
+        self.overrides = [*SMALL, *self.network, *overrides]
         self.run_dir = root / "runs" / name
         self.log = root / f"{name}.log"
         self.mark = f"{name}-{secrets.token_hex(3)}"
@@ -60,6 +64,11 @@ class Job:
             self.env["PRELOADED_SERVERS"] = str(self.servers)
         self.env |= {MARK: self.mark, "NPROC": str(ranks), "RESTART_DELAY": "0", **(env or {})}
         self.process: subprocess.Popen | None = None
+
+    @property
+    def plugins(self) -> list[str]:
+        """What a command that reads the run must be given: a record does not choose what is imported."""
+        return [override for override in self.network if override.startswith("plugins=")]
 
     def start(self, *more: str, launcher: list[str] | None = None) -> "Job":
         command = launcher or [str(PROJECT / "launch/local.sh")]

@@ -30,6 +30,7 @@ def replayed(job: Job) -> str:
         "alexnet_ddp.replay",
         f"run.root={job.root}/runs",
         f"run.name={job.name}",
+        *job.plugins,
     ]
     env = {**os.environ, "PYTHONPATH": str(PROJECT)}
     done = subprocess.run(
@@ -191,7 +192,7 @@ def test_d31_a_rank_with_a_slow_loader_is_named_within_three_windows(new_job, ca
 
 
 def test_d34_a_rank_without_memory_ends_all_and_is_named_with_the_amount(new_job, measured):
-    job = new_job("memory", "trainer.global_batch_size=100", ranks=2).inject(
+    job = new_job("memory", "trainer.global_batch_size=100", network=()).inject(
         "memory rank=1 step=1 mb=30"
     )
     job.start()

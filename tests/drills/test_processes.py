@@ -154,7 +154,7 @@ def test_d13_signals_at_bad_moments_stop_all_ranks_at_one_step_and_tear_nothing(
     job.process.send_signal(signal.SIGTERM)  # in the evaluation, or a step beside it
     assert job.wait() == 75, job.said()
 
-    job.start()
+    job.inject("fsync ms=50").start()
     job.until(
         lambda: list((job.run_dir / "checkpoints").glob(".tmp-*")),
         what="a checkpoint that is being written",
@@ -164,7 +164,7 @@ def test_d13_signals_at_bad_moments_stop_all_ranks_at_one_step_and_tear_nothing(
     assert job.wait() == 75, job.said()
     measured["stopped and saved after, s"] = round(time.monotonic() - began, 1)
 
-    job.start()
+    job.inject("").start()
     job.until_step(job.step() + 2)
     job.process.send_signal(signal.SIGTERM)
     time.sleep(0.3)

@@ -96,7 +96,7 @@ def test_d37_nothing_in_a_malicious_checkpoint_or_file_of_weights_is_run(
         for directory in (run_dir / "checkpoints").glob("step-*"):
             (directory / name).write_bytes(archive.getvalue() if name.startswith("opt") else evil)
             forge(directory)
-        own = [f"run.root={tmp_path}/runs", f"run.name={name}"]
+        own = [f"run.root={tmp_path}/runs", f"run.name={name}", *calm.plugins]
         unusable.append(start("train", *calm.overrides, *own, "trainer.epochs=3", cwd=tmp_path))
         if name == "model.safetensors":
             unusable.append(start("evaluate", *own, cwd=tmp_path))
@@ -338,7 +338,7 @@ def test_d39_a_configuration_cannot_call_what_it_names(images, calm, tmp_path, m
     for name, (overrides, _, _) in records.items():
         run_dir = shutil.copytree(calm.run_dir, tmp_path / "runs" / name)
         (run_dir / "run.json").write_text(json.dumps({"overrides": overrides}))
-        processes[name] = start("evaluate", f"run.name={name}", cwd=tmp_path)
+        processes[name] = start("evaluate", f"run.name={name}", *calm.plugins, cwd=tmp_path)
     for name, process in processes.items():
         code, said = ended(process)
         assert code == records[name][1], said
@@ -406,7 +406,7 @@ def test_d40_secrets_are_neither_written_nor_printed(new_job, images, tmp_path, 
         content = path.read_bytes()
         leaks += [f"{canary} in {path}" for canary in canaries if canary.encode() in content]
     assert not leaks
-    evaluation = start("evaluate", "run.name=secret", "run.root=runs", cwd=tmp_path)
+    evaluation = start("evaluate", "run.name=secret", "run.root=runs", *job.plugins, cwd=tmp_path)
     code, said = ended(evaluation)
     assert code == 64, said
     assert (

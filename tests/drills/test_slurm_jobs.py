@@ -48,7 +48,7 @@ def test_evaluate_on_gpus_of_a_run_whose_folder_has_a_space(slurm, calm, tmp_pat
     root = tmp_path / "my runs"
     shutil.copytree(calm.run_dir, root / "calm")
     job = Batch(slurm, tmp_path, "calm")
-    arguments = ["run.name=calm", f"run.root={root}"]
+    arguments = ["run.name=calm", f"run.root={root}", *calm.plugins]
     job.submit(
         "--nodes=1",
         "--gpus-per-node=2",

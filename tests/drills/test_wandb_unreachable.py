@@ -10,11 +10,8 @@ from tests.drills.wandb_server import WandbServer
 
 pytestmark = pytest.mark.drill
 
-STEPS = {
-    "init": 12,
-    "middle": 60,
-    "finish": 12,
-}  # to have a middle, a run must last longer than wandb's start
+# A run that needs wandb at its start, or in its middle, must last longer than wandb's start.
+STEPS = {"init": 100, "middle": 100, "finish": 12}
 
 
 def _start(new_job, name, steps, server=None):

@@ -20,6 +20,7 @@ from alexnet_ddp.model import find_head
 from alexnet_ddp.predict.images import find_images
 from alexnet_ddp.runtime.errors import DataError
 from tests.conftest import make_folder
+from tests.network import QUICK
 from tests.test_train import SMALL, run
 
 ROOT = Path(__file__).parents[2]
@@ -138,7 +139,7 @@ def trained(tmp_path_factory, image_folder):
 
 def _require_head_inputs(root, embeddings, rows):
     """The head must compute the written predictions from the written embeddings."""
-    trained = load_run(root / "runs/x")
+    trained = load_run(root / "runs/x", plugins=["tests.network"])
     head = trained.model.get_submodule(find_head(trained.model))
     with torch.inference_mode():
         probabilities = head(torch.from_numpy(embeddings)).softmax(1)
@@ -261,7 +262,7 @@ def test_predictions_agree_with_the_evaluation(trained, image_folder):
 @pytest.mark.slow
 @of_a_run
 def test_paths_come_from_standard_input_and_are_printed_without_an_output(trained):
-    command = [sys.executable, "-m", "alexnet_ddp.predict", "run.name=x", "images=-"]
+    command = [sys.executable, "-m", "alexnet_ddp.predict", *QUICK[:1], "run.name=x", "images=-"]
     paths = ["photos/3.jpg", "photos/0.jpg", f"{trained}/photos/3.jpg"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -293,7 +294,7 @@ def test_paths_come_from_standard_input_and_are_printed_without_an_output(traine
         (
             ["images=photos", "embeddings=e.npy", "layer=feature.1"],
             64,
-            "layer (feature.1) is not a layer of AlexNet; nearest: features.1",
+            "layer (feature.1) is not a layer of Quick; nearest: features.1",
         ),
         (["images=photos", "on_bad_image=raise"], 65, "leave it out with on_bad_image=skip"),
         (["images=photos/1a.jpg"], 65, "none of the 1 images can be read"),

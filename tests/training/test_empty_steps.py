@@ -16,12 +16,13 @@ from alexnet_ddp.data.sampler import GlobalBatchSampler
 from alexnet_ddp.data.sources.sets import open_data
 from alexnet_ddp.runtime.errors import RunError
 from alexnet_ddp.training.trainer import train
+from tests.network import QUICK
 from tests.ranks import run_ranks
 
 BATCH, STEPS_PER_EPOCH = 6, 4  # 22 images: the last batch of an epoch has 4
 SMALL = [
     "device=cpu",
-    "model=alexnet_small",
+    *QUICK,
     "data=folder",
     "data.image_size=64",
     "data.on_bad_image=skip",

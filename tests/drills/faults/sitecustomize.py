@@ -4,6 +4,7 @@ ALEXNET_DDP_FAULT="gradient rank=1 step=7" and the like, several with ";". The p
 option for it. Steps count from 1, as in metrics.jsonl; rank=-1 means all. Without step: always.
 
     kill at=NAME            whoever opens a file whose path ends so is killed
+    fsync ms=50             every file of a checkpoint takes so much longer to be on the disk
     gil rank=1 when=FILE    a thread runs a catastrophic regular expression once FILE is there, which it removes first
 """
 
@@ -114,8 +115,23 @@ def _inject() -> None:
             threading.Thread(target=_hold_gil, args=[Path(values["when"])], daemon=True).start()
 
 
+def _slow_down_fsync(seconds: float) -> None:
+    fsync = os.fsync
+
+    def slow(descriptor: int) -> None:
+        time.sleep(seconds)
+        fsync(descriptor)
+
+    os.fsync = slow
+
+
 def inject() -> None:
-    """Inject the faults into this process if it is a rank that trains."""
+    """Inject the faults into this process if it is a rank that trains, or its writer of checkpoints."""
+    if "alexnet_ddp.checkpoint.writer" in sys.orig_argv:
+        for name, values in _faults():
+            if name == "fsync":
+                _slow_down_fsync(values["ms"] / 1000)
+        return
     if _text() and "RANK" in os.environ and "alexnet_ddp.train" in sys.orig_argv:
         _inject()
 
