@@ -56,7 +56,7 @@ class Batch(Job):
             return self.slurm_says()["TimeLimit"] == "00:20:00"
 
         self.until(is_longer, what="the new time limit")
-        self.slow_down(None)
+        self.slurm.rate("n1", None)
         self.until_restart()
 
     def until_saved(self, timeout_s: float = 120) -> float:
@@ -66,9 +66,9 @@ class Batch(Job):
             lambda: status.exists() and self.status()["state"] == "preempted", timeout_s, "the save"
         )
 
-    def slow_down(self, rate: str | None = "150mbit") -> None:
-        """The link of a node, and with it the exchange of gradients; None: no more."""
-        self.slurm.rate("n1", rate)
+    def slow_down(self) -> None:
+        """The link of a node, and with it the exchange of gradients: a step takes more than 2 s."""
+        self.slurm.rate("n1", "8mbit" if self.network else "150mbit")
 
     def outcome(self, timeout_s: float = 240) -> tuple[str, int]:
         """The final JobState, and how many times the job was requeued."""
