@@ -255,7 +255,7 @@ def _fill_inputs(cfg: DictConfig) -> None:
     if isinstance(model, TimmConfig):
         from alexnet_ddp.model.timm_models import input_options  # imports torch and timm
 
-        found = input_options(model.name, cfg.data.image_size)
+        found = input_options(model, cfg.data.image_size)
     elif model.published is not None:
         from alexnet_ddp.model.published import input_options_of  # imports torch
 

@@ -35,7 +35,8 @@ class ModelConfig(Options, section="model"):
     weights: str | None = option(
         None,
         "Weights to start from: a .safetensors or torch file, a run (runs/NAME or run:NAME), or "
-        "the name of torchvision's weights for this network, such as DEFAULT or IMAGENET1K_V1.",
+        "the name of published weights for this network: DEFAULT, a name of torchvision's such as "
+        "IMAGENET1K_V1, or with model=timm a tag such as c3_in1k.",
         null="random initialisation",
     )
     head: Head = option(

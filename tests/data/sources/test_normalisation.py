@@ -93,4 +93,4 @@ def test_a_run_records_the_numbers_and_other_data_are_evaluated_with_them(place,
     assert found == pytest.approx(rows(tmp_path / "runs/a", "val/loss")[-1]["val/loss"], rel=1e-6)
     done = run("train", *shards, *data, "trainer.max_steps=4", "run.name=a", cwd=tmp_path)
     assert done.returncode == 0, done.stdout  # the same run
-    assert "resume" in done.stdout
+    assert "resuming" in done.stdout
