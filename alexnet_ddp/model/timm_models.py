@@ -84,7 +84,7 @@ def published_file(cfg: TimmConfig) -> tuple[str, int]:
     if not path.exists():
         tensors = _pretrained(name, known, cfg)
         folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, save({key: t.clone().contiguous() for key, t in tensors.items()}))
+        write_bytes(path, save({of: t.clone().contiguous() for of, t in tensors.items()}))
     log.info("model.weights=%s takes timm's %s, in %s", cfg.published, name, path)
     return str(path), known.num_classes
 
@@ -110,8 +110,8 @@ def _pretrained(name: str, known: Any, cfg: TimmConfig) -> dict[str, Tensor]:
             place = f"https://huggingface.co/{known.hf_hub_id}"
             remedy = f"download model.safetensors from {place} on another machine, and give that"
             raise ConfigError(f"{what}: {rule}; {remedy} file as model.weights") from error
-        place = Path(torch.hub.get_dir()).absolute() / "checkpoints"
-        remedy = f"download {known.url} on another machine and put it into {place}"
+        folder = Path(torch.hub.get_dir()).absolute() / "checkpoints"
+        remedy = f"download {known.url} on another machine and put it into {folder}"
         raise ConfigError(f"{what}: {rule}; {remedy}") from error
     return model.state_dict()
 
