@@ -138,7 +138,8 @@ def _find(storage: Storage, split: str) -> tuple[str, list[str]]:
         return split, []
     for name in _NAMES[split]:
         plain = re.compile(rf"{name}(-.*)?\.parquet")
-        inside = re.compile(r"[^.].*\.parquet|data-\d+-of-\d+\.arrow")
+        # ImageFolder of `datasets` keeps captions of class folders in metadata.parquet.
+        inside = re.compile(r"(?!metadata\.|\.).*\.parquet|data-\d+-of-\d+\.arrow")
         for folder, form in (("", plain), ("data/", plain), (f"{name}/", inside)):
             found = [f"{folder}{one}" for one in storage.names(folder) if form.fullmatch(one)]
             if found:
@@ -151,7 +152,7 @@ def _classes(
 ) -> tuple[list[str], np.ndarray]:
     """The class names in the order of the labels, and the label of each row, int32 [N]."""
     column = f"{storage.root}: column {columns.label} of {split}"
-    if None in labels:
+    if None in labels or "" in labels:
         raise DataError(f"{column} has rows without a label; remove them")
     if isinstance(labels[0], str):
         classes = order.arrange(list(set(labels)), storage.root)

@@ -133,6 +133,15 @@ def test_a_stopped_preparation_continues_with_the_same_bytes(tmp_path, monkeypat
     assert seen == [written, False]  # the copy was used again, then removed
 
 
+def test_a_table_beside_class_folders_is_not_the_data_set(tmp_path):
+    for k, (split, name) in enumerate((split, name) for split in ("train", "val") for name in "ab"):
+        (tmp_path / f"source/{split}/{name}").mkdir(parents=True)
+        (tmp_path / f"source/{split}/{name}/{k}.jpg").write_bytes(IMAGES[k])
+        save(pa.table({"file_name": ["x"]}), tmp_path / f"source/{split}/metadata.parquet")
+    root = pack(tmp_path / "source", tmp_path / "shards", **EXACT)
+    assert packed_images(root) == dict(zip(IMAGES[:4], "abab"))
+
+
 def test_a_row_without_an_image_is_left_out_and_listed(tmp_path):
     save(table([*IMAGES[:4], None], [*LABELS[:4], 1]), tmp_path / "source/train.parquet")
     root = pack(tmp_path / "source", tmp_path / "shards", split="train", **EXACT)
@@ -148,6 +157,7 @@ def test_a_row_without_an_image_is_left_out_and_listed(tmp_path):
         (table([None], [0]), {}, "contains no image in column image; write the data set with the"),
         (table(IMAGES[:1], [-1]), {}, "column label of train has the label -1, and labels must be"),
         (table(IMAGES[:2], [0, None]), {}, "column label of train has rows without a label"),
+        (table(IMAGES[:2], ["a", ""]), {}, "column label of train has rows without a label"),
         (table(IMAGES[:1], [0.5]), {}, "has labels of type double, and they must be integers or"),
         (table(IMAGES[:1], [0]).drop_columns("label"), {}, "must have one column of labels, and"),
         (
