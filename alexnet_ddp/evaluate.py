@@ -15,6 +15,7 @@ if __name__ == "__main__":  # torch, below, is imported after the configuration 
 
 import logging
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -72,6 +73,7 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
             else None
         )
         data = distributed.first_on_node(lambda: open_data(cfg.data, trained=known), world)
+        cfg = replace(cfg, data=data.normalised(cfg.data))
         model, origin, directory = _open_network(cfg, file, data, world)
         model.to(world.device).to(memory_format=torch.channels_last)
         loader = build_loader(cfg.data, data.val, None, world.num_cores, world.device)

@@ -27,10 +27,11 @@ from omegaconf.errors import (
 )
 
 from alexnet_ddp.config import advice
+from alexnet_ddp.config.data import AUTO
 from alexnet_ddp.config.option import check_finite, check_value
 from alexnet_ddp.config.overrides import check_key, misread, quoted, to_hydra
 from alexnet_ddp.config.plugins import TimmConfig
-from alexnet_ddp.config.recipe import LOW_LR_NETWORKS
+from alexnet_ddp.config.recipe import LOW_LR_NETWORKS, ModelConfig
 from alexnet_ddp.config.schema import CONF_DIR, GROUPS, ROOTS, choice_of, group_names, options
 from alexnet_ddp.runtime.errors import ConfigError
 
@@ -90,7 +91,7 @@ def to_config(cfg: DictConfig, command: str) -> Any:
     try:
         _fill_name(cfg)
         _refuse_unknown(cfg, "", root)
-        _fill_inputs_of_timm(cfg)
+        _fill_inputs(cfg)
         for path, value in _leaves(OmegaConf.to_container(cfg, resolve=True), ""):
             check_value(path, value)
         config: Any = OmegaConf.to_object(cfg)
@@ -243,16 +244,27 @@ def _fill_name(cfg: DictConfig) -> None:
         raise ConfigError(f"{missing[0]} is required and has no value; {remedy}")
 
 
-def _fill_inputs_of_timm(cfg: DictConfig) -> None:
-    """Give the data the mean, std and evaluation of a network of timm, if they are not given.
+def _fill_inputs(cfg: DictConfig) -> None:
+    """Give the data the mean, std and evaluation of published weights or a network of timm.
 
-    Raises ConfigError for an unknown network.
+    Options that are given stay. Raises ConfigError for unknown weights or an unknown network.
     """
-    if "trainer" not in cfg or OmegaConf.get_type(cfg, "model") is not TimmConfig:
+    if "trainer" not in cfg:
         return
-    from alexnet_ddp.model.timm_models import input_options  # imports torch and timm
+    model = cast(ModelConfig, OmegaConf.to_object(cfg.model))
+    if isinstance(model, TimmConfig):
+        from alexnet_ddp.model.timm_models import input_options  # imports torch and timm
 
-    for key, value in input_options(cfg.model.name, cfg.data.image_size).items():
+        found = input_options(model, cfg.data.image_size)
+    elif model.published is not None:
+        from alexnet_ddp.model.published import input_options_of  # imports torch
+
+        found = input_options_of(model, cfg.data.image_size)
+    else:
+        return
+    if cfg.data.mean == AUTO:
+        del found["std"]
+    for key, value in found.items():
         if cfg.data[key] is None:
             cfg.data[key] = value
 

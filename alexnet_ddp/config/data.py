@@ -23,6 +23,7 @@ class Interpolation(StrEnum):
     bicubic = "bicubic"
 
 
+AUTO = "auto"  # of data.mean
 # Of ImageNet's RGB values in [0, 1], as torchvision's weights expect.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -40,6 +41,7 @@ class DataConfig(Options, section="data"):
 
     # Whether the fingerprint of the data depends on the content of the images, not on names alone.
     is_identified: ClassVar[bool] = True
+    has_statistics: ClassVar[bool] = False  # data.mean=auto finds some
 
     image_size: int = option(
         224, "Height and width of the network's input.", unit="pixels", minimum=1, maximum=MAX_SIDE
@@ -62,24 +64,28 @@ class DataConfig(Options, section="data"):
         None,
         "Length of the shorter side before the centre crop, in evaluation.",
         unit="pixels",
-        null="data.image_size * 256 / 224",
+        null="data.image_size divided by the crop ratio of published weights (model.weights) or of "
+        "a network of timm, else by 224 / 256",
         minimum=1,
         maximum=MAX_SIDE,
     )
-    mean: list[float] | None = option(
+    mean: Any = option(
         None,
-        "Means of red, green and blue in [0, 1], which are subtracted from the images.",
-        null="ImageNet's, or with model=timm those of the network",
+        "Means of red, green and blue in [0, 1], which are subtracted from the images. auto, with "
+        "data=shards: the mean, and without data.std the standard deviation, of the training "
+        "images, which prepare computed.",
+        kind="auto, or a list of three numbers",
+        null="those of published weights (model.weights) or of a network of timm, else ImageNet's",
     )
     std: list[float] | None = option(
         None,
         "Standard deviations of red, green and blue in [0, 1], by which the images are divided.",
-        null="ImageNet's, or with model=timm those of the network",
+        null="as data.mean",
     )
     eval_interpolation: Interpolation | None = option(
         None,
         "Interpolation of the resize in evaluation.",
-        null="bilinear, or with model=timm that of the network",
+        null="that of published weights (model.weights) or of a network of timm, else bilinear",
     )
     num_threads: int | None = option(
         None, "Decoding threads of each rank.", null="this rank's share of the cores", minimum=1
@@ -129,11 +135,20 @@ class DataConfig(Options, section="data"):
             self.sampling = check_class_weights(
                 "data.sampling", self.sampling, ("balanced", "sqrt")
             )
-        for name in ("mean", "std"):
-            _check_three(name, getattr(self, name))
+        if self.mean == AUTO:
+            self._check_auto()
+        else:
+            self.mean = _check_mean(self.mean)
+        _check_three("std", self.std)
         if self.std is not None and min(self.std) <= 0:
             raise ConfigError(f"data.std ({self.std}) must be greater than 0")
         self._check_growth()
+
+    def _check_auto(self) -> None:
+        if not self.has_statistics:
+            rule = "takes the statistics that prepare writes, and only data=shards has them"
+            remedy = "give data.mean=[r,g,b] and data.std=[r,g,b], or pack the images"
+            raise ConfigError(f"data.mean (auto) {rule}; {remedy}")
 
     def _check_growth(self) -> None:
         start, epochs = self.start_image_size, self.grow_epochs
@@ -153,7 +168,11 @@ class DataConfig(Options, section="data"):
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """(mean, standard deviation) of red, green and blue in [0, 1]."""
+        """(mean, standard deviation) of red, green and blue in [0, 1].
+
+        data.mean=auto must have been replaced: see data/sources/sets.py.
+        """
+        assert self.mean != AUTO
         return tuple(self.mean or IMAGENET_MEAN), tuple(self.std or IMAGENET_STD)
 
     def train_image_size(self, epoch: int) -> int:
@@ -178,6 +197,16 @@ def check_class_weights(path: str, value: Any, names: tuple[str, ...]) -> str | 
         rule = f"must be {words}, or numbers of at least 0 and not all 0, one per class"
         raise ConfigError(f"{path} ({shown(value)}) {rule}; write {path}={names[0]}")
     return [float(one) for one in numbers]
+
+
+def _check_mean(value: Any) -> list[float] | None:
+    """Return the numbers of data.mean. Raises ConfigError for anything but three numbers."""
+    is_list = isinstance(value, list) and all(type(one) in (int, float) for one in value)
+    if value is not None and not is_list:
+        rule = "must be auto, or three numbers, of red, green and blue in [0, 1]"
+        raise ConfigError(f"data.mean ({shown(value)}) {rule}; write data.mean=[r,g,b]")
+    _check_three("mean", value)
+    return value and [float(one) for one in value]
 
 
 def _check_three(name: str, values: list[float] | None) -> None:
@@ -280,6 +309,8 @@ class Shuffle(StrEnum):
 @dataclass(kw_only=True)
 class ShardsConfig(StoredConfig):
     """Shards: images that `python -m alexnet_ddp.prepare` packed and verified."""
+
+    has_statistics: ClassVar[bool] = True
 
     shuffle: Shuffle = option(
         Shuffle.full,

@@ -1,5 +1,6 @@
 """Options of what is built outside the package: classes of torch.optim, timm, plugins."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,6 +38,8 @@ class PluginModelConfig(ModelConfig):
 @dataclass(kw_only=True)
 class TimmConfig(ModelConfig):
     """Any classifier of timm; its configuration gives the defaults of the data's normalisation."""
+
+    published_form: ClassVar[re.Pattern[str]] = re.compile(r"\w+")  # tags have no suffix or folder
 
     name: str = option(MISSING, "Name in timm, such as resnet50: see timm.list_models.")
     args: Any = option(

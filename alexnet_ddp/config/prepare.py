@@ -110,8 +110,9 @@ class PrepareConfig(Options):
     )
     source: str | None = option(
         None,
-        "action=prepare: the ILSVRC archives, root/SPLIT/CLASS/*, or root/SPLIT-*.tar in "
-        "WebDataset's layout; a directory or an fsspec URL.",
+        "action=prepare: the ILSVRC archives, root/SPLIT/CLASS/*, root/SPLIT-*.tar in "
+        "WebDataset's layout, or a data set of Hugging Face (Parquet files, or save_to_disk); a "
+        "directory or an fsspec URL.",
     )
     root: str = option(MISSING, "The directory or fsspec URL of the shards.")
     other: str | None = option(None, "action=diff: the shards to compare with.")

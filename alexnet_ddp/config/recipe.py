@@ -1,6 +1,8 @@
 """Options of the network, the optimizer and the learning rate."""
 
 import math
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -27,11 +29,14 @@ class ModelConfig(Options, section="model"):
 
     needs_low_lr: ClassVar[bool] = False  # see LOW_LR_NETWORKS
     has_own_weights: ClassVar[bool] = False  # it may load weights itself
+    # Of a member of torchvision's enums. Files have a suffix.
+    published_form: ClassVar[re.Pattern[str]] = re.compile(r"[A-Z][A-Z0-9_]*")
 
     weights: str | None = option(
         None,
         "Weights to start from: a .safetensors or torch file, a run (runs/NAME or run:NAME), or "
-        "the name of torchvision's weights for this network, such as DEFAULT or IMAGENET1K_V1.",
+        "the name of published weights for this network: DEFAULT, a name of torchvision's such as "
+        "IMAGENET1K_V1, or with model=timm a tag such as c3_in1k.",
         null="random initialisation",
     )
     head: Head = option(
@@ -40,6 +45,14 @@ class ModelConfig(Options, section="model"):
         "those of classes that the file does not have (all of them, if the file has no class "
         "names and another number of classes); new: all.",
     )
+
+    @property
+    def published(self) -> str | None:
+        """model.weights if it has the form of a name of published weights; None for files, runs."""
+        text = self.weights
+        if text is None or self.published_form.fullmatch(text) is None or os.path.lexists(text):
+            return None
+        return text
 
 
 @dataclass(kw_only=True)

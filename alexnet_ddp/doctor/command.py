@@ -165,6 +165,7 @@ def _measure(cfg: DoctorConfig, world: World) -> Measurement:
             _measure_model(cfg, world, len(data.train.classes) if data else 1000), error=error
         )
         if data is not None:
+            cfg = replace(cfg, data=data.normalised(cfg.data))
             result = replace(result, images=data.train.fingerprint())
             result = replace(
                 result,

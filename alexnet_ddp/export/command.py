@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def main(options: ExportConfig, overrides: list[str]) -> None:
     # TF32 rounds products to 10 bits, which would hide a difference.
     with distributed.session(cfg.device, tf32=False) as world:
         data = open_data(cfg.data, trained=read_classes(cfg.run_dir)["ids"])
+        cfg = replace(cfg, data=data.normalised(cfg.data))
         best = find_best(cfg.run_dir / "checkpoints")
         trained = read_trained(cfg, best, data.val.classes)
         with _draft(output) as folder:

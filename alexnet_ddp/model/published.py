@@ -1,36 +1,80 @@
-"""Weights that torchvision publishes, by name: model.weights=DEFAULT, IMAGENET1K_V1 and so on."""
+"""Published weights by name: model.weights=DEFAULT, IMAGENET1K_V1, a tag of timm, and so on."""
 
 import logging
-import os
 import re
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
 import torchvision
+from torchvision.models import WeightsEnum
+from torchvision.transforms import InterpolationMode
 
 from alexnet_ddp.config import AlexNetConfig, ModelConfig, TorchvisionConfig
+from alexnet_ddp.config.data import Interpolation
+from alexnet_ddp.config.plugins import TimmConfig
 from alexnet_ddp.runtime.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"[A-Z][A-Z0-9_]*")  # of a member of torchvision's enums; files have a suffix
 _WORDNET_ID = re.compile(r"n\d{8}")
 _IMAGENET = 1000  # classes
 
 
-def published_weights(cfg: ModelConfig, classes: list[str]) -> tuple[str, list[str]] | None:
+def published_weights(cfg: ModelConfig, classes: list[str]) -> tuple[str, list[str] | None] | None:
     """Resolve model.weights, if it is the name of published weights, to a file. Download that once.
 
-    The file is in the cache of torch.hub. classes: class folder names of the data.
+    The file is in the cache of torch.hub, or of this package for a network of timm. classes: class
+    folder names of the data.
 
-    Returns the path, and the class names in the order of the head's rows; None for other values of
-    model.weights. Raises ConfigError for an unknown name, or if the file cannot be downloaded.
+    Returns the path, and the class names in the order of the head's rows, if they are known; None
+    for other values of model.weights. Raises ConfigError for an unknown name, or if the file cannot
+    be downloaded.
     """
-    text = cfg.weights
-    if text is None or _NAME.fullmatch(text) is None or os.path.lexists(text):
+    if cfg.published is None:
         return None
-    name = _torchvision_name(cfg)
+    if isinstance(cfg, TimmConfig):
+        from alexnet_ddp.model.timm_models import published_file  # slow to import
+
+        file, num_classes = published_file(cfg)
+        return file, _rows(classes) if num_classes == _IMAGENET else None
+    weights = _find(cfg)
+    path = _cached(weights.url, f"model.weights ({cfg.published})")
+    log.info("model.weights=%s takes torchvision's %s, in %s", cfg.published, weights, path)
+    return str(path), _rows(classes)
+
+
+def _rows(classes: list[str]) -> list[str]:
+    """Names of ImageNet's 1,000 classes, in the order of the rows of published weights.
+
+    They are the folder names of the data, `classes`, if these are the WordNet ids of ImageNet.
+    """
+    if len(classes) == _IMAGENET and all(map(_WORDNET_ID.fullmatch, classes)):
+        return sorted(classes)
+    return list(torchvision.models.AlexNet_Weights.DEFAULT.meta["categories"])
+
+
+def input_options_of(cfg: ModelConfig, image_size: int) -> dict[str, Any]:
+    """Options of data, by name, that the published weights cfg.published were evaluated with.
+
+    They are mean, std and eval_interpolation, and eval_resize, of which the central crop of
+    image_size pixels covers the same share as with these weights. Raises ConfigError for an unknown
+    name.
+    """
+    how = _find(cfg).transforms()
+    cubic = how.interpolation is InterpolationMode.BICUBIC
+    return {
+        "mean": list(how.mean),
+        "std": list(how.std),
+        "eval_interpolation": Interpolation.bicubic if cubic else Interpolation.bilinear,
+        "eval_resize": round(image_size * how.resize_size[0] / how.crop_size[0]),
+    }
+
+
+def _find(cfg: ModelConfig) -> WeightsEnum:
+    """The member of torchvision's enums that model.weights names. Raises ConfigError."""
+    text, name = cfg.published, _torchvision_name(cfg)
     if name is None:
         rule = "is a name of torchvision's weights, and this network is not torchvision's"
         raise ConfigError(f"model.weights ({text}) {rule}; give a file, or a run such as run:NAME")
@@ -38,14 +82,7 @@ def published_weights(cfg: ModelConfig, classes: list[str]) -> tuple[str, list[s
     if text not in known:
         listed = ", ".join(known) or "none"
         raise ConfigError(f"model.weights ({text}): torchvision has for {name}: {listed}")
-    weights = known[text]
-    path = _cached(weights.url, f"model.weights ({text})")
-    log.info("model.weights=%s takes torchvision's %s, in %s", text, weights, path)
-    rows = list(weights.meta["categories"])
-    # ImageNet's folders are WordNet ids. torchvision's rows have their order.
-    if len(classes) == len(rows) == _IMAGENET and all(map(_WORDNET_ID.fullmatch, classes)):
-        rows = sorted(classes)
-    return str(path), rows
+    return known[text]
 
 
 def _torchvision_name(cfg: ModelConfig) -> str | None:

@@ -31,6 +31,7 @@ from alexnet_ddp.prepare.commit import commit, damaged_files, quarantine_lines, 
 from alexnet_ddp.prepare.engine import Engine, local_engine, with_progress
 from alexnet_ddp.prepare.plan import Plan, ShardTask, make_plan
 from alexnet_ddp.prepare.sources import open_source, splits_of
+from alexnet_ddp.prepare.tables import COPIES
 from alexnet_ddp.prepare.write import is_intact, read_quarantine, read_sidecar, write_shard
 from alexnet_ddp.runtime.errors import DataError, MachineError, Preempted
 from alexnet_ddp.runtime.startup import STOP_SIGNALS, ignore_stop_signals
@@ -66,7 +67,8 @@ def prepare(cfg: PrepareConfig) -> None:
     check_places(absolute(source), root, cfg.engine)
     order = read_order(cfg.class_order)
     splits = [cfg.split.value] if cfg.split is not Split.all else _splits_of(source)
-    plans = [make_plan(cfg, root, split, open_source(source, split, order)) for split in splits]
+    sources = {split: open_source(source, split, order, root) for split in splits}
+    plans = [make_plan(cfg, root, split, found) for split, found in sources.items()]
     check_classes(plans, read_index(Storage(root)))
     warn_about_names(cfg, plans[0].source.classes)
     for plan in plans:
@@ -104,6 +106,8 @@ def _pack(plan: Plan, tasks: list[ShardTask], cfg: PrepareConfig, engine: Engine
         return
     withdraw(root, plan.split)
     _check_quarantine(quarantined, plan, tasks, cfg)
+    if pending and plan.source.copy is not None:
+        plan.source.copy()
     try:
         with closing(
             with_progress(engine, write_shard, pending, f"packing {plan.split}")
@@ -114,6 +118,7 @@ def _pack(plan: Plan, tasks: list[ShardTask], cfg: PrepareConfig, engine: Engine
     finally:
         root.remove(SCRATCH)  # the workers have ended
     commit(plan, tasks)
+    root.remove(COPIES)
 
 
 def _written_before(

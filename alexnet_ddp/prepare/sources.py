@@ -1,4 +1,4 @@
-"""Lists the images to pack: ImageNet archives, class folders, our shards, or WebDataset tars.
+"""Lists the images to pack: ImageNet archives, class folders, shards, tars, or tables.
 
 A name consists of class and file, without the location of the source: the same images give the
 same plan as a folder or as an archive.
@@ -9,7 +9,9 @@ import io
 import logging
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from alexnet_ddp.data.sources.index import FileStore, index_folder
 from alexnet_ddp.data.sources.shard_index import INDEX, check_file, check_split, read_index
 from alexnet_ddp.data.sources.tars import ArchiveStore, Member, tar_members
 from alexnet_ddp.data.storage import Storage, absolute
+from alexnet_ddp.prepare.tables import copies_of, copy_images, read_table, table_files
 from alexnet_ddp.runtime.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -41,6 +44,8 @@ class Source:
     file_of: np.ndarray  # int32 [N]: position in files
     offsets: np.ndarray  # int64 [N]
     sizes: np.ndarray  # int64 [N], in bytes; 0 if unknown
+    # Writes `files`, if they are copies, before a shard is written.
+    copy: Callable[[], None] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -55,13 +60,20 @@ def splits_of(root: str) -> list[str]:
         )
     found = [split for split in ("train", "val") if _kind(storage, split)]
     if not found:
-        rule = f"{imagenet.TRAIN}, train/CLASS/* or train-*.tar in WebDataset layout"
+        rule = (
+            f"{imagenet.TRAIN}, train/CLASS/*, train-*.tar in WebDataset layout, or train-*.parquet"
+        )
         raise DataError(f"source ({root}) contains no images to pack; it must have {rule}")
     return found
 
 
-def open_source(root: str, split: str, order: ClassOrder = BY_NAME) -> Source:
-    """List the images of `split`. Raises DataError, or ConfigError if `order` would be ignored."""
+def open_source(
+    root: str, split: str, order: ClassOrder = BY_NAME, shards: str | None = None
+) -> Source:
+    """List the images of `split`. Raises DataError, or ConfigError if `order` would be ignored.
+
+    shards: where the shards are written, which also takes copies of images in tables.
+    """
     storage = Storage(absolute(root))
     kind = _kind(storage, split)
     if kind == "archive":
@@ -72,6 +84,9 @@ def open_source(root: str, split: str, order: ClassOrder = BY_NAME) -> Source:
             if storage.is_local
             else _remote_folder(storage, split, order)
         )
+    if kind == "tables":
+        assert shards is not None  # of a preparation
+        return _tables(storage, split, order, Storage(absolute(shards)))
     if kind and order != BY_NAME:
         raise ConfigError(
             f"class_order ({order.choice}) would be ignored: the {kind} of source ({root}) "
@@ -95,6 +110,8 @@ def _kind(storage: Storage, split: str) -> str | None:
                 f"{imagenet.VAL}; add it"
             )
         return "archive"
+    if table_files(storage, split):
+        return "tables"
     if storage.exists(split):
         return "folder"
     index = read_index(storage)
@@ -181,6 +198,29 @@ def _of_files(
     whole, files = np.full(n, WHOLE, np.int64), [f"{split}/{path}" for path in paths]
     return Source(
         root, classes, classes, labels, paths, files, np.arange(n, dtype=np.int32), whole, sizes
+    )
+
+
+def _tables(storage: Storage, split: str, order: ClassOrder, shards: Storage) -> Source:
+    """The images of a Hugging Face data set. The files are copies in `shards`, not yet written."""
+    table = read_table(storage, split, order)
+    copies = copies_of(storage, split, table)
+    offsets = np.zeros(len(table.sizes), np.int64)
+    for k in range(len(copies)):
+        rows = np.flatnonzero(table.file_of == k)
+        offsets[rows[1:]] = np.cumsum(table.sizes[rows])[:-1]
+    places = sorted(range(len(table.names)), key=lambda i: (table.labels[i], table.names[i]))
+    return Source(
+        shards.root,
+        table.classes,
+        table.classes,
+        table.labels[places],
+        [table.names[i] for i in places],
+        copies,
+        table.file_of[places],
+        offsets[places],
+        table.sizes[places],
+        partial(copy_images, storage, shards, table, copies),
     )
 
 

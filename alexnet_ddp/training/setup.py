@@ -49,12 +49,13 @@ class RunSetup:
     """
 
     def __init__(self, cfg: Config, world: World, up_to: int | None = None) -> None:
-        self.cfg, self.world = cfg, world
+        self.world = world
         check_precision(cfg.trainer.precision, world)
         UserMetrics(
             cfg.trainer.metrics, world.device
         )  # refuses unknown names before the run starts
         self.data = distributed.first_on_node(lambda: open_data(cfg.data, may_make=True), world)
+        self.cfg = cfg = replace(cfg, data=self.data.normalised(cfg.data))
         self.sampler = build_sampler(cfg, self.data.train)
         if self.sampler.sampling is not None:
             found = describe(self.sampler.sampling, self.data.class_names)

@@ -401,7 +401,10 @@ class Trainer:
         total, per_epoch = budget.total_steps, budget.steps_per_epoch
         info = RunInfo(cfg.run.name, world.is_main, step, total, per_epoch, to_plain(cfg))
         tracker = build_tracker(cfg.logger, cfg.run_dir, info)
-        facts = {"world_size": world.world_size, "overrides": overrides, "start_step": step}
+        # So that other commands use these numbers, whatever data they read.
+        found = [f"data.mean={cfg.data.mean}", f"data.std={cfg.data.std}"]
+        recorded = overrides if data.normalisation is None else [*overrides, *found]
+        facts = {"world_size": world.world_size, "overrides": recorded, "start_step": step}
         tracker.record(to_yaml(cfg), facts, {"ids": data.train.classes, "names": data.class_names})
         tracker.say(
             headline(

@@ -49,6 +49,7 @@ DATA_KEYS = (
     "data.name, data.num_classes, data.num_threads, data.num_train, data.num_val, data.on_bad_image, data.path_column, data.root, "
     "data.sampling, data.shuffle, data.start_image_size, data.std, data.val_fraction, data.window_shards"
 )
+THREE = "must be auto, or three numbers, of red, green and blue in [0, 1]; write data.mean=[r,g,b]"
 NUMBERS = "or numbers of at least 0 and not all 0, one per class; write "
 WRONG_VALUES = {
     "data.sampling=evenly": (
@@ -62,6 +63,16 @@ WRONG_VALUES = {
     ),
     "data.sampling=2": (
         f"data.sampling (2) must be balanced or sqrt, {NUMBERS}data.sampling=balanced"
+    ),
+    "data=folder data.root=x data.mean=auto": (
+        "data.mean (auto) takes the statistics that prepare writes, and only data=shards has them; "
+        "give data.mean=[r,g,b] and data.std=[r,g,b], or pack the images"
+    ),
+    "data.mean=0.5": f"data.mean (0.5) {THREE}",
+    "data.mean=[a,0,0]": f"data.mean (['a', 0, 0]) {THREE}",
+    "data.mean=[0,0]": (
+        "data.mean ([0, 0]) must be three numbers, of red, green and blue in [0, 1]; "
+        "write data.mean=[r,g,b]"
     ),
     "trainer.class_weights=sqrt": (
         f"trainer.class_weights (sqrt) must be balanced, {NUMBERS}trainer.class_weights=balanced"

@@ -508,7 +508,7 @@ OWNERS |= {
 }
 
 
-FILES = (".py", ".json", ".npy", ".yaml", ".png", ".onnx", ".pt2")
+FILES = (".py", ".json", ".npy", ".yaml", ".png", ".onnx", ".safetensors", ".pt2")
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ import torch
 import torchvision
 
 from alexnet_ddp.config import AlexNetConfig, ConfigError, ModelConfig, TorchvisionConfig
+from alexnet_ddp.config.compose import compose
+from alexnet_ddp.config.data import IMAGENET_MEAN, IMAGENET_STD
 from alexnet_ddp.config.recipe import AlexNetBNConfig
 from alexnet_ddp.model import build_model
-from alexnet_ddp.model.published import published_weights
+from alexnet_ddp.model.published import input_options_of, published_weights
 
 ENUM = torchvision.models.SqueezeNet1_1_Weights
 CATEGORIES = ENUM.DEFAULT.meta["categories"]
@@ -126,6 +128,36 @@ def test_an_unknown_name_is_one_line(cfg: ModelConfig, message):
     with pytest.raises(ConfigError) as error:
         published_weights(cfg, ["cat"])
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("cfg", "size", "interpolation", "resize"),
+    [
+        (TorchvisionConfig(name="efficientnet_b0", weights="DEFAULT"), 112, "bicubic", 128),
+        (TorchvisionConfig(name="resnet50", weights="DEFAULT"), 224, "bilinear", 232),
+        (TorchvisionConfig(name="resnet50", weights="IMAGENET1K_V1"), 224, "bilinear", 256),
+        (AlexNetConfig(weights="DEFAULT"), 64, "bilinear", 73),
+    ],
+)
+def test_weights_bring_the_inputs_that_they_were_evaluated_with(cfg, size, interpolation, resize):
+    assert input_options_of(cfg, size) == {
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+        "eval_interpolation": interpolation,
+        "eval_resize": resize,
+    }
+
+
+def test_options_of_the_user_come_before_those_of_the_weights():
+    model = ["model=torchvision", "model.name=efficientnet_b2", "model.weights=DEFAULT"]
+    given = ["data.std=[1,1,1]", "data.eval_interpolation=bilinear"]
+    found = compose("evaluate", ["data=synthetic", *model, *given]).data
+    assert (found.mean, found.std) == (list(IMAGENET_MEAN), [1, 1, 1])
+    assert found.eval_interpolation.value == "bilinear"
+    assert found.eval_resize == 224  # torchvision's, 288 of 288
+    found = compose("train", ["data=shards", "data.root=x", *model, "data.mean=auto"]).data
+    assert (found.mean, found.std) == ("auto", None)  # both are those of the shards
+    assert found.eval_interpolation.value == "bicubic"
 
 
 def test_files_and_runs_are_no_names(tmp_path, monkeypatch):

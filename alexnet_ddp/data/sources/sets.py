@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from alexnet_ddp.config import (
     ShardsConfig,
     SyntheticConfig,
 )
+from alexnet_ddp.config.data import AUTO
 from alexnet_ddp.config.plugins import PluginDataConfig
 from alexnet_ddp.data.sources.classes import (
     BY_NAME,
@@ -52,6 +53,15 @@ class ImageSets:
     class_names: list[str]  # readable names, in the order of the labels
     # (eigenvalues, eigenvectors) of the RGB values of the training images, if they are known.
     colour_basis: tuple[np.ndarray, np.ndarray] | None = None
+    # (mean, standard deviation) of red, green and blue that data.mean=auto stands for.
+    normalisation: tuple[list[float], list[float]] | None = None
+
+    def normalised(self, cfg: DataConfig) -> DataConfig:
+        """`cfg`, with which these images were opened, with numbers in place of data.mean=auto."""
+        if self.normalisation is None:
+            return cfg
+        mean, std = self.normalisation
+        return replace(cfg, mean=mean, std=std)
 
 
 def open_data(
@@ -66,7 +76,7 @@ def open_data(
     only when it is selected, which shortens the start.
     Raises DataError, and ConfigError for a wrong class order.
     """
-    basis = None
+    basis, normalisation = None, None
     match cfg:
         case DemoConfig():
             from alexnet_ddp.data.sources.demo import ensure_demo
@@ -90,6 +100,8 @@ def open_data(
         case ShardsConfig():
             train, val, names = open_shards(cfg)
             basis = colour_basis(Storage(absolute(cfg.root)))
+            if cfg.mean == AUTO:
+                normalisation = _normalisation(Storage(absolute(cfg.root)), cfg.std)
         case PluginDataConfig():
             from alexnet_ddp.data.sources.plugin import open_plugin
 
@@ -104,7 +116,8 @@ def open_data(
     check_same_classes(train, val)
     choice = cfg.class_order if isinstance(cfg, LabelledConfig) else NAME
     _warn_of_names(train.classes, trained is None and choice == NAME)
-    return ImageSets(train.subset(cfg.limit_train), val.subset(cfg.limit_val), names, basis)
+    sides = train.subset(cfg.limit_train), val.subset(cfg.limit_val)
+    return ImageSets(*sides, names, basis, normalisation)
 
 
 def _order(choice: str, trained: list[str] | None) -> ClassOrder:
@@ -170,3 +183,24 @@ def colour_basis(root: Storage) -> tuple[np.ndarray, np.ndarray] | None:
             error,
         )
         return None
+
+
+def _normalisation(root: Storage, std: list[float] | None) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the RGB values in [0, 1] of packed training images.
+
+    std: returned as it is, if it is given. Raises DataError if the file of the colour statistics
+    has none, or a standard deviation of 0.
+    """
+    path = root.path("train.stats.json")
+    try:
+        found = json.loads(root.read("train.stats.json"))
+        mean = [float(value) for value in found["mean"]]
+        std = [float(value) for value in found["std"]] if std is None else std
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        rule = f"data.mean (auto) needs {path}, which cannot be read ({error})"
+        remedy = "prepare the shards again, or give data.mean=[r,g,b] and data.std=[r,g,b]"
+        raise DataError(f"{rule}; {remedy}") from error
+    if min(std) <= 0:
+        rule = f"data.mean (auto) takes the standard deviations {std} from {path}"
+        raise DataError(f"{rule}, which must be greater than 0; give data.std=[r,g,b] as well")
+    return mean, std
