@@ -40,7 +40,8 @@ ONLY_IN = {  # library -> the modules that may import it: packages, or files of 
     r"peft": {"model/adapters", "training/adalora"},
     r"fcntl": {"runtime/files"},  # file locks
     r"pyspark": {"prepare/spark"},
-    r"pyarrow": {"predict/parquet", "data/sources/table"},
+    r"pyarrow": {"runtime/tables", "data/sources/table"},
+    r"sklearn": {"training/class_metrics"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -46,11 +46,13 @@ Evaluate exactly: every validation image once, on any number of processes.
   python -m alexnet_ddp.evaluate model=alexnet model.weights=FILE data=imagenet data.root=DIR
   torchrun --nproc_per_node=2 -m alexnet_ddp.evaluate run.name=X
   python -m alexnet_ddp.evaluate run.name=X calibrate=true
+  python -m alexnet_ddp.evaluate run.name=X metrics=true predictions=FILE.csv
 
 Prints top-1, top-5 and a table of the classes; with run.name, also writes evaluation.json into the
-run's directory. data.root must contain the training images too: they determine the classes.
-With run.name every option has the run's value, unless the command line gives another.
-calibrate=true fits a temperature to the validation images, which predict then uses.""",
+run's directory. metrics=true adds precision, recall, F1, AUROC and the confusions of classes, and
+needs pip install 'alexnet-ddp[metrics]'. data.root must contain the training images too: they
+determine the classes. With run.name every option has the run's value, unless the command line
+gives another. calibrate=true fits a temperature to the validation images; predict then uses it.""",
     "predict": """\
 Classify images with a trained run: prints the most probable classes of each image.
 
