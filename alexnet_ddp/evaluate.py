@@ -65,6 +65,7 @@ from alexnet_ddp.training.trained import read_trained
 
 log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
 
+_CLASSES_FILE = "evaluation_classes.csv"
 _MAX_ROWS = 40  # classes in the table; evaluation.json contains all of them
 _MAX_CONFUSIONS = 5  # printed pairs of classes
 
@@ -163,6 +164,9 @@ def _finish(found: Found, data: ImageSets, options: EvaluateConfig, run_dir: Pat
         record |= {"metrics": metrics.summary, "confusions": confusions(metrics, names)}
         lines = _metric_lines(metrics, names)
         _write_classes(run_dir, metrics, data.val.classes, names, found.evaluation.per_class)
+    elif run_dir is not None:
+        # It may be of another checkpoint than the new evaluation.json.
+        (run_dir / _CLASSES_FILE).unlink(missing_ok=True)
     if run_dir is not None:
         write_json(run_dir / "evaluation.json", record)
     if options.predictions is not None and found.scores is not None:
@@ -178,8 +182,8 @@ def _finish(found: Found, data: ImageSets, options: EvaluateConfig, run_dir: Pat
 def _write_classes(
     run_dir: Path, found: ClassMetrics, ids: list[str], names: list[str], counts: Tensor
 ) -> None:
-    """Write evaluation_classes.csv."""
-    file = run_dir / "evaluation_classes.csv"
+    """Write evaluation_classes.csv. Raises ConfigError."""
+    file = run_dir / _CLASSES_FILE
     with closing(open_table("metrics", str(file), CLASS_COLUMNS)) as table:
         for row in class_rows(found, ids, names, counts):
             table.write(row)

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "alexnet_ddp"
 # A command may import everything, and nothing imports a command. test_module_keeps_its_place knows `cli` too.
 COMMANDS = {
     *("train", "evaluate", "predict", "prepare", "plan", "doctor", "replay", "lr_find"),
-    *("launch", "export"),
+    *("launch", "export", "runs", "compare"),
     "api",
 }
 SHARED = {"config", "plugins", "rng", "runtime"}  # every package may import these

@@ -85,6 +85,11 @@ def test_metrics_are_those_of_one_process_for_any_number_of_ranks(tmp_path):
         # The batches are the same, only the threads of a convolution may differ.
         np.testing.assert_allclose(shares, one[0], rtol=0, atol=1e-6)
         assert written["confusions"] == one[1]["confusions"]
+    assert run("evaluate", "run.name=x", cwd=tmp_path).returncode == 0
+    plain = json.loads((tmp_path / "runs/x/evaluation.json").read_text())
+    assert plain["per_class"] == one[1]["per_class"]
+    assert one[1].keys() - plain.keys() == {"metrics", "confusions"}
+    assert not (tmp_path / "runs/x/evaluation_classes.csv").exists()
     done = run("evaluate", "run.name=x", "predictions=none/p.csv", cwd=tmp_path)
     assert done.returncode == 64
     assert "predictions (none/p.csv) must be in an existing directory" in done.stdout
