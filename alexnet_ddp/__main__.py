@@ -14,6 +14,8 @@ COMMANDS = {
     "prepare": "pack images into verified shards",
     "plan": "predict the time and memory of a training on a cluster",
     "doctor": "check the machines that a run would use",
+    "runs": "list all runs of a folder, with their results and options",
+    "compare": "show the options, curves and the first step in which two runs differ",
     "replay": "compute a bad step again, to find its cause",
     "lr-find": "find a learning rate for a training",
     "launch": "copy the scripts that start runs on several machines",

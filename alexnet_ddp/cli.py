@@ -142,6 +142,17 @@ def config_of_run(run_dir: Path, overrides: list[str], opens_data: bool = True) 
     return replace(cfg, run=RunConfig(name=run_dir.name, root=str(run_dir.parent)))
 
 
+def with_positions(arguments: list[str], names: tuple[str, ...]) -> list[str]:
+    """The arguments of a command whose first ones may be values of the options `names`, in turn."""
+    given = []
+    for name, argument in zip(names, arguments):
+        is_option = "=" in argument and not os.path.isdir(argument)
+        if is_option or argument.startswith("-"):
+            break
+        given.append(f"{name}={argument}")
+    return given + arguments[len(given) :]
+
+
 def with_record_options(arguments: list[str]) -> list[str]:
     """The arguments of replay, in which the first one may be the path of a record.
 

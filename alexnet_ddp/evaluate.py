@@ -1,6 +1,6 @@
 """Evaluate a run or a weights file: every validation image once, with any number of processes.
 
-python -m alexnet_ddp.evaluate run.name=X [data.root=DIR] [calibrate=true]
+python -m alexnet_ddp.evaluate run.name=X [data.root=DIR] [metrics=true] [calibrate=true]
 python -m alexnet_ddp.evaluate model=alexnet model.weights=FILE data=imagenet data.root=DIR
 """
 
@@ -15,19 +15,23 @@ if __name__ == "__main__":  # torch, below, is imported after the configuration 
 
 import logging
 from collections import Counter
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from alexnet_ddp import cli
 from alexnet_ddp.checkpoint.format import find_best, weights_of_run
 from alexnet_ddp.config import Config, ConfigError, EvaluateConfig, Head
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_batches
+from alexnet_ddp.data.sources.index import SampleIndex
 from alexnet_ddp.data.sources.sets import ImageSets, open_data
+from alexnet_ddp.data.sources.source import Skipped
 from alexnet_ddp.model import (
     build_model,
     load_weights,
@@ -38,34 +42,49 @@ from alexnet_ddp.model import (
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.runtime.errors import Preempted
-from alexnet_ddp.runtime.files import write_json
+from alexnet_ddp.runtime.files import require_folder_of, write_json
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.signals import StopSignal
+from alexnet_ddp.runtime.tables import NUMBER, TEXT, open_table, require_pyarrow
 from alexnet_ddp.runtime.terminal import Console, Table
 from alexnet_ddp.tracking import read_classes
-from alexnet_ddp.training.calibration import NUM_BINS, Outputs, fit, write_calibration
+from alexnet_ddp.training.calibration import NUM_BINS, Outputs, Scores, fit, write_calibration
+from alexnet_ddp.training.class_metrics import (
+    CLASS_COLUMNS,
+    ClassMetrics,
+    class_metrics,
+    class_rows,
+    confusions,
+    image_rows,
+    require_sklearn,
+    wilson_interval,
+)
 from alexnet_ddp.training.evaluation import Evaluation, evaluate
 from alexnet_ddp.training.precision import check_precision
 from alexnet_ddp.training.trained import read_trained
 
 log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
 
+_CLASSES_FILE = "evaluation_classes.csv"
 _MAX_ROWS = 40  # classes in the table; evaluation.json contains all of them
+_MAX_CONFUSIONS = 5  # printed pairs of classes
 
 
 def main(options: EvaluateConfig, overrides: list[str]) -> None:
     """Evaluate model.weights if it is given, else the best checkpoint of run.name.
 
-    A run's result is also written to evaluation.json in its directory, and with calibrate=true its
-    temperature to calibration.json. Raises ConfigError, DataError or, after a stop signal,
-    Preempted.
+    A run's result is also written to its directory: evaluation.json, with metrics=true
+    evaluation_classes.csv, and with calibrate=true calibration.json. Raises ConfigError, DataError
+    or, after a stop signal, Preempted.
     """
     cfg: Config = options
     file = cfg.model.weights
     if file is None:
-        kept = [one for one in overrides if one.partition("=")[0].lstrip("+") != "calibrate"]
+        own = {one.name for one in fields(EvaluateConfig)} - {one.name for one in fields(Config)}
+        kept = [one for one in overrides if one.partition("=")[0].lstrip("+") not in own]
         cfg = cli.config_of_run(cfg.run_dir, kept)
     with distributed.session(cfg.device, cfg.trainer.tf32) as world:
+        distributed.from_main(lambda: _check_libraries(options), world)
         check_precision(cfg.trainer.precision, world)
         known = (
             distributed.on_all(lambda: read_classes(cfg.run_dir)["ids"], world)
@@ -76,42 +95,150 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
         cfg = replace(cfg, data=data.normalised(cfg.data))
         model, origin, directory = _open_network(cfg, file, data, world)
         model.to(world.device).to(memory_format=torch.channels_last)
-        loader = build_loader(cfg.data, data.val, None, world.num_cores, world.device)
-        works = evaluation_batches(
-            len(data.val), cfg.trainer.eval_batch_size, world.rank, world.world_size
+        needs_outputs = options.calibrate or options.metrics or options.predictions is not None
+        found = _evaluate(model, origin, data.val, cfg, Outputs() if needs_outputs else None, world)
+        distributed.from_main(
+            lambda: _finish(found, data, options, cfg.run_dir if file is None else None), world
         )
-        batches, num_classes = loader.batches(works), len(data.val.classes)
-        outputs = Outputs() if options.calibrate else None
-        observe = outputs.add if outputs is not None else None
-        result = evaluate(
-            model, batches, cfg.trainer, num_classes, world, StopSignal(), observe=observe
-        )
-        if result is None:
-            raise Preempted(
-                "stopped before the evaluation was complete; start the same command again"
-            )
-        bad = sorted(one.reason for one in distributed.all_gather_objects(result.skipped))
-        if bad:
-            log.warning(
-                "%d images could not be read and are not counted, such as %s", len(bad), bad[0]
-            )
-        if world.is_main:
-            if file is None:  # before printing, which may fail: the reader of a pipe may have ended
-                write_json(
-                    cfg.run_dir / "evaluation.json",
-                    _record(result, data.class_names, origin | {"bad_images": bad}),
-                )
-            _report(
-                result, data.class_names, {"run": cfg.run.name} | origin if file is None else origin
-            )
-        if outputs is not None and directory is not None:
-            _calibrate(outputs, cfg.run_dir, directory, world)
+        if options.calibrate and directory is not None:
+            _calibrate(found.scores, cfg.run_dir, directory, world)
 
 
-def _calibrate(outputs: Outputs, run_dir: Path, checkpoint: Path, world: World) -> None:
-    """Collective. Write calibration.json and print what it changes. Raises DataError."""
-    gathered = outputs.gather(world)
-    found = distributed.from_main(lambda: None if gathered is None else fit(*gathered), world)
+@dataclass(frozen=True)
+class Found:
+    """An evaluation, where the network comes from, and what all ranks have found."""
+
+    evaluation: Evaluation
+    origin: dict
+    bad: list[Skipped]  # images that could not be read, in their order
+    scores: Scores | None  # on rank 0, if they were asked for
+
+
+def _evaluate(
+    model: nn.Module,
+    origin: dict,
+    val: SampleIndex,
+    cfg: Config,
+    outputs: Outputs | None,
+    world: World,
+) -> Found:
+    """Collective. Evaluate on all images of `val`. Raises Preempted after a stop signal."""
+    loader = build_loader(cfg.data, val, None, world.num_cores, world.device)
+    works = evaluation_batches(len(val), cfg.trainer.eval_batch_size, world.rank, world.world_size)
+    result = evaluate(
+        model,
+        loader.batches(works),
+        cfg.trainer,
+        len(val.classes),
+        world,
+        StopSignal(),
+        observe=None if outputs is None else outputs.add,
+    )
+    if result is None:
+        raise Preempted("stopped before the evaluation was complete; start the same command again")
+    bad = sorted(distributed.all_gather_objects(result.skipped), key=lambda one: one.index)
+    if bad:
+        log.warning(
+            "%d images could not be read and are not counted, such as %s", len(bad), bad[0].reason
+        )
+    return Found(result, origin, bad, None if outputs is None else outputs.gather(world))
+
+
+def _check_libraries(options: EvaluateConfig) -> None:
+    """Raise ConfigError if a file that is asked for cannot be written."""
+    if options.metrics:
+        require_sklearn()
+    if options.predictions is not None:
+        require_pyarrow("predictions", options.predictions)
+        require_folder_of("predictions", options.predictions)
+
+
+def _finish(found: Found, data: ImageSets, options: EvaluateConfig, run_dir: Path | None) -> None:
+    """Write the files, then print the results: a reader of a pipe may have ended.
+
+    run_dir: of the run; None for a file of weights.
+    """
+    names = _unique_names(data.class_names)
+    record, lines = _record(found, names), []
+    if options.metrics and found.scores is not None and run_dir is not None:
+        metrics = class_metrics(found.scores)
+        record |= {"metrics": metrics.summary, "confusions": confusions(metrics, names)}
+        lines = _metric_lines(metrics, names)
+        _write_classes(run_dir, metrics, data.val.classes, names, found.evaluation.per_class)
+    elif run_dir is not None:
+        # It may be of another checkpoint than the new evaluation.json.
+        (run_dir / _CLASSES_FILE).unlink(missing_ok=True)
+    if run_dir is not None:
+        write_json(run_dir / "evaluation.json", record)
+    if options.predictions is not None and found.scores is not None:
+        _write_predictions(
+            options.predictions, found.scores, found.bad, data.val, names, options.top_k
+        )
+    of_run = {} if run_dir is None else {"run": run_dir.name}
+    _report(found.evaluation, data.class_names, of_run | found.origin)
+    for line in lines:
+        say(line)
+
+
+def _write_classes(
+    run_dir: Path, found: ClassMetrics, ids: list[str], names: list[str], counts: Tensor
+) -> None:
+    """Write evaluation_classes.csv. Raises ConfigError."""
+    file = run_dir / _CLASSES_FILE
+    with closing(open_table("metrics", str(file), CLASS_COLUMNS)) as table:
+        for row in class_rows(found, ids, names, counts):
+            table.write(row)
+
+
+def _write_predictions(
+    file: str,
+    scores: Scores,
+    bad: list[Skipped],
+    images: SampleIndex,
+    names: list[str],
+    top_k: int,
+) -> None:
+    """Write a row for each image of `images`, in their order. Raises ConfigError."""
+    columns: dict[str, str | int] = {"image": TEXT, "label": TEXT}
+    for k in range(1, min(top_k, len(names)) + 1):
+        columns |= {f"class_{k}": TEXT, f"probability_{k}": NUMBER}
+    columns |= {"loss": NUMBER, "error": TEXT}
+    reasons, rows = {one.index: one.reason for one in bad}, image_rows(scores, names, top_k)
+    with closing(open_table("predictions", file, columns)) as table:
+        for i, label in enumerate(images.labels.tolist()):
+            about = {"image": images.name(i), "label": names[label]}
+            table.write(about | ({"error": reasons[i]} if i in reasons else next(rows)))
+
+
+def _metric_lines(found: ClassMetrics, names: list[str]) -> list[str]:
+    """The means over classes, and the most frequent confusions."""
+    one = found.summary
+    shares = {
+        "balanced accuracy": one["balanced_accuracy"],
+        "F1 (macro)": one["f1"]["macro"],
+        "AUROC (macro)": one["auroc_macro"],
+        "average precision (macro)": one["average_precision_macro"],
+        "Cohen's kappa": one["cohen_kappa"],
+        "calibration error": one["expected_calibration_error"],
+    }
+    known = [f"{name} {value:.4f}" for name, value in shares.items() if value is not None]
+    wrong = found.confusion * (1 - np.eye(len(names), dtype=np.int64))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:_MAX_CONFUSIONS].tolist()
+    pairs = [divmod(k, len(names)) for k in order if wrong.flat[k]]
+    return ["  ".join(known)] + [
+        f"{wrong[i, j]:,} of {found.confusion[i].sum():,} {names[i]} are taken for {names[j]}"
+        for i, j in pairs
+    ]
+
+
+def _calibrate(scores: Scores | None, run_dir: Path, checkpoint: Path, world: World) -> None:
+    """Collective. Write calibration.json and print what it changes. Raises DataError.
+
+    scores: on rank 0, None on other ranks.
+    """
+    found = distributed.from_main(
+        lambda: None if scores is None else fit(scores.logits, scores.labels), world
+    )
     if world.is_main and found is not None:
         write_calibration(run_dir, checkpoint, found)
         say(
@@ -154,19 +281,31 @@ def _from_file(
     return model, {"weights": weights}
 
 
-def _record(result: Evaluation, names: list[str], origin: dict) -> dict:
+def _record(found: Found, names: list[str]) -> dict:
     """The content of evaluation.json: origin, the metrics of metrics.jsonl, and counts per class.
 
-    If classes share a name, their keys contain the label too.
+    names: unique.
     """
-    counts = result.per_class.tolist()
-    known = Counter(names)  # two WordNet ids are both "crane"
-    keys = [f"{name} ({label})" if known[name] > 1 else name for label, name in enumerate(names)]
+    row = found.evaluation.row
+    interval = _top1_interval(row)
     classes = {
-        key: dict(zip(("num_images", "correct1", "correct5"), row))
-        for key, row in zip(keys, counts)
+        name: dict(zip(("num_images", "correct1", "correct5"), counts))
+        for name, counts in zip(names, found.evaluation.per_class.tolist())
     }
-    return {**origin, **result.row, "per_class": classes}
+    bad = {"bad_images": sorted(one.reason for one in found.bad)}
+    return {**found.origin, **bad, **row, "val/top1_interval_95": interval, "per_class": classes}
+
+
+def _top1_interval(row: dict) -> list[float]:
+    """The 95 % confidence interval of top-1, in percent."""
+    ends = wilson_interval(row["val/correct1"], row["val/num_images"])
+    return [100 * end for end in ends]
+
+
+def _unique_names(names: list[str]) -> list[str]:
+    """The names of the classes; those that several classes have, with the label too."""
+    known = Counter(names)  # two WordNet ids are both "crane"
+    return [f"{name} ({label})" if known[name] > 1 else name for label, name in enumerate(names)]
 
 
 def _report(result: Evaluation, names: list[str], origin: dict) -> None:
@@ -190,7 +329,9 @@ def _report(result: Evaluation, names: list[str], origin: dict) -> None:
         f"(top-1: {row['val/correct1']:,}, top-5: {row['val/correct5']:,}, "
         f"of {row['val/num_images']:,} images)"
     )
+    low, high = _top1_interval(row)
     say(
         f"top-1 {row['val/top1']:.2f} %  top-5 {row['val/top5']:.2f} %  "
-        f"loss {row['val/loss']:.4f}  {counts}"
+        f"loss {row['val/loss']:.4f}  {counts}  "
+        f"95 % interval of top-1: {low:.2f} to {high:.2f} %"
     )

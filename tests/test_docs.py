@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import alexnet_ddp
+from alexnet_ddp.cli import with_positions
 from alexnet_ddp.config.compose import compose
 from alexnet_ddp.config.overrides import find_option
 from alexnet_ddp.config.schema import ROOTS, group_names, groups, options, sections
@@ -28,6 +29,8 @@ PAGES = [*FRONT, *DOCS, *OTHERS]
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 # Attributes of load_run()'s result, which look like options.
 ATTRIBUTES = {"run.model", "run.transform", "run.classes", "run.config", "run.checkpoint"}
+# Options that may be given as the first arguments.
+POSITIONS = {"runs": ("root",), "compare": ("first", "second")}
 FOLDERS = ("alexnet_ddp", "benchmarks", "conf", "docs", "launch", "slurm", "tests")
 
 
@@ -141,12 +144,14 @@ def command_of(line: str) -> tuple[str, list[str]] | None:
 
 
 def of_module(module: str, *arguments: str) -> tuple[str, list[str]] | None:
-    """`launch` has no options to compose, and neither has --version; `replay` takes the path of a file, too."""
+    """`launch` has no options to compose, and neither has --version; some commands take paths, too."""
     name, rest = module.removeprefix("alexnet_ddp."), list(arguments)
     if module == "alexnet_ddp":
         name, rest = (rest[0], rest[1:]) if rest else ("launch", [])
     if (name == module and module != "alexnet_ddp") or name == "launch" or name.startswith("-"):
         return None
+    if name in POSITIONS:
+        return name, with_positions(rest, POSITIONS[name])
     return name, [word for word in rest if "=" in word] if name == "replay" else rest
 
 
@@ -207,6 +212,8 @@ def test_the_reader_of_command_lines_finds_them_and_wrong_ones_are_refused():
         "WORKERS=2 launch/spark.sh root=x": ("prepare", ["root=x"]),
         "alexnet-ddp plan nodes=2": ("plan", ["nodes=2"]),
         "python -m alexnet_ddp.replay runs/x/replay.json": ("replay", []),
+        "alexnet-ddp runs sweeps sort=top1": ("runs", ["root=sweeps", "sort=top1"]),
+        "alexnet-ddp compare a b": ("compare", ["first=a", "second=b"]),
         "alexnet-ddp launch DIR": None,
         "alexnet-ddp --version": None,
         "pip install x": None,

@@ -121,6 +121,13 @@ def check_finite(path: str, value: Any) -> None:
         raise ConfigError(f"{path} ({value}) must be a finite number")
 
 
+def check_suffix(path: str, value: str | None, known: tuple[str, ...]) -> None:
+    """Raise ConfigError unless the file `value`, if there is one, ends in one of `known`."""
+    if value is not None and not value.endswith(known):
+        ends = f"{', '.join(known[:-1])} or {known[-1]}"
+        raise ConfigError(f"{path} ({value}) must end in {ends}, which choose the format")
+
+
 def shown(value: Any) -> str:
     """A value for a message: one line, and not too long."""
     if isinstance(value, int) and abs(value) >= 10**_MAX_SHOWN:

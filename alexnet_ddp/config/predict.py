@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alexnet_ddp.config.data import OnBadImage
-from alexnet_ddp.config.option import MISSING, Options, option
+from alexnet_ddp.config.option import MISSING, Options, check_suffix, option
 from alexnet_ddp.config.run import Device, RunConfig
 from alexnet_ddp.runtime.errors import ConfigError
 
@@ -54,8 +54,8 @@ class PredictConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_suffix("output", self.output, (".jsonl", ".csv", ".parquet"))
-        _check_suffix("embeddings", self.embeddings, (".npy", ".parquet"))
+        check_suffix("output", self.output, (".jsonl", ".csv", ".parquet"))
+        check_suffix("embeddings", self.embeddings, (".npy", ".parquet"))
         if self.layer is not None and self.embeddings is None:
             rule = "is the layer of the embeddings, which are not written"
             raise ConfigError(f"layer ({self.layer}) {rule}; give embeddings=FILE.npy too")
@@ -69,9 +69,3 @@ def embedding_files(embeddings: str) -> list[Path]:
     """The files that the option `embeddings` writes: beside X.npy, X.jsonl with the paths."""
     file = Path(embeddings)
     return [file, file.with_suffix(".jsonl")] if file.suffix == ".npy" else [file]
-
-
-def _check_suffix(name: str, value: str | None, known: tuple[str, ...]) -> None:
-    if value is not None and not value.endswith(known):
-        ends = f"{', '.join(known[:-1])} or {known[-1]}"
-        raise ConfigError(f"{name} ({value}) must end in {ends}, which choose the format")

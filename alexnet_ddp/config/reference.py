@@ -46,11 +46,13 @@ Evaluate exactly: every validation image once, on any number of processes.
   python -m alexnet_ddp.evaluate model=alexnet model.weights=FILE data=imagenet data.root=DIR
   torchrun --nproc_per_node=2 -m alexnet_ddp.evaluate run.name=X
   python -m alexnet_ddp.evaluate run.name=X calibrate=true
+  python -m alexnet_ddp.evaluate run.name=X metrics=true predictions=FILE.csv
 
 Prints top-1, top-5 and a table of the classes; with run.name, also writes evaluation.json into the
-run's directory. data.root must contain the training images too: they determine the classes.
-With run.name every option has the run's value, unless the command line gives another.
-calibrate=true fits a temperature to the validation images, which predict then uses.""",
+run's directory. metrics=true adds precision, recall, F1, AUROC and the confusions of classes, and
+needs pip install 'alexnet-ddp[metrics]'. data.root must contain the training images too: they
+determine the classes. With run.name every option has the run's value, unless the command line
+gives another. calibrate=true fits a temperature to the validation images; predict then uses it.""",
     "predict": """\
 Classify images with a trained run: prints the most probable classes of each image.
 
@@ -130,6 +132,25 @@ Find a learning rate: train some steps with a rising rate, and see where the los
 
 Give it the overrides of the run. It prints a suggestion for optimizer.lr and draws the curve. It
 reads and writes nothing of a run. Exit codes: 0 done, 64 configuration, 65 data.""",
+    "runs": """\
+List all runs below a folder: status, best top-1, step, images/s, hours, and the options in which
+the runs differ.
+
+  alexnet-ddp runs [FOLDER] [sort=top1]
+  alexnet-ddp runs FOLDER output=FILE.csv
+
+FOLDER is the option root, by default runs. The options that were given on a command line come
+first. output=FILE.csv has a column for each option. Exit codes: 0 done, 64 configuration.""",
+    "compare": """\
+Compare two runs: their options, their curves side by side, and the first step in which they differ.
+
+  alexnet-ddp compare A B
+  alexnet-ddp compare A B max_rows=null
+
+A and B are names of runs below root (runs), or their directories. Losses and learning rates differ
+if they differ by more than tolerance, relative to the larger one. The first step is the first one
+with a row in metrics.jsonl: start the runs with trainer.log_every_steps=1 to find it exactly.
+Exit codes: 0 done, 64 configuration.""",
 }
 _HOW = """\
 Usage: GROUP=CHOICE and OPTION=VALUE. --help NAME explains one group or option; --cfg job prints the
@@ -218,7 +239,7 @@ _WITH_TRAIN = (
 def markdown(
     commands: tuple[str, ...] = (
         *("train", "evaluate", "doctor", "replay", "lr_find", "predict", "export", "plan"),
-        "prepare",
+        *("prepare", "runs", "compare"),
     ),
 ) -> str:
     """docs/configuration.md."""

@@ -10,7 +10,18 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from alexnet_ddp.config import data, evaluate, export, plan, plugins, predict, prepare, recipe, run
+from alexnet_ddp.config import (
+    data,
+    evaluate,
+    export,
+    plan,
+    plugins,
+    predict,
+    prepare,
+    recipe,
+    run,
+    runs,
+)
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # An installed wheel contains conf/ inside the package; in a checkout both are in one folder.
@@ -27,6 +38,8 @@ ROOTS: dict[str, type] = {
     "export": export.ExportConfig,
     "plan": plan.PlanConfig,
     "prepare": prepare.PrepareConfig,
+    "runs": runs.RunsConfig,
+    "compare": runs.CompareConfig,
 }
 # GROUP=CHOICE -> the class of its options. conf/GROUP/CHOICE.yaml gives values; without that file
 # the class's defaults count.
@@ -174,6 +187,11 @@ def options_of(owner: type) -> dict[str, Option]:
 def choice_of(group: str, owner: type | None) -> str:
     """The choice of `group` whose options `owner` has."""
     return next(name for name, node in GROUPS[group].items() if node is owner)
+
+
+def choices_of(cfg: run.Config) -> dict[str, str]:
+    """The choice of each group of a training, such as {"model": "alexnet"}."""
+    return {group: choice_of(group, type(getattr(cfg, group))) for group in groups(run.Config)}
 
 
 def _of_group(group: str, choices: dict[str, type]) -> dict[str, Option]:

@@ -2,5 +2,4 @@
 
 - command: the steps of a prediction; images: the paths that the option `images` names
 - output: the formats of predictions; embeddings: the outputs of a layer, and their formats
-- parquet: tables of either kind in Parquet files
 """

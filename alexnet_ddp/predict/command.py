@@ -25,12 +25,12 @@ from alexnet_ddp.data.sources.scan import watched
 from alexnet_ddp.predict.embeddings import LayerOutput, build_embedding_sink
 from alexnet_ddp.predict.images import find_images
 from alexnet_ddp.predict.output import Prediction, Sink, build_sink
-from alexnet_ddp.predict.parquet import require_pyarrow
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.distributed import World, all_gather_objects
 from alexnet_ddp.runtime.errors import DataError
 from alexnet_ddp.runtime.files import require_folder_of
 from alexnet_ddp.runtime.printing import printable, say
+from alexnet_ddp.runtime.tables import require_pyarrow
 from alexnet_ddp.training import calibration
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from alexnet_ddp.config import ConfigError
 from alexnet_ddp.config.predict import embedding_files
 from alexnet_ddp.model import find_head
-from alexnet_ddp.predict.output import Prediction, Sink, open_file
-from alexnet_ddp.predict.parquet import TEXT, ParquetFile
+from alexnet_ddp.predict.output import Prediction, Sink
+from alexnet_ddp.runtime.tables import TEXT, ParquetFile, open_file
 
 
 class LayerOutput:

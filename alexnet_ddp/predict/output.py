@@ -1,15 +1,14 @@
 """The formats in which predictions are written or printed."""
 
-import csv
 import json
 from dataclasses import dataclass
 from typing import IO, Any, Protocol
 
 import numpy as np
 
-from alexnet_ddp.config import ConfigError, PredictConfig
-from alexnet_ddp.predict.parquet import FLAG, NUMBER, TEXT, ParquetFile
+from alexnet_ddp.config import PredictConfig
 from alexnet_ddp.runtime.printing import printable, say
+from alexnet_ddp.runtime.tables import FLAG, NUMBER, TEXT, open_file, open_table
 from alexnet_ddp.runtime.terminal import Console, Table
 
 _MAX_TABLE = 100  # images; more are printed as lines, as they come
@@ -58,28 +57,11 @@ class JsonLines:
         self._file.close()
 
 
-class Csv:
-    """The columns of columns()."""
-
-    def __init__(self, file: IO[str], top_k: int, asks: bool) -> None:
-        self._file, names = file, columns(top_k, asks)
-        self._rows = csv.DictWriter(file, names, restval="")
-        self._rows.writeheader()
-
-    def write(self, path: str, one: Prediction) -> None:
-        row = _cells(path, one)
-        asks = {"ask_a_person": str(one.asks).lower()} if one.asks is not None else {}
-        self._rows.writerow(row | asks)
-
-    def close(self) -> None:
-        self._file.close()
-
-
 class PredictionTable:
-    """A Parquet file with the columns of columns()."""
+    """A CSV or Parquet file with the columns of columns()."""
 
     def __init__(self, file: str, top_k: int, asks: bool) -> None:
-        self._file = ParquetFile(file, columns(top_k, asks))
+        self._file = open_table("output", file, columns(top_k, asks))
 
     def write(self, path: str, one: Prediction) -> None:
         self._file.write(_cells(path, one))
@@ -144,20 +126,9 @@ def build_sink(options: PredictConfig, num_images: int) -> Sink:
     output, asks = options.output, options.min_confidence is not None
     if output is None:
         return Page() if num_images <= _MAX_TABLE else Lines()
-    if output.endswith(".parquet"):
-        return PredictionTable(output, options.top_k, asks)
-    file = open_file("output", output, "w")
-    return Csv(file, options.top_k, asks) if output.endswith(".csv") else JsonLines(file)
-
-
-def open_file(option: str, path: str, mode: str) -> IO[Any]:
-    """Open the file that an option names. Raises ConfigError."""
-    texts = {} if "b" in mode else {"newline": "", "errors": "surrogateescape"}
-    try:
-        return open(path, mode, **texts)  # type: ignore[call-overload]
-    except OSError as error:
-        rule = f"cannot be written ({error.strerror or error})"
-        raise ConfigError(f"{option} ({path}) {rule}; choose another file") from error
+    if output.endswith(".jsonl"):
+        return JsonLines(open_file("output", output, "w"))
+    return PredictionTable(output, options.top_k, asks)
 
 
 def _shown(one: Prediction) -> str:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 FILE = "calibration.json"
 NUM_BINS = 15
 _LARGEST = 100.0  # temperatures are searched from 1 / _LARGEST to _LARGEST
-_CHUNK = 4096  # images whose float64 probabilities are in memory at once
+CHUNK_IMAGES = 4096  # images whose float64 probabilities are in memory at once
 _MAX_STEPS = 200
 
 
@@ -43,45 +43,52 @@ class Calibration:
     ece_after: float
 
 
+@dataclass(frozen=True)
+class Scores:
+    """The outputs of an evaluation for each image that could be read, in the order of the images.
+
+    On the CPU.
+    """
+
+    logits: Tensor  # float32 [N, classes]
+    labels: Tensor  # int64 [N]
+    indices: Tensor  # int64 [N]: of the images
+
+
 class Outputs:
     """Collects the logits of an evaluation."""
 
     def __init__(self) -> None:
-        self._rows: list[Tensor] = []
+        self._rows: list[tuple[Tensor, Tensor]] = []  # int64 [n, 2]: index, label; the logits
 
     def add(self, batch: Batch, logits: Tensor) -> None:
         """Keep the logits of a batch, float [n, classes], in host memory. Waits for the device."""
-        self._rows.append(_rows(batch.indices, batch.labels, logits).cpu())
+        images = torch.stack([batch.indices.long(), batch.labels.long()], dim=1)
+        self._rows.append((images.cpu(), logits.float().cpu()))
 
-    def gather(self, world: World) -> tuple[Tensor, Tensor] | None:
-        """Collective. The logits, float32 [N, classes], and labels, int64 [N], on rank 0's CPU.
-
-        They are in the order of the images. Other ranks get None.
-        """
-        sizes = torch.tensor([len(self._rows), *_largest(self._rows)], device=world.device)
+    def gather(self, world: World) -> Scores | None:
+        """Collective. The outputs of all ranks on rank 0; other ranks get None."""
+        height = max((len(images) for images, _ in self._rows), default=0)
+        width = self._rows[0][1].shape[1] if self._rows else 0
+        sizes = torch.tensor([len(self._rows), height, width], device=world.device)
         rounds, height, width = all_gather(sizes, world).amax(0).tolist()
         received = []
         for k in range(rounds):
-            mine = torch.full((height, width), -1.0, dtype=torch.float64)
+            # float64 holds each index, label and float32 exactly, so that one message is enough.
+            mine = torch.full((height, 2 + width), -1.0, dtype=torch.float64)
             if k < len(self._rows):
-                mine[: len(self._rows[k])] = self._rows[k]
+                images, logits = self._rows[k]
+                mine[: len(images), :2], mine[: len(images), 2:] = images, logits
             both = all_gather(mine.to(world.device), world).flatten(0, 1)
             if world.is_main:
-                received.append(both[both[:, 0] >= 0].cpu())  # without the padding
+                both = both[both[:, 0] >= 0].cpu()  # without the padding
+                received.append((both[:, :2].long(), both[:, 2:].float()))
         if not world.is_main:
             return None
-        order = torch.cat([rows[:, 0] for rows in received]).argsort()
-        logits = torch.cat([rows[:, 2:].float() for rows in received])[order]
-        return logits, torch.cat([rows[:, 1].long() for rows in received])[order]
-
-
-def _rows(indices: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
-    """One float64 tensor [n, 2 + classes] for one message; float64 holds each of them exactly."""
-    return torch.cat([indices[:, None].double(), labels[:, None].double(), logits.double()], dim=1)
-
-
-def _largest(rows: list[Tensor]) -> tuple[int, int]:
-    return max((len(one) for one in rows), default=0), rows[0].shape[1] if rows else 0
+        images = torch.cat([images for images, _ in received])
+        order = images[:, 0].argsort()
+        indices, labels = images[order].unbind(1)
+        return Scores(torch.cat([logits for _, logits in received])[order], labels, indices)
 
 
 def fit(logits: Tensor, labels: Tensor) -> Calibration:
@@ -129,7 +136,7 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, temperature: floa
     number of images. logits: float [n, classes]; labels: int64 [n].
     """
     gaps = torch.zeros(NUM_BINS, dtype=torch.float64)
-    for some, right in zip(logits.split(_CHUNK), labels.split(_CHUNK)):
+    for some, right in zip(logits.split(CHUNK_IMAGES), labels.split(CHUNK_IMAGES)):
         confidence, found = (some.double() / temperature).softmax(1).topk(1)
         bins = (confidence[:, 0] * NUM_BINS).ceil().long().clamp(1, NUM_BINS) - 1
         gaps.index_add_(0, bins, (found[:, 0] == right).double() - confidence[:, 0])
@@ -139,7 +146,7 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, temperature: floa
 def _slopes(logits: Tensor, labels: Tensor, inverse: float) -> tuple[float, float]:
     """First and second derivative of the mean loss by 1 / temperature."""
     first = second = 0.0
-    for some, right in zip(logits.split(_CHUNK), labels.split(_CHUNK)):
+    for some, right in zip(logits.split(CHUNK_IMAGES), labels.split(CHUNK_IMAGES)):
         z = some.double()
         p = (z * inverse).softmax(1)
         mean = (p * z).sum(1)
@@ -151,7 +158,7 @@ def _slopes(logits: Tensor, labels: Tensor, inverse: float) -> tuple[float, floa
 def _loss(logits: Tensor, labels: Tensor, temperature: float) -> float:
     total = sum(
         F.cross_entropy(some.double() / temperature, right, reduction="sum").item()
-        for some, right in zip(logits.split(_CHUNK), labels.split(_CHUNK))
+        for some, right in zip(logits.split(CHUNK_IMAGES), labels.split(CHUNK_IMAGES))
     )
     return total / len(labels)
 

@@ -14,6 +14,7 @@ from functools import partial
 from alexnet_ddp.checkpoint.manager import RunState
 from alexnet_ddp.config import Config, OnNan
 from alexnet_ddp.config.compose import to_plain, to_yaml
+from alexnet_ddp.config.schema import choices_of
 from alexnet_ddp.data.quarantine import Quarantine
 from alexnet_ddp.data.sampler import describe_batch, evaluation_batches, index_hash, rank_slice
 from alexnet_ddp.data.sources.source import Skipped
@@ -405,6 +406,7 @@ class Trainer:
         found = [f"data.mean={cfg.data.mean}", f"data.std={cfg.data.std}"]
         recorded = overrides if data.normalisation is None else [*overrides, *found]
         facts = {"world_size": world.world_size, "overrides": recorded, "start_step": step}
+        facts |= {"choices": choices_of(cfg)}
         tracker.record(to_yaml(cfg), facts, {"ids": data.train.classes, "names": data.class_names})
         tracker.say(
             headline(

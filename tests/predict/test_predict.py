@@ -208,19 +208,24 @@ def test_a_csv_has_a_column_for_each_class_and_for_the_reason(trained):
 
 @of_a_run
 def test_predictions_of_a_calibrated_run_are_divided_by_its_temperature(trained):
-    """evaluate calibrate=true on two ranks, then predict into Parquet files."""
+    """evaluate with all its files on two ranks, then predict into Parquet files."""
     run_dir = trained / "runs/calibrated"
     shutil.copytree(trained / "runs/x", run_dir)
     name = "run.name=calibrated"
-    done = run("evaluate", name, "calibrate=true", ranks=2, cwd=trained)
+    asked = ["calibrate=true", "metrics=true", "predictions=val.csv"]
+    done = run("evaluate", name, *asked, ranks=2, cwd=trained)
     assert done.returncode == 0, done.stdout
+    assert "Cohen's kappa" in done.stdout
+    evaluated = json.loads((run_dir / "evaluation.json").read_text())
+    assert 0 <= evaluated["metrics"]["auroc_macro"] <= 1
+    assert len((run_dir / "evaluation_classes.csv").read_text().splitlines()) == 6
+    assert len((trained / "val.csv").read_text().splitlines()) == 62
     assert "expected calibration error (15 bins) " in done.stdout
     known = json.loads((run_dir / "calibration.json").read_text())
     assert known["loss_after"] <= known["loss_before"]
-    assert (
-        known["num_images"]
-        == json.loads((run_dir / "evaluation.json").read_text())["val/num_images"]
-    )
+    assert known["num_images"] == evaluated["val/num_images"]
+    ece = evaluated["metrics"]["expected_calibration_error"]
+    assert ece == pytest.approx(known["ece_before"], abs=1e-12)
     files = ["output=o.parquet", "embeddings=e.parquet", "layer=features.0"]
     done = run("predict", name, "images=photos", *files, "min_confidence=0.3", cwd=trained)
     assert done.returncode == 0, done.stdout

@@ -82,7 +82,11 @@ def gathered(num_images):
             batch = SimpleNamespace(indices=rows, labels=labels[rows.long()])
             outputs.add(batch, logits[rows.long()])
         found = outputs.gather(world)
-        return None if found is None else [one.tolist() for one in found]
+        return (
+            None
+            if found is None
+            else [found.logits.tolist(), found.labels.tolist(), found.indices.tolist()]
+        )
 
 
 @pytest.mark.parametrize("num_images", [3, 37])  # with 3, rank 1 has no batch
@@ -91,7 +95,7 @@ def test_all_ranks_outputs_are_gathered_in_order(num_images):
     assert nothing is None
     logits, labels = overconfident(num_images)
     kept = [i for i in range(num_images) if i != 5]
-    assert found == [logits[kept].tolist(), labels[kept].tolist()]
+    assert found == [logits[kept].tolist(), labels[kept].tolist(), kept]
 
 
 def test_a_calibration_belongs_to_one_checkpoint(tmp_path, caplog):

@@ -1,0 +1,107 @@
+"""List all runs below a folder, with their results and the options in which they differ.
+
+alexnet-ddp runs [FOLDER] [sort=top1] [output=runs.csv]
+"""
+
+import sys
+
+if __name__ == "__main__":
+    from alexnet_ddp.runtime import startup
+
+    startup.begin("runs")  # before the other imports
+
+    from alexnet_ddp import cli
+
+    sys.argv[1:] = cli.with_positions(sys.argv[1:], ("root",))
+    cli.run("runs", "alexnet_ddp.runs:main")
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from alexnet_ddp.config import ConfigError, RunColumn, RunsConfig
+from alexnet_ddp.runtime.files import require_folder_of
+from alexnet_ddp.runtime.printing import say
+from alexnet_ddp.runtime.run_record import RunRecord, differing, find_runs, option_text
+from alexnet_ddp.runtime.tables import COUNT, NUMBER, TEXT, open_table, require_pyarrow
+from alexnet_ddp.runtime.terminal import Console, Table
+
+_MAX_OPTIONS = 6  # of a run in the printed table
+_COLUMNS: dict[str, str | int] = {
+    RunColumn.name: TEXT,
+    RunColumn.status: TEXT,
+    RunColumn.top1: NUMBER,
+    RunColumn.step: COUNT,
+    RunColumn.images_per_sec: NUMBER,
+    RunColumn.hours: NUMBER,
+}
+
+
+def main(cfg: RunsConfig, overrides: list[str]) -> None:
+    """Print the table, or write it to cfg.output. Raises ConfigError if there is no run."""
+    if cfg.output is not None:
+        require_pyarrow("output", cfg.output)
+        require_folder_of("output", cfg.output)
+    runs = list(find_runs(Path(cfg.root)))
+    if not runs:
+        rule = "contains no runs: no folder in it has a run.json"
+        raise ConfigError(f"root ({cfg.root}) {rule}; give the run.root of a training")
+    rows = sorted_rows([row(run) for run in runs], cfg.sort)
+    options = differing(runs)
+    by_name = {run.name: run for run in runs}
+    if cfg.output is None:
+        Console().print(table(rows, options, by_name))
+        return
+    columns = _COLUMNS | dict.fromkeys(options, TEXT)
+    with closing(open_table("output", cfg.output, columns)) as file:
+        for one in rows:
+            known = by_name[one["name"]].options
+            file.write(one | {key: option_text(known[key]) for key in options if key in known})
+    say(f"{len(runs):,} runs in {cfg.output}")
+
+
+def row(run: RunRecord) -> dict[str, Any]:
+    """The columns of a run, without its options. Values that it has not recorded are left out."""
+    found = {
+        "name": run.name,
+        "status": run.status,
+        "top1": run.best_top1,
+        "step": run.step,
+        "images_per_sec": run.images_per_sec,
+        "hours": run.hours,
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def sorted_rows(rows: list[dict[str, Any]], column: RunColumn) -> list[dict[str, Any]]:
+    """By a column, then by name: numbers from the largest. Rows without a value are the last."""
+    by_name = sorted(rows, key=lambda row: row["name"])
+    if _COLUMNS[column] == TEXT:
+        return sorted(by_name, key=lambda row: row[column])
+    return sorted(by_name, key=lambda row: -row.get(column, float("-inf")))
+
+
+def table(rows: list[dict[str, Any]], options: list[str], runs: dict[str, RunRecord]) -> Table:
+    """The table to print. options: those in which the runs differ."""
+    shown = Table("run", "status", is_compact=True)
+    for heading in ("best top-1 %", "step", "images/s", "hours"):
+        shown.add_column(heading, justify="right")
+    shown.add_column("options that differ")
+    for one in rows:
+        values = runs[one["name"]].options
+        known = [f"{key}={option_text(values[key])}" for key in options if key in values]
+        more = len(known) - _MAX_OPTIONS
+        if more > 0:
+            known[_MAX_OPTIONS:] = [f"and {more} more: output=FILE.csv"]
+        numbers = (
+            _cell(one, "top1", ".2f"),
+            _cell(one, "step", ",d"),
+            _cell(one, "images_per_sec", ",.0f"),
+            _cell(one, "hours", ",.2f"),
+        )
+        shown.add_row(one["name"], one["status"], *numbers, "  ".join(known))
+    return shown
+
+
+def _cell(row: dict[str, Any], column: str, form: str) -> str:
+    return format(row[column], form) if column in row else ""

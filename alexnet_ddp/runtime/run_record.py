@@ -1,0 +1,176 @@
+"""Reads what a run has written in its directory: status, options and metrics. Needs no torch."""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from alexnet_ddp.runtime.errors import ConfigError
+
+_OF_A_RUN = ("run.json", "status.json")
+# Where a run is. Its name is in the table, and every run has its own.
+_PLACE = {"run.name", "run.root"}
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run's directory. Its files are read when they are needed; a missing one is empty.
+
+    Raises ConfigError for a file that cannot be read.
+    """
+
+    directory: Path
+    name: str  # for tables: the directory relative to the root of the runs
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """OPTION -> value of the last start, with the choice of each group, such as "model"."""
+        import yaml
+
+        file = self.directory / "config.yaml"
+        try:
+            values = yaml.safe_load(file.read_bytes()) if file.exists() else {}
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise _unreadable(file, error) from error
+        if not isinstance(values, dict):
+            raise _unreadable(file, TypeError("it holds no options"))
+        found = self._json("run.json").get("choices", {}) | dict(flat(values))
+        return {key: value for key, value in found.items() if key not in _PLACE}
+
+    @cached_property
+    def given(self) -> set[str]:
+        """The options on the command line of the last start."""
+        overrides = self._json("run.json").get("overrides", [])
+        return {str(one).partition("=")[0].lstrip("+~") for one in overrides}
+
+    @cached_property
+    def rows(self) -> dict[int, dict[str, Any]]:
+        """Step -> its metrics of metrics.jsonl, in the order of the steps.
+
+        Damaged rows are left out.
+        """
+        file, found = self.directory / "metrics.jsonl", dict[int, dict[str, Any]]()
+        try:
+            lines = file.read_bytes().splitlines() if file.exists() else []
+        except OSError as error:
+            raise _unreadable(file, error) from error
+        for line in lines:
+            try:
+                row = json.loads(line)
+                found.setdefault(int(row["step"]), {}).update(row)
+            except (ValueError, KeyError, TypeError):
+                continue  # a run that was killed may leave a part of a row, and drops it on resume
+        return dict(sorted(found.items()))
+
+    @property
+    def status(self) -> str:
+        """running, complete, preempted or failed; killed if the process of a running one ended."""
+        known = self._json("status.json")
+        state = str(known.get("state", "unknown"))
+        is_here = known.get("host") == socket.gethostname() and os.path.isdir("/proc/self")
+        if state == "running" and is_here and not os.path.exists(f"/proc/{known.get('pid')}"):
+            return "killed"
+        return state
+
+    @property
+    def step(self) -> int:
+        """The last step that the run has recorded."""
+        return max([int(self._json("status.json").get("step", 0)), *self.rows])
+
+    @property
+    def best_top1(self) -> float | None:
+        """The largest val/top1, in percent."""
+        return max(self.values("val/top1").values(), default=None)
+
+    @property
+    def images_per_sec(self) -> float | None:
+        """The median throughput of all ranks together."""
+        values = list(self.values("train/images_per_sec").values())
+        return median(values) if values else None
+
+    @property
+    def hours(self) -> float | None:
+        """Hours of work, over all starts."""
+        values = list(self.values("time_s").values())
+        return values[-1] / 3600 if values else None
+
+    def values(self, metric: str) -> dict[int, float]:
+        """Step -> value of a metric, of the steps that have it."""
+        return {step: float(row[metric]) for step, row in self.rows.items() if metric in row}
+
+    def _json(self, name: str) -> dict[str, Any]:
+        file = self.directory / name
+        try:
+            found = json.loads(file.read_bytes()) if file.exists() else {}
+        except (OSError, ValueError) as error:
+            raise _unreadable(file, error) from error
+        if not isinstance(found, dict):
+            raise _unreadable(file, TypeError("it holds no object"))
+        return found
+
+
+def find_runs(root: Path) -> Iterator[RunRecord]:
+    """Every run below `root`, or `root` itself if it is one, in the order of their names.
+
+    The directories of a run are not searched.
+    """
+    if _is_run(root):
+        yield RunRecord(root, root.absolute().name)
+        return
+    for folder, below, _ in os.walk(root, followlinks=True):
+        here = Path(folder)
+        kept = []
+        for name in sorted(below):
+            if _is_run(here / name):
+                yield RunRecord(here / name, str((here / name).relative_to(root)))
+            else:
+                kept.append(name)
+        below[:] = kept
+
+
+def open_run(option: str, run: str, root: str) -> RunRecord:
+    """The run `run`: a directory, or a name below `root`. Raises ConfigError if there is none."""
+    for directory in (Path(root, run), Path(run)):
+        if _is_run(directory):
+            return RunRecord(directory, run)
+    known = ", ".join(sorted(one.name for one in find_runs(Path(root)))) or "none"
+    rule = f"is neither a run below {root} nor the directory of one"
+    raise ConfigError(f"{option} ({run}) {rule}; there are: {known}; or give root=DIR")
+
+
+def differing(runs: list[RunRecord]) -> list[str]:
+    """The options that do not have the same value in all runs, those of the command lines first."""
+    keys = dict.fromkeys(key for run in runs for key in run.options)
+    given = set().union(*(run.given for run in runs))
+    found = [
+        key for key in keys if any(run.options.get(key) != runs[0].options.get(key) for run in runs)
+    ]
+    return sorted(found, key=lambda key: key not in given)
+
+
+def option_text(value: Any) -> str:
+    """A value as on a command line."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings by their full names, such as ("optimizer.lr", 0.1)."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _is_run(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in _OF_A_RUN)
+
+
+def _unreadable(file: Path, error: Exception) -> ConfigError:
+    why = " ".join(f"{type(error).__name__}: {error}".split())
+    return ConfigError(f"{file} cannot be read ({why}); move its directory elsewhere")

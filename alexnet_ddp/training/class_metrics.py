@@ -1,0 +1,202 @@
+"""Metrics of single classes and their means, from the outputs of an exact evaluation.
+
+scikit-learn, which is optional, computes them on rank 0. The metrics of a class compare it with all
+other classes together (one-vs-rest); the score of an image is the probability of the class.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alexnet_ddp.runtime.errors import ConfigError
+from alexnet_ddp.runtime.tables import COUNT, NUMBER, TEXT
+from alexnet_ddp.training.calibration import (
+    CHUNK_IMAGES,
+    NUM_BINS,
+    Scores,
+    expected_calibration_error,
+)
+
+CLASS_COLUMNS: dict[str, str | int] = {
+    "class": TEXT,
+    "name": TEXT,
+    "num_images": COUNT,
+    "correct1": COUNT,
+    "correct5": COUNT,
+    "accuracy": NUMBER,
+    "precision": NUMBER,
+    "recall": NUMBER,
+    "f1": NUMBER,
+    "auroc": NUMBER,
+    "average_precision": NUMBER,
+}
+_AVERAGES = ("macro", "micro", "weighted")
+_Z_95 = 1.959963984540054  # the normal distribution has 95 % within +- this many deviations
+
+
+@dataclass(frozen=True)
+class ClassMetrics:
+    """Precision and recall are in [0, 1], also F1, AUROC and average precision.
+
+    As in scikit-learn, the precision of a class that is never predicted is 0, and the recall of a
+    class without images. AUROC and average precision of such a class are NaN.
+    """
+
+    precision: np.ndarray  # float64 [classes], as the next four
+    recall: np.ndarray
+    f1: np.ndarray
+    auroc: np.ndarray
+    average_precision: np.ndarray
+    confusion: np.ndarray  # int64 [classes, classes]: images by label (row) and prediction (column)
+    summary: dict[str, Any]  # the means over classes, and the metrics of all images
+
+
+def require_sklearn() -> None:
+    """Raise ConfigError if scikit-learn is not installed."""
+    if find_spec("sklearn") is None:
+        raise ConfigError("metrics=true needs scikit-learn; pip install 'alexnet-ddp[metrics]'")
+
+
+def class_metrics(scores: Scores) -> ClassMetrics:
+    """The metrics of the images. For 50,000 images of 1,000 classes it takes a minute.
+
+    The means of AUROC and average precision are over the classes that have images and are not the
+    only class; those of precision, recall and F1 over the classes that have images or are
+    predicted, as in scikit-learn.
+    """
+    from sklearn import metrics
+
+    num_classes = scores.logits.shape[1]
+    labels, found = scores.labels.numpy(), first_classes(scores.logits).numpy()
+    with warnings.catch_warnings():
+        # A class without images, or one that is never predicted: see ClassMetrics.
+        warnings.simplefilter("ignore", UserWarning)
+        each = metrics.precision_recall_fscore_support(
+            labels, found, labels=range(num_classes), zero_division=0.0
+        )
+        means = {
+            average: metrics.precision_recall_fscore_support(
+                labels, found, average=average, zero_division=0.0
+            )
+            for average in _AVERAGES
+        }
+        balanced = metrics.balanced_accuracy_score(labels, found)
+        confusion = metrics.confusion_matrix(labels, found, labels=range(num_classes))
+        kappa = metrics.cohen_kappa_score(labels, found)
+    auroc, average_precision = _ranking_metrics(scores)
+    summary: dict[str, Any] = {
+        name: {average: float(means[average][k]) for average in _AVERAGES}
+        for k, name in enumerate(("precision", "recall", "f1"))
+    }
+    summary |= {
+        "balanced_accuracy": float(balanced),
+        "auroc_macro": _mean(auroc),
+        "average_precision_macro": _mean(average_precision),
+        "cohen_kappa": _finite(float(kappa)),
+        "expected_calibration_error": expected_calibration_error(scores.logits, scores.labels, 1.0),
+        "calibration_bins": NUM_BINS,
+    }
+    return ClassMetrics(each[0], each[1], each[2], auroc, average_precision, confusion, summary)
+
+
+def first_classes(logits: Tensor) -> Tensor:
+    """int64 [n]: the most probable class of each image, as top-1 counts it."""
+    return logits.topk(min(5, logits.shape[1]), dim=1).indices[:, 0]
+
+
+def class_rows(
+    found: ClassMetrics, ids: list[str], names: list[str], counts: Tensor
+) -> Iterator[dict[str, Any]]:
+    """The rows of evaluation_classes.csv, in the order of the labels.
+
+    ids, names: folder names and readable names. counts: Evaluation.per_class.
+    """
+    for k, (num_images, correct1, correct5) in enumerate(counts.tolist()):
+        row = {
+            "class": ids[k],
+            "name": names[k],
+            "num_images": num_images,
+            "correct1": correct1,
+            "correct5": correct5,
+            "accuracy": _finite(correct1 / num_images if num_images else math.nan),
+            "precision": float(found.precision[k]),
+            "recall": float(found.recall[k]),
+            "f1": float(found.f1[k]),
+            "auroc": _finite(float(found.auroc[k])),
+            "average_precision": _finite(float(found.average_precision[k])),
+        }
+        yield {name: value for name, value in row.items() if value is not None}
+
+
+def image_rows(scores: Scores, names: list[str], top_k: int) -> Iterator[dict[str, Any]]:
+    """class_1, probability_1, class_2, ... and the loss of each image that could be read."""
+    for logits, labels in zip(scores.logits.split(CHUNK_IMAGES), scores.labels.split(CHUNK_IMAGES)):
+        shares = logits.double().log_softmax(1)
+        losses = -shares.gather(1, labels[:, None])[:, 0]
+        top = shares.topk(min(top_k, len(names)), dim=1)
+        rows = zip(top.indices.tolist(), top.values.exp().tolist(), losses.tolist())
+        for classes, probabilities, loss in rows:
+            row: dict[str, Any] = {}
+            for k, (label, probability) in enumerate(zip(classes, probabilities), 1):
+                row |= {f"class_{k}": names[label], f"probability_{k}": probability}
+            yield row | {"loss": loss}
+
+
+def confusions(found: ClassMetrics, names: list[str]) -> dict[str, dict[str, int]]:
+    """Label -> prediction -> number of images, the most frequent prediction first.
+
+    Only of pairs that have images: a matrix of 1,000 classes is mostly zeros.
+    """
+    result = {}
+    for k, name in enumerate(names):
+        row = found.confusion[k]
+        order = np.argsort(-row, kind="stable")[: np.count_nonzero(row)]
+        result[name] = {names[other]: int(row[other]) for other in order.tolist()}
+    return result
+
+
+def wilson_interval(num_correct: int, num_images: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a share, in [0, 1] (E. B. Wilson, 1927).
+
+    It is within [0, 1] and not empty for shares of 0 and 1 too, other than +- 1.96 deviations.
+    """
+    share, z2 = num_correct / num_images, _Z_95**2
+    centre = share + z2 / (2 * num_images)
+    half = _Z_95 * math.sqrt(share * (1 - share) / num_images + z2 / (4 * num_images**2))
+    scale = 1 + z2 / num_images
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def _ranking_metrics(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
+    """AUROC and average precision of each class, float64 [classes]; NaN if it is undefined."""
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    num_classes = scores.logits.shape[1]
+    auroc, average_precision = np.full((2, num_classes), np.nan)
+    normaliser = torch.cat(
+        [some.double().logsumexp(1) for some in scores.logits.split(CHUNK_IMAGES)]
+    )
+    for k in range(num_classes):
+        is_class = (scores.labels == k).numpy()
+        if is_class.any() and not is_class.all():
+            # One column at a time: float64 probabilities of all classes would be 400 MB.
+            probability = (scores.logits[:, k].double() - normaliser).exp().numpy()
+            auroc[k] = roc_auc_score(is_class, probability)
+            average_precision[k] = average_precision_score(is_class, probability)
+    return auroc, average_precision
+
+
+def _mean(values: np.ndarray) -> float | None:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,190 @@
+"""runs and compare: tables of what runs have recorded, and the first step in which two differ."""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from alexnet_ddp.compare import close, curve_table, first_difference, line
+from alexnet_ddp.compare import main as compare
+from alexnet_ddp.config import CompareConfig, RunColumn
+from alexnet_ddp.data.sampler import GlobalBatchSampler, index_hash
+from alexnet_ddp.runs import row, sorted_rows
+from alexnet_ddp.runtime.errors import ConfigError
+from alexnet_ddp.runtime.files import write_json
+from alexnet_ddp.runtime.run_record import RunRecord, differing, find_runs, open_run
+from alexnet_ddp.tracking.sinks import JsonlSink
+from tests.test_main import ENV
+from tests.test_main import run as run_main
+
+
+def make_run(
+    directory: Path, rows=(), options="optimizer:\n  lr: 0.1\n", overrides=(), **status
+) -> RunRecord:
+    directory.mkdir(parents=True)
+    (directory / "config.yaml").write_text(f"run:\n  name: {directory.name}\n{options}")
+    write_json(directory / "run.json", {"overrides": overrides, "choices": {"model": "alexnet"}})
+    write_json(directory / "status.json", {"state": "complete", "step": 0} | status)
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    return RunRecord(directory, directory.name)
+
+
+def losses(*values) -> list[dict]:
+    return [{"step": k, "train/loss": value} for k, value in enumerate(values, 1)]
+
+
+def test_a_run_is_summarised_from_all_its_rows(tmp_path):
+    rows = [
+        {"step": 2, "time_s": 1800.0, "train/loss": 2.0, "train/images_per_sec": 100.0},
+        {"step": 2, "time_s": 1900.0, "val/top1": 60.0},
+        {"step": 4, "time_s": 3500.0, "train/images_per_sec": 300.0},
+        {"step": 4, "time_s": 3600.0, "val/top1": 50.0},
+    ]
+    one = make_run(tmp_path / "x", rows, step=3)
+    with (tmp_path / "x/metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "val/t')  # of a run that was killed
+    expected = {"name": "x", "status": "complete", "top1": 60.0, "step": 4, "hours": 1.0}
+    assert row(one) == expected | {"images_per_sec": 200.0}
+    empty = make_run(tmp_path / "y", step=7, state="failed")
+    assert row(empty) == {"name": "y", "status": "failed", "step": 7}
+
+
+def test_a_run_whose_process_has_ended_without_a_status_was_killed(tmp_path):
+    here = {"state": "running", "host": socket.gethostname()}
+    alive = make_run(tmp_path / "a", **here, pid=os.getpid())
+    dead = make_run(tmp_path / "b", **here, pid=2**22 + 1)  # above Linux's largest number
+    elsewhere = make_run(tmp_path / "c", state="running", host="other", pid=2**22 + 1)
+    assert [one.status for one in (alive, dead, elsewhere)] == ["running", "killed", "running"]
+
+
+def test_runs_are_found_at_any_depth_and_not_within_a_run(tmp_path):
+    for name in ("b", "sweep/2", "sweep/1"):
+        make_run(tmp_path / name)
+    make_run(tmp_path / "b/checkpoints/x")
+    assert [one.name for one in find_runs(tmp_path)] == ["b", "sweep/1", "sweep/2"]
+    assert [one.name for one in find_runs(tmp_path / "b")] == ["b"]
+    assert open_run("first", "sweep/1", str(tmp_path)).directory == tmp_path / "sweep/1"
+    assert open_run("first", str(tmp_path / "b"), "none").directory == tmp_path / "b"
+    with pytest.raises(ConfigError, match=r"^second \(d\) is neither .* there are: b, sweep/1, sw"):
+        open_run("second", "d", str(tmp_path))
+
+
+def test_differing_options_begin_with_those_of_the_command_lines(tmp_path):
+    first = make_run(tmp_path / "a", options="seed: 0\noptimizer: {lr: 0.1, eps: 1}\ndata: {x: 1}")
+    second = make_run(
+        tmp_path / "b",
+        options="seed: 1\noptimizer: {lr: 0.2}\ndata: {x: 1}",
+        overrides=["+optimizer.lr=0.2", "model=alexnet"],
+    )
+    assert differing([first, second]) == ["optimizer.lr", "seed", "optimizer.eps"]
+    assert differing([first]) == []
+    (tmp_path / "b/config.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match=r"config\.yaml cannot be read \(ParserError"):
+        differing([RunRecord(tmp_path / "b", "b")])
+
+
+def test_rows_are_sorted_by_numbers_from_the_largest_and_rows_without_one_are_last():
+    rows = [{"name": "c"}, {"name": "b", "top1": 1.0}, {"name": "a"}, {"name": "d", "top1": 9.0}]
+    assert [one["name"] for one in sorted_rows(rows, RunColumn.top1)] == ["d", "b", "a", "c"]
+    assert [one["name"] for one in sorted_rows(rows, RunColumn.name)] == ["a", "b", "c", "d"]
+
+
+def test_the_first_difference_is_found_and_rounding_is_none(tmp_path):
+    a = make_run(tmp_path / "a", losses(1.0, 2.0, "nan", 4.0, 5.0))
+    b = make_run(tmp_path / "b", losses(1.0, 2.00001, "nan", 4.001, 6.0))
+    found = first_difference([a, b], "train/loss", close(1e-5))
+    assert (found.step, found.last_equal) == (4, 3)
+    assert "at step 4 (4.0 and 4.001) for the first time" in line("x", "train/loss", found, [a, b])
+    assert first_difference([a, b], "train/loss", close(0)).step == 2
+    assert first_difference([a, a], "train/loss", close(0)) is None
+    assert "equal in all 5 common rows, up to step 5" in line("x", "train/loss", None, [a, a])
+    rare = [
+        make_run(tmp_path / name, [{"step": 10, "x": 1}, {"step": 20, "x": x}])
+        for name, x in (("c", 1), ("d", 2))
+    ]
+    found = first_difference(rare, "x", close(0))
+    assert "equal at step 10; rows are 10 steps apart" in line("x", "x", found, rare)
+    assert line("x", "y", None, rare) == "x: no step has y in both runs"
+    table = curve_table([a, b], 2, found.step - 17)
+    assert table.row_count == 3  # the first, the last and step 3
+
+
+def test_the_table_is_printed_and_written_with_a_column_for_each_option(tmp_path):
+    make_run(tmp_path / "a", [{"step": 1, "val/top1": 12.5}], options="seed: 0\nx: null\n")
+    make_run(tmp_path / "b", [{"step": 9, "val/top1": 50.0}], options="seed: 1\nx: true\n")
+    done = run_main("runs", str(tmp_path), "sort=top1")
+    assert done.returncode == 0, done.stdout
+    lines = [one.split() for one in done.stdout.splitlines() if one.strip()][2:]
+    assert lines == [
+        ["b", "complete", "50.00", "9", "seed=1", "x=true"],
+        ["a", "complete", "12.50", "1", "seed=0", "x=null"],
+    ]
+    done = run_main("runs", str(tmp_path), f"output={tmp_path}/r.csv")
+    assert done.returncode == 0, done.stdout
+    with (tmp_path / "r.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(one["name"], one["top1"], one["seed"], one["x"]) for one in rows] == [
+        ("a", "12.5", "0", "null"),
+        ("b", "50.0", "1", "true"),
+    ]
+    done = run_main("runs", str(tmp_path / "a/none"))
+    assert (done.returncode, done.stdout.count("\n")) == (64, 1)
+    assert "contains no runs" in done.stdout
+
+
+def test_neither_command_imports_torch():
+    code = "import sys, alexnet_ddp.runs, alexnet_ddp.compare; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env=ENV)
+
+
+def train(directory: Path, seed: int = 0, rate_from_step_50: float = 0.1) -> None:
+    """54 steps of a linear network, with the sampler and the record of a real run, at its cheapest."""
+    images = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(40) % 4
+    model = nn.Linear(8, 4)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    sampler = GlobalBatchSampler(40, 4, seed)
+    options = f"seed: {seed}\nscheduler: {{rate_from_step_50: {rate_from_step_50}}}\n"
+    make_run(directory, options=options)
+    record = JsonlSink(directory / "metrics.jsonl", 0, print)
+    for step in range(1, 55):
+        rate = 0.1 if step < 50 else rate_from_step_50
+        batch = sampler.batch(step - 1)
+        loss = F.cross_entropy(model(images[batch]), labels[batch])
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients):
+                parameter -= rate * gradient
+        row = {"train/loss": loss.item(), "train/lr": rate, "data/index_hash": index_hash(batch)}
+        record.write(step, step / 10, row)
+    record.close(0)
+
+
+def test_compare_finds_another_seed_and_another_learning_rate_from_step_50(tmp_path, capsys):
+    train(tmp_path / "base")
+    train(tmp_path / "rate", rate_from_step_50=0.05)
+    train(tmp_path / "seed", seed=1)
+    compare(CompareConfig(first="base", second="rate", root=str(tmp_path)), [])
+    shown = capsys.readouterr().out
+    assert ["scheduler.rate_from_step_50", "0.1", "0.05"] in map(str.split, shown.splitlines())
+    assert "images of a batch: equal in all 54 common rows, up to step 54" in shown
+    assert "learning rates: differ by more than 1e-05 (relative) at step 50 (0.1 and" in shown
+    # The loss of a step is computed before its update.
+    assert "training losses: differ by more than 1e-05 (relative) at step 51 (" in shown
+
+    compare(CompareConfig(first="base", second="seed", root=str(tmp_path)), [])
+    shown = capsys.readouterr().out
+    assert ["seed", "0", "1"] in map(str.split, shown.splitlines())
+    assert "images of a batch: differ at step 1 (" in shown
+    assert "learning rates: equal in all 54 common rows" in shown
+    # The first loss of a network of zeros is log(4) for all images.
+    assert "training losses: differ by more than 1e-05 (relative) at step 2 (" in shown

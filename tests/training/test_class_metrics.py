@@ -1,0 +1,104 @@
+"""Metrics of classes: scikit-learn's, from scores in memory; what is undefined has no value."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics
+
+from alexnet_ddp.runtime.errors import ConfigError
+from alexnet_ddp.training import class_metrics as ours
+from alexnet_ddp.training.calibration import Scores
+
+
+def scores(n=400, classes=4, missing=()):
+    """Outputs that are right more often than not; no image has a label of `missing`."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(classes, (n,), generator=generator)
+    for label in missing:
+        labels[labels == label] = 0
+    logits = torch.randn(n, classes, generator=generator)
+    logits[torch.arange(n), labels] += 1
+    return Scores(logits, labels, torch.arange(n))
+
+
+def test_the_means_are_those_that_scikit_learn_computes_from_all_probabilities():
+    given = scores()
+    found = ours.class_metrics(given)
+    labels, predicted = given.labels.numpy(), given.logits.argmax(1).numpy()
+    shares = given.logits.double().softmax(1).numpy()
+    one_hot = np.eye(4)[labels]
+    expected = {
+        "auroc_macro": metrics.roc_auc_score(labels, shares, multi_class="ovr"),
+        "average_precision_macro": metrics.average_precision_score(one_hot, shares),
+        "balanced_accuracy": metrics.balanced_accuracy_score(labels, predicted),
+        "cohen_kappa": metrics.cohen_kappa_score(labels, predicted),
+    }
+    for name, value in expected.items():
+        assert found.summary[name] == pytest.approx(value, abs=1e-12), name
+    for average in ("macro", "micro", "weighted"):
+        value = metrics.f1_score(labels, predicted, average=average)
+        assert found.summary["f1"][average] == pytest.approx(value, abs=1e-12)
+    assert found.confusion.tolist() == metrics.confusion_matrix(labels, predicted).tolist()
+    assert 0 < found.summary["expected_calibration_error"] < 0.5
+
+
+def test_a_class_without_images_has_no_auroc_and_does_not_count_in_its_mean():
+    given = scores(missing=[2])
+    found = ours.class_metrics(given)
+    assert [math.isnan(value) for value in found.auroc] == [False, False, True, False]
+    shares = given.logits.double().softmax(1).numpy()
+    each = [metrics.roc_auc_score(given.labels == k, shares[:, k]) for k in (0, 1, 3)]
+    assert found.summary["auroc_macro"] == pytest.approx(np.mean(each), abs=1e-12)
+    counts = torch.tensor([[1, 1, 1], [3, 0, 2], [0, 0, 0], [5, 5, 5]])
+    names = ["a", "b", "c", "d"]
+    rows = list(ours.class_rows(found, names, names, counts))
+    assert rows[1]["accuracy"] == 0
+    assert rows[1].keys() == ours.CLASS_COLUMNS.keys()
+    assert ours.CLASS_COLUMNS.keys() - rows[2].keys() == {"accuracy", "auroc", "average_precision"}
+    assert rows[2]["recall"] == 0
+
+    only = ours.class_metrics(Scores(torch.ones(3, 1), torch.zeros(3).long(), torch.arange(3)))
+    assert only.summary["auroc_macro"] is None
+    assert only.summary["f1"]["macro"] == 1
+
+
+def test_confusions_name_pairs_that_have_images_and_begin_with_the_most_frequent():
+    given = scores()
+    found = ours.class_metrics(given)
+    named = ours.confusions(found, ["a", "b", "c", "d"])
+    rebuilt = [[named[row].get(column, 0) for column in "abcd"] for row in "abcd"]
+    assert rebuilt == found.confusion.tolist()
+    for row in named.values():
+        assert list(row.values()) == sorted(row.values(), reverse=True)
+    found.confusion[0] = [0, 3, 0, 0]
+    assert ours.confusions(found, ["a", "b", "c", "d"])["a"] == {"b": 3}
+
+
+def test_a_row_of_an_image_has_its_most_probable_classes_and_its_loss():
+    given = scores(5)
+    rows = list(ours.image_rows(given, ["a", "b", "c", "d"], 9))
+    shares = given.logits.double().softmax(1)
+    for row, share, label in zip(rows, shares, given.labels.tolist()):
+        order = [row[f"class_{k}"] for k in range(1, 5)]
+        assert order == ["abcd"[k] for k in share.argsort(descending=True).tolist()]
+        total = sum(row[f"probability_{k}"] for k in range(1, 5))
+        assert total == pytest.approx(1, abs=1e-12)
+        assert row["loss"] == pytest.approx(-math.log(share[label]), abs=1e-12)
+    assert len(rows) == 5
+
+
+@pytest.mark.parametrize(
+    ("correct", "images", "low", "high"),
+    # E. B. Wilson's formula, as statsmodels 0.14 proportion_confint(method="wilson") computes it
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962), (7, 9, 0.4526, 0.9368)],
+)  # fmt: skip
+def test_wilson_intervals(correct, images, low, high):
+    assert ours.wilson_interval(correct, images) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_a_missing_scikit_learn_is_named_in_one_line(monkeypatch):
+    monkeypatch.setattr(ours, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"metrics=true needs .*'alexnet-ddp\[metrics\]'"):
+        ours.require_sklearn()
