@@ -8,12 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pyarrow import parquet
-from sklearn import metrics
 from torch import nn
 
-from alexnet_ddp.config import Device
-from alexnet_ddp.config.compose import compose
+from alexnet_ddp.config import Device, EvaluateConfig
 from alexnet_ddp.data.sources.sets import open_data
 from alexnet_ddp.data.sources.source import Skipped
 from alexnet_ddp.evaluate import Found, _evaluate, _finish
@@ -26,7 +23,10 @@ from tests.ranks import run_ranks
 NUM_IMAGES, CLASSES = 1003, [f"class{k}" for k in range(5)]
 
 
+# Each rank imports this module, and needs neither scikit-learn, pyarrow nor Hydra: half of its CPU time.
 def options(file: Path, *more: str):
+    from alexnet_ddp.config.compose import compose
+
     small = ["data=synthetic", "data.image_size=32", f"data.num_val={NUM_IMAGES}", "model=alexnet"]
     classes = f"data.num_classes={len(CLASSES)}"
     return compose("evaluate", [*small, classes, f"predictions={file}", *more])
@@ -35,6 +35,8 @@ def options(file: Path, *more: str):
 def predictions(file: Path) -> tuple[np.ndarray, np.ndarray, list[dict]]:
     """Labels [n], probabilities [n, classes] of the images that could be read, and all rows."""
     if file.suffix == ".parquet":
+        from pyarrow import parquet
+
         rows = parquet.read_table(file).to_pylist()
     else:
         with file.open() as lines:
@@ -49,6 +51,8 @@ def predictions(file: Path) -> tuple[np.ndarray, np.ndarray, list[dict]]:
 
 def check(labels: np.ndarray, shares: np.ndarray, written: dict) -> None:
     """Compare evaluation.json with scikit-learn on the same predictions."""
+    from sklearn import metrics
+
     found, means = shares.argmax(1), written["metrics"]
     matrix = [[written["confusions"][a].get(b, 0) for b in CLASSES] for a in CLASSES]
     assert matrix == metrics.confusion_matrix(labels, found).tolist()
@@ -64,9 +68,8 @@ def check(labels: np.ndarray, shares: np.ndarray, written: dict) -> None:
     assert means["cohen_kappa"] == pytest.approx(kappa, abs=1e-12)
 
 
-def evaluate_in_ranks(folder: str, file: str) -> None:
+def evaluate_in_ranks(folder: str, cfg: EvaluateConfig) -> None:
     """What main() does with a network that is not of a run: a linear one, whose errors vary."""
-    cfg = options(Path(file), "metrics=true")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32**2, len(CLASSES)))
     with distributed.session(Device.cpu) as world:
@@ -80,7 +83,7 @@ def test_metrics_are_those_of_one_process_for_any_number_of_ranks(tmp_path):
     one = None
     for ranks in (1, 2, 3, 5):
         file = tmp_path / f"p{ranks}.{'parquet' if ranks == 3 else 'csv'}"
-        run_ranks(evaluate_in_ranks, ranks, str(tmp_path), str(file))
+        run_ranks(evaluate_in_ranks, ranks, str(tmp_path), options(file, "metrics=true"))
         written = json.loads((tmp_path / "evaluation.json").read_text())
         labels, shares, rows = predictions(file)
         assert [row["image"] for row in rows] == [f"synthetic image {i}" for i in range(NUM_IMAGES)]
@@ -140,6 +143,8 @@ def test_an_image_that_could_not_be_read_has_a_row_and_stale_files_are_removed(t
     ],
 )  # fmt: skip
 def test_an_option_that_would_be_ignored_is_refused(override, line):
+    from alexnet_ddp.config.compose import compose
+
     with pytest.raises(ConfigError) as error:
         compose("evaluate", [override, *(["model.weights=x.pth"] if "metrics" in override else [])])
     assert str(error.value) == line
