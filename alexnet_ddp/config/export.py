@@ -1,11 +1,14 @@
 """Options of `alexnet-ddp export`."""
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 
 from alexnet_ddp.config.option import MISSING, option
 from alexnet_ddp.config.run import Config
 from alexnet_ddp.runtime.errors import ConfigError
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 class ExportFormat(StrEnum):
@@ -33,6 +36,12 @@ class ExportConfig(Config):
         "normalises them and returns probabilities. Otherwise it takes normalised float32 images "
         "and returns logits.",
     )
+    push: str | None = option(
+        None,
+        "ORG/NAME of a repository of the Hugging Face Hub, to which the folder is uploaded after "
+        "its evaluation. A new repository is private. Needs pip install 'alexnet-ddp[hub]'.",
+        null="nothing is uploaded",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,3 +51,6 @@ class ExportConfig(Config):
         if self.model.weights is not None:
             rule = "is refused: export takes the weights of run.name"
             raise ConfigError(f"model.weights ({self.model.weights}) {rule}; leave it out")
+        if self.push is not None and not _REPOSITORY.fullmatch(self.push):
+            rule = "must be ORG/NAME, in letters, digits, '-', '_' and '.'"
+            raise ConfigError(f"push ({self.push}) {rule}; for example push=my-name/photos")

@@ -70,14 +70,17 @@ Write the model of a run as files for other programs, and evaluate the exported 
   python -m alexnet_ddp.export run.name=X format=onnx output=DIR
   python -m alexnet_ddp.export run.name=X format=onnx output=DIR preprocessing=true
   python -m alexnet_ddp.export run.name=X format=safetensors output=DIR [data.root=DIR ...]
+  python -m alexnet_ddp.export run.name=X format=huggingface output=DIR push=ORG/NAME
 
 The weights are those that evaluate uses. DIR receives the model, classes.json, preprocessing.json,
 metrics.json, model.json and README.md. At the end the exported file is evaluated on all validation
 images and compared with the run's model. If they differ, nothing is left and the exit code is 70.
 format=onnx needs: pip install 'alexnet-ddp[export]'. Every option has the run's value, unless the
 command line gives another. It takes one process.
+push uploads the folder to the Hugging Face Hub (pip install 'alexnet-ddp[hub]'). If that fails, the
+folder stays.
 Exit codes: 0 done, 64 configuration, 65 data, 66 no usable checkpoint, 70 the file differs from the
-run, 74 disk or memory.""",
+run, 74 disk, memory or network.""",
     "plan": """\
 Predict the speed of a training on a cluster, for each kind of parallelism, and recommend one.
 

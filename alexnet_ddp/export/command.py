@@ -1,6 +1,6 @@
 """Export a run's model, and evaluate the exported file before the folder gets its name.
 
-alexnet-ddp export run.name=X format=onnx output=DIR [preprocessing=true]
+alexnet-ddp export run.name=X format=onnx output=DIR [preprocessing=true] [push=ORG/NAME]
 """
 
 import copy
@@ -26,6 +26,7 @@ from alexnet_ddp.data.sources.sets import ImageSets, open_data
 from alexnet_ddp.export.check import Comparison, compare
 from alexnet_ddp.export.folder import metrics_of, preprocessing_of, write_inputs, write_report
 from alexnet_ddp.export.formats import WithPreprocessing, open_model, require_libraries, write_model
+from alexnet_ddp.export.hub import require_hub, upload
 from alexnet_ddp.export.timm_folder import write_config
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.distributed import World
@@ -39,17 +40,20 @@ from alexnet_ddp.training.calibration import read_temperature
 from alexnet_ddp.training.trained import Trained, read_trained
 
 _WAIT_S = 30.0  # longer than the difference between the starts of two ranks
-_OWN_OPTIONS = ("format", "output", "preprocessing")
+_OWN_OPTIONS = ("format", "output", "preprocessing", "push")
 
 
 def main(options: ExportConfig, overrides: list[str]) -> None:
     """Write options.output. Raises ConfigError, DataError, NoCheckpoint, MachineError, and
-    WrongExport if the exported file does not compute the run's results.
+    WrongExport if the exported file does not compute the run's results. A failed upload keeps
+    the folder.
     """
     _require_one_process()
     output = Path(options.output)
     _check_output(output)
     require_libraries(options.format)
+    if options.push is not None:
+        require_hub(options.push)
     kept = [one for one in overrides if one.partition("=")[0].lstrip("+") not in _OWN_OPTIONS]
     cfg = cli.config_of_run(options.run_dir, kept)
     # TF32 rounds products to 10 bits, which would hide a difference.
@@ -62,13 +66,17 @@ def main(options: ExportConfig, overrides: list[str]) -> None:
             result = _write(folder, options, cfg, trained, data, world)
             metrics = metrics_of(options.format, cfg.run.name, trained, result)
             metrics["temperature"] = read_temperature(cfg.run_dir, best)
-            write_report(folder, options.format, cfg, metrics, len(data.train))
+            card = options.format is ExportFormat.huggingface or options.push is not None
+            write_report(folder, options.format, cfg, metrics, len(data.train), card)
     ties = f" ({result.num_ties} ties differ)" if result.num_ties else ""
     say(
         f"{output}: {options.format.value} of {cfg.run.name} ({best.name}), evaluated: "
         f"top-1 {metrics['top1']:.2f} %  top-5 {metrics['top5']:.2f} %  of "
         f"{metrics['num_images']:,} images, as the run{ties}"
     )
+    if options.push is not None:
+        title = f"{options.format.value} of {cfg.run.name} ({best.name})"
+        say(f"pushed to {upload(output, options.push, title)}")
 
 
 def _require_one_process() -> None:

@@ -84,14 +84,23 @@ def metrics_of(form: ExportFormat, run: str, trained: Trained, result: Compariso
 
 
 def write_report(
-    folder: Path, form: ExportFormat, cfg: Config, metrics: dict[str, Any], num_train: int
+    folder: Path,
+    form: ExportFormat,
+    cfg: Config,
+    metrics: dict[str, Any],
+    num_train: int,
+    is_for_hub: bool,
 ) -> None:
-    """Write metrics.json and README.md. The other files exist. num_train: training images."""
+    """Write metrics.json and README.md. The other files exist.
+
+    num_train: training images. is_for_hub: begin with the metadata that the Hugging Face Hub reads.
+    """
     write_json(folder / "metrics.json", metrics)
     how = json.loads((folder / "preprocessing.json").read_bytes())
     names = json.loads((folder / "classes.json").read_bytes())
     files = [path.name for path in sorted(folder.iterdir())]
     lines = [
+        *(_hub_metadata(form) if is_for_hub else []),
         f"# {cfg.run.name}",
         "",
         f"An image classifier of {len(names):,} classes: "
@@ -140,6 +149,12 @@ _ABOUT = {
     "config.json": ": the network and its input for timm",
     "model.json": ": the options that build this network in alexnet_ddp",
 }
+
+
+def _hub_metadata(form: ExportFormat) -> list[str]:
+    library = {ExportFormat.huggingface: "timm", ExportFormat.onnx: "onnx"}.get(form)
+    lines = ["pipeline_tag: image-classification", "tags: [alexnet_ddp]"]
+    return ["---", *([f"library_name: {library}"] if library else []), *lines, "---", ""]
 
 
 def _calibration(temperature: float | None, how: dict[str, Any]) -> list[str]:
