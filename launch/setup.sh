@@ -81,12 +81,14 @@ trap 'interrupted=1' INT TERM
 say "installing alexnet_ddp and its dependencies; the first time takes minutes (torch is large)"
 : >"$cut"
 if ! (cd "$project_dir" && PIP_ROOT_USER_ACTION=ignore "$venv/bin/python" -m pip install \
-  --quiet --disable-pip-version-check --no-input -e '.[dev]'); then
+  --quiet --disable-pip-version-check --no-input --no-compile -e '.[dev]'); then
   [[ -z $interrupted ]] || die 130 "interrupted; the next run of launch/setup.sh replaces .venv"
   rm -f "$cut" # pip failed by itself, so .venv is as it was before
   die 1 "pip could not install the project (see its message above);" \
     "fix that and run launch/setup.sh again"
 fi
+# pip compiles on one core. Some packages contain files for other versions of Python, which fail.
+"$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" >/dev/null || true
 fingerprint >"$stamp.new"
 mv "$stamp.new" "$stamp"
 rm "$cut"
