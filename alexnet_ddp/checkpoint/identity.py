@@ -13,6 +13,7 @@ import torch
 
 from alexnet_ddp.checkpoint.format import classes_of, read_state
 from alexnet_ddp.config import Config, ConfigError
+from alexnet_ddp.config.data import IMAGENET_MEAN, IMAGENET_STD, Interpolation
 from alexnet_ddp.config.plugins import PluginOptimizerConfig, TorchOptimizerConfig
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,12 @@ _OFF_BY_KEY: dict[str, object] = {
     "finetune.method": "full",
     "finetune.backbone_lr_factor": 1.0,
     "finetune.layer_decay": 1.0,
+}
+# These values have the same effect as null. Published weights give them.
+_AS_NULL: dict[str, object] = {
+    "data.mean": list(IMAGENET_MEAN),
+    "data.std": list(IMAGENET_STD),
+    "data.eval_interpolation": Interpolation.bilinear,
 }
 
 
@@ -147,7 +154,11 @@ def check_same_run(
     record = read_state(checkpoint)
     then = record["identity"]
     now = {key: value for key, value in now.items() if key in then or not _is_off(key, value)}
-    changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    changed = [
+        key
+        for key in sorted(then.keys() | now.keys())
+        if _effective(key, then.get(key)) != _effective(key, now.get(key))
+    ]
     if data is not None and "data" in changed and then.get("data") == data.labels:
         changed.remove("data")
         log.info(
@@ -175,6 +186,10 @@ def check_same_run(
 
 def _is_off(key: str, value: object) -> bool:
     return value in _OFF or (key in _OFF_BY_KEY and value == _OFF_BY_KEY[key])
+
+
+def _effective(key: str, value: object) -> object:
+    return None if key in _AS_NULL and value == _AS_NULL[key] else value
 
 
 def _warn_of_other_evaluation(record: dict[str, Any], data: DataFacts) -> None:

@@ -863,6 +863,18 @@ def test_options_that_change_updates_are_in_the_identity_and_refused(run, me, ov
     assert run(who=changed).resume("mine", allow_changes=True)[0].step == 10
 
 
+def test_imagenets_normalisation_is_the_same_run_whether_it_is_given_or_not(run, me):
+    """Published weights give it; versions before that did not."""
+    given = "data.mean=[0.485,0.456,0.406] data.std=[0.229,0.224,0.225] data.eval_interpolation=bilinear"
+    explicit = who(*given.split())
+    assert explicit != me
+    for then, now in ((explicit, me), (me, explicit)):
+        save(run(who=then), 10)
+        assert run(who=now).resume("mine", allow_changes=False)[0].step == 10
+    with pytest.raises(ConfigError, match=r"data.mean=\[0.5, 0.456, 0.406\] \(was unset\)"):
+        run(who=who("data.mean=[0.5,0.456,0.406]")).resume("mine", allow_changes=False)
+
+
 def test_a_checkpoint_without_a_newer_option_resumes_while_the_option_is_off(run, me):
     newer = ("augment.mixup_alpha", "augment.policy", "augment.num_ops", "data.start_image_size")
     save(run(who={key: value for key, value in me.items() if key not in newer}), 10)
