@@ -136,7 +136,7 @@ def test_a_run_trains_records_itself_and_is_complete_at_once_the_second_time(
 
     listed = run("runs", cwd=tmp_path)
     assert listed.stdout.split()[-6:-2] == ["a", "complete", f"{best:.2f}", "11"], listed.stdout
-    assert json.loads((run_dir / "run.json").read_text())["choices"]["model"] == "alexnet_small"
+    assert json.loads((run_dir / "run.json").read_text())["choices"]["model"] == "plugin"
 
     shown = run(
         "predict", "run.name=a", f"images={image_folder}/val/class1", "output=p.jsonl", cwd=tmp_path
