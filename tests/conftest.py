@@ -50,12 +50,15 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Tests that share a server, and drills of one file, run one after the other in the same worker.
 
     Tests with the marker `full`, whose kind of check a shorter test repeats, run with --full only.
+    Of a test with the marker `sampled`, three cases in four are slow tests.
 
     In pytest_collection_modifyitems the group would come too late: a worker of pytest-xdist has read the groups.
     """
     markers = {marker.name for marker in item.iter_markers()}
     if "full" in markers and not item.config.getoption("full"):
         item.add_marker(pytest.mark.skip(reason="with --full"))
+    if "sampled" in markers and sum(item.callspec.indices.values()) % 4:
+        item.add_marker(pytest.mark.slow)
     if markers & {"drill", "slurm", "spark"}:
         server = next(iter(markers & {"slurm", "spark"}), None)
         item.add_marker(pytest.mark.xdist_group(server or item.path.stem))

@@ -437,6 +437,7 @@ def test_the_job_is_requeued_once_when_it_was_stopped_or_lost_a_peer(launcher, s
     assert launcher.lines("scontrol") == ["requeue 31007"]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("code", [0, 1, 64, 65, 66, 70, 74, 93, 137, 143])
 def test_the_job_is_not_requeued_on_any_other_code(launcher, sbatch, code):
     assert sbatch(FAKE_EXIT=str(code))[0] == code

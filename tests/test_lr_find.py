@@ -59,6 +59,7 @@ def test_the_suggestion_is_a_value_of_the_option_at_the_global_batch(image_folde
     assert f"suggestion: optimizer.lr={found * 16:.2g}, " in done.stdout
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("options", "message"),
     [

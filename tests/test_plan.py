@@ -96,6 +96,7 @@ def test_what_does_not_fit_into_memory_is_not_recommended(capsys):
     )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -146,6 +146,7 @@ def test_neighbouring_epochs_and_uses_are_independent():
         assert_independent(rng.hash32(a, MANY), rng.hash32(b, MANY))
 
 
+@pytest.mark.slow
 def test_the_columns_of_uniforms_are_uniform_and_independent():
     u = rng.uniforms(11, MANY, 23)
     assert u.shape == (len(MANY), 23)

@@ -209,6 +209,7 @@ def test_forty_flipped_bits_over_all_files_are_all_rejected_by_file_name(run):
     ckpt.verify(directory)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("stem", "dtype"),
     [
@@ -263,6 +264,7 @@ def test_every_single_flipped_bit_of_a_manifests_head_is_rejected(run):
     assert accepted == []
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", FILES[1:])
 @pytest.mark.parametrize("share", [0, 0.5])
 def test_a_truncated_file_is_rejected_by_name_and_size(run, name, share):
@@ -304,6 +306,7 @@ def test_a_checkpoint_under_another_steps_name_is_rejected(run):
         ckpt.verify(step_dir(run.at, 9))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "content", ["", "[]", "null", "{}", '{"schema_version": 1, "step": 7, "files": []}', "\xff"]
 )
@@ -849,6 +852,7 @@ def test_the_identity_survives_json(me):
     assert json.loads(json.dumps(schedule)) == schedule
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("override", FIXED)
 def test_options_that_change_updates_are_in_the_identity_and_refused(run, me, override):
     save(run(who=me), 10)

@@ -142,6 +142,7 @@ def test_a_renamed_class_is_refused_by_name_and_with_allow_changes_the_other_row
     assert torch.equal(now["model"]["classifier.0.weight"], then["model"]["classifier.0.weight"])
 
 
+@pytest.mark.slow
 def test_a_class_may_be_added_and_one_removed_with_allow_changes(tmp_path, world):
     data = make_images(tmp_path)
     then = saved(config(tmp_path), world)
@@ -193,6 +194,7 @@ def test_more_and_fewer_images_are_refused_with_their_numbers(tmp_path, world):
         RunSetup(config(tmp_path), world)
 
 
+@pytest.mark.slow
 def test_a_removed_bad_image_is_named_with_what_to_do(tmp_path, world):
     data = make_images(tmp_path)
     saved(config(tmp_path), world)
@@ -231,6 +233,7 @@ def test_other_images_with_the_same_counts_are_called_so(tmp_path, world, monkey
         RunSetup(config(tmp_path), world)
 
 
+@pytest.mark.slow
 def test_a_fingerprint_of_an_older_version_is_compared_as_far_as_it_goes(
     tmp_path, world, monkeypatch, caplog
 ):

@@ -306,6 +306,7 @@ def line(command: str, *overrides: str) -> str:
     return str(e.value)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("overrides", WRONG_VALUES)
 def test_a_wrong_value_is_refused_with_value_rule_and_remedy(overrides):
     with pytest.raises(ConfigError) as e:
@@ -340,11 +341,13 @@ def test_hydras_own_keys_are_refused_by_name_because_they_could_call_anything(ov
     )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("overrides", WRONG_PREPARATIONS)
 def test_a_wrong_preparation_is_refused_with_value_rule_and_remedy(overrides):
     assert line("prepare", *overrides.split()) == WRONG_PREPARATIONS[overrides]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("overrides", REFUSED_BY_THE_SCHEMA)
 def test_what_the_schema_does_not_know_is_refused(overrides):
     assert line("train", *overrides.split()) == REFUSED_BY_THE_SCHEMA[overrides]
@@ -380,6 +383,7 @@ def test_eval_resize_follows_the_image_size_by_torchvisions_ratio():
     assert compose(["data.image_size=112", "data.eval_resize=112"]).data.eval_resize == 112
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("group", [g for g in GROUPS if g != "experiment"])
 def test_every_choice_of_a_group_composes_and_is_the_only_thing_that_changes(group):
     required = {choice: ["data.root=x"] for choice in ("folder", "csv", "imagenet", "shards")}
@@ -400,6 +404,7 @@ def test_the_header_of_an_experiment_says_its_command_and_what_to_expect(name):
     assert "Expected" in text
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_has_its_own_name_and_takes_the_place_of_the_default_recipe(name):
     root = [] if name in ("demo", "smoke") else ["data.root=somewhere"]
@@ -451,6 +456,7 @@ def test_the_command_line_and_an_experiment_win_over_the_default_recipe():
     assert replace(experiment, data=published.data) == published
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("overrides", "name"),
     [
@@ -655,6 +661,7 @@ def test_an_override_may_refer_to_another_key(train):
     assert train("run.name=${seed}/x")[:3] == (64, "", "alexnet_ddp: " + WRONG_NAME)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "option",
     ["--experimental-rerun=x", "--exp=x", "--config-name=x", "--run", "--info", "--hydra-help"],
@@ -755,6 +762,7 @@ def test_a_command_imports_torch_after_its_configuration_is_valid(command, argum
     assert not imported(code, *arguments) & unneeded
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("networks", "lr"),
     [

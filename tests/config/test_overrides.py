@@ -102,6 +102,7 @@ AS_TYPED = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", NUMBER_LIKE)
 def test_a_run_has_the_name_that_was_typed(name):
     assert compose([f"run.name={name}"]).run.name == name
@@ -115,6 +116,7 @@ def test_a_run_has_the_name_that_was_typed_behind_two_plus_signs(name):
 TYPED = [*NUMBER_LIKE, *AS_TYPED]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("texts", [TYPED[k : k + 3] for k in range(0, len(TYPED), 3)])
 def test_a_path_is_the_text_that_was_typed(texts):
     options = ("data.root", "run.root", "logger.wandb_project")
@@ -197,6 +199,7 @@ def test_any_text_survives_hydras_grammar_and_omegaconfs():
         assert OmegaConf.to_container(node, resolve=True) == {"x": text}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "text", ["1.10", "12e4567", "a b=(2)", "it's", "a\\", "é,$", "'x'y'", "2026_11_28"]
 )
@@ -262,6 +265,7 @@ def test_a_choice_of_a_group_is_a_text_too(tmp_path, end):
 # --- YAML files -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("where", "value"),
     [
@@ -362,6 +366,7 @@ def test_what_has_a_meaning_for_hydra_is_refused_in_our_words(end):
     assert line_of(end, "train", "~/data").startswith("'~/data' is not OPTION=VALUE")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("argument", TOO_MUCH, ids=range(len(TOO_MUCH)))
 def test_a_value_that_nothing_can_take_is_one_short_line(end, argument):
     said = line_of(end, "train", argument)

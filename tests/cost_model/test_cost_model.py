@@ -415,6 +415,7 @@ def test_predictions_for_1024_nodes_are_plausible(alexnet):
     assert plain.bytes_sent == pytest.approx(2 * 244.4e6, rel=0.001)
 
 
+@pytest.mark.slow
 def test_the_curves_cross_once_and_are_plotted(alexnet, tmp_path):
     pytest.importorskip("matplotlib")
     swept = sweep(

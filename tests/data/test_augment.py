@@ -50,6 +50,7 @@ def assert_same_distribution(ours: np.ndarray, theirs: np.ndarray) -> None:
         assert stats.ks_2samp(measure(ours), measure(theirs)).pvalue > 1e-3, name
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("shape", SHAPES)
 def test_random_resized_crop_has_torchvisions_distribution(shape):
     assert_same_distribution(boxes(views_of(shape)), torchvision_boxes(shape, 3_000))

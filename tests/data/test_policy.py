@@ -45,6 +45,7 @@ def torchvisions(policy, name, bin_, sign, image) -> np.ndarray:
     return changed.permute(1, 2, 0).numpy()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("policy", "name"), [*product(THEIRS, OPERATIONS)])
 def test_every_operation_at_every_magnitude_gives_torchvisions_pixels(policy, name):
     for bin_, sign in product(range(NUM_BINS), (-1, 1)):

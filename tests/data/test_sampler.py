@@ -361,6 +361,7 @@ def pairs_that_meet_again(sampler: GlobalBatchSampler) -> int:
     return int((counts * (counts - 1) // 2).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [256, 1_024])
 def test_batches_of_windows_are_as_mixed_as_those_of_the_full_shuffle(imagenet, batch):
     """And images of one batch meet again S/k^2 + (1 - 1/k)^2 = 4.88 times as often: what a window of 16 costs."""

@@ -234,6 +234,7 @@ def _measure_network() -> tuple[list[AllReduce], list[Link], dict[int, float]]:
         )
 
 
+@pytest.mark.slow
 def test_links_all_reduces_and_clocks_are_measured_between_all_ranks():
     main, *others = run_ranks(_measure_network, 3)
     sums, found, skews = main

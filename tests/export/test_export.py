@@ -391,6 +391,7 @@ def test_a_missing_extra_gives_the_command_of_pip(place, tmp_path, monkeypatch):
         export_here(place, "format=onnx", f"output={tmp_path / 'out'}")
 
 
+@pytest.mark.slow
 def test_a_network_that_torch_cannot_export_is_one_line(tmp_path):
     class Branching(torch.nn.Module):
         def forward(self, images):
@@ -406,6 +407,7 @@ def test_a_network_that_torch_cannot_export_is_one_line(tmp_path):
         assert "\n" not in str(end.value)
 
 
+@pytest.mark.slow
 def test_large_weights_are_in_a_second_file(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "_MAX_ONNX_BYTES", 1000)
     model = WithPreprocessing(torchvision.models.squeezenet1_1(num_classes=3), IMAGENET).eval()
@@ -420,6 +422,7 @@ def test_large_weights_are_in_a_second_file(tmp_path, monkeypatch):
         torch.testing.assert_close(runner(example), model(example))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "options",
     [

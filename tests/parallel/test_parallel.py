@@ -121,6 +121,7 @@ def reference():
     return run_ranks(trained, 1, DDPConfig(), 7)[0]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("ranks", "cfg", "micro"),
     [(2, HybridConfig(), None), (3, HybridConfig(), 2), (4, HybridConfig(group_size=2), None)],
@@ -195,6 +196,7 @@ def test_bf16_activations_change_the_losses_by_less_than_a_thousandth(reference)
         assert rank[0] == pytest.approx(reference[0], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_find_layers_finds_the_classifier_and_refuses_a_network_without_one():
     def network(name):
         return build_model(TorchvisionConfig(name=name), 1000, 224, seed=0)

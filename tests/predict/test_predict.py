@@ -190,6 +190,7 @@ def test_every_image_has_a_line_in_order_for_any_number_of_ranks(trained):
     assert sum(p["probability"] for p in found[0][0]["predictions"]) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 @of_a_run
 def test_a_csv_has_a_column_for_each_class_and_for_the_reason(trained):
     done = run("predict", "run.name=x", "images=photos", "output=o.csv", "top_k=2", cwd=trained)
@@ -206,6 +207,7 @@ def test_a_csv_has_a_column_for_each_class_and_for_the_reason(trained):
     assert [row["class_1"] for row in rows if row["error"]] == ["", ""]
 
 
+@pytest.mark.slow
 @of_a_run
 def test_predictions_of_a_calibrated_run_are_divided_by_its_temperature(trained):
     """evaluate with all its files on two ranks, then predict into Parquet files."""
@@ -285,6 +287,7 @@ def test_paths_come_from_standard_input_and_are_printed_without_an_output(traine
     assert all(path in line for path, line in zip(paths, shown))
 
 
+@pytest.mark.sampled
 @of_a_run
 @pytest.mark.parametrize(
     ("options", "code", "message"),

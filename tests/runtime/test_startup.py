@@ -37,6 +37,7 @@ def signalled(code: str, number: int, **popen) -> tuple[int, str]:
     return process.returncode, errors
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 @pytest.mark.parametrize("command", ["train", "evaluate", "prepare"])
 def test_a_command_that_can_continue_ends_with_75_and_one_line(command, number):
@@ -49,6 +50,7 @@ def test_a_command_that_can_continue_ends_with_75_and_one_line(command, number):
     )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 @pytest.mark.parametrize("command", ["predict", "plan", "doctor"])
 def test_a_command_that_keeps_nothing_ends_with_128_and_the_signal(command, number):

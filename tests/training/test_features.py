@@ -143,6 +143,7 @@ def test_the_losses_are_those_without_the_cache_and_a_run_resumes_bit_equal(tmp_
     assert max(by_ranks[0]) - min(by_ranks[0]) > 0.01  # the images and the updates matter
 
 
+@pytest.mark.slow
 def test_a_second_start_reuses_the_features_and_a_damaged_file_is_computed_again(
     tmp_path, weights, monkeypatch, caplog
 ):

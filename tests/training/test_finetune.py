@@ -79,6 +79,7 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     return {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars", "torch optimizer.name=RAdam"])
 def test_only_the_head_is_trained_decayed_and_saved_with_moments(
     world, tmp_path, weights, optimizer
@@ -100,6 +101,7 @@ def test_only_the_head_is_trained_decayed_and_saved_with_moments(
     parts.close()
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_computes_as_in_an_evaluation(world, tmp_path):
     torch.manual_seed(1)
     path = tmp_path / "alexnet.pth"
@@ -137,6 +139,7 @@ def sent_by(parts: TrainingParts) -> tuple[int, int]:
     return sum(sizes), sum(buffer.numel() for buffer in parts.train_step._statistics)
 
 
+@pytest.mark.slow
 def test_nothing_is_sent_for_frozen_parameters_and_statistics(tmp_path, weights):
     full = torchvision.models.resnet18(num_classes=3)
     num_statistics = sum(b.numel() for b in full.buffers() if b.is_floating_point())
@@ -289,6 +292,7 @@ WRONG = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("overrides", WRONG)
 def test_combinations_that_do_not_work_are_one_line(overrides):
     with pytest.raises(ConfigError) as error:

@@ -66,6 +66,7 @@ def test_without_a_readable_image_there_is_no_picture_and_no_error(tmp_path, ima
     assert "batch.png is not written: " in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_first_batch_and_tensorboard_shows_it(image_folder, tmp_path):
     same = [*SMALL, f"data.root={image_folder}", f"run.root={tmp_path}", "run.name=x"]
     done = run("train", *same, "trainer.max_steps=2", "logger.tensorboard=true", cwd=tmp_path)

@@ -182,6 +182,7 @@ def seen(root, skip, rank, world_size, micro=None):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "bad", [pytest.param([], marks=pytest.mark.slow), ["00004.jpg", "00010.jpg"]]
 )
@@ -292,6 +293,7 @@ def same(a, b):
 ADAMW = AdamWConfig(lr=0.01)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize(
     ("bad", "optimizer_cfg"),

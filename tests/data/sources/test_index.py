@@ -193,6 +193,7 @@ def test_fingerprint_depends_on_classes_labels_names_and_sizes_but_not_on_the_pa
     )
 
 
+@pytest.mark.slow
 def test_imagenets_size_takes_less_than_100_megabytes_and_a_few_seconds():
     n = 1_281_167
     begin = time.perf_counter()

@@ -118,6 +118,7 @@ def test_a_layout_that_cannot_be_divided_is_refused_with_a_remedy(tmp_path):
         opened(tmp_path / "nowhere", "data.val_fraction=0.5")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [

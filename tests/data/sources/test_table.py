@@ -110,6 +110,7 @@ def test_rows_of_neither_set_are_counted_and_a_missing_file_is_a_bad_image(tmp_p
         data.train.read(0)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("text", "overrides", "words"),
     [
