@@ -33,7 +33,7 @@ def two_nodes(hosts: Hosts, new_job: Callable[..., Job]) -> Callable[..., list[J
             "NNODES": num_nodes,
             "RDZV_ENDPOINT": "n1:29500",
             "RDZV_ID": name,
-            "LAST_CALL_S": "2",
+            "LAST_CALL_S": "15",  # on a busy machine the second node starts seconds later
         }
         jobs = [
             new_job(name, f"trainer.hang_timeout_s={HANG_S}", env=env | {"NODE_RANK": str(rank)})
