@@ -117,14 +117,18 @@ class RunRecord:
 def find_runs(root: Path) -> Iterator[RunRecord]:
     """Every run below `root`, or `root` itself if it is one, in the order of their names.
 
-    The directories of a run are not searched.
+    The directories of a run are not searched. A folder is searched once, also if links lead back.
     """
     if _is_run(root):
         yield RunRecord(root, root.absolute().name)
         return
+    seen = set[str]()
     for folder, below, _ in os.walk(root, followlinks=True):
-        here = Path(folder)
-        kept = []
+        here, kept, place = Path(folder), list[str](), os.path.realpath(folder)
+        if place in seen:
+            below.clear()
+            continue
+        seen.add(place)
         for name in sorted(below):
             if _is_run(here / name):
                 yield RunRecord(here / name, str((here / name).relative_to(root)))
