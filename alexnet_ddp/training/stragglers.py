@@ -11,8 +11,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from alexnet_ddp.runtime.distributed import World, all_gather
+from alexnet_ddp.training.profiler import DATA
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +36,8 @@ class Stopwatch:
     def data(self) -> Iterator[None]:
         """Time the wait for a batch."""
         began = time.monotonic()
-        yield
+        with record_function(DATA):
+            yield
         self._seconds["data"] += time.monotonic() - began
 
     @contextmanager
