@@ -59,6 +59,12 @@ if [[ -n $NODE_RANK ]]; then
   conf+=,is_host=$((10#$NODE_RANK == 0))
 fi
 
+if [[ $NNODES == *:* ]]; then
+  # With a shared store, torchrun (2.5 to 2.14) publishes its address only once, so a node that joins
+  # later waits for it for 60 s, and both end.
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
+fi
+
 # `exit` is on the same line: bash would read the next line later, when this file may have changed.
 keep_running "$NPROC_PER_NODE" --nnodes="$NNODES" --rdzv-backend=c10d \
   --rdzv-endpoint="$RDZV_ENDPOINT" --rdzv-id="$RDZV_ID" --rdzv-conf="$conf" -m "$module" "$@"; exit

@@ -26,21 +26,37 @@ def hosts() -> Iterator[Hosts]:
 
 @pytest.fixture
 def two_nodes(hosts: Hosts, new_job: Callable[..., Job]) -> Callable[..., list[Job]]:
-    """two_nodes("name", "1:2"): calm's training, one rank on each host; of each its node.sh."""
+    """two_nodes("name", "1:2"): calm's training, one rank on each host; of each its node.sh.
 
-    def start(name: str, num_nodes: str) -> list[Job]:
+    until(job): called before the second node starts.
+    """
+
+    def start(
+        name: str,
+        num_nodes: str,
+        *overrides: str,
+        last_call_s: int = 15,  # on a busy machine the second node starts seconds later
+        until: Callable[[Job], object] = lambda job: None,
+    ) -> list[Job]:
         env = {
             "NNODES": num_nodes,
             "RDZV_ENDPOINT": "n1:29500",
             "RDZV_ID": name,
-            "LAST_CALL_S": "15",  # on a busy machine the second node starts seconds later
+            "LAST_CALL_S": str(last_call_s),
         }
         jobs = [
-            new_job(name, f"trainer.hang_timeout_s={HANG_S}", env=env | {"NODE_RANK": str(rank)})
+            new_job(
+                name,
+                f"trainer.hang_timeout_s={HANG_S}",
+                *overrides,
+                env=env | {"NODE_RANK": str(rank)},
+            )
             for rank in (0, 1)
         ]
         for number, job in enumerate(jobs, 1):
             job.log = job.root / f"n{number}.log"
+            if number == 2:
+                until(jobs[0])
             job.start(launcher=hosts.command(f"n{number}", str(PROJECT / "launch/node.sh")))
         return jobs
 
@@ -76,6 +92,33 @@ def test_d07_a_node_disappears_and_the_other_one_continues_alone(hosts, two_node
     assert survivor.wait() == 0, survivor.said()
     assert survivor.index_hashes() == calm.index_hashes()  # no image lost, none twice
     assert "world size 2 -> 1" in survivor.said()
+
+
+@pytest.mark.parametrize("moment", ["start", "training"])
+def test_d07_a_node_that_comes_later_takes_part(hosts, two_nodes, calm, moment):
+    def wait(job: Job) -> None:
+        if moment == "start":
+            job.until(lambda: has_rank(job), what="a rank")
+        else:
+            job.until_step(4)
+
+    first, second = two_nodes("later", "1:2", "trainer.epochs=6", last_call_s=1, until=wait)
+    assert (first.wait(), second.wait()) == (0, 0), first.said() + second.said()
+    assert "starting again" not in first.said() + second.said()  # torchrun itself starts the ranks
+    assert "= 2 cpu rank(s)" in first.said()
+    if moment == "training":
+        assert "world size 1 -> 2" in first.said()
+    hashes = first.index_hashes()
+    assert sorted(hashes) == list(range(1, 157))  # no step is lost, none is repeated
+    assert {step: hashes[step] for step in calm.index_hashes()} == calm.index_hashes()
+
+
+def has_rank(job: Job) -> bool:
+    try:
+        job.rank(0)
+    except LookupError:
+        return False
+    return True
 
 
 def test_d08_a_link_that_is_away_for_5_s_costs_5_s_and_no_restart(hosts, two_nodes, calm, measured):
