@@ -4,7 +4,7 @@ Writes into the directory profile/ of the run, for each profiled rank:
 
     rankN.trace.json.gz   for ui.perfetto.dev or chrome://tracing
     rankN.txt             the ten operators with the most time of their own
-    rankN.json            the verdict, and where the time of the steps went
+    rankN.json            the conclusion, and where the time of the steps went
     rankN.memory.pickle   on a GPU: for pytorch.org/memory_viz
 """
 
@@ -45,7 +45,7 @@ class TimeShares:
     other: float
 
     @property
-    def verdict(self) -> str:
+    def conclusion(self) -> str:
         """One line that names the largest share."""
         reasons = {
             "data": "waits for images: more cores, data.num_threads, or shards",
@@ -114,9 +114,9 @@ class StepProfiler:
             torch.cuda.memory._dump_snapshot(f"{stem}.memory.pickle")
             torch.cuda.memory._record_memory_history(enabled=None)
         shares = time_shares(found)
-        verdict = shares.verdict
-        write_json(Path(f"{stem}.json"), {"verdict": verdict} | asdict(shares))
-        log.info("profile of rank %d: %s; see %s", self._world.rank, verdict, self._folder)
+        conclusion = shares.conclusion
+        write_json(Path(f"{stem}.json"), {"conclusion": conclusion} | asdict(shares))
+        log.info("profile of rank %d: %s; see %s", self._world.rank, conclusion, self._folder)
 
     def close(self) -> None:
         """End a profile whose last step was not reached. Nothing is written."""

@@ -1,4 +1,4 @@
-"""trainer.profile_steps: the files, and the verdict on three planted bottlenecks."""
+"""trainer.profile_steps: the files, and the conclusion on three planted bottlenecks."""
 
 import gzip
 import io
@@ -19,12 +19,12 @@ PROFILED = ["trainer.profile_steps=1:3", "trainer.max_steps=4", "trainer.epochs=
 SYNTHETIC = ["data=synthetic", "data.image_size=64", "data.num_train=64", "data.num_val=4"]
 
 
-def verdict(run_dir: Path, rank: int = 0) -> str:
+def conclusion(run_dir: Path, rank: int = 0) -> str:
     found = json.loads((run_dir / f"profile/rank{rank}.json").read_text())
     shares = [found[name] for name in ("data", "compute", "communication", "other")]
     assert sum(shares) == pytest.approx(1, abs=0.02)
     assert min(shares) >= 0
-    return found["verdict"]
+    return found["conclusion"]
 
 
 def test_spans():
@@ -35,9 +35,9 @@ def test_spans():
     assert _without(some, []) == some
 
 
-def test_the_verdict_names_the_largest_share():
+def test_the_conclusion_names_the_largest_share():
     shares = TimeShares(12.5, data=0.1, compute=0.3, communication=0.55, other=0.05)
-    assert shares.verdict.startswith("bound by communication: 55 % of a step of 12.5 ms waits for")
+    assert shares.conclusion.startswith("bound by communication: 55 % of a step of 12.5 ms waits for")
 
 
 @pytest.mark.slow
@@ -51,7 +51,7 @@ def test_a_heavy_network_is_bound_by_compute_and_all_ranks_can_be_profiled(tmp_p
     assert sorted(path.name for path in folder.iterdir()) == [
         f"rank{rank}.{kind}" for rank in (0, 1) for kind in ("json", "trace.json.gz", "txt")
     ]
-    assert verdict(tmp_path / "runs/x", rank=1).startswith("bound by compute: ")
+    assert conclusion(tmp_path / "runs/x", rank=1).startswith("bound by compute: ")
     trace = json.loads(gzip.decompress((folder / "rank0.trace.json.gz").read_bytes()))
     names = [event.get("name") for event in trace["traceEvents"]]
     assert names.count("alexnet_ddp.step") == 2
@@ -73,7 +73,7 @@ def test_large_images_and_a_small_network_are_bound_by_data(tmp_path):
     options = [*SMALL, *data, *steps, "trainer.global_batch_size=6", "run.name=x"]
     done = run("train", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
-    assert verdict(tmp_path / "runs/x").startswith("bound by data: ")
+    assert conclusion(tmp_path / "runs/x").startswith("bound by data: ")
 
 
 @pytest.mark.drill
@@ -99,7 +99,7 @@ def test_a_slow_link_is_bound_by_communication(tmp_path):
         ]
         said = [process.communicate(timeout=120)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], said
-    assert verdict(tmp_path / "runs/x").startswith("bound by communication: ")
+    assert conclusion(tmp_path / "runs/x").startswith("bound by communication: ")
 
 
 def rank_env(rank: int) -> dict[str, str]:
