@@ -24,6 +24,7 @@ from alexnet_ddp.runtime.deadline import Deadline
 from alexnet_ddp.runtime.errors import (
     Preempted,
     RunError,
+    is_rank_zero,
     was_asked_to_stop,
     write_start_step,
 )
@@ -40,6 +41,7 @@ from alexnet_ddp.tracking import (
     make_run_dir,
     run_status,
 )
+from alexnet_ddp.tracking.report_process import write_report
 from alexnet_ddp.training.evaluation import evaluate
 from alexnet_ddp.training.faults import Guard
 from alexnet_ddp.training.first_batch import write_first_batch
@@ -56,7 +58,17 @@ log = logging.getLogger(__name__)
 
 
 def train(cfg: Config, overrides: list[str]) -> None:
-    """Train the run that `cfg` describes, or resume it. overrides: recorded with the run."""
+    """Train the run that `cfg` describes, or resume it. overrides: recorded with the run.
+
+    With logger.report, rank 0 then writes the report of the complete run.
+    """
+    is_trained = _train(cfg, overrides)
+    if is_trained and cfg.logger.report and is_rank_zero():
+        write_report(cfg.run_dir, cfg.plugins)
+
+
+def _train(cfg: Config, overrides: list[str]) -> bool:
+    """False if the run was complete already."""
     with (
         distributed.session(cfg.device, cfg.trainer.tf32) as world,
         run_status(cfg.run_dir, world.is_main) as status,
@@ -75,7 +87,7 @@ def train(cfg: Config, overrides: list[str]) -> None:
                     "run %s is complete after %d steps: %s; %s",
                     *(cfg.run.name, done, cfg.run_dir, again),
                 )
-                return
+                return False
             parts = TrainingParts(setup, on_phase=watchdog.phase)
             watchdog.phase("start")
             stop = StopSignal()  # until here a stop signal ends the process at once
@@ -87,6 +99,7 @@ def train(cfg: Config, overrides: list[str]) -> None:
                     finally:
                         watchdog.phase("checkpoint")
             parts.close()
+    return True
 
 
 @contextmanager

@@ -1,0 +1,91 @@
+"""Where a run's time goes: the parts of a step, and what is not a step."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from alexnet_ddp.runtime.run_record import RunRecord
+
+# Metric of a row -> its name. In a step, one follows the other.
+_PARTS = {
+    "time/data_s": "wait for data",
+    "time/forward_s": "forward",
+    "time/backward_s": "backward, gradients exchanged",
+    "time/update_s": "update",
+}
+_LARGE, _SMALL = 0.3, 0.05  # shares of a step that wait for data, for the sentence
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of some time. colour: position among the colours of the page; None: grey."""
+
+    name: str
+    seconds: float
+    share: float
+    colour: int | None
+
+
+@dataclass(frozen=True)
+class Times:
+    """step: the parts of a mean step. run: of all hours of work."""
+
+    step: list[Part]
+    run: list[Part]
+    sentence: str
+    slowest: list[tuple[int, float]]  # ranks, with their share of the rows in which they were last
+
+
+def times(run: RunRecord) -> Times | None:
+    """The times of rank 0; None if the run has no row of training metrics."""
+    totals, steps = _totals(run)
+    step_s = totals.pop("time/step_s", 0.0)
+    work_s = max(run.values("time_s").values(), default=0.0)
+    if not step_s or not steps:
+        return None
+    known = {metric: totals[metric] for metric in _PARTS if metric in totals}
+    named = [
+        Part(_PARTS[metric], seconds / steps, seconds / step_s, k)
+        for k, metric in enumerate(_PARTS)
+        if (seconds := known.get(metric)) is not None
+    ]
+    rest = max(0.0, step_s - sum(known.values()))
+    rest_name = "everything else" if len(known) > 1 else "compute, and exchange of gradients"
+    named.append(Part(rest_name, rest / steps, rest / step_s, None if len(known) > 1 else 1))
+    other_s = max(0.0, work_s - step_s)
+    whole_s = max(work_s, step_s)
+    whole = [
+        Part("training steps", step_s, step_s / whole_s, 0),
+        Part("start, evaluations and checkpoints", other_s, other_s / whole_s, None),
+    ]
+    waited = known.get("time/data_s", 0.0) / step_s
+    return Times(named, whole, _sentence(waited), _slowest(run))
+
+
+def _totals(run: RunRecord) -> tuple[dict[str, float], int]:
+    """Seconds of rank 0 by metric, over all steps that rows cover, and the number of steps."""
+    totals, steps, last = dict[str, float](), 0, 0
+    for step, row in run.rows.items():
+        if "time/step_s" not in row:
+            continue
+        num, last = step - last, step
+        steps += num
+        for metric in ("time/step_s", *_PARTS):
+            if metric in row:
+                totals[metric] = totals.get(metric, 0.0) + float(row[metric]) * num
+    return totals, steps
+
+
+def _sentence(waited: float) -> str:
+    share = f"{100 * waited:.1f} %"
+    if waited >= _LARGE:
+        remedy = "more cores or threads (data.num_threads), or packed shards, would speed it up"
+        return f"The loader is the bottleneck: a step waits {share} of its time for data; {remedy}."
+    if waited > _SMALL:
+        return f"A step waits {share} of its time for data, so a faster loader would help a little."
+    return f"The loader is no bottleneck: a step waits {share} of its time for data."
+
+
+def _slowest(run: RunRecord) -> list[tuple[int, float]]:
+    counts = Counter(int(rank) for rank in run.values("train/slowest_rank").values())
+    total = sum(counts.values())
+    return [(rank, count / total) for rank, count in counts.most_common(8)]
