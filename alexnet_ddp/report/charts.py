@@ -7,7 +7,7 @@ from typing import Any
 # Units of the SVG. The page scales it to the width of its column.
 WIDTH, HEIGHT = 420, 220
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 26
-_MAX_POINTS = 400  # of a line
+_MAX_POINTS, _FEWEST = 800, 60  # of all lines together; of one line
 _NUM_TICKS = 5
 _LOG_RATIO = 200  # values that differ by this factor get a logarithmic axis, if that is allowed
 
@@ -95,7 +95,8 @@ def line_chart(
     low, high = (low, high) if is_log else _rounded_out(low, high)
     x = Scale(*_apart(min(steps), max(steps)), LEFT, WIDTH - RIGHT)
     y = Scale(*_apart(low, high), HEIGHT - BOTTOM, TOP, is_log)
-    kept = [thinned(one.points, _MAX_POINTS) for one in series]
+    limit = max(_FEWEST, _MAX_POINTS // len(series))
+    kept = [thinned(one.points, limit) for one in series]
     lines = [
         Line(
             one.label,

@@ -45,20 +45,24 @@ def charts(runs: list[RunRecord]) -> list[Chart]:
 
 
 def _chart(curve: Curve, runs: list[RunRecord]) -> Chart | None:
-    """With one run, the colour tells the metrics apart; with several runs it tells the runs."""
-    series = []
+    """With one run, the colour tells the metrics apart; with several runs it tells the runs.
+
+    Then two metrics of a run are only drawn if one is of the training, which is pale.
+    """
+    series, alone = [], len(runs) == 1
+    has_validation = any(metric.startswith("val/") for metric in curve.metrics)
     for k, run in enumerate(runs):
         for j, (metric, label) in enumerate(curve.metrics.items()):
-            alone = len(runs) == 1
-            is_first_of_two = j == 0 and len(curve.metrics) > 1
-            name = label or run.name if alone else " ".join(filter(None, (run.name, label)))
+            if not (alone or has_validation or j == 0):
+                continue
+            name = label or run.name if alone else f"{run.name} {label}".rstrip()
             points = [(float(step), value) for step, value in run.values(metric).items()]
             series.append(
                 Series(
                     name,
                     j if alone else k,
                     points,
-                    is_faint=not alone and is_first_of_two,
+                    is_faint=not alone and has_validation and j == 0,
                     has_dots=metric.startswith("val/") and len(points) <= 60,
                 )
             )

@@ -55,7 +55,7 @@ class Shown:
     @property
     def short_name(self) -> str:
         """The folder and the file, or the member of an archive."""
-        return "/".join(self.name.split("/")[-2:])
+        return "/".join(self.name.rpartition(".tar:")[2].split("/")[-2:])
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,13 @@ def examine(cfg: Config, max_images: int, world: World) -> Findings:
     directory = find_best(cfg.run_dir / "checkpoints")
     trained = read_trained(replace(cfg, data=of_data), directory, data.val.classes)
     model = trained.model.to(world.device).to(memory_format=torch.channels_last).eval()
+    # Of a WordNet class only the first of its synonyms.
+    names = unique_names([name.split(",")[0] for name in data.class_names])
     val = data.val.subset(max_images)
     loader = build_loader(of_data, val, None, world.num_cores, world.device)
     with closing(loader):
         evaluation, scores = _evaluate(model, loader, cfg, val, world)
-        pictures = _Pictures(model, loader, val, scores, unique_names(data.class_names))
+        pictures = _Pictures(model, loader, val, scores, names)
         largest = pictures.show(_largest_losses(scores))
         shown = {one.name for one in largest}
         rest = [
@@ -110,7 +112,7 @@ def examine(cfg: Config, max_images: int, world: World) -> Findings:
     return Findings(
         scores,
         evaluation,
-        unique_names(data.class_names),
+        names,
         directory.name,
         len(val),
         len(data.val),

@@ -40,6 +40,7 @@ class Start:
     message: str = ""
     world_size: int | None = None
     host: str = ""
+    saved: float | None = None  # the time of its last checkpoint
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,11 @@ class Mark:
 
 @dataclass(frozen=True)
 class Bar:
+    """A start. lost: the width of its work after the last checkpoint, which is repeated."""
+
     left: float
     width: float
+    lost: float
     end: str
     text: str
 
@@ -99,15 +103,7 @@ def timeline(run: RunRecord) -> Timeline | None:
         return None
     marks = sorted([*_row_marks(run, starts), *_event_marks(events, starts)], key=lambda m: m.time)
     axis = _Axis(starts)
-    bars = [
-        Bar(
-            axis(k, one.began),
-            max(1.5, axis(k, one.ended) - axis(k, one.began)),
-            one.end,
-            _about(one),
-        )
-        for k, one in enumerate(starts)
-    ]
+    bars = [_bar(axis, k, one) for k, one in enumerate(starts)]
     dots = [
         Dot(
             axis(_start_at(starts, one.time), one.time),
@@ -191,6 +187,7 @@ def _starts(run: RunRecord, events: list[dict[str, Any]]) -> list[Start]:
         began = _seconds(one["time"])
         limit = _seconds(known[k + 1]["time"]) if k + 1 < len(known) else float("inf")
         ended, end, message = _end(run, events, began, limit)
+        saved = [e["time"] for e in events if e["event"] == "save" and began <= e["time"] <= ended]
         found.append(
             Start(
                 began,
@@ -200,6 +197,7 @@ def _starts(run: RunRecord, events: list[dict[str, Any]]) -> list[Start]:
                 message,
                 one.get("world_size"),
                 str(one.get("host", "")),
+                max(saved, default=None),
             )
         )
     return found
@@ -288,13 +286,16 @@ def _important(marks: list[Mark]) -> list[tuple[str, int, str, str]]:
     return [(_clock(one.time), one.step, one.lane, one.text) for one in kept]
 
 
+def _bar(axis: _Axis, k: int, one: Start) -> Bar:
+    left, right = axis(k, one.began), axis(k, one.ended)
+    is_lost = one.end in ("killed", "failed")
+    lost = right - axis(k, one.began if one.saved is None else one.saved) if is_lost else 0.0
+    text = f"from step {one.from_step:,}, {duration(one.ended - one.began)}, {one.end}"
+    return Bar(left, max(1.5, right - left), lost, one.end, text)
+
+
 def _start_at(starts: list[Start], time: float) -> int:
     return max(0, bisect_right([one.began for one in starts], time) - 1)
-
-
-def _about(one: Start) -> str:
-    length = duration(one.ended - one.began)
-    return f"from step {one.from_step:,}, {length}, {one.end}"
 
 
 def _read_events(file: Path) -> list[dict[str, Any]]:

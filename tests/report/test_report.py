@@ -197,6 +197,8 @@ def test_a_killed_and_a_stopped_start_are_on_the_axis_with_their_marks(tmp_path)
     first, second, third = found.bars
     assert first.left < first.left + first.width < second.left
     assert second.left + second.width < third.left
+    assert first.lost / first.width == pytest.approx(29 / 40, rel=0.02)  # since the checkpoint
+    assert second.lost == third.lost == 0
     assert second.width / first.width == pytest.approx(66 / 40, rel=0.02)
     evaluations = [dot.at for dot in found.dots if dot.lane == 1]
     assert first.left < evaluations[0] < first.left + first.width
@@ -397,6 +399,8 @@ def test_unknown_runs_and_options_that_contradict_are_refused(tmp_path):
     for wrong in ("compare=[x]", "compare=[y,y]"):
         with pytest.raises(ConfigError, match=r"must name other runs than run.name \(x\)"):
             options(tmp_path, "run.name=x", wrong)
+    with pytest.raises(ConfigError, match=r"compare names 6 runs; the page has colours for 5"):
+        options(tmp_path, "run.name=x", "compare=[a,b,c,d,e,f]")
     with pytest.raises(ConfigError, match=r"model.weights .* is refused"):
         options(tmp_path, "run.name=x", "model.weights=a.pth")
     assert options(tmp_path).device is Device.auto
