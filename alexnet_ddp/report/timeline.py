@@ -217,7 +217,7 @@ def _end(
                 str(one.get("message", "")),
             )
         if one["event"] == "lost":
-            return one["time"], "killed", ""
+            return one["time"], "killed", str(one.get("message", ""))
     traces = [one["time"] for one in own]
     if is_last:
         traces.append(_seconds(run.status_time))

@@ -29,15 +29,17 @@ def note_lost_start(run_dir: Path, status: dict[str, Any]) -> None:
     """Record that the earlier start whose status.json is `status` ended without recording why.
 
     It was killed, or its machine was lost. The time and the step are those of the last trace that
-    it left. Nothing is recorded for a start that has recorded its end. Raises OSError.
+    it left; the message is its watchdog's, if that has seen the end. Nothing is recorded for a
+    start that has recorded its end. Raises OSError.
     """
     is_mine = (status.get("host"), status.get("pid")) == (socket.gethostname(), os.getpid())
     if status.get("state") != "running" or is_mine:
         return
     step, time = _last_row(run_dir / "metrics.jsonl")
-    time = max(time, _seconds(status.get("time")))
+    saved = _seconds(status.get("time"))
+    time = max(time, saved)
     row = {"time": _text(time), "event": LOST, "step": max(step, int(status.get("step", 0)))}
-    _append(run_dir, row, {})
+    _append(run_dir, row, {"message": _failure(run_dir / "failure.json", saved)})
 
 
 def _append(run_dir: Path, row: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -59,6 +61,17 @@ def _last_row(file: Path) -> tuple[int, float]:
         except (ValueError, KeyError, TypeError):
             continue  # of a start that was killed while it wrote
     return 0, 0.0
+
+
+def _failure(file: Path, since: float) -> str:
+    """What a watchdog has written about a rank; "" if it wrote nothing after `since`."""
+    try:
+        found = json.loads(file.read_bytes())
+        if _seconds(found["time"]) < since - 1:  # both times are in whole seconds
+            return ""
+        return f"rank {found['rank']} on {found['host']} {found['cause']}, phase: {found['phase']}"
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it was being written
+        return ""
 
 
 def _seconds(time: Any) -> float:

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import socket
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +168,7 @@ def test_a_killed_and_a_stopped_start_are_on_the_axis_with_their_marks(tmp_path)
     starts(run, ("10:00:00", 0), ("11:00:00", 10), ("12:00:00", 20))
     events = [
         {"time": "2026-01-01T10:00:11+00:00", "event": "save", "step": 10},
-        {"time": "2026-01-01T10:00:40+00:00", "event": "lost", "step": 15},
+        {"time": "2026-01-01T10:00:40+00:00", "event": "lost", "step": 15, "message": "rank 1 died"},
         {"time": "2026-01-01T11:01:05+00:00", "event": "save", "step": 20},
         {"time": "2026-01-01T11:01:06+00:00", "event": "end", "step": 20, "state": "preempted",
          "message": "stopped at step 20"},
@@ -184,7 +185,7 @@ def test_a_killed_and_a_stopped_start_are_on_the_axis_with_their_marks(tmp_path)
         (0, "start", "started, 2 rank(s), h"),
         (10, "checkpoint", "checkpoint of step 10"),
         (10, "evaluation", "top-1 50.00 %, loss 1"),
-        (15, "end", "killed"),
+        (15, "end", "killed: rank 1 died"),
         (10, "start", "resumed from step 10, 2 rank(s), h"),
         (20, "evaluation", "top-1 60.00 %, loss 1"),
         (20, "checkpoint", "checkpoint of step 20"),
@@ -236,6 +237,9 @@ def test_saves_ends_and_a_start_that_was_killed_are_recorded(tmp_path, caplog):
     for step in (0, 5):
         first.running(step)
     (tmp_path / "metrics.jsonl").write_text('{"step": 8}\n{"st')
+    failure = {"rank": 1, "host": "h", "cause": "died", "phase": "forward"}
+    failure |= {"time": datetime.now(UTC).isoformat()}
+    write_json(tmp_path / "failure.json", failure)
     # A later process finds the status of the first one, which has recorded no end.
     status = json.loads((tmp_path / "status.json").read_text())
     write_json(tmp_path / "status.json", status | {"pid": os.getpid() + 1})
@@ -248,7 +252,9 @@ def test_saves_ends_and_a_start_that_was_killed_are_recorded(tmp_path, caplog):
     assert events_of(tmp_path) == [
         ("save", 5, None), ("lost", 8, None), ("end", 5, "preempted"), ("end", 5, "complete"),
     ]  # fmt: skip
-    assert "secret" not in (tmp_path / "events.jsonl").read_text()
+    written = (tmp_path / "events.jsonl").read_text()
+    assert "secret" not in written
+    assert written.count('"message": "rank 1 on h died, phase: forward"') == 1
     assert caplog.text == ""
     (tmp_path / "status.json").write_text("torn")
     RunStatus(tmp_path, is_main=True).running(5)
