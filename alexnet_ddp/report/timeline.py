@@ -209,7 +209,7 @@ def _end(
     """When a start ended, how, and its message. limit: when the next one began."""
     is_last = limit == float("inf")
     own = [one for one in events if began - 1 <= one["time"] <= limit]
-    for one in reversed(own):
+    for one in own:  # a complete run that is started again records another end
         if one["event"] == "end" and (not is_last or run.status != "running"):
             return (
                 one["time"],
