@@ -1,7 +1,9 @@
 """Where a run's time goes: the parts of a step, and what is not a step."""
 
+import json
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 from alexnet_ddp.runtime.run_record import RunRecord
 
@@ -12,6 +14,7 @@ _PARTS = {
     "time/backward_s": "backward, gradients exchanged",
     "time/update_s": "update",
 }
+_MAX_RANKS = 16
 _LARGE, _SMALL = 0.3, 0.05  # shares of a step that wait for data, for the sentence
 
 
@@ -33,6 +36,8 @@ class Times:
     run: list[Part]
     sentence: str
     slowest: list[tuple[int, float]]  # ranks, with their share of the rows in which they were last
+    ranks: list[tuple[int, list[Part]]]  # share: of the longest of these ranks' steps
+    num_ranks_left_out: int
 
 
 def times(run: RunRecord) -> Times | None:
@@ -58,7 +63,8 @@ def times(run: RunRecord) -> Times | None:
         Part("start, evaluations and checkpoints", other_s, other_s / whole_s, None),
     ]
     waited = known.get("time/data_s", 0.0) / step_s
-    return Times(named, whole, _sentence(waited), _slowest(run))
+    ranks, num_left_out = _ranks(run.directory / "rank_times.json")
+    return Times(named, whole, _sentence(waited), _slowest(run), ranks, num_left_out)
 
 
 def _totals(run: RunRecord) -> tuple[dict[str, float], int]:
@@ -83,6 +89,27 @@ def _sentence(waited: float) -> str:
     if waited > _SMALL:
         return f"A step waits {share} of its time for data, so a faster loader would help a little."
     return f"The loader is no bottleneck: a step waits {share} of its time for data."
+
+
+def _ranks(file: Path) -> tuple[list[tuple[int, list[Part]]], int]:
+    """The ranks that spend most time before they wait for the others, and how many are left out."""
+    try:
+        seconds = [[float(one) for one in row] for row in json.loads(file.read_bytes())["seconds"]]
+    except (OSError, ValueError, KeyError, TypeError):  # one rank, or an older run
+        return [], 0
+    busiest = sorted(range(len(seconds)), key=lambda rank: -sum(seconds[rank][:2]))[:_MAX_RANKS]
+    longest = max((sum(row) for row in seconds), default=0.0) or 1.0
+    found = [
+        (
+            rank,
+            [
+                Part(name, s, s / longest, k)
+                for k, (name, s) in enumerate(zip(_PARTS.values(), seconds[rank]))
+            ],
+        )
+        for rank in sorted(busiest)
+    ]
+    return found, len(seconds) - len(found)
 
 
 def _slowest(run: RunRecord) -> list[tuple[int, float]]:

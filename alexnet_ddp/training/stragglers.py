@@ -8,11 +8,13 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from alexnet_ddp.runtime.distributed import World, all_gather
+from alexnet_ddp.runtime.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +87,8 @@ class Stragglers:
     def __init__(self, world: World) -> None:
         self._world = world
         self._window, self._steps, self._wall_s = torch.zeros(world.world_size, len(PHASES)), 0, 0.0
+        self._total = torch.zeros(world.world_size, len(_TIMED), dtype=torch.float64)
+        self._total_steps = 0
         self._suspect: tuple[int, str] | None = None
         self._windows = 0
 
@@ -98,15 +102,31 @@ class Stragglers:
         row = {f"time/{phase}_s": seconds[phase] / steps for phase in _TIMED if phase != "data"}
         if self._world.world_size == 1:
             return row
-        before = [seconds[phase] for phase in PHASES]
-        mine = torch.tensor(before, dtype=torch.float32, device=self._world.device)
-        found = all_gather(mine, self._world).cpu()
+        timed = [seconds[phase] for phase in _TIMED]
+        mine = torch.tensor(timed, dtype=torch.float32, device=self._world.device)
+        all_parts = all_gather(mine, self._world).cpu()
+        self._total, self._total_steps = self._total + all_parts, self._total_steps + steps
+        found = all_parts[:, : len(PHASES)]
         self._window += found
         self._steps, self._wall_s = self._steps + steps, self._wall_s + wall_s
         if self._steps >= _STEPS:
             self.judge(self._window / self._steps, self._wall_s / self._steps)
             self._window, self._steps, self._wall_s = torch.zeros_like(self._window), 0, 0.0
         return row | {"train/slowest_rank": int(found.sum(1).argmax())}
+
+    def write(self, file: Path) -> None:
+        """Write the mean seconds per step of each rank, on rank 0 of several ranks.
+
+        If that fails, log a warning.
+        """
+        if not self._world.is_main or self._total_steps == 0:
+            return
+        seconds = (self._total / self._total_steps).tolist()
+        content = {"num_steps": self._total_steps, "phases": list(_TIMED), "seconds": seconds}
+        try:
+            write_json(file, content)
+        except OSError as error:
+            log.warning("%s could not be written: %s", file, error.strerror or error)
 
     def judge(self, seconds: Tensor, step_s: float) -> str | None:
         """Look at one window. Return its warning if there is one.

@@ -381,6 +381,7 @@ class Trainer:
             distributed.raise_together(self.save_error if is_last else None, self.world)
         self.saved_at = time.monotonic()
         self.status.running(self.state.step)
+        self.stragglers.write(self.cfg.run_dir / "rank_times.json")
 
     def _log(self, row: Mapping[str, float | str]) -> None:
         """Write a row, with a hash that identifies the images of the last step."""

@@ -126,6 +126,15 @@ def test_the_parts_of_a_step_are_weighted_by_steps_and_add_up(tmp_path):
     assert [part.seconds for part in found.run] == pytest.approx([50, 10])
     assert found.sentence.startswith("The loader is the bottleneck: a step waits 55.0 %")
     assert found.slowest == [(1, 1.0)]
+    assert found.ranks == []
+    content = {
+        "seconds": [[0.1, 0.2, 0.6, 0.1], [0.5, 0.2, 0.2, 0.1]] + [[0.0, 0.1, 0.3, 0.1]] * 16
+    }
+    write_json(tmp_path / "a/rank_times.json", content)
+    found = times(RunRecord(tmp_path / "a", "a"))
+    assert [rank for rank, _ in found.ranks] == list(range(16))
+    assert found.num_ranks_left_out == 2
+    assert [part.share for part in found.ranks[1][1]] == [0.5, 0.2, 0.2, 0.1]
     older = times(make_run(tmp_path / "b", [train_row(10, 12, time__data_s=0.01)]))
     assert [part.name for part in older.step] == [
         "wait for data", "compute, and exchange of gradients",

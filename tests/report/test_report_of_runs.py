@@ -1,5 +1,6 @@
 """The report of a real run, in a real browser without a network."""
 
+import json
 import re
 import signal
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from alexnet_ddp.tracking.report_process import write_report
-from tests.network import WAITING
+from tests.network import STEP_S, WAITING
 from tests.ranks import started
 from tests.report.browser import PROGRAM, browser
 from tests.report.test_report import events_of
@@ -40,12 +41,15 @@ def run_dir(tmp_path_factory, image_folder) -> Path:
 def test_the_report_at_the_end_of_a_run_has_every_section_and_its_faults(run_dir):
     ends = [event for event, *_ in events_of(run_dir) if event != "save"]
     assert ends == ["lost", "end"]
+    ranks = json.loads((run_dir / "rank_times.json").read_text())["seconds"]
+    assert len(ranks) == 2
+    assert all(len(row) == 4 and row[1] >= STEP_S and min(row[2:]) > 0 for row in ranks)
     html = (run_dir / "report.html").read_text()
     assert len(html) < 3_000_000
     for text in (
         ">complete</span>", "95 % interval", ">killed", "resumed from step", "Worst classes", "on 61 of 61",
         "Largest losses", "filters of", "images of the first batch", "103 for training", "All work",
-        "run.name=x-again", "torchrun --nproc_per_node=2",
+        "run.name=x-again", "A step, by rank", "torchrun --nproc_per_node=2",
     ):  # fmt: skip
         assert text in html, text
     assert "Not computed" not in html
