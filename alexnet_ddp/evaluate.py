@@ -24,13 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from alexnet_ddp import cli
-from alexnet_ddp.checkpoint.format import find_best, weights_of_run
+from alexnet_ddp.checkpoint.format import find_step, weights_of_run
 from alexnet_ddp.config import Config, ConfigError, EvaluateConfig, Head
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_batches
 from alexnet_ddp.data.sources.index import SampleIndex
+from alexnet_ddp.data.sources.labelled import open_labelled
 from alexnet_ddp.data.sources.sets import ImageSets, open_data
 from alexnet_ddp.data.sources.source import Skipped
+from alexnet_ddp.data.views import CENTRE, EvalViews, evaluation_views
 from alexnet_ddp.model import (
     build_model,
     load_weights,
@@ -65,7 +67,6 @@ from alexnet_ddp.training.trained import read_trained
 
 log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
 
-_CLASSES_FILE = "evaluation_classes.csv"
 _MAX_ROWS = 40  # classes in the table; evaluation.json contains all of them
 _MAX_CONFUSIONS = 5  # printed pairs of classes
 
@@ -74,34 +75,74 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
     """Evaluate model.weights if it is given, else the best checkpoint of run.name.
 
     A run's result is also written to its directory: evaluation.json, with metrics=true
-    evaluation_classes.csv, and with calibrate=true calibration.json. Raises ConfigError, DataError
-    or, after a stop signal, Preempted.
+    evaluation_classes.csv, and with calibrate=true calibration.json. With images=DIR the first two
+    are evaluation_images.json and evaluation_images_classes.csv. Raises ConfigError, DataError or,
+    after a stop signal, Preempted.
     """
     cfg: Config = options
     file = cfg.model.weights
     if file is None:
         own = {one.name for one in fields(EvaluateConfig)} - {one.name for one in fields(Config)}
         kept = [one for one in overrides if one.partition("=")[0].lstrip("+") not in own]
-        cfg = cli.config_of_run(cfg.run_dir, kept)
+        cfg = cli.config_of_run(cfg.run_dir, kept, opens_data=options.images is None)
     with distributed.session(cfg.device, cfg.trainer.tf32) as world:
         distributed.from_main(lambda: _check_libraries(options), world)
         check_precision(cfg.trainer.precision, world)
-        known = (
-            distributed.on_all(lambda: read_classes(cfg.run_dir)["ids"], world)
-            if file is None
-            else None
-        )
-        data = distributed.first_on_node(lambda: open_data(cfg.data, trained=known), world)
+        data = _open_data(options, cfg, world)
         cfg = replace(cfg, data=data.normalised(cfg.data))
-        model, origin, directory = _open_network(cfg, file, data, world)
+        model, origin, directory = _open_network(cfg, file, options.at_step, data, world)
+        origin |= _chosen(options)
+        if options.only_present:
+            model = PresentClasses(model, data.val.labels, len(data.val.classes))
         model.to(world.device).to(memory_format=torch.channels_last)
+        views = evaluation_views(options.crops, options.flip)
         needs_outputs = options.calibrate or options.metrics or options.predictions is not None
-        found = _evaluate(model, origin, data.val, cfg, Outputs() if needs_outputs else None, world)
+        outputs = Outputs() if needs_outputs else None
+        found = _evaluate(model, origin, data.val, cfg, outputs, world, views)
         distributed.from_main(
             lambda: _finish(found, data, options, cfg.run_dir if file is None else None), world
         )
         if options.calibrate and directory is not None:
             _calibrate(found.scores, cfg.run_dir, directory, world)
+
+
+def _open_data(options: EvaluateConfig, cfg: Config, world: World) -> ImageSets:
+    """Collective. The images to evaluate on: those of `images`, else those of `data`."""
+    if options.model.weights is not None:
+        return distributed.first_on_node(lambda: open_data(cfg.data), world)
+    known = distributed.on_all(lambda: read_classes(cfg.run_dir), world)
+    if options.images is None:
+        return distributed.first_on_node(lambda: open_data(cfg.data, trained=known["ids"]), world)
+    opened = partial(open_labelled, options.images, known["ids"], known["names"], options.class_map)
+    val = distributed.first_on_node(opened, world)
+    return ImageSets(val, val, known["names"])
+
+
+def _chosen(options: EvaluateConfig) -> dict:
+    """The options of this evaluation that change its result, if they are given."""
+    found: dict[str, object] = {}
+    if options.images is not None:
+        found |= {"images": options.images, "only_present": options.only_present}
+    if options.crops > 1 or options.flip:
+        found |= {"crops": options.crops, "flip": options.flip or options.crops == 10}
+    return found
+
+
+class PresentClasses(nn.Module):
+    """A network in which only the classes of some labels have a probability above 0."""
+
+    mask: Tensor  # float32 [classes], to add to the logits
+
+    def __init__(self, network: nn.Module, labels: np.ndarray, num_classes: int) -> None:
+        super().__init__()
+        self.network = network
+        mask = torch.full((num_classes,), -torch.inf)
+        mask[np.unique(labels)] = 0
+        self.register_buffer("mask", mask)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float [n, 3, size, size] -> float [n, classes]"""
+        return self.network(images) + self.mask
 
 
 @dataclass(frozen=True)
@@ -121,10 +162,12 @@ def _evaluate(
     cfg: Config,
     outputs: Outputs | None,
     world: World,
+    views: EvalViews = CENTRE,
 ) -> Found:
     """Collective. Evaluate on all images of `val`. Raises Preempted after a stop signal."""
-    loader = build_loader(cfg.data, val, None, world.num_cores, world.device)
-    works = evaluation_batches(len(val), cfg.trainer.eval_batch_size, world.rank, world.world_size)
+    loader = build_loader(cfg.data, val, None, world.num_cores, world.device, views=views)
+    num_images = max(1, cfg.trainer.eval_batch_size // len(views))  # of a forward pass
+    works = evaluation_batches(len(val), num_images, world.rank, world.world_size)
     result = evaluate(
         model,
         loader.batches(works),
@@ -133,6 +176,7 @@ def _evaluate(
         world,
         StopSignal(),
         observe=None if outputs is None else outputs.add,
+        num_views=len(views),
     )
     if result is None:
         raise Preempted("stopped before the evaluation was complete; start the same command again")
@@ -160,16 +204,19 @@ def _finish(found: Found, data: ImageSets, options: EvaluateConfig, run_dir: Pat
     """
     names = unique_names(data.class_names)
     record, lines = _record(found, names), []
+    stem = "evaluation" if options.images is None else "evaluation_images"
+    classes_file = f"{stem}_classes.csv"
     if options.metrics and found.scores is not None and run_dir is not None:
         metrics = class_metrics(found.scores)
         record |= {"metrics": metrics.summary, "confusions": confusions(metrics, names)}
         lines = _metric_lines(metrics, names)
-        _write_classes(run_dir, metrics, data.val.classes, names, found.evaluation.per_class)
+        counts = found.evaluation.per_class
+        _write_classes(run_dir / classes_file, metrics, data.val.classes, names, counts)
     elif run_dir is not None:
         # It may be of another checkpoint than the new evaluation.json.
-        (run_dir / _CLASSES_FILE).unlink(missing_ok=True)
+        (run_dir / classes_file).unlink(missing_ok=True)
     if run_dir is not None:
-        write_json(run_dir / "evaluation.json", record)
+        write_json(run_dir / f"{stem}.json", record)
     if options.predictions is not None and found.scores is not None:
         _write_predictions(
             options.predictions, found.scores, found.bad, data.val, names, options.top_k
@@ -181,10 +228,9 @@ def _finish(found: Found, data: ImageSets, options: EvaluateConfig, run_dir: Pat
 
 
 def _write_classes(
-    run_dir: Path, found: ClassMetrics, ids: list[str], names: list[str], counts: Tensor
+    file: Path, found: ClassMetrics, ids: list[str], names: list[str], counts: Tensor
 ) -> None:
-    """Write evaluation_classes.csv. Raises ConfigError."""
-    file = run_dir / _CLASSES_FILE
+    """Write the table of the classes. Raises ConfigError."""
     with closing(open_table("metrics", str(file), CLASS_COLUMNS)) as table:
         for row in class_rows(found, ids, names, counts):
             table.write(row)
@@ -249,15 +295,16 @@ def _calibrate(scores: Scores | None, run_dir: Path, checkpoint: Path, world: Wo
 
 
 def _open_network(
-    cfg: Config, file: str | None, data: ImageSets, world: World
+    cfg: Config, file: str | None, step: str, data: ImageSets, world: World
 ) -> tuple[nn.Module, dict, Path | None]:
     """Collective. The network, its origin for the record, and the checkpoint if it is a run's.
 
     file: the weights to evaluate; None for those of the run, whose own model.weights are the ones
-    that it started from.
+    that it started from. step: of the run's checkpoint, see find_step.
     """
     if file is None:
-        directory = distributed.from_main(lambda: find_best(cfg.run_dir / "checkpoints"), world)
+        checkpoints = cfg.run_dir / "checkpoints"
+        directory = distributed.from_main(lambda: find_step(checkpoints, step), world)
         trained = distributed.on_all(lambda: read_trained(cfg, directory, data.val.classes), world)
         return trained.model, trained.origin, directory
     weights = distributed.first_on_node(

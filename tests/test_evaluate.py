@@ -140,11 +140,21 @@ def test_an_image_that_could_not_be_read_has_a_row_and_stale_files_are_removed(t
          "give predictions=FILE.csv too"),
         ("metrics=true", "metrics=true is stored with a run, and model.weights is a file; "
          "give run.name in place of model.weights"),
+        ("crops=3", "crops (3) must be 1, 5 or 10"),
+        ("crops=10 flip=true", "flip (true) would be ignored with crops=10, which mirrors; use one"),
+        ("flip=true calibrate=true", "calibrate=true fits the probabilities of one crop, which predict "
+         "uses; leave crops and flip out"),
+        ("at_step=newest", "at_step (newest) must be best, last or a number of steps"),
+        ("at_step=last model.weights=x.pth", "at_step (last) is a checkpoint of a run, and model.weights is "
+         "a file; give run.name instead of it"),
     ],
 )  # fmt: skip
 def test_an_option_that_would_be_ignored_is_refused(override, line):
     from alexnet_ddp.config.compose import compose
 
     with pytest.raises(ConfigError) as error:
-        compose("evaluate", [override, *(["model.weights=x.pth"] if "metrics" in override else [])])
+        compose(
+            "evaluate",
+            [*override.split(), *(["model.weights=x.pth"] if "metrics" in override else [])],
+        )
     assert str(error.value) == line

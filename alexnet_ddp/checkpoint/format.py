@@ -407,6 +407,33 @@ def find_best(checkpoints: Path) -> Path:
     return best
 
 
+def find_step(checkpoints: Path, step: str) -> Path:
+    """Return the checkpoint `step`: "best" (see find_best), "last", or a number.
+
+    Raises:
+        NoCheckpoint: there is no checkpoint, or the one of this number is damaged.
+        ConfigError: there is no checkpoint of this number.
+    """
+    if step == "best":
+        return find_best(checkpoints)
+    if step == "last":
+        newest = find_newest(checkpoints)
+        if newest is None:
+            raise NoCheckpoint(f"there is no checkpoint in {checkpoints}; train the run first")
+        return newest
+    found = {step_of(directory): directory for directory in list_checkpoints(checkpoints)}
+    directory = found.get(int(step))
+    if directory is None:
+        known = ", ".join(map(str, sorted(found))) or "none"
+        raise ConfigError(f"at_step ({step}): {checkpoints} has no such checkpoint; it has {known}")
+    try:
+        verify(directory)
+    except Rejected as reason:
+        remedy = "use at_step=best or at_step=last"
+        raise NoCheckpoint(f"checkpoint {directory.name} is rejected: {reason}; {remedy}") from None
+    return directory
+
+
 def weights_of_run(weights: str, root: str) -> tuple[str, list[str] | None]:
     """Resolve the option model.weights, if it names a run, to the file of the run's best weights.
 

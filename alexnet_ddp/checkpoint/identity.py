@@ -70,6 +70,8 @@ _FREE_OPTIONS = {
     "trainer.check_every_steps",
     "trainer.metrics",
     "trainer.callbacks",
+    "trainer.profile_steps",
+    "trainer.profile_ranks",
 }
 _ADAPTER_GROUPS = ("adapters", "ranks", "ema_adapters")
 # With these values a newer option has no effect, so an older checkpoint without it still matches.

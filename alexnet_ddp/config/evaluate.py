@@ -29,6 +29,36 @@ class EvaluateConfig(Config):
         null="not written",
     )
     top_k: int = option(5, "Number of classes for each image in predictions.", minimum=1)
+    images: str | None = option(
+        None,
+        "A folder CLASS/* to evaluate the run on, in place of its validation images. Its classes "
+        "may be some of the run's.",
+        null="the validation images of the run",
+    )
+    class_map: str | None = option(
+        None,
+        "With images, a JSON file {folder: class}. A class is an id (a folder name of the "
+        "training), a name or a label.",
+        null="the folders are named after ids or names, or all after labels",
+    )
+    only_present: bool = option(
+        False,
+        "With images: compare only the classes that have images there. Published results on "
+        "ImageNet-A and ImageNet-R do that.",
+    )
+    at_step: str = option(
+        "best",
+        "The checkpoint of the run: best (of the best evaluation), last, or the number of a step.",
+    )
+    crops: int = option(
+        1,
+        "Crops of each image: 1, the centre; 5, the corners and the centre; 10, these and their "
+        "mirror images. The mean of the probabilities counts.",
+    )
+    flip: bool = option(
+        False,
+        "Also use the mirror image of each of the 1 or 5 crops.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,7 +66,39 @@ class EvaluateConfig(Config):
             if getattr(self, name) and self.model.weights is not None:
                 rule = "is stored with a run, and model.weights is a file"
                 raise ConfigError(f"{name}=true {rule}; give run.name in place of model.weights")
+        self._check_views()
+        self._check_images()
+        if self.at_step not in ("best", "last") and not self.at_step.isdecimal():
+            raise ConfigError(f"at_step ({self.at_step}) must be best, last or a number of steps")
+        if self.at_step != "best" and self.model.weights is not None:
+            rule = "is a checkpoint of a run, and model.weights is a file"
+            raise ConfigError(f"at_step ({self.at_step}) {rule}; give run.name instead of it")
         check_suffix("predictions", self.predictions, (".csv", ".parquet"))
         if self.predictions is None and self.top_k != self.default_of("top_k"):
             rule = "is the number of classes in the file of predictions, which is not written"
             raise ConfigError(f"top_k ({self.top_k}) {rule}; give predictions=FILE.csv too")
+
+    def _check_views(self) -> None:
+        """Raise ConfigError for views that do not exist, or with which calibrate has no meaning."""
+        if self.crops not in (1, 5, 10):
+            raise ConfigError(f"crops ({self.crops}) must be 1, 5 or 10")
+        if self.flip and self.crops == 10:
+            raise ConfigError("flip (true) would be ignored with crops=10, which mirrors; use one")
+        if self.calibrate and (self.crops > 1 or self.flip):
+            rule = "fits the probabilities of one crop, which predict uses"
+            raise ConfigError(f"calibrate=true {rule}; leave crops and flip out")
+
+    def _check_images(self) -> None:
+        """Raise ConfigError for options that images would ignore, or that need it."""
+        if self.images is None:
+            for name in ("class_map", "only_present"):
+                if getattr(self, name):
+                    rule = f"{name} ({getattr(self, name)}) would be ignored without images"
+                    raise ConfigError(f"{rule}; give images=DIR too")
+            return
+        if self.model.weights is not None:
+            rule = f"images ({self.images}) needs the classes of a run, and model.weights is a file"
+            raise ConfigError(f"{rule}; give run.name, or evaluate the file with data.root")
+        if self.calibrate:
+            rule = "fits the probabilities to the validation images of the run"
+            raise ConfigError(f"calibrate=true {rule}; leave images out")

@@ -47,12 +47,15 @@ Evaluate exactly: every validation image once, on any number of processes.
   torchrun --nproc_per_node=2 -m alexnet_ddp.evaluate run.name=X
   python -m alexnet_ddp.evaluate run.name=X calibrate=true
   python -m alexnet_ddp.evaluate run.name=X metrics=true predictions=FILE.csv
+  python -m alexnet_ddp.evaluate run.name=X images=DIR crops=10
 
 Prints top-1, top-5 and a table of the classes; with run.name, also writes evaluation.json into the
 run's directory. metrics=true adds precision, recall, F1, AUROC and the confusions of classes, and
 needs pip install 'alexnet-ddp[metrics]'. data.root must contain the training images too: they
 determine the classes. With run.name every option has the run's value, unless the command line
-gives another. calibrate=true fits a temperature to the validation images; predict then uses it.""",
+gives another. calibrate=true fits a temperature to the validation images; predict then uses it.
+images=DIR evaluates on CLASS/* in DIR instead, also if only some classes are there, and writes
+evaluation_images.json.""",
     "predict": """\
 Classify images with a trained run: prints the most probable classes of each image.
 

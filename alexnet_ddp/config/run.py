@@ -1,6 +1,7 @@
 """Options of train and doctor that belong to no data, network or optimizer."""
 
 import os
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -26,6 +27,7 @@ from alexnet_ddp.runtime.errors import ConfigError
 # A file name may have 255 bytes, and temporary names add up to 40.
 _MAX_NAME_BYTES = 200
 _MAX_BUCKET_MB = 1_000_000  # torch counts bytes in 64 bits
+_MAX_PROFILED = 1000  # steps: their events are kept in memory
 AUTO = "auto"  # in place of a number: the program chooses it
 
 
@@ -336,8 +338,17 @@ class TrainerConfig(Options, section="trainer"):
         above=0,
     )
 
+    profile_steps: str | None = option(
+        None,
+        "Profile these steps, FIRST:END as in a slice: 100:110 are the ten steps after step 100. "
+        "Writes profile/ into the run's directory.",
+        null="no profile",
+    )
+    profile_ranks: list[int] = option([0], "With trainer.profile_steps, the ranks to profile.")
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_profile()
         if self.eval_every_steps is not None and self.eval_every_epochs != 1:
             both = f"trainer.eval_every_epochs ({self.eval_every_epochs})"
             rule = f"would be ignored with trainer.eval_every_steps ({self.eval_every_steps})"
@@ -348,6 +359,28 @@ class TrainerConfig(Options, section="trainer"):
             if isinstance(self.class_weights, list) and 0 in self.class_weights:
                 rule = "must be greater than 0; leave images of a class out with data.sampling"
                 raise ConfigError(f"{path} ({shown(self.class_weights)}) {rule}")
+
+    @property
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """The first profiled step (0-based) and the one after the last; None for no profile."""
+        if self.profile_steps is None:
+            return None
+        first, end = self.profile_steps.split(":")
+        return int(first), int(end)
+
+    def _check_profile(self) -> None:
+        if self.profile_steps is None:
+            if self.profile_ranks != [0]:
+                rule = f"({self.profile_ranks}) would be ignored without trainer.profile_steps"
+                raise ConfigError(f"trainer.profile_ranks {rule}; give profile_steps too")
+            return
+        found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", self.profile_steps)
+        if found is None or not 0 < int(found[2]) - int(found[1]) <= _MAX_PROFILED:
+            rule = f"must be FIRST:END with 1 to {_MAX_PROFILED} steps, such as 100:110"
+            raise ConfigError(f"trainer.profile_steps ({shown(self.profile_steps)}) {rule}")
+        if not self.profile_ranks or min(self.profile_ranks) < 0:
+            rule = f"({self.profile_ranks}) must be ranks, which count from 0"
+            raise ConfigError(f"trainer.profile_ranks {rule}; leave it out for rank 0")
 
 
 @dataclass(kw_only=True)

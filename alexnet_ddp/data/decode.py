@@ -24,6 +24,7 @@ from alexnet_ddp.data.image import (
     scaled_size,
     to_rgb,
 )
+from alexnet_ddp.data.views import CENTRE, EvalViews
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -84,7 +85,7 @@ def centre_into(
     slot: np.ndarray, data: bytes, resize: int, interpolation: Interpolation | None = None
 ) -> None:
     """As centre_crop, of an encoded image. Raises BadImage."""
-    centre_crop(slot, open_image(data), resize, interpolation)
+    views_into(slot[None], data, resize, interpolation)
 
 
 def centre_crop(
@@ -98,15 +99,40 @@ def centre_crop(
     The pixels equal those of torchvision's preset. Very long images are cropped before they are
     resized, see crop_long_image. interpolation: None is bilinear. Raises BadImage.
     """
+    _crop_views(slot[None], image, resize, interpolation, CENTRE)
+
+
+def views_into(
+    slots: np.ndarray,
+    data: bytes,
+    resize: int,
+    interpolation: Interpolation | None = None,
+    views: EvalViews = CENTRE,
+) -> None:
+    """Write each view of an encoded image, resized once, into its slot of `slots`.
+
+    slots: uint8 [views, size, size, 3]. See centre_crop. Raises BadImage.
+    """
+    _crop_views(slots, open_image(data), resize, interpolation, views)
+
+
+def _crop_views(
+    slots: np.ndarray,
+    image: "Image.Image",
+    resize: int,
+    interpolation: Interpolation | None,
+    views: EvalViews,
+) -> None:
     from PIL import Image
 
-    image, size = crop_long_image(to_rgb(image)), slot.shape[0]
-    width, height = scaled_size(image.size, resize)
-    left, top = round((width - size) / 2.0), round((height - size) / 2.0)
+    image, size = crop_long_image(to_rgb(image)), slots.shape[1]
     is_cubic = interpolation is Interpolation.bicubic
     how = Image.Resampling.BICUBIC if is_cubic else Image.Resampling.BILINEAR
-    image = image.resize((width, height), how)
-    slot[...] = np.asarray(image.crop((left, top, left + size, top + size)))
+    image = image.resize(scaled_size(image.size, resize), how)
+    for slot, view in zip(slots, views, strict=True):
+        left, top = view.corner(image.size, (size, size))
+        crop = np.asarray(image.crop((left, top, left + size, top + size)))
+        slot[...] = crop[:, ::-1] if view.flip else crop
 
 
 def _decode_reduced(

@@ -13,29 +13,36 @@ import numpy as np
 from alexnet_ddp.config import ConfigError, DataConfig, OnBadImage
 from alexnet_ddp.config.data import Interpolation
 from alexnet_ddp.data.augment import Augment, Views
-from alexnet_ddp.data.decode import BadImage, centre_into, crop_into, resize_into, scratch, size_of
-from alexnet_ddp.data.policy import Operation, operate
+from alexnet_ddp.data.decode import BadImage, crop_into, resize_into, scratch, size_of, views_into
+from alexnet_ddp.data.policy import operate
 from alexnet_ddp.data.sources.index import SampleIndex
 from alexnet_ddp.data.sources.shards import ShardStore
 from alexnet_ddp.data.sources.source import Skipped
 from alexnet_ddp.data.sources.synthetic import SyntheticStore
+from alexnet_ddp.data.views import CENTRE, EvalViews
 from alexnet_ddp.runtime.errors import DataError
 
 T = TypeVar("T")
 
-# fill(slots uint8 [n, size, size, 3], indices int64 [n], epoch) returns the bad images; their slots
-# are left unchanged.
+# fill(slots uint8 [n, views * size, size, 3], indices int64 [n], epoch) returns the bad images;
+# their slots are left unchanged. The views of an image are below each other.
 Fill = Callable[[np.ndarray, np.ndarray, int], list[Skipped]]
 
 
-def build_fill(cfg: DataConfig, index: SampleIndex, augment: Augment | None) -> Fill:
+def build_fill(
+    cfg: DataConfig, index: SampleIndex, augment: Augment | None, views: EvalViews = CENTRE
+) -> Fill:
     """The function that fills slots with images of `index`.
 
-    augment: None for the evaluation's resize and centre crop. Raises ConfigError for raw images
-    and data.eval_interpolation=bicubic.
+    augment: None for the evaluation's resize and `views`, which are the centre crop in training.
+    Raises ConfigError for raw images and data.eval_interpolation=bicubic, and for several views of
+    synthetic images.
     """
     match index.store:
         case SyntheticStore() as store:
+            if len(views) > 1:
+                rule = "crops and flip have no effect on synthetic images, which have no borders"
+                raise ConfigError(f"{rule}; leave them out")
             fill = store.fill
             return lambda slots, indices, epoch: fill(slots, indices % len(index), epoch)
         case ShardStore(raw_size=int(raw_size)) as store:
@@ -43,9 +50,9 @@ def build_fill(cfg: DataConfig, index: SampleIndex, augment: Augment | None) -> 
                 rule = "is not possible with raw shards, which are resized bilinearly"
                 remedy = "use data.eval_interpolation=bilinear"
                 raise ConfigError(f"data.eval_interpolation=bicubic {rule}; {remedy}")
-            return RawFill(index, augment, cfg, store, raw_size)
+            return RawFill(index, augment, cfg, views, store, raw_size)
         case _:
-            return ImageFill(index, augment, cfg)
+            return ImageFill(index, augment, cfg, views)
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class _IndexFill:
     index: SampleIndex
     augment: Augment | None
     cfg: DataConfig
+    views: EvalViews
 
     def _guard(self, bad: list[Skipped], k: int, i: int, action: Callable[[], T]) -> T | None:
         """Return action(). If image i, at position k, is bad: append it to `bad`, or raise.
@@ -84,10 +92,8 @@ class ImageFill(_IndexFill):
     def __call__(self, slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[Skipped]:
         bad: list[Skipped] = []
         if self.augment is None:
-            how = self.cfg.eval_interpolation
-            resize = round(self.cfg.resized_side * slots.shape[1] / self.cfg.image_size)
             for k, i in enumerate(indices):
-                self._guard(bad, k, i, partial(self._centre_into, slots[k], i, resize, how))
+                self._guard(bad, k, i, partial(self._views_into, slots[k], i))
             return bad
         data = [
             self._guard(bad, k, i, partial(self.index.read, i))
@@ -104,10 +110,11 @@ class ImageFill(_IndexFill):
                 self.augment.finish(slots[k], epoch, int(i))
         return bad
 
-    def _centre_into(
-        self, slot: np.ndarray, i: int, resize: int, how: Interpolation | None
-    ) -> None:
-        centre_into(slot, self.index.read(i), resize, how)
+    def _views_into(self, slot: np.ndarray, i: int) -> None:
+        size = slot.shape[1]
+        resize = round(self.cfg.resized_side * size / self.cfg.image_size)
+        how, slots = self.cfg.eval_interpolation, slot.reshape(-1, size, size, 3)
+        views_into(slots, self.index.read(i), resize, how, self.views)
 
     def _sizes(
         self, bad: list[Skipped], indices: np.ndarray, data: list[bytes | None]
@@ -134,22 +141,25 @@ class RawFill(_IndexFill):
 
     def __call__(self, slots: np.ndarray, indices: np.ndarray, epoch: int) -> list[Skipped]:
         bad: list[Skipped] = []
-        size = self.raw_size
         if self.augment is None:
-            boxes, flips = [self._central_box(size)] * len(indices), [False] * len(indices)
-            operations: list[list[Operation]] = [[]] * len(indices)
-        else:
-            operations = self.augment.operations(epoch, indices, slots.shape[1])
-            views = self.augment.views(
-                epoch, indices, *(np.full(len(indices), size, np.int64),) * 2
-            )
-            boxes, flips = _boxes(views), views.flip.tolist()
+            for k, i in enumerate(indices.tolist()):
+                self._guard(bad, k, i, partial(self._views_into, slots[k], i))
+            return bad
+        size = np.full(len(indices), self.raw_size, np.int64)
+        operations = self.augment.operations(epoch, indices, slots.shape[1])
+        views = self.augment.views(epoch, indices, size, size)
+        boxes, flips = _boxes(views), views.flip.tolist()
         for k, i in enumerate(indices.tolist()):
             self._guard(bad, k, i, partial(self._crop_into, slots[k], i, boxes[k], flips[k]))
             operate(slots[k], operations[k])
-            if self.augment is not None:
-                self.augment.finish(slots[k], epoch, i)
+            self.augment.finish(slots[k], epoch, i)
         return bad
+
+    def _views_into(self, slot: np.ndarray, i: int) -> None:
+        size, side = slot.shape[1], self._side
+        for part, view in zip(slot.reshape(-1, size, size, 3), self.views, strict=True):
+            corner = view.corner((self.raw_size, self.raw_size), (side, side))
+            self._crop_into(part, i, (*corner, side, side), view.flip)
 
     def _crop_into(
         self, slot: np.ndarray, i: int, box: tuple[int, int, int, int], flip: bool
@@ -165,11 +175,10 @@ class RawFill(_IndexFill):
             ) from error
         resize_into(slot, rows[:, left : left + width], flip)
 
-    def _central_box(self, size: int) -> tuple[int, int, int, int]:
-        """(left, top, width, height) in the raw image of the evaluation's resize and crop."""
-        side = round(size * self.cfg.image_size / self.cfg.resized_side)
-        start = round((size - side) / 2)
-        return start, start, side, side
+    @property
+    def _side(self) -> int:
+        """Height = width of a crop of the evaluation in the raw image, in pixels."""
+        return round(self.raw_size * self.cfg.image_size / self.cfg.resized_side)
 
 
 def _boxes(views: Views) -> list[tuple[int, int, int, int]]:

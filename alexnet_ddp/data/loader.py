@@ -16,6 +16,7 @@ from alexnet_ddp.data.prefetch import HostBatch, Prefetcher
 from alexnet_ddp.data.sampler import MicroBatch
 from alexnet_ddp.data.sources.index import SampleIndex
 from alexnet_ddp.data.sources.source import Skipped
+from alexnet_ddp.data.views import CENTRE, EvalViews
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Batch:
     """
 
     micro_batch: MicroBatch
-    # uint8 [m, size, size, 3], until the next batch is requested; or features: float32 [n, ...]
+    # uint8 [m, views * size, size, 3], until the next batch is requested; the views of an image are
+    # below each other. Or features: float32 [n, ...]
     images: torch.Tensor
     labels: torch.Tensor  # int64 [n]
     indices: torch.Tensor  # int32 [n], of MicroBatch.indices
@@ -35,10 +37,14 @@ class Batch:
     bad: list[Skipped]  # images of the micro-batch that were left out
 
     def inputs(self) -> torch.Tensor:
-        """The input of the network that is trained: float [n, 3, size, size], or the features."""
+        """The input of the network: float [m * views, 3, size, size], or the features.
+
+        The views of an image follow each other. Only an evaluation has several.
+        """
         if self.images.is_floating_point():
             return self.images
-        return apply_effects(self.images, self.effects)
+        size = self.images.shape[2]
+        return apply_effects(self.images.reshape(-1, size, size, 3), self.effects)
 
 
 @dataclass(eq=False)
@@ -49,6 +55,7 @@ class Loader:
     image_size(epoch): pixels, height = width.
     will_need(indices): a hint that these images will be read soon.
     plain: the effects on every image: the normalisation.
+    num_views: of each image, which `fill` writes.
     """
 
     fill: Fill
@@ -59,6 +66,7 @@ class Loader:
     device: torch.device
     will_need: Callable[[np.ndarray], None] | None = None
     plain: Effects = field(default_factory=Effects)
+    num_views: int = 1
 
     def __post_init__(self) -> None:
         self._mixes = self.augment is not None and self.augment.mixes
@@ -67,7 +75,13 @@ class Loader:
         torch.get_num_threads()
         threads = ThreadPoolExecutor(self.num_threads, "decode", torch.set_num_threads, (1,))
         self._prefetcher = Prefetcher(
-            self.fill, self.image_size, threads, self._allocate, self._mixes, self.will_need
+            self.fill,
+            self.image_size,
+            threads,
+            self._allocate,
+            self._mixes,
+            self.will_need,
+            self.num_views,
         )
 
     @property
@@ -140,15 +154,18 @@ def build_loader(
     num_threads: int,
     device: torch.device,
     may_grow: bool = False,
+    views: EvalViews = CENTRE,
 ) -> Loader:
     """A loader for the images of `index`.
 
-    augment: None for the evaluation's resize and centre crop.
+    augment: None for the evaluation's resize and `views`.
     num_threads: used unless data.num_threads is set.
     may_grow: use data's schedule of image sizes, with smaller images in early epochs.
     """
-    fill = build_fill(cfg, index, augment)
+    fill = build_fill(cfg, index, augment, views)
     size = cfg.train_image_size if may_grow else lambda epoch: cfg.image_size
     threads = cfg.num_threads or num_threads
     plain = Effects(normalisation=cfg.normalisation)
-    return Loader(fill, index.labels, augment, size, threads, device, index.will_need, plain)
+    return Loader(
+        fill, index.labels, augment, size, threads, device, index.will_need, plain, len(views)
+    )

@@ -45,7 +45,7 @@ class HostBatch:
 
     micro_batch: MicroBatch
     indices: np.ndarray  # int64 [n]: micro_batch.indices, perhaps followed by micro_batch.previous
-    images: np.ndarray  # uint8 [n, size, size, 3], at the beginning of the buffer
+    images: np.ndarray  # uint8 [n, views * size, size, 3], at the beginning of the buffer
     buffer: Buffer
     bad: list[Skipped]  # positions refer to `indices`
 
@@ -56,6 +56,7 @@ class Prefetcher:
     image_size(epoch): pixels, height = width.
     will_need(indices): a hint that these images will be read soon.
     with_previous: also load the image before those of a micro-batch (for mixing).
+    num_views: of each image.
     waited_s: seconds that the consumer has waited for batches so far.
     """
 
@@ -67,8 +68,10 @@ class Prefetcher:
         allocate: Allocate,
         with_previous: bool = False,
         will_need: Callable[[np.ndarray], None] | None = None,
+        num_views: int = 1,
     ) -> None:
         self._fill, self._image_size, self._allocate = fill, image_size, allocate
+        self._num_views = num_views
         self._threads, self._with_previous, self._will_need = threads, with_previous, will_need
         self.waited_s = 0.0
 
@@ -104,7 +107,8 @@ class Prefetcher:
         if self._with_previous and micro_batch.previous is not None:
             indices = np.append(indices, micro_batch.previous)
         n, size = len(indices), self._image_size(epoch)
-        needed = n * size * size * 3
+        height = self._num_views * size
+        needed = n * height * size * 3
         if self._will_need is not None:
             self._will_need(indices)
         fitting = [b for b in free if len(b.array) >= needed]
@@ -115,7 +119,7 @@ class Prefetcher:
         else:
             free.clear()  # too small; rare, because the first batch of an image size is the largest
             buffer = Buffer(*self._allocate(needed))
-        images = buffer.array[:needed].reshape(n, size, size, 3)
+        images = buffer.array[:needed].reshape(n, height, size, 3)
         parts = [slice(i, min(i + _PER_TASK, n)) for i in range(0, n, _PER_TASK)]
         tasks = [self._threads.submit(self._fill, images[p], indices[p], epoch) for p in parts]
         return indices, images, buffer, tasks

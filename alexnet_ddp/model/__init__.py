@@ -26,7 +26,13 @@ from alexnet_ddp.model.alexnet import alexnet_2012, alexnet_bn, alexnet_small
 from alexnet_ddp.model.backbone import Backbone
 from alexnet_ddp.model.blocks import lr_factors
 from alexnet_ddp.model.dropout import KeyedDropout, key_dropout, set_dropout_keys
-from alexnet_ddp.model.head import ClassChange, find_head, follow_classes, head_parameters
+from alexnet_ddp.model.head import (
+    ClassChange,
+    find_head,
+    follow_classes,
+    head_parameters,
+    initial_head,
+)
 from alexnet_ddp.model.published import published_weights
 from alexnet_ddp.model.shapes import run_on_meta
 from alexnet_ddp.model.weights import load_checkpoint, load_weights
@@ -41,6 +47,7 @@ __all__ = [
     "find_head",
     "follow_classes",
     "head_parameters",
+    "initial_head",
     "load_checkpoint",
     "load_weights",
     "lr_factors",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from alexnet_ddp.runtime.errors import ConfigError
 
 _SHOWN = 5  # class names in a message
+_MUCH_LARGER = 2.0  # times the standard deviation of nn.Linear
 
 
 def find_head(model: nn.Module) -> str:
@@ -31,6 +32,24 @@ def head_parameters(model: nn.Module) -> list[str]:
     name = find_head(model)
     own = model.get_submodule(name).named_parameters(recurse=False)
     return [f"{name}.{parameter}" if name else parameter for parameter, _ in own]
+
+
+def initial_head(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of the head of an initialised network, for classes that its weights lack.
+
+    EfficientNet and MNASNet initialise a head of few classes ten times larger than nn.Linear does.
+    Its random logits would dominate a short fine-tuning, so a weight that is much larger is scaled
+    to the standard deviation of nn.Linear, 1 / sqrt(3 * inputs).
+    """
+    found = {}
+    for name in head_parameters(model):
+        tensor = model.get_parameter(name).detach()
+        if tensor.dim() > 1:
+            usual, own = (3 * tensor[0].numel()) ** -0.5, float(tensor.std())
+            if own > _MUCH_LARGER * usual:
+                tensor = tensor * (usual / own)
+        found[name] = tensor
+    return found
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models import GoogLeNet, Inception3
 
 from alexnet_ddp.config import ConfigError, Head
-from alexnet_ddp.model.head import ClassChange, follow_classes, head_parameters
+from alexnet_ddp.model.head import ClassChange, follow_classes, initial_head
 from alexnet_ddp.model.naming import find_network
 from alexnet_ddp.model.weight_files import WeightsFile, read_weights_file
 
@@ -119,8 +119,8 @@ def _fit_head(
 
     Rows are matched by name if the file has class names (`then`), otherwise by position.
     """
-    names = head_parameters(model)
-    fresh = {name: t for name, t in model.state_dict().items() if name in names}
+    fresh = initial_head(model)
+    names = list(fresh)
     there = [name for name in names if name in weights]
     if head is Head.new:
         log.info("model.head=new: the head (%s) starts from its initialisation", ", ".join(names))

@@ -27,7 +27,13 @@ from alexnet_ddp.prepare.checks import (
     locked,
     warn_about_names,
 )
-from alexnet_ddp.prepare.commit import commit, damaged_files, quarantine_lines, withdraw
+from alexnet_ddp.prepare.commit import (
+    commit,
+    damaged_files,
+    quarantine_lines,
+    remove_temporary_files,
+    withdraw,
+)
 from alexnet_ddp.prepare.engine import Engine, local_engine, with_progress
 from alexnet_ddp.prepare.plan import Plan, ShardTask, make_plan
 from alexnet_ddp.prepare.sources import open_source, splits_of
@@ -116,7 +122,7 @@ def _pack(plan: Plan, tasks: list[ShardTask], cfg: PrepareConfig, engine: Engine
                 quarantined += summary["quarantined"]
                 _check_quarantine(quarantined, plan, tasks, cfg)
     finally:
-        root.remove(SCRATCH)  # the workers have ended
+        remove_temporary_files(root)
     commit(plan, tasks)
     root.remove(COPIES)
 

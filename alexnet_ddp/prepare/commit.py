@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import re
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +18,21 @@ from alexnet_ddp.prepare.write import Statistics, to_npy
 from alexnet_ddp.runtime.errors import DataError, MachineError
 
 INFO = "_info.json"  # of all splits
+_ATTEMPTS, _PAUSE_S = 20, 0.1
+
+
+def remove_temporary_files(root: Storage) -> None:
+    """Remove what the workers have left. Raises nothing: an error of the work is not replaced.
+
+    A task that Spark has cancelled may still write for a moment. The next start removes what
+    remains.
+    """
+    for _ in range(_ATTEMPTS):
+        try:
+            root.remove(SCRATCH)
+            return
+        except OSError:
+            time.sleep(_PAUSE_S)
 
 
 def commit(plan: Plan, tasks: list[ShardTask]) -> dict[str, Any]:

@@ -38,8 +38,9 @@ def run_spark(
             yield from _run_job(context, do, items[start : start + _TASKS_PER_JOB])
     finally:
         storage.remove(mark)
-        if not storage.names(SCRATCH):
-            storage.remove(SCRATCH)
+        with contextlib.suppress(OSError):  # a cancelled task may write there at this moment
+            if not storage.names(SCRATCH):
+                storage.remove(SCRATCH)
 
 
 def _run_job(context: Any, do: Callable, items: list[Any]) -> Iterator[Any]:

@@ -1,5 +1,6 @@
 """An exact evaluation: each image counts once, and the world size does not change the result."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
@@ -39,14 +40,16 @@ def evaluate(
     stop: StopSignal,
     *,
     observe: Callable[[Batch, Tensor], None] | None = None,
+    num_views: int = 1,
 ) -> Evaluation | None:
     """Collective. Evaluate `model` on the images of `batches`. Return None if a stop was requested.
 
     The model stays in evaluation mode.
 
     batches: the same number of batches on all ranks; a batch may be empty. observe: called with
-    each batch that is not empty, and its logits, float32 [n, classes]. Raises RunError on all
-    ranks if a rank has one, and DataError if no image could be read.
+    each batch that is not empty, and its logits, float32 [n, classes]. num_views: of each image in
+    `batches`; their probabilities are averaged. Raises RunError on all ranks if a rank has one, and
+    DataError if no image could be read.
     """
     model.eval()
     meter, error, skipped = Meter(world.device), None, []
@@ -63,7 +66,7 @@ def evaluate(
                 skipped += batch.bad
             if batch is not None and len(batch.labels):
                 with autocast(cfg.precision, world):
-                    logits = model(batch.inputs()).float()
+                    logits = average_views(model(batch.inputs()).float(), num_views)
                 loss_sum = F.cross_entropy(logits, batch.labels, reduction="sum")
                 meter.add(loss_sum, logits, batch.labels)
                 extra.add(logits, batch.labels)
@@ -82,6 +85,18 @@ def evaluate(
         raise DataError(f"none of the validation images could be read{example}")
     row = evaluation_row(sums) | extra.row(int(sums["images"]))
     return Evaluation(row, sum_over_ranks(per_class).cpu(), skipped)
+
+
+def average_views(logits: Tensor, num_views: int) -> Tensor:
+    """The logits of the mean probabilities over the views of each image.
+
+    logits: float32 [n * views, classes], the views of an image in a row. Returns float32
+    [n, classes], with one view unchanged.
+    """
+    if num_views == 1:
+        return logits
+    per_view = logits.log_softmax(1).view(-1, num_views, logits.shape[1])
+    return per_view.logsumexp(1) - math.log(num_views)
 
 
 def _must_end(stop: StopSignal, error: RunError | None, world: World) -> bool:

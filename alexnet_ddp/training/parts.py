@@ -24,7 +24,7 @@ from alexnet_ddp.model import (
     build_model,
     check_image_size,
     follow_classes,
-    head_parameters,
+    initial_head,
     load_checkpoint,
     lr_factors,
     published_weights,
@@ -372,8 +372,8 @@ class TrainingParts:
             log.warning("classes: %s: rows of the head follow their class names", change)
             if has_memory:
                 log.warning("parallel.hook starts without memory: it belongs to the earlier rows")
-        names, own = head_parameters(fresh), fresh.state_dict()
-        rows = {name: own[name].to(self.setup.world.device) for name in names}
+        device = self.setup.world.device
+        rows = {name: tensor.to(device) for name, tensor in initial_head(fresh).items()}
         return {name: follow_classes(tensors, change, rows) for name, tensors in groups.items()}
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from alexnet_ddp.runtime.distributed import World, all_gather
 from alexnet_ddp.runtime.files import write_json
+from alexnet_ddp.training.profiler import DATA
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,8 @@ class Stopwatch:
     def data(self) -> Iterator[None]:
         """Time the wait for a batch."""
         began = time.monotonic()
-        yield
+        with record_function(DATA):
+            yield
         self._seconds["data"] += time.monotonic() - began
 
     def forward(self) -> AbstractContextManager[None]:

@@ -47,6 +47,7 @@ from alexnet_ddp.training.faults import Guard
 from alexnet_ddp.training.first_batch import write_first_batch
 from alexnet_ddp.training.metrics import Throughput, train_row
 from alexnet_ddp.training.parts import TrainingParts, build_train_loader
+from alexnet_ddp.training.profiler import StepProfiler
 from alexnet_ddp.training.replicas import Replicas
 from alexnet_ddp.training.schedule import count_warmup_steps
 from alexnet_ddp.training.setup import RunSetup
@@ -93,7 +94,7 @@ def _train(cfg: Config, overrides: list[str]) -> bool:
             stop = StopSignal()  # until here a stop signal ends the process at once
             with _lost_peers_explained(stop, setup.state):
                 trainer = Trainer(setup, parts, overrides, watchdog, status, stop)
-                with trainer.tracker, closing(setup.checkpoints):
+                with trainer.tracker, closing(setup.checkpoints), closing(trainer.profiler):
                     try:
                         trainer.run()
                     finally:
@@ -164,6 +165,8 @@ class Trainer:
         self.guard = Guard(cfg.trainer, state.bad_steps, batch, cfg.run_dir / "replay.json", world)
         self.replicas = Replicas(cfg.trainer.check_every_steps, world)
         self.stragglers = Stragglers(world)
+        steps, ranks = cfg.trainer.profiled_steps, cfg.trainer.profile_ranks
+        self.profiler = StepProfiler(steps, ranks, state.step, run_dir / "profile", world)
         sets = {"train": data.train, "val": data.val}
         max_bad = cfg.data.max_bad_images or 0
         self.quarantine = Quarantine(cfg.run_dir, sets, max_bad, state.step, world)
@@ -192,7 +195,8 @@ class Trainer:
         indices = self.sampler.batch(step)
         mine = rank_slice(len(indices), self.world.rank, self.world.world_size)
         self.watchdog.begin_step(step, (indices[mine][:16] % len(self.data.train)).tolist())
-        outcome = self.train_step(self.batches, step, self.lr(step), len(indices), self._vote())
+        with self.profiler.step(step):
+            outcome = self.train_step(self.batches, step, self.lr(step), len(indices), self._vote())
         self.state.step, self.outcome = step + 1, outcome
         self.state.trained_s = outcome.votes.trained_s
         self.save_error = self.checkpoints.poll() or self.save_error
@@ -248,6 +252,9 @@ class Trainer:
             self._handle_nonfinite(self.state.step - 1)
         if due.log:
             self._log_row()
+        if self.profiler.is_due(self.state.step):
+            with self._not_training():
+                self.profiler.write()
         if due.evaluate:
             with self._not_training():
                 due = self._evaluate(due)

@@ -422,6 +422,7 @@ def test_large_weights_are_in_a_second_file(tmp_path, monkeypatch):
         torch.testing.assert_close(runner(example), model(example))
 
 
+@pytest.mark.slow
 @pytest.mark.sampled
 @pytest.mark.parametrize(
     "options",

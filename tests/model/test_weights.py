@@ -349,6 +349,25 @@ def test_another_number_of_classes_keeps_the_rows_of_known_names(tmp_path):
     assert torch.equal(model.head.weight[[0, 2]], rows[[3, 0]])
 
 
+@pytest.mark.parametrize(
+    ("name", "is_scaled"),
+    [("mnasnet0_5", True), ("resnet18", False), ("squeezenet1_1", False), ("mobilenet_v2", False)],
+)
+def test_a_new_head_is_no_larger_than_twice_nn_linears(name, is_scaled, tmp_path):
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, num_classes=10)
+    head = model.get_parameter(f"{find_head(model)}.weight")
+    own = head.detach().clone()
+    torch.save(torchvision.models.get_model(name, num_classes=7).state_dict(), tmp_path / "w.pth")
+    load_weights(model, tmp_path / "w.pth")
+    if is_scaled:
+        usual = (3 * own[0].numel()) ** -0.5
+        assert own.std() > 10 * usual
+        torch.testing.assert_close(head, own * (usual / own.std()))
+    else:
+        assert torch.equal(head, own)
+
+
 def test_model_head_new_replaces_the_head_and_serves_a_file_without_one(tmp_path):
     for drop in (False, True):
         content = {n: t for n, t in SOURCE.items() if not (drop and n.startswith("head"))}

@@ -532,6 +532,7 @@ def test_memory_urls_need_one_process_and_tars_a_local_disk(folder, tmp_path):
 # --- a disk that fails ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_code_74_and_not_a_bad_image(larger, tmp_path):
     root = tmp_path / "full"
     root.mkdir()

@@ -1,11 +1,14 @@
 """Images as they come: which are packed, which are refused and why, and what their pixels sum up to."""
 
+import contextlib
 import io
 import json
 import os
 import shutil
 import struct
 import tarfile
+import threading
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -222,6 +225,33 @@ def test_bad_images_are_quarantined_and_nothing_else_is_lost(tree, tmp_path):
     assert (
         int(max(keys)[:9]) > len(names) - 1
     )  # a bad one leaves a gap: the others keep their places
+
+
+def test_a_task_that_still_writes_does_not_hide_the_error(tree, tmp_path):
+    # Spark ends a cancelled task a moment after the error.
+    root, over = tmp_path / "root", threading.Event()
+
+    def late_task() -> None:
+        while not over.is_set() and not list(root.glob("*.tar")):
+            time.sleep(0.001)
+        k = 0
+        while not over.is_set():
+            with contextlib.suppress(OSError):
+                (root / "_tmp").mkdir(exist_ok=True)
+                (root / f"_tmp/late-{k}").touch()
+            k += 1
+
+    threads = [threading.Thread(target=late_task) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    threading.Timer(1.0, over.set).start()
+    try:
+        with pytest.raises(DataError, match="nothing was committed"):
+            pack(tree, root, split="train", max_quarantine=2)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_too_many_bad_images_stop_before_the_commit_and_fixing_them_resumes(tree, tmp_path):

@@ -362,7 +362,7 @@ def test_too_many_bad_images_end_it_before_the_commit(photos, tmp_path):
     code, line = finish(
         photos, tmp_path / "out", "engine=spark", "engine.master=local[2,4]", "max_quarantine=2"
     )
-    assert code == 65
+    assert code == 65, line
     assert "images of train are bad, more than max_quarantine (2); nothing was committed" in line
     assert not (tmp_path / "out/index.json").exists()
 

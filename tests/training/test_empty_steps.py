@@ -166,6 +166,7 @@ def test_too_many_bad_images_end_the_run_also_if_they_are_a_whole_batch(tmp_path
     assert message.startswith("6 training images are bad, more than data.max_bad_images (5); ")
 
 
+@pytest.mark.slow
 def test_the_training_is_saved_before_an_unreadable_validation_set_ends_the_run(tmp_path):
     root, runs = make_images(tmp_path / "images"), tmp_path / "runs"
     good = {path: path.read_bytes() for path in root.glob("val/*/*.jpg")}

@@ -79,6 +79,7 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     return {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
 
 
+@pytest.mark.slow
 @pytest.mark.sampled
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars", "torch optimizer.name=RAdam"])
 def test_only_the_head_is_trained_decayed_and_saved_with_moments(

@@ -39,7 +39,7 @@ class ClassOrder:
             return self._as_stated(list(names), found, origin)
         if self.choice == NAME:
             return sorted(found)
-        others = sorted(name for name in found if not _WHOLE_NUMBER.fullmatch(name))
+        others = sorted(name for name in found if not is_whole_number(name))
         if others:
             raise DataError(
                 f"class_order={NUMERIC} needs class names that are whole numbers, {origin} has "
@@ -94,9 +94,13 @@ def read_order(choice: str) -> ClassOrder:
     return ClassOrder(choice, names)
 
 
+def is_whole_number(name: str) -> bool:
+    return _WHOLE_NUMBER.fullmatch(name) is not None
+
+
 def numeric_order_note(classes: list[str]) -> str | None:
     """A note for the user if `classes` are numbers sorted as text; None if that is no problem."""
-    if classes != sorted(classes) or not all(map(_WHOLE_NUMBER.fullmatch, classes)):
+    if classes != sorted(classes) or not all(map(is_whole_number, classes)):
         return None
     by_value = sorted(classes, key=int)
     k = next((k for k, (one, other) in enumerate(zip(classes, by_value)) if one != other), None)

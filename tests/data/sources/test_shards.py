@@ -27,6 +27,7 @@ from alexnet_ddp.data.sources.sets import open_data
 from alexnet_ddp.data.sources.shard_index import INDEX
 from alexnet_ddp.data.sources.shards import open_shards
 from alexnet_ddp.data.storage import Storage
+from alexnet_ddp.data.views import evaluation_views
 from alexnet_ddp.runtime.errors import DataError
 from tests.archives import extract, make_archives
 from tests.packing import pack
@@ -241,6 +242,22 @@ def test_raw_shards_are_read_by_rows(archives, tmp_path):
     part = np.empty((7, 24, 3), np.uint8)
     train.store.read_rows(3, 5, part)
     assert np.array_equal(part, image[5:12])
+
+
+def test_crops_of_raw_shards_are_their_corners_and_mirror_images(archives, tmp_path):
+    root = pack(archives, tmp_path / "raw", encoding="raw", size=24)
+    train, _, _ = opened(root)
+    cfg = ShardsConfig(root=str(root), image_size=21, eval_resize=24)
+    views = evaluation_views(10, False)
+    loader = build_loader(cfg, train, None, 1, torch.device("cpu"), views=views)
+    batch = next(loader.batches([MicroBatch(0, 0, np.array([3]), True)]))
+    found = batch.images.numpy().reshape(10, 21, 21, 3)
+    image = np.frombuffer(train.read(3)[128:], np.uint8).reshape(24, 24, 3)
+    corners = [(0, 0), (0, 3), (3, 0), (3, 3), (2, 2)]  # top, left; torchvision rounds 1.5 to 2
+    for k, (top, left) in enumerate(corners):
+        for slot, source in ((found[k], image), (found[5 + k], image[:, ::-1])):
+            assert np.array_equal(slot, source[top : top + 21, left : left + 21])
+    loader.close()
 
 
 def test_an_unreadable_raw_image_is_skipped_if_the_option_allows_it(archives, tmp_path):

@@ -1,0 +1,62 @@
+"""A folder of labelled images, CLASS/*, with classes of a trained network: all of them or some."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from alexnet_ddp.data.sources.classes import is_whole_number
+from alexnet_ddp.data.sources.index import SampleIndex, index_classes
+from alexnet_ddp.data.sources.scan import listed
+from alexnet_ddp.runtime.errors import ConfigError, DataError
+
+
+def open_labelled(
+    folder: str, ids: list[str], names: list[str], class_map: str | None
+) -> SampleIndex:
+    """The images of folder/CLASS/**, with the labels of a network.
+
+    Args:
+        folder: contains one folder per class; some classes of the network may be missing.
+        ids: the folder names of the network's classes, in the order of its labels.
+        names: their readable names.
+        class_map: a JSON file {folder: class}; a class is an id, a name or a label. None: a folder
+            has the id or the name of its class, or all folders have the numbers of the labels.
+
+    Raises:
+        ConfigError: the file cannot be read.
+        DataError: the folder has no images, or folders of unknown classes.
+    """
+    found = index_classes(Path(folder))
+    given = {} if class_map is None else _read_map(class_map)
+    missing = [name for name in found.classes if class_map is not None and name not in given]
+    if missing:
+        raise DataError(f"class_map ({class_map}) has no {listed(missing)}; add these folders")
+    known = _labels(ids, names, class_map is not None or all(map(is_whole_number, found.classes)))
+    wanted = [given.get(name, name) for name in found.classes]
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        rule = f"{folder} has folders of unknown classes: {listed(unknown)}"
+        remedy = f"the network knows {listed(ids)}; give class_map=FILE.json, {{folder: class}}"
+        raise DataError(f"{rule}; {remedy}")
+    labels = np.array([known[name] for name in wanted], np.int32)[found.labels]
+    order = np.argsort(labels, kind="stable")
+    return SampleIndex(ids, labels[order], found.store.take(order), found.names)
+
+
+def _labels(ids: list[str], names: list[str], has_numbers: bool) -> dict[str, int]:
+    """Each accepted spelling of a class, and its label. Ids win over names, names over numbers."""
+    unique = {name: k for k, name in enumerate(names) if names.count(name) == 1}
+    numbers = {str(k): k for k in range(len(ids))} if has_numbers else {}
+    return numbers | unique | {one: k for k, one in enumerate(ids)}
+
+
+def _read_map(file: str) -> dict[str, str]:
+    rule = f"class_map ({file}) must be a JSON file with the class of each folder"
+    try:
+        found = json.loads(Path(file).expanduser().read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{rule}, and cannot be read ({error})") from error
+    if not isinstance(found, dict) or not all(isinstance(v, str | int) for v in found.values()):
+        raise ConfigError(f'{rule}, such as {{"00": "n01440764"}}')
+    return {folder: str(value) for folder, value in found.items()}

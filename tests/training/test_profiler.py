@@ -1,0 +1,124 @@
+"""trainer.profile_steps: the files, and the verdict on three planted bottlenecks."""
+
+import gzip
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from alexnet_ddp.training.profiler import TimeShares, _overlap, _union, _without
+from tests.cluster import Hosts, why_not
+from tests.network import QUICK
+from tests.test_train import ENV, SMALL, run
+
+PROFILED = ["trainer.profile_steps=1:3", "trainer.max_steps=4", "trainer.epochs=99"]
+SYNTHETIC = ["data=synthetic", "data.image_size=64", "data.num_train=64", "data.num_val=4"]
+
+
+def verdict(run_dir: Path, rank: int = 0) -> str:
+    found = json.loads((run_dir / f"profile/rank{rank}.json").read_text())
+    shares = [found[name] for name in ("data", "compute", "communication", "other")]
+    assert sum(shares) == pytest.approx(1, abs=0.02)
+    assert min(shares) >= 0
+    return found["verdict"]
+
+
+def test_spans():
+    some = _union([(5, 7), (0, 2), (1, 3), (7, 8)])
+    assert some == [(0, 3), (5, 8)]
+    assert _overlap(some, [(2, 6), (7, 9)]) == [(2, 3), (5, 6), (7, 8)]
+    assert _without(some, [(1, 2), (6, 20)]) == [(0, 1), (2, 3), (5, 6)]
+    assert _without(some, []) == some
+
+
+def test_the_verdict_names_the_largest_share():
+    shares = TimeShares(12.5, data=0.1, compute=0.3, communication=0.55, other=0.05)
+    assert shares.verdict.startswith("bound by communication: 55 % of a step of 12.5 ms waits for")
+
+
+@pytest.mark.slow
+def test_a_heavy_network_is_bound_by_compute_and_all_ranks_can_be_profiled(tmp_path):
+    heavy = [*SYNTHETIC, "data.num_classes=10", "model=alexnet", "trainer.global_batch_size=16"]
+    options = [*heavy, *PROFILED, "trainer.profile_ranks=[0,1]", "run.name=x"]
+    done = run("train", *options, "logger.tensorboard=false", ranks=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "profile of rank 0: bound by compute: " in done.stdout
+    folder = tmp_path / "runs/x/profile"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"rank{rank}.{kind}" for rank in (0, 1) for kind in ("json", "trace.json.gz", "txt")
+    ]
+    assert verdict(tmp_path / "runs/x", rank=1).startswith("bound by compute: ")
+    trace = json.loads(gzip.decompress((folder / "rank0.trace.json.gz").read_bytes()))
+    names = [event.get("name") for event in trace["traceEvents"]]
+    assert names.count("alexnet_ddp.step") == 2
+    assert "aten::convolution_backward" in (folder / "rank0.txt").read_text()
+
+
+@pytest.mark.slow
+def test_large_images_and_a_small_network_are_bound_by_data(tmp_path):
+    large = io.BytesIO()
+    Image.linear_gradient("L").resize((2500, 2500)).convert("RGB").save(large, "PNG")
+    for k in range(8):
+        path = tmp_path / "images" / "ab"[k % 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(large.getvalue())
+    data = [f"data.root={tmp_path / 'images'}", "data.val_fraction=0.3"]
+    # The first four batches are loaded ahead.
+    steps = ["trainer.profile_steps=6:8", "trainer.max_steps=9", "trainer.epochs=99"]
+    steps.append("trainer.eval_every_epochs=99")
+    options = [*SMALL, *data, *steps, "trainer.global_batch_size=6", "run.name=x"]
+    done = run("train", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert verdict(tmp_path / "runs/x").startswith("bound by data: ")
+
+
+@pytest.mark.drill
+def test_a_slow_link_is_bound_by_communication(tmp_path):
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    options = [*SYNTHETIC, *QUICK, *PROFILED, "trainer.global_batch_size=8", "run.name=x"]
+    options += ["logger.tensorboard=false", "trainer.check_every_steps=null", "device=cpu"]
+    with Hosts(2) as hosts:
+        for host in ("n1", "n2"):
+            hosts.rate(host, "20mbit")
+        started = [
+            subprocess.Popen(
+                hosts.command(host, sys.executable, "-m", "alexnet_ddp.train", *options),
+                env={**ENV, **rank_env(rank)},
+                cwd=tmp_path,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank, host in enumerate(("n1", "n2"))
+        ]
+        said = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    assert verdict(tmp_path / "runs/x").startswith("bound by communication: ")
+
+
+def rank_env(rank: int) -> dict[str, str]:
+    env = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    return env | {"MASTER_ADDR": "n1", "MASTER_PORT": "29511", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["trainer.profile_steps=5"], "must be FIRST:END with 1 to 1000 steps, such as 100:110"),
+        (["trainer.profile_steps=5:5"], "must be FIRST:END with 1 to 1000 steps, such as 100:110"),
+        (["trainer.profile_ranks=[1]"], "would be ignored without trainer.profile_steps"),
+        (["trainer.profile_steps=1:2", "trainer.profile_ranks=[]"], "must be ranks, which count"),
+    ],
+)
+def test_a_wrong_profile_is_refused(options, line):
+    from alexnet_ddp.config.compose import compose
+    from alexnet_ddp.runtime.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=line):
+        compose("train", ["run.name=x", "data=synthetic", *options])
