@@ -23,7 +23,7 @@ from alexnet_ddp.report.curves import charts
 from alexnet_ddp.report.images import Findings, examine, first_batch
 from alexnet_ddp.report.page import Looked, Page, render
 from alexnet_ddp.report.timeline import timeline
-from alexnet_ddp.report.times import times
+from alexnet_ddp.report.times import profiles, times
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.environment import read_ranks
 from alexnet_ddp.runtime.errors import MachineError, RunError, out_of_memory
@@ -70,6 +70,7 @@ def build_page(runs: list[RunRecord], options: ReportConfig, overrides: list[str
         runs=[facts.summary(one) for one in runs],
         charts=charts(runs),
         times=times(run),
+        profiles=profiles(run),
         timeline=timeline(run),
         looked=None if found is None else _looked(found),
         why_not=why_not,

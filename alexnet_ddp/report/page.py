@@ -17,7 +17,7 @@ from alexnet_ddp.report.classes import Classes
 from alexnet_ddp.report.facts import Data, OptionRow, Summary
 from alexnet_ddp.report.images import Filters, Shown
 from alexnet_ddp.report.timeline import Timeline, duration
-from alexnet_ddp.report.times import Times
+from alexnet_ddp.report.times import Profile, Times
 
 _HERE = Path(__file__).parent
 
@@ -44,6 +44,7 @@ class Page:
     runs: list[Summary]  # the first one is the page's own
     charts: list[Chart]
     times: Times | None
+    profiles: list[Profile]
     timeline: Timeline | None
     looked: Looked | None
     why_not: str  # the reason if looked is None

@@ -14,7 +14,13 @@ _PARTS = {
     "time/backward_s": "backward, gradients exchanged",
     "time/update_s": "update",
 }
-_MAX_RANKS = 16
+_OF_PROFILE = {
+    "data": "wait for data",
+    "compute": "compute",
+    "communication": "exchange while nothing is computed",
+    "other": "everything else",
+}
+_MAX_RANKS, _MAX_PROFILES = 16, 4
 _LARGE, _SMALL = 0.3, 0.05  # shares of a step that wait for data, for the sentence
 
 
@@ -26,6 +32,16 @@ class Part:
     seconds: float
     share: float
     colour: int | None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A profile of some steps on a rank (trainer.profile_steps). operators: a table of text."""
+
+    name: str
+    verdict: str
+    parts: list[Part]
+    operators: str
 
 
 @dataclass(frozen=True)
@@ -65,6 +81,25 @@ def times(run: RunRecord) -> Times | None:
     waited = known.get("time/data_s", 0.0) / step_s
     ranks, num_left_out = _ranks(run.directory / "rank_times.json")
     return Times(named, whole, _sentence(waited), _slowest(run), ranks, num_left_out)
+
+
+def profiles(run: RunRecord) -> list[Profile]:
+    """The profiles that the run has written. A damaged one is left out."""
+    found = []
+    for file in sorted((run.directory / "profile").glob("rank*.json"))[:_MAX_PROFILES]:
+        try:
+            known = json.loads(file.read_bytes())
+            shares = {name: float(known[name]) for name in _OF_PROFILE}
+            step_s, verdict = float(known["step_ms"]) / 1000, str(known["verdict"])
+            operators = file.with_suffix(".txt").read_text(errors="replace")
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        parts = [
+            Part(_OF_PROFILE[name], share * step_s, share, k if name != "other" else None)
+            for k, (name, share) in enumerate(shares.items())
+        ]
+        found.append(Profile(file.stem.replace("rank", "rank "), verdict, parts, operators))
+    return found
 
 
 def _totals(run: RunRecord) -> tuple[dict[str, float], int]:

@@ -23,7 +23,7 @@ from alexnet_ddp.report.facts import command, differences, option_rows, summary
 from alexnet_ddp.report.images import first_filters
 from alexnet_ddp.report.page import render
 from alexnet_ddp.report.timeline import duration, timeline
-from alexnet_ddp.report.times import times
+from alexnet_ddp.report.times import profiles, times
 from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.runtime.errors import ConfigError, Preempted
 from alexnet_ddp.runtime.files import write_json
@@ -141,6 +141,22 @@ def test_the_parts_of_a_step_are_weighted_by_steps_and_add_up(tmp_path):
     ]  # fmt: skip
     assert older.sentence == "The loader is no bottleneck: a step waits 1.0 % of its time for data."
     assert times(make_run(tmp_path / "c")) is None
+
+
+def test_a_profile_is_shown_with_its_verdict_and_a_damaged_one_is_not(tmp_path):
+    run = make_run(tmp_path / "a")
+    shares = {"step_ms": 80.0, "data": 0.5, "compute": 0.25, "communication": 0.2, "other": 0.05}
+    write_json_in(run.directory / "profile/rank0.json", {"verdict": "bound by data", **shares})
+    (run.directory / "profile/rank0.txt").write_text("aten::mm")
+    (run.directory / "profile/rank1.json").write_text("{}")
+    (found,) = profiles(run)
+    assert (found.name, found.verdict, found.operators) == ("rank 0", "bound by data", "aten::mm")
+    assert [part.seconds for part in found.parts] == pytest.approx([0.04, 0.02, 0.016, 0.004])
+
+
+def write_json_in(file: Path, content: dict) -> None:
+    file.parent.mkdir()
+    write_json(file, content)
 
 
 def test_a_row_has_the_seconds_of_each_part_of_a_step():
