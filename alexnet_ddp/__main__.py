@@ -11,6 +11,7 @@ COMMANDS = {
     "evaluate": "evaluate a run, or a file of weights, on all validation images",
     "predict": "classify images with a trained run",
     "export": "write the model of a run for other programs, and check the written file",
+    "report": "write a page with the curves, times, classes and images of a run",
     "prepare": "pack images into verified shards",
     "plan": "predict the time and memory of a training on a cluster",
     "doctor": "check the machines that a run would use",

@@ -14,7 +14,6 @@ if __name__ == "__main__":  # torch, below, is imported after the configuration 
     cli.run("evaluate", "alexnet_ddp.evaluate:main")
 
 import logging
-from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -59,6 +58,7 @@ from alexnet_ddp.training.class_metrics import (
     confusions,
     image_rows,
     require_sklearn,
+    unique_names,
     wilson_interval,
 )
 from alexnet_ddp.training.evaluation import Evaluation, evaluate
@@ -202,7 +202,7 @@ def _finish(found: Found, data: ImageSets, options: EvaluateConfig, run_dir: Pat
 
     run_dir: of the run; None for a file of weights.
     """
-    names = _unique_names(data.class_names)
+    names = unique_names(data.class_names)
     record, lines = _record(found, names), []
     stem = "evaluation" if options.images is None else "evaluation_images"
     classes_file = f"{stem}_classes.csv"
@@ -347,12 +347,6 @@ def _top1_interval(row: dict) -> list[float]:
     """The 95 % confidence interval of top-1, in percent."""
     ends = wilson_interval(row["val/correct1"], row["val/num_images"])
     return [100 * end for end in ends]
-
-
-def _unique_names(names: list[str]) -> list[str]:
-    """The names of the classes; those that several classes have, with the label too."""
-    known = Counter(names)  # two WordNet ids are both "crane"
-    return [f"{name} ({label})" if known[name] > 1 else name for label, name in enumerate(names)]
 
 
 def _report(result: Evaluation, names: list[str], origin: dict) -> None:

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "alexnet_ddp"
 # A command may import everything, and nothing imports a command. test_module_keeps_its_place knows `cli` too.
 COMMANDS = {
     *("train", "evaluate", "predict", "prepare", "plan", "doctor", "replay", "lr_find"),
-    *("launch", "export", "runs", "compare"),
+    *("launch", "export", "report", "runs", "compare"),
     "api",
 }
 SHARED = {"config", "plugins", "rng", "runtime"}  # every package may import these
@@ -38,6 +38,7 @@ ONLY_IN = {  # library -> the modules that may import it: packages, or files of 
     r"matplotlib": {"cost_model/sweep"},
     r"onnx|onnxruntime|onnxscript": {"export/formats"},
     r"peft": {"model/adapters", "training/adalora"},
+    r"jinja2|markupsafe": {"report/page"},
     r"fcntl": {"runtime/files"},  # file locks
     r"pyspark": {"prepare/spark"},
     r"pyarrow": {"runtime/tables", "data/sources/table", "prepare/tables"},

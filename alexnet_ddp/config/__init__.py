@@ -3,7 +3,7 @@
 The modules, in the order in which a command uses them:
 
 - option: how an option is declared; data, recipe, finetune, run, evaluate, predict, export,
-  prepare, plan, runs, plugins: the option classes
+  prepare, plan, report, runs, plugins: the option classes
 - schema: the tables of commands, groups and options; reference: --help and docs/configuration.md
 - overrides, advice: a command line becomes Hydra's overrides; mistakes become one line
 - compose: Hydra composes conf/ with the overrides; plain, checked dataclasses come out
@@ -66,6 +66,7 @@ from alexnet_ddp.config.recipe import (
     StepDecayConfig,
     TorchvisionConfig,
 )
+from alexnet_ddp.config.report import ReportConfig
 from alexnet_ddp.config.run import (
     AUTO,
     AutoParallelConfig,

@@ -84,6 +84,19 @@ push uploads the folder to the Hugging Face Hub (pip install 'alexnet-ddp[hub]')
 folder stays.
 Exit codes: 0 done, 64 configuration, 65 data, 66 no usable checkpoint, 70 the file differs from the
 run, 74 disk, memory or network.""",
+    "report": """\
+Write report.html into the run's directory: one page without external resources.
+
+  alexnet-ddp report run.name=X
+  alexnet-ddp report run.name=X compare=[Y,Z]
+  alexnet-ddp report run.name=X data.root=DIR max_images=20000
+
+It shows results with their intervals, curves, where the time goes, starts and stops, the worst
+classes, the images with the largest losses, the filters of the first layer, the first batch, the
+data, the options and their differences to the defaults, and a command that repeats the run. For the
+images it runs the best weights over max_images validation images, in one process. What cannot be
+computed is replaced by the reason: a run that trains, that was killed or that has no checkpoint has
+a report too. Exit codes: 0 done, 64 configuration, 74 disk.""",
     "plan": """\
 Predict the speed of a training on a cluster, for each kind of parallelism, and recommend one.
 
@@ -239,13 +252,14 @@ _WITH_TRAIN = (
     "replay",
     "lr_find",
     "export",
+    "report",
 )  # commands that also have its options
 
 
 def markdown(
     commands: tuple[str, ...] = (
-        *("train", "evaluate", "doctor", "replay", "lr_find", "predict", "export", "plan"),
-        *("prepare", "runs", "compare"),
+        *("train", "evaluate", "doctor", "replay", "lr_find", "predict", "export", "report"),
+        *("plan", "prepare", "runs", "compare"),
     ),
 ) -> str:
     """docs/configuration.md."""

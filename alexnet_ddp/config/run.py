@@ -433,6 +433,11 @@ class LoggerConfig(Options, section="logger"):
     wandb_project: str = option("alexnet_ddp", "Project name in Weights & Biases.")
     tensorboard: bool = option(True, "Write TensorBoard event files.")
     progress: bool = option(True, "Show a progress bar if the output is a terminal.")
+    report: bool = option(
+        False,
+        "Write report.html into the run's directory when the run is complete, as "
+        "`alexnet-ddp report` does. A report that fails is one warning.",
+    )
 
 
 @dataclass(kw_only=True)

@@ -19,6 +19,7 @@ from alexnet_ddp.config import (
     predict,
     prepare,
     recipe,
+    report,
     run,
     runs,
 )
@@ -36,6 +37,7 @@ ROOTS: dict[str, type] = {
     "lr_find": run.LrFindConfig,
     "predict": predict.PredictConfig,
     "export": export.ExportConfig,
+    "report": report.ReportConfig,
     "plan": plan.PlanConfig,
     "prepare": prepare.PrepareConfig,
     "runs": runs.RunsConfig,

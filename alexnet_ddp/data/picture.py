@@ -1,5 +1,7 @@
 """Draws images with the names of their classes as one picture."""
 
+import io
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -47,3 +49,25 @@ def _fitted(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Imag
     while text and font.getlength(f"{text}…") > width:
         text = text[:-1]
     return f"{text}…"
+
+
+def jpeg(pixels: np.ndarray, max_side: int, quality: int = 82) -> bytes:
+    """A JPEG of uint8 [height, width, 3], reduced until no side is longer than max_side pixels."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=quality)
+    return out.getvalue()
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """A PNG of uint8 [height, width, 3]."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
+def enlarged(values: np.ndarray, size: int) -> np.ndarray:
+    """Float [height, width] resized to float32 [size, size], smoothly."""
+    image = Image.fromarray(values.astype(np.float32))
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))

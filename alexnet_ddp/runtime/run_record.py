@@ -78,6 +78,27 @@ class RunRecord:
         return state
 
     @property
+    def message(self) -> str:
+        """Why the last start ended; "" if it runs, or is complete."""
+        return str(self._json("status.json").get("message", ""))
+
+    @property
+    def status_time(self) -> str:
+        """When the status was recorded, in ISO 8601; "" if it is unknown."""
+        return str(self._json("status.json").get("time", ""))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Of the last start: command, overrides, versions, git, world_size, host and so on."""
+        return self._json("run.json")
+
+    @property
+    def starts(self) -> list[dict[str, Any]]:
+        """The facts of every start, the first one first."""
+        starts = self.facts.get("starts", [])
+        return [one for one in starts if isinstance(one, dict)] if isinstance(starts, list) else []
+
+    @property
     def step(self) -> int:
         """The last step that the run has recorded."""
         return max([int(self._json("status.json").get("step", 0)), *self.rows])
@@ -137,14 +158,17 @@ def find_runs(root: Path) -> Iterator[RunRecord]:
         below[:] = kept
 
 
-def open_run(option: str, run: str, root: str) -> RunRecord:
-    """The run `run`: a directory, or a name below `root`. Raises ConfigError if there is none."""
+def open_run(option: str, run: str, root: str, root_option: str = "root") -> RunRecord:
+    """The run `run`: a directory, or a name below `root`. Raises ConfigError if there is none.
+
+    root_option: the option with the value `root`, for the message.
+    """
     for directory in (Path(root, run), Path(run)):
         if _is_run(directory):
             return RunRecord(directory, run)
     known = ", ".join(sorted(one.name for one in find_runs(Path(root)))) or "none"
     rule = f"is neither a run below {root} nor the directory of one"
-    raise ConfigError(f"{option} ({run}) {rule}; there are: {known}; or give root=DIR")
+    raise ConfigError(f"{option} ({run}) {rule}; there are: {known}; or give {root_option}=DIR")
 
 
 def differing(runs: list[RunRecord]) -> list[str]:

@@ -20,6 +20,7 @@ from alexnet_ddp.runtime.errors import ConfigError, DataError, Preempted, RunErr
 from alexnet_ddp.runtime.files import write_bytes, write_json
 from alexnet_ddp.runtime.redaction import redact, redact_yaml
 from alexnet_ddp.runtime.startup import before_exit
+from alexnet_ddp.tracking import events
 
 log = logging.getLogger(__name__)
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -141,7 +142,10 @@ def _git_output(tree: Path, *arguments: str) -> str | None:
 
 
 class RunStatus:
-    """Writes status.json on rank 0. If that fails, it logs a warning and the run continues."""
+    """Writes status.json and events.jsonl on rank 0.
+
+    If that fails, it logs a warning and the run continues.
+    """
 
     def __init__(self, run_dir: Path, is_main: bool) -> None:
         self._run_dir = run_dir
@@ -150,8 +154,12 @@ class RunStatus:
         self._started = False
 
     def running(self, step: int) -> None:
-        """Record that the run is at `step`."""
+        """Record that the run is at `step`: the first time that it starts, later that it saves."""
         self._step = step
+        if self._started:
+            self._add_event(events.SAVE)
+        else:
+            self._note_lost_start()
         self._started = True
         self._write("running")
 
@@ -185,6 +193,27 @@ class RunStatus:
             write_status(self._run_dir, state, self._step, exit_code, message)
         except OSError as error:
             log.warning("status.json could not be written: %s", error)
+        if state != "running" and self._started:
+            self._add_event(events.END, state=state, message=redact(message))
+
+    def _add_event(self, event: str, **facts: str) -> None:
+        if not self._is_main:
+            return
+        try:
+            events.add_event(self._run_dir, event, self._step, **facts)
+        except OSError as error:
+            log.warning("%s could not be written: %s", events.FILE, error)
+
+    def _note_lost_start(self) -> None:
+        if not self._is_main:
+            return
+        try:
+            status = json.loads((self._run_dir / "status.json").read_bytes())
+            events.note_lost_start(self._run_dir, status)
+        except FileNotFoundError:  # the first start
+            return
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            log.warning("the end of the earlier start could not be recorded: %s", error)
 
 
 @contextmanager

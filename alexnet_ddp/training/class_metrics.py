@@ -6,6 +6,7 @@ other classes together (one-vs-rest); the score of an image is the probability o
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -160,6 +161,12 @@ def confusions(found: ClassMetrics, names: list[str]) -> dict[str, dict[str, int
         order = np.argsort(-row, kind="stable")[: np.count_nonzero(row)]
         result[name] = {names[other]: int(row[other]) for other in order.tolist()}
     return result
+
+
+def unique_names(names: list[str]) -> list[str]:
+    """The names of the classes; those that several classes have, with the label too."""
+    known = Counter(names)  # two WordNet ids are both "crane"
+    return [f"{name} ({label})" if known[name] > 1 else name for label, name in enumerate(names)]
 
 
 def wilson_interval(num_correct: int, num_images: int) -> tuple[float, float]:

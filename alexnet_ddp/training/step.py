@@ -128,7 +128,8 @@ class TrainStep:
             self._nonfinite.zero_()  # this vote has reported the previous step
             return StepOutcome(status, votes, skipped_images, None)
         self._on_phase("update")
-        grad_norm = self._apply(step, num_images / votes.weight)
+        with self.stopwatch.update():
+            grad_norm = self._apply(step, num_images / votes.weight)
         self._on_phase(WAITING)
         average(self._statistics, self.world)
         self._before.restore(self._nonfinite)
@@ -191,8 +192,10 @@ class TrainStep:
                 if is_last:
                     weight = torch.stack(weights).sum() if weights else None
                     self._exchange.start(loss_sum, num_read, vote, self._nonfinite, weight)
-                self.scaler.scale(self.objective(loss, batch) * scale).backward()
-        self.parallel_model.finish_backward()
+                with self.stopwatch.backward():
+                    self.scaler.scale(self.objective(loss, batch) * scale).backward()
+        with self.stopwatch.backward():
+            self.parallel_model.finish_backward()
         return self._exchange.finish(), skipped_images, vote.error
 
     def _loss_sum(self, batch: Batch | None, step: int, slots: int) -> Tensor:

@@ -24,6 +24,7 @@ from alexnet_ddp.runtime.deadline import Deadline
 from alexnet_ddp.runtime.errors import (
     Preempted,
     RunError,
+    is_rank_zero,
     was_asked_to_stop,
     write_start_step,
 )
@@ -40,6 +41,7 @@ from alexnet_ddp.tracking import (
     make_run_dir,
     run_status,
 )
+from alexnet_ddp.tracking.report_process import write_report
 from alexnet_ddp.training.evaluation import evaluate
 from alexnet_ddp.training.faults import Guard
 from alexnet_ddp.training.first_batch import write_first_batch
@@ -57,7 +59,17 @@ log = logging.getLogger(__name__)
 
 
 def train(cfg: Config, overrides: list[str]) -> None:
-    """Train the run that `cfg` describes, or resume it. overrides: recorded with the run."""
+    """Train the run that `cfg` describes, or resume it. overrides: recorded with the run.
+
+    With logger.report, rank 0 then writes the report of the complete run.
+    """
+    is_trained = _train(cfg, overrides)
+    if is_trained and cfg.logger.report and is_rank_zero():
+        write_report(cfg.run_dir, cfg.plugins)
+
+
+def _train(cfg: Config, overrides: list[str]) -> bool:
+    """False if the run was complete already."""
     with (
         distributed.session(cfg.device, cfg.trainer.tf32) as world,
         run_status(cfg.run_dir, world.is_main) as status,
@@ -76,7 +88,7 @@ def train(cfg: Config, overrides: list[str]) -> None:
                     "run %s is complete after %d steps: %s; %s",
                     *(cfg.run.name, done, cfg.run_dir, again),
                 )
-                return
+                return False
             parts = TrainingParts(setup, on_phase=watchdog.phase)
             watchdog.phase("start")
             stop = StopSignal()  # until here a stop signal ends the process at once
@@ -88,6 +100,7 @@ def train(cfg: Config, overrides: list[str]) -> None:
                     finally:
                         watchdog.phase("checkpoint")
             parts.close()
+    return True
 
 
 @contextmanager
@@ -375,6 +388,7 @@ class Trainer:
             distributed.raise_together(self.save_error if is_last else None, self.world)
         self.saved_at = time.monotonic()
         self.status.running(self.state.step)
+        self.stragglers.write(self.cfg.run_dir / "rank_times.json")
 
     def _log(self, row: Mapping[str, float | str]) -> None:
         """Write a row, with a hash that identifies the images of the last step."""

@@ -414,8 +414,8 @@ def test_an_experiment_has_its_own_name_and_takes_the_place_of_the_default_recip
     assert not getattr(cfg.optimizer, "nesterov", False)
 
 
-def test_the_demo_experiment_is_the_default():
-    assert compose(["experiment=demo"]) == compose([])
+def test_the_demo_experiment_is_the_default_with_a_report():
+    assert compose(["experiment=demo"]) == compose(["logger.report=true"])
 
 
 # --- the default recipe of each data choice ---------------------------------------------------------------------

@@ -1,0 +1,247 @@
+"""What the page states about runs: results, data, options, environment, and how to repeat one."""
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alexnet_ddp.runtime.run_record import RunRecord, differing, option_text
+from alexnet_ddp.training.class_metrics import wilson_interval
+
+_MAX_BAD = 10  # unreadable images that are listed
+_MAX_DIFFERENT = 40  # options in which runs differ
+
+
+@dataclass(frozen=True)
+class Result:
+    """The best evaluation of a run by top-1, in percent, with its 95 % interval."""
+
+    top1: float
+    low: float
+    high: float
+    top5: float
+    loss: float
+    step: int
+    epoch: float
+    num_images: int
+    num_evaluations: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run in one line."""
+
+    name: str
+    status: str
+    message: str
+    step: int
+    epoch: float | None
+    result: Result | None
+    images_per_sec: float | None
+    work_s: float | None
+    num_starts: int
+    world_size: int | None
+    last_loss: float | None
+
+
+@dataclass(frozen=True)
+class OptionRow:
+    """An option of the run. default: None if it has the default value."""
+
+    name: str
+    value: str
+    default: str | None
+    is_given: bool  # on the command line
+
+    @property
+    def is_notable(self) -> bool:
+        return self.default is not None or self.is_given
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images of a run, as far as they are known."""
+
+    kind: str
+    root: str
+    num_train: int | None
+    num_val: int | None
+    num_classes: int | None
+    per_class: tuple[int, int, int] | None  # training images: fewest, median, most
+    smallest: list[tuple[str, int]]  # classes with the fewest training images
+    bad: list[tuple[str, str, int]]  # split, kind, number of unreadable images
+    examples: list[str]  # reasons
+
+
+def summary(run: RunRecord) -> Summary:
+    last = next(reversed(run.rows.values()), {})
+    losses = list(run.values("train/loss").values())
+    world_size = run.facts.get("world_size")
+    return Summary(
+        run.name,
+        run.status,
+        run.message,
+        run.step,
+        float(last["epoch"]) if "epoch" in last else None,
+        best_result(run),
+        run.images_per_sec,
+        None if run.hours is None else 3600 * run.hours,
+        len(run.starts),
+        world_size if isinstance(world_size, int) else None,
+        losses[-1] if losses else None,
+    )
+
+
+def subtitle(run: RunRecord) -> str:
+    """Network, data, batch and optimizer in one line, as far as they are known."""
+    known = run.options
+    parts = [
+        ("{}", "model.name" if known.get("model.name") else "model"),
+        ("data={}", "data"),
+        ("{} pixels", "data.image_size"),
+        ("{}", "optimizer"),
+        ("lr {}", "optimizer.lr"),
+        ("global batch {}", "trainer.global_batch_size"),
+        ("{} epochs", "trainer.epochs"),
+        ("seed {}", "seed"),
+    ]
+    return " · ".join(form.format(known[key]) for form, key in parts if key in known)
+
+
+def best_result(run: RunRecord) -> Result | None:
+    """The evaluation with the highest top-1, the first of equal ones; None without evaluations."""
+    found = run.values("val/top1")
+    if not found:
+        return None
+    step = max(found, key=lambda one: (found[one], -one))
+    row = run.rows[step]
+    num_images = int(row["val/num_images"])
+    low, high = wilson_interval(int(row["val/correct1"]), num_images)
+    epoch = float(row["epoch"])
+    return Result(
+        found[step],
+        100 * low,
+        100 * high,
+        float(row["val/top5"]),
+        float(row["val/loss"]),
+        step,
+        epoch,
+        num_images,
+        len(found),
+    )
+
+
+def option_rows(run: RunRecord, defaults: Mapping[str, Any]) -> list[OptionRow]:
+    """Every option of the run. defaults: OPTION -> value; an option without one counts as equal."""
+    rows = []
+    for name, value in run.options.items():
+        is_equal = name not in defaults or defaults[name] == value
+        default = None if is_equal else option_text(defaults[name])
+        rows.append(OptionRow(name, option_text(value), default, name in run.given))
+    return rows
+
+
+def differences(runs: list[RunRecord]) -> tuple[list[tuple[str, list[str]]], int]:
+    """The options in which runs differ, with the value of each run, and how many are left out."""
+    names = differing(runs) if len(runs) > 1 else []
+    rows = [
+        (name, [option_text(run.options[name]) if name in run.options else "" for run in runs])
+        for name in names[:_MAX_DIFFERENT]
+    ]
+    return rows, len(names) - len(rows)
+
+
+def describe_data(run: RunRecord, num_train: int | None, num_val: int | None) -> Data:
+    """num_train, num_val: of the images, if they were opened."""
+    names, counts = _classes(run)
+    order = sorted(range(len(counts)), key=lambda k: (counts[k], k))
+    per_class = None
+    if counts:
+        per_class = (counts[order[0]], counts[order[len(order) // 2]], counts[order[-1]])
+    bad = _quarantine(run.directory / "quarantine.jsonl")
+    kinds = Counter((str(row.get("split")), str(row.get("kind"))) for row in bad)
+    seen = [int(row["val/num_images"]) for row in run.rows.values() if "val/num_images" in row]
+    return Data(
+        str(run.options.get("data", "")),
+        str(run.options.get("data.root", "")),
+        num_train if num_train is not None else sum(counts) or None,
+        num_val if num_val is not None else max(seen, default=None),
+        len(names) or None,
+        per_class,
+        [(names[k], counts[k]) for k in order[:5]]
+        if per_class and per_class[0] < per_class[2]
+        else [],
+        [(split, kind, num) for (split, kind), num in kinds.most_common()],
+        [str(row.get("reason", row.get("name", ""))) for row in bad[:_MAX_BAD]],
+    )
+
+
+def environment(run: RunRecord) -> list[tuple[str, str]]:
+    """Where the last start ran, and with which versions."""
+    facts, state = run.facts, _newest_state(run.directory)
+    git, numerics = facts.get("git") or {}, state.get("numerics") or {}
+    versions = facts.get("versions") or {}
+    commit = str(git.get("commit", ""))[:12] + (
+        " with uncommitted changes" if git.get("dirty") else ""
+    )
+    rows = {
+        "host": facts.get("host"),
+        "ranks": facts.get("world_size"),
+        "GPU": numerics.get("gpu"),
+        "CPU": " ".join(str(numerics[key]) for key in ("machine", "cpu") if key in numerics),
+        "threads of a rank": numerics.get("threads"),
+        "source": commit,
+        **versions,
+        "directory": run.directory.absolute(),
+    }
+    return [(name, str(value)) for name, value in rows.items() if value not in (None, "")]
+
+
+def command(run: RunRecord) -> str:
+    """A command line that repeats the run under another name."""
+    overrides = [str(one) for one in run.facts.get("overrides", [])]
+    kept = [one for one in overrides if not one.lstrip("+").startswith(("run.name=", "run.root="))]
+    ranks = run.facts.get("world_size", 1)
+    program = f"torchrun --nproc_per_node={ranks}" if ranks != 1 else "python"
+    words = ["-m", "alexnet_ddp.train", *kept, f"run.name={run.directory.name}-again"]
+    return f"{program} {shlex.join(words)}"
+
+
+def _classes(run: RunRecord) -> tuple[list[str], list[int]]:
+    """Names of the classes, and their numbers of training images if a checkpoint has them."""
+    state = _newest_state(run.directory)
+    known = state.get("classes") or _read(run.directory / "classes.json")
+    names = known.get("names", []) if isinstance(known, dict) else []
+    counts = state.get("images_per_class", [])
+    return [str(name) for name in names], [int(n) for n in counts] if len(counts) == len(
+        names
+    ) else []
+
+
+def _newest_state(run_dir: Path) -> dict[str, Any]:
+    """state.json of the newest checkpoint, which is not verified; empty without one."""
+    files = sorted((run_dir / "checkpoints").glob("step-*/state.json"))
+    return _read(files[-1]) if files else {}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):  # the run is only shown without it
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _quarantine(file: Path) -> list[dict[str, Any]]:
+    found = []
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # of a run that was killed while it wrote
+        if isinstance(row, dict):
+            found.append(row)
+    return found
