@@ -21,6 +21,7 @@ from alexnet_ddp.config import (
     recipe,
     run,
     runs,
+    sweep,
 )
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -34,6 +35,7 @@ ROOTS: dict[str, type] = {
     "doctor": run.DoctorConfig,
     "replay": run.ReplayConfig,
     "lr_find": run.LrFindConfig,
+    "sweep": sweep.SweepConfig,
     "predict": predict.PredictConfig,
     "export": export.ExportConfig,
     "plan": plan.PlanConfig,

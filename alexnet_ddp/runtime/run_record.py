@@ -78,6 +78,11 @@ class RunRecord:
         return state
 
     @property
+    def message(self) -> str:
+        """Why the run failed or was stopped; "" if it was not."""
+        return str(self._json("status.json").get("message", ""))
+
+    @property
     def step(self) -> int:
         """The last step that the run has recorded."""
         return max([int(self._json("status.json").get("step", 0)), *self.rows])
