@@ -19,6 +19,7 @@ COMMANDS = {
     "compare": "show the options, curves and the first step in which two runs differ",
     "replay": "compute a bad step again, to find its cause",
     "lr-find": "find a learning rate for a training",
+    "sweep": "train once for each of several values of options, and compare the trials",
     "launch": "copy the scripts that start runs on several machines",
 }
 

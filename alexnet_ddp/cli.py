@@ -38,6 +38,7 @@ from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.redaction import HIDDEN, redact
 
 Main = Callable[[Any, list[str]], object]
+Points = Callable[[list[str]], list[str]]
 
 _KNOWN = "--help [NAME], --cfg job, --resolve, --package NAME, --config-dir DIR, --version"
 _LONG = {"-h": "--help", "-c": "--cfg", "-p": "--package", "-cd": "--config-dir"}
@@ -64,10 +65,11 @@ class Arguments:
     is_version: bool = False
 
 
-def run(command: str, main: str | Main) -> None:
+def run(command: str, main: str | Main, one_point: Points | None = None) -> None:
     """Call main(configuration, overrides) for the arguments of this process, and exit.
 
     main: a function, or "module:function", which is imported after the configuration is valid.
+    one_point: replaces overrides that have several values by what is composed.
     """
     shows_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     logger = logging.getLogger("alexnet_ddp")
@@ -78,12 +80,15 @@ def run(command: str, main: str | Main) -> None:
         arguments = _parse(sys.argv[1:], command)
         global _config_dir
         _config_dir = arguments.config_dir
+        given = arguments.overrides
+        if one_point is not None and arguments.names is None and not arguments.is_version:
+            arguments.overrides = one_point(given)
         if not _show(arguments, command):
             cfg = _compose(command, arguments.overrides, arguments.config_dir)
             load_plugins(getattr(cfg, "plugins", ()))
             function = _imported(main)
             startup.resume_garbage_collection()
-            function(cfg, arguments.overrides)
+            function(cfg, given)
         code = 0
     except RunError as error:
         if shows_traceback:
@@ -99,8 +104,16 @@ def run(command: str, main: str | Main) -> None:
 
 
 def compose(overrides: list[str]) -> Config:
-    """The checked configuration of a training with `overrides`. The last value of a key counts."""
-    return _compose("train", overrides)
+    """The checked configuration of a training with `overrides`. The last value of a key counts.
+
+    --config-dir of this process counts, too.
+    """
+    return _compose("train", overrides, _config_dir)
+
+
+def config_dir_arguments() -> list[str]:
+    """The arguments by which another command gets --config-dir of this process."""
+    return [] if _config_dir is None else ["--config-dir", _config_dir]
 
 
 def compose_for_python(overrides: list[str]) -> Config:
@@ -256,8 +269,9 @@ def _refusal(argument: str, following: str | None, command: str) -> str:
     if name in _SWEEPS:
         remedy = "start one command per value"
         if command == "train":
-            loop = "for seed in 1 2; do python -m alexnet_ddp.train seed=$seed run.name=seed-$seed"
-            remedy = f"start one run per value: {loop}; done"
+            remedy = "write alexnet-ddp sweep, as in alexnet-ddp sweep optimizer.lr=0.01,0.1"
+        elif command == "sweep":
+            remedy = "leave it out: every option may have several values here"
         return f"{name} (a sweep) is not supported; {remedy}"
     if name.startswith("--experimental") or name in _HYDRAS:
         return f"{name} is not supported; known: {_KNOWN}"

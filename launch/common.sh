@@ -2,7 +2,8 @@
 # The caller gets the exit code of the run, and every stop signal reaches the run.
 # shellcheck shell=bash
 
-project_dir=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+launch_dir=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+project_dir=$(dirname -- "$launch_dir")
 
 # Open a closed standard stream as /dev/null, or the next opened file would get its number.
 { : <&0; } 2>/dev/null || exec </dev/null
@@ -158,7 +159,7 @@ run_torchrun() {
   shift
   : >"$ALEXNET_DDP_EXIT_CODE_FILE"
   # By default SIGUSR1 kills torchrun. launch/torchrun.py turns SIGINT into SIGTERM.
-  supervise "$python" "$project_dir/launch/torchrun.py" --nproc_per_node="$nproc" \
+  supervise "$python" "$launch_dir/torchrun.py" --nproc_per_node="$nproc" \
     --signals-to-handle=SIGTERM,SIGHUP,SIGQUIT,SIGUSR1 "$@" || code=$?
   ((code == 0)) || end_leftovers
 

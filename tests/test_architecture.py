@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "alexnet_ddp"
 # A command may import everything, and nothing imports a command. test_module_keeps_its_place knows `cli` too.
 COMMANDS = {
     *("train", "evaluate", "predict", "prepare", "plan", "doctor", "replay", "lr_find"),
-    *("launch", "export", "report", "runs", "compare"),
+    *("launch", "export", "report", "runs", "compare", "sweep"),
     "api",
 }
 SHARED = {"config", "plugins", "rng", "runtime"}  # every package may import these
@@ -43,6 +43,7 @@ ONLY_IN = {  # library -> the modules that may import it: packages, or files of 
     r"pyspark": {"prepare/spark"},
     r"pyarrow": {"runtime/tables", "data/sources/table", "prepare/tables"},
     r"sklearn": {"training/class_metrics"},
+    r"optuna": {"sweep/samplers"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -165,6 +165,12 @@ def test_local_passes_arguments_unchanged_even_with_spaces(launcher):
     assert "--nproc_per_node=1" in launcher.argv
 
 
+def test_local_works_in_the_folder_of_an_installed_package(launcher):
+    (launcher.project / "launch").rename(launcher.project / "_launch")
+    assert launcher.run("_launch/local.sh") == (0, "")
+    assert Path(launcher.argv[0]) == launcher.project / "_launch/torchrun.py"
+
+
 @pytest.mark.parametrize(
     ("visible", "override", "processes"),
     [

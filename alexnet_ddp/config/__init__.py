@@ -3,9 +3,10 @@
 The modules, in the order in which a command uses them:
 
 - option: how an option is declared; data, recipe, finetune, run, evaluate, predict, export,
-  prepare, plan, report, runs, plugins: the option classes
+  prepare, plan, report, runs, sweep, plugins: the option classes
 - schema: the tables of commands, groups and options; reference: --help and docs/configuration.md
 - overrides, advice: a command line becomes Hydra's overrides; mistakes become one line
+- space: which options of a sweep have several values
 - compose: Hydra composes conf/ with the overrides; plain, checked dataclasses come out
 
 No module imports torch, and only compose needs Hydra at import time.
@@ -90,4 +91,5 @@ from alexnet_ddp.config.run import (
     WireDtype,
 )
 from alexnet_ddp.config.runs import CompareConfig, RunColumn, RunsConfig
+from alexnet_ddp.config.sweep import Pruner, Sampler, SweepConfig, SweepOptions
 from alexnet_ddp.runtime.errors import ConfigError

@@ -3,7 +3,7 @@
 from difflib import get_close_matches
 
 from alexnet_ddp.config.option import shown
-from alexnet_ddp.config.schema import choice_of, group_names, groups, options, sections
+from alexnet_ddp.config.schema import ROOTS, choice_of, group_names, groups, options, sections
 
 # Option names of other frameworks, and the last part of ours.
 _SYNONYMS = {
@@ -82,10 +82,10 @@ def dashed(argument: str, value: str | None, root: type) -> str:
 
 def one_value(key: str, value: str, root: type) -> str:
     """The line for several values of one option."""
-    one = "run per value, each with its own run.name"
-    if "run.name" not in options(root):
-        one = "command per value"
-    return f"{key}={shown(value)}: {key} takes one value; start one {one}"
+    remedy = "start one command per value"
+    if root is ROOTS["train"]:
+        remedy = "alexnet-ddp sweep trains one run per value"
+    return f"{key}={shown(value)}: {key} takes one value; {remedy}"
 
 
 def type_line(key: str, value: str, root: type) -> str:

@@ -151,6 +151,18 @@ Find a learning rate: train some steps with a rising rate, and see where the los
 
 Give it the overrides of the run. It prints a suggestion for optimizer.lr and draws the curve. It
 reads and writes nothing of a run. Exit codes: 0 done, 64 configuration, 65 data.""",
+    "sweep": """\
+Train once for each of several values of options, and compare the trials.
+
+  alexnet-ddp sweep optimizer.lr=0.01,0.03,0.1 data=folder data.root=DIR
+  alexnet-ddp sweep 'model=choice(alexnet,alexnet_bn)' optimizer.lr=0.01,0.1 sweep.parallel=2
+  alexnet-ddp sweep 'optimizer.lr=tag(log,interval(1e-3,1))' sweep.sampler=tpe sweep.pruner=asha
+
+Give it the overrides of train, of which some have several values in Hydra's grammar. Each trial is
+a run, in run.root/sweep.name. It ends with a table, sweep.csv and the command that trains the best
+trial. The same command continues after a stop: trials that are over are not repeated.
+Exit codes: 0 done, 64 configuration, 74 disk, 75 stopped and saved: start the same command again;
+if no trial has a result, the code of the first trial.""",
     "runs": """\
 List all runs below a folder: status, best top-1, step, images/s, hours, and the options in which
 the runs differ.
@@ -251,6 +263,7 @@ _WITH_TRAIN = (
     "doctor",
     "replay",
     "lr_find",
+    "sweep",
     "export",
     "report",
 )  # commands that also have its options
@@ -258,8 +271,8 @@ _WITH_TRAIN = (
 
 def markdown(
     commands: tuple[str, ...] = (
-        *("train", "evaluate", "doctor", "replay", "lr_find", "predict", "export", "report"),
-        *("plan", "prepare", "runs", "compare"),
+        *("train", "evaluate", "doctor", "replay", "lr_find", "sweep", "predict", "export"),
+        *("report", "plan", "prepare", "runs", "compare"),
     ),
 ) -> str:
     """docs/configuration.md."""

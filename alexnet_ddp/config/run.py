@@ -64,6 +64,21 @@ class Wandb(StrEnum):
     online = "online"
 
 
+def check_directory_name(option: str, value: str, root: str) -> None:
+    """Raise ConfigError unless `value`, of an option, can be the name of a directory in `root`."""
+    name = f"{option} ({shown(value)!r})"
+    if value in ("", ".", "..") or "/" in value:
+        raise ConfigError(f"{name} must name one directory below run.root ({root})")
+    if value != value.strip():
+        rule = "must not begin or end with a space: it would look like another name"
+        raise ConfigError(f"{name} {rule}; leave the space out")
+    size = len(os.fsencode(value))
+    if size > _MAX_NAME_BYTES:
+        rule = "a run has a directory of that name"
+        remedy = f"give at most {_MAX_NAME_BYTES}"
+        raise ConfigError(f"{option} ({shown(value)}) is {size} bytes long; {rule}, {remedy}")
+
+
 @dataclass(kw_only=True)
 class RunConfig(Options, section="run"):
     """The directory of a run. The same name is the same directory, and resumes."""
@@ -77,19 +92,7 @@ class RunConfig(Options, section="run"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name = f"run.name ({shown(self.name)!r})"
-        if self.name in ("", ".", "..") or "/" in self.name:
-            raise ConfigError(f"{name} must name one directory below run.root ({self.root})")
-        if self.name != self.name.strip():
-            rule = "must not begin or end with a space: it would look like another name"
-            raise ConfigError(f"{name} {rule}; leave the space out")
-        size = len(os.fsencode(self.name))
-        if size > _MAX_NAME_BYTES:
-            rule = "a run has a directory of that name"
-            remedy = f"give at most {_MAX_NAME_BYTES}"
-            raise ConfigError(
-                f"run.name ({shown(self.name)}) is {size} bytes long; {rule}, {remedy}"
-            )
+        check_directory_name("run.name", self.name, self.root)
 
 
 class WireDtype(StrEnum):

@@ -22,6 +22,7 @@ from alexnet_ddp.config import (
     report,
     run,
     runs,
+    sweep,
 )
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -35,6 +36,7 @@ ROOTS: dict[str, type] = {
     "doctor": run.DoctorConfig,
     "replay": run.ReplayConfig,
     "lr_find": run.LrFindConfig,
+    "sweep": sweep.SweepConfig,
     "predict": predict.PredictConfig,
     "export": export.ExportConfig,
     "report": report.ReportConfig,

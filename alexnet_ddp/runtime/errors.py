@@ -149,6 +149,14 @@ class PeerLost(RunError):
     exit_code = 76
 
 
+class TrialsFailed(RunError):
+    """No trial of a sweep has a result. The exit code is that of the first trial."""
+
+    def __init__(self, exit_code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code
+
+
 class PeerFailed(RunError):
     """Another rank failed, and this rank ends with it. The message is the other rank's."""
 

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-_MULTI_RANK_COMMANDS = (*("train", "evaluate", "predict", "doctor", "replay", "lr_find", "export"),)
+_MULTI_RANK_COMMANDS = (
+    *("train", "evaluate", "predict", "doctor", "replay", "lr_find", "export", "sweep"),
+)
 # If these are stopped, the same command continues or starts again: exit code 75, also under Slurm.
-_RESTARTABLE_COMMANDS = ("train", "evaluate", "prepare")
+_RESTARTABLE_COMMANDS = ("train", "evaluate", "prepare", "sweep")
 
 _before_exit: list[Callable[[], object]] = []
 _exit_lock = _thread.allocate_lock()  # held while the actions run: nobody else ends the process

@@ -694,10 +694,8 @@ def test_a_folder_of_further_experiments_may_be_given_and_hold_values_only(train
 
 
 def test_a_sweep_is_refused_with_what_to_do_instead(train):
-    command = "for seed in 1 2; do python -m alexnet_ddp.train seed=$seed run.name=seed-$seed; done"
-    said = (
-        f"alexnet_ddp: --multirun (a sweep) is not supported; start one run per value: {command}\n"
-    )
+    remedy = "write alexnet-ddp sweep, as in alexnet-ddp sweep optimizer.lr=0.01,0.1"
+    said = f"alexnet_ddp: --multirun (a sweep) is not supported; {remedy}\n"
     assert train("--multirun", "seed=1,2")[:3] == (64, "", said)
 
 

@@ -441,14 +441,13 @@ SPELLINGS = {
     "-j 4": "-j is not supported; write OPTION=VALUE, without dashes; --help lists the options",
     "ddp": "'ddp' is not OPTION=VALUE; write parallel=ddp",
     "optimizer.lr = 0.1": "'optimizer.lr' is not OPTION=VALUE; write OPTION=VALUE, without spaces around =",
-    "seed=1,2": "seed=1,2: seed takes one value; start one run per value, each with its own run.name",
-    "seed=range(1,3)": "seed=range(1,3): seed takes one value; start one run per value, each with its own run.name",
+    "seed=1,2": "seed=1,2: seed takes one value; alexnet-ddp sweep trains one run per value",
+    "seed=range(1,3)": "seed=range(1,3): seed takes one value; alexnet-ddp sweep trains one run per value",
     "model=alexnet,alexnet_bn": (
-        "model=alexnet,alexnet_bn: model takes one value; start one run per value, each with its own run.name"
+        "model=alexnet,alexnet_bn: model takes one value; alexnet-ddp sweep trains one run per value"
     ),
     "-m seed=1,2": (
-        "-m (a sweep) is not supported; start one run per value: "
-        "for seed in 1 2; do python -m alexnet_ddp.train seed=$seed run.name=seed-$seed; done"
+        "-m (a sweep) is not supported; write alexnet-ddp sweep, as in alexnet-ddp sweep optimizer.lr=0.01,0.1"
     ),
     "trainer={bogus:2,epochs:3}": "trainer.bogus is not a key; known here: trainer.callbacks, ",
     "run.name=${oc.env:NOT_SET_HERE}": (
@@ -509,11 +508,14 @@ OWNERS |= {
     "predict": ["predict", "train", "evaluate"],
     "doctor": ["doctor"],
     "lr_find": ["lr_find"],
+    "sweep": ["sweep", "plan"],
+    "space": ["sweep"],
+    "reference": [*ROOTS],
     "examination": ["doctor", "prepare"],
 }
 
 
-FILES = (".py", ".json", ".npy", ".yaml", ".png", ".onnx", ".safetensors", ".pt2")
+FILES = (".py", ".csv", ".json", ".npy", ".yaml", ".png", ".onnx", ".safetensors", ".pt2")
 
 
 @pytest.mark.parametrize(

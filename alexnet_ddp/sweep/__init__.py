@@ -1,0 +1,7 @@
+"""Trains once for each of several values of options, and compares the trials.
+
+- command: the steps of a sweep; schedule: which trial runs, ends or is pruned next
+- samplers, pruners: the values of a trial, and whether it is stopped
+- slots: the devices of a trial; trial, start_trial: its process; record: sweep.json
+- table: the results
+"""

@@ -1,0 +1,68 @@
+"""Divides the GPUs and cores of this machine between the trials that run at the same time."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from alexnet_ddp.config import ConfigError
+from alexnet_ddp.config.run import Device
+from alexnet_ddp.runtime.environment import num_usable_cores
+
+# Like CUDA, stop at the first unknown entry. launch/common.sh reads the variable in the same way.
+_KNOWN = re.compile(r"\d+|GPU-.+|MIG-.+")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What a trial may use. cores: empty for all. gpus: the value of CUDA_VISIBLE_DEVICES."""
+
+    cores: tuple[int, ...] = ()
+    gpus: str | None = None
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {} if self.gpus is None else {"CUDA_VISIBLE_DEVICES": self.gpus}
+
+
+def divide(parallel: int, device: Device, env: Mapping[str, str]) -> list[Slot]:
+    """`parallel` equal slots. Raises ConfigError if there are too few GPUs or cores for them."""
+    if parallel == 1:
+        return [Slot()]
+    gpus = [] if device is Device.cpu else visible_gpus(env)
+    if gpus and len(gpus) % parallel:
+        known = [n for n in range(1, len(gpus) + 1) if len(gpus) % n == 0]
+        rule = f"must divide the {len(gpus)} GPUs, so that all trials have as many"
+        raise ConfigError(f"sweep.parallel ({parallel}) {rule}; possible: {known}")
+    num_cores = num_usable_cores()
+    if parallel > num_cores:
+        rule = f"must be at most the number of cores ({num_cores})"
+        raise ConfigError(f"sweep.parallel ({parallel}) {rule}")
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = sorted(os.sched_getaffinity(0)) if has_affinity else []
+    size, share = num_cores // parallel, len(gpus) // parallel
+    return [
+        Slot(
+            tuple(cores[k * size : (k + 1) * size]),
+            ",".join(gpus[k * share : (k + 1) * share]) if gpus else None,
+        )
+        for k in range(parallel)
+    ]
+
+
+def visible_gpus(env: Mapping[str, str]) -> list[str]:
+    """The GPUs that a child process would see, as entries of CUDA_VISIBLE_DEVICES."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    count = len(re.findall(r"^GPU ", done.stdout, re.MULTILINE))
+    found = [str(k) for k in range(count)]
+    if "CUDA_VISIBLE_DEVICES" in env:
+        found = []
+        for entry in env["CUDA_VISIBLE_DEVICES"].split(","):
+            if not _KNOWN.fullmatch(entry) or len(found) == count:
+                break
+            found.append(entry)
+    return found

@@ -1,0 +1,100 @@
+"""The process of a trial, and what its run has recorded."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from alexnet_ddp import cli
+from alexnet_ddp.config import Config
+from alexnet_ddp.launch import SOURCES
+from alexnet_ddp.runtime.run_record import RunRecord
+from alexnet_ddp.sweep.record import Evaluation
+from alexnet_ddp.sweep.slots import Slot
+
+_PROJECT = Path(__file__).resolve().parents[2]
+_SCRIPT = SOURCES["launch"] / "local.sh"
+LOG = "output.log"
+_MIN_WAIT_S = 1.0  # between two looks at a growing file
+_WAIT_FACTOR = 50  # at least so many times longer than a look takes
+
+
+class TrialProcess:
+    """launch/local.sh, which trains with all devices of `slot` and restarts a run that crashed.
+
+    Its output is appended to output.log in the run's directory. It is stopped when this process
+    ends, however that happens.
+    """
+
+    def __init__(self, run_dir: Path, overrides: list[str], slot: Slot) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = os.pathsep.join(filter(None, (str(_PROJECT), os.getenv("PYTHONPATH"))))
+        env = {"PYTHON": sys.executable, **os.environ, "PYTHONPATH": path, "COMMAND": "train"}
+        cores = ",".join(map(str, slot.cores))
+        start = [str(os.getpid()), str(run_dir / ".trial.lock"), cores]
+        script = ["bash", str(_SCRIPT), *cli.config_dir_arguments(), *overrides]
+        with (run_dir / LOG).open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "alexnet_ddp.sweep.start_trial", *start, *script],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=env | slot.env,
+                start_new_session=True,  # Ctrl-C reaches the sweep alone, which stops the trials
+            )
+        self._is_stopped = False
+
+    def stop(self) -> None:
+        """Ask the run to save and to end; once, because a second signal ends it at once."""
+        if not self._is_stopped:
+            self._is_stopped = True
+            self._process.send_signal(signal.SIGTERM)
+
+    def exit_code(self) -> int | None:
+        """The exit code, as a shell gives it; None if the process is running."""
+        code = self._process.poll()
+        return 128 - code if code is not None and code < 0 else code
+
+
+class Evaluations:
+    """Reads the evaluations of a run from its metrics.jsonl while the file grows.
+
+    cfg: of the trial, whose length tells which evaluation is the last one.
+    """
+
+    def __init__(self, run_dir: Path, metric: str, cfg: Config) -> None:
+        self._run_dir, self._metric = run_dir, metric
+        self._epochs, self._max_steps = cfg.trainer.epochs, cfg.trainer.max_steps or math.inf
+        self._seen: tuple[int, int] | None = None
+        self._next_look = 0.0
+        self._found: list[Evaluation] = []
+
+    def read(self, at_once: bool = False) -> list[Evaluation]:
+        """All evaluations so far. at_once: also if the last look was a moment ago.
+
+        Raises ConfigError if the file cannot be read.
+        """
+        began = time.monotonic()
+        if began >= self._next_look or at_once:
+            file = self._run_dir / "metrics.jsonl"
+            stat = file.stat() if file.exists() else None
+            seen = None if stat is None else (stat.st_ino, stat.st_size)
+            if seen != self._seen:
+                self._seen, self._found = seen, self._look()
+            took = time.monotonic() - began
+            self._next_look = began + max(_MIN_WAIT_S, _WAIT_FACTOR * took)
+        return self._found
+
+    def _look(self) -> list[Evaluation]:
+        rows = RunRecord(self._run_dir, self._run_dir.name).rows
+        return [
+            Evaluation(step, float(row[self._metric]), self._is_final(step, row["epoch"]))
+            for step, row in rows.items()
+            if self._metric in row
+        ]
+
+    def _is_final(self, step: int, epoch: float) -> bool:
+        return step >= self._max_steps or epoch > self._epochs - 1e-6

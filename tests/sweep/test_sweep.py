@@ -1,0 +1,257 @@
+"""A sweep: its record, its slots and its table, and whole sweeps of real trials."""
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from alexnet_ddp.config import ConfigError
+from alexnet_ddp.config.compose import compose
+from alexnet_ddp.config.run import Device
+from alexnet_ddp.config.space import first_point, read_space
+from alexnet_ddp.runtime.environment import num_usable_cores
+from alexnet_ddp.runtime.errors import TrialsFailed
+from alexnet_ddp.runtime.files import lock_file
+from alexnet_ddp.sweep import slots
+from alexnet_ddp.sweep.command import main
+from alexnet_ddp.sweep.record import Evaluation, State, SweepRecord, Trial, open_record
+from alexnet_ddp.sweep.slots import divide, visible_gpus
+from alexnet_ddp.sweep.table import ranked
+from alexnet_ddp.sweep.trial import Evaluations
+from tests.conftest import make_folder
+from tests.drills.harness import PRELOADED, PROJECT, preloaded_server
+from tests.network import QUICK
+from tests.ranks import Command, started
+
+GIVEN = ["data=folder", "data.root=/a", "optimizer.lr=0.1,0.2", "sweep.name=x"]
+
+
+def opened(directory: Path, *overrides: str) -> SweepRecord:
+    cfg = compose("sweep", first_point([*overrides]))
+    return open_record(directory, cfg, read_space([*overrides]))
+
+
+def test_the_record_comes_back_and_another_sweep_is_refused(tmp_path):
+    record = opened(tmp_path, *GIVEN)
+    nan = Evaluation(4, float("nan"))
+    record.trials += [
+        Trial(0, {"optimizer.lr": "0.1"}, State.complete, 0, "", 0.5, [Evaluation(2, 50.0), nan]),
+        Trial(1, {"optimizer.lr": "0.2"}, State.failed, 70, "diverged"),
+        Trial(2, {"optimizer.lr": "0.3"}, State.failed, 74, "the disk is full"),
+        Trial(3, {"optimizer.lr": "0.4"}),
+    ]
+    record.write()
+    # Where the data is and what is logged does not change a result.
+    moved = [one.replace("/a", "/b") for one in GIVEN] + ["logger.tensorboard=false"]
+    again = opened(tmp_path, *moved).trials
+    assert [one.state for one in again] == [
+        State.complete,
+        State.failed,
+        *[State.running] * 2,  # what failed through the machine is tried again
+    ]
+    assert again[0].best(is_minimised=False) == Evaluation(2, 50.0)
+    assert (again[1].exit_code, again[1].message) == (70, "diverged")
+    rule = r"sweep.name \(\S+\) is another sweep: its {} is {}, here it is {}; give another sweep.n"
+    wrong = {
+        "optimizer.lr=0.1,0.3": rule.format("optimizer.lr", "0.1,0.2", "0.1,0.3"),
+        "trainer.epochs=3": rule.format("trainer.epochs", "not given", "3"),
+        "sweep.pruner=asha": rule.format("sweep.pruner", "none", "asha"),
+    }
+    for change, message in wrong.items():
+        kept = [one for one in GIVEN if not change.startswith(one.partition("=")[0])]
+        with pytest.raises(ConfigError, match=message):
+            opened(tmp_path, *kept, change)
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"sweep.json cannot be read \(KeyError: 'searches'\)"):
+        opened(tmp_path, *GIVEN)
+
+
+def test_the_devices_are_divided_equally(monkeypatch, tmp_path):
+    monkeypatch.setattr(slots, "num_usable_cores", lambda: 5)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {9, 3, 4, 6, 7})
+    assert [(one.cores, one.gpus) for one in divide(1, Device.auto, {})] == [((), None)]
+    assert [one.cores for one in divide(2, Device.cpu, {})] == [(3, 4), (6, 7)]
+    with pytest.raises(ConfigError, match=r"sweep.parallel \(6\) must be at most .* cores \(5\)"):
+        divide(6, Device.cpu, {})
+    script = tmp_path / "nvidia-smi"
+    script.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: a card (UUID: GPU-$i)"; done')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert [one.gpus for one in divide(2, Device.auto, {})] == ["0,1", "2,3"]
+    assert [one.gpus for one in divide(2, Device.cpu, {})] == [None, None]
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "2,GPU-7,-1,3"}) == ["2", "GPU-7"]
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
+    with pytest.raises(ConfigError, match=r"\(3\) must divide the 4 GPUs.*; possible: \[1, 2, 4\]"):
+        divide(3, Device.cuda, {})
+
+
+def test_complete_trials_are_ranked_before_pruned_ones():
+    def trial(number: int, state: State, *values: float) -> Trial:
+        found = [Evaluation(k, value) for k, value in enumerate(values, 1)]
+        return Trial(number, {}, state, evaluations=found)
+
+    trials = [
+        trial(0, State.pruned, 9.0),
+        trial(1, State.complete, 4.0, 2.0),
+        trial(2, State.failed),
+        trial(3, State.complete, 1.0, 4.0),
+        trial(4, State.complete, 6.0),
+    ]
+    assert [one.number for one in ranked(trials, is_minimised=False)] == [4, 1, 3, 0, 2]
+    assert [one.number for one in ranked(trials, is_minimised=True)] == [3, 1, 4, 0, 2]
+    assert trials[3].best(is_minimised=False) == Evaluation(2, 4.0)
+
+
+def test_evaluations_are_read_again_only_if_the_file_has_changed(tmp_path):
+    cfg = compose("train", ["trainer.epochs=2"])
+    reader = Evaluations(tmp_path, "val/loss", cfg)
+    assert reader.read(at_once=True) == []
+    rows = [
+        {"step": 3, "epoch": 1.0, "val/loss": 2.5},
+        {"step": 6, "epoch": 2.0, "val/loss": "nan"},
+    ]
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        file.write(json.dumps(rows[0]) + '\n{"step": 4')
+    assert reader.read() == []  # the last look was a moment ago
+    assert reader.read(at_once=True) == [Evaluation(3, 2.5)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = reader.read(at_once=True)
+    assert [(one.step, one.is_final) for one in found] == [(3, False), (6, True)]
+
+
+def test_every_combination_is_checked_before_a_trial_starts(tmp_path):
+    given = ["data=folder", "data.root=x", f"run.root={tmp_path}", "device=cpu"]
+    given += ["trainer.precision=fp32,bf16", "seed=1,2"]
+    cfg = compose("sweep", first_point(given))
+    rule = r"needs a CUDA device.* \(with trainer.precision=bf16 seed=1\)"
+    with pytest.raises(ConfigError, match=rule):
+        main(cfg, given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_if_all_trials_fail_so_does_the_sweep(tmp_path, capsys):
+    given = ["data=folder", "data.root=x", f"run.root={tmp_path}", "device=cpu", "sweep.name=s"]
+    given += ["trainer.precision=fp32,bf16", "sweep.sampler=random", "sweep.trials=1"]
+    given += ["sweep.seed=1"]  # it draws bf16, which is refused without a process
+    with pytest.raises(
+        TrialsFailed, match=r"^all 1 trials failed; trial 000: .* needs a CUDA"
+    ) as e:
+        main(compose("sweep", first_point(given)), given)
+    assert e.value.exit_code == 64
+    shown = capsys.readouterr().out
+    assert "trial 000 failed (exit code 64)" in shown
+    assert "best:" not in shown
+    with (tmp_path / "s/.lock").open() as file:
+        assert lock_file(file)
+        with pytest.raises(ConfigError, match="is run by another process"):
+            main(compose("sweep", first_point(given)), given)
+
+
+# --- whole sweeps ---------------------------------------------------------------------------------
+
+
+class Runner:
+    """Starts sweeps whose trials are forked from a process that has imported torch."""
+
+    def __init__(self, folder: Path, servers: str) -> None:
+        self.folder = folder
+        self.data = make_folder(folder / "data", 48, 20)
+        self.env = os.environ | {
+            "PYTHONPATH": str(PROJECT),
+            "PYTHON": str(PRELOADED),
+            "PRELOADED_PYTHON": sys.executable,
+            "PRELOADED_SERVERS": servers,
+            "RESTART_DELAY": "0",
+        }
+
+    def overrides(self, name: str, *more: str) -> list[str]:
+        given = [f"sweep.name={name}", f"data.root={self.data}", "data=folder", "device=cpu"]
+        given += ["data.image_size=64", "trainer.global_batch_size=16", *QUICK]
+        return [*given, "logger.tensorboard=false", f"run.root={self.folder}", *more]
+
+    def started(self, name: str, *more: str):
+        overrides = self.overrides(name, *more)
+        return started("alexnet_ddp.sweep", overrides, 0, self.folder, self.env)
+
+    def rows(self, name: str) -> list[dict[str, str]]:
+        with (self.folder / name / "sweep.csv").open() as file:
+            return [{**row, "hours": ""} for row in csv.DictReader(file)]
+
+    def wait_for(self, name: str, path: str, command: Command) -> None:
+        """Until a file of the sweep contains an evaluation."""
+        file, end = self.folder / name / path, time.monotonic() + 120
+        while not (file.exists() and "val/top1" in file.read_text()):
+            assert time.monotonic() < end, command.said()
+            assert command.is_running(), command.said()
+            time.sleep(0.05)
+
+    def left(self) -> list[str]:
+        """Command lines of processes of any trial in the folder."""
+        done = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+        lines = done.stdout.splitlines()
+        return [line for line in lines if f"run.root={self.folder}/" in line]
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    # A short path: a socket's has at most 107 characters.
+    with TemporaryDirectory() as servers, preloaded_server(Path(servers), socket.gethostname()):
+        yield Runner(tmp_path_factory.mktemp("sweeps"), servers)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_and_continued_has_the_table_of_an_undisturbed_one(runner):
+    given = ["optimizer.lr=0.2,0.0001,0.4,0.002", "sweep.pruner=asha", "trainer.epochs=4"]
+    given += [f"sweep.parallel={min(2, num_usable_cores())}"]
+    with runner.started("calm", *given) as calm:
+        assert calm.wait(180) == 0, calm.said()
+        rows = runner.rows("calm")
+        assert f"best: trial {rows[0]['trial']}, in {runner.folder}/calm/" in calm.said()
+    assert {row["status"] for row in rows} == {"complete", "pruned"}
+
+    with runner.started("hurt", *given) as hurt:
+        runner.wait_for("hurt", "002/metrics.jsonl", hurt)
+        hurt.send_signal(signal.SIGKILL)
+        hurt.wait(30)
+    end = time.monotonic() + 120
+    while runner.left():  # the trials that ran are stopped, and save
+        assert time.monotonic() < end, runner.left()
+        time.sleep(0.05)
+    known = json.loads((runner.folder / "hurt/sweep.json").read_bytes())["trials"]
+    over = [trial["number"] for trial in known if trial["state"] != "running"]
+    assert 0 < len(over) < len(known)
+    with runner.started("hurt", *given) as hurt:
+        assert hurt.wait(180) == 0, hurt.said()
+        assert not [k for k in over if f"trial {k:03d} of 4 starts" in hurt.said()]
+    assert runner.rows("hurt") == rows
+
+
+@pytest.mark.slow
+def test_a_stop_saves_the_trials_and_one_that_fails_does_not_end_the_sweep(runner):
+    given = ["optimizer.lr=1e30,0.1", "trainer.epochs=3", "sweep.metric=val/loss"]
+    with runner.started("stop", *given) as stop:
+        runner.wait_for("stop", "001/metrics.jsonl", stop)
+        stop.send_signal(signal.SIGTERM)
+        assert stop.wait(120) == 75, stop.said()
+        last = stop.said().splitlines()[-1]
+    rule = "alexnet_ddp: stopped with 1 of 2 trials over, the others are saved; start the same "
+    assert last.startswith(rule)
+    assert not runner.left()
+    with runner.started("stop", *given) as stop:
+        assert stop.wait(180) == 0, stop.said()
+    first, second = runner.rows("stop")
+    assert (first["trial"], first["status"]) == ("001", "complete")
+    assert (second["trial"], second["status"], second["exit_code"]) == ("000", "failed", "70")
+    assert "is not finite" in second["message"]
+    with runner.started("stop", *given, "sweep.metric=val/top1") as other:
+        assert other.wait(120) == 64
+        assert "its sweep.metric is val/loss, here it is val/top1; give another" in other.said()
