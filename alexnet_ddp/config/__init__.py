@@ -68,6 +68,7 @@ from alexnet_ddp.config.recipe import (
 )
 from alexnet_ddp.config.run import (
     AUTO,
+    Artifacts,
     AutoParallelConfig,
     BestBy,
     CheckpointConfig,
