@@ -93,9 +93,13 @@ class TensorBoardSink:
 
         metrics = dict.fromkeys(("val/top1", "val/loss", "train/loss"), 0.0)
         names, start, end = hparams(flat_scalars(config), metrics)
-        for summary in (names, start):
-            self._writer.file_writer.add_summary(summary)
+        self._add_summaries(names, start)
         return end
+
+    def _add_summaries(self, *summaries: Any) -> None:
+        files: Any = self._writer.file_writer  # torch's annotation is None
+        for summary in summaries:
+            files.add_summary(summary)
 
     def write(self, step: int, epoch: float, metrics: dict[str, Any]) -> None:
         """Write the numbers of a row, and flush, in case the process is killed."""
@@ -119,7 +123,7 @@ class TensorBoardSink:
     def close(self, exit_code: int, message: str) -> None:
         """Close the file; a complete run ends its row of hyperparameters."""
         if exit_code == 0:
-            self._writer.file_writer.add_summary(self._hparams_end)
+            self._add_summaries(self._hparams_end)
         self._writer.close()
 
 

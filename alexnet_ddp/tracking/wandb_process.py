@@ -232,7 +232,7 @@ class Classes:
         ]
         wrong = sorted((one for one in counts if one[0] != one[1]), key=lambda one: -one[2])
         if wrong:
-            columns = ["label", "prediction", "images"]
+            columns: list[str | int] = ["label", "prediction", "images"]
             logged["val/confusions"] = wandb.Table(columns=columns, data=wrong[:MAX_CONFUSIONS])
         if counts and len(names) <= MAX_MATRIX:
             logged["val/confusion_matrix"] = confusion_matrix(counts, names)
@@ -244,12 +244,12 @@ def confusion_matrix(counts: list[list[Any]], names: list[str]) -> Any:
     import wandb
 
     found = {(label, prediction): images for label, prediction, images in counts}
-    columns = ["Actual", "Predicted", "nPredictions"]
+    columns: list[str | int] = ["Actual", "Predicted", "nPredictions"]
     data = [[row, column, found.get((row, column), 0)] for row in names for column in names]
     return wandb.plot_table(
         vega_spec_name="wandb/confusion_matrix/v1",
         data_table=wandb.Table(columns=columns, data=data),
-        fields={column: column for column in columns},
+        fields={str(column): column for column in columns},
         string_fields={"title": "validation images"},
     )
 
