@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from alexnet_ddp.config.schema import ROOTS, options
 from tests.drills.wandb_server import ReceivedRun, WandbServer
 from tests.network import QUICK, WAITING
 from tests.ranks import started
@@ -45,6 +46,12 @@ def until(is_true: Callable[[], object], seconds: float, what: str) -> None:
 
 def status(run_dir: Path) -> dict:
     return json.loads((run_dir / "status.json").read_text())
+
+
+def documented_sweep() -> dict:
+    """The sweep.yaml of docs/tracking.md."""
+    page = (PROJECT / "docs/tracking.md").read_text()
+    return yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
 
 
 def only_run(server: WandbServer) -> tuple[str, ReceivedRun]:
@@ -167,15 +174,18 @@ def test_a_killed_run_keeps_its_id_and_the_stop_button_ends_it_for_good(
 
 
 def test_the_sweep_agent_starts_a_run_and_stops_it(server, image_folder, tmp_path):
-    """wandb's own agent. The early termination of hyperband is its command "stop"."""
+    """wandb's own agent, with the command of docs/tracking.md. The early termination of hyperband is its command "stop"."""
     given = {"optimizer.lr": 0.03, "trainer.ema_decay": None, "trainer.drop_last": True}
     trial = {"type": "run", "run_id": "trial1", "program": "unused"}
     trial["args"] = {key: {"value": value} for key, value in given.items()}
     fixed = [*SMALL, *WAITING, f"data.root={image_folder}", "trainer.eval_every_epochs=99"]
-    command = [sys.executable, "-m", "alexnet_ddp.train", *fixed, "${args_no_hyphens}"]
-    server.sweep_config = yaml.safe_dump({"command": command, "method": "grid", "parameters": {}})
+    sweep = documented_sweep()
+    assert set(sweep["parameters"]) <= set(options(ROOTS["train"]))
+    server.sweep_config = yaml.safe_dump(sweep | {"command": sweep["command"] + fixed})
     server.commands = [[trial]]
-    env = environment(server, tmp_path) | {"WANDB_AGENT_MAX_INITIAL_FAILURES": "1"}
+    env = environment(server, tmp_path)
+    env |= {"WANDB_AGENT_MAX_INITIAL_FAILURES": "1"}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"  # the agent starts `python`
     agent = subprocess.Popen(
         [sys.executable, "-m", "wandb", "agent", "--count", "1", "us/p/sweep1"],
         cwd=tmp_path,
