@@ -379,11 +379,15 @@ def new_rows(file: BinaryIO, limit: int | None = None) -> Iterator[dict[str, Any
 
 
 def listen(end: Ends, upload_s: float) -> None:
-    """Wait for the end of the run, then exit after LIMIT_S + upload_s at the latest."""
+    """Wait for the end of the run, then exit after LIMIT_S at the latest.
+
+    upload_s: added to it if the run is complete.
+    """
     line = sys.stdin.buffer.readline().strip()
-    limit = threading.Timer(LIMIT_S + upload_s, os._exit, (1,))
-    limit.start()
-    end.put(End(**json.loads(line)) if line else End(KILLED, "it was killed"))
+    ended = End(**json.loads(line)) if line else End(KILLED, "it was killed")
+    limit_s = LIMIT_S if ended.code else LIMIT_S + upload_s
+    threading.Timer(limit_s, os._exit, (1,)).start()
+    end.put(ended)
 
 
 def poll_end(end: Ends) -> End | None:

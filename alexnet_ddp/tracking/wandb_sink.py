@@ -63,6 +63,7 @@ class WandbSink:
         self._directory = directory
         self._mode = spec["mode"]
         self._uploads = spec["artifacts"] != "none"
+        self._may_outlive = False  # the helper, this process
         root = Path(os.environ.get("WANDB_DIR") or directory.parent).absolute()
         self._upload = f"upload with: wandb sync {root}/wandb/offline-run-*"
         own = {
@@ -102,9 +103,11 @@ class WandbSink:
     def close(self, exit_code: int, message: str) -> None:
         """Give the helper CLOSE_S to send what remains; unsent rows stay on disk.
 
-        A helper that uploads checkpoints continues after the run, for UPLOAD_S at most. Raises
-        TimeoutError, or RuntimeError if it has failed.
+        After a complete run, a helper that uploads checkpoints continues for UPLOAD_S at most.
+        After another end, the next start uploads them. Raises TimeoutError, or RuntimeError if the
+        helper has failed.
         """
+        self._may_outlive = self._uploads and exit_code == 0
         deadline = time.monotonic() + CLOSE_S
         end = {"code": exit_code, "message": redact(message)}
         try:
@@ -115,8 +118,6 @@ class WandbSink:
             self._end()
 
     def _start(self) -> _Helper:
-        # After a failure, launch/ ends what is left of the run: processes with this variable.
-        env = {key: os.environ[key] for key in os.environ if key != "ALEXNET_DDP_EXIT_CODE_FILE"}
         command = [sys.executable, "-P", HELPER, self._directory / "helper.json", self._mode]
         with (self._directory / "helper.log").open("ab") as log:
             process = subprocess.Popen(
@@ -124,7 +125,7 @@ class WandbSink:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={"WANDB_ERROR_REPORTING": "false", **env},
+                env={"WANDB_ERROR_REPORTING": "false", **os.environ},
                 start_new_session=True,  # no Ctrl-C, and no terminal for wandb to prompt on
             )
         assert process.stdin is not None  # a pipe, and so is the next
@@ -167,7 +168,7 @@ class WandbSink:
         try:
             return self._helper.process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            if self._uploads:
+            if self._may_outlive:
                 pid, minutes = self._helper.process.pid, UPLOAD_S / 60
                 self._said.put(
                     f"wandb: process {pid} uploads checkpoints for up to {minutes:.0f} minutes more"
@@ -177,7 +178,7 @@ class WandbSink:
 
     def _end(self) -> None:
         """Kill the helper, unless it still uploads, and print its last messages."""
-        if self._uploads and self._helper.process.poll() is None:
+        if self._may_outlive and self._helper.process.poll() is None:
             self._pass_on()
             return
         self._helper.process.kill()
