@@ -8,6 +8,7 @@ import pytest
 from alexnet_ddp.cli import compose
 from alexnet_ddp.config import Artifacts, ConfigError, LoggerConfig, Wandb
 from alexnet_ddp.runtime.errors import FINAL_CODES, code_for_caller
+from alexnet_ddp.tracking.wandb_process import End, report_end
 from alexnet_ddp.tracking.wandb_settings import (
     check_wandb,
     init_arguments,
@@ -146,3 +147,40 @@ def test_a_run_knows_its_last_start(monkeypatch):
     assert not _is_last_start(40)
     monkeypatch.setenv("ALEXNET_DDP_GIVES_UP_AT", "40")
     assert (_is_last_start(40), _is_last_start(50)) == (True, False)
+
+
+class Recorder:
+    """What a run of wandb is asked for at the end."""
+
+    def __init__(self):
+        self.alerts, self.is_preempting = [], False
+
+    def alert(self, title, text, level):
+        self.alerts.append((title, level))
+
+    def mark_preempting(self):
+        self.is_preempting = True
+
+
+@pytest.mark.parametrize(
+    ("code", "is_sweep", "is_last_start", "alerts"),
+    [
+        (0, False, False, [("x is complete", "INFO")]),
+        (0, True, False, []),
+        (70, False, False, [("x diverged, and nothing restarts it", "ERROR")]),
+        (70, True, False, [("x diverged, and nothing restarts it", "ERROR")]),
+        (76, False, False, []),
+        (76, False, True, [("x failed, and nothing restarts it", "ERROR")]),
+        (137, False, True, [("x failed, and nothing restarts it", "ERROR")]),
+        (75, False, True, []),
+        (75, True, True, []),
+        (79, False, True, []),
+    ],
+)
+def test_a_run_alerts_at_ends_that_need_a_person(code, is_sweep, is_last_start, alerts):
+    spec = {"is_sweep": is_sweep, "is_last_start": is_last_start, "name": "x", "diverged": 70}
+    spec |= {"final_codes": FINAL_CODES, "quiet_codes": [0, 75, 79]}
+    run = Recorder()
+    report_end(run, spec, End(code, ""), {})
+    assert run.alerts == alerts
+    assert run.is_preempting == (code == 75 and not is_sweep)
