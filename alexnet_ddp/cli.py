@@ -31,6 +31,7 @@ from alexnet_ddp.runtime.errors import (
     ConfigError,
     PeerFailed,
     RunError,
+    code_for_caller,
     is_rank_zero,
     write_exit_code,
 )
@@ -100,7 +101,7 @@ def run(command: str, main: str | Main, one_point: Points | None = None) -> None
         raise
     startup.ignore_stop_signals()
     write_exit_code(code)
-    sys.exit(code)
+    sys.exit(code_for_caller(code))
 
 
 def compose(overrides: list[str]) -> Config:

@@ -188,9 +188,18 @@ num_cores() {
 print(num_usable_cores())' 2>/dev/null || nproc
 }
 
+# leave CODE: remove the files and exit with the code; with 0 if wandb's sweep agent started this
+# script (see local.sh) and the run was stopped and saved. The agent counts every other code as a
+# failure, and ends after a few.
+leave() {
+  rm -rf "$files"
+  [[ ! $1 =~ ^(75|79)$ || -z ${started_by_agent:-} ]] || exit 0
+  exit "$1"
+}
+
 # keep_running NUM_PROCESSES OPTIONS...: run_torchrun, and restart it with the same arguments after
 # a crash or a hang. Returns 93 after three restarts in a row without a newer checkpoint. Codes that
-# the run itself chose (64, 75, ...) are returned without a restart.
+# the run itself chose (64, 75, ...; FINAL_CODES in runtime/errors.py) are returned without a restart.
 keep_running() {
   local code step last='' restarts=0 delay
   choose_python
@@ -207,8 +216,10 @@ keep_running() {
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-150}
 
   make_files
-  trap 'rm -rf "$files"' EXIT
+  trap 'leave $?' EXIT
   export ALEXNET_DDP_EXIT_CODE_FILE=$files/exit_code ALEXNET_DDP_START_FILE=$files/start
+  # A start at this step is the last one if it crashes; the run then alerts its user.
+  export ALEXNET_DDP_GIVES_UP_AT=
   while :; do
     code=0
     : >"$ALEXNET_DDP_START_FILE"
@@ -219,7 +230,7 @@ keep_running() {
       # If the file is not empty, the run itself has printed a message.
       [[ -s $ALEXNET_DDP_EXIT_CODE_FILE ]] || warn "$stopped_while_starting"
     fi
-    [[ ! $code =~ ^(0|64|65|66|70|74|75)$ && -z $stopping ]] || return "$code"
+    [[ ! $code =~ ^(0|64|65|66|70|74|75|79)$ && -z $stopping ]] || return "$code"
     step=$(<"$ALEXNET_DDP_START_FILE") delay=${RESTART_DELAY:-2}
     if [[ -z $step ]]; then            # this start did not reach a step
       [[ -n $last ]] || return "$code" # no start did: a restart would not help
@@ -227,7 +238,8 @@ keep_running() {
       step=$last delay=$((delay * 5))  # the other nodes may still be ending
     fi
     [[ $step == "$last" ]] || restarts=0
-    last=$step restarts=$((restarts + 1))
+    last=$step restarts=$((restarts + 1)) ALEXNET_DDP_GIVES_UP_AT=
+    if ((restarts == 3)); then ALEXNET_DDP_GIVES_UP_AT=$step; fi
     if ((restarts > 3)); then
       warn "exit code $code, and no newer checkpoint after three restarts;" \
         "see failure.json in the run's folder"

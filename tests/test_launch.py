@@ -231,6 +231,7 @@ def test_a_python_without_the_project_is_refused_with_the_remedy(launcher):
     [
         ("0", 0, 0),
         ("75", 1, 75),
+        ("79", 1, 79),
         ("93", 1, 93),
         ("", 1, 1),
         ("", 137, 137),
@@ -242,6 +243,31 @@ def test_the_exit_code_is_the_runs_or_else_torchruns(launcher, written, torchrun
     code, _ = launcher.run("launch/node.sh", **NODE, FAKE_CODE=written, FAKE_EXIT=str(torchrun))
     assert code == expected
     assert not Path(launcher.child_env["ALEXNET_DDP_EXIT_CODE_FILE"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "expected"),
+    [
+        ("launch/local.sh", "75", 0),
+        ("launch/local.sh", "79", 0),
+        ("launch/local.sh", "70", 70),
+        ("launch/node.sh", "75", 75),
+    ],
+)
+def test_a_stopped_run_that_wandbs_agent_started_has_not_failed(launcher, script, code, expected):
+    env = NODE | {"WANDB_SWEEP_ID": "s1", "FAKE_CODE": code, "FAKE_EXIT": "1"}
+    assert launcher.run(script, **env)[0] == expected
+    assert not Path(launcher.child_env["ALEXNET_DDP_EXIT_CODE_FILE"]).exists()
+
+
+def test_the_last_start_without_progress_knows_that_it_is_the_last(launcher):
+    launcher.put(
+        "torchrun_python",
+        text="""[[ $1 != -c ]] || exit 0
+echo "$ALEXNET_DDP_GIVES_UP_AT" >>"$RECORD/starts"; echo 5 >"$ALEXNET_DDP_START_FILE"; exit 9""",
+    )
+    assert launcher.run("launch/local.sh", RESTART_DELAY="0")[0] == 93
+    assert launcher.lines("starts") == ["", "", "", "5"]
 
 
 @pytest.mark.parametrize("number", SIGNALS)

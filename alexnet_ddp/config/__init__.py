@@ -2,8 +2,8 @@
 
 The modules, in the order in which a command uses them:
 
-- option: how an option is declared; data, recipe, finetune, run, evaluate, predict, export,
-  prepare, plan, report, runs, sweep, plugins: the option classes
+- option: how an option is declared; data, recipe, finetune, logger, run, evaluate, predict,
+  export, prepare, plan, report, runs, sweep, plugins: the option classes
 - schema: the tables of commands, groups and options; reference: --help and docs/configuration.md
 - overrides, advice: a command line becomes Hydra's overrides; mistakes become one line
 - space: which options of a sweep have several values
@@ -35,6 +35,7 @@ from alexnet_ddp.config.data import (
 from alexnet_ddp.config.evaluate import EvaluateConfig
 from alexnet_ddp.config.export import ExportConfig, ExportFormat
 from alexnet_ddp.config.finetune import FinetuneConfig, Method
+from alexnet_ddp.config.logger import Artifacts, LoggerConfig, Wandb
 from alexnet_ddp.config.plan import PlanConfig
 from alexnet_ddp.config.predict import PredictConfig
 from alexnet_ddp.config.prepare import (
@@ -79,7 +80,6 @@ from alexnet_ddp.config.run import (
     DoctorConfig,
     Hook,
     HybridConfig,
-    LoggerConfig,
     LrFindConfig,
     OnNan,
     ParallelConfig,
@@ -87,7 +87,6 @@ from alexnet_ddp.config.run import (
     ReplayConfig,
     RunConfig,
     TrainerConfig,
-    Wandb,
     WireDtype,
 )
 from alexnet_ddp.config.runs import CompareConfig, RunColumn, RunsConfig

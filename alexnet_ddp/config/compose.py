@@ -82,6 +82,8 @@ def compose_yaml(command: str, overrides: list[str], config_dir: str | None = No
         raise ConfigError(f"hydra.callbacks ({', '.join(callbacks)}) {rule}")
     with open_dict(cfg):
         del cfg["hydra"]
+    if command == "train":
+        _name_after_sweep(cfg, overrides)
     return cfg
 
 
@@ -294,6 +296,17 @@ def _derived_name(cfg: DictConfig) -> str:
     place = path.rpartition("@")[2].rstrip("/") if url else os.path.abspath(root)
     halves = place.rpartition("/")[2], str(cfg.model.get("name") or model)
     return "-".join(_as_name(half) or "data" for half in halves)
+
+
+def _name_after_sweep(cfg: DictConfig, overrides: list[str]) -> None:
+    """Name a run after its sweep and its id in wandb, if the sweep agent of wandb started it.
+
+    A name on the command line stays. One of a YAML file would be the same for the whole sweep.
+    """
+    sweep, run_id = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
+    is_named = any(one.split("=")[0].lstrip("+") in ("run", "run.name") for one in overrides)
+    if sweep and run_id and not is_named:
+        cfg.run.name = f"{_as_name(sweep)}-{_as_name(run_id)}"
 
 
 def _as_name(text: str) -> str:

@@ -126,6 +126,8 @@ def _choice(value: str) -> str:
 def _value(key: str, value: str, option: Option, root: type) -> str:
     if value.lower() == "null" and (option.is_optional or not option.is_text):
         return value
+    if value == "None" and option.is_optional and not option.is_text:
+        return "null"  # as the sweep agent of wandb writes a null of the sweep's YAML
     if option.item is str:
         return _text_list(key, value)
     if option.item is not None and not value.startswith("[") and "${" not in value:

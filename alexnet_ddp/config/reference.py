@@ -26,7 +26,7 @@ _WIDTH = 100
 _TRAINS_EXIT_CODES = """\
 Exit codes: 0 complete, 64 configuration, 65 data, 66 no usable checkpoint, 70 diverged, 74 disk or
 memory, 75 stopped and saved, 76 a rank was lost (start the same command again for 75 and 76),
-93 three restarts by launch/ without progress."""
+79 stopped and saved because wandb asked for it, 93 three restarts by launch/ without progress."""
 USAGE = {
     "train": f"""\
 Train an image classifier with DistributedDataParallel.

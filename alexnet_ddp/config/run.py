@@ -14,6 +14,7 @@ from alexnet_ddp.config.data import (
     check_class_weights,
 )
 from alexnet_ddp.config.finetune import FinetuneConfig, Method
+from alexnet_ddp.config.logger import LoggerConfig
 from alexnet_ddp.config.option import MAX_SEED, MISSING, Options, option, shown
 from alexnet_ddp.config.recipe import (
     Head,
@@ -58,12 +59,6 @@ class OnNan(StrEnum):
     rollback = "rollback"
 
 
-class Wandb(StrEnum):
-    disabled = "disabled"
-    offline = "offline"
-    online = "online"
-
-
 def check_directory_name(option: str, value: str, root: str) -> None:
     """Raise ConfigError unless `value`, of an option, can be the name of a directory in `root`."""
     name = f"{option} ({shown(value)!r})"
@@ -86,7 +81,7 @@ class RunConfig(Options, section="run"):
     name: str = option(
         MISSING,
         "Name of the run. train resumes the run with this name, if there is one.",
-        null="DATA-MODEL, such as photos-resnet18",
+        null="DATA-MODEL, such as photos-resnet18; in a sweep of wandb, SWEEP-ID",
     )
     root: str = option("runs", "Folder of all runs: the run's directory is run.root/run.name.")
 
@@ -425,21 +420,6 @@ class ResumeConfig(Options, section="resume"):
 
     allow_changes: bool = option(
         False, "Resume although the model, the data or the batch differs from the checkpoint's."
-    )
-
-
-@dataclass(kw_only=True)
-class LoggerConfig(Options, section="logger"):
-    """Outputs besides metrics.jsonl and plain lines, which are always written."""
-
-    wandb: Wandb = option(Wandb.disabled, "Weights & Biases.")
-    wandb_project: str = option("alexnet_ddp", "Project name in Weights & Biases.")
-    tensorboard: bool = option(True, "Write TensorBoard event files.")
-    progress: bool = option(True, "Show a progress bar if the output is a terminal.")
-    report: bool = option(
-        False,
-        "Write report.html into the run's directory when the run is complete, as "
-        "`alexnet-ddp report` does. A report that fails is one warning.",
     )
 
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from alexnet_ddp.config import CheckpointConfig, LoggerConfig, Wandb
+from alexnet_ddp.config import CheckpointConfig, LoggerConfig
 from alexnet_ddp.doctor.findings import Finding, Level, format_bytes, format_seconds, shorten
 from alexnet_ddp.runtime.files import existing_parent, free_bytes
+from alexnet_ddp.tracking.wandb_settings import wandb_mode
 
 _WRITE_S = 3.0
 _CHUNK_BYTES = 16_000_000
@@ -133,9 +134,9 @@ def check_wandb(cfg: LoggerConfig) -> Finding:
 
     At most a warning, since a run without a key or server logs offline.
     """
-    mode = os.environ.get("WANDB_MODE", cfg.wandb.value).lower()
-    if cfg.wandb is not Wandb.online or mode != "online":
-        return Finding("wandb", mode if cfg.wandb is Wandb.online else cfg.wandb.value, "nothing")
+    mode = wandb_mode(cfg.wandb)
+    if mode != "online":
+        return Finding("wandb", mode, "nothing")
     server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     host = server.hostname or "api.wandb.ai"
     needed = f"a key, and a connection to {host}"

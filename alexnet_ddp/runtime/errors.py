@@ -110,6 +110,17 @@ class MachineError(RunError):
     exit_code = 74
 
 
+def code_for_caller(code: int) -> int:
+    """Return the code to exit with: 0 for a stopped run that the sweep agent of wandb started.
+
+    The agent counts a code above 0 as a failure, and ends after a few. A launch script translates
+    the code itself.
+    """
+    is_stop = code in (Preempted.exit_code, StoppedByService.exit_code)
+    by_agent = os.environ.get("WANDB_SWEEP_ID") and "ALEXNET_DDP_EXIT_CODE_FILE" not in os.environ
+    return 0 if is_stop and by_agent else code
+
+
 _NO_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|bad_alloc|Cannot allocate memory"
     r"|could not create a memory|could not (create|execute) a primitive(?! descriptor)"  # oneDNN
@@ -143,6 +154,12 @@ class Preempted(RunError):
     exit_code = 75
 
 
+class StoppedByService(RunError):
+    """A service such as wandb asked the run to stop for good. It was saved; nothing restarts it."""
+
+    exit_code = 79
+
+
 class PeerLost(RunError):
     """A rank, or the connection to it, was lost, or a rank hangs. Start the run again."""
 
@@ -163,3 +180,16 @@ class PeerFailed(RunError):
     def __init__(self, exit_code: int, reason: str) -> None:
         super().__init__(reason)
         self.exit_code = exit_code
+
+
+# After these codes launch/common.sh does not start the run again.
+FINAL_CODES = (
+    0,
+    ConfigError.exit_code,
+    DataError.exit_code,
+    NoCheckpoint.exit_code,
+    Diverged.exit_code,
+    MachineError.exit_code,
+    Preempted.exit_code,
+    StoppedByService.exit_code,
+)

@@ -69,7 +69,7 @@ class RunRecord:
 
     @property
     def status(self) -> str:
-        """running, complete, preempted or failed; killed if the process of a running one ended."""
+        """The state in status.json; killed if it is running and its process has ended."""
         known = self._json("status.json")
         state = str(known.get("state", "unknown"))
         is_here = known.get("host") == socket.gethostname() and os.path.isdir("/proc/self")

@@ -5,7 +5,7 @@ import time
 from types import FrameType
 
 from alexnet_ddp.runtime import startup
-from alexnet_ddp.runtime.errors import Preempted, write_exit_code
+from alexnet_ddp.runtime.errors import Preempted, code_for_caller, write_exit_code
 
 _SAME_EVENT_S = 5.0  # a launcher and a scheduler both forward one signal within this time
 
@@ -19,12 +19,19 @@ class StopSignal:
     Attributes:
         received: a stop was requested. Deadline sets it too; a signal after that still counts as
             the first one.
+        for_good: a service requested the stop, and nothing starts the run again by itself.
     """
 
     def __init__(self) -> None:
         self.received = False
+        self.for_good = False
         self._first_at: float | None = None
         startup.handle_stop_signals(self._on_signal)
+
+    def stop_for_good(self) -> None:
+        """Request a stop after which nothing starts the run again. Any thread may call it."""
+        self.for_good = True
+        self.received = True
 
     def ignore(self) -> None:
         """Ignore further signals: the run is saved, and its last output must not be cut off."""
@@ -37,4 +44,4 @@ class StopSignal:
             self._first_at = now
         elif now - self._first_at > _SAME_EVENT_S:
             write_exit_code(Preempted.exit_code)
-            os._exit(Preempted.exit_code)  # safe: checkpoints are committed by rename
+            os._exit(code_for_caller(Preempted.exit_code))  # checkpoints are committed by rename

@@ -130,7 +130,12 @@ def _exit_when_stopped(reader: int, can_continue: bool) -> None:
 
 def _exit(number: int, can_continue: bool) -> None:
     """Exit now. Files are replaced by renaming, so none is left incomplete."""
-    from alexnet_ddp.runtime.errors import Preempted, is_rank_zero, write_exit_code
+    from alexnet_ddp.runtime.errors import (
+        Preempted,
+        code_for_caller,
+        is_rank_zero,
+        write_exit_code,
+    )
     from alexnet_ddp.runtime.printing import say
 
     line = f"stopped by {signal.Signals(number).name}"
@@ -146,7 +151,7 @@ def _exit(number: int, can_continue: bool) -> None:
         if is_rank_zero():
             say(f"alexnet_ddp: {line}", sys.stderr)
     finally:
-        os._exit(code)
+        os._exit(code_for_caller(code))
 
 
 class before_exit:

@@ -15,9 +15,11 @@ import numpy as np
 
 from alexnet_ddp.config import LoggerConfig
 from alexnet_ddp.runtime.errors import RunError
+from alexnet_ddp.tracking.classes import ClassResults
 from alexnet_ddp.tracking.console import Console, build_console, headline
 from alexnet_ddp.tracking.record import (
     RunStatus,
+    code_facts,
     make_run_dir,
     read_classes,
     record_run,
@@ -25,25 +27,33 @@ from alexnet_ddp.tracking.record import (
     write_status,
 )
 from alexnet_ddp.tracking.sinks import JsonlSink, TensorBoardSink
-from alexnet_ddp.tracking.wandb_sink import WandbSink, wandb_mode
+from alexnet_ddp.tracking.wandb_settings import check_wandb, init_arguments, wandb_mode
+from alexnet_ddp.tracking.wandb_sink import WandbSink
 
 __all__ = [
+    "ClassResults",
     "RunInfo",
     "RunStatus",
     "Tracker",
     "build_tracker",
+    "check_wandb",
     "headline",
     "make_run_dir",
     "read_classes",
     "record_run",
     "run_status",
+    "wandb_mode",
     "write_status",
 ]
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """Facts about the run that the sinks need. config: resolved, as JSON types, for wandb."""
+    """Facts about the run that the sinks need.
+
+    config, config_yaml: the configuration, resolved, as JSON types and as text. facts: about this
+    start, such as the number of ranks.
+    """
 
     name: str
     is_main: bool
@@ -51,6 +61,8 @@ class RunInfo:
     total_steps: int
     steps_per_epoch: int
     config: dict[str, Any] = field(default_factory=dict)
+    config_yaml: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 class Sink(Protocol):
@@ -60,7 +72,8 @@ class Sink(Protocol):
 
     def write(self, step: int, epoch: float, metrics: dict[str, Any]) -> None: ...
     def image(self, name: str, pixels: np.ndarray) -> None: ...
-    def close(self, exit_code: int) -> None: ...
+    def classes(self, results: ClassResults) -> None: ...
+    def close(self, exit_code: int, message: str) -> None: ...
 
 
 class Tracker:
@@ -95,6 +108,16 @@ class Tracker:
         for sink in list(self._sinks):
             self._attempt(sink, partial(sink.image, name, pixels))
 
+    @property
+    def shows_classes(self) -> bool:
+        """Return whether classes() would show anything on this rank."""
+        return bool(self._sinks)
+
+    def classes(self, results: ClassResults) -> None:
+        """Show the results of an evaluation by class. Raises no error of a sink."""
+        for sink in list(self._sinks):
+            self._attempt(sink, partial(sink.classes, results))
+
     def advance(self, step: int) -> None:
         """Move the progress bar to `step`. Takes microseconds: call it at every step."""
         if self._console:
@@ -105,17 +128,17 @@ class Tracker:
         if self._console:
             self._console.say(text)
 
-    def close(self, exit_code: int) -> None:
+    def close(self, exit_code: int, message: str = "") -> None:
         """Flush and close all sinks; takes seconds at most. Further calls do nothing.
 
-        exit_code: the code that the run will exit with.
+        exit_code: the code that the run will exit with. message: the error that ended it, if any.
         """
         sinks, self._sinks = self._sinks, []
         record, self._record = self._record, None
         if record:
             record.close(exit_code)
         for sink in sinks:
-            self._attempt(sink, partial(sink.close, exit_code))
+            self._attempt(sink, partial(sink.close, exit_code, message))
         if self._console:
             self._console.close(exit_code)
 
@@ -125,8 +148,12 @@ class Tracker:
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        failed = error.exit_code if isinstance(error, RunError) else 1
-        self.close(0 if error is None else failed)
+        if error is None:
+            self.close(0)
+            return
+        code = error.exit_code if isinstance(error, RunError) else 1
+        name = "" if isinstance(error, RunError) else f"{type(error).__name__}: "
+        self.close(code, f"{name}{error}")
 
     def add(self, name: str, build: Callable[[], Sink]) -> None:
         """Add the sink that `build` returns. If it raises, print a warning and continue without."""
@@ -147,8 +174,12 @@ class Tracker:
         self.say(f"warning: {name} failed ({text}) and is disabled; the run continues")
 
 
-def build_tracker(cfg: LoggerConfig, run_dir: Path, run: RunInfo) -> Tracker:
+def build_tracker(
+    cfg: LoggerConfig, run_dir: Path, run: RunInfo, on_stop: Callable[[], None] = lambda: None
+) -> Tracker:
     """Return the tracker of this rank. Rank 0 drops the rows of metrics.jsonl after run.start_step.
+
+    on_stop: called in a thread if a service asks the run to stop.
 
     Raises OSError if metrics.jsonl cannot be written.
     """
@@ -159,18 +190,27 @@ def build_tracker(cfg: LoggerConfig, run_dir: Path, run: RunInfo) -> Tracker:
     record = JsonlSink(run_dir / "metrics.jsonl", run.start_step, console.say)
     tracker = Tracker(run_dir, console, record)
     if cfg.tensorboard:
+        directory = run_dir / "tensorboard"
         tracker.add(
-            TensorBoardSink.name, lambda: TensorBoardSink(run_dir / "tensorboard", run.start_step)
+            TensorBoardSink.name,
+            lambda: TensorBoardSink(directory, run.start_step, run.config, run.config_yaml),
         )
-    mode = wandb_mode(cfg.wandb.value)
+    mode = wandb_mode(cfg.wandb)
     if mode != "disabled":
         spec = {
             "mode": mode,
-            "project": cfg.wandb_project,
             "name": run.name,
             "config": run.config,
+            "artifacts": cfg.wandb_artifacts.value,
             "offset": record.start_offset,
+            "start_step": run.start_step,
             "program": sys.argv[0],
         }
-        tracker.add(WandbSink.name, lambda: WandbSink(run_dir, spec, tracker.say))
+
+        def build() -> WandbSink:
+            spec["init"] = init_arguments(cfg, run_dir, run.name)
+            spec["facts"] = code_facts() | run.facts
+            return WandbSink(run_dir, spec, tracker.say, on_stop)
+
+        tracker.add(WandbSink.name, build)
     return tracker

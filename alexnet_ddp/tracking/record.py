@@ -16,7 +16,14 @@ from typing import Any
 
 from alexnet_ddp import __version__
 from alexnet_ddp.runtime.distributed import lost_peer
-from alexnet_ddp.runtime.errors import ConfigError, DataError, Preempted, RunError, out_of_memory
+from alexnet_ddp.runtime.errors import (
+    ConfigError,
+    DataError,
+    Preempted,
+    RunError,
+    StoppedByService,
+    out_of_memory,
+)
 from alexnet_ddp.runtime.files import write_bytes, write_json
 from alexnet_ddp.runtime.redaction import redact, redact_yaml
 from alexnet_ddp.runtime.startup import before_exit
@@ -29,7 +36,10 @@ PACKAGE = Path(__file__).resolve().parents[1]
 def write_status(
     run_dir: Path, state: str, step: int, exit_code: int | None = None, message: str = ""
 ) -> None:
-    """Write status.json for launch scripts. state: running, complete, preempted or failed."""
+    """Write status.json for launch scripts.
+
+    state: running, complete, preempted, stopped (for good) or failed.
+    """
     status = {
         "state": state,
         "step": step,
@@ -109,6 +119,13 @@ def _versions() -> dict[str, str | None]:
     return {"alexnet_ddp": __version__, "python": platform.python_version(), **versions, "cv2": cv2}
 
 
+def code_facts() -> dict[str, Any]:
+    """Return the git commit of the source tree and the versions of what computes, by flat names."""
+    git = _git()
+    facts = {"git_commit": git["commit"], "git_dirty": git["dirty"]} if git else {}
+    return facts | {f"version_{name}": version for name, version in _versions().items()}
+
+
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
@@ -177,7 +194,8 @@ class RunStatus:
         elif not isinstance(error, RunError):
             self._write("failed", 1, f"{type(error).__name__}: {error}")
         elif not self._belongs_to_earlier_run(error):
-            state = "preempted" if error.exit_code == Preempted.exit_code else "failed"
+            states = {Preempted.exit_code: "preempted", StoppedByService.exit_code: "stopped"}
+            state = states.get(error.exit_code, "failed")
             self._write(state, error.exit_code, str(error))
 
     def _belongs_to_earlier_run(self, error: RunError) -> bool:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from alexnet_ddp.runtime.files import keep_rows, plain
+from alexnet_ddp.runtime.redaction import redact, redact_yaml
+from alexnet_ddp.tracking.classes import ClassResults
 
 Say = Callable[[str], None]
 
@@ -63,15 +65,41 @@ def _encode(row: dict[str, Any]) -> bytes:
 
 
 class TensorBoardSink:
-    """Writes scalars by metric name against step."""
+    """Writes scalars by metric name against step, the configuration, and the run's hyperparameters.
+
+    config, config_yaml: the configuration, as JSON types and as text. Secrets in it are hidden.
+    """
 
     name = "TensorBoard"
 
-    def __init__(self, directory: Path, start_step: int) -> None:
+    def __init__(
+        self, directory: Path, start_step: int, config: dict[str, Any], config_yaml: str
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # imports for seconds
 
         # Hide what an earlier start wrote after start_step; at 0 also what it wrote at step 0.
         self._writer = SummaryWriter(directory, purge_step=start_step + 1 if start_step else 0)
+        text = "\n".join(f"    {line}" for line in redact_yaml(config_yaml).splitlines())
+        if text:
+            self._writer.add_text("config", text, start_step + 1 if start_step else 0)
+        self._hparams_end = self._write_hparams(redact(config))
+
+    def _write_hparams(self, config: dict[str, Any]) -> Any:
+        """Begin a row in the table of hyperparameters; return the record that ends it.
+
+        SummaryWriter.add_hparams would open another run, and write the metrics a second time.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        metrics = dict.fromkeys(("val/top1", "val/loss", "train/loss"), 0.0)
+        names, start, end = hparams(flat_scalars(config), metrics)
+        self._add_summaries(names, start)
+        return end
+
+    def _add_summaries(self, *summaries: Any) -> None:
+        files: Any = self._writer.file_writer  # torch's annotation is None
+        for summary in summaries:
+            files.add_summary(summary)
 
     def write(self, step: int, epoch: float, metrics: dict[str, Any]) -> None:
         """Write the numbers of a row, and flush, in case the process is killed."""
@@ -84,5 +112,29 @@ class TensorBoardSink:
         """Show a picture, uint8 [height, width, 3]."""
         self._writer.add_image(name, pixels, 0, dataformats="HWC")
 
-    def close(self, exit_code: int) -> None:
+    def classes(self, results: ClassResults) -> None:
+        """Show the confusion matrix as a picture: a row per label, white: all of its images."""
+        if results.confusion is None:
+            return
+        shares = results.confusion / np.maximum(1, results.confusion.sum(1, keepdims=True))
+        pixels = np.repeat(np.repeat(np.uint8(255 * shares), 8, 0), 8, 1)
+        self._writer.add_image("val/confusion_matrix", pixels, results.step, dataformats="HW")
+
+    def close(self, exit_code: int, message: str) -> None:
+        """Close the file; a complete run ends its row of hyperparameters."""
+        if exit_code == 0:
+            self._add_summaries(self._hparams_end)
         self._writer.close()
+
+
+def flat_scalars(config: dict[str, Any], prefix: str = "") -> dict[str, int | float | str]:
+    """The options by their full names; what is neither a number nor a text becomes a text."""
+    found: dict[str, int | float | str] = {}
+    for name, value in config.items():
+        key = f"{prefix}{name}"
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, dict):
+            found |= flat_scalars(value, f"{key}.")
+        else:
+            found[key] = value if is_number else str(value)
+    return found

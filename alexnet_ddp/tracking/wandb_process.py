@@ -1,29 +1,48 @@
-"""The helper process that sends metrics.jsonl to wandb. wandb_sink.py runs this file.
+"""The helper process that sends a run to wandb. wandb_sink.py runs this file.
 
-It imports nothing of this package. Arguments: a JSON file (run_dir, id, pid, offset, project, name,
-config, program, upload, not_online) and the mode, online or offline. Standard input: one line, the
-exit code of the run; end of file without it means that the run was killed. Standard output: lines
-for the user.
+It imports nothing of this package. Arguments: a JSON file (see WandbSink) and the mode, online or
+offline. Standard input: one line, {"code": exit code, "message": text}, when the run ends; end of
+file without it means that the run was killed. Standard output: one JSON object per line,
+{"say": text} for the user or {"stop": true} if the service asks the run to stop.
+
+What it sends it reads from the run's directory: metrics.jsonl, batch.png, checkpoints/ and
+wandb/classes.json.
 """
 
+import contextlib
 import json
+import math
 import os
 import queue
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 INIT_S = 5.0
 FINISH_S = 4.0
 POLL_S = 0.5
 LIMIT_S = 12.0  # this process exits at most so long after the run, even if wandb hangs
 KILLED = 137  # 128 + SIGKILL, the exit code that a shell reports
+PREEMPTED = 75
+BEST = {"val/top1": max, "val/loss": min}
+MAX_MATRIX = 50  # classes of a confusion matrix that is drawn
+MAX_CONFUSIONS = 1000  # rows of the table of confusions
 
-End = queue.Queue[int]
+
+class End(NamedTuple):
+    """How the run ended."""
+
+    code: int
+    message: str
+
+
+Ends = queue.Queue[End]
 Mode = Literal["online", "offline"]
+Send = Callable[[dict[str, Any]], None]
 
 
 def main() -> None:
@@ -33,87 +52,322 @@ def main() -> None:
     stdout = os.dup(1)
     os.dup2(2, 1)  # output of libraries is written to the log
     spec = json.loads(Path(sys.argv[1]).read_bytes())
-    end: End = queue.Queue()
-    threading.Thread(target=listen, args=(end,), daemon=True).start()
+    end: Ends = queue.Queue()
+    threading.Thread(target=listen, args=(end, spec["upload_s"]), daemon=True).start()
     mode: Mode = "online" if sys.argv[2] == "online" else "offline"
-    code = follow(spec, mode, end, lambda text: os.write(stdout, f"{text}\n".encode()))
+
+    def send(message: dict[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError):  # the run has ended
+            os.write(stdout, f"{json.dumps(message)}\n".encode())
+
+    code = follow(spec, mode, end, send)
     os._exit(code)  # wandb's exit hook would wait for its service without a timeout
 
 
-def follow(spec: dict[str, Any], mode: Mode, end: End, say: Callable[[str], object]) -> int:
-    """Send rows until the run ends. Errors of wandb become one line each; return the exit code."""
+def follow(spec: dict[str, Any], mode: Mode, end: Ends, send: Send) -> int:
+    """Send the run until it ends. Errors of wandb become one line each; return the exit code."""
     try:
-        run = init(spec, mode)
+        run = init(spec, mode, lambda: send({"stop": True}))
     except Exception as error:
+        reason = one_line(error)
         if mode == "online":
-            say(
-                f"warning: wandb cannot connect ({one_line(error)}) and logs offline; "
-                f"{spec['upload']}"
-            )
+            text = f"warning: wandb cannot connect ({reason}) and logs offline; {spec['upload']}"
+            send({"say": text})
             return spec["not_online"]
-        say(f"warning: wandb cannot start ({one_line(error)}); the run continues without it")
+        send({"say": f"warning: wandb cannot start ({reason}); the run continues without it"})
         return 0
     if mode == "online":
-        say(f"wandb: {run.url}")
+        send({"say": f"wandb: {run.url}"})
     try:
-        log_all(run, spec, end)
+        log_all(run, spec, end, send)
     except Exception as error:
-        say(f"warning: wandb failed ({one_line(error)}); the run continues without it")
+        text = f"warning: wandb failed ({one_line(error)}); the run continues without it"
+        send({"say": text})
     return 0
 
 
-def init(spec: dict[str, Any], mode: Mode) -> Any:
-    """Return a new or resumed wandb run. Raises what wandb raises."""
+def init(spec: dict[str, Any], mode: Mode, on_stop: Callable[[], None]) -> Any:
+    """Return a new or resumed wandb run. Raises what wandb raises.
+
+    on_stop: called, in a thread, if the service asks the run to stop.
+    """
     import wandb
 
     wanted = {
         "console": "off",
         "silent": True,
         "disable_code": True,
-        "disable_git": True,  # it would copy the uncommitted changes; the commit is in run.json
+        "disable_git": True,  # it would copy the uncommitted changes; the commit is in the summary
         "init_timeout": INIT_S,
-        "finish_timeout": FINISH_S,
+        "finish_timeout": FINISH_S + spec["upload_s"],
         "program": spec["program"],
+        "git_commit": spec["facts"].get("git_commit"),
         "x_stats_pid": spec["pid"],
-        "stop_fn": lambda: None,  # the default sends SIGINT
+        "x_stats_track_process_tree": True,  # all ranks of this machine
     }
-    settings = wandb.Settings(
-        **{name: value for name, value in wanted.items() if name in wandb.Settings.model_fields}
+    # A variable that the user sets counts before these, but not before stop_fn.
+    settings = {
+        name: value for name, value in wanted.items() if f"WANDB_{name.upper()}" not in os.environ
+    } | {"stop_fn": on_stop}
+    known = wandb.Settings.model_fields
+    if "stop_fn" not in known:  # older versions of wandb send SIGINT to this process
+        signal.signal(signal.SIGINT, lambda *_: on_stop())
+    return wandb.init(
+        dir=spec["dir"],
+        mode=mode,
+        config=spec["config"],
+        settings=wandb.Settings(**{key: settings[key] for key in settings if key in known}),
+        **spec["init"],
     )
-    names = {name: spec[name] for name in ("id", "project", "name", "config")}
-    return wandb.init(dir=spec["run_dir"], mode=mode, resume="allow", settings=settings, **names)
 
 
-def log_all(run: Any, spec: dict[str, Any], end: End) -> None:
-    """Send rows until the run ends. wandb ignores steps that an earlier, killed start has sent."""
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")
+def log_all(run: Any, spec: dict[str, Any], end: Ends, send: Send) -> None:
+    """Send everything until the run ends.
+
+    wandb ignores rows with steps that an earlier, killed start has sent.
+    """
+    define_metrics(run, spec["is_sweep"])
+    run.summary.update(spec["facts"])
+    picture = Picture(run, spec)
+    classes = Classes(run, spec)
+    checkpoints = Checkpoints(run, spec, send)
     with Path(spec["run_dir"], "metrics.jsonl").open("rb") as file:
-        file.seek(spec["offset"])
-        exit_code = None
-        shows_batch = spec["offset"] == 0  # a new run
-        while exit_code is None:
-            exit_code = poll_exit_code(end)
-            shows_batch = shows_batch and not log_batch(run, spec)
+        best = Best(run, file, spec["offset"])
+        ended = None
+        while ended is None:
+            ended = poll_end(end)
+            picture.poll()  # at step 0, so before the rows
             for row in new_rows(file):
                 run.log(row, step=row["step"])
-    run.finish(exit_code=exit_code)
+                best.update(row)
+            classes.poll()
+            checkpoints.poll()
+    report_end(run, spec, ended, best.values)
+    run.finish(exit_code=ended.code)
+    checkpoints.close()
 
 
-def log_batch(run: Any, spec: dict[str, Any]) -> bool:
-    """Send the picture of the first batch. Return False if it is not written yet."""
-    picture = Path(spec["run_dir"], "batch.png")
-    if not picture.exists():
-        return False
+def define_metrics(run: Any, is_sweep: bool) -> None:
+    """Plot against the step, and summarise accuracy and loss by their best value.
+
+    A summary of "max" is an object, and the optimizers of sweeps read the metric as a number: in a
+    sweep the summary is the last value. best/val/top1 and best/val/loss are always in the summary.
+    """
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    if is_sweep:
+        return
+    for name, choose in BEST.items():
+        run.define_metric(name, step_metric="step", summary=choose.__name__)
+
+
+class Best:
+    """Keeps best/val/top1 and best/val/loss in the summary, over all starts of the run."""
+
+    def __init__(self, run: Any, file: BinaryIO, offset: int) -> None:
+        """Read the rows of earlier starts, and leave `file` at `offset`, the first new row."""
+        self._run = run
+        self.values: dict[str, float] = {}
+        for row in new_rows(file, offset):
+            self._note(row)
+        file.seek(offset)
+
+    def update(self, row: dict[str, Any]) -> None:
+        """Note a row, and write the summary if it is the best so far."""
+        if self._note(row):
+            self._run.summary.update(self.values)
+
+    def _note(self, row: dict[str, Any]) -> bool:
+        before = dict(self.values)
+        for name, choose in BEST.items():
+            if math.isfinite(row.get(name, math.nan)):
+                key = f"best/{name}"
+                self.values[key] = choose(self.values.get(key, row[name]), row[name])
+        return self.values != before
+
+
+class Picture:
+    """Sends the picture of the first batch of a new run, once it is written."""
+
+    def __init__(self, run: Any, spec: dict[str, Any]) -> None:
+        self._run = run
+        self._path = Path(spec["run_dir"], "batch.png")
+        self._is_due = spec["offset"] == 0  # a new run
+
+    def poll(self) -> None:
+        if self._is_due and self._path.exists():
+            import wandb
+
+            self._is_due = False
+            self._run.log({"batch": wandb.Image(str(self._path))}, step=0)
+
+
+class Classes:
+    """Sends the results by class of the last evaluation: see WandbSink.classes."""
+
+    def __init__(self, run: Any, spec: dict[str, Any]) -> None:
+        self._run = run
+        self._path = Path(spec["run_dir"], "wandb/classes.json")
+
+    def poll(self) -> None:
+        if not self._path.exists():
+            return
+        found = json.loads(self._path.read_bytes())
+        self._path.unlink()
+        import wandb
+
+        names = found["names"]
+        logged: dict[str, Any] = {
+            "val/classes": wandb.Table(
+                columns=["class", "images", "correct1", "correct5", "top1"],
+                data=[
+                    [name, images, correct1, correct5, 100 * correct1 / images if images else None]
+                    for name, (images, correct1, correct5) in zip(names, found["per_class"])
+                ],
+            )
+        }
+        counts = [
+            [names[label], names[found_class], images]
+            for label, found_class, images in found["confusions"]
+        ]
+        wrong = sorted((one for one in counts if one[0] != one[1]), key=lambda one: -one[2])
+        if wrong:
+            columns: list[str | int] = ["label", "prediction", "images"]
+            logged["val/confusions"] = wandb.Table(columns=columns, data=wrong[:MAX_CONFUSIONS])
+        if counts and len(names) <= MAX_MATRIX:
+            logged["val/confusion_matrix"] = confusion_matrix(counts, names)
+        self._run.log(logged, step=found["step"])
+
+
+def confusion_matrix(counts: list[list[Any]], names: list[str]) -> Any:
+    """The chart of wandb.plot.confusion_matrix, which takes images and not counts."""
     import wandb
 
-    run.log({"batch": wandb.Image(str(picture))}, step=0)
-    return True
+    found = {(label, prediction): images for label, prediction, images in counts}
+    columns: list[str | int] = ["Actual", "Predicted", "nPredictions"]
+    data = [[row, column, found.get((row, column), 0)] for row in names for column in names]
+    return wandb.plot_table(
+        vega_spec_name="wandb/confusion_matrix/v1",
+        data_table=wandb.Table(columns=columns, data=data),
+        fields={str(column): column for column in columns},
+        string_fields={"title": "validation images"},
+    )
 
 
-def new_rows(file: BinaryIO) -> Iterator[dict[str, Any]]:
-    """Yield the complete rows since the last call. "nan" and the infinities become floats."""
-    for line in iter(file.readline, b""):
+class Checkpoints:
+    """Uploads checkpoints as versions of the artifact model-ID.
+
+    An offline run keeps the files in wandb/artifacts, from which `wandb sync` uploads them.
+    """
+
+    def __init__(self, run: Any, spec: dict[str, Any], send: Send) -> None:
+        self._run = run
+        self._send = send
+        self._which = spec["artifacts"]
+        self._folder = Path(spec["run_dir"], "checkpoints")
+        self._links = Path(spec["run_dir"], "wandb/artifacts")
+        self._seen: set[str] = set()
+        self._threads: list[threading.Thread] = []
+
+    def poll(self) -> None:
+        """Upload the checkpoints that are new: all of them, or those that were the best so far."""
+        if self._which == "none":
+            return
+        # A checkpoint gets its final name when it is complete.
+        for path in sorted(self._folder.glob("step-????????")):
+            if path.name not in self._seen:
+                self._seen.add(path.name)
+                try:
+                    self._upload(path)
+                except Exception as error:
+                    self._which = "none"
+                    text = f"warning: wandb takes no checkpoints ({one_line(error)})"
+                    self._send({"say": f"{text}; the run continues without their upload"})
+                    return
+
+    def _upload(self, path: Path) -> None:
+        try:
+            state = json.loads((path / "state.json").read_bytes())
+            is_best = state["best"].get("step") == state["step"]
+            if self._which == "best" and not is_best:
+                return
+            files = self._link(path)
+        except FileNotFoundError:  # it is old, and was deleted in this moment
+            return
+        import wandb
+
+        metadata = {"step": state["step"], **(state["best"] if is_best else {})}
+        artifact = wandb.Artifact(f"model-{self._run.id}", type="model", metadata=metadata)
+        artifact.add_dir(str(files), skip_cache=True, policy="immutable")
+        aliases = ["latest", f"step-{state['step']}"] + ["best"] * is_best
+        logged = self._run.log_artifact(artifact, aliases=aliases)
+        if not self._run.offline:
+            thread = threading.Thread(target=self._finish, args=(logged, files), daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def close(self) -> None:
+        """Call it when the run is finished, which waits for the uploads: remove the last links."""
+        for thread in self._threads:
+            thread.join(FINISH_S)
+
+    def _link(self, path: Path) -> Path:
+        """Hard links to the files, because the run may delete a checkpoint during its upload."""
+        files = self._links / path.name
+        shutil.rmtree(files, ignore_errors=True)  # of an earlier start
+        shutil.copytree(path, files, copy_function=link_or_copy)
+        return files
+
+    def _finish(self, artifact: Any, files: Path) -> None:
+        """Wait for the upload, and remove the links."""
+        try:
+            artifact.wait()
+        except Exception as error:
+            text = f"warning: wandb did not upload {files.name} ({one_line(error)})"
+            self._send({"say": f"{text}; the run continues"})
+        shutil.rmtree(files, ignore_errors=True)
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Hard-link a file, or copy it if the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def report_end(run: Any, spec: dict[str, Any], end: End, best: dict[str, float]) -> None:
+    """Alert if the run is complete, or if it failed and nothing starts it again."""
+    is_restarted = end.code not in spec["final_codes"] and not spec["is_last_start"]
+    if end.code == 0 and not spec["is_sweep"]:  # a sweep would alert at each of its runs
+        text = ", ".join(f"{name} {value:.4g}" for name, value in best.items())
+        alert(run, spec, "is complete", text or "no evaluation", "INFO")
+    elif end.code == PREEMPTED and not spec["is_sweep"]:
+        # In a sweep another agent would get it, but the agent stops a run that the sweep ends, too.
+        run.mark_preempting()
+    elif end.code not in spec["quiet_codes"] and not is_restarted:
+        what = "diverged" if end.code == spec["diverged"] else "failed"
+        text = end.message or f"its process ended with code {end.code}"
+        alert(run, spec, f"{what}, and nothing restarts it", text, "ERROR")
+
+
+def alert(run: Any, spec: dict[str, Any], what: str, text: str, level: str) -> None:
+    """Send an alert. wandb takes titles of less than 64 characters."""
+    name = spec["name"]
+    room = 63 - len(what) - 1
+    short = name if len(name) <= room else f"{name[: room - 3]}..."
+    run.alert(title=f"{short} {what}", text=text, level=level)
+
+
+def new_rows(file: BinaryIO, limit: int | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the complete rows since the last call. "nan" and the infinities become floats.
+
+    limit: the position in the file after which no row is read.
+    """
+    while limit is None or file.tell() < limit:
+        line = file.readline()
         if not line.endswith(b"\n"):
             file.seek(-len(line), os.SEEK_CUR)
             return
@@ -124,15 +378,20 @@ def new_rows(file: BinaryIO) -> Iterator[dict[str, Any]]:
         }
 
 
-def listen(end: End) -> None:
-    """Wait for the run's exit code, then exit after LIMIT_S at the latest."""
+def listen(end: Ends, upload_s: float) -> None:
+    """Wait for the end of the run, then exit after LIMIT_S at the latest.
+
+    upload_s: added to it if the run is complete.
+    """
     line = sys.stdin.buffer.readline().strip()
-    threading.Timer(LIMIT_S, os._exit, (1,)).start()
-    end.put(int(line) if line else KILLED)
+    ended = End(**json.loads(line)) if line else End(KILLED, "it was killed")
+    limit_s = LIMIT_S if ended.code else LIMIT_S + upload_s
+    threading.Timer(limit_s, os._exit, (1,)).start()
+    end.put(ended)
 
 
-def poll_exit_code(end: End) -> int | None:
-    """Wait up to POLL_S for the run's exit code; None if the run has not ended."""
+def poll_end(end: Ends) -> End | None:
+    """Wait up to POLL_S for the end of the run; None if it has not ended."""
     try:
         return end.get(timeout=POLL_S)
     except queue.Empty:

@@ -1,4 +1,4 @@
-"""Starts a helper process that sends metrics.jsonl to wandb. The run never waits for wandb.
+"""Starts a helper process that sends the run to wandb. The run never waits for wandb.
 
 In the run's own process, wandb would replace sys.exit and sys.excepthook, and wait for an
 unreachable server at the start and again in an exit hook (12 s, measured with wandb 0.31 and a
@@ -8,73 +8,79 @@ the last rows and ends.
 """
 
 import contextlib
+import json
 import os
-import re
-import secrets
+import queue
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from alexnet_ddp.runtime.files import write_bytes, write_json
+from alexnet_ddp.runtime.errors import FINAL_CODES, Diverged, Preempted, StoppedByService
+from alexnet_ddp.runtime.files import write_json
 from alexnet_ddp.runtime.redaction import redact
+from alexnet_ddp.tracking.classes import ClassResults
 from alexnet_ddp.tracking.sinks import Say
+from alexnet_ddp.tracking.wandb_settings import is_sweep
 
 CLOSE_S = 10.0
+UPLOAD_S = 600.0  # that the helper may outlive the run, to upload the last checkpoints
 NOT_ONLINE = 3  # the helper's exit code if it cannot reach the server, or has no key
 HELPER = Path(__file__).with_name("wandb_process.py")
 
 
-def wandb_mode(wanted: str) -> str:
-    """Return the lower of `wanted` and WANDB_MODE, in the order online > offline > disabled."""
-    modes = ("disabled", "offline", "online")
-    asked = os.environ.get("WANDB_MODE", wanted).lower().replace("dryrun", "offline")
-    return modes[min(modes.index(wanted), modes.index(asked) if asked in modes else 2)]
-
-
-def wandb_id(run_dir: Path) -> str:
-    """Return the run's id in wandb; the first call creates it and writes wandb_id.txt."""
-    path = run_dir / "wandb_id.txt"
-    found = path.read_text().strip() if path.exists() else ""
-    if not re.fullmatch(r"[\w\-]{1,64}", found):
-        found = secrets.token_hex(4)
-        write_bytes(path, f"{found}\n".encode())
-    return found
-
-
 class _Helper(NamedTuple):
-    """The helper process and its pipes."""
+    """The helper process, its standard input, and the thread that reads its messages."""
 
     process: subprocess.Popen[bytes]
     stdin: IO[bytes]
-    stdout: IO[bytes]
+    reader: threading.Thread
 
 
 class WandbSink:
     """Starts the helper process and prints its messages.
 
-    spec: "mode", and the input of wandb_process.py that this class does not know itself.
+    spec: "mode", "init" (arguments of wandb.init), "name", "config", "facts" (for the summary),
+    "offset" (of the first new row in metrics.jsonl), "start_step", "artifacts" and "program".
+    on_stop: called in a thread if the service asks the run to stop.
     """
 
     name = "wandb"
 
-    def __init__(self, run_dir: Path, spec: dict[str, Any], say: Say) -> None:
+    def __init__(
+        self, run_dir: Path, spec: dict[str, Any], say: Say, on_stop: Callable[[], None]
+    ) -> None:
         directory = run_dir.resolve() / "wandb"
         directory.mkdir(exist_ok=True)
         self._say = say
+        self._on_stop = on_stop
+        self._said: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._directory = directory
         self._mode = spec["mode"]
+        self._uploads = spec["artifacts"] != "none"
+        self._may_outlive = False  # the helper, this process
+        root = Path(os.environ.get("WANDB_DIR") or directory.parent).absolute()
+        self._upload = f"upload with: wandb sync {root}/wandb/offline-run-*"
         own = {
             "run_dir": str(directory.parent),
-            "id": wandb_id(run_dir),
-            "pid": os.getpid(),
+            "dir": str(root),
+            "pid": _process_to_measure(),
+            "upload": self._upload,
+            "upload_s": UPLOAD_S if self._uploads else 0.0,
+            "is_sweep": is_sweep(),
             "not_online": NOT_ONLINE,
+            "final_codes": FINAL_CODES,
+            "quiet_codes": [0, Preempted.exit_code, StoppedByService.exit_code],
+            "diverged": Diverged.exit_code,
+            "is_last_start": _is_last_start(spec["start_step"]),
         }
-        self._upload = f"upload with: wandb sync {directory}/offline-run-*"
-        write_json(directory / "helper.json", redact(spec) | own | {"upload": self._upload})
+        write_json(directory / "helper.json", redact(spec) | own)
+        (directory / "classes.json").unlink(missing_ok=True)  # of an earlier start
         if self._mode == "offline":
             say(f"wandb: offline; {self._upload}")
         self._helper = self._start()
@@ -90,29 +96,32 @@ class WandbSink:
     def image(self, name: str, pixels: np.ndarray) -> None:
         """Does nothing: the helper sends batch.png, which it finds in the run's directory."""
 
-    def close(self, exit_code: int) -> None:
-        """Give the helper CLOSE_S to send the remaining rows; unsent rows stay on disk.
+    def classes(self, results: ClassResults) -> None:
+        """Have the helper send a table of the classes, and the confusions between them."""
+        write_json(self._directory / "classes.json", results.as_json())
 
-        Raises TimeoutError, or RuntimeError if it has failed.
+    def close(self, exit_code: int, message: str) -> None:
+        """Give the helper CLOSE_S to send what remains; unsent rows stay on disk.
+
+        After a complete run, a helper that uploads checkpoints continues for UPLOAD_S at most.
+        After another end, the next start uploads them. Raises TimeoutError, or RuntimeError if the
+        helper has failed.
         """
+        self._may_outlive = self._uploads and exit_code == 0
         deadline = time.monotonic() + CLOSE_S
+        end = {"code": exit_code, "message": redact(message)}
         try:
-            code = self._finish(exit_code, deadline)
+            code = self._finish(end, deadline)
             if self._check(code):
-                self._check(self._finish(exit_code, deadline))
+                self._check(self._finish(end, deadline))
         finally:
             self._end()
 
-    def _start(self) -> "_Helper":
+    def _start(self) -> _Helper:
+        command = [sys.executable, "-P", HELPER, self._directory / "helper.json", self._mode]
         with (self._directory / "helper.log").open("ab") as log:
             process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    str(HELPER),
-                    str(self._directory / "helper.json"),
-                    self._mode,
-                ],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -121,8 +130,21 @@ class WandbSink:
             )
         assert process.stdin is not None  # a pipe, and so is the next
         assert process.stdout is not None
-        os.set_blocking(process.stdout.fileno(), False)
-        return _Helper(process, process.stdin, process.stdout)
+        reader = threading.Thread(
+            target=self._read, args=(process.stdout,), name="wandb messages", daemon=True
+        )
+        reader.start()
+        return _Helper(process, process.stdin, reader)
+
+    def _read(self, stdout: IO[bytes]) -> None:
+        """Handle the helper's messages until it ends. It is a thread, so that a stop is prompt."""
+        with stdout:
+            for line in stdout:
+                message = json.loads(line)
+                if message.get("stop"):
+                    self._on_stop()
+                else:
+                    self._said.put(message["say"])
 
     def _check(self, code: int | None) -> bool:
         """Handle an exit code of the helper; True if it was restarted offline."""
@@ -137,26 +159,49 @@ class WandbSink:
             )
         return False
 
-    def _finish(self, exit_code: int, deadline: float) -> int:
+    def _finish(self, end: dict[str, Any], deadline: float) -> int | None:
+        """Send the end of the run. Return the helper's exit code, or None if it still uploads."""
         # The helper may have ended already; its exit code is checked below.
         with contextlib.suppress(BrokenPipeError):
-            self._helper.stdin.write(f"{exit_code}\n".encode())
+            self._helper.stdin.write(f"{json.dumps(end)}\n".encode())
             self._helper.stdin.flush()
         try:
             return self._helper.process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
+            if self._may_outlive:
+                pid, minutes = self._helper.process.pid, UPLOAD_S / 60
+                self._said.put(
+                    f"wandb: process {pid} uploads checkpoints for up to {minutes:.0f} minutes more"
+                )
+                return None
             raise TimeoutError(f"it did not finish in {CLOSE_S:.0f} s") from None
 
     def _end(self) -> None:
+        """Kill the helper, unless it still uploads, and print its last messages."""
+        if self._may_outlive and self._helper.process.poll() is None:
+            self._pass_on()
+            return
         self._helper.process.kill()
         self._helper.process.wait()
+        self._helper.reader.join()
         self._pass_on()
-        self._helper.stdout.close()
         try:
             self._helper.stdin.close()
         except BrokenPipeError:
             return  # the helper ended before it read the exit code
 
     def _pass_on(self) -> None:
-        for line in (self._helper.stdout.read() or b"").decode(errors="replace").splitlines():
-            self._say(line)
+        while not self._said.empty():
+            self._say(self._said.get())
+
+
+def _process_to_measure() -> int:
+    """The process whose tree contains all ranks of this machine: torchrun, or this process."""
+    several = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1
+    return os.getppid() if several else os.getpid()
+
+
+def _is_last_start(start_step: int) -> bool:
+    """True if nothing starts the run again if it crashes. launch/common.sh sets the variables."""
+    is_supervised = "ALEXNET_DDP_EXIT_CODE_FILE" in os.environ
+    return not is_supervised or os.environ.get("ALEXNET_DDP_GIVES_UP_AT") == str(start_step)

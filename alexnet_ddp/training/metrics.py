@@ -5,6 +5,7 @@ import time
 import torch
 from torch import Tensor
 
+from alexnet_ddp.data.loader import Batch
 from alexnet_ddp.plugins import METRICS
 from alexnet_ddp.runtime.distributed import sum_over_ranks
 from alexnet_ddp.runtime.errors import ConfigError
@@ -79,6 +80,24 @@ class UserMetrics:
             return {}
         sums = sum_over_ranks(self._sums).tolist()
         return {f"val/{name}": total / num_images for name, total in zip(self._metrics, sums)}
+
+
+class Confusion:
+    """Counts the images of an evaluation by label and predicted class, on the device until read."""
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self._num_classes = num_classes
+        self._counts = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
+
+    def add(self, batch: Batch, logits: Tensor) -> None:
+        """Add the images of a batch. logits: [n, classes]. No host wait."""
+        found = logits.topk(min(5, self._num_classes), dim=1).indices[:, 0]  # as top-1 counts
+        pairs = batch.labels * self._num_classes + found
+        self._counts.index_add_(0, pairs, torch.ones_like(pairs))
+
+    def read(self) -> Tensor:
+        """Collective. Return int64 [label, predicted class] on the CPU, of all ranks. Once."""
+        return sum_over_ranks(self._counts).cpu().view(self._num_classes, -1)
 
 
 def correct_counts(logits: Tensor, labels: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
+from torch import Tensor
+
 from alexnet_ddp.checkpoint.manager import RunState
 from alexnet_ddp.config import Config, OnNan
 from alexnet_ddp.config.compose import to_plain, to_yaml
@@ -24,6 +26,7 @@ from alexnet_ddp.runtime.deadline import Deadline
 from alexnet_ddp.runtime.errors import (
     Preempted,
     RunError,
+    StoppedByService,
     is_rank_zero,
     was_asked_to_stop,
     write_start_step,
@@ -33,10 +36,12 @@ from alexnet_ddp.runtime.signals import StopSignal
 from alexnet_ddp.runtime.startup import before_exit
 from alexnet_ddp.runtime.watchdog import WAITING, Watchdog
 from alexnet_ddp.tracking import (
+    ClassResults,
     RunInfo,
     RunStatus,
     Tracker,
     build_tracker,
+    check_wandb,
     headline,
     make_run_dir,
     run_status,
@@ -45,7 +50,7 @@ from alexnet_ddp.tracking.report_process import write_report
 from alexnet_ddp.training.evaluation import evaluate
 from alexnet_ddp.training.faults import Guard
 from alexnet_ddp.training.first_batch import write_first_batch
-from alexnet_ddp.training.metrics import Throughput, train_row
+from alexnet_ddp.training.metrics import Confusion, Throughput, train_row
 from alexnet_ddp.training.parts import TrainingParts, build_train_loader
 from alexnet_ddp.training.profiler import StepProfiler
 from alexnet_ddp.training.replicas import Replicas
@@ -57,12 +62,15 @@ from alexnet_ddp.training.vote import StepVote
 
 log = logging.getLogger(__name__)
 
+_MAX_CONFUSION = 1000  # classes: the counts of all pairs take 8 MB
+
 
 def train(cfg: Config, overrides: list[str]) -> None:
     """Train the run that `cfg` describes, or resume it. overrides: recorded with the run.
 
     With logger.report, rank 0 then writes the report of the complete run.
     """
+    check_wandb(cfg.logger)
     is_trained = _train(cfg, overrides)
     if is_trained and cfg.logger.report and is_rank_zero():
         write_report(cfg.run_dir, cfg.plugins)
@@ -264,11 +272,18 @@ class Trainer:
         self.callbacks.on_checkpoint(self.checkpoints.last_saved)
         if due.stop:
             self.stop.ignore()
-            done = f"stopped at step {self.state.step} of {self.budget.total_steps} and saved"
-            raise Preempted(f"{done}; start the same command again to resume")
+            raise self._stopped()
         if due.unfreeze:
             with self._not_training():
                 self.parts.unfreeze()
+
+    def _stopped(self) -> RunError:
+        """Collective. The error that a stop ends the run with."""
+        done = f"stopped at step {self.state.step} of {self.budget.total_steps} and saved"
+        again = "start the same command again to resume"
+        if distributed.any_rank(self.stop.for_good, self.world):
+            return StoppedByService(f"{done}, as wandb asked; {again}")
+        return Preempted(f"{done}; {again}")
 
     def _evaluation_is_due(self) -> bool:
         step = self.state.step
@@ -354,9 +369,13 @@ class Trainer:
         )
         batches = self.watchdog.evaluating(self.parts.val_loader.batches(work))
         num_classes = len(self.data.train.classes)
+        confusion = self._confusion(num_classes)
+        observe = confusion.add if confusion else None
         try:
             with self.parts.evaluation_model() as model:
-                result = evaluate(model, batches, cfg, num_classes, world, self.stop)
+                result = evaluate(
+                    model, batches, cfg, num_classes, world, self.stop, observe=observe
+                )
             if result is None:  # stopped: it is repeated when the run resumes
                 return replace(due, stop=True)
             num_bad = len(self.data.val) - int(result.row["val/num_images"])
@@ -368,8 +387,24 @@ class Trainer:
         row = result.row
         self.state.note_evaluation(row["val/top1"], row["val/loss"], self.cfg.checkpoint.best)
         self.callbacks.on_evaluation(self.state.step, result.row)
+        self._show_classes(confusion, result.per_class)
         self._log(result.row | ({"val/num_bad_images": num_bad} if num_bad else {}))
         return replace(due, save=True)
+
+    def _confusion(self, num_classes: int) -> Confusion | None:
+        """Collective. What counts the confusions of the last evaluation, if they are shown."""
+        is_shown = self.setup.is_over and num_classes <= _MAX_CONFUSION
+        if is_shown and distributed.any_rank(self.tracker.shows_classes, self.world):
+            return Confusion(num_classes, self.world.device)
+        return None
+
+    def _show_classes(self, confusion: Confusion | None, per_class: Tensor) -> None:
+        """Collective. Show the results by class of the last evaluation."""
+        if self.setup.is_over:
+            counts = confusion.read().numpy() if confusion else None
+            names = self.data.class_names
+            results = ClassResults(self.state.step, names, per_class.numpy(), counts)
+            self.tracker.classes(results)
 
     def _save(self, is_last: bool) -> None:
         """Collective. Save a checkpoint. If the last one fails, the run ends; see checkpoint/."""
@@ -421,8 +456,17 @@ class Trainer:
             self.state.step,
         )
         total, per_epoch = budget.total_steps, budget.steps_per_epoch
-        info = RunInfo(cfg.run.name, world.is_main, step, total, per_epoch, to_plain(cfg))
-        tracker = build_tracker(cfg.logger, cfg.run_dir, info)
+        info = RunInfo(
+            cfg.run.name,
+            world.is_main,
+            step,
+            total,
+            per_epoch,
+            to_plain(cfg),
+            to_yaml(cfg),
+            {"world_size": world.world_size, "num_parameters": self.parts.num_parameters},
+        )
+        tracker = build_tracker(cfg.logger, cfg.run_dir, info, self.stop.stop_for_good)
         # So that other commands use these numbers, whatever data they read.
         found = [f"data.mean={cfg.data.mean}", f"data.std={cfg.data.std}"]
         recorded = overrides if data.normalisation is None else [*overrides, *found]

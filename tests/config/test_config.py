@@ -279,7 +279,7 @@ REFUSED_BY_THE_SCHEMA = {
     "trainer.compile=maybe": "trainer.compile (maybe) must be true or false",
     "device=tpu": "device (tpu) must be one of auto, cpu, cuda",
     "trainer.precision=int8": "trainer.precision (int8) must be one of fp32, bf16, fp16",
-    "logger.wandb=true": "logger.wandb (true) must be one of disabled, offline, online",
+    "logger.wandb=true": "logger.wandb (true) must be one of disabled, offline, online, or null",
     "data.on_bad_image=ignore": "data.on_bad_image (ignore) must be one of raise, skip",
     "scheduler=step scheduler.milestones_epochs=3,4": (
         "scheduler.milestones_epochs (3,4) must be a list; write scheduler.milestones_epochs=[3,4]"

@@ -119,10 +119,10 @@ TYPED = [*NUMBER_LIKE, *AS_TYPED]
 @pytest.mark.sampled
 @pytest.mark.parametrize("texts", [TYPED[k : k + 3] for k in range(0, len(TYPED), 3)])
 def test_a_path_is_the_text_that_was_typed(texts):
-    options = ("data.root", "run.root", "logger.wandb_project")
+    options = ("data.root", "run.root", "data.path_column")
     typed = [f"{option}={text}" for option, text in zip(options, texts)]
-    cfg = compose(["data=folder", "data.root=x", "run.name=x", *typed])
-    assert [cfg.data.root, cfg.run.root, cfg.logger.wandb_project][: len(texts)] == texts
+    cfg = compose(["data=csv", "data.root=x", "run.name=x", *typed])
+    assert [cfg.data.root, cfg.run.root, cfg.data.path_column][: len(texts)] == texts
 
 
 @pytest.mark.parametrize("root", ROOTS)

@@ -10,7 +10,6 @@ import pytest
 
 from alexnet_ddp.config import Wandb
 from alexnet_ddp.tracking import wandb_sink
-from alexnet_ddp.tracking.wandb_sink import wandb_mode
 from tests.tracking.test_tracking import rows, start_program, tracker
 
 # One pytest worker runs these tests: the fixtures start real wandb processes, which takes 20 s.
@@ -21,10 +20,11 @@ import os, time
 class Settings:
     model_fields = {}
 class Run:
-    url = "https://wandb.test/run"
+    url, id, offline, summary = "https://wandb.test/run", "1", False, {}
     def define_metric(self, *a, **k): step("define")
     def log(self, *a, **k): step("log")
     def finish(self, **k): step("finish")
+    def alert(self, **k): step("alert")
 def step(name):
     if os.environ["FAKE"] == name: raise ValueError("fake\\nerror in " + name)
     if os.environ["FAKE"] == "hang-" + name: time.sleep(60)
@@ -232,20 +232,6 @@ def test_a_failing_wandb_is_reported_in_one_line(fake, mode, words, tmp_path, mo
     assert len(rows(tmp_path / "run")) == 10
     said = [line for line in capsys.readouterr().out.splitlines() if "wandb" in line]
     assert [word for word, line in zip(words, said, strict=True) if word not in line] == []
-
-
-def test_wandb_mode_of_the_environment_narrows_the_configuration(monkeypatch):
-    def mode(wanted, environment):
-        monkeypatch.setenv("WANDB_MODE", environment)
-        return wandb_mode(wanted)
-
-    assert [mode("online", name) for name in ("disabled", "offline", "dryrun", "online", "bad")] == [
-        "disabled", "offline", "offline", "online", "online",
-    ]  # fmt: skip
-    assert [mode("offline", name) for name in ("disabled", "online")] == ["disabled", "offline"]
-    assert mode("disabled", "online") == "disabled"
-    monkeypatch.delenv("WANDB_MODE")
-    assert wandb_mode("online") == "online"
 
 
 def test_online_without_a_key_is_offline_without_a_prompt(without_server):

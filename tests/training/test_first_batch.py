@@ -66,6 +66,14 @@ def test_without_a_readable_image_there_is_no_picture_and_no_error(tmp_path, ima
     assert "batch.png is not written: " in caplog.text
 
 
+def hyperparameters(events):
+    """The options in TensorBoard's table of hyperparameters, by name."""
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    start = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    return HParamsPluginData.FromString(start).session_start_info.hparams
+
+
 @pytest.mark.slow
 def test_a_run_writes_its_first_batch_and_tensorboard_shows_it(image_folder, tmp_path):
     same = [*SMALL, f"data.root={image_folder}", f"run.root={tmp_path}", "run.name=x"]
@@ -77,7 +85,14 @@ def test_a_run_writes_its_first_batch_and_tensorboard_shows_it(image_folder, tmp
 
     events = EventAccumulator(str(next((tmp_path / "x").rglob("events.out.tfevents*")).parent))
     events.Reload()
-    assert events.Tags()["images"] == ["batch"]
+    assert events.Tags()["images"] == ["batch", "val/confusion_matrix"]
+    (text,) = events.Tensors("config/text_summary")
+    assert b"max_steps: 2" in text.tensor_proto.string_val[0]
+    options = hyperparameters(events)
+    assert options["trainer.max_steps"].number_value == 2
+    assert options["trainer.drop_last"].string_value == "False"
+    assert options["trainer.precision"].string_value == "fp32"
+    assert "_hparams_/session_end_info" in events.summary_metadata
 
 
 @pytest.mark.slow

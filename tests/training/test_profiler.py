@@ -37,7 +37,9 @@ def test_spans():
 
 def test_the_conclusion_names_the_largest_share():
     shares = TimeShares(12.5, data=0.1, compute=0.3, communication=0.55, other=0.05)
-    assert shares.conclusion.startswith("bound by communication: 55 % of a step of 12.5 ms waits for")
+    assert shares.conclusion.startswith(
+        "bound by communication: 55 % of a step of 12.5 ms waits for"
+    )
 
 
 @pytest.mark.slow

@@ -1,0 +1,215 @@
+"""What a local server receives of real runs: options, summary, classes, artifacts, alerts, stop button, sweep agent."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+
+from alexnet_ddp.config.schema import ROOTS, options
+from tests.drills.wandb_server import ReceivedRun, WandbServer
+from tests.network import QUICK, WAITING
+from tests.ranks import started
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wandb")]
+
+PROJECT = Path(__file__).parents[2]
+SMALL = ["data=folder", "data.image_size=64", "trainer.log_every_steps=1", "trainer.epochs=9999"]
+
+
+@pytest.fixture
+def server() -> Iterator[WandbServer]:
+    server = WandbServer()
+    yield server
+    server.close()
+
+
+def environment(server: WandbServer, folder: Path) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    own = {"PYTHONPATH": str(PROJECT), "XDG_CACHE_HOME": str(folder / "cache")}
+    return {**kept, **own, "NETRC": "/dev/null", "HOME": str(folder), **server.env}
+
+
+def until(is_true: Callable[[], object], seconds: float, what: str) -> None:
+    end = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.1)
+
+
+def status(run_dir: Path) -> dict:
+    return json.loads((run_dir / "status.json").read_text())
+
+
+def documented_sweep() -> dict:
+    """The sweep.yaml of docs/tracking.md."""
+    page = (PROJECT / "docs/tracking.md").read_text()
+    return yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
+
+
+def only_run(server: WandbServer) -> tuple[str, ReceivedRun]:
+    ((run_id, run),) = server.runs.items()
+    return run_id, run
+
+
+def test_a_complete_run_of_two_ranks(server, image_folder, tmp_path):
+    options = ["logger.wandb_tags=[a,b c]", "logger.wandb_group=mine", "logger.wandb_artifacts=all"]
+    arguments = [*SMALL, *QUICK, f"data.root={image_folder}", "run.name=x", "trainer.max_steps=4"]
+    arguments += [*options, "logger.wandb=online", "trainer.eval_every_steps=2"]
+    env = environment(server, tmp_path) | {
+        "WANDB_PROJECT": "of-the-variable",
+        "WANDB_RUN_GROUP": "not-mine",
+        "WANDB_NOTES": "a note",
+        "WANDB_JOB_TYPE": "train",
+        "WANDB_NAME": "shown",
+    }
+    with started("alexnet_ddp.train", arguments, 2, tmp_path, env) as command:
+        assert command.wait(180) == 0, command.said()
+        run_dir = tmp_path / "runs/x"
+        run_id, run = only_run(server)
+        until(lambda: run.exit_codes, 30, "the end of the run in wandb")
+        said = command.said()
+    assert "warning: wandb" not in said, said
+    assert run_id == (run_dir / "wandb_id.txt").read_text().strip()
+    _check_start(run)
+    _check_numbers(run, run_dir)
+    _check_classes(run, run_id, server)
+    _check_artifacts(run, run_id, run_dir, server)
+    assert run.exit_codes == [0]
+    assert [(one["title"], one["severity"]) for one in run.alerts] == [("x is complete", "INFO")]
+
+
+def _check_start(run: ReceivedRun) -> None:
+    """The option counts before the variable, the variable before the default; the configuration is nested."""
+    first = run.started[0]
+    assert (first["project"], first["groupName"]) == ("of-the-variable", "mine")
+    assert (first["displayName"], first["notes"], first["jobType"]) == ("shown", "a note", "train")
+    assert first["tags"] == ["a", "b c"]
+    assert run.config["trainer"]["max_steps"] == 4
+    assert run.config["optimizer"]["lr"] > 0
+
+
+def _check_numbers(run: ReceivedRun, run_dir: Path) -> None:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        received = run.history[row["step"]]
+        assert (
+            row.items() - {("time_s", row["time_s"]), ("epoch", row["epoch"])} <= received.items()
+        )
+    top1 = [row["val/top1"] for row in rows if "val/top1" in row]
+    loss = [row["val/loss"] for row in rows if "val/loss" in row]
+    assert len(top1) == 2
+    summary = run.summary
+    assert summary["best/val/top1"] == summary["val/top1"]["max"] == max(top1)
+    assert summary["best/val/loss"] == summary["val/loss"]["min"] == min(loss)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=PROJECT, capture_output=True, text=True
+    )
+    assert summary["git_commit"] == run.started[0]["commit"] == commit.stdout.strip()
+    assert summary["version_torch"] == metadata.version("torch")
+    assert (summary["world_size"], summary["num_parameters"]) == (2, 619_205)
+
+
+def _check_classes(run: ReceivedRun, run_id: str, server: WandbServer) -> None:
+    logged = run.history[4]
+    assert logged["val/classes"]["nrows"] == 5
+    table = json.loads(server.uploads[f"{run_id}/{logged['val/classes']['path']}"])
+    assert table["columns"] == ["class", "images", "correct1", "correct5", "top1"]
+    assert sum(row[2] for row in table["data"]) == logged["val/correct1"]
+    assert sum(row[1] for row in table["data"]) == logged["val/num_images"]
+    matrix = json.loads(server.uploads[f"{run_id}/{logged['val/confusion_matrix_table']['path']}"])
+    assert len(matrix["data"]) == 25
+    assert sum(row[2] for row in matrix["data"]) == logged["val/num_images"]
+    assert sum(row[2] for row in matrix["data"] if row[0] == row[1]) == logged["val/correct1"]
+    assert run.history[0]["batch"]["_type"] == "image-file"
+    assert f"{run_id}/{run.history[0]['batch']['path']}" in server.uploads
+
+
+def _check_artifacts(run: ReceivedRun, run_id: str, run_dir: Path, server: WandbServer) -> None:
+    models = [one for one in run.artifacts if one["artifactTypeName"] == "model"]
+    assert {one["artifactCollectionName"] for one in models} == {f"model-{run_id}"}
+    aliases = [{alias["alias"] for alias in one["aliases"]} for one in models]
+    best = [json.loads((run_dir / "best.json").read_text())["step"]]
+    assert aliases[0] == {"latest", "step-2", "best"}
+    assert aliases[1] == {"latest", "step-4"} | ({"best"} if best == [4] else set())
+    weights = (run_dir / "checkpoints/step-00000004/model.safetensors").read_bytes()
+    assert weights in server.uploads.values()
+    until(lambda: not list((run_dir / "wandb/artifacts").iterdir()), 10, "the end of the links")
+
+
+def test_a_killed_run_keeps_its_id_and_the_stop_button_ends_it_for_good(
+    server, image_folder, tmp_path
+):
+    arguments = [*SMALL, *WAITING, f"data.root={image_folder}", "run.name=x", "logger.wandb=online"]
+    arguments += ["trainer.eval_every_epochs=99", "checkpoint.save_every_steps=5"]
+    env = environment(server, tmp_path)
+    run_dir = tmp_path / "runs/x"
+    with started("alexnet_ddp.train", arguments, 0, tmp_path, env) as command:
+        until(lambda: any(run.history for run in server.runs.values()), 60, "a row in wandb")
+        until(lambda: list(run_dir.glob("checkpoints/step-*")), 60, "a checkpoint")
+        command.send_signal(signal.SIGKILL)
+    run_id, run = only_run(server)
+    until(lambda: run.exit_codes, 30, "the end of the killed run in wandb")
+    server.stopped.add(run_id)
+    with started("alexnet_ddp.train", arguments, 2, tmp_path, env) as command:
+        command.wait(120)
+        said = command.said()
+    assert f"stopped at step {status(run_dir)['step']} of " in said
+    assert "and saved, as wandb asked" in said
+    assert (status(run_dir)["state"], status(run_dir)["exit_code"]) == ("stopped", 79)
+    newest = max(run_dir.glob("checkpoints/step-*"))
+    assert newest.name == f"step-{status(run_dir)['step']:08d}"
+    assert [*server.runs] == [run_id]
+    until(lambda: len(run.exit_codes) == 2, 30, "the end of the stopped run in wandb")
+    assert run.exit_codes == [137, 79]
+    titles = [one["title"] for one in run.alerts]
+    assert titles == ["x failed, and nothing restarts it"]  # of the killed one
+
+
+def test_the_sweep_agent_starts_a_run_and_stops_it(server, image_folder, tmp_path):
+    """wandb's own agent, with the command of docs/tracking.md. The early termination of hyperband is its command "stop"."""
+    given = {"optimizer.lr": 0.03, "trainer.ema_decay": None, "trainer.drop_last": True}
+    trial = {"type": "run", "run_id": "trial1", "program": "unused"}
+    trial["args"] = {key: {"value": value} for key, value in given.items()}
+    fixed = [*SMALL, *WAITING, f"data.root={image_folder}", "trainer.eval_every_epochs=99"]
+    sweep = documented_sweep()
+    assert set(sweep["parameters"]) <= set(options(ROOTS["train"]))
+    server.sweep_config = yaml.safe_dump(sweep | {"command": sweep["command"] + fixed})
+    server.commands = [[trial]]
+    env = environment(server, tmp_path)
+    env |= {"WANDB_AGENT_MAX_INITIAL_FAILURES": "1"}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"  # the agent starts `python`
+    agent = subprocess.Popen(
+        [sys.executable, "-m", "wandb", "agent", "--count", "1", "us/p/sweep1"],
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        run_dir = tmp_path / "runs/sweep1-trial1"
+        until(lambda: "trial1" in server.runs and server.runs["trial1"].history, 120, "a row")
+        server.commands.append([{"type": "stop", "run_id": "trial1"}])
+        said = agent.communicate(timeout=90)[0]
+    finally:
+        agent.kill()
+    run = server.runs["trial1"]
+    assert [*server.runs] == ["trial1"], said
+    assert run.started[0]["sweep"] == "sweep1"
+    assert (run.started[0]["project"], run.started[0]["entity"]) == ("p", "us")
+    assert run.config["optimizer"]["lr"] == 0.03
+    assert run.config["trainer"]["ema_decay"] is None
+    assert run.config["trainer"]["drop_last"] is True
+    assert (status(run_dir)["state"], status(run_dir)["exit_code"]) == ("preempted", 75)
+    assert list(run_dir.glob("checkpoints/step-*"))
+    assert "failed runs" not in said  # the agent ends after a failure: see the variable above
+    assert not run.alerts
+    assert not run.preempting
