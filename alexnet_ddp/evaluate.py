@@ -98,7 +98,7 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
         views = evaluation_views(options.crops, options.flip)
         needs_outputs = options.calibrate or options.metrics or options.predictions is not None
         outputs = Outputs() if needs_outputs else None
-        found = _evaluate(model, origin, data.val, cfg, outputs, world, views)
+        found = _evaluate(model, origin, data.val, cfg, outputs, world, views=views)
         distributed.from_main(
             lambda: _finish(found, data, options, cfg.run_dir if file is None else None), world
         )
@@ -162,6 +162,7 @@ def _evaluate(
     cfg: Config,
     outputs: Outputs | None,
     world: World,
+    *,
     views: EvalViews = CENTRE,
 ) -> Found:
     """Collective. Evaluate on all images of `val`. Raises Preempted after a stop signal."""

@@ -81,7 +81,7 @@ class Loader:
             self._allocate,
             self._mixes,
             self.will_need,
-            self.num_views,
+            num_views=self.num_views,
         )
 
     @property
@@ -154,6 +154,7 @@ def build_loader(
     num_threads: int,
     device: torch.device,
     may_grow: bool = False,
+    *,
     views: EvalViews = CENTRE,
 ) -> Loader:
     """A loader for the images of `index`.

@@ -68,6 +68,7 @@ class Prefetcher:
         allocate: Allocate,
         with_previous: bool = False,
         will_need: Callable[[np.ndarray], None] | None = None,
+        *,
         num_views: int = 1,
     ) -> None:
         self._fill, self._image_size, self._allocate = fill, image_size, allocate
