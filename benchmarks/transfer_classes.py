@@ -7,7 +7,8 @@ DIR contains train/CLASS and val/CLASS. The published figure is of the 20 classe
 experiment=imagenet20, as files. Each training is `python -m alexnet_ddp.train` with the options of
 that recipe. The weights come from the 1st, 3rd, 5th, ... class; the 2nd, 4th, 6th, ... class are
 new to the network. The fine-tuning differs from the training from scratch only in its weights and
-in the number of its epochs. The accuracy is measured on all validation images of the new classes
+in the number of its epochs; both have a shorter warm-up and a higher rate than the recipe, as
+these trainings are short. The accuracy is measured on all validation images of the new classes
 after each epoch.
 """
 
@@ -25,6 +26,7 @@ from measuring import machine
 from PIL import Image
 
 EPOCHS = {"from scratch": 4, "fine-tuned": 2}
+SHORT = ["scheduler.warmup_epochs=0.25", "optimizer.lr=1e-3"]  # better for both than the recipe's
 COLOURS = {"from scratch": "#57606a", "fine-tuned": "#1f6feb"}
 
 
@@ -40,7 +42,7 @@ def main() -> None:
             for name, epochs in EPOCHS.items():
                 run = root / f"{name.replace(' ', '-')}-{seed}"
                 weights = [f"model.weights={source}"] if name == "fine-tuned" else []
-                train(root / "new", run, seed, epochs, args, *weights)
+                train(root / "new", run, seed, epochs, args, *SHORT, *weights)
                 results.append({"training": name, "seed": seed, "top1": top1(run)})
                 print(json.dumps(results[-1]), flush=True)
     print(table(results))
