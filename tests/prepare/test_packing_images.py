@@ -1,13 +1,12 @@
 """Images as they come: which are packed, which are refused and why, and what their pixels sum up to."""
 
-import contextlib
 import io
 import json
 import os
 import shutil
 import struct
+import subprocess
 import tarfile
-import threading
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +19,7 @@ from alexnet_ddp.config import AlexNet2012AugmentConfig, Encoding
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.sources.sets import colour_basis
 from alexnet_ddp.data.storage import Storage
+from alexnet_ddp.prepare.commit import remove_temporary_files
 from alexnet_ddp.prepare.encode import Recipe, Refused, encode
 from alexnet_ddp.prepare.write import Statistics
 from alexnet_ddp.runtime.errors import DataError
@@ -227,31 +227,24 @@ def test_bad_images_are_quarantined_and_nothing_else_is_lost(tree, tmp_path):
     )  # a bad one leaves a gap: the others keep their places
 
 
-def test_a_task_that_still_writes_does_not_hide_the_error(tree, tmp_path):
-    # Spark ends a cancelled task a moment after the error.
-    root, over = tmp_path / "root", threading.Event()
-
-    def late_task() -> None:
-        while not over.is_set() and not list(root.glob("*.tar")):
-            time.sleep(0.001)
-        k = 0
-        while not over.is_set():
-            with contextlib.suppress(OSError):
-                (root / "_tmp").mkdir(exist_ok=True)
-                (root / f"_tmp/late-{k}").touch()
-            k += 1
-
-    threads = [threading.Thread(target=late_task) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    threading.Timer(1.0, over.set).start()
+@pytest.mark.slow
+def test_temporary_files_that_a_task_still_writes_raise_no_error(tmp_path):
+    # Spark ends a cancelled task a moment after the error, which must not be replaced.
+    root, folder = Storage(str(tmp_path)), tmp_path / "_tmp"
+    loop = 'while :; do mkdir -p "$0"; touch "$0/late-"{1..3000}; done 2>/dev/null'
+    tasks = [subprocess.Popen(["bash", "-c", loop, str(folder)]) for _ in range(2)]
     try:
-        with pytest.raises(DataError, match="nothing was committed"):
-            pack(tree, root, split="train", max_quarantine=2)
+        while not (folder / "late-3000").exists():
+            time.sleep(0.01)
+        with pytest.raises(OSError, match="_tmp"):
+            [root.remove("_tmp") for _ in range(200)]
+        remove_temporary_files(root)
     finally:
-        over.set()
-        for thread in threads:
-            thread.join()
+        for task in tasks:
+            task.kill()
+            task.wait()
+    remove_temporary_files(root)
+    assert not folder.exists()
 
 
 def test_too_many_bad_images_stop_before_the_commit_and_fixing_them_resumes(tree, tmp_path):
