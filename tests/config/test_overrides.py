@@ -515,7 +515,7 @@ OWNERS |= {
 }
 
 
-FILES = (".py", ".csv", ".json", ".npy", ".yaml", ".png", ".onnx", ".safetensors", ".pt2")
+FILES = (".py", ".csv", ".json", ".npy", ".yaml", ".png", ".html", ".onnx", ".safetensors", ".pt2")
 
 
 @pytest.mark.parametrize(
