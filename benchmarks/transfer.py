@@ -36,7 +36,8 @@ WHOLE = ["experiment=finetune", "finetune.head_epochs=null"]
 METHODS = {
     "scratch": [
         *(*WHOLE, "finetune.method=full", "finetune.layer_decay=1"),
-        *("finetune.backbone_lr_factor=1", "model.weights=null"),
+        *("finetune.backbone_lr_factor=1", "finetune.freeze_batch_norm=false"),
+        "model.weights=null",
     ],
     "head": ["experiment=linear_probe", "finetune.cache_features=false"],
     "cached": ["experiment=linear_probe"],

@@ -67,6 +67,12 @@ class FinetuneConfig(Options, section="finetune"):
         maximum=1,
     )
 
+    freeze_batch_norm: bool = option(
+        False,
+        "BatchNorm uses the running statistics of model.weights and keeps them, also while its "
+        "weight and bias are trained. Small batches and short trainings need that. With "
+        "finetune.method=head, lora and adalora it is always so.",
+    )
     cache_features: bool = option(
         False,
         "With finetune.method=head and augment=none: compute the inputs of the head once for each "
@@ -81,6 +87,9 @@ class FinetuneConfig(Options, section="finetune"):
         if self.head_epochs is not None and self.method is not Method.gradual:
             rule = f"would be ignored with finetune.method={self.method.value}; leave it null"
             raise ConfigError(f"finetune.head_epochs ({self.head_epochs:g}) {rule}")
+        if self.freeze_batch_norm and self.method not in (Method.full, Method.gradual):
+            rule = f"is always so with finetune.method={self.method.value}; leave it false"
+            raise ConfigError(f"finetune.freeze_batch_norm (true) {rule}")
         for name in ("rank", "alpha"):
             if getattr(self, name) is not None and not self.adapts:
                 rule = f"would be ignored with finetune.method={self.method.value}; leave it null"

@@ -472,6 +472,11 @@ class Config(Options):
             self._check_powersgd()
         if isinstance(self.parallel, HybridConfig):
             self._check_hybrid(self.parallel)
+        has_weights = self.model.weights is not None or self.model.has_own_weights
+        if self.finetune.freeze_batch_norm and not has_weights:
+            rule = "keeps the statistics of model.weights, and there are none"
+            remedy = "give model.weights, or leave it false"
+            raise ConfigError(f"finetune.freeze_batch_norm (true) {rule}; {remedy}")
         if self.finetune.freezes:
             self._check_frozen(f"finetune.method={self.finetune.method.value}")
         if self.finetune.cache_features:

@@ -23,7 +23,7 @@ from alexnet_ddp.config import (
 from alexnet_ddp.config.plugins import PluginModelConfig, TimmConfig
 from alexnet_ddp.model.adapters import Adapters
 from alexnet_ddp.model.alexnet import alexnet_2012, alexnet_bn, alexnet_small
-from alexnet_ddp.model.backbone import Backbone
+from alexnet_ddp.model.backbone import Backbone, freeze_batch_norm
 from alexnet_ddp.model.blocks import lr_factors
 from alexnet_ddp.model.dropout import KeyedDropout, key_dropout, set_dropout_keys
 from alexnet_ddp.model.head import (
@@ -46,6 +46,7 @@ __all__ = [
     "build_model",
     "find_head",
     "follow_classes",
+    "freeze_batch_norm",
     "head_parameters",
     "initial_head",
     "load_checkpoint",

@@ -1,6 +1,7 @@
 """The backbone of a network, which is everything but its head: frozen, or trained."""
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from alexnet_ddp.model.head import find_head, head_parameters
 
@@ -39,3 +40,10 @@ class Backbone:
             parameter.grad = None
         for module in self._modules:
             module.training = is_trained
+
+
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Have each BatchNorm use its running statistics and keep them; its parameters are trained."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.training = False

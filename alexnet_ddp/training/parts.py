@@ -24,6 +24,7 @@ from alexnet_ddp.model import (
     build_model,
     check_image_size,
     follow_classes,
+    freeze_batch_norm,
     initial_head,
     load_checkpoint,
     lr_factors,
@@ -96,6 +97,8 @@ class TrainingParts:
         self.backbone = Backbone(self.model) if can_freeze else None
         if self.backbone is not None and self.is_frozen(setup.state.step):
             self.backbone.freeze()
+        if cfg.finetune.freeze_batch_norm:
+            freeze_batch_norm(self.model)
         self._features = (
             HeadFeatures(setup, self.model, on_phase) if cfg.finetune.cache_features else None
         )
@@ -203,6 +206,8 @@ class TrainingParts:
         del self._stateful, self.train_step, self.parallel_model
         assert self.backbone is not None  # unfreeze_due()
         self.backbone.unfreeze()
+        if self.setup.cfg.finetune.freeze_batch_norm:
+            freeze_batch_norm(self.model)
         gc.collect()  # DDP removes its hooks from the head's parameters when it is freed
         self.parallel_model = build_parallel(self._parallel, self.model, self.setup.world)
         self.train_step = self._build_step()

@@ -155,6 +155,7 @@ def resumes(root: str, weights: str, optimizer: str, stops: list[int]) -> dict[i
     more = ["finetune.method=gradual", "finetune.head_epochs=0.19", "trainer.ema_decay=0.9"]
     more += ["finetune.backbone_lr_factor=0.5", "finetune.layer_decay=0.7"]
     more += [f"optimizer={optimizer}", "optimizer.weight_decay=0.1", "optimizer.lr=0.01"]
+    more += ["finetune.freeze_batch_norm=true"] * (optimizer == "adamw")
     with distributed.session(Device.cpu) as world:
         torch.set_num_threads(1)
         calm = training(world, f"{root}/calm", weights, *more)
@@ -208,6 +209,28 @@ def test_after_the_switch_all_parameters_are_trained_and_the_heads_moments_are_k
     go(parts, 1)
     assert changed(switch["model"], copies(parts)["model"]) == set(switch["model"])
     assert all(module.training for module in parts.model.modules())
+    parts.close()
+
+
+def test_a_frozen_batch_norm_keeps_its_statistics_and_trains_its_parameters(
+    world, tmp_path, weights
+):
+    gradual = ["finetune.method=gradual", "finetune.head_epochs=0.12", "optimizer=adamw"]
+    parts = training(world, tmp_path, weights, *gradual, "finetune.freeze_batch_norm=true")
+    start = copies(parts)
+    go(parts, 2)  # the head
+    with parts.evaluation_model():
+        pass
+    go(parts, 1)  # all parameters
+    moved, statistics = (
+        changed(start["model"], copies(parts)["model"]),
+        ("running_mean", "running_var"),
+    )
+    assert {"conv1.weight", "bn1.weight", "fc.weight"} <= moved
+    assert not [name for name in moved if name.endswith((*statistics, "num_batches_tracked"))]
+    assert moved | {n for n in start["model"] if n.endswith((*statistics, "tracked"))} == set(
+        start["model"]
+    )
     parts.close()
 
 
@@ -275,6 +298,13 @@ WRONG = {
     "finetune.method=adalora optimizer=lars model.weights=x": (
         "finetune.method=adalora computes importances from gradients, which optimizer=lars overwrites; use "
         "optimizer=adamw or sgd"
+    ),
+    "finetune.method=lora finetune.freeze_batch_norm=true model.weights=x": (
+        "finetune.freeze_batch_norm (true) is always so with finetune.method=lora; leave it false"
+    ),
+    "finetune.freeze_batch_norm=true": (
+        "finetune.freeze_batch_norm (true) keeps the statistics of model.weights, and there are none; give "
+        "model.weights, or leave it false"
     ),
     "finetune.method=lora parallel=hybrid model.weights=x": (
         "finetune.method=lora excludes the layers from training that parallel=hybrid splits; use parallel=ddp"
