@@ -249,7 +249,7 @@ REFUSED_BY_THE_SCHEMA = {
         "trainer.nope is not a key; known here: trainer.callbacks, trainer.check_every_steps, trainer.class_weights, trainer.clip_grad_norm, trainer.compile, "
         "trainer.drop_last, trainer.ema_decay, trainer.epochs, trainer.eval_batch_size, trainer.eval_every_epochs, trainer.eval_every_steps, "
         "trainer.global_batch_size, trainer.hang_timeout_s, trainer.label_smoothing, trainer.log_every_steps, "
-        "trainer.max_hours, trainer.max_steps, trainer.metrics, trainer.micro_batch_size, trainer.on_nan, trainer.patience, trainer.precision, trainer.spike_factor, "
+        "trainer.max_hours, trainer.max_steps, trainer.metrics, trainer.micro_batch_size, trainer.on_nan, trainer.patience, trainer.precision, trainer.profile_ranks, trainer.profile_steps, trainer.spike_factor, "
         "trainer.tf32"
     ),
     "model.name=resnet18": (  # an option of another choice would be ignored

@@ -175,7 +175,9 @@ def test_two_ranks_resume_bit_equal_agree_and_send_a_hundredth(world, tmp_path, 
     torch.manual_seed(1)
     path = tmp_path / "alexnet.pth"
     torch.save(torchvision.models.alexnet(num_classes=3).state_dict(), path)
-    two = run_ranks(steps_and_messages, 2, str(tmp_path / "two"), str(small), str(path))
+    two = run_ranks(
+        steps_and_messages, 2, str(tmp_path / "two"), str(small), str(path), timeout_s=240
+    )
     for method, groups in (("lora", set()), ("adalora", {"ranks"})):
         one = resumes(world, str(tmp_path / "one" / method), str(small), method)
         for found in (one, two[0][method], two[1][method]):
