@@ -39,7 +39,7 @@ class Profile:
     """A profile of some steps on a rank (trainer.profile_steps). operators: a table of text."""
 
     name: str
-    verdict: str
+    conclusion: str
     parts: list[Part]
     operators: str
 
@@ -90,7 +90,7 @@ def profiles(run: RunRecord) -> list[Profile]:
         try:
             known = json.loads(file.read_bytes())
             shares = {name: float(known[name]) for name in _OF_PROFILE}
-            step_s, verdict = float(known["step_ms"]) / 1000, str(known["verdict"])
+            step_s, conclusion = float(known["step_ms"]) / 1000, str(known["conclusion"])
             operators = file.with_suffix(".txt").read_text(errors="replace")
         except (OSError, ValueError, KeyError, TypeError):
             continue
@@ -98,7 +98,7 @@ def profiles(run: RunRecord) -> list[Profile]:
             Part(_OF_PROFILE[name], share * step_s, share, k if name != "other" else None)
             for k, (name, share) in enumerate(shares.items())
         ]
-        found.append(Profile(file.stem.replace("rank", "rank "), verdict, parts, operators))
+        found.append(Profile(file.stem.replace("rank", "rank "), conclusion, parts, operators))
     return found
 
 

@@ -59,6 +59,11 @@ class TimeShares:
         share = 100 * float(getattr(self, name))
         return f"bound by {name}: {share:.0f} % of a step of {self.step_ms:.1f} ms {reasons[name]}"
 
+    @property
+    def record(self) -> dict[str, str | float]:
+        """The content of rankN.json, which `report` reads."""
+        return {"conclusion": self.conclusion} | asdict(self)
+
 
 class StepProfiler:
     """Profiles the steps [first, end) of a run on some ranks. On all others it does nothing.
@@ -114,9 +119,9 @@ class StepProfiler:
             torch.cuda.memory._dump_snapshot(f"{stem}.memory.pickle")
             torch.cuda.memory._record_memory_history(enabled=None)
         shares = time_shares(found)
-        conclusion = shares.conclusion
-        write_json(Path(f"{stem}.json"), {"conclusion": conclusion} | asdict(shares))
-        log.info("profile of rank %d: %s; see %s", self._world.rank, conclusion, self._folder)
+        write_json(Path(f"{stem}.json"), shares.record)
+        rank = self._world.rank
+        log.info("profile of rank %d: %s; see %s", rank, shares.conclusion, self._folder)
 
     def close(self) -> None:
         """End a profile whose last step was not reached. Nothing is written."""

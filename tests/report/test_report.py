@@ -31,6 +31,7 @@ from alexnet_ddp.runtime.run_record import RunRecord
 from alexnet_ddp.tracking import record
 from alexnet_ddp.tracking.record import RunStatus
 from alexnet_ddp.training.calibration import Scores
+from alexnet_ddp.training.profiler import TimeShares
 from alexnet_ddp.training.stragglers import Stopwatch, Stragglers
 from tests.test_runs import make_run
 
@@ -143,14 +144,15 @@ def test_the_parts_of_a_step_are_weighted_by_steps_and_add_up(tmp_path):
     assert times(make_run(tmp_path / "c")) is None
 
 
-def test_a_profile_is_shown_with_its_verdict_and_a_damaged_one_is_not(tmp_path):
+def test_a_profile_is_shown_with_its_conclusion_and_a_damaged_one_is_not(tmp_path):
     run = make_run(tmp_path / "a")
-    shares = {"step_ms": 80.0, "data": 0.5, "compute": 0.25, "communication": 0.2, "other": 0.05}
-    write_json_in(run.directory / "profile/rank0.json", {"verdict": "bound by data", **shares})
+    shares = TimeShares(80.0, data=0.5, compute=0.25, communication=0.2, other=0.05)
+    write_json_in(run.directory / "profile/rank0.json", shares.record)  # as the profiler does
     (run.directory / "profile/rank0.txt").write_text("aten::mm")
     (run.directory / "profile/rank1.json").write_text("{}")
     (found,) = profiles(run)
-    assert (found.name, found.verdict, found.operators) == ("rank 0", "bound by data", "aten::mm")
+    assert (found.name, found.operators) == ("rank 0", "aten::mm")
+    assert found.conclusion == shares.conclusion
     assert [part.seconds for part in found.parts] == pytest.approx([0.04, 0.02, 0.016, 0.004])
 
 
