@@ -136,9 +136,8 @@ processes_of_run() (
   grep -lsF "$file" /proc/[0-9]*/environ | cut -d/ -f3 || true
 )
 
-# end_leftovers: stop workers that outlive torchrun, and give them time to save. torchrun may die
-# first if it is killed or gets a third signal (under Slurm each signal reaches it twice). Its
-# workers have sessions of their own.
+# end_leftovers: stop workers that outlive torchrun, and give them time to save. torchrun may be
+# killed, and its workers have sessions of their own.
 end_leftovers() {
   local pids deadline=$((SECONDS + TORCH_ELASTIC_SHUTDOWN_TIMEOUT))
   pids=$(processes_of_run)
@@ -158,9 +157,9 @@ run_torchrun() {
   local nproc=$1 code=0 written
   shift
   : >"$ALEXNET_DDP_EXIT_CODE_FILE"
-  # By default SIGUSR1 kills torchrun. launch/torchrun.py turns SIGINT into SIGTERM.
+  # launch/torchrun.py handles the other signals itself.
   supervise "$python" "$launch_dir/torchrun.py" --nproc_per_node="$nproc" \
-    --signals-to-handle=SIGTERM,SIGHUP,SIGQUIT,SIGUSR1 "$@" || code=$?
+    --signals-to-handle=SIGQUIT "$@" || code=$?
   ((code == 0)) || end_leftovers
 
   written=$(<"$ALEXNET_DDP_EXIT_CODE_FILE")

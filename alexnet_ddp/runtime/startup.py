@@ -115,6 +115,11 @@ def exit_on_stop(can_continue: bool) -> None:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
 
+def exit_on_stop_again() -> None:
+    """Exit again when a stop signal arrives, after handle_stop_signals has installed a handler."""
+    handle_stop_signals(_record)
+
+
 def _record(number: int, frame: object) -> None:
     """Record the signal. Python writes its number to the wakeup pipe only if there is a handler."""
     _recorded.add(number)
