@@ -40,8 +40,10 @@ class Callback:
     """
 
     def on_step_end(self, step: int, metrics: dict[str, float]) -> None:
-        """After optimizer step number `step` (from 1) was applied.
+        """After optimizer step number `step` (from 1).
 
+        If its gradient is not finite, the device has cancelled the update, and the run reports
+        that one step later: see trainer.on_nan.
         metrics: train/loss and train/lr of the step.
         """
 

@@ -24,7 +24,7 @@ from alexnet_ddp.training.optim import (
     apply_step,
     build_optimizer,
     load_state_by_name,
-    needs_whole_tensors,
+    needs_full_tensors,
     state_by_name,
 )
 from tests.ranks import run_command
@@ -300,10 +300,10 @@ def test_only_elementwise_optimizers_suit_a_hybrid():
     plugins.register_optimizer("by element", torch.optim.SGD, elementwise=True)
     plugins.register_optimizer("by tensor", torch.optim.Adagrad)
     for name in ("SGD", "NAdam"):
-        assert needs_whole_tensors(TorchOptimizerConfig(name=name)) is None
-    assert "other elements" in needs_whole_tensors(TorchOptimizerConfig(name="Adafactor"))
-    assert needs_whole_tensors(PluginOptimizerConfig(name="by element", lr=1)) is None
-    line = needs_whole_tensors(PluginOptimizerConfig(name="by tensor", lr=1))
+        assert needs_full_tensors(TorchOptimizerConfig(name=name)) is None
+    assert "other elements" in needs_full_tensors(TorchOptimizerConfig(name="Adafactor"))
+    assert needs_full_tensors(PluginOptimizerConfig(name="by element", lr=1)) is None
+    line = needs_full_tensors(PluginOptimizerConfig(name="by tensor", lr=1))
     assert "was not registered with elementwise=True" in line
 
 

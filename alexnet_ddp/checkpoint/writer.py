@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -71,7 +70,6 @@ class SaveResult:
     error: str = ""  # why the checkpoint was not written
     not_finite: bool = False  # the reason: a value is NaN or infinite
     warning: str = ""  # it was written, but old ones were not deleted or a copy failed
-    seconds: float = 0.0
 
 
 # --- in the training process --------------------------------------------------------------------
@@ -199,7 +197,6 @@ def save(request: SaveRequest, memory: memoryview, copier: "Copier") -> SaveResu
         memory: the shared memory with the files of tensors.
         copier: copies the checkpoint later, while the next request may be handled.
     """
-    started = time.monotonic()
     directory = Path(request.directory)
     contents: dict[str, bytes | memoryview] = {
         f"{group}.safetensors": memory[start:end] for group, (start, end) in request.ranges.items()
@@ -217,11 +214,7 @@ def save(request: SaveRequest, memory: memoryview, copier: "Copier") -> SaveResu
     if request.best:
         best = {**request.best, "checkpoint": f"step-{request.best['step']:08d}"}
         warnings += [_attempt(lambda: write_json(directory.parent / "best.json", best))]
-    return SaveResult(
-        request.step,
-        warning="; ".join(filter(None, warnings)),
-        seconds=time.monotonic() - started,
-    )
+    return SaveResult(request.step, warning="; ".join(filter(None, warnings)))
 
 
 def _attempt(action: Callable[[], object]) -> str:

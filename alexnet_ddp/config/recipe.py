@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from alexnet_ddp.config.option import MISSING, Options, option, with_default
 from alexnet_ddp.runtime.errors import ConfigError
@@ -55,6 +55,30 @@ class ModelConfig(Options, section="model"):
         return text
 
 
+# model=NAME and optimizer=NAME -> the class of their options; see also config/plugins.py.
+MODELS: dict[str, type[ModelConfig]] = {}
+OPTIMIZERS: dict[str, type["OptimizerConfig"]] = {}
+_Class = TypeVar("_Class", bound=type)
+
+
+def model_choice(name: str) -> Callable[[_Class], _Class]:
+    """Make a class the choice model=NAME. A function in model/ with @builds builds the network."""
+    return _add(name, MODELS)
+
+
+def optimizer_choice(name: str) -> Callable[[_Class], _Class]:
+    """Make a class the choice optimizer=NAME. training/optim.py builds what it describes."""
+    return _add(name, OPTIMIZERS)
+
+
+def _add(name: str, choices: dict[str, Any]) -> Callable[[_Class], _Class]:
+    def add(owner: _Class) -> _Class:
+        choices[name] = owner
+        return owner
+
+    return add
+
+
 @dataclass(kw_only=True)
 class AlexNetFamilyConfig(ModelConfig):
     """An AlexNet of this package."""
@@ -64,6 +88,7 @@ class AlexNetFamilyConfig(ModelConfig):
     )
 
 
+@model_choice("alexnet")
 @dataclass(kw_only=True)
 class AlexNetConfig(AlexNetFamilyConfig):
     """torchvision's AlexNet, with the same parameters."""
@@ -71,6 +96,7 @@ class AlexNetConfig(AlexNetFamilyConfig):
     needs_low_lr: ClassVar[bool] = True
 
 
+@model_choice("alexnet_2012")
 @dataclass(kw_only=True)
 class AlexNet2012Config(AlexNetFamilyConfig):
     """Krizhevsky 2012: two groups, local response normalisation, overlapping pooling."""
@@ -78,6 +104,7 @@ class AlexNet2012Config(AlexNetFamilyConfig):
     needs_low_lr: ClassVar[bool] = True
 
 
+@model_choice("alexnet_bn")
 @dataclass(kw_only=True)
 class AlexNetBNConfig(AlexNetFamilyConfig):
     """You, Gitman, Ginsburg 2017: the widths of 2012, with BatchNorm before conv2 to conv5."""
@@ -87,11 +114,13 @@ class AlexNetBNConfig(AlexNetFamilyConfig):
     )
 
 
+@model_choice("alexnet_small")
 @dataclass(kw_only=True)
 class AlexNetSmallConfig(AlexNetFamilyConfig):
     """Four convolutions and one hidden layer, for images of 32 to 96 pixels."""
 
 
+@model_choice("torchvision")
 @dataclass(kw_only=True)
 class TorchvisionConfig(ModelConfig):
     """Any classifier of torchvision."""
@@ -168,21 +197,6 @@ class OptimizerConfig(Options, section="optimizer"):
         """The learning rate, before the schedule, for steps of `global_batch_size` images."""
         ratio = global_batch_size / (self.base_batch_size or global_batch_size)
         return self.lr * (math.sqrt(ratio) if self.scaling is Scaling.sqrt else ratio)
-
-
-# optimizer=NAME -> the class of its options.
-OPTIMIZERS: dict[str, type[OptimizerConfig]] = {}
-_Class = TypeVar("_Class", bound=type[OptimizerConfig])
-
-
-def optimizer_choice(name: str) -> Callable[[_Class], _Class]:
-    """Make a class the choice optimizer=NAME. training/optim.py builds what it describes."""
-
-    def add(owner: _Class) -> _Class:
-        OPTIMIZERS[name] = owner
-        return owner
-
-    return add
 
 
 @optimizer_choice("sgd")

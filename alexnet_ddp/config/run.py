@@ -1,4 +1,4 @@
-"""Options of train and doctor that belong to no data, network or optimizer."""
+"""Options of train, doctor, replay and lr-find that belong to no data, network or optimizer."""
 
 import os
 import re

@@ -64,11 +64,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "plugin": plugins.PluginAugmentConfig,
     },
     "model": {
-        "alexnet": recipe.AlexNetConfig,
-        "alexnet_2012": recipe.AlexNet2012Config,
-        "alexnet_bn": recipe.AlexNetBNConfig,
-        "alexnet_small": recipe.AlexNetSmallConfig,
-        "torchvision": recipe.TorchvisionConfig,
+        **recipe.MODELS,
         "timm": plugins.TimmConfig,
         "plugin": plugins.PluginModelConfig,
     },

@@ -10,21 +10,12 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from alexnet_ddp.config import (
-    AlexNet2012Config,
-    AlexNetBNConfig,
-    AlexNetConfig,
-    AlexNetSmallConfig,
-    ConfigError,
-    Head,
-    ModelConfig,
-    TorchvisionConfig,
-)
-from alexnet_ddp.config.plugins import PluginModelConfig, TimmConfig
+from alexnet_ddp.config import ConfigError, Head, ModelConfig, TorchvisionConfig
+from alexnet_ddp.model import alexnet  # noqa: F401 (adds its builders)
 from alexnet_ddp.model.adapters import Adapters
-from alexnet_ddp.model.alexnet import alexnet_2012, alexnet_bn, alexnet_small
 from alexnet_ddp.model.backbone import Backbone, freeze_batch_norm
 from alexnet_ddp.model.blocks import lr_factors
+from alexnet_ddp.model.builders import build_network
 from alexnet_ddp.model.dropout import KeyedDropout, key_dropout, set_dropout_keys
 from alexnet_ddp.model.head import (
     ClassChange,
@@ -36,7 +27,6 @@ from alexnet_ddp.model.head import (
 from alexnet_ddp.model.published import published_weights
 from alexnet_ddp.model.shapes import run_on_meta
 from alexnet_ddp.model.weights import load_checkpoint, load_weights
-from alexnet_ddp.plugins import MODELS, call_plugin
 
 __all__ = [
     "Adapters",
@@ -78,7 +68,7 @@ def build_model(
     # The only use of a generator: the initial weights, the same on all ranks.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _network(cfg, num_classes)
+        model = build_network(cfg, num_classes)
         key_dropout(model)
         if cfg.weights is not None:
             load_weights(
@@ -111,64 +101,6 @@ def transforms_input(model: nn.Module) -> bool:
     )
 
 
-def _network(cfg: ModelConfig, num_classes: int) -> nn.Module:
-    match cfg:
-        case AlexNetConfig():
-            return torchvision.models.alexnet(num_classes=num_classes, dropout=cfg.dropout)
-        case AlexNet2012Config():
-            return alexnet_2012(num_classes, cfg.dropout)
-        case AlexNetBNConfig():
-            return alexnet_bn(num_classes, cfg.dropout, cfg.norm_after_pool5)
-        case AlexNetSmallConfig():
-            return alexnet_small(num_classes, cfg.dropout)
-        case TorchvisionConfig():
-            return _torchvision(cfg, num_classes)
-        case TimmConfig():
-            from alexnet_ddp.model.timm_models import build_timm  # slow to import
-
-            return build_timm(cfg, num_classes)
-        case PluginModelConfig():
-            return _plugin(cfg, num_classes)
-    raise TypeError(f"no model for {type(cfg).__name__}")
-
-
-def _plugin(cfg: PluginModelConfig, num_classes: int) -> nn.Module:
-    model = call_plugin(f"model.name ({cfg.name})", MODELS.get(cfg.name), num_classes, **cfg.args)
-    if not isinstance(model, nn.Module):
-        kind = type(model).__name__
-        raise ConfigError(
-            f"model.name ({cfg.name}): the plugin returned {kind}; return a torch.nn.Module"
-        )
-    return model
-
-
-def _torchvision(cfg: TorchvisionConfig, num_classes: int) -> nn.Module:
-    known = torchvision.models.list_models(module=torchvision.models)
-    if cfg.name not in known:
-        near = [n for n in known if n[:4] == cfg.name[:4]] or known
-        raise ConfigError(
-            f"model.name ({cfg.name}) is no classifier of torchvision; near: {', '.join(near[:8])}"
-        )
-    options: dict = {"num_classes": num_classes}
-    if cfg.dropout is not None:
-        options["dropout"] = cfg.dropout
-    if cfg.name in ("googlenet", "inception_v3"):
-        options |= {
-            "aux_logits": False,
-            "init_weights": True,
-            "transform_input": bool(cfg.transform_input),
-        }
-    elif cfg.transform_input is not None:
-        rule = f"is not an option of {cfg.name}"
-        raise ConfigError(
-            f"model.transform_input ({str(cfg.transform_input).lower()}) {rule}; leave it null"
-        )
-    try:
-        return torchvision.models.get_model(cfg.name, **options)
-    except TypeError as error:
-        raise ConfigError(f"model.dropout is not an option of {cfg.name}; leave it null") from error
-
-
 def check_image_size(model: nn.Module, num_classes: int, image_size: int, option: str) -> None:
     """Raises ConfigError, naming `option`, if the network does not accept images of this size.
 
@@ -183,4 +115,9 @@ def check_image_size(model: nn.Module, num_classes: int, image_size: int, option
             f"{option} ({image_size}) does not suit this network: {reason}; {remedy}"
         ) from error
     if not isinstance(meta, Tensor) or meta.shape != (1, num_classes):
-        raise ConfigError("the network must return one tensor of logits [n, num_classes]")
+        found = list(meta.shape) if isinstance(meta, Tensor) else type(meta).__name__
+        remedy = f"end the network with nn.Linear(..., {num_classes})"
+        raise ConfigError(
+            f"the network returns {found} for one image, and must return [1, {num_classes}], "
+            f"the logits of the {num_classes} classes of the data; {remedy}"
+        )

@@ -1,7 +1,16 @@
 """The AlexNet family, layer by layer, with its papers; torchvision's own AlexNet is used as is."""
 
 import torch
+import torchvision
 from torch import Tensor, nn
+
+from alexnet_ddp.config import (
+    AlexNet2012Config,
+    AlexNetBNConfig,
+    AlexNetConfig,
+    AlexNetSmallConfig,
+)
+from alexnet_ddp.model.builders import builds
 
 
 class AlexNet(nn.Module):
@@ -129,3 +138,23 @@ def _init_he(model: AlexNet) -> None:
     last = model.classifier[-1]
     assert isinstance(last, nn.Linear)
     nn.init.normal_(last.weight, std=0.001)  # the loss starts at ln(num_classes)
+
+
+@builds(AlexNetConfig)
+def _build(cfg: AlexNetConfig, num_classes: int) -> nn.Module:
+    return torchvision.models.alexnet(num_classes=num_classes, dropout=cfg.dropout)
+
+
+@builds(AlexNet2012Config)
+def _build_2012(cfg: AlexNet2012Config, num_classes: int) -> nn.Module:
+    return alexnet_2012(num_classes, cfg.dropout)
+
+
+@builds(AlexNetBNConfig)
+def _build_bn(cfg: AlexNetBNConfig, num_classes: int) -> nn.Module:
+    return alexnet_bn(num_classes, cfg.dropout, cfg.norm_after_pool5)
+
+
+@builds(AlexNetSmallConfig)
+def _build_small(cfg: AlexNetSmallConfig, num_classes: int) -> nn.Module:
+    return alexnet_small(num_classes, cfg.dropout)

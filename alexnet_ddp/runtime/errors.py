@@ -81,7 +81,7 @@ class DataError(RunError, ValueError):
 
 
 class NoCheckpoint(RunError):
-    """Checkpoints exist, but none is usable. A run never silently starts from scratch."""
+    """A checkpoint is needed, and none is usable. A run never silently starts from scratch."""
 
     exit_code = 66
 
@@ -99,7 +99,7 @@ class WrongExport(RunError):
 
 
 class CheckpointIOError(RunError):
-    """Checkpoints could not be written three times in a row."""
+    """The last checkpoint of a run, or three in a row, could not be written."""
 
     exit_code = 74
 

@@ -21,31 +21,37 @@ from alexnet_ddp.config import (
     SGDConfig,
 )
 from alexnet_ddp.config.plugins import ELEMENTWISE, PluginOptimizerConfig, TorchOptimizerConfig
-from alexnet_ddp.config.recipe import AdamConfig
-from alexnet_ddp.plugins import OPTIMIZERS, is_elementwise
+from alexnet_ddp.config.recipe import OPTIMIZERS, AdamConfig
+from alexnet_ddp.plugins import OPTIMIZERS as PLUGINS
+from alexnet_ddp.plugins import is_elementwise
 
 State = dict[str, Tensor]
 Groups = list[dict[str, Any]]
 
 
-# (norms [2, n] of what this rank holds of n weights and gradients, the n parameters) -> those of
-# the whole tensors.
-WholeNorms = Callable[[Tensor, list[nn.Parameter]], Tensor]
+# Maps local norms, [2, n] of this rank's shards of n weights and gradients, and the n parameters
+# to the global norms, [2, n] of the full tensors.
+GlobalNorms = Callable[[Tensor, list[nn.Parameter]], Tensor]
 
 _Cfg = TypeVar("_Cfg", bound=OptimizerConfig)
-Builder = Callable[[_Cfg, Groups, WholeNorms], torch.optim.Optimizer]
+Builder = Callable[[_Cfg, Groups, GlobalNorms], torch.optim.Optimizer]
 _BUILDERS: dict[type[OptimizerConfig], Builder[Any]] = {}
+_UPDATES_SHARDS: dict[type[OptimizerConfig], Callable[[Any], bool]] = {}
 
 
-def builds(cfg: type[_Cfg]) -> Callable[[Builder[_Cfg]], Builder[_Cfg]]:
+def builds(
+    cfg: type[_Cfg], *, updates_shards: Callable[[_Cfg], bool]
+) -> Callable[[Builder[_Cfg]], Builder[_Cfg]]:
     """Make a function the builder of optimizers with the options `cfg`.
 
     It takes the options, the parameter groups and the function that turns a rank's norms into
-    global ones.
+    global ones. updates_shards: True if the update of an element needs no other element of its
+    tensor, except through that function; else parallel=hybrid, which splits tensors, is refused.
     """
 
     def add(build: Builder[_Cfg]) -> Builder[_Cfg]:
         _BUILDERS[cfg] = build
+        _UPDATES_SHARDS[cfg] = updates_shards
         return build
 
     return add
@@ -54,7 +60,7 @@ def builds(cfg: type[_Cfg]) -> Callable[[Builder[_Cfg]], Builder[_Cfg]]:
 def build_optimizer(
     cfg: OptimizerConfig,
     model: nn.Module,
-    global_norms: WholeNorms = lambda norms, parameters: norms,
+    global_norms: GlobalNorms = lambda norms, parameters: norms,
     lr_factors: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer of `cfg`, of the parameters that require gradients.
@@ -71,32 +77,32 @@ def build_optimizer(
     return optimizer
 
 
-@builds(SGDConfig)
-def _sgd(cfg: SGDConfig, groups: Groups, global_norms: WholeNorms) -> torch.optim.Optimizer:
+@builds(SGDConfig, updates_shards=lambda cfg: True)
+def _sgd(cfg: SGDConfig, groups: Groups, global_norms: GlobalNorms) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, cfg.lr, cfg.momentum, nesterov=cfg.nesterov, fused=True)
 
 
-@builds(AdamConfig)
-def _adam(cfg: AdamConfig, groups: Groups, global_norms: WholeNorms) -> torch.optim.Optimizer:
+@builds(AdamConfig, updates_shards=lambda cfg: True)
+def _adam(cfg: AdamConfig, groups: Groups, global_norms: GlobalNorms) -> torch.optim.Optimizer:
     return torch.optim.Adam(groups, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, fused=True)
 
 
-@builds(AdamWConfig)
-def _adamw(cfg: AdamWConfig, groups: Groups, global_norms: WholeNorms) -> torch.optim.Optimizer:
+@builds(AdamWConfig, updates_shards=lambda cfg: True)
+def _adamw(cfg: AdamWConfig, groups: Groups, global_norms: GlobalNorms) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, fused=True)
 
 
-@builds(LARSConfig)
-def _lars(cfg: LARSConfig, groups: Groups, global_norms: WholeNorms) -> torch.optim.Optimizer:
+@builds(LARSConfig, updates_shards=lambda cfg: True)
+def _lars(cfg: LARSConfig, groups: Groups, global_norms: GlobalNorms) -> torch.optim.Optimizer:
     for group in groups:
         adapts_all = cfg.variant is LARSVariant.all_parameters
         group["adapts"] = adapts_all or group["params"][0].dim() > 1
     return LARS(groups, cfg.lr, cfg.momentum, cfg.eta, global_norms)
 
 
-@builds(TorchOptimizerConfig)
+@builds(TorchOptimizerConfig, updates_shards=lambda cfg: cfg.name in ELEMENTWISE)
 def _torch(
-    cfg: TorchOptimizerConfig, groups: Groups, global_norms: WholeNorms
+    cfg: TorchOptimizerConfig, groups: Groups, global_norms: GlobalNorms
 ) -> torch.optim.Optimizer:
     known = {
         name: found
@@ -118,11 +124,11 @@ def _torch(
     return _built(f"optimizer.name={cfg.name}", known[cfg.name], cfg, groups)
 
 
-@builds(PluginOptimizerConfig)
+@builds(PluginOptimizerConfig, updates_shards=lambda cfg: is_elementwise(cfg.name))
 def _plugin(
-    cfg: PluginOptimizerConfig, groups: Groups, global_norms: WholeNorms
+    cfg: PluginOptimizerConfig, groups: Groups, global_norms: GlobalNorms
 ) -> torch.optim.Optimizer:
-    optimizer = _built(f"optimizer.name={cfg.name}", OPTIMIZERS.get(cfg.name), cfg, groups)
+    optimizer = _built(f"optimizer.name={cfg.name}", PLUGINS.get(cfg.name), cfg, groups)
     if not isinstance(optimizer, torch.optim.Optimizer):
         rule = f"the plugin returned {type(optimizer).__name__}"
         raise ConfigError(f"optimizer.name ({cfg.name}): {rule}; return a torch.optim.Optimizer")
@@ -142,17 +148,15 @@ def _built(
         raise ConfigError(f"{what} with optimizer.args={cfg.args} is refused: {text}") from error
 
 
-def needs_whole_tensors(cfg: OptimizerConfig) -> str | None:
-    """Why `cfg` cannot update a shard of a tensor by itself, for a message; None if it can.
-
-    LARS can: it computes its norms with global_norms.
-    """
-    rule = "computes the update of an element from other elements of its tensor too"
-    if isinstance(cfg, TorchOptimizerConfig) and cfg.name not in ELEMENTWISE:
-        return f"optimizer.name={cfg.name} {rule}"
-    if isinstance(cfg, PluginOptimizerConfig) and not is_elementwise(cfg.name):
+def needs_full_tensors(cfg: OptimizerConfig) -> str | None:
+    """Why `cfg` cannot update a shard of a tensor by itself, for a message; None if it can."""
+    if _UPDATES_SHARDS[type(cfg)](cfg):
+        return None
+    if isinstance(cfg, PluginOptimizerConfig):
         return f"optimizer.name={cfg.name} was not registered with elementwise=True"
-    return None
+    choices = [f"optimizer={name}" for name, owner in OPTIMIZERS.items() if owner is type(cfg)]
+    which = f"optimizer.name={cfg.name}" if isinstance(cfg, TorchOptimizerConfig) else choices[0]
+    return f"{which} computes the update of an element from other elements of its tensor too"
 
 
 def apply_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, bad: Tensor) -> None:
@@ -329,10 +333,10 @@ class LARS(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # GradScaler then sets found_inf, and leaves it to us
 
     def __init__(
-        self, groups: list[dict], lr: float, momentum: float, eta: float, global_norms: WholeNorms
+        self, groups: list[dict], lr: float, momentum: float, eta: float, global_norms: GlobalNorms
     ) -> None:
         super().__init__(groups, {"lr": lr, "momentum": momentum, "eta": eta})
-        self._whole_norms = global_norms  # called once a step
+        self._global_norms = global_norms  # called once a step
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure
@@ -347,14 +351,14 @@ class LARS(torch.optim.Optimizer):
         ]
         parameters = [p for p, _, _ in owners]
         here = torch.stack([norms(parameters), norms([grad for _, grad, _ in owners])])
-        whole = self._whole_norms(here, parameters)
-        for (parameter, grad, group), w, g in zip(owners, *whole.unbind()):
+        full = self._global_norms(here, parameters)
+        for (parameter, grad, group), w, g in zip(owners, *full.unbind()):
             self._update(parameter, grad, group, w, g)
 
     def _update(
         self, parameter: nn.Parameter, grad: Tensor, group: dict, w: Tensor, g: Tensor
     ) -> None:
-        """w, g: norms of the whole weight and gradient, scalars on the device."""
+        """w, g: norms of the full weight and gradient, scalars on the device."""
         decay, lr = group["weight_decay"], torch.full_like(w, group["lr"])
         if group["adapts"]:
             lr *= torch.where((w > 0) & (g > 0), group["eta"] * w / (g + decay * w), 1.0)

@@ -1,4 +1,4 @@
-"""The parts of a run that have state, built and restored: model, optimizer, EMA, hook, scaler."""
+"""The parts of a run that have state, built and restored: model, optimizer, EMA, adapters, hook."""
 
 import gc
 import logging
@@ -85,7 +85,9 @@ class TrainingParts:
         self.setup = setup
         self.model = self._build_model()
         saved, setup.saved = self._follow_classes(setup.saved, self.model), {}  # free the memory
-        if saved:  # before layers are split, so that an error names full shapes
+        # Before layers are split, so that an error names full shapes, and before HeadFeatures runs
+        # the backbone.
+        if saved:
             load_checkpoint(self.model, saved["model"], self._checkpoint_name())
         # By the names of the plain network: adapters and a hybrid replace its layers.
         rates = (cfg.finetune.backbone_lr_factor, cfg.finetune.layer_decay)

@@ -81,8 +81,9 @@ class StepProfiler:
         world: World,
     ) -> None:
         if steps is not None and max(ranks) >= world.world_size:
-            rule = f"({ranks}) must be less than the number of ranks, {world.world_size}"
-            raise ConfigError(f"trainer.profile_ranks {rule}")
+            rule = "must be less than the number of ranks"
+            remedy = f"give ranks from 0 to {world.world_size - 1}"
+            raise ConfigError(f"trainer.profile_ranks ({ranks}) {rule}; {remedy}")
         is_profiled = steps is not None and start < steps[1] and world.rank in ranks
         self._steps = steps if is_profiled else None
         self._folder, self._world = folder, world

@@ -1,8 +1,8 @@
-"""Detects replicas that differ: a checksum of every tensor, compared over the ranks.
+"""Detects replicas that differ: a checksum of each floating-point tensor, compared over the ranks.
 
-The checksum is the sum of (bit pattern * odd weight of the position) modulo 2**32. One flipped bit
-always changes it, and so do two values that are swapped. Integer sums do not depend on the machine
-or on the order.
+The checksum is a sum of (bit pattern * odd weight of the position), over pieces of the tensor. One
+flipped bit always changes it. Sums of integers depend neither on the order nor on the machine, but
+ranks with CPUs and ranks with GPUs cannot be compared.
 """
 
 from collections import Counter
@@ -122,7 +122,7 @@ def checksum(tensor: Tensor, weights: Tensor) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """The dot product modulo 2**32. For integers only the CPU has torch.dot: 20 times faster."""
+    """The dot product: modulo 2**32 on CPUs. For integers only they have torch.dot: 20 x faster."""
     return torch.dot(a, b) if a.device.type == "cpu" else (a * b).sum()
 
 

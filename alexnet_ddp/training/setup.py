@@ -31,7 +31,7 @@ from alexnet_ddp.parallel import find_layers
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.training.metrics import UserMetrics
-from alexnet_ddp.training.optim import needs_whole_tensors
+from alexnet_ddp.training.optim import needs_full_tensors
 from alexnet_ddp.training.precision import check_precision
 from alexnet_ddp.training.schedule import Budget, build_lr_schedule
 
@@ -125,7 +125,7 @@ def choose_parallelism(cfg: Config, model: torch.nn.Module, world: World) -> Par
     """
     hybrid = cfg.parallel if isinstance(cfg.parallel, HybridConfig) else None
     is_auto = isinstance(cfg.parallel, AutoParallelConfig)
-    reason = needs_whole_tensors(cfg.optimizer)
+    reason = needs_full_tensors(cfg.optimizer)
     if hybrid is not None and reason is not None:
         raise ConfigError(f"{reason}, and parallel=hybrid splits tensors; use parallel=ddp")
     if not is_auto and not (hybrid is not None and hybrid.group_size == AUTO):

@@ -31,9 +31,9 @@ from alexnet_ddp.training.vote import StepSnapshot, StepVote, VoteExchange, Vote
 class StepStatus(Enum):
     """What the ranks did with a step."""
 
-    applied = (
-        "applied"  # or cancelled on the device if its gradient is not finite: known one step late
-    )
+    # The update was started. The device cancels it if the gradient is not finite, which the host
+    # learns from the next vote, or from poll_nonfinite().
+    applied = "applied"
     skipped = "skipped"  # its loss is not finite, or no image could be read
     retry = "retry"  # the previous step's gradient was not finite, and trainer.on_nan decides
 
@@ -166,8 +166,8 @@ class TrainStep:
         passes = micro_batch_sizes(num_images, self.world.world_size, self.cfg.micro_batch_size)
         is_last, has_data = False, True
         while not is_last:
-            slots = passes.pop(0) if passes else 1  # a replay makes the passes of all ranks
-            is_last, batch = not passes, None
+            max_images = passes.pop(0) if passes else 1  # a replay makes the passes of all ranks
+            is_last, batch = not passes, None  # a batch that is fetched knows better
             self._on_phase("data")
             if has_data:
                 try:
@@ -180,7 +180,7 @@ class TrainStep:
             self._on_phase("forward")
             with nullcontext() if is_last else self.parallel_model.no_sync():
                 with self.stopwatch.forward():
-                    loss = self._loss_sum(batch, step, slots)
+                    loss = self._loss_sum(batch, step, max_images)
                 loss_sum += loss.detach()
                 if batch is not None:
                     num_read += len(batch.labels)
@@ -198,14 +198,14 @@ class TrainStep:
             self.parallel_model.finish_backward()
         return self._exchange.finish(), skipped_images, vote.error
 
-    def _loss_sum(self, batch: Batch | None, step: int, slots: int) -> Tensor:
+    def _loss_sum(self, batch: Batch | None, step: int, max_images: int) -> Tensor:
         """The loss summed over the images; a zero with a gradient of zeros if there are none."""
         if batch is None or len(batch.labels) == 0:
             with autocast(self.cfg.precision, self.world):  # ranks must exchange equal dtypes
-                return self.parallel_model.zero_loss(self._blank, slots)
+                return self.parallel_model.zero_loss(self._blank, max_images)
         set_dropout_keys(self._model, self.seed, step, batch.indices)
         with autocast(self.cfg.precision, self.world):
-            logits = self.parallel_model(batch.inputs(), slots)
+            logits = self.parallel_model(batch.inputs(), max_images)
         loss = self.loss(logits.float(), batch)
         weight = self.loss.weight(batch) if self.loss.is_weighted else None
         self.meter.add(loss, logits, batch.labels, weight)

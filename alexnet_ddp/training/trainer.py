@@ -211,7 +211,7 @@ class Trainer:
         self.guard.watch(step, outcome.votes.loss)
         for nonfinite in outcome.votes.nonfinite_steps(step):
             self._handle_nonfinite(nonfinite)
-        is_retried = self.state.step != step + 1
+        is_retried = self.state.step != step + 1  # _handle_nonfinite moved the clock back
         due = self._due(outcome, is_retried)
         if outcome.votes.num_images < len(indices):
             self._quarantine("train", outcome.skipped_images)
@@ -346,7 +346,7 @@ class Trainer:
     # --- rows, evaluations, checkpoints -----------------------------------------------------------
 
     def _log_row(self) -> None:
-        """Collective. Write a row of training metrics. The one place that waits for the device."""
+        """Collective. Write a row of training metrics. Waits for the device."""
         meter, stopwatch = self.train_step.meter, self.train_step.stopwatch
         row = train_row(meter.read()) | {"train/lr": self.lr(self.state.step - 1)}
         meter.reset()

@@ -7,6 +7,7 @@ act on it in the same step. StepSnapshot undoes a step that the ranks decide not
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 
@@ -48,6 +49,20 @@ class VoteResult:
         return [step - 1] * self.nonfinite_previous + [step] * self.nonfinite_loss
 
 
+class _At(IntEnum):
+    """The position of a value in the message of a vote. The first ones are flags."""
+
+    stop = 0
+    save = 1
+    failed = 2
+    nonfinite_loss = 3
+    nonfinite_previous = 4
+    num_images = 5
+    loss_sum = 6
+    weight = 7
+    trained_s = 8
+
+
 class VoteExchange:
     """Sums the votes of a step over the ranks while the backward pass runs."""
 
@@ -56,9 +71,9 @@ class VoteExchange:
         self._wait: Callable[[], object] = lambda: None
         on_gpu = world.device.type == "cuda"
         self._mine, self._host = (
-            torch.zeros(9, dtype=torch.float64, pin_memory=on_gpu) for _ in range(2)
+            torch.zeros(len(_At), dtype=torch.float64, pin_memory=on_gpu) for _ in range(2)
         )
-        self._sum = torch.zeros(9, dtype=torch.float64, device=world.device)
+        self._sum = torch.zeros_like(self._mine, device=world.device)
         self._ready = torch.cuda.Event() if on_gpu else None
 
     def start(
@@ -75,15 +90,22 @@ class VoteExchange:
         not finite, else 0. weight: sum of the images' weights; None if each counts 1. The three
         are scalars on the device.
         """
-        flags = [vote.stop, 0, vote.error is not None, vote.save]
-        mine = [*flags, num_images, 0, 0, num_images, vote.trained_s]
-        self._mine.copy_(torch.tensor(mine, dtype=torch.float64))
-        self._sum = torch.empty_like(self._mine, device=self._world.device)
+        mine = {
+            _At.stop: vote.stop,
+            _At.save: vote.save,
+            _At.failed: vote.error is not None,
+            _At.num_images: num_images,
+            _At.weight: num_images,
+            _At.trained_s: vote.trained_s,
+        }
+        values = [float(mine.get(at, 0)) for at in _At]
+        self._mine.copy_(torch.tensor(values, dtype=torch.float64))
         self._sum.copy_(self._mine, non_blocking=True)  # from pinned memory: no host wait
-        self._sum[1] = ~torch.isfinite(loss_sum)
-        self._sum[5], self._sum[6] = nonfinite_previous, loss_sum
+        self._sum[_At.nonfinite_loss] = ~torch.isfinite(loss_sum)
+        self._sum[_At.nonfinite_previous] = nonfinite_previous
+        self._sum[_At.loss_sum] = loss_sum
         if weight is not None:
-            self._sum[7] = weight
+            self._sum[_At.weight] = weight
         self._wait = start_sum(self._sum)
         if self._ready is not None:
             self._wait()  # on a GPU this orders streams and does not block the host
@@ -97,18 +119,18 @@ class VoteExchange:
         else:
             self._wait()
             self._host.copy_(self._sum)
-        stop, nonfinite, failed, save, num_images, *rest = self._host.tolist()
-        previous, loss_sum, weight, trained_s = rest
+        total = self._host.tolist()
+        num_images, weight = round(total[_At.num_images]), total[_At.weight]
         return VoteResult(
-            stop=stop > 0,
-            save=save > 0,
-            failed=failed > 0,
-            nonfinite_loss=nonfinite > 0,
-            nonfinite_previous=previous > 0,
-            num_images=round(num_images),
-            loss=loss_sum / weight if num_images else math.nan,
+            stop=total[_At.stop] > 0,
+            save=total[_At.save] > 0,
+            failed=total[_At.failed] > 0,
+            nonfinite_loss=total[_At.nonfinite_loss] > 0,
+            nonfinite_previous=total[_At.nonfinite_previous] > 0,
+            num_images=num_images,
+            loss=total[_At.loss_sum] / weight if num_images else math.nan,
             weight=weight,
-            trained_s=trained_s,
+            trained_s=total[_At.trained_s],
         )
 
 

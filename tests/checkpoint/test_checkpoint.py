@@ -702,9 +702,7 @@ def test_a_store_that_hangs_delays_no_save(tmp_path):
         request = writer.SaveRequest(
             str(tmp_path / "checkpoints"), step, ranges, {}, {}, 1, None, "memory://x"
         )
-        assert writer.save(request, memory, copier) == writer.SaveResult(
-            step, seconds=pytest.approx(0, abs=5)
-        )
+        assert writer.save(request, memory, copier) == writer.SaveResult(step)
     assert names(tmp_path / "checkpoints") == [
         "step-00000001",
         "step-00000004",
