@@ -40,12 +40,8 @@ class Quarantine:
         Rows of later steps are dropped, because these steps are repeated.
         sets: "train" and "val"; max_train: the number of training images that may be bad.
         """
-        self._path, self._sets, self._max_train, self._world = (
-            run_dir / "quarantine.jsonl",
-            sets,
-            max_train,
-            world,
-        )
+        self._path = run_dir / "quarantine.jsonl"
+        self._sets, self._max_train, self._world = sets, max_train, world
         self._rows: list[dict] = from_main(
             lambda: keep_rows(self._path, start_step, _FIELDS)[0], world
         )

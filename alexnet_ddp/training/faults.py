@@ -38,13 +38,8 @@ class Guard:
         path: Path,
         world: World,
     ) -> None:
-        self._cfg, self._counts, self._describe, self._path, self._world = (
-            cfg,
-            counts,
-            describe,
-            path,
-            world,
-        )
+        self._cfg, self._counts, self._world = cfg, counts, world
+        self._describe, self._path = describe, path
         self._losses: deque[float] = deque(maxlen=_HISTORY)
         self._in_spike = self._warned_empty = False
         self._loss_of: dict[int, float] = {}  # of the last two steps

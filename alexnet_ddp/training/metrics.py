@@ -91,8 +91,9 @@ class Confusion:
 
     def add(self, batch: Batch, logits: Tensor) -> None:
         """Add the images of a batch. logits: [n, classes]. No host wait."""
-        found = logits.topk(min(5, self._num_classes), dim=1).indices[:, 0]  # as top-1 counts
-        pairs = batch.labels * self._num_classes + found
+        # Of equal logits, topk of 5 chooses the class that top-1 counts.
+        predicted = logits.topk(min(5, self._num_classes), dim=1).indices[:, 0]
+        pairs = batch.labels * self._num_classes + predicted
         self._counts.index_add_(0, pairs, torch.ones_like(pairs))
 
     def read(self) -> Tensor:
@@ -102,8 +103,8 @@ class Confusion:
 
 def correct_counts(logits: Tensor, labels: Tensor) -> Tensor:
     """Return int64 [n, 3]: 1, correct in the top 1, correct in the top 5."""
-    found = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    return torch.stack([torch.ones_like(labels), found[:, 0], found.any(1)], dim=1)
+    is_label = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return torch.stack([torch.ones_like(labels), is_label[:, 0], is_label.any(1)], dim=1)
 
 
 def train_row(sums: dict[str, float]) -> dict[str, float]:
@@ -134,13 +135,9 @@ class Throughput:
     """Images per second and seconds per step since the last row."""
 
     def __init__(self) -> None:
-        self._began, self._images, self._bad, self._steps, self._waited_s = (
-            time.monotonic(),
-            0,
-            0,
-            0,
-            0.0,
-        )
+        self._began = time.monotonic()
+        self._images = self._bad = self._steps = 0
+        self._waited_s = 0.0
 
     def add(self, planned: int, seen: int) -> None:
         """Add a step of `planned` images, of which `seen` could be read."""
@@ -169,5 +166,6 @@ class Throughput:
         }
         if self._bad:
             row["data/num_bad_images"] = self._bad
-        self._began, self._images, self._bad, self._steps, self._waited_s = now, 0, 0, 0, waited_s
+        self._began, self._waited_s = now, waited_s
+        self._images = self._bad = self._steps = 0
         return row

@@ -448,13 +448,8 @@ class Trainer:
 
     def _build_tracker(self, overrides: list[str]) -> Tracker:
         """The tracker, with the run's configuration, facts and headline written to it."""
-        cfg, world, data, budget, step = (
-            self.cfg,
-            self.world,
-            self.data,
-            self.budget,
-            self.state.step,
-        )
+        cfg, world, data = self.cfg, self.world, self.data
+        budget, step = self.budget, self.state.step
         total, per_epoch = budget.total_steps, budget.steps_per_epoch
         info = RunInfo(
             cfg.run.name,
