@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from alexnet_ddp.config.option import Options, option
+from alexnet_ddp.runtime.errors import ConfigError
 
 
 class Wandb(StrEnum):
@@ -56,9 +57,23 @@ class LoggerConfig(Options, section="logger"):
         "one.",
     )
     tensorboard: bool = option(True, "Write TensorBoard event files.")
+    histograms_every_steps: int | None = option(
+        None,
+        "Interval of histograms of the trained parameters and their gradients in TensorBoard.",
+        unit="steps",
+        null="none",
+        minimum=1,
+    )
     progress: bool = option(True, "Show a progress bar if the output is a terminal.")
     report: bool = option(
         False,
         "Write report.html into the run's directory when the run is complete, as "
         "`alexnet-ddp report` does. A report that fails is one warning.",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.histograms_every_steps is not None and not self.tensorboard:
+            rule = "would be ignored with logger.tensorboard=false"
+            value = f"logger.histograms_every_steps ({self.histograms_every_steps})"
+            raise ConfigError(f"{value} {rule}; leave one of them out")

@@ -80,8 +80,9 @@ class PlanConfig(Options):
     epochs: int = option(90, "Length of the run.", unit="epochs", minimum=1)
     device: str = option(
         "A100",
-        "A GPU of the table (K20 P40 P100 V100 T4 RTX4090 L4 A100 H100 H200); custom, with tflops "
-        "or images_per_s; or measure: time a few steps on this machine.",
+        "A GPU of the table (K20 P40 P100 V100 V100-PCIE T4 RTX4090 L4 A100 H100 H100-PCIE "
+        "H100-NVL H200 H200-NVL); custom, with tflops or images_per_s; or measure: time a few "
+        "steps on this machine.",
     )
     tflops: float | None = option(
         None,

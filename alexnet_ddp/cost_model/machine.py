@@ -97,8 +97,25 @@ class Gpu:
     images_per_s: float | None = None  # measured: AlexNet at 224 pixels, fp32
     half_images_per_s: float | None = None
     origin: str = "NVIDIA's data sheet; AlexNet's share of the peak is assumed"
+    fp32_tflops: float | None = None  # without TF32, if the GPU has it
+    source: str = ""  # of the peaks; "" if no data sheet was looked up
 
 
+_NVIDIA = "https://www.nvidia.com"
+_DATA_CENTER = f"{_NVIDIA}/content/dam/en-zz/Solutions/Data-Center"
+_P100 = "https://images.nvidia.com/content/tesla/pdf/nvidia-tesla-p100-datasheet.pdf"
+_V100 = (
+    "https://images.nvidia.com/content/technologies/volta/pdf/"
+    "volta-v100-datasheet-update-us-1165301-r5.pdf"
+)
+_T4 = f"{_DATA_CENTER}/tesla-t4/t4-tensor-core-datasheet-951643.pdf"
+_ADA = "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"
+_L4 = "https://resources.nvidia.com/en-us-data-center-overview/l4-gpu-datasheet"
+_A100 = f"{_DATA_CENTER}/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf"
+_H100 = "https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet"
+_H200 = f"{_NVIDIA}/en-us/data-center/h200/"
+
+# All words of a name are in CUDA's name of the GPU. Without PCIE and NVL: the SXM form.
 GPUS = {
     "K20": Gpu(3.52, 3.52, 5, 208, 8, 327, origin="98.05 h for 90 epochs on one: Krizhevsky 2014"),
     "P40": Gpu(
@@ -112,31 +129,58 @@ GPUS = {
         80,
         2987,
         origin="tf_cnn_benchmarks on DGX-1, batch 512: tensorflow.org 2017",
+        source=_P100,
     ),
     "V100": Gpu(
-        15.7, 125, 32, 900, 150, half_images_per_s=3300, origin="fp16: 512 of them / 410: Sun 2019"
+        15.7,
+        125,
+        32,
+        900,
+        150,
+        half_images_per_s=3300,
+        origin="fp16: 512 of them / 410: Sun 2019",
+        source=_V100,
     ),
-    "T4": Gpu(8.1, 65, 16, 320, 16),
-    "RTX4090": Gpu(82.6, 165, 24, 1008, 32),
-    "L4": Gpu(60, 121, 24, 300, 32),
-    "A100": Gpu(156, 312, 80, 2039, 300),
-    "H100": Gpu(495, 989, 80, 3350, 450),
-    "H200": Gpu(495, 989, 141, 4800, 450),
+    "V100-PCIE": Gpu(14, 112, 32, 900, 16, source=_V100),
+    "T4": Gpu(8.1, 65, 16, 320, 16, source=_T4),
+    "RTX4090": Gpu(82.6, 165, 24, 1008, 32, source=_ADA),
+    "L4": Gpu(60, 121, 24, 300, 32, fp32_tflops=30.3, source=_L4),
+    "A100": Gpu(156, 312, 80, 2039, 300, fp32_tflops=19.5, source=_A100),
+    "H100": Gpu(495, 989, 80, 3350, 450, fp32_tflops=67, source=_H100),
+    "H100-PCIE": Gpu(378, 756, 80, 2000, 64, fp32_tflops=51, source=_H100),
+    "H100-NVL": Gpu(418, 835, 94, 3900, 300, fp32_tflops=60, source=_H100),
+    "H200": Gpu(495, 989, 141, 4800, 450, fp32_tflops=67, source=_H200),
+    "H200-NVL": Gpu(418, 835, 141, 4800, 450, fp32_tflops=60, source=_H200),
 }
 
 # According to their data sheets.
-_WITHOUT_BF16 = [GPUS[name] for name in ("K20", "P40", "P100", "V100", "T4")]
+_WITHOUT_BF16 = [GPUS[name] for name in ("K20", "P40", "P100", "V100", "V100-PCIE", "T4")]
 
 
 def find_gpu(name: str) -> Gpu | None:
     """The row of a GPU; `name` may be CUDA's ("NVIDIA A100-SXM4-80GB"). None: not in the table."""
-    words = re.split(r"[^A-Z0-9]+", name.upper().replace("RTX ", "RTX"))
-    return next((gpu for known, gpu in GPUS.items() if known in words), None)
+    words = set(re.split(r"[^A-Z0-9]+", name.upper().replace("RTX ", "RTX")))
+    fitting = [known for known in GPUS if words.issuperset(known.split("-"))]
+    return GPUS[max(fitting, key=len)] if fitting else None
 
 
 def has_bf16(gpu: Gpu) -> bool:
     """True if the GPU computes in bf16 without emulation."""
     return gpu not in _WITHOUT_BF16
+
+
+def peak_flops(name: str, precision: Precision, tf32: bool) -> tuple[float, str] | None:
+    """The dense peak of a GPU in FLOPs per second, and its source; None if it is not known.
+
+    name: CUDA's. tf32: whether products of float32 use TF32.
+    """
+    gpu = find_gpu(name)
+    if gpu is None or not gpu.source or (precision is Precision.bf16 and not has_bf16(gpu)):
+        return None
+    tflops = gpu.half_tflops
+    if precision is Precision.fp32:
+        tflops = gpu.tflops if tf32 or gpu.fp32_tflops is None else gpu.fp32_tflops
+    return 1e12 * tflops, gpu.source
 
 
 def gpu_device(name: str, precision: Precision) -> Device:

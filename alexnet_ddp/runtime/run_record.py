@@ -111,7 +111,11 @@ class RunRecord:
     @property
     def images_per_sec(self) -> float | None:
         """The median throughput of all ranks together."""
-        values = list(self.values("train/images_per_sec").values())
+        return self.median("train/images_per_sec")
+
+    def median(self, metric: str) -> float | None:
+        """The median of a metric over all rows that have it."""
+        values = list(self.values(metric).values())
         return median(values) if values else None
 
     @property

@@ -15,8 +15,9 @@ import numpy as np
 
 from alexnet_ddp.config import LoggerConfig
 from alexnet_ddp.runtime.errors import RunError
-from alexnet_ddp.tracking.classes import ClassResults
+from alexnet_ddp.tracking.classes import ClassResults, Examples
 from alexnet_ddp.tracking.console import Console, build_console, headline
+from alexnet_ddp.tracking.histograms import Histogram
 from alexnet_ddp.tracking.record import (
     RunStatus,
     code_facts,
@@ -32,6 +33,7 @@ from alexnet_ddp.tracking.wandb_sink import WandbSink
 
 __all__ = [
     "ClassResults",
+    "Examples",
     "RunInfo",
     "RunStatus",
     "Tracker",
@@ -73,6 +75,8 @@ class Sink(Protocol):
     def write(self, step: int, epoch: float, metrics: dict[str, Any]) -> None: ...
     def image(self, name: str, pixels: np.ndarray) -> None: ...
     def classes(self, results: ClassResults) -> None: ...
+    def examples(self, examples: Examples) -> None: ...
+    def histograms(self, step: int, found: dict[str, Histogram]) -> None: ...
     def close(self, exit_code: int, message: str) -> None: ...
 
 
@@ -110,13 +114,23 @@ class Tracker:
 
     @property
     def shows_classes(self) -> bool:
-        """Return whether classes() would show anything on this rank."""
+        """Return whether classes() and examples() would show anything on this rank."""
         return bool(self._sinks)
 
     def classes(self, results: ClassResults) -> None:
         """Show the results of an evaluation by class. Raises no error of a sink."""
         for sink in list(self._sinks):
             self._attempt(sink, partial(sink.classes, results))
+
+    def examples(self, examples: Examples) -> None:
+        """Show the images with the largest losses. Raises no error of a sink."""
+        for sink in list(self._sinks):
+            self._attempt(sink, partial(sink.examples, examples))
+
+    def histograms(self, step: int, found: dict[str, Histogram]) -> None:
+        """Show histograms by name. Raises no error of a sink."""
+        for sink in list(self._sinks):
+            self._attempt(sink, partial(sink.histograms, step, found))
 
     def advance(self, step: int) -> None:
         """Move the progress bar to `step`. Takes microseconds: call it at every step."""

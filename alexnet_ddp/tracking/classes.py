@@ -1,4 +1,4 @@
-"""The results of an evaluation by class, for the destinations that can show them."""
+"""The results of an evaluation by class and by image, for the destinations that can show them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -31,3 +31,16 @@ class ClassResults:
             "per_class": self.per_class.tolist(),
             "confusions": confusions,
         }
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The images with the largest losses, the largest first.
+
+    grid: all of them in one picture, uint8 [height, width, 3]. jpegs, captions: of each image.
+    """
+
+    step: int
+    grid: np.ndarray
+    jpegs: list[bytes]
+    captions: list[str]

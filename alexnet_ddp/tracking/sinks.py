@@ -16,7 +16,8 @@ import numpy as np
 
 from alexnet_ddp.runtime.files import keep_rows, plain
 from alexnet_ddp.runtime.redaction import redact, redact_yaml
-from alexnet_ddp.tracking.classes import ClassResults
+from alexnet_ddp.tracking.classes import ClassResults, Examples
+from alexnet_ddp.tracking.histograms import Histogram
 
 Say = Callable[[str], None]
 
@@ -111,6 +112,27 @@ class TensorBoardSink:
     def image(self, name: str, pixels: np.ndarray) -> None:
         """Show a picture, uint8 [height, width, 3]."""
         self._writer.add_image(name, pixels, 0, dataformats="HWC")
+
+    def examples(self, examples: Examples) -> None:
+        """Show the images with the largest losses as one picture."""
+        self._writer.add_image(
+            "val/largest_losses", examples.grid, examples.step, dataformats="HWC"
+        )
+
+    def histograms(self, step: int, found: dict[str, Histogram]) -> None:
+        """Show histograms by name."""
+        for name, one in found.items():
+            self._writer.add_histogram_raw(
+                name,
+                one.low,
+                one.high,
+                sum(one.counts),
+                one.sum,
+                one.sum_of_squares,
+                one.limits,
+                one.counts,
+                step,
+            )
 
     def classes(self, results: ClassResults) -> None:
         """Show the confusion matrix as a picture: a row per label, white: all of its images."""

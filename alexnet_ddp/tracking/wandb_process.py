@@ -5,8 +5,8 @@ offline. Standard input: one line, {"code": exit code, "message": text}, when th
 file without it means that the run was killed. Standard output: one JSON object per line,
 {"say": text} for the user or {"stop": true} if the service asks the run to stop.
 
-What it sends it reads from the run's directory: metrics.jsonl, batch.png, checkpoints/ and
-wandb/classes.json.
+What it sends it reads from the run's directory: metrics.jsonl, batch.png, checkpoints/,
+wandb/classes.json and wandb/examples.json. If "folder" is given, it sends that folder instead.
 """
 
 import contextlib
@@ -79,7 +79,10 @@ def follow(spec: dict[str, Any], mode: Mode, end: Ends, send: Send) -> int:
     if mode == "online":
         send({"say": f"wandb: {run.url}"})
     try:
-        log_all(run, spec, end, send)
+        if "folder" in spec:
+            log_folder(run, spec, end)
+        else:
+            log_all(run, spec, end, send)
     except Exception as error:
         text = f"warning: wandb failed ({one_line(error)}); the run continues without it"
         send({"say": text})
@@ -129,7 +132,7 @@ def log_all(run: Any, spec: dict[str, Any], end: Ends, send: Send) -> None:
     define_metrics(run, spec["is_sweep"])
     run.summary.update(spec["facts"])
     picture = Picture(run, spec)
-    classes = Classes(run, spec)
+    classes, examples = Classes(run, spec), Examples(run, spec)
     checkpoints = Checkpoints(run, spec, send)
     with Path(spec["run_dir"], "metrics.jsonl").open("rb") as file:
         best = Best(run, file, spec["offset"])
@@ -141,10 +144,23 @@ def log_all(run: Any, spec: dict[str, Any], end: Ends, send: Send) -> None:
                 run.log(row, step=row["step"])
                 best.update(row)
             classes.poll()
+            examples.poll()
             checkpoints.poll()
     report_end(run, spec, ended, best.values)
     run.finish(exit_code=ended.code)
     checkpoints.close()
+
+
+def log_folder(run: Any, spec: dict[str, Any], end: Ends) -> None:
+    """Upload spec["folder"] as a version of the artifact export-ID. The run keeps its exit code."""
+    import wandb
+
+    artifact = wandb.Artifact(f"export-{run.id}", type="model", metadata=spec["metadata"])
+    # A copy, because the user may move the folder during the upload.
+    artifact.add_dir(spec["folder"], skip_cache=True, policy="mutable")
+    run.log_artifact(artifact, aliases=spec["aliases"])
+    end.get()
+    run.finish(exit_code=spec["exit_code"])
 
 
 def define_metrics(run: Any, is_sweep: bool) -> None:
@@ -237,6 +253,24 @@ class Classes:
         if counts and len(names) <= MAX_MATRIX:
             logged["val/confusion_matrix"] = confusion_matrix(counts, names)
         self._run.log(logged, step=found["step"])
+
+
+class Examples:
+    """Sends the images with the largest losses: see WandbSink.examples."""
+
+    def __init__(self, run: Any, spec: dict[str, Any]) -> None:
+        self._run = run
+        self._path = Path(spec["run_dir"], "wandb/examples.json")
+
+    def poll(self) -> None:
+        if not self._path.exists():
+            return
+        found = json.loads(self._path.read_bytes())
+        self._path.unlink()
+        import wandb
+
+        images = [wandb.Image(one["file"], caption=one["caption"]) for one in found["images"]]
+        self._run.log({"val/largest_losses": images}, step=found["step"])
 
 
 def confusion_matrix(counts: list[list[Any]], names: list[str]) -> Any:

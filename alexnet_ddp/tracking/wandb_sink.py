@@ -24,7 +24,8 @@ import numpy as np
 from alexnet_ddp.runtime.errors import FINAL_CODES, Diverged, Preempted, StoppedByService
 from alexnet_ddp.runtime.files import write_json
 from alexnet_ddp.runtime.redaction import redact
-from alexnet_ddp.tracking.classes import ClassResults
+from alexnet_ddp.tracking.classes import ClassResults, Examples
+from alexnet_ddp.tracking.histograms import Histogram
 from alexnet_ddp.tracking.sinks import Say
 from alexnet_ddp.tracking.wandb_settings import is_sweep
 
@@ -46,7 +47,8 @@ class WandbSink:
     """Starts the helper process and prints its messages.
 
     spec: "mode", "init" (arguments of wandb.init), "name", "config", "facts" (for the summary),
-    "offset" (of the first new row in metrics.jsonl), "start_step", "artifacts" and "program".
+    "offset" (of the first new row in metrics.jsonl), "start_step", "artifacts" and "program"; for
+    an export "folder", "aliases", "metadata" and "exit_code" too.
     on_stop: called in a thread if the service asks the run to stop.
     """
 
@@ -80,7 +82,8 @@ class WandbSink:
             "is_last_start": _is_last_start(spec["start_step"]),
         }
         write_json(directory / "helper.json", redact(spec) | own)
-        (directory / "classes.json").unlink(missing_ok=True)  # of an earlier start
+        for name in ("classes.json", "examples.json"):
+            (directory / name).unlink(missing_ok=True)  # of an earlier start
         if self._mode == "offline":
             say(f"wandb: offline; {self._upload}")
         self._helper = self._start()
@@ -99,6 +102,20 @@ class WandbSink:
     def classes(self, results: ClassResults) -> None:
         """Have the helper send a table of the classes, and the confusions between them."""
         write_json(self._directory / "classes.json", results.as_json())
+
+    def examples(self, examples: Examples) -> None:
+        """Have the helper send the images with the largest losses, with their captions."""
+        folder = self._directory / "largest_losses"
+        folder.mkdir(exist_ok=True)
+        images = []
+        for k, (content, caption) in enumerate(zip(examples.jpegs, examples.captions)):
+            file = folder / f"{k:02d}.jpg"
+            file.write_bytes(content)
+            images.append({"file": str(file), "caption": caption})
+        write_json(self._directory / "examples.json", {"step": examples.step, "images": images})
+
+    def histograms(self, step: int, found: dict[str, Histogram]) -> None:
+        """Does nothing: they are shown by TensorBoard."""
 
     def close(self, exit_code: int, message: str) -> None:
         """Give the helper CLOSE_S to send what remains; unsent rows stay on disk.
@@ -171,7 +188,7 @@ class WandbSink:
             if self._may_outlive:
                 pid, minutes = self._helper.process.pid, UPLOAD_S / 60
                 self._said.put(
-                    f"wandb: process {pid} uploads checkpoints for up to {minutes:.0f} minutes more"
+                    f"wandb: process {pid} uploads files for up to {minutes:.0f} minutes more"
                 )
                 return None
             raise TimeoutError(f"it did not finish in {CLOSE_S:.0f} s") from None

@@ -37,6 +37,7 @@ from alexnet_ddp.parallel.group import ShardedTensor
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.training.adalora import RankAllocation
 from alexnet_ddp.training.adapted import AdapterAverages, MergedEMA, MergedModel
+from alexnet_ddp.training.efficiency import ModelFlops
 from alexnet_ddp.training.ema import EMA
 from alexnet_ddp.training.features import HeadFeatures
 from alexnet_ddp.training.loss import class_weights
@@ -84,6 +85,7 @@ class TrainingParts:
         cfg, world = setup.cfg, setup.world
         self.setup = setup
         self.model = self._build_model()
+        self.model_flops = ModelFlops(cfg, self.model, world)
         saved, setup.saved = self._follow_classes(setup.saved, self.model), {}  # free the memory
         # Before layers are split, so that an error names full shapes, and before HeadFeatures runs
         # the backbone.

@@ -115,6 +115,7 @@ class RunSetup:
             *("patience", "max_hours"),
         )
         same |= {name: getattr(trainer, name) for name in options}
+        same |= {"histograms_every_steps": self.cfg.logger.histograms_every_steps}
         distributed.require_same(same, self.world)
 
 

@@ -11,8 +11,6 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
-from torch import Tensor
-
 from alexnet_ddp.checkpoint.manager import RunState
 from alexnet_ddp.config import Config, OnNan
 from alexnet_ddp.config.compose import to_plain, to_yaml
@@ -36,7 +34,6 @@ from alexnet_ddp.runtime.signals import StopSignal
 from alexnet_ddp.runtime.startup import before_exit
 from alexnet_ddp.runtime.watchdog import WAITING, Watchdog
 from alexnet_ddp.tracking import (
-    ClassResults,
     RunInfo,
     RunStatus,
     Tracker,
@@ -47,10 +44,13 @@ from alexnet_ddp.tracking import (
     run_status,
 )
 from alexnet_ddp.tracking.report_process import write_report
+from alexnet_ddp.training.efficiency import EnergyMeter
 from alexnet_ddp.training.evaluation import evaluate
 from alexnet_ddp.training.faults import Guard
 from alexnet_ddp.training.first_batch import write_first_batch
-from alexnet_ddp.training.metrics import Confusion, Throughput, train_row
+from alexnet_ddp.training.histograms import histograms
+from alexnet_ddp.training.last_evaluation import LastEvaluation
+from alexnet_ddp.training.metrics import Throughput, train_row
 from alexnet_ddp.training.parts import TrainingParts, build_train_loader
 from alexnet_ddp.training.profiler import StepProfiler
 from alexnet_ddp.training.replicas import Replicas
@@ -61,8 +61,6 @@ from alexnet_ddp.training.stragglers import Stragglers
 from alexnet_ddp.training.vote import StepVote
 
 log = logging.getLogger(__name__)
-
-_MAX_CONFUSION = 1000  # classes: the counts of all pairs take 8 MB
 
 
 def train(cfg: Config, overrides: list[str]) -> None:
@@ -137,6 +135,7 @@ class Due:
     save: bool = False
     stop: bool = False
     unfreeze: bool = False
+    histograms: bool = False
 
 
 class Trainer:
@@ -179,6 +178,7 @@ class Trainer:
         max_bad = cfg.data.max_bad_images or 0
         self.quarantine = Quarantine(cfg.run_dir, sets, max_bad, state.step, world)
         self.throughput = Throughput()
+        self.energy = EnergyMeter(world)
         self.batches = parts.batches(state.step)
         self.outcome: StepOutcome | None = None  # of the last step
         self.saved_at = time.monotonic()
@@ -247,6 +247,7 @@ class Trainer:
             save=outcome.votes.save or budget.save_due(step),
             stop=outcome.votes.stop,
             unfreeze=self.parts.unfreeze_due(step) and not budget.is_end(step),
+            histograms=self._histograms_are_due(outcome),
         )
         planned = self.replicas.due(step) or budget.eval_due(step) or budget.save_due(step)
         if self._sync_replicas(planned or is_over):
@@ -256,6 +257,10 @@ class Trainer:
     def _perform(self, due: Due) -> None:
         """Everything between two steps, in one order on all ranks."""
         self.replicas.check(self.state.step, self.parts.replica_tensors)
+        if due.histograms:
+            with self._not_training():
+                found = histograms(self.parts.parallel_model, self.world)
+                self.tracker.histograms(self.state.step, found)
         if due != Due() and self.train_step.poll_nonfinite():
             self._handle_nonfinite(self.state.step - 1)
         if due.log:
@@ -289,6 +294,11 @@ class Trainer:
         step = self.state.step
         is_due = self.budget.eval_due(step) or (self.setup.is_over and step > 0)
         return is_due and self.state.evaluated_at != step
+
+    def _histograms_are_due(self, outcome: StepOutcome) -> bool:
+        every = self.cfg.logger.histograms_every_steps
+        is_step = every is not None and self.state.step % every == 0
+        return is_step and outcome.status is StepStatus.applied
 
     def _explain_early_end(self) -> None:
         state, total = self.state, self.budget.total_steps
@@ -345,6 +355,11 @@ class Trainer:
 
     # --- rows, evaluations, checkpoints -----------------------------------------------------------
 
+    @property
+    def _epoch(self) -> int:
+        """The epoch (0-based) of the last step."""
+        return max(0, self.state.step - 1) // self.budget.steps_per_epoch
+
     def _log_row(self) -> None:
         """Collective. Write a row of training metrics. Waits for the device."""
         meter, stopwatch = self.train_step.meter, self.train_step.stopwatch
@@ -354,8 +369,14 @@ class Trainer:
             row |= {"train/grad_norm": self.outcome.grad_norm.item()}
         steps = self.throughput.steps
         throughput = self.throughput.row(self.parts.train_loader.waited_s)
+        images_per_s, seconds = (
+            throughput["train/images_per_sec"],
+            throughput["time/step_s"] * steps,
+        )
         row |= throughput | self.guard.row() | self.checkpoints.row()
-        row |= self.stragglers.row(stopwatch.read(), steps, throughput["time/step_s"] * steps)
+        row |= self.stragglers.row(stopwatch.read(), steps, seconds)
+        row |= self.parts.model_flops.row(images_per_s, self._epoch)
+        row |= self.energy.row(images_per_s * seconds)
         self._log(row)
 
     def _evaluate(self, due: Due) -> Due:
@@ -368,9 +389,8 @@ class Trainer:
             len(self.data.val), cfg.eval_batch_size, world.rank, world.world_size
         )
         batches = self.watchdog.evaluating(self.parts.val_loader.batches(work))
-        num_classes = len(self.data.train.classes)
-        confusion = self._confusion(num_classes)
-        observe = confusion.add if confusion else None
+        num_classes, details = len(self.data.train.classes), self._details()
+        observe = details.add if details else None
         try:
             with self.parts.evaluation_model() as model:
                 result = evaluate(
@@ -387,24 +407,17 @@ class Trainer:
         row = result.row
         self.state.note_evaluation(row["val/top1"], row["val/loss"], self.cfg.checkpoint.best)
         self.callbacks.on_evaluation(self.state.step, result.row)
-        self._show_classes(confusion, result.per_class)
+        if details and self.setup.is_over:
+            details.show(self.tracker, self.state.step, result.per_class)
         self._log(result.row | ({"val/num_bad_images": num_bad} if num_bad else {}))
         return replace(due, save=True)
 
-    def _confusion(self, num_classes: int) -> Confusion | None:
-        """Collective. What counts the confusions of the last evaluation, if they are shown."""
-        is_shown = self.setup.is_over and num_classes <= _MAX_CONFUSION
-        if is_shown and distributed.any_rank(self.tracker.shows_classes, self.world):
-            return Confusion(num_classes, self.world.device)
+    def _details(self) -> LastEvaluation | None:
+        """Collective. What collects classes and images of an evaluation that may be the last."""
+        may_be_last = self.setup.is_over or self.cfg.trainer.patience is not None
+        if may_be_last and distributed.any_rank(self.tracker.shows_classes, self.world):
+            return LastEvaluation(self.cfg.data, self.data, self.world)
         return None
-
-    def _show_classes(self, confusion: Confusion | None, per_class: Tensor) -> None:
-        """Collective. Show the results by class of the last evaluation."""
-        if self.setup.is_over:
-            counts = confusion.read().numpy() if confusion else None
-            names = self.data.class_names
-            results = ClassResults(self.state.step, names, per_class.numpy(), counts)
-            self.tracker.classes(results)
 
     def _save(self, is_last: bool) -> None:
         """Collective. Save a checkpoint. If the last one fails, the run ends; see checkpoint/."""
@@ -436,7 +449,9 @@ class Trainer:
         """Keep the time of an evaluation or a checkpoint out of images/s and of step times."""
         began = time.monotonic()
         self.watchdog.pause()
+        self.energy.pause()
         yield
+        self.energy.resume()
         self.throughput.pause(time.monotonic() - began)
 
     def _show_first_batch(self, setup: RunSetup) -> None:
@@ -466,7 +481,7 @@ class Trainer:
         found = [f"data.mean={cfg.data.mean}", f"data.std={cfg.data.std}"]
         recorded = overrides if data.normalisation is None else [*overrides, *found]
         facts = {"world_size": world.world_size, "overrides": recorded, "start_step": step}
-        facts |= {"choices": choices_of(cfg)}
+        facts |= {"choices": choices_of(cfg), **self.parts.model_flops.facts}
         tracker.record(to_yaml(cfg), facts, {"ids": data.train.classes, "names": data.class_names})
         tracker.say(
             headline(

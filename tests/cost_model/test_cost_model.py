@@ -31,6 +31,7 @@ from alexnet_ddp.cost_model.machine import (
     gpu_device,
     measure_device,
     nccl_links,
+    peak_flops,
 )
 from alexnet_ddp.cost_model.network import Layer, Network, read_network
 from alexnet_ddp.cost_model.step import Ring, Strategy, predict, rings
@@ -391,6 +392,8 @@ def test_a_gpu_is_found_by_cudas_name():
     assert find_gpu("NVIDIA A100-SXM4-80GB") is find_gpu("A100")
     assert find_gpu("NVIDIA GeForce RTX 4090") is find_gpu("RTX4090")
     assert find_gpu("NVIDIA L40S") is not find_gpu("L4")
+    assert find_gpu("NVIDIA H100 80GB HBM3") is find_gpu("H100")
+    assert find_gpu("NVIDIA H100 PCIe") is find_gpu("H100-PCIE") is not find_gpu("H100")
     assert find_gpu("Radeon") is None
     with pytest.raises(
         ConfigError,
@@ -440,3 +443,25 @@ def test_draw_without_matplotlib_reports_what_to_install(alexnet, monkeypatch, t
 def test_the_constants_of_a_cpu_are_per_core():
     assert cpu_device(2).flops_per_s == 2 * cpu_device(1).flops_per_s
     assert cpu_device(2).memory_bytes_per_s == CPU_BYTES_PER_S
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tf32", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", Precision.fp32, True, 156),
+        ("NVIDIA A100-SXM4-80GB", Precision.fp32, False, 19.5),
+        ("NVIDIA H100 PCIe", Precision.bf16, True, 756),
+        ("Tesla V100-SXM2-16GB", Precision.fp32, False, 15.7),
+        ("Tesla V100-SXM2-16GB", Precision.fp16, True, 125),
+    ],
+)
+def test_the_peak_of_a_gpu_depends_on_the_precision_and_has_a_source(name, precision, tf32, tflops):
+    flops, source = peak_flops(name, precision, tf32)
+    assert flops == pytest.approx(1e12 * tflops)
+    assert source.startswith("https://")
+    assert source in (Path(__file__).parents[2] / "docs/tracking.md").read_text()
+
+
+def test_without_a_data_sheet_or_the_precision_no_peak_is_known():
+    for name, precision in (("Radeon", "fp32"), ("Tesla K20", "fp32"), ("Tesla T4", "bf16")):
+        assert peak_flops(name, Precision(precision), tf32=True) is None

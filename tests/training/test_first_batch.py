@@ -77,7 +77,8 @@ def hyperparameters(events):
 @pytest.mark.slow
 def test_a_run_writes_its_first_batch_and_tensorboard_shows_it(image_folder, tmp_path):
     same = [*SMALL, f"data.root={image_folder}", f"run.root={tmp_path}", "run.name=x"]
-    done = run("train", *same, "trainer.max_steps=2", "logger.tensorboard=true", cwd=tmp_path)
+    options = ["trainer.max_steps=2", "logger.tensorboard=true", "logger.histograms_every_steps=2"]
+    done = run("train", *same, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     with Image.open(tmp_path / "x/batch.png") as picture:
         assert picture.size == (10 + 8 * 74, 34 + 4 * 94)
@@ -85,7 +86,10 @@ def test_a_run_writes_its_first_batch_and_tensorboard_shows_it(image_folder, tmp
 
     events = EventAccumulator(str(next((tmp_path / "x").rglob("events.out.tfevents*")).parent))
     events.Reload()
-    assert events.Tags()["images"] == ["batch", "val/confusion_matrix"]
+    assert events.Tags()["images"] == ["batch", "val/confusion_matrix", "val/largest_losses"]
+    kinds = {name.partition("/")[0] for name in events.Tags()["histograms"]}
+    assert kinds == {"parameters", "gradients"}
+    assert [one.step for one in events.Histograms(events.Tags()["histograms"][0])] == [2]
     (text,) = events.Tensors("config/text_summary")
     assert b"max_steps: 2" in text.tensor_proto.string_val[0]
     options = hyperparameters(events)
