@@ -49,6 +49,7 @@ from alexnet_ddp.runtime.signals import StopSignal
 from alexnet_ddp.runtime.tables import NUMBER, TEXT, open_table, require_pyarrow
 from alexnet_ddp.runtime.terminal import Console, Table
 from alexnet_ddp.tracking import read_classes
+from alexnet_ddp.training.averaging import read_average
 from alexnet_ddp.training.calibration import NUM_BINS, Outputs, Scores, fit, write_calibration
 from alexnet_ddp.training.class_metrics import (
     CLASS_COLUMNS,
@@ -59,9 +60,9 @@ from alexnet_ddp.training.class_metrics import (
     image_rows,
     require_sklearn,
     unique_names,
-    wilson_interval,
 )
 from alexnet_ddp.training.evaluation import Evaluation, evaluate
+from alexnet_ddp.training.intervals import Interval, percent_interval
 from alexnet_ddp.training.precision import check_precision
 from alexnet_ddp.training.trained import read_trained
 
@@ -72,7 +73,7 @@ _MAX_CONFUSIONS = 5  # printed pairs of classes
 
 
 def main(options: EvaluateConfig, overrides: list[str]) -> None:
-    """Evaluate model.weights if it is given, else the best checkpoint of run.name.
+    """Evaluate model.weights if it is given, else a checkpoint of run.name, or their mean.
 
     A run's result is also written to its directory: evaluation.json, with metrics=true
     evaluation_classes.csv, and with calibrate=true calibration.json. With images=DIR the first two
@@ -84,13 +85,14 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
     if file is None:
         own = {one.name for one in fields(EvaluateConfig)} - {one.name for one in fields(Config)}
         kept = [one for one in overrides if one.partition("=")[0].lstrip("+") not in own]
-        cfg = cli.config_of_run(cfg.run_dir, kept, opens_data=options.images is None)
+        opens_data = options.images is None or options.average is not None
+        cfg = cli.config_of_run(cfg.run_dir, kept, opens_data=opens_data)
     with distributed.session(cfg.device, cfg.trainer.tf32) as world:
         distributed.from_main(lambda: _check_libraries(options), world)
         check_precision(cfg.trainer.precision, world)
         data = _open_data(options, cfg, world)
         cfg = replace(cfg, data=data.normalised(cfg.data))
-        model, origin, directory = _open_network(cfg, file, options.at_step, data, world)
+        model, origin, directory = _open_network(cfg, file, options, data, world)
         origin |= _chosen(options)
         if options.only_present:
             model = PresentClasses(model, data.val.labels, len(data.val.classes))
@@ -260,19 +262,24 @@ def _write_predictions(
 def _metric_lines(found: ClassMetrics, names: list[str]) -> list[str]:
     """The means over classes, and the most frequent confusions."""
     one = found.summary
+    intervals = one["intervals_95"]
     shares = {
-        "balanced accuracy": one["balanced_accuracy"],
-        "F1 (macro)": one["f1"]["macro"],
-        "AUROC (macro)": one["auroc_macro"],
-        "average precision (macro)": one["average_precision_macro"],
-        "Cohen's kappa": one["cohen_kappa"],
-        "calibration error": one["expected_calibration_error"],
+        "balanced accuracy": (one["balanced_accuracy"], intervals["balanced_accuracy"]),
+        "F1 (macro)": (one["f1"]["macro"], intervals["f1_macro"]),
+        "AUROC (macro)": (one["auroc_macro"], intervals["auroc_macro"]),
+        "average precision (macro)": (one["average_precision_macro"], None),
+        "Cohen's kappa": (one["cohen_kappa"], None),
+        "calibration error": (one["expected_calibration_error"], None),
     }
-    known = [f"{name} {value:.4f}" for name, value in shares.items() if value is not None]
+    known = [
+        f"{name} {value:.4f}" + ("" if ends is None else " ({:.4f} to {:.4f})".format(*ends))
+        for name, (value, ends) in shares.items()
+        if value is not None
+    ]
     wrong = found.confusion * (1 - np.eye(len(names), dtype=np.int64))
     order = np.argsort(-wrong, axis=None, kind="stable")[:_MAX_CONFUSIONS].tolist()
     pairs = [divmod(k, len(names)) for k in order if wrong.flat[k]]
-    return ["  ".join(known)] + [
+    return [f"{'  '.join(known)}  (95 % intervals in brackets)"] + [
         f"{wrong[i, j]:,} of {found.confusion[i].sum():,} {names[i]} are taken for {names[j]}"
         for i, j in pairs
     ]
@@ -296,22 +303,39 @@ def _calibrate(scores: Scores | None, run_dir: Path, checkpoint: Path, world: Wo
 
 
 def _open_network(
-    cfg: Config, file: str | None, step: str, data: ImageSets, world: World
+    cfg: Config, file: str | None, options: EvaluateConfig, data: ImageSets, world: World
 ) -> tuple[nn.Module, dict, Path | None]:
-    """Collective. The network, its origin for the record, and the checkpoint if it is a run's.
+    """Collective. The network, its origin for the record, and the checkpoint if it is one of a run.
 
     file: the weights to evaluate; None for those of the run, whose own model.weights are the ones
-    that it started from. step: of the run's checkpoint, see find_step.
+    that it started from.
     """
+    if options.average is not None:
+        trained = read_average(
+            cfg,
+            options.average,
+            options.batch_norm_images,
+            data.val.classes,
+            lambda: _training_images(options, cfg, data),
+            world,
+        )
+        return trained.model, trained.origin, None
     if file is None:
         checkpoints = cfg.run_dir / "checkpoints"
-        directory = distributed.from_main(lambda: find_step(checkpoints, step), world)
+        directory = distributed.from_main(lambda: find_step(checkpoints, options.at_step), world)
         trained = distributed.on_all(lambda: read_trained(cfg, directory, data.val.classes), world)
         return trained.model, trained.origin, directory
     weights = distributed.first_on_node(
         partial(published_weights, cfg.model, data.val.classes), world
     ) or distributed.from_main(partial(weights_of_run, file, cfg.run.root), world)
     return *distributed.on_all(lambda: _from_file(cfg, data, *weights), world), None
+
+
+def _training_images(options: EvaluateConfig, cfg: Config, data: ImageSets) -> SampleIndex:
+    """Those of the run; `data` are other images if options.images is given."""
+    if options.images is None:
+        return data.train
+    return open_data(cfg.data, trained=data.val.classes).train
 
 
 def _from_file(
@@ -335,34 +359,30 @@ def _record(found: Found, names: list[str]) -> dict:
     names: unique.
     """
     row = found.evaluation.row
-    interval = _top1_interval(row)
     classes = {
         name: dict(zip(("num_images", "correct1", "correct5"), counts))
         for name, counts in zip(names, found.evaluation.per_class.tolist())
     }
     bad = {"bad_images": sorted(one.reason for one in found.bad)}
-    return {**found.origin, **bad, **row, "val/top1_interval_95": interval, "per_class": classes}
+    intervals = {f"val/top{k}_interval_95": _interval(row, k) for k in (1, 5)}
+    return {**found.origin, **bad, **row, **intervals, "per_class": classes}
 
 
-def _top1_interval(row: dict) -> list[float]:
-    """The 95 % confidence interval of top-1, in percent."""
-    ends = wilson_interval(row["val/correct1"], row["val/num_images"])
-    return [100 * end for end in ends]
+def _interval(row: dict, k: int) -> Interval:
+    """The 95 % confidence interval of top-k, in percent."""
+    return percent_interval(row[f"val/correct{k}"], row["val/num_images"])
 
 
 def _report(result: Evaluation, names: list[str], origin: dict) -> None:
     """Print a table of the classes, the worst first, and a line with the metrics."""
     table = Table(title=", ".join(f"{key} {value}" for key, value in origin.items()))
-    for heading in ("class", "images", "top-1 %", "top-5 %"):
+    for heading in ("class", "images", "top-1 %", "95 % interval", "top-5 %", "95 % interval"):
         table.add_column(heading, justify="left" if heading == "class" else "right")
-    rows = [
-        (name, n, 100 * c1 / n, 100 * c5 / n)
-        for name, (n, c1, c5) in zip(names, result.per_class.tolist())
-        if n
-    ]
-    rows.sort(key=lambda row: row[2])
-    for name, n, top1, top5 in rows[:_MAX_ROWS]:
-        table.add_row(name, f"{n:,}", f"{top1:.1f}", f"{top5:.1f}")
+    rows = [(name, *counts) for name, counts in zip(names, result.per_class.tolist()) if counts[0]]
+    rows.sort(key=lambda row: row[2] / row[1])
+    for name, n, *correct in rows[:_MAX_ROWS]:
+        cells = [cell for count in correct for cell in _cells(count, n)]
+        table.add_row(name, f"{n:,}", *cells)
     Console().print(table)
     if len(rows) > _MAX_ROWS:
         say(f"... and {len(rows) - _MAX_ROWS} better classes")
@@ -371,9 +391,15 @@ def _report(result: Evaluation, names: list[str], origin: dict) -> None:
         f"(top-1: {row['val/correct1']:,}, top-5: {row['val/correct5']:,}, "
         f"of {row['val/num_images']:,} images)"
     )
-    low, high = _top1_interval(row)
+    texts = ["{:.2f} to {:.2f} %".format(*_interval(row, k)) for k in (1, 5)]
     say(
         f"top-1 {row['val/top1']:.2f} %  top-5 {row['val/top5']:.2f} %  "
         f"loss {row['val/loss']:.4f}  {counts}  "
-        f"95 % interval of top-1: {low:.2f} to {high:.2f} %"
+        f"95 % interval of top-1: {texts[0]}, of top-5: {texts[1]}"
     )
+
+
+def _cells(num_correct: int, num_images: int) -> tuple[str, str]:
+    """A share of images in percent, and its 95 % interval."""
+    low, high = percent_interval(num_correct, num_images)
+    return f"{100 * num_correct / num_images:.1f}", f"{low:.1f} to {high:.1f}"

@@ -14,7 +14,7 @@ import numpy as np
 
 # One number per purpose, so that two purposes with equal coordinates are independent.
 ORDER, CROP, FLIP, COLOUR, DROPOUT, SUBSET, SYNTHETIC = range(1, 8)
-POLICY, JITTER, ERASE, MIX, SHARDS, PLUGIN, SAMPLING, SWEEP = range(8, 16)
+POLICY, JITTER, ERASE, MIX, SHARDS, PLUGIN, SAMPLING, SWEEP, BOOTSTRAP = range(8, 17)
 
 _GOLDEN = 0x9E3779B9
 _AT_ONCE = 1 << 15  # words per block, which fits in the cache of a core

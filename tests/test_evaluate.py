@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,6 +69,10 @@ def check(labels: np.ndarray, shares: np.ndarray, written: dict) -> None:
     assert means["cohen_kappa"] == pytest.approx(kappa, abs=1e-12)
 
 
+def means_of(written: dict) -> float:
+    return written["metrics"]["f1"]["macro"]
+
+
 def evaluate_in_ranks(folder: str, cfg: EvaluateConfig) -> None:
     """What main() does with a network that is not of a run: a linear one, whose errors vary."""
     torch.manual_seed(0)
@@ -89,8 +94,10 @@ def test_metrics_are_those_of_one_process_for_any_number_of_ranks(tmp_path):
         assert [row["image"] for row in rows] == [f"synthetic image {i}" for i in range(NUM_IMAGES)]
         assert len(labels) == written["val/num_images"] == NUM_IMAGES
         assert len(set(shares.argmax(1).tolist())) == len(CLASSES)
-        low, high = written["val/top1_interval_95"]
-        assert 0 < low < written["val/top1"] < high < 100
+        for k in (1, 5):
+            low, high = written[f"val/top{k}_interval_95"]
+            assert 0 < low < high <= 100
+            assert low < written[f"val/top{k}"] <= high
         check(labels, shares, written)
         loss = np.mean([float(row["loss"]) for row in rows])
         assert loss == pytest.approx(written["val/loss"], rel=1e-5)
@@ -100,6 +107,10 @@ def test_metrics_are_those_of_one_process_for_any_number_of_ranks(tmp_path):
         f1 = np.mean([float(row["f1"]) for row in of_classes])
         assert f1 == pytest.approx(written["metrics"]["f1"]["macro"], abs=1e-12)
         one = one or (shares, written)
+        intervals, expected = (x["metrics"]["intervals_95"] for x in (written, one[1]))
+        assert intervals["f1_macro"] == expected["f1_macro"]
+        assert intervals["auroc_macro"] == pytest.approx(expected["auroc_macro"], abs=1e-9)
+        assert intervals["f1_macro"][0] < means_of(written) < intervals["f1_macro"][1]
         # The batches are the same, only the threads of a product may differ.
         np.testing.assert_allclose(shares, one[0], rtol=0, atol=1e-6)
         assert written["confusions"] == one[1]["confusions"]
@@ -129,7 +140,9 @@ def test_an_image_that_could_not_be_read_has_a_row_and_stale_files_are_removed(t
     assert written["bad_images"] == ["image 1 is damaged"]
     assert "metrics" not in written
     assert not (tmp_path / "evaluation_classes.csv").exists()
-    assert "95 % interval of top-1: 20.77 to 93.85 %" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "95 % interval of top-1: 20.77 to 93.85 %, of top-5: 43.85 to 100.00 %" in said
+    assert re.search(r"d .* 1 .* 0.0 .* 0.0 to 79.3 .* 100.0 .* 20.7 to 100.0", said)
 
 
 @pytest.mark.parametrize(

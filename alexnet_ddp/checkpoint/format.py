@@ -18,6 +18,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -343,6 +344,46 @@ def read_tensors(directory: Path, group: str) -> "dict[str, torch.Tensor]":
     return load_file(directory / f"{group}.safetensors")
 
 
+def mean_tensors(
+    directories: list[Path], group: str
+) -> "tuple[dict[str, torch.Tensor], frozenset[str]]":
+    """Return the mean of each tensor of a group over checkpoints, and the names of those that vary.
+
+    It is computed in float64. Integers are those of the last checkpoint. All must be verified; one
+    is enough.
+    Raises ConfigError if their tensors have other names or shapes.
+    """
+    import torch
+
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(safetensors.safe_open(one / f"{group}.safetensors", "pt"))
+            for one in directories
+        ]
+        shapes = [
+            {name: file.get_slice(name).get_shape() for name in _names(file)} for file in files
+        ]
+        for directory, found in zip(directories, shapes):
+            if found != shapes[-1]:
+                rule = f"{directory.name} has other tensors than {directories[-1].name}"
+                raise ConfigError(f"average: {rule}; leave it out")
+        mean, varying = {}, set()
+        for name in shapes[-1]:
+            first, *others = (file.get_tensor(name) for file in files)
+            mean[name] = others[-1] if others else first
+            if all(torch.equal(first, one) for one in others):
+                continue
+            varying.add(name)
+            if first.is_floating_point():
+                total = sum((one.double() for one in others), first.double())
+                mean[name] = (total / len(files)).to(first.dtype)
+    return mean, frozenset(varying)
+
+
+def _names(file: Any) -> list[str]:
+    return list(file.keys())  # it is no mapping, and not iterable
+
+
 def group_names(directory: Path) -> list[str]:
     """Return the names of a checkpoint's groups of tensors. Raises Rejected."""
     return [Path(name).stem for name in read_manifest(directory) if name.endswith(".safetensors")]
@@ -420,15 +461,43 @@ def find_step(checkpoints: Path, step: str) -> Path:
         if newest is None:
             raise NoCheckpoint(f"there is no checkpoint in {checkpoints}; train the run first")
         return newest
+    return _verified(_numbered(checkpoints, int(step), "at_step"), "use at_step=best")
+
+
+def find_several(checkpoints: Path, wanted: int | list[int]) -> list[Path]:
+    """Return several checkpoints, oldest first: the `wanted` last ones, or those of these steps.
+
+    Raises:
+        NoCheckpoint: one of them is damaged.
+        ConfigError: there are not as many, or there is none of a step.
+    """
+    if isinstance(wanted, int):
+        found = list_checkpoints(checkpoints)
+        if len(found) < wanted:
+            rule = f"{checkpoints} has {len(found)} checkpoints"
+            remedy = f"take fewer, or train with checkpoint.keep_last={wanted}"
+            raise ConfigError(f"average ({wanted}): {rule}; {remedy}")
+        chosen = found[-wanted:]
+    else:
+        chosen = [_numbered(checkpoints, step, "average") for step in sorted(wanted)]
+    return [_verified(directory, "leave it out of average") for directory in chosen]
+
+
+def _numbered(checkpoints: Path, step: int, option: str) -> Path:
+    """The checkpoint of a step. Raises ConfigError. option: that gives the step."""
     found = {step_of(directory): directory for directory in list_checkpoints(checkpoints)}
-    directory = found.get(int(step))
-    if directory is None:
+    if step not in found:
         known = ", ".join(map(str, sorted(found))) or "none"
-        raise ConfigError(f"at_step ({step}): {checkpoints} has no such checkpoint; it has {known}")
+        rule = f"{checkpoints} has no such checkpoint; it has {known}"
+        raise ConfigError(f"{option} ({step}): {rule}")
+    return found[step]
+
+
+def _verified(directory: Path, remedy: str) -> Path:
+    """`directory`, if it is intact. Raises NoCheckpoint."""
     try:
         verify(directory)
     except Rejected as reason:
-        remedy = "use at_step=best or at_step=last"
         raise NoCheckpoint(f"checkpoint {directory.name} is rejected: {reason}; {remedy}") from None
     return directory
 

@@ -1,14 +1,56 @@
 """Options of `alexnet-ddp evaluate`."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from alexnet_ddp.config.option import check_suffix, option
+from alexnet_ddp.config.option import check_suffix, option, shown
 from alexnet_ddp.config.run import Config
 from alexnet_ddp.runtime.errors import ConfigError
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(Config):
+class AveragingConfig(Config):
+    """A run, and which of its checkpoints are averaged."""
+
+    average: Any = option(
+        None,
+        "Take the mean of the weights of several checkpoints: the number of last ones, such as 3, "
+        "or a list of steps, such as [100,200,300]. The statistics of BatchNorm are computed "
+        "again for these weights.",
+        kind="integer, or list of integers",
+        null="one checkpoint",
+    )
+    batch_norm_images: int = option(
+        10_000,
+        "With average: number of training images for the statistics of BatchNorm, at most all.",
+        minimum=2,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.average is None:
+            if self.batch_norm_images != self.default_of("batch_norm_images"):
+                rule = f"batch_norm_images ({self.batch_norm_images}) would be ignored"
+                raise ConfigError(f"{rule} without average; give average=3 too, or leave it out")
+            return
+        if not _is_several(self.average):
+            rule = "must be a number of checkpoints of at least 2, or a list of different steps"
+            raise ConfigError(f"average ({shown(self.average)}) {rule}, such as [100,200]")
+        if self.model.weights is not None:
+            rule = "takes checkpoints of a run, and model.weights is a file"
+            raise ConfigError(f"average ({shown(self.average)}) {rule}; give run.name instead")
+
+
+def _is_several(value: Any) -> bool:
+    """True for an integer of at least 2, and a list of at least two different steps."""
+    if not isinstance(value, list):
+        return type(value) is int and value >= 2
+    are_steps = all(type(one) is int and one >= 0 for one in value)
+    return are_steps and len(set(value)) == len(value) >= 2
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(AveragingConfig):
     """A run or a file of weights, and what is computed besides its accuracy."""
 
     calibrate: bool = option(
@@ -67,6 +109,7 @@ class EvaluateConfig(Config):
                 rule = "is stored with a run, and model.weights is a file"
                 raise ConfigError(f"{name}=true {rule}; give run.name in place of model.weights")
         self._check_views()
+        self._check_average()
         self._check_images()
         if self.at_step not in ("best", "last") and not self.at_step.isdecimal():
             raise ConfigError(f"at_step ({self.at_step}) must be best, last or a number of steps")
@@ -77,6 +120,15 @@ class EvaluateConfig(Config):
         if self.predictions is None and self.top_k != self.default_of("top_k"):
             rule = "is the number of classes in the file of predictions, which is not written"
             raise ConfigError(f"top_k ({self.top_k}) {rule}; give predictions=FILE.csv too")
+
+    def _check_average(self) -> None:
+        """Raise ConfigError for options that belong to one checkpoint."""
+        if self.average is not None and self.at_step != "best":
+            rule = f"would be ignored with average ({shown(self.average)})"
+            raise ConfigError(f"at_step ({self.at_step}) {rule}; give one of them")
+        if self.average is not None and self.calibrate:
+            rule = "stores a temperature for one checkpoint"
+            raise ConfigError(f"calibrate=true {rule}; leave average out")
 
     def _check_views(self) -> None:
         """Raise ConfigError for views that do not exist, or with which calibrate has no meaning."""

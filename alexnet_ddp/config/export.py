@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 
+from alexnet_ddp.config.evaluate import AveragingConfig
 from alexnet_ddp.config.option import MISSING, option
-from alexnet_ddp.config.run import Config
 from alexnet_ddp.runtime.errors import ConfigError
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -19,7 +19,7 @@ class ExportFormat(StrEnum):
 
 
 @dataclass(kw_only=True)
-class ExportConfig(Config):
+class ExportConfig(AveragingConfig):
     """A run, and the file that its model becomes."""
 
     format: ExportFormat = option(

@@ -24,7 +24,13 @@ from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_batches
 from alexnet_ddp.data.sources.sets import ImageSets, open_data
 from alexnet_ddp.export.check import Comparison, compare
-from alexnet_ddp.export.folder import metrics_of, preprocessing_of, write_inputs, write_report
+from alexnet_ddp.export.folder import (
+    interval_text,
+    metrics_of,
+    preprocessing_of,
+    write_inputs,
+    write_report,
+)
 from alexnet_ddp.export.formats import WithPreprocessing, open_model, require_libraries, write_model
 from alexnet_ddp.export.hub import require_hub, upload
 from alexnet_ddp.export.timm_folder import write_config
@@ -36,11 +42,16 @@ from alexnet_ddp.runtime.files import require_folder_of, sync_directory
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.startup import before_exit
 from alexnet_ddp.tracking import read_classes
+from alexnet_ddp.tracking.exported import send_export
+from alexnet_ddp.training.averaging import read_average
 from alexnet_ddp.training.calibration import read_temperature
 from alexnet_ddp.training.trained import Trained, read_trained
 
 _WAIT_S = 30.0  # longer than the difference between the starts of two ranks
-_OWN_OPTIONS = ("format", "output", "preprocessing", "push")
+_OWN_OPTIONS = (
+    *("format", "output", "preprocessing", "push"),
+    *("average", "batch_norm_images"),
+)
 
 
 def main(options: ExportConfig, overrides: list[str]) -> None:
@@ -60,23 +71,45 @@ def main(options: ExportConfig, overrides: list[str]) -> None:
     with distributed.session(cfg.device, tf32=False) as world:
         data = open_data(cfg.data, trained=read_classes(cfg.run_dir)["ids"])
         cfg = replace(cfg, data=data.normalised(cfg.data))
-        best = find_best(cfg.run_dir / "checkpoints")
-        trained = read_trained(cfg, best, data.val.classes)
+        trained, temperature = _trained(options, cfg, data, world)
         with _draft(output) as folder:
             result = _write(folder, options, cfg, trained, data, world)
             metrics = metrics_of(options.format, cfg.run.name, trained, result)
-            metrics["temperature"] = read_temperature(cfg.run_dir, best)
+            metrics["temperature"] = temperature
             card = options.format is ExportFormat.huggingface or options.push is not None
             write_report(folder, options.format, cfg, metrics, len(data.train), card)
+    origin = trained.origin["checkpoint"]
     ties = f" ({result.num_ties} ties differ)" if result.num_ties else ""
     say(
-        f"{output}: {options.format.value} of {cfg.run.name} ({best.name}), evaluated: "
-        f"top-1 {metrics['top1']:.2f} %  top-5 {metrics['top5']:.2f} %  of "
+        f"{output}: {options.format.value} of {cfg.run.name} ({origin}), evaluated: "
+        f"top-1 {metrics['top1']:.2f} % ({interval_text(metrics, 1)})  "
+        f"top-5 {metrics['top5']:.2f} % ({interval_text(metrics, 5)})  of "
         f"{metrics['num_images']:,} images, as the run{ties}"
     )
+    send_export(cfg.logger, cfg.run_dir, output, options.format.value, _about(metrics))
     if options.push is not None:
-        title = f"{options.format.value} of {cfg.run.name} ({best.name})"
+        title = f"{options.format.value} of {cfg.run.name} ({origin})"
         say(f"pushed to {upload(output, options.push, title)}")
+
+
+def _about(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What wandb shows of the exported model."""
+    found = {name: metrics[name] for name in ("format", "num_images", "top1", "top5", "loss")}
+    return found | {name: metrics["run"][name] for name in ("checkpoint", "step")}
+
+
+def _trained(
+    options: ExportConfig, cfg: Config, data: ImageSets, world: World
+) -> tuple[Trained, float | None]:
+    """The network to export: of the best checkpoint, or a mean; and its temperature, if known."""
+    classes = data.val.classes
+    if options.average is not None:
+        num_images, train = options.batch_norm_images, data.train
+        found = read_average(cfg, options.average, num_images, classes, lambda: train, world)
+        found.model.cpu().to(memory_format=torch.contiguous_format)
+        return found, None
+    best = find_best(cfg.run_dir / "checkpoints")
+    return read_trained(cfg, best, classes), read_temperature(cfg.run_dir, best)
 
 
 def _require_one_process() -> None:

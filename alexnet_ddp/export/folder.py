@@ -13,6 +13,7 @@ from alexnet_ddp.export import examples
 from alexnet_ddp.export.check import RELATIVE_TOLERANCE, Comparison
 from alexnet_ddp.export.formats import FILES, INPUT, OPSET
 from alexnet_ddp.runtime.files import plain, write_bytes, write_json
+from alexnet_ddp.training.intervals import percent_interval
 from alexnet_ddp.training.trained import Trained
 
 
@@ -76,6 +77,8 @@ def metrics_of(form: ExportFormat, run: str, trained: Trained, result: Compariso
         "correct5": exported[1],
         "top1": 100 * exported[0] / n,
         "top5": 100 * exported[1] / n,
+        "top1_interval_95": percent_interval(exported[0], n),
+        "top5_interval_95": percent_interval(exported[1], n),
         "loss": result.loss_sum / n,
         "run": {"name": run, **trained.origin, "correct1": ours[0], "correct5": ours[1]},
         "num_ties": result.num_ties,
@@ -111,14 +114,15 @@ def write_report(
         "",
         f"The file `{FILES[form]}` was evaluated on {metrics['num_images']:,} validation images:",
         "",
-        "| metric | value | n |",
-        "|---|---|---|",
+        "| metric | value | 95 % interval | n |",
+        "|---|---|---|---|",
         *(
             f"| top-{k} accuracy | {metrics[f'top{k}']:.2f} % | "
+            f"{interval_text(metrics, k)} | "
             f"{metrics[f'correct{k}']:,} of {metrics['num_images']:,} |"
             for k in (1, 5)
         ),
-        f"| loss (cross-entropy) | {metrics['loss']:.4f} | {metrics['num_images']:,} |",
+        f"| loss (cross-entropy) | {metrics['loss']:.4f} | | {metrics['num_images']:,} |",
         "",
         "Its outputs equal those of the training framework up to rounding.",
         *_calibration(metrics["temperature"], how),
@@ -149,6 +153,12 @@ _ABOUT = {
     "config.json": ": the network and its input for timm",
     "model.json": ": the options that build this network in alexnet_ddp",
 }
+
+
+def interval_text(metrics: dict[str, Any], k: int) -> str:
+    """The 95 % interval of top-k."""
+    low, high = metrics[f"top{k}_interval_95"]
+    return f"{low:.2f} to {high:.2f} %"
 
 
 def _hub_metadata(form: ExportFormat) -> list[str]:

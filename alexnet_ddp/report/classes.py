@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from alexnet_ddp.training.calibration import Scores
-from alexnet_ddp.training.class_metrics import first_classes, wilson_interval
+from alexnet_ddp.training.class_metrics import first_classes
+from alexnet_ddp.training.intervals import Interval, bootstrap_intervals, percent_interval
 
 _MAX_MATRIX = 24  # classes: more cannot be read
 _MAX_WORST = 20
@@ -52,6 +53,7 @@ class Classes:
     confusion: Confusion
     pairs: list[tuple[str, str, int, int]]  # label, prediction, images, images of the label
     balanced: float  # mean of the classes' top-1, in percent
+    balanced_interval: Interval  # 95 %, in percent
 
 
 def class_results(scores: Scores, names: list[str]) -> Classes:
@@ -61,6 +63,9 @@ def class_results(scores: Scores, names: list[str]) -> Classes:
     known = np.flatnonzero(totals)
     shares = right[known] / totals[known]
     order = known[np.lexsort((known, shares))]
+    found = first_classes(scores.logits).numpy()
+    intervals = bootstrap_intervals(scores.labels.numpy(), found, len(names))
+    low, high = intervals["balanced_accuracy"]
     worst = [_result(matrix, int(k), names) for k in order[:_MAX_WORST]]
     wrong = matrix * (1 - np.eye(len(names), dtype=np.int64))
     places = np.argsort(-wrong, axis=None, kind="stable")[:_MAX_PAIRS].tolist()
@@ -71,6 +76,7 @@ def class_results(scores: Scores, names: list[str]) -> Classes:
         _confusion(matrix, wrong, names),
         [(names[i], names[j], int(wrong[i, j]), int(totals[i])) for i, j in pairs],
         100 * float(shares.mean()),
+        (100 * low, 100 * high),
     )
 
 
@@ -84,11 +90,11 @@ def confusion_matrix(scores: Scores, num_classes: int) -> np.ndarray:
 def _result(matrix: np.ndarray, k: int, names: list[str]) -> ClassResult:
     row = matrix[k].copy()
     total, right = int(row.sum()), int(row[k])
-    low, high = wilson_interval(right, total)
+    low, high = percent_interval(right, total)
     row[k] = 0
     order = np.argsort(-row, kind="stable")[:_MAX_SHOWN]
     taken_for = [(names[int(j)], int(row[j])) for j in order if row[j]]
-    return ClassResult(names[k], total, 100 * right / total, 100 * low, 100 * high, taken_for)
+    return ClassResult(names[k], total, 100 * right / total, low, high, taken_for)
 
 
 def _confusion(matrix: np.ndarray, wrong: np.ndarray, names: list[str]) -> Confusion:

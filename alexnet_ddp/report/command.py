@@ -31,6 +31,7 @@ from alexnet_ddp.runtime.files import write_bytes
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.run_record import RunRecord, flat, open_run
 from alexnet_ddp.training.calibration import expected_calibration_error
+from alexnet_ddp.training.intervals import percent_interval
 
 log = logging.getLogger("alexnet_ddp")
 
@@ -131,12 +132,14 @@ def _examine(
 
 
 def _looked(found: Findings) -> Looked:
-    scores = found.scores
+    scores, row = found.scores, found.evaluation.row
+    num_images = int(row["val/num_images"])
     return Looked(
         found.checkpoint,
-        int(found.evaluation.row["val/num_images"]),
+        num_images,
         found.num_val,
-        float(found.evaluation.row["val/top1"]),
+        float(row["val/top1"]),
+        percent_interval(int(row["val/correct1"]), num_images),
         100 * expected_calibration_error(scores.logits, scores.labels, 1.0),
         class_results(scores, found.names),
         found.largest_losses,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_ddp.runtime.run_record import RunRecord, differing, option_text
-from alexnet_ddp.training.class_metrics import wilson_interval
+from alexnet_ddp.training.intervals import Interval, percent_interval
 
 _MAX_BAD = 10  # unreadable images that are listed
 _MAX_DIFFERENT = 40  # options in which runs differ
@@ -17,12 +17,12 @@ _MAX_DIFFERENT = 40  # options in which runs differ
 
 @dataclass(frozen=True)
 class Result:
-    """The best evaluation of a run by top-1, in percent, with its 95 % interval."""
+    """The best evaluation of a run by top-1. Shares and their 95 % intervals are in percent."""
 
     top1: float
-    low: float
-    high: float
+    top1_interval: Interval
     top5: float
+    top5_interval: Interval
     loss: float
     step: int
     epoch: float
@@ -45,6 +45,8 @@ class Summary:
     num_starts: int
     world_size: int | None
     last_loss: float | None
+    mfu: float | None  # share of the GPUs' peak, in percent: median of the rows
+    joules_per_image: float | None
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,17 @@ def summary(run: RunRecord) -> Summary:
         len(run.starts),
         world_size if isinstance(world_size, int) else None,
         losses[-1] if losses else None,
+        run.median("train/mfu"),
+        run.median("train/joules_per_image"),
     )
+
+
+def _peak(run: RunRecord) -> str:
+    """The peak that train/mfu refers to, with its source; "" if it is not known."""
+    known = run.facts
+    if "peak_tflops" not in known:
+        return ""
+    return f"{known['peak_tflops']:g} TFLOP/s, {known.get('peak_source')}"
 
 
 def subtitle(run: RunRecord) -> str:
@@ -119,13 +131,12 @@ def best_result(run: RunRecord) -> Result | None:
     step = max(found, key=lambda one: (found[one], -one))
     row = run.rows[step]
     num_images = int(row["val/num_images"])
-    low, high = wilson_interval(int(row["val/correct1"]), num_images)
     epoch = float(row["epoch"])
     return Result(
         found[step],
-        100 * low,
-        100 * high,
+        percent_interval(int(row["val/correct1"]), num_images),
         float(row["val/top5"]),
+        percent_interval(int(row["val/correct5"]), num_images),
         float(row["val/loss"]),
         step,
         epoch,
@@ -191,6 +202,7 @@ def environment(run: RunRecord) -> list[tuple[str, str]]:
         "host": facts.get("host"),
         "ranks": facts.get("world_size"),
         "GPU": numerics.get("gpu"),
+        "peak of a GPU": _peak(run),
         "CPU": " ".join(str(numerics[key]) for key in ("machine", "cpu") if key in numerics),
         "threads of a rank": numerics.get("threads"),
         "source": commit,

@@ -18,6 +18,7 @@ from alexnet_ddp.report.facts import Data, OptionRow, Summary
 from alexnet_ddp.report.images import Filters, Shown
 from alexnet_ddp.report.timeline import Timeline, duration
 from alexnet_ddp.report.times import Profile, Times
+from alexnet_ddp.training.intervals import Interval
 
 _HERE = Path(__file__).parent
 
@@ -30,6 +31,7 @@ class Looked:
     num_images: int  # that were used
     num_val: int  # of all validation images
     top1: float  # of the used images, in percent
+    top1_interval: Interval  # 95 %, in percent
     calibration_error: float  # in percent
     classes: Classes
     largest_losses: list[Shown]

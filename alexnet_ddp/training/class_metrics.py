@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, SupportsInt
 
 import numpy as np
 import torch
@@ -24,6 +24,14 @@ from alexnet_ddp.training.calibration import (
     Scores,
     expected_calibration_error,
 )
+from alexnet_ddp.training.intervals import (
+    NUM_RESAMPLES,
+    Interval,
+    auroc_interval,
+    bootstrap_intervals,
+    class_auroc,
+    wilson_interval,
+)
 
 CLASS_COLUMNS: dict[str, str | int] = {
     "class": TEXT,
@@ -32,14 +40,19 @@ CLASS_COLUMNS: dict[str, str | int] = {
     "correct1": COUNT,
     "correct5": COUNT,
     "accuracy": NUMBER,
+    "accuracy_low": NUMBER,  # ends of the 95 % interval, as are the others
+    "accuracy_high": NUMBER,
     "precision": NUMBER,
+    "precision_low": NUMBER,
+    "precision_high": NUMBER,
     "recall": NUMBER,
     "f1": NUMBER,
     "auroc": NUMBER,
+    "auroc_low": NUMBER,
+    "auroc_high": NUMBER,
     "average_precision": NUMBER,
 }
 _AVERAGES = ("macro", "micro", "weighted")
-_Z_95 = 1.959963984540054  # the normal distribution has 95 % within +- this many deviations
 
 
 @dataclass(frozen=True)
@@ -50,10 +63,11 @@ class ClassMetrics:
     class without images. AUROC and average precision of such a class are NaN.
     """
 
-    precision: np.ndarray  # float64 [classes], as the next four
+    precision: np.ndarray  # float64 [classes], as the others without a shape
     recall: np.ndarray
     f1: np.ndarray
     auroc: np.ndarray
+    auroc_interval: np.ndarray  # float64 [classes, 2]: low and high; NaN if it is undefined
     average_precision: np.ndarray
     confusion: np.ndarray  # int64 [classes, classes]: images by label (row) and prediction (column)
     summary: dict[str, Any]  # the means over classes, and the metrics of all images
@@ -91,20 +105,34 @@ def class_metrics(scores: Scores) -> ClassMetrics:
         balanced = metrics.balanced_accuracy_score(labels, found)
         confusion = metrics.confusion_matrix(labels, found, labels=range(num_classes))
         kappa = metrics.cohen_kappa_score(labels, found)
-    auroc, average_precision = _ranking_metrics(scores)
+    ranking = _ranking_metrics(scores)
     summary: dict[str, Any] = {
         name: {average: float(means[average][k]) for average in _AVERAGES}
         for k, name in enumerate(("precision", "recall", "f1"))
     }
     summary |= {
         "balanced_accuracy": float(balanced),
-        "auroc_macro": _mean(auroc),
-        "average_precision_macro": _mean(average_precision),
+        "auroc_macro": _mean(ranking.auroc),
+        "average_precision_macro": _mean(ranking.average_precision),
         "cohen_kappa": _finite(float(kappa)),
         "expected_calibration_error": expected_calibration_error(scores.logits, scores.labels, 1.0),
         "calibration_bins": NUM_BINS,
+        "intervals_95": {
+            **bootstrap_intervals(labels, found, num_classes),
+            "auroc_macro": ranking.auroc_macro_interval,
+        },
+        "num_resamples": NUM_RESAMPLES,
     }
-    return ClassMetrics(each[0], each[1], each[2], auroc, average_precision, confusion, summary)
+    return ClassMetrics(
+        each[0],
+        each[1],
+        each[2],
+        ranking.auroc,
+        ranking.auroc_interval,
+        ranking.average_precision,
+        confusion,
+        summary,
+    )
 
 
 def first_classes(logits: Tensor) -> Tensor:
@@ -126,14 +154,22 @@ def class_rows(
             "num_images": num_images,
             "correct1": correct1,
             "correct5": correct5,
-            "accuracy": _finite(correct1 / num_images if num_images else math.nan),
+            "accuracy": correct1 / num_images if num_images else math.nan,
+            **_share("accuracy", correct1, num_images),
             "precision": float(found.precision[k]),
+            **_share("precision", found.confusion[k, k], found.confusion[:, k].sum()),
             "recall": float(found.recall[k]),
             "f1": float(found.f1[k]),
-            "auroc": _finite(float(found.auroc[k])),
-            "average_precision": _finite(float(found.average_precision[k])),
+            "auroc": float(found.auroc[k]),
+            "auroc_low": float(found.auroc_interval[k, 0]),
+            "auroc_high": float(found.auroc_interval[k, 1]),
+            "average_precision": float(found.average_precision[k]),
         }
-        yield {name: value for name, value in row.items() if value is not None}
+        yield {
+            name: value
+            for name, value in row.items()
+            if not (isinstance(value, float) and math.isnan(value))
+        }
 
 
 def image_rows(scores: Scores, names: list[str], top_k: int) -> Iterator[dict[str, Any]]:
@@ -169,24 +205,22 @@ def unique_names(names: list[str]) -> list[str]:
     return [f"{name} ({label})" if known[name] > 1 else name for label, name in enumerate(names)]
 
 
-def wilson_interval(num_correct: int, num_images: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a share, in [0, 1] (E. B. Wilson, 1927).
+@dataclass(frozen=True)
+class _Ranking:
+    """AUROC and average precision of the classes, float64 [classes]; NaN if it is undefined."""
 
-    It is within [0, 1] and not empty for shares of 0 and 1 too, other than +- 1.96 deviations.
-    """
-    share, z2 = num_correct / num_images, _Z_95**2
-    centre = share + z2 / (2 * num_images)
-    half = _Z_95 * math.sqrt(share * (1 - share) / num_images + z2 / (4 * num_images**2))
-    scale = 1 + z2 / num_images
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    auroc: np.ndarray
+    auroc_interval: np.ndarray  # [classes, 2]
+    average_precision: np.ndarray
+    auroc_macro_interval: Interval | None
 
 
-def _ranking_metrics(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
-    """AUROC and average precision of each class, float64 [classes]; NaN if it is undefined."""
-    from sklearn.metrics import average_precision_score, roc_auc_score
+def _ranking_metrics(scores: Scores) -> _Ranking:
+    from sklearn.metrics import average_precision_score
 
-    num_classes = scores.logits.shape[1]
+    n, num_classes = scores.logits.shape
     auroc, average_precision = np.full((2, num_classes), np.nan)
+    interval, influence = np.full((num_classes, 2), np.nan), np.zeros(n)
     normaliser = torch.cat(
         [some.double().logsumexp(1) for some in scores.logits.split(CHUNK_IMAGES)]
     )
@@ -195,9 +229,21 @@ def _ranking_metrics(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
         if is_class.any() and not is_class.all():
             # One column at a time: float64 probabilities of all classes would be 400 MB.
             probability = (scores.logits[:, k].double() - normaliser).exp().numpy()
-            auroc[k] = roc_auc_score(is_class, probability)
+            found = class_auroc(probability, is_class)
+            auroc[k], influence = found.value, influence + found.influence
+            if found.interval is not None:
+                interval[k] = found.interval
             average_precision[k] = average_precision_score(is_class, probability)
-    return auroc, average_precision
+    num_known, mean = np.count_nonzero(~np.isnan(auroc)), _mean(auroc)
+    of_mean = None if mean is None else auroc_interval(mean, influence / num_known)
+    return _Ranking(auroc, interval, average_precision, of_mean)
+
+
+def _share(name: str, count: SupportsInt, num_images: SupportsInt) -> dict[str, float]:
+    """The interval of count / num_images as NAME_low and NAME_high; empty without images."""
+    n = int(num_images)
+    ends = wilson_interval(int(count), n) if n else ()
+    return {f"{name}_{end}": value for end, value in zip(("low", "high"), ends)}
 
 
 def _mean(values: np.ndarray) -> float | None:

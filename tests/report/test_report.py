@@ -45,7 +45,14 @@ def train_row(step: int, time_s: float, **more: float) -> dict:
 
 
 def val_row(step: int, time_s: float, correct: int) -> dict:
-    row = {"step": step, "epoch": step / 10, "time_s": time_s, "val/loss": 1.0, "val/top5": 90.0}
+    row = {
+        "step": step,
+        "epoch": step / 10,
+        "time_s": time_s,
+        "val/loss": 1.0,
+        "val/top5": 90.0,
+        "val/correct5": 90,
+    }
     return row | {"val/top1": float(correct), "val/correct1": correct, "val/num_images": 100}
 
 
@@ -373,7 +380,8 @@ def test_the_summary_has_the_best_evaluation_and_the_command_has_another_name(tm
     run = make_run(tmp_path / "x", rows, overrides=["run.name=x", "data.root=my data", "seed=1"])
     best = summary(run).result
     assert (best.top1, best.step, best.num_evaluations) == (60.0, 20, 3)
-    assert (best.low, best.high) == (pytest.approx(50.2, abs=0.05), pytest.approx(69.06, abs=0.05))
+    assert best.top1_interval == pytest.approx((50.2, 69.06), abs=0.05)
+    assert best.top5_interval == pytest.approx((82.56, 94.48), abs=0.05)
     expected = "python -m alexnet_ddp.train 'data.root=my data' seed=1 run.name=x-again"
     assert command(run) == expected
     lr, *_ = (one for one in option_rows(run, {"optimizer.lr": 0.5}) if one.name == "optimizer.lr")

@@ -16,7 +16,7 @@ import yaml
 from alexnet_ddp.config.schema import ROOTS, options
 from tests.drills.wandb_server import ReceivedRun, WandbServer
 from tests.network import QUICK, WAITING
-from tests.ranks import started
+from tests.ranks import run_command, started
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wandb")]
 
@@ -84,6 +84,7 @@ def test_a_complete_run_of_two_ranks(server, image_folder, tmp_path):
     _check_artifacts(run, run_id, run_dir, server)
     assert run.exit_codes == [0]
     assert [(one["title"], one["severity"]) for one in run.alerts] == [("x is complete", "INFO")]
+    _check_export(run, run_id, tmp_path, env, server)
 
 
 def _check_start(run: ReceivedRun) -> None:
@@ -128,6 +129,10 @@ def _check_classes(run: ReceivedRun, run_id: str, server: WandbServer) -> None:
     assert len(matrix["data"]) == 25
     assert sum(row[2] for row in matrix["data"]) == logged["val/num_images"]
     assert sum(row[2] for row in matrix["data"] if row[0] == row[1]) == logged["val/correct1"]
+    worst = logged["val/largest_losses"]
+    assert (worst["_type"], worst["count"]) == ("images/separated", 16)
+    assert worst["captions"][0].startswith("loss ")
+    assert all(f"{run_id}/{file}" in server.uploads for file in worst["filenames"])
     assert run.history[0]["batch"]["_type"] == "image-file"
     assert f"{run_id}/{run.history[0]['batch']['path']}" in server.uploads
 
@@ -142,6 +147,30 @@ def _check_artifacts(run: ReceivedRun, run_id: str, run_dir: Path, server: Wandb
     weights = (run_dir / "checkpoints/step-00000004/model.safetensors").read_bytes()
     assert weights in server.uploads.values()
     until(lambda: not list((run_dir / "wandb/artifacts").iterdir()), 10, "the end of the links")
+
+
+def _check_export(
+    run: ReceivedRun, run_id: str, folder: Path, env: dict[str, str], server: WandbServer
+) -> None:
+    """export sends the folder to the same run, which stays complete."""
+    options = [*QUICK[:1], "run.name=x", "format=safetensors", "output=exported"]
+    done = run_command("alexnet_ddp.export", options, 0, folder, env)
+    assert done.returncode == 0, done.stdout
+    assert "warning" not in done.stdout
+    assert [*server.runs] == [run_id]
+    until(lambda: len(run.exit_codes) == 2, 30, "the end of the export in wandb")
+    assert run.exit_codes == [0, 0]
+    assert len(run.alerts) == 1
+    (sent,) = (one for one in run.artifacts if one["artifactCollectionName"].startswith("export"))
+    assert sent["artifactCollectionName"] == f"export-{run_id}"
+    assert {alias["alias"] for alias in sent["aliases"]} == {"latest", "safetensors"}
+    metadata, metrics = (
+        json.loads(text)
+        for text in (sent["metadata"], (folder / "exported/metrics.json").read_text())
+    )
+    assert metadata["top1"] == metrics["top1"]
+    weights = (folder / "exported/model.safetensors").read_bytes()
+    assert weights in server.uploads.values()
 
 
 def test_a_killed_run_keeps_its_id_and_the_stop_button_ends_it_for_good(

@@ -51,16 +51,26 @@ def test_a_class_without_images_has_no_auroc_and_does_not_count_in_its_mean():
     shares = given.logits.double().softmax(1).numpy()
     each = [metrics.roc_auc_score(given.labels == k, shares[:, k]) for k in (0, 1, 3)]
     assert found.summary["auroc_macro"] == pytest.approx(np.mean(each), abs=1e-12)
+    low, high = found.summary["intervals_95"]["auroc_macro"]
+    assert low < np.mean(each) < high
     counts = torch.tensor([[1, 1, 1], [3, 0, 2], [0, 0, 0], [5, 5, 5]])
     names = ["a", "b", "c", "d"]
     rows = list(ours.class_rows(found, names, names, counts))
     assert rows[1]["accuracy"] == 0
     assert rows[1].keys() == ours.CLASS_COLUMNS.keys()
-    assert ours.CLASS_COLUMNS.keys() - rows[2].keys() == {"accuracy", "auroc", "average_precision"}
+    missing = {"accuracy", "auroc", "average_precision"}
+    missing |= {f"{name}_{end}" for name in ("accuracy", "auroc") for end in ("low", "high")}
+    assert ours.CLASS_COLUMNS.keys() - rows[2].keys() == missing
+    ends = [(row["accuracy_low"], row["accuracy_high"]) for row in rows if "accuracy" in row]
+    assert ends == [ours.wilson_interval(*one) for one in ((1, 1), (0, 3), (5, 5))]
+    assert all(row["precision_low"] <= row["precision"] <= row["precision_high"] for row in rows)
+    for row, auroc in zip((rows[0], rows[1], rows[3]), each):
+        assert row["auroc_low"] < auroc < row["auroc_high"]
     assert rows[2]["recall"] == 0
 
     only = ours.class_metrics(Scores(torch.ones(3, 1), torch.zeros(3).long(), torch.arange(3)))
     assert only.summary["auroc_macro"] is None
+    assert only.summary["intervals_95"]["auroc_macro"] is None
     assert only.summary["f1"]["macro"] == 1
 
 
@@ -87,15 +97,6 @@ def test_a_row_of_an_image_has_its_most_probable_classes_and_its_loss():
         assert total == pytest.approx(1, abs=1e-12)
         assert row["loss"] == pytest.approx(-math.log(share[label]), abs=1e-12)
     assert len(rows) == 5
-
-
-@pytest.mark.parametrize(
-    ("correct", "images", "low", "high"),
-    # E. B. Wilson's formula, as statsmodels 0.14 proportion_confint(method="wilson") computes it
-    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962), (7, 9, 0.4526, 0.9368)],
-)  # fmt: skip
-def test_wilson_intervals(correct, images, low, high):
-    assert ours.wilson_interval(correct, images) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_a_missing_scikit_learn_is_named_in_one_line(monkeypatch):
