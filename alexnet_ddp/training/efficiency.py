@@ -9,7 +9,7 @@ from alexnet_ddp.config import Config
 from alexnet_ddp.cost_model.machine import peak_flops
 from alexnet_ddp.cost_model.network import read_network
 from alexnet_ddp.runtime.distributed import World, all_gather_objects, any_rank, sum_over_ranks
-from alexnet_ddp.runtime.energy import cpu_counters, gpu_counters
+from alexnet_ddp.runtime.energy import Counter, cpu_counters, gpu_counters
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +58,17 @@ class EnergyMeter:
     """
 
     def __init__(self, world: World) -> None:
-        self._world, self._joules = world, 0.0
-        is_gpu, is_first = world.device.type == "cuda", world.local_rank == 0
-        self._counters = (
-            gpu_counters(world.device) if is_gpu else cpu_counters() if is_first else []
-        )
-        lacks_one = (is_gpu or is_first) and not self._counters
-        self._is_on = not any_rank(lacks_one, world)
+        self._world = world
+        self._joules = 0.0  # before the last pause
+        self._counters: list[Counter] = []
+        measures = True
+        if world.device.type == "cuda":
+            self._counters = gpu_counters(world.device)
+        elif world.local_rank == 0:
+            self._counters = cpu_counters()
+        else:
+            measures = False  # local rank 0 measures the whole machine
+        self._is_on = not any_rank(measures and not self._counters, world)
 
     def pause(self) -> None:
         """Stop counting: an evaluation or a checkpoint begins."""

@@ -369,10 +369,8 @@ class Trainer:
             row |= {"train/grad_norm": self.outcome.grad_norm.item()}
         steps = self.throughput.steps
         throughput = self.throughput.row(self.parts.train_loader.waited_s)
-        images_per_s, seconds = (
-            throughput["train/images_per_sec"],
-            throughput["time/step_s"] * steps,
-        )
+        images_per_s = throughput["train/images_per_sec"]
+        seconds = throughput["time/step_s"] * steps
         row |= throughput | self.guard.row() | self.checkpoints.row()
         row |= self.stragglers.row(stopwatch.read(), steps, seconds)
         row |= self.parts.model_flops.row(images_per_s, self._epoch)
@@ -389,7 +387,8 @@ class Trainer:
             len(self.data.val), cfg.eval_batch_size, world.rank, world.world_size
         )
         batches = self.watchdog.evaluating(self.parts.val_loader.batches(work))
-        num_classes, details = len(self.data.train.classes), self._details()
+        num_classes = len(self.data.train.classes)
+        details = self._details()
         observe = details.add if details else None
         try:
             with self.parts.evaluation_model() as model:
