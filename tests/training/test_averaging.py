@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -131,6 +132,13 @@ def test_evaluate_states_the_checkpoints_and_export_writes_their_mean(run_dir, t
     written = json.loads((run_dir / "evaluation.json").read_text())
     assert written["checkpoint"] == "mean of step-00000020, step-00000030"
     assert (written["batch_norm_images"], written["val/num_images"]) == (20, 23)
+    folder = tmp_path / "others/class1"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (40, 40)).save(folder / "a.png")
+    more = [root, "average=[10,30]", f"images={folder.parent}"]
+    evaluate.main(config("evaluate", *more), [*more, "run.name=x"])
+    written = json.loads((run_dir / "evaluation_images.json").read_text())
+    assert (written["batch_norm_images"], written["val/num_images"]) == (NUM_IMAGES, 1)
     output = tmp_path / "exported"
     more = [root, "average=[10,20,30]", "format=safetensors", f"output={output}"]
     export.main(config("export", *more), [*more, "run.name=x"])
