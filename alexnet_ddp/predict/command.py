@@ -52,7 +52,7 @@ def main(options: PredictConfig, overrides: list[str]) -> None:
         run = distributed.on_all(
             lambda: read_run(run_dir, cli.config_of_run(run_dir, plugins, opens_data=False)), world
         )
-        run.model.to(world.device)
+        run.model.to(world.device).to(memory_format=torch.channels_last)  # as its inputs are
         _warn_if_not_calibrated(options, run, run_dir)
         layer, width = None, 0
         if options.embeddings is not None:
