@@ -70,7 +70,8 @@ def run(command: str, main: str | Main, one_point: Points | None = None) -> None
     """Call main(configuration, overrides) for the arguments of this process, and exit.
 
     main: a function, or "module:function", which is imported after the configuration is valid.
-    one_point: replaces overrides that have several values by what is composed.
+    one_point: returns the overrides that are composed here, if they are not all of `overrides`:
+    one of several values, or those that need no run.
     """
     shows_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     logger = logging.getLogger("alexnet_ddp")
@@ -154,6 +155,17 @@ def config_of_run(run_dir: Path, overrides: list[str], opens_data: bool = True) 
     if opens_data:
         _refuse_filled_in_url(run_dir, kept, str(getattr(cfg.data, "root", "")))
     return replace(cfg, run=RunConfig(name=run_dir.name, root=str(run_dir.parent)))
+
+
+def without_statistics(overrides: list[str]) -> list[str]:
+    """The overrides that evaluate and export check before they know the data of the run.
+
+    data.mean=auto depends on these data: config_of_run checks it.
+    """
+    own = ("data", "model.weights")
+    if any(_key(one) in own for one in overrides):
+        return overrides
+    return [one for one in overrides if one.lstrip("+") != "data.mean=auto"]
 
 
 def with_positions(arguments: list[str], names: tuple[str, ...]) -> list[str]:

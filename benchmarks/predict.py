@@ -6,10 +6,11 @@ The peer is a data set of the same files, opened by Pillow, with torchvision's p
 classification (resize 256, centre crop 224), a DataLoader with 2 workers and the same network in
 evaluation mode; it keeps the five most probable classes. Both run in this process in turns, with
 the same number of threads. The figure is images/s from the first file to the last prediction,
-without imports and without reading the weights.
+without imports and without reading the weights. A second row has a network that costs nothing,
+instead of one that a GPU computes. The profile is the CPU time of each part on one thread.
 
-The second part runs `predict` in a process of its own on hard links of a few small JPEG files,
-and reports the largest resident memory of that process, with alexnet_small at 64 px.
+The last part runs `predict` in a process of its own on hard links of a few small JPEG files,
+and reports the largest resident memory of that process, with alexnet_small at 32 px.
 """
 
 import argparse
@@ -18,17 +19,25 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import measuring
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms._presets import ImageClassification
 
 from alexnet_ddp import load_run
+from alexnet_ddp.api import TrainedRun
 from alexnet_ddp.config import Device, PredictConfig, RunConfig
+from alexnet_ddp.data.decode import centre_into
+from alexnet_ddp.data.effects import normalise
+from alexnet_ddp.data.sources.index import FileStore
 from alexnet_ddp.predict.command import predict
 from alexnet_ddp.predict.images import find_images
 from alexnet_ddp.runtime import distributed
@@ -70,17 +79,19 @@ def _start(command: str, *options: str) -> None:
     subprocess.run(line, check=True, env=environment, stdout=subprocess.DEVNULL)
 
 
-def rates(report: measuring.Report, images: str, run_dir: Path, args: argparse.Namespace) -> None:
-    paths = find_images(images)[: args.limit]
-    trained = load_run(run_dir)
-    options = PredictConfig(run=RunConfig(name="x"), images=images, device=Device.cpu)
+def rates(
+    report: measuring.Report, trained: TrainedRun, paths: FileStore, what: str, repetitions: int
+) -> None:
+    """Add a row. what: the network of `trained`."""
+    names = [paths.name(i) for i in range(len(paths))]
+    options = PredictConfig(run=RunConfig(name="x"), images="x", device=Device.cpu)
 
     def ours() -> int:
         return sum(len(one.classes) == 5 for one in predict(trained, paths, options, world))
 
     def theirs() -> int:
         found = 0
-        loader = DataLoader(Files(paths), _BATCH_SIZE, num_workers=_WORKERS)
+        loader = DataLoader(Files(names), _BATCH_SIZE, num_workers=_WORKERS)
         with torch.inference_mode():
             for batch in loader:
                 found += len(trained.model(batch).softmax(1).topk(5).indices.tolist())
@@ -89,11 +100,54 @@ def rates(report: measuring.Report, images: str, run_dir: Path, args: argparse.N
     with distributed.session(Device.cpu) as world:
         assert ours() == theirs() == len(paths)
         variants = {"predict": measuring.rate(ours), "DataLoader": measuring.rate(theirs)}
-        figures = measuring.in_turns(variants, args.repetitions, "images/s")
-    title = f"predict, {args.model}, 224 px, {len(paths)} files"
+        figures = measuring.in_turns(variants, repetitions, "images/s")
+    title = f"predict, {what}, 224 px, {len(paths)} files"
     report.turns[title] = figures
     peer = [f"torchvision's preset, DataLoader with {_WORKERS} workers", "images/s"]
     report.compare("predict", title, figures["predict"], figures["DataLoader"], peer)
+
+
+def without_network(trained: TrainedRun) -> TrainedRun:
+    """`trained` with a network of almost no arithmetic."""
+    layers = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, len(trained.classes))]
+    return replace(trained, model=nn.Sequential(*layers).eval())
+
+
+def profile(trained: TrainedRun, paths: FileStore) -> dict[str, float]:
+    """CPU ms of an image on one thread: the least of three passes for each part."""
+    data, count = trained.config.data, min(_BATCH_SIZE, len(paths))
+    peer = Files([paths.name(i) for i in range(count)])
+    slots = np.empty((count, 224, 224, 3), np.uint8)
+    ours = torch.zeros(count, 3, 224, 224).to(memory_format=torch.channels_last)
+    theirs = ours.contiguous()
+    parts: dict[str, Callable[[], object]] = {
+        "decode, resize, crop": lambda: [
+            centre_into(slots[i], paths.read(i), data.resized_side) for i in range(count)
+        ],
+        "normalise": lambda: normalise(torch.from_numpy(slots), None, data.normalisation),
+        "network": lambda: trained.model(ours),
+        "network of the peer": lambda: trained.model(theirs),
+        "decode, resize, crop, normalise of the peer": lambda: [peer[i] for i in range(count)],
+    }
+    threads, found = torch.get_num_threads(), {}
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        for name, run in parts.items():
+            times = []
+            for _ in range(3):
+                began = time.thread_time()
+                run()
+                times.append(time.thread_time() - began)
+            found[name] = round(1000 * min(times) / count, 2)
+    torch.set_num_threads(threads)
+    return found
+
+
+def listed(images: str, limit: int | None) -> FileStore:
+    """At most `limit` of the images, evenly spread."""
+    paths = find_images(images)
+    count = min(limit or len(paths), len(paths))
+    return paths.take(np.linspace(0, len(paths) - 1, count, dtype=np.int64))
 
 
 def memory(run_dir: Path, num_files: int) -> dict[str, float]:
@@ -163,8 +217,14 @@ def main() -> None:
         if args.images is None:
             _write_files(place / "images", 64)
             args.images = str(place / "images")
-        rates(report, args.images, run_of(place / "runs", args.model, 224), args)
-        found = memory(run_of(place / "runs", "alexnet_small", 64), args.num_files)
+        paths = listed(args.images, args.limit)
+        trained = load_run(run_of(place / "runs", args.model, 224))
+        trained.model.to(memory_format=torch.channels_last)  # as the command does
+        about["profile_ms"] = profile(trained, paths)
+        print(about["profile_ms"], flush=True)
+        rates(report, trained, paths, args.model, args.repetitions)
+        rates(report, without_network(trained), paths, "no network", args.repetitions)
+        found = memory(run_of(place / "runs", "alexnet_small", 32), args.num_files)
         about["rss_mb"] = {count: round(mb) for count, mb in found.items()}
     finally:
         shutil.rmtree(place)

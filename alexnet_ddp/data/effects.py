@@ -178,8 +178,11 @@ def normalise(
 def _normalised(images: Tensor, colour: Tensor | None, normalisation: Normalisation) -> Tensor:
     mean, std = _on_device(normalisation, images.device)
     shift = -mean / std if colour is None else (colour - mean) / std
-    x = images.float().mul_(1 / (255 * std))
-    return x.add_(shift if colour is None else shift[:, None, None, :])
+    # By rows of width * 3 values: a CPU is several times slower with three constants in turn.
+    width = images.shape[2]
+    x = images.flatten(2).float().mul_((1 / (255 * std)).repeat(width))
+    shift = shift.repeat(width) if colour is None else shift.repeat(1, width)[:, None]
+    return x.add_(shift).view(images.shape)
 
 
 @lru_cache

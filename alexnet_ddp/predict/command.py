@@ -52,7 +52,7 @@ def main(options: PredictConfig, overrides: list[str]) -> None:
         run = distributed.on_all(
             lambda: read_run(run_dir, cli.config_of_run(run_dir, plugins, opens_data=False)), world
         )
-        run.model.to(world.device)
+        run.model.to(world.device).to(memory_format=torch.channels_last)  # as its inputs are
         _warn_if_not_calibrated(options, run, run_dir)
         layer, width = None, 0
         if options.embeddings is not None:
@@ -71,17 +71,17 @@ def main(options: PredictConfig, overrides: list[str]) -> None:
 
 def predict(
     run: TrainedRun,
-    paths: list[str],
+    paths: FileStore,
     options: PredictConfig,
     world: World,
     layer: LayerOutput | None = None,
 ) -> Iterator[Prediction]:
-    """Collective. Yield a Prediction for each path, in order, on all ranks.
+    """Collective. Yield a Prediction for each of `paths`, in order, on all ranks.
 
     The ranks take the batches in turn. The result is the same for any number of ranks. layer: of
     the run's model, for embeddings.
     """
-    index = SampleIndex([], np.zeros(len(paths), np.int32), FileStore.pack("", paths))
+    index = SampleIndex([], np.zeros(len(paths), np.int32), paths)
     cfg = replace(run.config.data, on_bad_image=OnBadImage.skip)
     loader = build_loader(cfg, index, None, world.num_cores, world.device)
     work = evaluation_batches(len(paths), _BATCH_SIZE, world.rank, world.world_size)
@@ -139,7 +139,7 @@ def _raise_for_bad(found: Iterable[Prediction]) -> Iterator[Prediction]:
 
 
 def _write(
-    found: Iterable[Prediction], paths: list[str], options: PredictConfig, width: int, world: World
+    found: Iterable[Prediction], paths: FileStore, options: PredictConfig, width: int, world: World
 ) -> tuple[int, int]:
     """Write or print the predictions on rank 0. width: the length of an embedding.
 
@@ -154,7 +154,7 @@ def _write(
             num_bad += one.error is not None
             num_asked += one.asks is True
             for sink in sinks:
-                sink.write(paths[one.index], one)
+                sink.write(paths.name(one.index), one)
             if one.error is not None and num_bad <= _MAX_NAMED:
                 log.warning(one.error)
     if num_bad > _MAX_NAMED:

@@ -5,9 +5,10 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from alexnet_ddp.data.sources.index import list_images
+from alexnet_ddp.data.sources.index import FileStore, list_images
 from alexnet_ddp.runtime.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -15,19 +16,19 @@ log = logging.getLogger(__name__)
 STDIN = "-"
 
 
-def find_images(pattern: str) -> list[str]:
+def find_images(pattern: str) -> FileStore:
     """Paths of images: those below a directory, one file, or the files that a glob matches.
 
     "-" reads one path per line from standard input. A directory is searched as for training. A
     file that is given, or matched by a glob, is used regardless of its suffix. Raises DataError.
     """
     if pattern == STDIN:
-        found, notes = _lines_of_stdin(), list[str]()
+        found, notes = FileStore.pack("", _lines_of_stdin()), list[str]()
     elif os.path.isdir(pattern):
         found, notes = list_images(pattern)
     else:
         matched = [pattern] if os.path.lexists(pattern) else _matches(pattern)
-        found = [path for path in matched if os.path.isfile(path)]
+        found = FileStore.pack("", (path for path in matched if os.path.isfile(path)))
         is_deep = "**" in pattern  # "**" matches the folders above the files, too
         others = [
             p for p in matched if not os.path.isfile(p) and not (is_deep and os.path.isdir(p))
@@ -37,7 +38,7 @@ def find_images(pattern: str) -> list[str]:
             if others
             else []
         )
-    if not found:
+    if len(found) == 0:
         why = f" ({'; '.join(notes)})" if notes else ""
         raise DataError(
             f"images ({pattern}) matches no image{why}; "
@@ -48,10 +49,10 @@ def find_images(pattern: str) -> list[str]:
     return found
 
 
-def _lines_of_stdin() -> list[str]:
+def _lines_of_stdin() -> Iterator[str]:
     """The lines of standard input that are not empty, with any bytes that a path may have."""
     text = io.TextIOWrapper(sys.stdin.buffer, errors="surrogateescape", newline="\n")
-    return [line for line in text.read().split("\n") if line]
+    return (line for line in (line.removesuffix("\n") for line in text) if line)
 
 
 def _matches(pattern: str) -> list[str]:

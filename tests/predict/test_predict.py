@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +46,14 @@ def photos(tmp_path, monkeypatch):
     return tmp_path
 
 
+def paths_of(pattern: str) -> list[str]:
+    """The paths that predict classifies, in order."""
+    paths = find_images(pattern)
+    return [paths.name(i) for i in range(len(paths))]
+
+
 def test_a_folder_is_searched_as_for_training_and_ignored_entries_are_reported(photos, caplog):
-    assert find_images("photos") == [
+    assert paths_of("photos") == [
         "photos/a.jpg",
         "photos/b.PNG",
         "photos/link/linked.jpg",
@@ -63,7 +70,7 @@ def test_a_folder_is_searched_as_for_training_and_ignored_entries_are_reported(p
     os.symlink("../../../ext", "data/train/photos/link2")
     os.unlink("data/train/photos/link")
     index = index_folder(Path("data"), "train")
-    listed = find_images("data/train/photos")
+    listed = paths_of("data/train/photos")
     assert [os.path.abspath(path) for path in listed] == [index.name(i) for i in range(len(index))]
 
 
@@ -78,17 +85,34 @@ def test_a_folder_that_links_to_itself_is_refused(photos):
     ):
         find_images("photos/**/*.jpg")
     os.unlink("photos/sub/up")
-    assert find_images("photos/**/*.jpeg") == ["photos/sub/c.jpeg"]
-    assert find_images(f"{os.getcwd()}/./photos/**/*.jpeg") == [
-        f"{os.getcwd()}/./photos/sub/c.jpeg"
-    ]
+    assert paths_of("photos/**/*.jpeg") == ["photos/sub/c.jpeg"]
+    below = f"{os.getcwd()}/./photos"
+    assert paths_of(f"{below}/**/*.jpeg") == [f"{below}/sub/c.jpeg"]
+
+
+def test_a_path_takes_few_bytes_of_memory(tmp_path):
+    """Of a million images, less than the network of a run: no Python object for each."""
+    for k in range(2000):
+        path = tmp_path / f"{k // 500}/{k:07d}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    tracemalloc.start()
+    try:
+        paths = find_images(str(tmp_path))
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(paths) == 2000
+    assert paths.name(1999) == f"{tmp_path}/3/0001999.jpg"
+    assert kept < 50 * 2000
+    assert peak < 150 * 2000
 
 
 @pytest.mark.parametrize(
     "name", ["photos/e.jfif", "photos/._a.jpg", "photos/notes.txt", "./photos/a.jpg"]
 )
 def test_a_given_file_is_used_regardless_of_its_name(photos, name):
-    assert find_images(name) == [name]
+    assert paths_of(name) == [name]
 
 
 @pytest.mark.parametrize(
@@ -98,17 +122,17 @@ def test_a_given_file_is_used_regardless_of_its_name(photos, name):
 def test_a_file_with_the_characters_of_a_glob_is_found(photos, name):
     Path(name).parent.mkdir(exist_ok=True)
     Path(name).write_bytes(b"x")
-    assert find_images(name) == [name]
+    assert paths_of(name) == [name]
 
 
 def test_a_glob_below_a_folder_with_brackets_is_found(photos):
     for name in ("d[1]/e.jpg", "d[1]/f.jfif", "d[1]/sub/g.jpg", "d1/no.jpg"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_bytes(b"x")
-    assert find_images("d[1]/*.jpg") == ["d[1]/e.jpg"]
-    assert find_images("d[1]/*") == ["d[1]/e.jpg", "d[1]/f.jfif"]
-    assert find_images(f"{photos}/d[1]/*/*.jpg") == [f"{photos}/d[1]/sub/g.jpg"]
-    assert find_images("*/no.jpg") == ["d1/no.jpg"]
+    assert paths_of("d[1]/*.jpg") == ["d[1]/e.jpg"]
+    assert paths_of("d[1]/*") == ["d[1]/e.jpg", "d[1]/f.jfif"]
+    assert paths_of(f"{photos}/d[1]/*/*.jpg") == [f"{photos}/d[1]/sub/g.jpg"]
+    assert paths_of("*/no.jpg") == ["d1/no.jpg"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -50,6 +50,9 @@ class FileStore:
             ends.append(len(blob))
         sizes = np.full(len(ends), _NO_FILE, np.int64) if sizes is None else sizes
         return cls(root, np.frombuffer(blob, np.uint8), np.frombuffer(ends, np.int64), sizes)
+
+    def __len__(self) -> int:
+        return len(self.ends)
 
     @property
     def nbytes(self) -> int:
@@ -188,18 +191,21 @@ def _index(top: Path, order: ClassOrder, needs_all: bool) -> SampleIndex:
     return SampleIndex(scan.from_json(found["classes"]), found["labels"], _store(top, found), names)
 
 
-def list_images(top: str) -> tuple[list[str], list[str]]:
+def list_images(top: str) -> tuple[FileStore, list[str]]:
     """(the images below the folder `top`, notes about what was left out).
 
     Applies the same rules as training. Raises DataError.
     """
+    top = top.rstrip("/") or "/"
     try:
-        listed = _list_class(top.rstrip("/") or "/")
+        listed = _list_class(top)
     except OSError as error:
         raise DataError(
             f"{error.filename or top} cannot be read ({error.strerror}); check its permissions"
         ) from error
-    return listed.paths, listed.ignored.notes()
+    relative = (path[len(top) + 1 :] for path in listed.paths())
+    sizes = np.frombuffer(listed.sizes, np.int64)
+    return FileStore.pack(top, relative, sizes), listed.ignored.notes()
 
 
 def _store(top: Path, found: scan.Arrays) -> FileStore:
@@ -258,7 +264,7 @@ def _scan(top: str, stamps: scan.Stamps, order: ClassOrder, needs_all: bool) -> 
             entries |= listed.entries
             counts.append(len(listed.sizes))
             sizes += listed.sizes
-            paths += [path[len(top) + 1 :] for path in listed.paths]
+            paths += [path[len(top) + 1 :] for path in listed.paths()]
     store = FileStore.pack(top, paths, np.frombuffer(sizes, np.int64))
     empty = [name for name, count in zip(classes, counts) if not count]
     if empty and (len(empty) == len(classes) or needs_all):
@@ -301,11 +307,17 @@ def _class_names(top: str, stamps: scan.Stamps, ignored: scan.Ignored) -> list[s
 class _Listed:
     """The images of a class."""
 
-    paths: list[str]  # sorted by folder, then by name
-    sizes: "array[int]"  # bytes
+    # (folder, the names of its images, joined by "/"), sorted: a text needs less than N texts
+    folders: list[tuple[str, str]]
+    sizes: "array[int]"  # bytes of each image
     stamps: scan.Stamps  # of its folders
     entries: dict[str, int]  # folder -> number of its entries
     ignored: scan.Ignored
+
+    def paths(self) -> Iterator[str]:
+        """The paths of the images, sorted by folder, then by name."""
+        for folder, names in self.folders:
+            yield from (f"{folder}/{name}" for name in names.split("/"))
 
 
 def _list_class(top: str) -> _Listed:
@@ -314,7 +326,7 @@ def _list_class(top: str) -> _Listed:
     Links are followed. Raises DataError for a link to a folder that contains it.
     """
     listed = _Listed([], array("q"), {}, {}, scan.Ignored())
-    found: list[tuple[str, list[tuple[str, int]]]] = []
+    found: list[tuple[str, str, array[int]]] = []
     todo: list[tuple[str, frozenset[str]]] = [(top, frozenset())]
     while todo:
         folder, above = todo.pop()
@@ -335,10 +347,13 @@ def _list_class(top: str) -> _Listed:
                 else:
                     todo.append((entry.path, above | {here}))
         listed.entries[folder] = count
-        found.append((folder, sorted(images)))
-    for folder, images in sorted(found):
-        listed.paths += [f"{folder}/{name}" for name, _ in images]
-        listed.sizes.extend(size for _, size in images)
+        if images:
+            images.sort()
+            names = "/".join(name for name, _ in images)
+            found.append((folder, names, array("q", (size for _, size in images))))
+    for folder, names, sizes in sorted(found):
+        listed.folders.append((folder, names))
+        listed.sizes += sizes
     return listed
 
 

@@ -17,6 +17,7 @@ from alexnet_ddp.data.sources.shard_index import INDEX
 from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.runtime.errors import DataError
 from tests.archives import make_archives
+from tests.network import QUICK
 from tests.packing import pack
 from tests.test_train import SMALL, rows, run
 
@@ -91,6 +92,11 @@ def test_a_run_records_the_numbers_and_other_data_are_evaluated_with_them(place,
     assert done.returncode == 0, done.stdout
     found = json.loads((tmp_path / "runs/a/evaluation.json").read_text())["val/loss"]
     assert found == pytest.approx(rows(tmp_path / "runs/a", "val/loss")[-1]["val/loss"], rel=1e-6)
+    export = ["run.name=a", "format=safetensors", "output=out", "data.mean=auto", *QUICK[:1]]
+    done = run("export", *export, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    how = json.loads((tmp_path / "out/preprocessing.json").read_text())
+    assert (how["mean"], how["std"]) == (recorded["mean"], recorded["std"])
     done = run("train", *shards, *data, "trainer.max_steps=4", "run.name=a", cwd=tmp_path)
     assert done.returncode == 0, done.stdout  # the same run
     assert "resuming" in done.stdout
