@@ -11,6 +11,12 @@ from alexnet_ddp.runtime.run_record import RunRecord
 from alexnet_ddp.runtime.sweep_record import State, SweepRecord, Trial, read_sweep
 
 _BEST, _PRUNED, _COMPLETE, _OTHER = range(4)  # positions among the colours of the page
+_KINDS = {
+    _BEST: "best trial",
+    _COMPLETE: "complete",
+    _PRUNED: "pruned",
+    _OTHER: "failed, or not over",
+}
 _MAX_SHOWN = 8  # trials in a tooltip of the curves
 _LOG_RATIO = 10  # given values that differ by this factor are on a logarithmic axis
 _UNITS = {"val/top1": "%", "val/top5": "%", "val/loss": "cross-entropy"}
@@ -33,6 +39,7 @@ class SweepPage:
     rows: list[dict[str, Any]]
     scatters: list[Scatter]
     charts: list[Chart]
+    kinds: list[tuple[int, str]]  # of the trials: their colour and its meaning
     options: list[tuple[str, str]]  # of the sweep and of all trials
     command: str
 
@@ -54,6 +61,7 @@ def sweep_page(directory: Path) -> SweepPage:
     found = None if best is None else best.best(record.is_minimised)
     keys = list(record.trials[0].values) if record.trials else []
     states = Counter(trial.state for trial in record.trials)
+    colours = {_colour(trial, best) for trial in record.trials}
     return SweepPage(
         name=directory.absolute().name,
         metric=record.metric,
@@ -68,6 +76,7 @@ def sweep_page(directory: Path) -> SweepPage:
         rows=record.rows,
         scatters=[one for key in keys if (one := _scatter(record, key, best)) is not None],
         charts=_curves(record, best),
+        kinds=[(colour, _KINDS[colour]) for colour in _KINDS if colour in colours],
         options=[(key, text) for key, text in record.identity.items()],
         command="" if run is None else facts.command(run, f"{directory.absolute().name}-best"),
     )
@@ -115,7 +124,8 @@ def _curves(record: SweepRecord, best: Trial | None) -> list[Chart]:
             values = _run(record, trial).values(metric)
             points = [(float(step), value) for step, value in values.items()]
             is_faint = trial is not best
-            series.append(Series(f"trial {trial.name}", _colour(trial, best), points, is_faint))
+            name, has_dots = f"trial {trial.name}", len(points) == 1  # one point is no line
+            series.append(Series(name, _colour(trial, best), points, is_faint, has_dots))
         is_loss = metric.endswith("/loss")
         unit = "cross-entropy" if is_loss else _UNITS.get(metric, "")
         chart = line_chart(metric, unit, series, may_be_log=is_loss)

@@ -24,6 +24,7 @@ from alexnet_ddp.sweep.samplers import Draws
 LINES = "trials.txt"  # line N: the overrides of task N, which is trial N - 1
 _SCRIPT = Path("slurm/sweep.sbatch")
 _TIMEOUT_S = 60.0
+_AGAIN = "the same command prints the table later"
 
 
 def train_in_array(cfg: SweepConfig, space: Space, record: SweepRecord, sampler: Draws) -> None:
@@ -50,9 +51,10 @@ def train_in_array(cfg: SweepConfig, space: Space, record: SweepRecord, sampler:
         lines = [_line(trial, runs) for trial in record.trials]
         write_bytes(record.directory / LINES, "".join(lines).encode())
         job = _submit(cfg, record.directory, left, script)
-        say(f"job array {job}: {len(left)} trials; for the table, start the same command again")
+        total = len(record.trials)
+        say(f"submitted {len(left)} of {total} trials as job array {job}; {_AGAIN}")
     elif queued:
-        say(f"{len(queued)} trials are in Slurm's queue; start the same command again later")
+        say(f"{len(queued)} trials are in Slurm's queue; {_AGAIN}")
 
 
 def _record_end(trial: Trial, runs: TrialRuns) -> None:

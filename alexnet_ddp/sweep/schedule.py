@@ -149,7 +149,8 @@ class Schedule:
         process = TrialProcess(run_dir, overrides, merged(slots))
         self._active.append(Active(trial, process, slots))
         total = self._sampler.num_trials
-        say(f"trial {trial.name} of {total} starts: {_values_text(trial)}")
+        verb = "continues" if self._runs.record_of(trial).starts else "starts"
+        say(f"trial {trial.name} of {total} {verb}: {_values_text(trial)}")
 
     def _stop_all(self, why: str) -> None:
         """Stop all trials, and wait until they are saved. Raises Preempted."""

@@ -81,6 +81,9 @@ def test_each_swept_option_has_a_chart_of_the_results(tmp_path):
     assert best.text == "trial 002 (complete), optimizer.lr=0.01: val/top1 40"
     assert (best.colour, y) == (0, min(y for _, y, _ in lr.marks))
     assert x == lr.x_ticks[1].at
+    assert [kind for _, kind in page.kinds] == [
+        "best trial", "complete", "pruned", "failed or running",
+    ]  # fmt: skip
     metric, loss = page.charts
     assert len(metric.lines) == len(loss.lines) == 8
     assert metric.lines[-1].label == "trial 002"

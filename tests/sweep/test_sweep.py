@@ -145,13 +145,14 @@ def test_evaluations_are_read_again_only_if_the_file_has_changed(tmp_path):
     reader = Evaluations(tmp_path, "val/loss", cfg)
     assert reader.read(at_once=True) == []
     rows = [
-        {"step": 3, "epoch": 1.0, "val/loss": 2.5},
+        {"step": 3, "epoch": 1.0, "time_s": 4.0, "val/loss": 2.5},
         {"step": 6, "epoch": 2.0, "val/loss": "nan"},
     ]
     with (tmp_path / "metrics.jsonl").open("w") as file:
         file.write(json.dumps(rows[0]) + '\n{"step": 4')
     assert reader.read() == []  # the last look was a moment ago
     assert reader.read(at_once=True) == [Evaluation(3, 2.5)]
+    assert reader.left_s == 4.0  # half of the epochs took 4 s
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = reader.read(at_once=True)
     assert [(one.step, one.is_final) for one in found] == [(3, False), (6, True)]
