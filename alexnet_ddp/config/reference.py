@@ -85,11 +85,12 @@ folder stays.
 Exit codes: 0 done, 64 configuration, 65 data, 66 no usable checkpoint, 70 the file differs from the
 run, 74 disk, memory or network.""",
     "report": """\
-Write report.html into the run's directory: one page without external resources.
+Write report.html into the directory of a run or a sweep: one page without external resources.
 
   alexnet-ddp report run.name=X
   alexnet-ddp report run.name=X compare=[Y,Z]
   alexnet-ddp report run.name=X data.root=DIR max_images=20000
+  alexnet-ddp report run.name=SWEEP        the trials of a sweep: results by option, curves, table
 
 It shows results with their intervals, curves, where the time goes, starts and stops, the worst
 classes, the images with the largest losses, the filters of the first layer, the first batch, the
@@ -157,6 +158,7 @@ Train once for each of several values of options, and compare the trials.
   alexnet-ddp sweep optimizer.lr=0.01,0.03,0.1 data=folder data.root=DIR
   alexnet-ddp sweep 'model=choice(alexnet,alexnet_bn)' optimizer.lr=0.01,0.1 sweep.parallel=2
   alexnet-ddp sweep 'optimizer.lr=tag(log,interval(1e-3,1))' sweep.sampler=tpe sweep.pruner=asha
+  alexnet-ddp sweep optimizer.lr=0.01,0.1 sweep.sbatch=--gpus-per-node=8     one Slurm job array
 
 Give it the overrides of train, of which some have several values in Hydra's grammar. Each trial is
 a run, in run.root/sweep.name. It ends with a table, sweep.csv and the command that trains the best

@@ -6,10 +6,10 @@ from enum import StrEnum
 from alexnet_ddp.config.option import MAX_SEED, Options, option
 from alexnet_ddp.config.run import Config, check_directory_name
 from alexnet_ddp.runtime.errors import ConfigError
+from alexnet_ddp.runtime.sweep_record import is_minimised
 
 MAX_TRIALS = 10_000
 _METRICS = ("val/top1", "val/top5", "val/loss")
-_MINIMISED = "val/loss"
 
 
 class Sampler(StrEnum):
@@ -65,6 +65,18 @@ class SweepOptions(Options, section="sweep"):
     parallel: int = option(
         1, "Trials at the same time. Each gets an equal share of the GPUs and cores.", minimum=1
     )
+    promote: bool = option(
+        False,
+        "Once no trial waits any more, devices that become free go to trials that are still "
+        "running. These save and start again, which changes a result to rounding at most.",
+    )
+    sbatch: str | None = option(
+        None,
+        "Options of sbatch, such as --gpus-per-node=8. The trials are the tasks of "
+        "one Slurm job array, of which sweep.parallel run at the same time. The command only "
+        "submits them; started again, it prints the table.",
+        null="the trials run on this machine",
+    )
     seed: int = option(
         0, "Seed of random, tpe and shuffle(); the trials train with seed.", minimum=0,
         maximum=MAX_SEED,
@@ -76,11 +88,29 @@ class SweepOptions(Options, section="sweep"):
             rule = "would be ignored: a grid has all combinations of the values"
             remedy = "leave it out, or use sweep.sampler=random"
             raise ConfigError(f"sweep.trials ({self.trials}) {rule}; {remedy}")
+        if self.promote and self.parallel == 1:
+            rule = "would be ignored with sweep.parallel=1: each trial has all devices"
+            raise ConfigError(f"sweep.promote=true {rule}; leave it out")
+        if self.sbatch is not None:
+            self._check_array()
+
+    def _check_array(self) -> None:
+        """Raise ConfigError for what needs a process that follows the trials."""
+        refused = {
+            "sweep.sampler=tpe": self.sampler is Sampler.tpe,
+            f"sweep.pruner={self.pruner}": self.pruner is not Pruner.none,
+            "sweep.promote=true": self.promote,
+        }
+        wrong = next((text for text, is_given in refused.items() if is_given), None)
+        if wrong is not None:
+            rule = "needs results while trials run, and nothing follows the tasks of a Slurm array"
+            remedy = "leave it out, or start the sweep in a job of one node without sweep.sbatch"
+            raise ConfigError(f"{wrong} {rule}; {remedy}")
 
     @property
     def is_minimised(self) -> bool:
         """True if a lower value of the metric is better."""
-        return self.metric == _MINIMISED
+        return is_minimised(self.metric)
 
 
 @dataclass(kw_only=True)

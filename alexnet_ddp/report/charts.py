@@ -1,4 +1,4 @@
-"""Line charts: scales, ticks and SVG paths. The template draws what this module computes."""
+"""Line and scatter charts: scales, ticks and SVG paths, which the template draws."""
 
 import math
 from dataclasses import dataclass, field
@@ -10,6 +10,9 @@ LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 26
 _MAX_POINTS, _FEWEST = 800, 60  # of all lines together; of one line
 _NUM_TICKS = 5
 _LOG_RATIO = 200  # values that differ by this factor get a logarithmic axis, if that is allowed
+_INSET = 14  # of the dots of a scatter chart, from the ends of the axis
+_MAX_NAME = 14  # characters of a text on an axis
+_MIN_DISTANCE = 36  # of two texts on an axis
 
 Points = list[tuple[float, float]]
 
@@ -90,11 +93,8 @@ def line_chart(
         return None
     values = [y for one in series for _, y in one.points if math.isfinite(y)]
     steps = [x for one in series for x, _ in one.points]
-    low, high = min(values), max(values)
-    is_log = may_be_log and low > 0 and high / low > _LOG_RATIO
-    low, high = (low, high) if is_log else _rounded_out(low, high)
     x = Scale(*_apart(min(steps), max(steps)), LEFT, WIDTH - RIGHT)
-    y = Scale(*_apart(low, high), HEIGHT - BOTTOM, TOP, is_log)
+    y = _y_scale(values, may_be_log)
     limit = max(_FEWEST, _MAX_POINTS // len(series))
     kept = [thinned(one.points, limit) for one in series]
     lines = [
@@ -114,7 +114,66 @@ def line_chart(
             for one, points in zip(series, kept)
         ],
     }
-    return Chart(title, unit, x.ticks(), y.ticks(), lines, shown, is_log, note)
+    return Chart(title, unit, x.ticks(), y.ticks(), lines, shown, y.is_log, note)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A dot of a scatter chart. x: a number, or one of several texts. text: for the tooltip."""
+
+    x: float | str
+    y: float
+    colour: int
+    text: str
+    is_faint: bool = False
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """A scatter chart in the units of the SVG. marks: place, and the mark itself."""
+
+    title: str
+    unit: str
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    marks: list[tuple[float, float, Mark]]
+    is_log_x: bool
+    is_log: bool
+
+
+def scatter_chart(
+    title: str, unit: str, marks: list[Mark], *, is_log: bool = False, may_be_log: bool = False
+) -> Scatter:
+    """A chart of `marks`, of which all have a number as x, or all have a text.
+
+    Texts are placed in the order in which they first come. is_log: of the axis of x. may_be_log: of
+    the axis of y, if its values are positive and differ by a large factor.
+    """
+    names = list(dict.fromkeys(one.x for one in marks if isinstance(one.x, str)))
+    at = {name: float(k) for k, name in enumerate(names)}
+    places = [at[one.x] if isinstance(one.x, str) else one.x for one in marks]
+    low, high = min(places), max(places)
+    if names:
+        low, high = low - 0.5, high + 0.5
+    y = _y_scale([one.y for one in marks], may_be_log)
+    x = Scale(*_apart(low, high), LEFT + _INSET, WIDTH - RIGHT - _INSET, is_log)
+    x_ticks = [Tick(x(place), str(name)[:_MAX_NAME]) for name, place in at.items()]
+    if not names:
+        x_ticks = _ticks_at(x, places)
+    shown = [(x(place), y(one.y), one) for place, one in zip(places, marks)]
+    return Scatter(title, unit, x_ticks, y.ticks(), shown, is_log, y.is_log)
+
+
+def _ticks_at(x: Scale, places: list[float]) -> list[Tick]:
+    """Ticks at the values if they are few, else as on every axis; without overlapping texts."""
+    ticks, values = x.ticks(), sorted(set(places))
+    if len(values) <= _NUM_TICKS + 2 or len(ticks) < 2:
+        ticks = [Tick(x(value), short(value)) for value in values]
+    kept = ticks[:1]
+    for tick in ticks:
+        if tick.at - kept[-1].at >= _MIN_DISTANCE:
+            kept.append(tick)
+    return kept
 
 
 def svg_path(points: Points, x: Scale, y: Scale) -> str:
@@ -152,6 +211,13 @@ def short(value: float) -> str:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     return f"{value:.4g}"
+
+
+def _y_scale(values: list[float], may_be_log: bool) -> Scale:
+    low, high = min(values), max(values)
+    is_log = may_be_log and low > 0 and high / low > _LOG_RATIO
+    low, high = (low, high) if is_log else _rounded_out(low, high)
+    return Scale(*_apart(low, high), HEIGHT - BOTTOM, TOP, is_log)
 
 
 def _plain(points: Points) -> list[list[float]]:

@@ -1,4 +1,4 @@
-"""Write report.html into a run's directory: results, curves, times, images, options.
+"""Write report.html into the directory of a run or a sweep.
 
 alexnet-ddp report run.name=X [compare=[Y,Z]]
 """
@@ -22,6 +22,7 @@ from alexnet_ddp.report.classes import class_results
 from alexnet_ddp.report.curves import charts
 from alexnet_ddp.report.images import Findings, examine, first_batch
 from alexnet_ddp.report.page import Looked, Page, render
+from alexnet_ddp.report.sweep import SweepPage, sweep_page
 from alexnet_ddp.report.timeline import timeline
 from alexnet_ddp.report.times import profiles, times
 from alexnet_ddp.runtime import distributed
@@ -30,6 +31,7 @@ from alexnet_ddp.runtime.errors import MachineError, RunError, out_of_memory
 from alexnet_ddp.runtime.files import write_bytes
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.run_record import RunRecord, flat, open_run
+from alexnet_ddp.runtime.sweep_record import is_sweep
 from alexnet_ddp.training.calibration import expected_calibration_error
 from alexnet_ddp.training.intervals import percent_interval
 
@@ -47,18 +49,34 @@ def main(options: ReportConfig, overrides: list[str]) -> None:
     num_ranks = read_ranks(os.environ).world_size
     if num_ranks > 1:
         raise ConfigError(f"report takes one process, not {num_ranks}; start it without torchrun")
-    root = options.run.root
-    run = open_run("run.name", options.run.name, root, "run.root")
-    others = [open_run("compare", name, root, "run.root") for name in options.compare]
-    page = build_page([run, *others], options, overrides)
+    if is_sweep(options.run_dir):
+        _check_for_sweep(options.run.name, overrides)
+        directory = options.run_dir
+        page: Page | SweepPage = sweep_page(directory)
+    else:
+        root = options.run.root
+        run = open_run("run.name", options.run.name, root, "run.root")
+        others = [open_run("compare", name, root, "run.root") for name in options.compare]
+        directory = run.directory
+        page = build_page([run, *others], options, overrides)
     html = render(page).encode(errors="backslashreplace")  # a path may have other bytes than UTF-8
-    file = run.directory / FILE
+    file = directory / FILE
     try:
         write_bytes(file, html)
     except OSError as error:
         rule = f"{file} could not be written ({error.strerror or error})"
         raise MachineError(f"{rule}; free some space, or fix its permissions") from error
     say(f"{file}: {len(html) / 1e6:.2f} MB")
+
+
+def _check_for_sweep(name: str, overrides: list[str]) -> None:
+    """Raise ConfigError for options that the page of a sweep does not read."""
+    for override in overrides:
+        if override.partition("=")[0].lstrip("+") in ("compare", "max_images"):
+            rule = (
+                f"would be ignored: {name} is a sweep, whose page shows the metrics of all trials"
+            )
+            raise ConfigError(f"{override} {rule}; leave it out")
 
 
 def build_page(runs: list[RunRecord], options: ReportConfig, overrides: list[str]) -> Page:

@@ -212,13 +212,13 @@ def environment(run: RunRecord) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in rows.items() if value not in (None, "")]
 
 
-def command(run: RunRecord) -> str:
-    """A command line that repeats the run under another name."""
+def command(run: RunRecord, name: str | None = None) -> str:
+    """A command line that repeats the run under another name, which is NAME-again by default."""
     overrides = [str(one) for one in run.facts.get("overrides", [])]
     kept = [one for one in overrides if not one.lstrip("+").startswith(("run.name=", "run.root="))]
     ranks = run.facts.get("world_size", 1)
     program = f"torchrun --nproc_per_node={ranks}" if ranks != 1 else "python"
-    words = ["-m", "alexnet_ddp.train", *kept, f"run.name={run.directory.name}-again"]
+    words = ["-m", "alexnet_ddp.train", *kept, f"run.name={name or run.directory.name + '-again'}"]
     return f"{program} {shlex.join(words)}"
 
 

@@ -1,4 +1,4 @@
-"""Renders report.html: the template with its style and script, and nothing from outside."""
+"""Renders report.html: a template with its style and script, and nothing from outside."""
 
 import hashlib
 from base64 import b64encode
@@ -16,6 +16,7 @@ from alexnet_ddp.report.charts import Chart
 from alexnet_ddp.report.classes import Classes
 from alexnet_ddp.report.facts import Data, OptionRow, Summary
 from alexnet_ddp.report.images import Filters, Shown
+from alexnet_ddp.report.sweep import SweepPage
 from alexnet_ddp.report.timeline import Timeline, duration
 from alexnet_ddp.report.times import Profile, Times
 from alexnet_ddp.training.intervals import Interval
@@ -60,13 +61,18 @@ class Page:
     subtitle: str
 
     @property
+    def name(self) -> str:
+        return self.runs[0].name
+
+    @property
     def values(self) -> list[dict[str, Any]]:
         """For the tooltips of the script."""
         return [chart.values for chart in self.charts]
 
 
-def render(page: Page) -> str:
+def render(page: Page | SweepPage) -> str:
     """The HTML of a page."""
+    template = "sweep.html.j2" if isinstance(page, SweepPage) else "page.html.j2"
     environment = Environment(
         loader=FileSystemLoader(_HERE),
         autoescape=True,
@@ -77,9 +83,8 @@ def render(page: Page) -> str:
     environment.filters |= {"duration": duration}
     script = (_HERE / "page.js").read_text()
     digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("page.html.j2").render(
+    return environment.get_template(template).render(
         page=page,
-        run=page.runs[0],
         chart=charts,
         axis=timeline,
         style=Markup((_HERE / "page.css").read_text()),

@@ -83,6 +83,12 @@ class RunRecord:
         return str(self._json("status.json").get("message", ""))
 
     @property
+    def exit_code(self) -> int | None:
+        """With which code the last start ended; None if it runs, was killed, or is unknown."""
+        code = self._json("status.json").get("exit_code")
+        return code if isinstance(code, int) else None
+
+    @property
     def status_time(self) -> str:
         """When the status was recorded, in ISO 8601; "" if it is unknown."""
         return str(self._json("status.json").get("time", ""))

@@ -17,11 +17,13 @@ from alexnet_ddp.runtime.errors import MachineError, TrialsFailed
 from alexnet_ddp.runtime.files import lock_file
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.signals import StopSignal
-from alexnet_ddp.sweep.record import State, SweepRecord, Trial, open_record
+from alexnet_ddp.runtime.sweep_record import State, SweepRecord, Trial
+from alexnet_ddp.sweep.array import train_in_array
+from alexnet_ddp.sweep.record import open_record
 from alexnet_ddp.sweep.samplers import Draws, build_sampler
 from alexnet_ddp.sweep.schedule import Schedule
-from alexnet_ddp.sweep.slots import divide
-from alexnet_ddp.sweep.table import report
+from alexnet_ddp.sweep.slots import Slot, check_promotion, divide
+from alexnet_ddp.sweep.table import show_results
 
 log = logging.getLogger(__name__)
 
@@ -37,17 +39,22 @@ def main(cfg: SweepConfig, overrides: list[str]) -> None:
         raise ConfigError(f"{rule}; start it without torchrun, with NPROC=2 for 2 ranks a trial")
     space = read_space(overrides)
     sampler = build_sampler(cfg, space)
-    slots = divide(cfg.sweep.parallel, cfg.device, os.environ)
+    slots = [] if cfg.sweep.sbatch is not None else _slots(cfg)
     directory = Path(cfg.run.root) / cfg.sweep_name
     if cfg.sweep.sampler is Sampler.grid:
         _check_grid(sampler, space)
     try:
         with _locked(directory):
             record = open_record(directory, cfg, space)
-            _announce(record, sampler, len(slots))
+            _announce(record, sampler, cfg.sweep.parallel)
             record.write()
-            Schedule(cfg, space, record, sampler, slots, StopSignal()).run()
-            report(record, space, cfg.sweep.metric, cfg.sweep.is_minimised)
+            if slots:
+                Schedule(cfg, space, record, sampler, slots, StopSignal()).run()
+            else:
+                train_in_array(cfg, space, record, sampler)
+            show_results(record, space)
+            if cfg.logger.report and all(trial.is_over for trial in record.trials):
+                _write_report(record, cfg)
     except OSError as error:
         rule = f"cannot be written ({error.strerror or error})"
         raise MachineError(
@@ -60,6 +67,19 @@ def main(cfg: SweepConfig, overrides: list[str]) -> None:
             first.exit_code or 1,
             f"all {len(failed)} trials failed; trial {first.name}: {first.message}",
         )
+
+
+def _slots(cfg: SweepConfig) -> list[Slot]:
+    slots = divide(cfg.sweep.parallel, cfg.device, os.environ)
+    if cfg.sweep.promote:
+        check_promotion(cfg, slots[0], os.environ)
+    return slots
+
+
+def _write_report(record: SweepRecord, cfg: SweepConfig) -> None:
+    from alexnet_ddp.tracking.report_process import write_report  # the package imports torch
+
+    write_report(record.directory, cfg.plugins)
 
 
 def _check_grid(sampler: Draws, space: Space) -> None:

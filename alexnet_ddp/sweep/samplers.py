@@ -16,7 +16,7 @@ from alexnet_ddp import rng
 from alexnet_ddp.config import ConfigError, Sampler, SweepConfig
 from alexnet_ddp.config.space import Dimension, Space
 from alexnet_ddp.config.sweep import MAX_TRIALS
-from alexnet_ddp.sweep.record import State, Trial
+from alexnet_ddp.runtime.sweep_record import State, Trial
 
 _DEFAULT_TRIALS = 20
 

@@ -1,34 +1,42 @@
 """Which trial starts, ends or is stopped next."""
 
+import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
-from alexnet_ddp import cli
-from alexnet_ddp.config import ConfigError, SweepConfig
+from alexnet_ddp.config import SweepConfig
 from alexnet_ddp.config.space import Space
 from alexnet_ddp.runtime.errors import Preempted
 from alexnet_ddp.runtime.printing import say
-from alexnet_ddp.runtime.redaction import redact
-from alexnet_ddp.runtime.run_record import RunRecord
 from alexnet_ddp.runtime.signals import StopSignal
+from alexnet_ddp.runtime.sweep_record import Evaluation, State, SweepRecord, Trial
 from alexnet_ddp.sweep.pruners import Decision, Progress, decide, score
-from alexnet_ddp.sweep.record import Evaluation, State, SweepRecord, Trial
+from alexnet_ddp.sweep.results import TrialRuns
 from alexnet_ddp.sweep.samplers import Draws
-from alexnet_ddp.sweep.slots import Slot
-from alexnet_ddp.sweep.trial import LOG, Evaluations, TrialProcess
+from alexnet_ddp.sweep.slots import Slot, check_promotion, merged
+from alexnet_ddp.sweep.trial import TrialProcess
 
 _POLL_S = 0.2
+_MIN_GAIN = 2.0  # a restart must save so many times what the last start of the trial took
 
 
 @dataclass
 class Active:
-    """A trial whose process is running, and its devices."""
+    """A trial whose process is running, and its devices.
+
+    is_promoted: it was stopped to start again with more slots.
+    """
 
     trial: Trial
     process: TrialProcess
-    slot: Slot
+    slots: list[Slot]
+    is_promoted: bool = False
+
+    @property
+    def may_grow(self) -> bool:
+        """True unless it is about to end."""
+        return not self.trial.is_over and not self.is_promoted
 
 
 class Schedule:
@@ -43,13 +51,14 @@ class Schedule:
         slots: list[Slot],
         stop: StopSignal,
     ) -> None:
-        self._options, self._space, self._record = cfg.sweep, space, record
+        self._options, self._record = cfg.sweep, record
         self._sampler, self._stop = sampler, stop
-        self._free = list(slots)
+        check = partial(check_promotion, slot=slots[0], env=os.environ)
+        self._runs = TrialRuns(cfg, space, record, check if cfg.sweep.promote else None)
+        self._slots, self._free = tuple(slots), list(slots)
         self._active: list[Active] = []
         self._exit_codes: dict[int, int] = {}  # of trials that ended and are not decided on
-        self._readers: dict[int, Evaluations] = {}  # of trials that are not over
-        self._scores: dict[int, Progress] = {}  # of trials that are over
+        self._scores: dict[int, Progress] = {}
 
     def run(self) -> None:
         """Return when all trials are over. Raises Preempted after a stop; the trials are saved."""
@@ -59,7 +68,8 @@ class Schedule:
             self._collect()
             self._judge()
             self._fill()
-            if not self._active and not any(self._unfinished()):
+            self._promote()
+            if not self._active and not any(self._runs.unfinished):
                 return
             time.sleep(_POLL_S)
 
@@ -72,22 +82,55 @@ class Schedule:
             if code is None:
                 continue
             self._active.remove(active)
-            self._free.append(active.slot)
+            self._free += active.slots
             if active.trial.is_over:
                 continue  # it was pruned
             if code == Preempted.exit_code:
+                if active.is_promoted:
+                    continue  # _fill starts it again
                 self._stop_all(f"trial {active.trial.name} was stopped from outside")
             self._exit_codes[active.trial.number] = code
 
     def _fill(self) -> None:
-        """Start a trial in each free slot: first those that were interrupted, then new ones."""
+        """Start trials in the free slots: first those that were interrupted, then new ones."""
         while self._free:
             busy = {active.trial.number for active in self._active} | self._exit_codes.keys()
-            waiting = (one for one in self._unfinished() if one.number not in busy)
+            waiting = (one for one in self._runs.unfinished if one.number not in busy)
             trial = next(waiting, None) or self._draw()
-            if trial is None:
+            num_slots = self._slots_each()
+            if trial is None or len(self._free) < num_slots:
                 return
-            self._start(trial)
+            self._start(trial, num_slots)
+
+    def _slots_each(self) -> int:
+        """Slots of a trial: several if sweep.promote is set and no later trial needs them."""
+        if not self._options.promote or len(self._record.trials) < self._sampler.num_trials:
+            return 1
+        num_left = sum(one.number not in self._exit_codes for one in self._runs.unfinished)
+        return max(1, len(self._slots) // max(1, num_left))
+
+    def _promote(self) -> None:
+        """Stop trials that should continue with more slots, if that saves time.
+
+        A trial at least doubles its slots, so it is stopped at most log2(sweep.parallel) times.
+        """
+        num_slots = self._slots_each()
+        if any(active.trial.is_over for active in self._active):
+            return  # their slots are not free yet
+        for active in self._active:
+            factor = num_slots / len(active.slots)
+            if factor >= 2 and active.may_grow and self._saves_time(active, factor):
+                active.is_promoted = True
+                active.process.stop()
+                devices = f"{num_slots} of {len(self._slots)} shares of the devices"
+                say(f"trial {active.trial.name} saves, to continue with {devices}")
+
+    def _saves_time(self, active: Active, factor: float) -> bool:
+        reader = self._runs.reader(active.trial)
+        start_s = active.process.start_s(self._runs.record_of(active.trial))
+        if reader is None or start_s is None or reader.left_s is None:
+            return False
+        return reader.left_s * (1 - 1 / factor) > _MIN_GAIN * start_s
 
     def _draw(self) -> Trial | None:
         trials = self._record.trials
@@ -98,14 +141,16 @@ class Schedule:
         self._record.write()  # before it starts: it is never drawn again
         return trial
 
-    def _start(self, trial: Trial) -> None:
-        if self._reader(trial) is None:
+    def _start(self, trial: Trial, num_slots: int) -> None:
+        if self._runs.reader(trial) is None:
             return
-        slot = self._free.pop(0)
-        process = TrialProcess(self._run_dir(trial), self._overrides(trial), slot)
-        self._active.append(Active(trial, process, slot))
+        slots, self._free = self._free[:num_slots], self._free[num_slots:]
+        run_dir, overrides = self._runs.directory(trial), self._runs.overrides(trial)
+        process = TrialProcess(run_dir, overrides, merged(slots))
+        self._active.append(Active(trial, process, slots))
         total = self._sampler.num_trials
-        say(f"trial {trial.name} of {total} starts: {_values_text(trial)}")
+        verb = "continues" if self._runs.record_of(trial).starts else "starts"
+        say(f"trial {trial.name} of {total} {verb}: {_values_text(trial)}")
 
     def _stop_all(self, why: str) -> None:
         """Stop all trials, and wait until they are saved. Raises Preempted."""
@@ -125,10 +170,12 @@ class Schedule:
         for trial in self._record.trials:
             if not trial.is_over:
                 self._judge_one(trial, earlier)
+                if trial.is_over:
+                    self._scores.pop(trial.number, None)  # not all of its evaluations count
             earlier.append(self._progress_of(trial))
 
     def _judge_one(self, trial: Trial, earlier: list[Progress]) -> None:
-        reader = self._reader(trial)
+        reader = self._runs.reader(trial)
         if reader is None:
             return
         code = self._exit_codes.get(trial.number)
@@ -141,7 +188,7 @@ class Schedule:
         if decision.is_pruned:
             self._prune(trial, found, decision)
         elif code is not None and decision.num_decided == len(scores):
-            self._end(trial, found, code)
+            self._runs.end(trial, found, code)
 
     def _prune(self, trial: Trial, found: list[Evaluation], decision: Decision) -> None:
         for active in self._active:
@@ -149,34 +196,7 @@ class Schedule:
                 active.process.stop()
         count = decision.num_decided
         message = f"stopped after evaluation {count} of step {found[count - 1].step}"
-        self._finish(trial, State.pruned, found[:count], message=message)
-
-    def _end(self, trial: Trial, found: list[Evaluation], code: int) -> None:
-        if code == 0:
-            self._finish(trial, State.complete, found, code)
-            return
-        message = self._run(trial).message or f"see {self._run_dir(trial) / LOG}"
-        self._finish(trial, State.failed, found, code, message)
-
-    def _finish(
-        self,
-        trial: Trial,
-        state: State,
-        evaluations: list[Evaluation],
-        code: int | None = None,
-        message: str = "",
-    ) -> None:
-        trial.state, trial.exit_code, trial.message = state, code, message
-        trial.evaluations, trial.hours = evaluations, self._run(trial).hours
-        self._exit_codes.pop(trial.number, None)
-        self._readers.pop(trial.number, None)
-        self._scores.pop(trial.number, None)
-        self._record.write()
-        best = trial.best(self._options.is_minimised)
-        result = "" if best is None else f", {self._options.metric} {best.value:.6g}"
-        failure = f" (exit code {code})" if state is State.failed else ""
-        more = f": {message}" if message else ""
-        say(redact(f"trial {trial.name} {state}{failure}{result}{more}"))
+        self._runs.finish(trial, State.pruned, found[:count], message=message)
 
     def _progress_of(self, trial: Trial) -> Progress:
         if trial.number not in self._scores:
@@ -184,35 +204,8 @@ class Schedule:
             self._scores[trial.number] = Progress(scores, len(scores), trial.is_over)
         return self._scores[trial.number]
 
-    # --- one trial --------------------------------------------------------------------------------
-
-    def _reader(self, trial: Trial) -> Evaluations | None:
-        """What reads the evaluations of a trial. None, and the trial is over, if it is invalid."""
-        if trial.number not in self._readers:
-            try:
-                cfg = cli.compose(self._overrides(trial))
-            except ConfigError as error:
-                self._finish(trial, State.failed, [], error.exit_code, str(error))
-                return None
-            reader = Evaluations(self._run_dir(trial), self._options.metric, cfg)
-            self._readers[trial.number] = reader
-        return self._readers[trial.number]
-
-    def _unfinished(self) -> Iterator[Trial]:
-        return (trial for trial in self._record.trials if not trial.is_over)
-
     def _scores_of(self, evaluations: list[Evaluation]) -> list[float]:
         return [score(one.value, self._options.is_minimised) for one in evaluations]
-
-    def _run_dir(self, trial: Trial) -> Path:
-        return self._record.directory / trial.name
-
-    def _run(self, trial: Trial) -> RunRecord:
-        return RunRecord(self._run_dir(trial), trial.name)
-
-    def _overrides(self, trial: Trial) -> list[str]:
-        place = [f"run.root={self._record.directory}", f"run.name={trial.name}"]
-        return [*self._space.overrides(trial.values), *place]
 
 
 def _values_text(trial: Trial) -> str:

@@ -4,10 +4,10 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from alexnet_ddp.config import ConfigError
+from alexnet_ddp.config import Config, ConfigError, DDPConfig, Hook
 from alexnet_ddp.config.run import Device
 from alexnet_ddp.runtime.environment import num_usable_cores
 
@@ -50,6 +50,31 @@ def divide(parallel: int, device: Device, env: Mapping[str, str]) -> list[Slot]:
         )
         for k in range(parallel)
     ]
+
+
+def merged(slots: Sequence[Slot]) -> Slot:
+    """One slot with the devices of all `slots`."""
+    ordered = sorted(slots, key=lambda one: (one.cores, one.gpus or ""))
+    gpus = [one.gpus for one in ordered if one.gpus is not None]
+    cores = tuple(core for one in ordered for core in one.cores)
+    return Slot(cores, ",".join(gpus) if gpus else None)
+
+
+def check_promotion(cfg: Config, slot: Slot, env: Mapping[str, str]) -> None:
+    """Raise ConfigError if a trial with `cfg` cannot continue with several slots.
+
+    On CPUs it always can: its number of ranks stays the same.
+    """
+    if slot.gpus is None:
+        return
+    if "NPROC" in env:
+        rule = f"would be ignored with NPROC={env['NPROC']}: every start has so many processes"
+        raise ConfigError(f"sweep.promote=true {rule}; unset it")
+    hook = cfg.parallel.hook if isinstance(cfg.parallel, DDPConfig) else Hook.none
+    if hook in (Hook.powersgd, Hook.post_local_sgd):
+        rule = "changes the number of ranks, on which the result depends with"
+        remedy = "leave sweep.promote false, or use another hook"
+        raise ConfigError(f"sweep.promote=true {rule} parallel.hook={hook.value}; {remedy}")
 
 
 def visible_gpus(env: Mapping[str, str]) -> list[str]:

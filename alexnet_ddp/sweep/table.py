@@ -8,32 +8,19 @@ from alexnet_ddp import cli
 from alexnet_ddp.config.space import Space
 from alexnet_ddp.runtime.printing import printable, say
 from alexnet_ddp.runtime.redaction import redact
+from alexnet_ddp.runtime.sweep_record import State, SweepRecord, Trial
 from alexnet_ddp.runtime.tables import COUNT, NUMBER, TEXT, open_table
 from alexnet_ddp.runtime.terminal import Console, Table
-from alexnet_ddp.sweep.record import State, SweepRecord, Trial
 
 CSV = "sweep.csv"
-_ORDER = (State.complete, State.pruned, State.failed, State.running)
 
 
-def ranked(trials: list[Trial], is_minimised: bool) -> list[Trial]:
-    """Complete trials, then pruned ones, then failed ones; each from the best metric on."""
-
-    def key(trial: Trial) -> tuple[int, bool, float, int]:
-        best, sign = trial.best(is_minimised), 1 if is_minimised else -1
-        value = 0.0 if best is None else sign * best.value
-        return _ORDER.index(trial.state), best is None, value, trial.number
-
-    return sorted(trials, key=key)
-
-
-def report(record: SweepRecord, space: Space, metric: str, is_minimised: bool) -> None:
+def show_results(record: SweepRecord, space: Space) -> None:
     """Print the table and the command of the best trial, and write sweep.csv.
 
     Raises ConfigError if the file cannot be written.
     """
-    trials = ranked(record.trials, is_minimised)
-    rows = [row(trial, rank, metric, is_minimised) for rank, trial in enumerate(trials, 1)]
+    rows, metric = record.rows, record.metric
     keys = [dimension.key for dimension in space.dimensions]
     Console().print(table(rows, keys, metric))
     columns: dict[str, str | int] = {"rank": COUNT, "trial": TEXT, **dict.fromkeys(keys, TEXT)}
@@ -43,26 +30,9 @@ def report(record: SweepRecord, space: Space, metric: str, is_minimised: bool) -
         for one in rows:
             file.write(one)
     say(f"{len(rows)} trials in {printable(record.directory / CSV)}")
-    best = next((one for one in trials if one.state in (State.complete, State.pruned)), None)
+    best = next((one for one in record.ranked if one.has_result), None)
     if best is not None:
         _print_command(best, record, space)
-
-
-def row(trial: Trial, rank: int, metric: str, is_minimised: bool) -> dict[str, Any]:
-    """The cells of a trial, of which those without a value are left out."""
-    best, is_ranked = trial.best(is_minimised), trial.state is not State.failed
-    found = {
-        "rank": rank if is_ranked else None,
-        "trial": trial.name,
-        **trial.values,
-        metric: None if best is None else best.value,
-        "step": None if best is None else best.step,
-        "status": trial.state.value,
-        "exit_code": trial.exit_code,
-        "hours": trial.hours,
-        "message": redact(trial.message) or None,
-    }
-    return {key: value for key, value in found.items() if value is not None}
 
 
 def table(rows: list[dict[str, Any]], keys: list[str], metric: str) -> Table:

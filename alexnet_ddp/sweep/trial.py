@@ -6,13 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from alexnet_ddp import cli
 from alexnet_ddp.config import Config
 from alexnet_ddp.launch import SOURCES
 from alexnet_ddp.runtime.run_record import RunRecord
-from alexnet_ddp.sweep.record import Evaluation
+from alexnet_ddp.runtime.sweep_record import Evaluation
 from alexnet_ddp.sweep.slots import Slot
 
 _PROJECT = Path(__file__).resolve().parents[2]
@@ -45,6 +47,7 @@ class TrialProcess:
                 env=env | slot.env,
                 start_new_session=True,  # Ctrl-C reaches the sweep alone, which stops the trials
             )
+        self._began = time.time()
         self._is_stopped = False
 
     def stop(self) -> None:
@@ -52,6 +55,14 @@ class TrialProcess:
         if not self._is_stopped:
             self._is_stopped = True
             self._process.send_signal(signal.SIGTERM)
+
+    def start_s(self, run: RunRecord) -> float | None:
+        """Seconds from this start until the run could train; None if it is not so far yet."""
+        began = run.facts.get("time")
+        if began is None:
+            return None
+        took = datetime.fromisoformat(began).timestamp() - self._began
+        return max(took, 1.0) if took > -1 else None  # recorded in whole seconds; an earlier start
 
     def exit_code(self) -> int | None:
         """The exit code, as a shell gives it; None if the process is running."""
@@ -63,6 +74,7 @@ class Evaluations:
     """Reads the evaluations of a run from its metrics.jsonl while the file grows.
 
     cfg: of the trial, whose length tells which evaluation is the last one.
+    left_s: seconds that the rest of the training takes at the speed so far; None if it is unknown.
     """
 
     def __init__(self, run_dir: Path, metric: str, cfg: Config) -> None:
@@ -71,6 +83,7 @@ class Evaluations:
         self._seen: tuple[int, int] | None = None
         self._next_look = 0.0
         self._found: list[Evaluation] = []
+        self.left_s: float | None = None
 
     def read(self, at_once: bool = False) -> list[Evaluation]:
         """All evaluations so far. at_once: also if the last look was a moment ago.
@@ -90,11 +103,19 @@ class Evaluations:
 
     def _look(self) -> list[Evaluation]:
         rows = RunRecord(self._run_dir, self._run_dir.name).rows
+        self.left_s = self._time_left(rows)
         return [
             Evaluation(step, float(row[self._metric]), self._is_final(step, row["epoch"]))
             for step, row in rows.items()
             if self._metric in row
         ]
+
+    def _time_left(self, rows: dict[int, dict[str, Any]]) -> float | None:
+        step, row = next(reversed(rows.items()), (0, {}))
+        if not row.get("time_s"):
+            return None
+        done = max(row["epoch"] / self._epochs, step / self._max_steps)
+        return float(row["time_s"] * (1 - done) / done)
 
     def _is_final(self, step: int, epoch: float) -> bool:
         return step >= self._max_steps or epoch > self._epochs - 1e-6

@@ -1,8 +1,12 @@
 """What slurm/*.sbatch do on a real cluster beside the rows of the table: what is not requeued, evaluation, sweeps."""
 
+import csv
 import json
+import re
 import shutil
+import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -80,7 +84,7 @@ def sweep(slurm, images, tmp_path):
     job.end()
 
 
-def outcomes(slurm, array: str, tasks: range) -> dict[int, tuple[str, str]]:
+def outcomes(slurm, array: str, tasks: Iterable[int]) -> dict[int, tuple[str, str]]:
     """JobState and ExitCode of each task, when all have ended."""
     deadline = time.monotonic() + 240
     while True:
@@ -89,6 +93,14 @@ def outcomes(slurm, array: str, tasks: range) -> dict[int, tuple[str, str]]:
             return {task: (job["JobState"], job["ExitCode"]) for task, job in said.items()}
         assert time.monotonic() < deadline, said
         time.sleep(0.3)
+
+
+def until_trained(run_dir: Path, num_rows: int) -> None:
+    """Wait until a run has so many rows of metrics."""
+    metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 90
+    while not (metrics.exists() and metrics.read_text().count("\n") >= num_rows):
+        assert time.monotonic() < deadline, run_dir
+        time.sleep(0.1)
 
 
 def test_a_sweep_trains_a_run_a_line_and_refuses_what_is_no_line(slurm, sweep, tmp_path):
@@ -147,11 +159,7 @@ def test_only_the_task_that_was_stopped_is_requeued(slurm, sweep, tmp_path):
     last = next(
         task for task in (1, 2) if slurm.job(f"{array}_{task}")["JobId"] == array
     )  # also the array's id
-    metrics = tmp_path / f"runs/seeds-{last}/metrics.jsonl"
-    deadline = time.monotonic() + 90
-    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-        assert time.monotonic() < deadline, (tmp_path / f"{last}.log").read_text()
-        time.sleep(0.1)
+    until_trained(tmp_path / f"runs/seeds-{last}", 4)
     slurm.run("ctl", "scancel", "--batch", "--signal=USR1", f"{array}_{last}")
     ended = outcomes(slurm, array, range(1, 3))
     assert {state for state, _ in ended.values()} == {"COMPLETED"}
@@ -159,3 +167,35 @@ def test_only_the_task_that_was_stopped_is_requeued(slurm, sweep, tmp_path):
         last: "1",
         3 - last: "0",
     }
+
+
+def test_the_sweep_command_submits_what_is_neither_over_nor_queued(slurm, images, tmp_path):
+    job = Batch(slurm, tmp_path, "sweep", f"data.root={images}")
+    given = [f"run.root={tmp_path}", "sweep.name=s", *job.overrides, "optimizer.lr=0.01,0.02,1e30"]
+    given += ["sweep.sbatch=--nodes=1 --cpus-per-task=1", "trainer.epochs=6"]
+    submitted = re.compile(r"^submitted (\d) of 3 trials as job array (\d+);", re.MULTILINE)
+
+    def sweep() -> str:
+        command = [sys.executable, "-m", "alexnet_ddp", "sweep", *given]
+        return slurm.run("ctl", *command, env=job.env, cwd=PROJECT)
+
+    count, array = submitted.search(sweep()).groups()
+    assert count == "3"
+    try:
+        until_trained(tmp_path / "s/000", 4)
+        slurm.run("ctl", "scancel", f"{array}_2")  # it waits: one trial at a time
+        slurm.run("ctl", "scancel", "--batch", "--signal=USR1", f"{array}_1")
+        said = sweep()  # the others are queued, and are not submitted twice
+        assert submitted.search(said)[1] == "1", said
+        second = submitted.search(said)[2]
+        assert outcomes(slurm, array, (1, 3)) == {1: ("COMPLETED", "0:0"), 3: ("FAILED", "70:0")}
+        assert outcomes(slurm, second, (2,)) == {2: ("COMPLETED", "0:0")}
+        assert slurm.job(f"{array}_1")["Restarts"] == "1"
+        said = sweep()
+    finally:
+        slurm.run("ctl", "scancel", "--name=s")
+        job.end()
+    assert not submitted.search(said)
+    with (tmp_path / "s/sweep.csv").open() as file:
+        found = {row["trial"]: (row["status"], row["exit_code"]) for row in csv.DictReader(file)}
+    assert found == {"000": ("complete", "0"), "001": ("complete", "0"), "002": ("failed", "70")}

@@ -7,7 +7,7 @@ import pytest
 from alexnet_ddp.config import ConfigError
 from alexnet_ddp.config.compose import compose
 from alexnet_ddp.config.space import first_point, read_space
-from alexnet_ddp.sweep.record import Evaluation, State, Trial
+from alexnet_ddp.runtime.sweep_record import Evaluation, State, Trial
 from alexnet_ddp.sweep.samplers import Draws, build_sampler
 
 SPACE = ["optimizer.lr=tag(log,interval(1e-4,1))", "trainer.epochs=interval(1,3)", "seed=1,2"]

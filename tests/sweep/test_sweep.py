@@ -21,15 +21,16 @@ from alexnet_ddp.config.space import first_point, read_space
 from alexnet_ddp.runtime.environment import num_usable_cores
 from alexnet_ddp.runtime.errors import TrialsFailed
 from alexnet_ddp.runtime.files import lock_file
+from alexnet_ddp.runtime.run_record import RunRecord
+from alexnet_ddp.runtime.sweep_record import Evaluation, State, SweepRecord, Trial
 from alexnet_ddp.sweep import slots
 from alexnet_ddp.sweep.command import main
-from alexnet_ddp.sweep.record import Evaluation, State, SweepRecord, Trial, open_record
-from alexnet_ddp.sweep.slots import divide, visible_gpus
-from alexnet_ddp.sweep.table import ranked
+from alexnet_ddp.sweep.record import open_record
+from alexnet_ddp.sweep.slots import Slot, check_promotion, divide, merged, visible_gpus
 from alexnet_ddp.sweep.trial import Evaluations
 from tests.conftest import make_folder
 from tests.drills.harness import PRELOADED, PROJECT, preloaded_server
-from tests.network import QUICK
+from tests.network import QUICK, WAITING
 from tests.ranks import Command, started
 
 GIVEN = ["data=folder", "data.root=/a", "optimizer.lr=0.1,0.2", "sweep.name=x"]
@@ -94,6 +95,33 @@ def test_the_devices_are_divided_equally(monkeypatch, tmp_path):
         divide(3, Device.cuda, {})
 
 
+def test_a_trial_may_get_the_devices_of_several():
+    gpus = [Slot((4, 5), "2,3"), Slot((0, 1), "0,1")]
+    assert merged(gpus) == Slot((0, 1, 4, 5), "0,1,2,3")
+    assert merged([Slot((3,)), Slot((2,))]) == Slot((2, 3))
+    cfg = compose("train", ["data=folder", "data.root=/a"])
+    check_promotion(cfg, gpus[0], {})
+    check_promotion(cfg, Slot((1,)), {"NPROC": "2"})  # on CPUs the number of ranks stays
+    with pytest.raises(ConfigError, match=r"ignored with NPROC=2: .*; unset it"):
+        check_promotion(cfg, gpus[0], {"NPROC": "2"})
+    cfg = compose("train", ["data=folder", "data.root=/a", "parallel.hook=powersgd"])
+    with pytest.raises(ConfigError, match=r"depends with parallel.hook=powersgd"):
+        check_promotion(cfg, gpus[0], {})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["sweep.promote=true"], "promote=true would be ignored with sweep.parallel=1"),
+        (["sweep.sbatch=--nodes=1", "sweep.pruner=asha"], "sweep.pruner=asha needs results while"),
+        (["sweep.sbatch=--nodes=1", "sweep.sampler=tpe"], "sweep.sampler=tpe needs results while"),
+    ],
+)
+def test_options_of_a_sweep_that_do_not_go_together_are_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        compose("sweep", first_point([*GIVEN, *given]))
+
+
 def test_complete_trials_are_ranked_before_pruned_ones():
     def trial(number: int, state: State, *values: float) -> Trial:
         found = [Evaluation(k, value) for k, value in enumerate(values, 1)]
@@ -106,8 +134,9 @@ def test_complete_trials_are_ranked_before_pruned_ones():
         trial(3, State.complete, 1.0, 4.0),
         trial(4, State.complete, 6.0),
     ]
-    assert [one.number for one in ranked(trials, is_minimised=False)] == [4, 1, 3, 0, 2]
-    assert [one.number for one in ranked(trials, is_minimised=True)] == [3, 1, 4, 0, 2]
+    for metric, order in (("val/top1", [4, 1, 3, 0, 2]), ("val/loss", [3, 1, 4, 0, 2])):
+        record = SweepRecord(Path("x"), {"sweep.metric": metric}, trials)
+        assert [one.number for one in record.ranked] == order
     assert trials[3].best(is_minimised=False) == Evaluation(2, 4.0)
 
 
@@ -116,13 +145,14 @@ def test_evaluations_are_read_again_only_if_the_file_has_changed(tmp_path):
     reader = Evaluations(tmp_path, "val/loss", cfg)
     assert reader.read(at_once=True) == []
     rows = [
-        {"step": 3, "epoch": 1.0, "val/loss": 2.5},
+        {"step": 3, "epoch": 1.0, "time_s": 4.0, "val/loss": 2.5},
         {"step": 6, "epoch": 2.0, "val/loss": "nan"},
     ]
     with (tmp_path / "metrics.jsonl").open("w") as file:
         file.write(json.dumps(rows[0]) + '\n{"step": 4')
     assert reader.read() == []  # the last look was a moment ago
     assert reader.read(at_once=True) == [Evaluation(3, 2.5)]
+    assert reader.left_s == 4.0  # half of the epochs took 4 s
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = reader.read(at_once=True)
     assert [(one.step, one.is_final) for one in found] == [(3, False), (6, True)]
@@ -178,9 +208,9 @@ class Runner:
         given += ["data.image_size=64", "trainer.global_batch_size=16", *QUICK]
         return [*given, "logger.tensorboard=false", f"run.root={self.folder}", *more]
 
-    def started(self, name: str, *more: str):
+    def started(self, name: str, *more: str, **env: str):
         overrides = self.overrides(name, *more)
-        return started("alexnet_ddp.sweep", overrides, 0, self.folder, self.env)
+        return started("alexnet_ddp.sweep", overrides, 0, self.folder, self.env | env)
 
     def rows(self, name: str) -> list[dict[str, str]]:
         with (self.folder / name / "sweep.csv").open() as file:
@@ -255,3 +285,25 @@ def test_a_stop_saves_the_trials_and_one_that_fails_does_not_end_the_sweep(runne
     with runner.started("stop", *given, "sweep.metric=val/top1") as other:
         assert other.wait(120) == 64
         assert "its sweep.metric is val/loss, here it is val/top1; give another" in other.said()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(num_usable_cores() < 2, reason="needs two cores to give one away")
+def test_a_promoted_trial_has_the_weights_of_one_that_was_trained_alone(runner):
+    common = [*WAITING, "trainer.epochs=120", "trainer.eval_every_epochs=10"]
+    given = ["optimizer.lr=0.05,0.0001", "sweep.pruner=asha", "sweep.parallel=2"]
+    given += ["sweep.metric=val/loss"]
+    with runner.started("grow", *common, *given, "sweep.promote=true", NPROC="2") as grow:
+        assert grow.wait(240) == 0, grow.said()
+        assert "trial 000 saves, to continue with 2 of 2 shares of the devices" in grow.said()
+    trial = RunRecord(runner.folder / "grow/000", "000")
+    assert len(trial.starts) == 2
+    alone = [*runner.overrides("", *common)[1:], "optimizer.lr=0.05", "run.name=alone"]
+    script, env = str(PROJECT / "launch/local.sh"), runner.env | {"NPROC": "2"}
+    subprocess.run([script, *alone], cwd=runner.folder, env=env, check=True, timeout=240)
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        newest = [
+            max(d.glob("checkpoints/step-*")) for d in (trial.directory, runner.folder / "alone")
+        ]
+        first, second = ((one / file).read_bytes() for one in newest)
+        assert first == second

@@ -1,0 +1,180 @@
+"""sweep.json: what a sweep searches, and its trials. It is all that a continued sweep knows.
+
+The file is replaced by renaming, so a sweep that is killed leaves the old or the new one. Neither a
+database nor file locks are needed, which network file systems often lack.
+"""
+
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from alexnet_ddp.runtime.errors import ConfigError
+from alexnet_ddp.runtime.files import write_json
+from alexnet_ddp.runtime.redaction import redact
+
+_FILE = "sweep.json"
+_MINIMISED = "val/loss"
+
+
+class State(StrEnum):
+    """What became of a trial. A trial that was interrupted is `running`."""
+
+    running = "running"
+    complete = "complete"
+    pruned = "pruned"
+    failed = "failed"
+
+
+_ORDER = (State.complete, State.pruned, State.failed, State.running)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The metric after `step`. is_final: the trial ends with this step."""
+
+    step: int
+    value: float
+    is_final: bool = False
+
+
+@dataclass
+class Trial:
+    """A training of the sweep. values: key -> text of an override.
+
+    evaluations: those that count, in the order of the steps; of a pruned trial, up to the one
+    after which it was stopped. hours: of work, over all starts.
+    """
+
+    number: int
+    values: dict[str, str]
+    state: State = State.running
+    exit_code: int | None = None
+    message: str = ""
+    hours: float | None = None
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The name of its run, whose folder is in the directory of the sweep."""
+        return f"{self.number:03d}"
+
+    @property
+    def is_over(self) -> bool:
+        return self.state is not State.running
+
+    @property
+    def has_result(self) -> bool:
+        """True if it trained without an error."""
+        return self.state in (State.complete, State.pruned)
+
+    def best(self, is_minimised: bool) -> Evaluation | None:
+        """The first of the best evaluations; None if none is a number."""
+        found = [one for one in self.evaluations if one.value == one.value]  # NaN is not itself
+        sign = 1 if is_minimised else -1
+        return min(found, key=lambda one: sign * one.value, default=None)
+
+
+@dataclass
+class SweepRecord:
+    """A sweep's directory, the text of every option that determines its results, its trials."""
+
+    directory: Path
+    identity: dict[str, str]
+    trials: list[Trial]
+
+    @property
+    def metric(self) -> str:
+        return self.identity["sweep.metric"]
+
+    @property
+    def is_minimised(self) -> bool:
+        """True if a lower value of the metric is better."""
+        return is_minimised(self.metric)
+
+    @property
+    def ranked(self) -> list[Trial]:
+        """Complete trials, then pruned ones, then failed ones; each from the best metric on."""
+
+        def key(trial: Trial) -> tuple[int, bool, float, int]:
+            best, sign = trial.best(self.is_minimised), 1 if self.is_minimised else -1
+            value = 0.0 if best is None else sign * best.value
+            return _ORDER.index(trial.state), best is None, value, trial.number
+
+        return sorted(self.trials, key=key)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The ranked trials as cells by column; cells without a value are left out."""
+        return [self._row(trial, rank) for rank, trial in enumerate(self.ranked, 1)]
+
+    def write(self) -> None:
+        """Replace sweep.json. Raises OSError."""
+        trials = [_to_json(trial) for trial in self.trials]
+        content = {"version": 1, "searches": self.identity, "trials": trials}
+        write_json(self.directory / _FILE, content)
+
+    def _row(self, trial: Trial, rank: int) -> dict[str, Any]:
+        best = trial.best(self.is_minimised)
+        found = {
+            "rank": rank if trial.state is not State.failed else None,
+            "trial": trial.name,
+            **trial.values,
+            self.metric: None if best is None else best.value,
+            "step": None if best is None else best.step,
+            "status": trial.state.value,
+            "exit_code": trial.exit_code,
+            "hours": trial.hours,
+            "message": redact(trial.message) or None,
+        }
+        return {key: value for key, value in found.items() if value is not None}
+
+
+def is_minimised(metric: str) -> bool:
+    """True if a lower value of this metric is better."""
+    return metric == _MINIMISED
+
+
+def is_sweep(directory: Path) -> bool:
+    """True if `directory` is that of a sweep."""
+    return (directory / _FILE).is_file()
+
+
+def read_sweep(directory: Path) -> SweepRecord:
+    """The record of the sweep in `directory`. Raises ConfigError if it cannot be read."""
+    file = directory / _FILE
+    try:
+        known = json.loads(file.read_bytes())
+        identity = {str(key): str(text) for key, text in known["searches"].items()}
+        trials = [_from_json(one) for one in known["trials"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        rule = f"cannot be read ({why})"
+        raise ConfigError(f"{file} {rule}; move it away, or name another sweep") from error
+    return SweepRecord(directory, identity, trials)
+
+
+def _to_json(trial: Trial) -> dict[str, Any]:
+    return {
+        "number": trial.number,
+        "values": trial.values,
+        "state": trial.state.value,
+        "exit_code": trial.exit_code,
+        "message": redact(trial.message),
+        "hours": trial.hours,
+        "evaluations": [[one.step, one.value] for one in trial.evaluations],
+    }
+
+
+def _from_json(known: dict[str, Any]) -> Trial:
+    evaluations = [Evaluation(int(step), float(value)) for step, value in known["evaluations"]]
+    return Trial(
+        int(known["number"]),
+        {str(key): str(text) for key, text in known["values"].items()},
+        State(known["state"]),
+        known["exit_code"],
+        str(known["message"]),
+        known["hours"],
+        evaluations,
+    )
