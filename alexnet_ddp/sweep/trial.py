@@ -57,12 +57,13 @@ class TrialProcess:
             self._process.send_signal(signal.SIGTERM)
 
     def start_s(self, run: RunRecord) -> float | None:
-        """Seconds from this start until the run could train; None if it is not so far yet."""
+        """Seconds from this start until the run began to train; None before that."""
         began = run.facts.get("time")
         if began is None:
             return None
         took = datetime.fromisoformat(began).timestamp() - self._began
-        return max(took, 1.0) if took > -1 else None  # recorded in whole seconds; an earlier start
+        # Times are recorded in whole seconds. An earlier one is of an earlier start.
+        return max(took, 1.0) if took > -1 else None
 
     def exit_code(self) -> int | None:
         """The exit code, as a shell gives it; None if the process is running."""
