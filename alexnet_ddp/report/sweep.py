@@ -15,7 +15,7 @@ _KINDS = {
     _BEST: "best trial",
     _COMPLETE: "complete",
     _PRUNED: "pruned",
-    _OTHER: "failed, or not over",
+    _OTHER: "failed or running",
 }
 _MAX_SHOWN = 8  # trials in a tooltip of the curves
 _LOG_RATIO = 10  # given values that differ by this factor are on a logarithmic axis
