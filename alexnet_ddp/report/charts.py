@@ -81,6 +81,12 @@ class Scale:
         return [Tick(self(value), short(value)) for value in values]
 
 
+def _dots(one: Series, points: Points, x: Scale, y: Scale) -> Points:
+    """Where the dots of a series are: on each value, or on its only value, which has no line."""
+    finite = [(x(a), y(b)) for a, b in points if math.isfinite(b)]
+    return finite if one.has_dots or len(finite) == 1 else []
+
+
 def line_chart(
     title: str, unit: str, series: list[Series], *, may_be_log: bool = False, note: str = ""
 ) -> Chart | None:
@@ -102,7 +108,7 @@ def line_chart(
             one.label,
             one.colour,
             svg_path(points, x, y),
-            [(x(a), y(b)) for a, b in points if math.isfinite(b)] if one.has_dots else [],
+            _dots(one, points, x, y),
             one.is_faint,
         )
         for one, points in zip(series, kept)

@@ -59,6 +59,12 @@ def val_row(step: int, time_s: float, correct: int) -> dict:
 # --- charts -------------------------------------------------------------------------------------
 
 
+def test_a_line_of_one_value_is_a_dot():
+    one = line_chart("Loss", "", [Series("a", 0, [(50, 2.9)])])
+    two = line_chart("Loss", "", [Series("a", 0, [(50, 2.9), (100, 2.8)])])
+    assert [len(chart.lines[0].dots) for chart in (one, two)] == [1, 0]
+
+
 def test_a_line_is_interrupted_at_values_that_are_not_finite_and_axes_end_at_round_numbers():
     points = [(1.0, 0.1), (2.0, math.nan), (3.0, 0.7), (4.0, 0.93)]
     chart = line_chart("Loss", "", [Series("a", 0, points), Series("empty", 1, [])])
