@@ -261,7 +261,7 @@ class SchedulerConfig(Options, section="scheduler"):
         0.0,
         "Length of the warm-up.",
         unit="epochs",
-        null="5 % of the run, unless scheduler.warmup_steps is given",
+        null="5 % of trainer.epochs, unless scheduler.warmup_steps is given",
         minimum=0,
     )
     warmup_steps: int = option(

@@ -228,7 +228,9 @@ class TrainerConfig(Options, section="trainer"):
     epochs: int = option(MISSING, "Passes over the training images.", unit="epochs", minimum=1)
     max_steps: int | None = option(
         None,
-        "End the run after this many optimizer steps, even if trainer.epochs are not complete.",
+        "End the run after this many optimizer steps, even if trainer.epochs are not complete. "
+        "The learning rate follows trainer.epochs all the same, so a larger number continues the "
+        "run.",
         unit="steps",
         null="no limit",
         minimum=1,

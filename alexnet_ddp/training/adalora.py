@@ -9,7 +9,7 @@ from alexnet_ddp.config import FinetuneConfig
 from alexnet_ddp.model.adapters import ADAPTER, import_peft
 from alexnet_ddp.runtime.distributed import World, from_main
 
-# Shares of the run: the ranks are constant at first, and again in the end.
+# Shares of all epochs: the ranks are constant at first, and again in the end.
 _FIRST, _LAST = 0.1, 0.4
 _ALLOCATIONS = 100  # at most, in a run
 _PENALTY = 0.5  # the weight of the penalty; peft's default
@@ -22,10 +22,10 @@ class RankAllocation:
     lora_B. Importances are computed from the gradients, which are those of the global batch on all
     ranks. Rank 0 decides which triplets remain and sends this to the other ranks; the singular
     values of the others are set to 0. The total rank falls from cfg.initial_rank to cfg.lora_rank
-    for each layer, from 10 % to 60 % of the run's steps, at most 100 times. Then the triplets that
+    for each layer, from 10 % to 60 % of the steps, at most 100 times. Then the triplets that
     remain are trained.
 
-    num_steps: of the run.
+    num_steps: of all epochs.
     """
 
     def __init__(self, model: nn.Module, cfg: FinetuneConfig, num_steps: int, world: World) -> None:

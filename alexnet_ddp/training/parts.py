@@ -311,7 +311,7 @@ class TrainingParts:
         setup, cfg = self.setup, self.setup.cfg.finetune
         if cfg.method is not Method.adalora:
             return None
-        return RankAllocation(self.model, cfg, setup.budget.total_steps, setup.world)
+        return RankAllocation(self.model, cfg, setup.budget.planned_steps, setup.world)
 
     def _build_step(self) -> TrainStep:
         """Collective. The step, with an optimizer of the parameters that are trained now."""

@@ -18,7 +18,7 @@ from alexnet_ddp.config import (
     TrainerConfig,
 )
 
-_WARMUP_SHARE = 0.05  # of the run, if scheduler.warmup_epochs is null
+_WARMUP_SHARE = 0.05  # of all epochs, if scheduler.warmup_epochs is null
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Budget:
     """How long a run is, and when something is due. `step` counts the steps that are done."""
 
     steps_per_epoch: int
-    total_steps: int
+    total_steps: int  # the run ends after this many
+    planned_steps: int  # of all epochs; the learning rate follows it, whatever trainer.max_steps is
     eval_every_steps: int
     log_every_steps: int
     save_every_steps: int | None = None  # in addition to the ends of the epochs
@@ -36,10 +37,15 @@ class Budget:
         cls, cfg: TrainerConfig, steps_per_epoch: int, save_every_steps: int | None = None
     ) -> "Budget":
         """Return the budget of a run of `steps_per_epoch` steps an epoch."""
-        total = cfg.epochs * steps_per_epoch
-        total = min(total, cfg.max_steps or total)
-        eval_every_steps = cfg.eval_every_steps or cfg.eval_every_epochs * steps_per_epoch
-        return cls(steps_per_epoch, total, eval_every_steps, cfg.log_every_steps, save_every_steps)
+        planned = cfg.epochs * steps_per_epoch
+        return cls(
+            steps_per_epoch,
+            total_steps=min(planned, cfg.max_steps or planned),
+            planned_steps=planned,
+            eval_every_steps=cfg.eval_every_steps or cfg.eval_every_epochs * steps_per_epoch,
+            log_every_steps=cfg.log_every_steps,
+            save_every_steps=save_every_steps,
+        )
 
     def epoch(self, step: int) -> float:
         """Epochs that are done after `step` steps."""
@@ -66,7 +72,7 @@ class Budget:
 def build_lr_schedule(
     cfg: SchedulerConfig, base_lr: float, budget: Budget
 ) -> Callable[[int], float]:
-    """Return lr(step) for step in [0, budget.total_steps).
+    """Return lr(step) for step in [0, budget.planned_steps).
 
     Warm-up rises linearly and reaches `base_lr` at its last step.
     """
@@ -82,14 +88,14 @@ def build_lr_schedule(
 
 
 def count_warmup_steps(cfg: SchedulerConfig, budget: Budget) -> int:
-    """Return the steps of the linear warm-up: as configured, or a fixed share of the run."""
+    """Return the steps of the linear warm-up: as configured, or a fixed share of all epochs."""
     if cfg.warmup_epochs is None:
-        return cfg.warmup_steps or round(_WARMUP_SHARE * budget.total_steps)
+        return cfg.warmup_steps or round(_WARMUP_SHARE * budget.planned_steps)
     return cfg.warmup_steps or round(cfg.warmup_epochs * budget.steps_per_epoch)
 
 
 def _decay(cfg: SchedulerConfig, warmup_steps: int, budget: Budget) -> Callable[[int], float]:
-    span = max(1, budget.total_steps - warmup_steps)
+    span = max(1, budget.planned_steps - warmup_steps)
     match cfg:
         case ConstantConfig():
             return lambda step: 1.0

@@ -121,8 +121,8 @@ def test_milestones_count_from_the_start_of_the_run_not_from_the_end_of_warm_up(
     assert (rate(499), rate(500)) == (BASE, pytest.approx(BASE / 10))
 
 
-def test_a_decay_ends_with_max_steps():
-    rate = lr(CosineConfig(), max_steps=350)
+def test_a_decay_ends_with_the_last_epoch():
+    rate = lr(CosineConfig(), epochs=7, steps_per_epoch=50)
     assert rate(175) == pytest.approx(BASE / 2)
     assert 0 < rate(349) < 1e-4 * BASE
 
@@ -130,11 +130,19 @@ def test_a_decay_ends_with_max_steps():
 @pytest.mark.parametrize(
     "cfg", [CosineConfig(warmup_epochs=3), PolyConfig(warmup_epochs=3, power=0.5)]
 )
-@pytest.mark.parametrize("max_steps", [1, 250, 300, 301])
-def test_a_run_shorter_than_its_warm_up_has_a_positive_real_rate(cfg, max_steps):
-    rate = lr(cfg, max_steps=max_steps)
-    values = [rate(step) for step in range(max_steps)]
+@pytest.mark.parametrize("epochs", [1, 2, 3, 4])
+def test_a_run_shorter_than_its_warm_up_has_a_positive_real_rate(cfg, epochs):
+    rate = lr(cfg, epochs=epochs)
+    values = [rate(step) for step in range(100 * epochs)]
     assert all(isinstance(v, float) and 0 < v <= BASE for v in values)
+
+
+@pytest.mark.parametrize(
+    "cfg", [CosineConfig(warmup_epochs=None), PolyConfig(warmup_epochs=None, power=2)]
+)
+def test_max_steps_ends_a_run_and_does_not_change_its_rates(cfg):
+    short, whole = lr(cfg, max_steps=250), lr(cfg)
+    assert [short(step) for step in range(250)] == [whole(step) for step in range(250)]
 
 
 def test_a_fractional_warm_up_is_rounded_to_steps():
