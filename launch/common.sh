@@ -244,13 +244,13 @@ keep_running() {
         "see failure.json in the run's folder"
       return 93
     fi
-    warn "exit code $code; starting again" \
-      "(restart $restarts of 3 from the checkpoint of step $step)"
+    warn "exit code $code; starting again from the newest checkpoint" \
+      "(restart $restarts of 3; the last start began at step $step)"
     trap 'stopping=1' TERM HUP INT USR1
     sleep "$delay" || true
     if [[ -n $stopping ]]; then
       warn "stopped before the restart;" \
-        "the same command continues from the checkpoint of step $step"
+        "the same command continues from the newest checkpoint"
       return 75
     fi
   done

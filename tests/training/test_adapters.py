@@ -36,6 +36,7 @@ pytestmark = pytest.mark.xdist_group("peft")  # importing it takes seconds
 
 LORA = ["finetune.method=lora", "finetune.rank=2", "trainer.ema_decay=0.5", "optimizer=adamw"]
 SMALL = ["model=alexnet_small", "model.dropout=0.5"]
+TEN_STEPS = ["data.num_train=40", "trainer.epochs=1"]  # AdaLoRA's allocation follows the epochs
 GROUPS = {"model", "optimizer", "adapters", "ema", "ema_adapters"}
 
 
@@ -138,7 +139,7 @@ def steps_and_messages(root: str, small: str, alexnet: str) -> dict:
 
 def resumes(world: World, root: str, path: str, method: str) -> dict:
     """Train ten steps, and again from checkpoints in the middle; what differs, and the end."""
-    more = [f"finetune.method={method}", "finetune.rank=4", "trainer.max_steps=10"]
+    more = [f"finetune.method={method}", "finetune.rank=4", *TEN_STEPS]
     more += ["trainer.ema_decay=0.9", "optimizer=sgd", "optimizer.lr=0.01"]
     calm = training(world, f"{root}/calm", path, *more, network=SMALL)
     go(calm, 10)
@@ -215,7 +216,7 @@ def test_adalora_divides_the_total_rank_and_keeps_it(world, tmp_path, small):
     more = [
         "finetune.method=adalora",
         "finetune.rank=4",
-        "trainer.max_steps=10",
+        *TEN_STEPS,
         "optimizer.lr=0.1",
     ]
     parts = training(world, tmp_path, small, *more, network=SMALL)

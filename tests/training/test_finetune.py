@@ -338,7 +338,7 @@ def test_the_command_trains_gradually_and_resumes_across_the_switch(
     """Two ranks; a stop in the first phase, at the switch and in the second; then replay's state and evaluate."""
     overrides = [*RESNET, "data=folder", f"data.root={image_folder}", f"model.weights={weights}"]
     overrides += ["data.image_size=32", "trainer.global_batch_size=17", "trainer.epochs=2"]
-    overrides += ["finetune.method=gradual", "finetune.head_epochs=0.43", "scheduler=constant"]
+    overrides += ["finetune.method=gradual", "finetune.head_epochs=0.43"]
     overrides += ["logger.tensorboard=false", "trainer.log_every_steps=1"]
     env = {**ENV, "XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"]}
     for name, stops in (("calm", (6,)), ("hit", (2, 3, 5, 6))):

@@ -203,7 +203,8 @@ def list_images(top: str) -> tuple[FileStore, list[str]]:
         raise DataError(
             f"{error.filename or top} cannot be read ({error.strerror}); check its permissions"
         ) from error
-    relative = (path[len(top) + 1 :] for path in listed.paths())
+    prefix = top.rstrip("/") + "/"
+    relative = (path.removeprefix(prefix) for path in listed.paths())
     sizes = np.frombuffer(listed.sizes, np.int64)
     return FileStore.pack(top, relative, sizes), listed.ignored.notes()
 

@@ -107,7 +107,8 @@ def test_training_on_shards_writes_the_rows_of_training_on_the_archives(archives
         "trainer.global_batch_size=8",
         *SMALL[2:],
     ]
-    common.append("augment.min_scale=0.08")  # the default recipes of the two differ in this value
+    # The default recipes of the two differ in these values.
+    common += ["augment.min_scale=0.08", "trainer.epochs=2"]
     for name, root in (("shards", packed), ("imagenet", archives)):
         done = run(
             "train", f"data={name}", f"data.root={root}", f"run.name={name}", *common, cwd=tmp_path
