@@ -29,6 +29,7 @@ class FinetuneConfig(Options, section="finetune"):
         "gradual: first the head, then all parameters; lora: the head, and adapters of a low rank "
         "that are added to the weights of the other layers; adalora: the same, with ranks that "
         "training divides among the layers.",
+        as_unset=Method.full,
     )
     rank: int | None = option(
         None,
@@ -57,6 +58,7 @@ class FinetuneConfig(Options, section="finetune"):
         "Learning rate of all parameters but the head's, relative to optimizer.lr. An adapter has "
         "the rate of the weight that it is added to.",
         above=0,
+        as_unset=1.0,
     )
     layer_decay: float = option(
         1.0,
@@ -65,6 +67,7 @@ class FinetuneConfig(Options, section="finetune"):
         "docs/fine-tuning.md for the blocks.",
         above=0,
         maximum=1,
+        as_unset=1.0,
     )
 
     freeze_batch_norm: bool = option(
@@ -77,6 +80,7 @@ class FinetuneConfig(Options, section="finetune"):
         False,
         "With finetune.method=head and augment=none: compute the inputs of the head once for each "
         "image, keep them on the disk, and train and evaluate the head from them.",
+        may_change=True,
     )
 
     def __post_init__(self) -> None:

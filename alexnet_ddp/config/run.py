@@ -82,8 +82,11 @@ class RunConfig(Options, section="run"):
         MISSING,
         "Name of the run. train resumes the run with this name, if there is one.",
         null="DATA-MODEL, such as photos-resnet18; in a sweep of wandb, SWEEP-ID",
+        selects=True,
     )
-    root: str = option("runs", "Folder of all runs: the run's directory is run.root/run.name.")
+    root: str = option(
+        "runs", "Folder of all runs: the run's directory is run.root/run.name.", selects=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,8 +108,9 @@ class Hook(StrEnum):
     post_local_sgd = "post_local_sgd"
 
 
+# A run may continue with another hook as well, although hooks change the updates slightly.
 @dataclass(kw_only=True)
-class ParallelConfig(Options, section="parallel"):
+class ParallelConfig(Options, section="parallel", may_change=True):
     """How the work is divided between the ranks, and how their replicas stay equal."""
 
 
@@ -225,7 +229,9 @@ class HybridConfig(ParallelConfig):
 class TrainerConfig(Options, section="trainer"):
     """The length of the run, its batches, and what is checked and logged."""
 
-    epochs: int = option(MISSING, "Passes over the training images.", unit="epochs", minimum=1)
+    epochs: int = option(
+        MISSING, "Passes over the training images.", unit="epochs", minimum=1, may_change=True
+    )
     max_steps: int | None = option(
         None,
         "End the run after this many optimizer steps, even if trainer.epochs are not complete. "
@@ -234,6 +240,7 @@ class TrainerConfig(Options, section="trainer"):
         unit="steps",
         null="no limit",
         minimum=1,
+        may_change=True,
     )
     global_batch_size: int = option(
         MISSING, "Images per optimizer step, summed over all ranks.", unit="images", minimum=1
@@ -244,12 +251,14 @@ class TrainerConfig(Options, section="trainer"):
         unit="images",
         null="the rank's whole share of the batch",
         minimum=1,
+        may_change=True,
     )
     eval_batch_size: int = option(
         64,
         "Images per forward pass in evaluation, independent of the number of ranks.",
         unit="images",
         minimum=1,
+        may_change=True,
     )
     drop_last: bool = option(
         False, "Leave out the incomplete last batch of an epoch, as torchvision's references do."
@@ -257,8 +266,8 @@ class TrainerConfig(Options, section="trainer"):
     precision: Precision = option(
         Precision.fp32, "Type of the forward and backward pass. bf16 and fp16: autocast, on GPUs."
     )
-    tf32: bool = option(True, "On GPUs, compute fp32 products with TF32.")
-    compile: bool = option(False, "Compile the network with torch.compile.")
+    tf32: bool = option(True, "On GPUs, compute fp32 products with TF32.", may_change=True)
+    compile: bool = option(False, "Compile the network with torch.compile.", may_change=True)
     label_smoothing: float = option(
         0.0, "Label smoothing of the cross entropy.", minimum=0, below=1
     )
@@ -285,12 +294,14 @@ class TrainerConfig(Options, section="trainer"):
         "What happens if a loss or gradient is not finite; such a step is never applied. stop: "
         "save and exit with code 70; skip: continue without the step; rollback: continue after "
         "it, with the weights of the newest checkpoint.",
+        may_change=True,
     )
     spike_factor: float | None = option(
         20.0,
         "Warn if the loss exceeds this multiple of the recent median.",
         null="no warning",
         above=1,
+        may_change=True,
     )
     check_every_steps: int | None = option(
         1000,
@@ -298,21 +309,31 @@ class TrainerConfig(Options, section="trainer"):
         unit="steps",
         null="no check",
         minimum=1,
+        may_change=True,
     )
     metrics: list[str] = option(
-        [], "Metrics of plugins; each evaluation reports them as val/NAME. See docs/extending.md."
+        [],
+        "Metrics of plugins; each evaluation reports them as val/NAME. See docs/extending.md.",
+        may_change=True,
     )
     callbacks: list[str] = option(
-        [], "Callbacks of plugins, in the order in which they are called. See docs/extending.md."
+        [],
+        "Callbacks of plugins, in the order in which they are called. See docs/extending.md.",
+        may_change=True,
     )
-    log_every_steps: int = option(10, "Interval of logged metrics.", unit="steps", minimum=1)
-    eval_every_epochs: int = option(1, "Interval of evaluations.", unit="epochs", minimum=1)
+    log_every_steps: int = option(
+        10, "Interval of logged metrics.", unit="steps", minimum=1, may_change=True
+    )
+    eval_every_epochs: int = option(
+        1, "Interval of evaluations.", unit="epochs", minimum=1, may_change=True
+    )
     eval_every_steps: int | None = option(
         None,
         "Interval of evaluations, in place of trainer.eval_every_epochs.",
         unit="steps",
         null="trainer.eval_every_epochs",
         minimum=1,
+        may_change=True,
     )
     patience: int | None = option(
         None,
@@ -320,6 +341,7 @@ class TrainerConfig(Options, section="trainer"):
         unit="evaluations",
         null="no early end",
         minimum=1,
+        may_change=True,
     )
     max_hours: float | None = option(
         None,
@@ -328,6 +350,7 @@ class TrainerConfig(Options, section="trainer"):
         unit="hours",
         null="no limit",
         above=0,
+        may_change=True,
     )
     hang_timeout_s: float | None = option(
         30.0,
@@ -336,6 +359,7 @@ class TrainerConfig(Options, section="trainer"):
         unit="seconds",
         null="no limit",
         above=0,
+        may_change=True,
     )
 
     profile_steps: str | None = option(
@@ -343,8 +367,11 @@ class TrainerConfig(Options, section="trainer"):
         "Profile these steps, FIRST:END as in a slice: 100:110 are the ten steps after step 100. "
         "Writes profile/ into the run's directory.",
         null="no profile",
+        may_change=True,
     )
-    profile_ranks: list[int] = option([0], "With trainer.profile_steps, the ranks to profile.")
+    profile_ranks: list[int] = option(
+        [0], "With trainer.profile_steps, the ranks to profile.", may_change=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -384,7 +411,7 @@ class TrainerConfig(Options, section="trainer"):
 
 
 @dataclass(kw_only=True)
-class CheckpointConfig(Options, section="checkpoint"):
+class CheckpointConfig(Options, section="checkpoint", may_change=True):
     """Checkpoints, besides those after each epoch, at the end and at a stop signal."""
 
     save_every_steps: int | None = option(
@@ -417,7 +444,7 @@ class CheckpointConfig(Options, section="checkpoint"):
 
 
 @dataclass(kw_only=True)
-class ResumeConfig(Options, section="resume"):
+class ResumeConfig(Options, section="resume", may_change=True):
     """How a run is resumed."""
 
     allow_changes: bool = option(
@@ -436,7 +463,9 @@ class Config(Options):
         minimum=0,
         maximum=MAX_SEED,
     )
-    device: Device = option(Device.auto, "The device to compute on. auto: cuda if there is a GPU.")
+    device: Device = option(
+        Device.auto, "The device to compute on. auto: cuda if there is a GPU.", may_change=True
+    )
     data: DataConfig
     augment: AugmentConfig
     model: ModelConfig
@@ -452,6 +481,7 @@ class Config(Options):
         [],
         "Modules to import first, which register what a run chooses by name; from the command line "
         "only. See docs/extending.md.",
+        may_change=True,
     )
 
     def __post_init__(self) -> None:

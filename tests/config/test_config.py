@@ -527,6 +527,21 @@ def test_help_for_one_group_or_option_prints_that_alone():
         list(help_lines("train", ["optimizr"]))
 
 
+def test_the_help_of_train_states_which_options_may_change_on_resume():
+    def last(command, name):
+        return " ".join(list(help_lines(command, [name]))[-2:]).split("  May change on resume")[1:]
+
+    assert last("train", "checkpoint") == [": all."]
+    assert last("train", "model") == [": model.weights, model.head."]
+    fixed = "global_batch_size drop_last precision label_smoothing class_weights clip_grad_norm ema_decay"
+    named = ", ".join(f"trainer.{name}" for name in fixed.split())
+    assert [" ".join(text.split()) for text in last("train", "trainer")] == [f": all but {named}."]
+    assert last("train", "trainer.epochs") == ["."]
+    assert last("train", "trainer.precision") == last("train", "optimizer") == []
+    assert last("train", "run") == []  # another name is another run
+    assert last("evaluate", "trainer.epochs") == last("plan", "model") == []
+
+
 def test_the_page_of_all_options_is_current():
     page = CONF_DIR.parent / "docs/configuration.md"
     remedy = "run python -m alexnet_ddp.config.reference > docs/configuration.md"
