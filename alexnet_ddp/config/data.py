@@ -107,7 +107,7 @@ class DataConfig(Options, section="data"):
         None,
         "With data.on_bad_image=skip: how many different training images may be bad in the whole "
         "run.",
-        null="100",
+        null=100,
         minimum=0,
         may_change=True,
     )
@@ -138,8 +138,7 @@ class DataConfig(Options, section="data"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.on_bad_image is OnBadImage.skip:
-            if self.max_bad_images is None:
-                self.max_bad_images = 100
+            self.max_bad_images = self.value_of("max_bad_images")
         elif self.max_bad_images is not None:
             rule = "is only read by data.on_bad_image=skip; leave it out"
             raise ConfigError(f"data.max_bad_images ({self.max_bad_images}) {rule}")
@@ -342,7 +341,7 @@ class ShardsConfig(StoredConfig):
     window_shards: int | None = option(
         None,
         "With data.shuffle=window: the number of shards that are open at a time.",
-        null="16",
+        null=16,
         minimum=1,
         selects=True,
     )
@@ -365,7 +364,7 @@ class ShardsConfig(StoredConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.shuffle is Shuffle.window:
-            self.window_shards = self.window_shards or 16
+            self.window_shards = self.value_of("window_shards")
         elif self.window_shards is not None:
             rule = "is only read by data.shuffle=window, this is full; leave it out"
             raise ConfigError(f"data.window_shards ({self.window_shards}) {rule}")
@@ -404,10 +403,10 @@ class RandomAugmentConfig(AugmentConfig):
         Policy.none, "Operations on each image after its crop and flip, as in torchvision."
     )
     num_ops: int | None = option(
-        None, "Number of randaugment's operations per image.", null="2", minimum=1
+        None, "Number of randaugment's operations per image.", null=2, minimum=1
     )
     magnitude: int | None = option(
-        None, "Strength of randaugment's operations.", null="9", minimum=0, maximum=30
+        None, "Strength of randaugment's operations.", null=9, minimum=0, maximum=30
     )
     brightness: float = option(
         0.0, "b: multiply the brightness by a factor from [1 - b, 1 + b].", minimum=0, maximum=1
@@ -447,8 +446,8 @@ class RandomAugmentConfig(AugmentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.policy is Policy.randaugment:
-            self.num_ops = 2 if self.num_ops is None else self.num_ops
-            self.magnitude = 9 if self.magnitude is None else self.magnitude
+            self.num_ops = self.value_of("num_ops")
+            self.magnitude = self.value_of("magnitude")
             return
         for name in ("num_ops", "magnitude"):
             if (value := getattr(self, name)) is not None:

@@ -35,7 +35,7 @@ class FinetuneConfig(Options, section="finetune"):
         None,
         "The rank of the adapters of finetune.method=lora. With adalora, their mean rank in the "
         "end; they start with one and a half times that.",
-        null="8 with finetune.method=lora and adalora",
+        null=8,
         minimum=1,
         maximum=4096,
     )
@@ -50,7 +50,7 @@ class FinetuneConfig(Options, section="finetune"):
         None,
         "With finetune.method=gradual, for how long only the head is trained.",
         unit="epochs",
-        null="1 with finetune.method=gradual",
+        null=1,
         above=0,
     )
     backbone_lr_factor: float = option(
@@ -117,7 +117,8 @@ class FinetuneConfig(Options, section="finetune"):
     @property
     def lora_rank(self) -> int:
         """The rank of the adapters; with adalora, their mean rank in the end."""
-        return self.rank or 8
+        rank: int = self.value_of("rank")
+        return rank
 
     @property
     def initial_rank(self) -> int:
@@ -132,5 +133,5 @@ class FinetuneConfig(Options, section="finetune"):
     def is_frozen(self, step: int, steps_per_epoch: int) -> bool:
         """True if only the head is trained in step `step` (0-based)."""
         if self.method is Method.gradual:
-            return step < max(1, round((self.head_epochs or 1.0) * steps_per_epoch))
+            return step < max(1, round(self.value_of("head_epochs") * steps_per_epoch))
         return self.method is Method.head

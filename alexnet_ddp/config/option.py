@@ -32,7 +32,8 @@ class Spec:
 
     description: str
     unit: str = ""
-    null: str = ""  # what null means, or a missing value that is derived
+    # What null means, or a missing value that is derived. A number: the value, see value_of().
+    null: str | float = ""
     kind: str = ""  # the type in words, for an option whose annotation is Any
     minimum: float | None = None  # inclusive
     maximum: float | None = None  # inclusive
@@ -109,6 +110,11 @@ class Options:
             check_finite(path, value)
             if not spec.allows(value):
                 raise ConfigError(f"{path} ({shown(value)}) must be {spec.rule}")
+
+    def value_of(self, name: str) -> Any:
+        """The option `name`, or the number that its Spec gives for null."""
+        value = getattr(self, name)
+        return spec_of(type(self), name).null if value is None else value
 
     def default_of(self, name: str) -> Any:
         """The schema's default of the field `name`."""

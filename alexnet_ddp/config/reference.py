@@ -400,7 +400,7 @@ def _entry(owner: type, key: str, path: str, given: dict[str, Any]) -> Entry:
     kind = spec.kind or option.type_words
     if spec.rule:
         kind += f", {spec.rule}"
-    if option.is_optional or (spec.kind and spec.null):
+    if option.is_optional or (spec.kind and spec.null != ""):
         kind += ", or null"
     if not (option.is_optional or option.is_any):
         spec = replace(spec, null="")
@@ -426,7 +426,7 @@ def _shown(value: Any) -> str:
 def _sentence(spec: Spec) -> str:
     """The description with the unit and the meaning of null."""
     unit = f" Unit: {spec.unit}." if spec.unit else ""
-    null = f" null: {spec.null}." if spec.null else ""
+    null = f" null: {spec.null}." if spec.null != "" else ""
     return f"{spec.description}{unit}{null}"
 
 

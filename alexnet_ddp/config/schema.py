@@ -15,6 +15,7 @@ from alexnet_ddp.config import (
     data,
     evaluate,
     export,
+    parallel,
     plan,
     plugins,
     predict,
@@ -78,9 +79,9 @@ GROUPS: dict[str, dict[str, type]] = {
         "poly": recipe.PolyConfig,
     },
     "parallel": {
-        "ddp": run.DDPConfig,
-        "hybrid": run.HybridConfig,
-        "auto": run.AutoParallelConfig,
+        "ddp": parallel.DDPConfig,
+        "hybrid": parallel.HybridConfig,
+        "auto": parallel.AutoParallelConfig,
     },
     "engine": {
         "local": prepare.LocalEngineConfig,

@@ -14,7 +14,7 @@ import yaml
 
 import alexnet_ddp
 from alexnet_ddp.cli import compose
-from alexnet_ddp.config import Config, ConfigError
+from alexnet_ddp.config import Config, ConfigError, DDPConfig, Hook
 from alexnet_ddp.config import compose as with_hydra
 from alexnet_ddp.config.reference import help_lines, markdown
 from alexnet_ddp.config.schema import CONF_DIR, ROOTS, options, sections
@@ -540,6 +540,14 @@ def test_the_help_of_train_states_which_options_may_change_on_resume():
     assert last("train", "trainer.precision") == last("train", "optimizer") == []
     assert last("train", "run") == []  # another name is another run
     assert last("evaluate", "trainer.epochs") == last("plan", "model") == []
+
+
+def test_the_number_that_the_reference_gives_for_null_is_the_one_that_is_used():
+    name = "local_sgd_start_step"
+    given = DDPConfig(hook=Hook.post_local_sgd, local_sgd_start_step=0)
+    assert DDPConfig(hook=Hook.post_local_sgd).value_of(name) == 100
+    assert given.value_of(name) == 0
+    assert "null: 100." in "\n".join(help_lines("train", [f"parallel.{name}"]))
 
 
 def test_the_page_of_all_options_is_current():
