@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 _MAX_SHOWN = 5  # classes or files in a message
 _MAX_OPTIONS_SHOWN = 6
 _ADAPTER_GROUPS = ("adapters", "ranks", "ema_adapters")
-# With these values a newer option has no effect, so an older checkpoint without it still matches.
+# A newer option with one of these values, or Spec.as_unset, has no effect: older checkpoints match.
 _OFF = (None, 0, "none")
 
 
