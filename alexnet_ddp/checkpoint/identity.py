@@ -5,6 +5,7 @@ import json
 import logging
 import platform
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,85 +14,23 @@ import torch
 
 from alexnet_ddp.checkpoint.format import classes_of, read_state
 from alexnet_ddp.config import Config, ConfigError
-from alexnet_ddp.config.data import IMAGENET_MEAN, IMAGENET_STD, Interpolation
+from alexnet_ddp.config.option import Options, spec_of
 from alexnet_ddp.config.plugins import PluginOptimizerConfig, TorchOptimizerConfig
+from alexnet_ddp.config.schema import specs
 
 log = logging.getLogger(__name__)
 
 _MAX_SHOWN = 5  # classes or files in a message
 _MAX_OPTIONS_SHOWN = 6
-# These may change: they distribute or monitor the work, but leave every update the same. The
-# communication hooks of `parallel` are the exception: they change updates slightly.
-_FREE_SECTIONS = {
-    "run",
-    "plugins",
-    "device",
-    "checkpoint",
-    "resume",
-    "logger",
-    "parallel",
-}
-_FREE_OPTIONS = {
-    "data.root",
-    "data.num_threads",
-    "data.on_bad_image",
-    "data.max_bad_images",
-    "data.limit_train",
-    "data.limit_val",
-    "finetune.cache_features",
-    "model.weights",
-    "model.head",
-    # The fingerprint of the data covers these.
-    "data.num_train",
-    "data.num_val",
-    "data.num_classes",
-    "data.class_order",
-    "data.val_fraction",
-    "data.fold",
-    # `windows` covers these.
-    "data.shuffle",
-    "data.window_shards",
-    "data.cache_dir",
-    "data.cache_gb",
-    "trainer.epochs",
-    "trainer.max_steps",
-    "trainer.micro_batch_size",
-    "trainer.eval_batch_size",
-    "trainer.compile",
-    "trainer.tf32",
-    "trainer.log_every_steps",
-    "trainer.eval_every_epochs",
-    "trainer.eval_every_steps",
-    "trainer.patience",
-    "trainer.max_hours",
-    "trainer.hang_timeout_s",
-    "trainer.on_nan",
-    "trainer.spike_factor",
-    "trainer.check_every_steps",
-    "trainer.metrics",
-    "trainer.callbacks",
-    "trainer.profile_steps",
-    "trainer.profile_ranks",
-}
 _ADAPTER_GROUPS = ("adapters", "ranks", "ema_adapters")
-# With these values a newer option has no effect, so an older checkpoint without it still matches.
+# A newer option with one of these values, or Spec.as_unset, has no effect: older checkpoints match.
 _OFF = (None, 0, "none")
-_OFF_BY_KEY: dict[str, object] = {
-    "finetune.method": "full",
-    "finetune.backbone_lr_factor": 1.0,
-    "finetune.layer_decay": 1.0,
-}
-# These values have the same effect as null. Published weights give them.
-_AS_NULL: dict[str, object] = {
-    "data.mean": list(IMAGENET_MEAN),
-    "data.std": list(IMAGENET_STD),
-    "data.eval_interpolation": Interpolation.bilinear,
-}
 
 
 def identity(cfg: Config, fingerprint: str, windows: str | None = None) -> dict[str, object]:
     """Return all options that affect an update, and fingerprints of the data, as a flat dict.
 
+    Each option states in alexnet_ddp/config/ whether it is left out: may_change or selects.
     The same files in directories, archives or shards have the same fingerprint; resized or raw
     shards have another one.
 
@@ -104,17 +43,22 @@ def identity(cfg: Config, fingerprint: str, windows: str | None = None) -> dict[
     if windows:
         flat["data.windows"] = windows
     for section, values in asdict(cfg).items():
-        if section in _FREE_SECTIONS:
-            continue
-        if isinstance(values, dict):
-            flat |= {f"{section}.{key}": value for key, value in values.items()}
-        else:
+        owner = getattr(cfg, section)
+        if isinstance(owner, Options):
+            compared = {key: value for key, value in values.items() if _is_compared(owner, key)}
+            flat |= {f"{section}.{key}": value for key, value in compared.items()}
+        elif _is_compared(cfg, section):
             flat[section] = values
     for section in ("augment", "model", "optimizer", "scheduler"):
         flat[section] = type(getattr(cfg, section)).__name__.removesuffix("Config")
     if isinstance(cfg.optimizer, TorchOptimizerConfig | PluginOptimizerConfig):
         flat["optimizer"] = f"{flat['optimizer']} {cfg.optimizer.name}"  # another name: other state
-    return {key: value for key, value in flat.items() if key not in _FREE_OPTIONS}
+    return flat
+
+
+def _is_compared(owner: Options, name: str) -> bool:
+    spec = spec_of(type(owner), name)
+    return not (spec.may_change or spec.selects)
 
 
 @dataclass(frozen=True)
@@ -187,11 +131,17 @@ def check_same_run(
 
 
 def _is_off(key: str, value: object) -> bool:
-    return value in _OFF or (key in _OFF_BY_KEY and value == _OFF_BY_KEY[key])
+    return _effective(key, value) in _OFF
 
 
 def _effective(key: str, value: object) -> object:
-    return None if key in _AS_NULL and value == _AS_NULL[key] else value
+    return None if value == _as_unset().get(key) else value
+
+
+@cache
+def _as_unset() -> dict[str, object]:
+    """Spec.as_unset of the options that have one."""
+    return {key: spec.as_unset for key, spec in specs(Config) if spec.as_unset is not None}
 
 
 def _warn_of_other_evaluation(record: dict[str, Any], data: DataFacts) -> None:

@@ -2,8 +2,8 @@
 
 The modules, in the order in which a command uses them:
 
-- option: how an option is declared; data, recipe, finetune, logger, run, evaluate, predict,
-  export, prepare, plan, report, runs, sweep, plugins: the option classes
+- option: how an option is declared; data, recipe, finetune, parallel, logger, run, evaluate,
+  predict, export, prepare, plan, report, runs, sweep, plugins: the option classes
 - schema: the tables of commands, groups and options; reference: --help and docs/configuration.md
 - overrides, advice: a command line becomes Hydra's overrides; mistakes become one line
 - space: which options of a sweep have several values
@@ -36,6 +36,15 @@ from alexnet_ddp.config.evaluate import EvaluateConfig
 from alexnet_ddp.config.export import ExportConfig, ExportFormat
 from alexnet_ddp.config.finetune import FinetuneConfig, Method
 from alexnet_ddp.config.logger import Artifacts, LoggerConfig, Wandb
+from alexnet_ddp.config.parallel import (
+    AUTO,
+    AutoParallelConfig,
+    DDPConfig,
+    Hook,
+    HybridConfig,
+    ParallelConfig,
+    WireDtype,
+)
 from alexnet_ddp.config.plan import PlanConfig
 from alexnet_ddp.config.predict import PredictConfig
 from alexnet_ddp.config.prepare import (
@@ -70,24 +79,17 @@ from alexnet_ddp.config.recipe import (
 )
 from alexnet_ddp.config.report import ReportConfig
 from alexnet_ddp.config.run import (
-    AUTO,
-    AutoParallelConfig,
     BestBy,
     CheckpointConfig,
     Config,
-    DDPConfig,
     Device,
     DoctorConfig,
-    Hook,
-    HybridConfig,
     LrFindConfig,
     OnNan,
-    ParallelConfig,
     Precision,
     ReplayConfig,
     RunConfig,
     TrainerConfig,
-    WireDtype,
 )
 from alexnet_ddp.config.runs import CompareConfig, RunColumn, RunsConfig
 from alexnet_ddp.config.sweep import Pruner, Sampler, SweepConfig, SweepOptions

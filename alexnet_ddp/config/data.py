@@ -76,31 +76,40 @@ class DataConfig(Options, section="data"):
         "images, which prepare computed.",
         kind="auto, or a list of three numbers",
         null="those of published weights (model.weights) or of a network of timm, else ImageNet's",
+        as_unset=list(IMAGENET_MEAN),
     )
     std: list[float] | None = option(
         None,
         "Standard deviations of red, green and blue in [0, 1], by which the images are divided.",
         null="as data.mean",
+        as_unset=list(IMAGENET_STD),
     )
     eval_interpolation: Interpolation | None = option(
         None,
         "Interpolation of the resize in evaluation.",
         null="that of published weights (model.weights) or of a network of timm, else bilinear",
+        as_unset=Interpolation.bilinear,
     )
     num_threads: int | None = option(
-        None, "Decoding threads of each rank.", null="this rank's share of the cores", minimum=1
+        None,
+        "Decoding threads of each rank.",
+        null="this rank's share of the cores",
+        minimum=1,
+        may_change=True,
     )
     on_bad_image: OnBadImage = option(
         OnBadImage["raise"],
         "If an image cannot be read: raise ends the run with exit code 65 and the image's path; "
         "skip makes the batch smaller and lists the image in quarantine.jsonl.",
+        may_change=True,
     )
     max_bad_images: int | None = option(
         None,
         "With data.on_bad_image=skip: how many different training images may be bad in the whole "
         "run.",
-        null="100",
+        null=100,
         minimum=0,
+        may_change=True,
     )
     sampling: Any = option(
         None,
@@ -112,17 +121,24 @@ class DataConfig(Options, section="data"):
         null="each image once",
     )
     limit_train: int | None = option(
-        None, "Use this many training images, the same ones in every run.", null="all", minimum=1
+        None,
+        "Use this many training images, the same ones in every run.",
+        null="all",
+        minimum=1,
+        selects=True,
     )
     limit_val: int | None = option(
-        None, "Use this many validation images, the same ones in every run.", null="all", minimum=1
+        None,
+        "Use this many validation images, the same ones in every run.",
+        null="all",
+        minimum=1,
+        may_change=True,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.on_bad_image is OnBadImage.skip:
-            if self.max_bad_images is None:
-                self.max_bad_images = 100
+            self.max_bad_images = self.value_of("max_bad_images")
         elif self.max_bad_images is not None:
             rule = "is only read by data.on_bad_image=skip; leave it out"
             raise ConfigError(f"data.max_bad_images ({self.max_bad_images}) {rule}")
@@ -226,6 +242,7 @@ class StoredConfig(DataConfig):
         "and labels. imagenet: contains the three "
         "ILSVRC2012 archives as distributed, or the extracted train/ and val/. shards: a folder or "
         "an fsspec URL written by `python -m alexnet_ddp.prepare`.",
+        may_change=True,
     )
 
 
@@ -237,6 +254,7 @@ class LabelledConfig(StoredConfig):
         "name",
         "Order of the class names that gives their labels: name (alphabetical), numeric, or a "
         "text file with one class name per line.",
+        selects=True,
     )
 
 
@@ -251,12 +269,14 @@ class DividedConfig(LabelledConfig):
         null="the data is divided already",
         above=0,
         below=1,
+        selects=True,
     )
     fold: str | None = option(
         None,
         "Divide the images for cross-validation. K/N, such as 2/5: the validation set is the K-th "
         "of N equal parts of each class.",
         null="no cross-validation",
+        selects=True,
     )
 
     def __post_init__(self) -> None:
@@ -316,17 +336,20 @@ class ShardsConfig(StoredConfig):
         Shuffle.full,
         "Order of the training images in an epoch. full: a permutation of all images; window: a "
         "permutation of the shards, and of the images of data.window_shards shards at a time.",
+        selects=True,
     )
     window_shards: int | None = option(
         None,
         "With data.shuffle=window: the number of shards that are open at a time.",
-        null="16",
+        null=16,
         minimum=1,
+        selects=True,
     )
     cache_dir: str | None = option(
         None,
         "If data.root is a URL: a local folder on each node in which whole shards are cached.",
         null="no cache",
+        may_change=True,
     )
     cache_gb: float | None = option(
         None,
@@ -335,12 +358,13 @@ class ShardsConfig(StoredConfig):
         null="no limit",
         above=0,
         maximum=1_000_000_000,
+        may_change=True,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.shuffle is Shuffle.window:
-            self.window_shards = self.window_shards or 16
+            self.window_shards = self.value_of("window_shards")
         elif self.window_shards is not None:
             rule = "is only read by data.shuffle=window, this is full; leave it out"
             raise ConfigError(f"data.window_shards ({self.window_shards}) {rule}")
@@ -355,9 +379,9 @@ class DemoConfig(StoredConfig):
 class SyntheticConfig(DataConfig):
     """Random tensors without files, for benchmarks and dry runs."""
 
-    num_train: int = option(2_048, "Number of training images.", minimum=1)
-    num_val: int = option(256, "Number of validation images.", minimum=1)
-    num_classes: int = option(1_000, "Number of classes.", minimum=1)
+    num_train: int = option(2_048, "Number of training images.", minimum=1, selects=True)
+    num_val: int = option(256, "Number of validation images.", minimum=1, may_change=True)
+    num_classes: int = option(1_000, "Number of classes.", minimum=1, selects=True)
 
 
 @dataclass(kw_only=True)
@@ -379,10 +403,10 @@ class RandomAugmentConfig(AugmentConfig):
         Policy.none, "Operations on each image after its crop and flip, as in torchvision."
     )
     num_ops: int | None = option(
-        None, "Number of randaugment's operations per image.", null="2", minimum=1
+        None, "Number of randaugment's operations per image.", null=2, minimum=1
     )
     magnitude: int | None = option(
-        None, "Strength of randaugment's operations.", null="9", minimum=0, maximum=30
+        None, "Strength of randaugment's operations.", null=9, minimum=0, maximum=30
     )
     brightness: float = option(
         0.0, "b: multiply the brightness by a factor from [1 - b, 1 + b].", minimum=0, maximum=1
@@ -422,8 +446,8 @@ class RandomAugmentConfig(AugmentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.policy is Policy.randaugment:
-            self.num_ops = 2 if self.num_ops is None else self.num_ops
-            self.magnitude = 9 if self.magnitude is None else self.magnitude
+            self.num_ops = self.value_of("num_ops")
+            self.magnitude = self.value_of("magnitude")
             return
         for name in ("num_ops", "magnitude"):
             if (value := getattr(self, name)) is not None:

@@ -29,12 +29,13 @@ class FinetuneConfig(Options, section="finetune"):
         "gradual: first the head, then all parameters; lora: the head, and adapters of a low rank "
         "that are added to the weights of the other layers; adalora: the same, with ranks that "
         "training divides among the layers.",
+        as_unset=Method.full,
     )
     rank: int | None = option(
         None,
         "The rank of the adapters of finetune.method=lora. With adalora, their mean rank in the "
         "end; they start with one and a half times that.",
-        null="8 with finetune.method=lora and adalora",
+        null=8,
         minimum=1,
         maximum=4096,
     )
@@ -49,7 +50,7 @@ class FinetuneConfig(Options, section="finetune"):
         None,
         "With finetune.method=gradual, for how long only the head is trained.",
         unit="epochs",
-        null="1 with finetune.method=gradual",
+        null=1,
         above=0,
     )
     backbone_lr_factor: float = option(
@@ -57,6 +58,7 @@ class FinetuneConfig(Options, section="finetune"):
         "Learning rate of all parameters but the head's, relative to optimizer.lr. An adapter has "
         "the rate of the weight that it is added to.",
         above=0,
+        as_unset=1.0,
     )
     layer_decay: float = option(
         1.0,
@@ -65,6 +67,7 @@ class FinetuneConfig(Options, section="finetune"):
         "docs/fine-tuning.md for the blocks.",
         above=0,
         maximum=1,
+        as_unset=1.0,
     )
 
     freeze_batch_norm: bool = option(
@@ -77,6 +80,7 @@ class FinetuneConfig(Options, section="finetune"):
         False,
         "With finetune.method=head and augment=none: compute the inputs of the head once for each "
         "image, keep them on the disk, and train and evaluate the head from them.",
+        may_change=True,
     )
 
     def __post_init__(self) -> None:
@@ -113,7 +117,8 @@ class FinetuneConfig(Options, section="finetune"):
     @property
     def lora_rank(self) -> int:
         """The rank of the adapters; with adalora, their mean rank in the end."""
-        return self.rank or 8
+        rank: int = self.value_of("rank")
+        return rank
 
     @property
     def initial_rank(self) -> int:
@@ -128,5 +133,5 @@ class FinetuneConfig(Options, section="finetune"):
     def is_frozen(self, step: int, steps_per_epoch: int) -> bool:
         """True if only the head is trained in step `step` (0-based)."""
         if self.method is Method.gradual:
-            return step < max(1, round((self.head_epochs or 1.0) * steps_per_epoch))
+            return step < max(1, round(self.value_of("head_epochs") * steps_per_epoch))
         return self.method is Method.head

@@ -22,7 +22,7 @@ class Artifacts(StrEnum):
 
 
 @dataclass(kw_only=True)
-class LoggerConfig(Options, section="logger"):
+class LoggerConfig(Options, section="logger", may_change=True):
     """Outputs besides metrics.jsonl and plain lines, which are always written."""
 
     wandb: Wandb | None = option(

@@ -13,7 +13,7 @@ add 0.3 s to every start, and its messages would have to be replaced by ours all
 import math
 import os
 import unicodedata
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from alexnet_ddp.runtime.errors import ConfigError
@@ -32,12 +32,17 @@ class Spec:
 
     description: str
     unit: str = ""
-    null: str = ""  # what null means, or a missing value that is derived
+    # What null means, or a missing value that is derived. A number: the value, see value_of().
+    null: str | float = ""
     kind: str = ""  # the type in words, for an option whose annotation is Any
     minimum: float | None = None  # inclusive
     maximum: float | None = None  # inclusive
     above: float | None = None  # exclusive lower bound
     below: float | None = None  # exclusive upper bound
+    may_change: bool = False  # a run may continue with another value
+    selects: bool = False  # it selects the run or its data: these are compared, not its value
+    # This value has the effect of null, or of a version without the option. It may be a list.
+    as_unset: Any = field(default=None, hash=False)
 
     def allows(self, value: float) -> bool:
         """True if `value` lies within the bounds. NaN does not."""
@@ -65,7 +70,7 @@ class Spec:
 
 
 def option(default: Any, description: str, **spec: Any) -> Any:
-    """A dataclass field. spec: unit, null, kind, minimum, maximum, above, below; see Spec."""
+    """A dataclass field. spec: unit, null, kind, minimum, may_change, ...: the fields of Spec."""
     metadata = {"spec": Spec(description, **spec)}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
@@ -82,14 +87,18 @@ class Options:
     """Base of all option classes: the constructor checks the bounds of every field.
 
     section: the prefix of the options in messages, such as "trainer" in trainer.epochs.
+    may_change: a run may continue with other values of all options of the class.
     """
 
     section: ClassVar[str] = ""
+    may_change: ClassVar[bool] = False
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # every subclass is a dataclass
 
-    def __init_subclass__(cls, section: str | None = None) -> None:
+    def __init_subclass__(cls, section: str | None = None, may_change: bool | None = None) -> None:
         if section is not None:
             cls.section = section
+        if may_change is not None:
+            cls.may_change = may_change
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a number that is not finite or not within the option's bounds."""
@@ -102,9 +111,21 @@ class Options:
             if not spec.allows(value):
                 raise ConfigError(f"{path} ({shown(value)}) must be {spec.rule}")
 
+    def value_of(self, name: str) -> Any:
+        """The option `name`, or the number that its Spec gives for null."""
+        value = getattr(self, name)
+        return spec_of(type(self), name).null if value is None else value
+
     def default_of(self, name: str) -> Any:
         """The schema's default of the field `name`."""
         return self.__dataclass_fields__[name].default
+
+
+def spec_of(owner: type, name: str) -> Spec:
+    """What the option `name` of an option class is, with may_change of the class."""
+    assert issubclass(owner, Options)
+    spec: Spec = owner.__dataclass_fields__[name].metadata.get("spec", Spec(""))
+    return replace(spec, may_change=owner.may_change or spec.may_change)
 
 
 def check_value(path: str, value: Any) -> None:

@@ -94,7 +94,7 @@ class PluginDataConfig(DataConfig):
     is_identified: ClassVar[bool] = False
 
     name: str = option(MISSING, "Name that was given to register_source.")
-    root: str = option(".", "Passed to the registered function; it may change when a run resumes.")
+    root: str = option(".", "Passed to the registered function.", may_change=True)
     args: Any = option(
         None, "Further keyword arguments of the registered function.", kind="mapping", null="none"
     )

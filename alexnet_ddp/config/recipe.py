@@ -38,12 +38,14 @@ class ModelConfig(Options, section="model"):
         "the name of published weights for this network: DEFAULT, a name of torchvision's such as "
         "IMAGENET1K_V1, or with model=timm a tag such as c3_in1k.",
         null="random initialisation",
+        may_change=True,
     )
     head: Head = option(
         Head.auto,
         "With model.weights, which rows of the classifier layer keep their initialisation. auto: "
         "those of classes that the file does not have (all of them, if the file has no class "
         "names and another number of classes); new: all.",
+        may_change=True,
     )
 
     @property

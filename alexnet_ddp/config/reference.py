@@ -17,7 +17,7 @@ from inspect import cleandoc
 from typing import Any
 
 from alexnet_ddp.config import advice
-from alexnet_ddp.config.option import MISSING, Spec
+from alexnet_ddp.config.option import MISSING, Spec, spec_of
 from alexnet_ddp.config.schema import CONF_DIR, ROOTS, group_names, groups, options_of, sections
 from alexnet_ddp.runtime.errors import ConfigError
 from alexnet_ddp.runtime.printing import say
@@ -258,6 +258,7 @@ def help_lines(command: str, names: list[str]) -> Iterator[str]:
     for section in chosen:
         yield ""
         yield from _section_lines(section)
+        yield from _wrapped(_may_change(section, command), 2)
 
 
 _WITH_TRAIN = (
@@ -289,6 +290,8 @@ def markdown(
             entries = [entry for entry in section.entries if entry.path not in seen]
             if entries or (section.choices and not known):
                 lines += _markdown_section(section, entries)
+            if changes := _may_change(section, command):
+                lines += [changes, ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -304,6 +307,20 @@ def _named(name: str, command: str) -> Iterator[Section]:
     raise ConfigError(f"--help {name}: {advice.unknown(name, '', ROOTS[command])}")
 
 
+def _may_change(section: Section, command: str) -> str:
+    """Which options of train may change when a run resumes; "" if none, or another command."""
+    free = dict.fromkeys(one.path for one in section.entries if one.spec.may_change)
+    fixed = dict.fromkeys(one.path for one in section.entries if one.path not in free)
+    if command != "train" or not free:
+        return ""
+    if len(section.entries) == 1:
+        return "May change on resume."
+    named = ", ".join(free)
+    if len(fixed) < len(free):
+        named = f"all but {', '.join(fixed)}" if fixed else "all"
+    return f"May change on resume: {named}."
+
+
 def _section_lines(section: Section) -> Iterator[str]:
     title = section.name or "general"
     yield f"{title}: {section.about}" if section.about else title
@@ -316,7 +333,12 @@ def _section_lines(section: Section) -> Iterator[str]:
         yield f"  {entry.path}  ({entry.type_and_default})"
         having = f"Only {' and '.join(f'{section.name}={one}' for one in entry.choices)}. "
         text = f"{having if entry.choices else ''}{_sentence(entry.spec)}"
-        yield from textwrap.wrap(text, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        yield from _wrapped(text, 6)
+
+
+def _wrapped(text: str, indent: int) -> list[str]:
+    margin = " " * indent
+    return textwrap.wrap(text, _WIDTH, initial_indent=margin, subsequent_indent=margin)
 
 
 def _markdown_section(section: Section, entries: list[Entry]) -> Iterator[str]:
@@ -373,12 +395,12 @@ def _base(owners: list[type]) -> type:
 def _entry(owner: type, key: str, path: str, given: dict[str, Any]) -> Entry:
     """given: values from YAML files, which come before the schema's default."""
     one = next(one for one in fields(owner) if one.name == key)
-    spec: Spec = one.metadata["spec"]
+    spec = spec_of(owner, key)
     option = options_of(owner)[key]
     kind = spec.kind or option.type_words
     if spec.rule:
         kind += f", {spec.rule}"
-    if option.is_optional or (spec.kind and spec.null):
+    if option.is_optional or (spec.kind and spec.null != ""):
         kind += ", or null"
     if not (option.is_optional or option.is_any):
         spec = replace(spec, null="")
@@ -404,7 +426,7 @@ def _shown(value: Any) -> str:
 def _sentence(spec: Spec) -> str:
     """The description with the unit and the meaning of null."""
     unit = f" Unit: {spec.unit}." if spec.unit else ""
-    null = f" null: {spec.null}." if spec.null else ""
+    null = f" null: {spec.null}." if spec.null != "" else ""
     return f"{spec.description}{unit}{null}"
 
 
@@ -467,6 +489,8 @@ Every command takes `GROUP=CHOICE` and `OPTION=VALUE`:
   environment variable.
 - A misspelt key, a value of the wrong type or outside its bounds, and an option that would be
   ignored are refused with one line and exit code 64, before torch is imported.
+- A run that resumes must have the same values as before. Below each table are the options that may
+  change: see [What may change](checkpoints-and-resume.md#what-may-change).
 - `--help` prints this reference for one command, `--help NAME` for one group or option.
   `--cfg job` prints the composed configuration (a name of a run that is not given is derived
   later, hence `???`); `--resolve` fills in references, and

@@ -16,6 +16,13 @@ from alexnet_ddp.config.data import (
 from alexnet_ddp.config.finetune import FinetuneConfig, Method
 from alexnet_ddp.config.logger import LoggerConfig
 from alexnet_ddp.config.option import MAX_SEED, MISSING, Options, option, shown
+from alexnet_ddp.config.parallel import (
+    DDPConfig,
+    Hook,
+    HybridConfig,
+    ParallelConfig,
+    WireDtype,
+)
 from alexnet_ddp.config.recipe import (
     Head,
     LARSConfig,
@@ -27,9 +34,7 @@ from alexnet_ddp.runtime.errors import ConfigError
 
 # A file name may have 255 bytes, and temporary names add up to 40.
 _MAX_NAME_BYTES = 200
-_MAX_BUCKET_MB = 1_000_000  # torch counts bytes in 64 bits
 _MAX_PROFILED = 1000  # steps: their events are kept in memory
-AUTO = "auto"  # in place of a number: the program chooses it
 
 
 class Device(StrEnum):
@@ -82,150 +87,24 @@ class RunConfig(Options, section="run"):
         MISSING,
         "Name of the run. train resumes the run with this name, if there is one.",
         null="DATA-MODEL, such as photos-resnet18; in a sweep of wandb, SWEEP-ID",
+        selects=True,
     )
-    root: str = option("runs", "Folder of all runs: the run's directory is run.root/run.name.")
+    root: str = option(
+        "runs", "Folder of all runs: the run's directory is run.root/run.name.", selects=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_directory_name("run.name", self.name, self.root)
 
 
-class WireDtype(StrEnum):
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class Hook(StrEnum):
-    """How gradients are communicated between the ranks."""
-
-    none = "none"
-    fp16 = "fp16"
-    bf16 = "bf16"
-    powersgd = "powersgd"
-    post_local_sgd = "post_local_sgd"
-
-
-@dataclass(kw_only=True)
-class ParallelConfig(Options, section="parallel"):
-    """How the work is divided between the ranks, and how their replicas stay equal."""
-
-
-@dataclass(kw_only=True)
-class AutoParallelConfig(ParallelConfig):
-    """The choice that `python -m alexnet_ddp.plan` predicts to be fastest; the run prints it."""
-
-
-@dataclass(kw_only=True)
-class DDPConfig(ParallelConfig):
-    """DistributedDataParallel: gradients are averaged during the backward pass."""
-
-    bucket_mb: float | None = option(
-        None,
-        "Size of the gradient buckets that are communicated together.",
-        unit="MiB",
-        null="torch's 25",
-        above=0,
-        maximum=_MAX_BUCKET_MB,
-    )
-    hook: Hook = option(
-        Hook.none,
-        "How gradients are communicated. fp16, bf16: rounded to 16 bits, half of the bytes. "
-        "powersgd: low-rank approximations, far fewer bytes, another result. post_local_sgd: "
-        "ranks average their parameters every few steps, in place of their gradients in every "
-        "step.",
-    )
-    powersgd_rank: int | None = option(
-        None, "Rank of powersgd's approximations.", null="4", minimum=1
-    )
-    powersgd_start_step: int | None = option(
-        None,
-        "First step with powersgd; before it gradients are sent uncompressed. DDP rebuilds its "
-        "buckets after the first step, so it is at least 2.",
-        unit="steps",
-        null="100",
-        minimum=2,
-    )
-    local_sgd_period: int | None = option(
-        None,
-        "Steps between two averages of the parameters over all ranks.",
-        unit="steps",
-        null="8",
-        minimum=1,
-    )
-    local_sgd_start_step: int | None = option(
-        None,
-        "First step with post_local_sgd; before it gradients are averaged over all ranks.",
-        unit="steps",
-        null="100",
-        minimum=0,
-    )
-    local_sgd_group: int | None = option(
-        None,
-        "Ranks per group, which averages its gradients in every step.",
-        unit="ranks",
-        null="one group per node, or one rank each on a single node",
-        minimum=1,
-    )
-    static_graph: bool = option(
-        False, "All steps use the same parameters, so DDP need not search for unused ones."
-    )
-
-    def __post_init__(self) -> None:
-        for one in ("powersgd_rank", "powersgd_start_step"):
-            self._refuse_unless_read(one, Hook.powersgd)
-        for one in ("local_sgd_period", "local_sgd_start_step", "local_sgd_group"):
-            self._refuse_unless_read(one, Hook.post_local_sgd)
-        super().__post_init__()
-
-    def _refuse_unless_read(self, name: str, by: Hook) -> None:
-        if getattr(self, name) is not None and self.hook is not by:
-            rule = f"would be ignored with parallel.hook={self.hook.value}; leave it null"
-            raise ConfigError(f"parallel.{name} {rule}")
-
-
-@dataclass(kw_only=True)
-class HybridConfig(ParallelConfig):
-    """DDP, with large linear layers split over groups of ranks, which exchange activations."""
-
-    bucket_mb: float | None = option(
-        2.0,
-        "Size of the gradient buckets that are communicated together.",
-        unit="MiB",
-        null="torch's 25",
-        above=0,
-        maximum=_MAX_BUCKET_MB,
-    )
-    group_size: Any = option(
-        None,
-        "Ranks that share one copy of the split layers. auto: the size that "
-        "`python -m alexnet_ddp.plan` predicts to be fastest.",
-        kind="integer, or auto",
-        unit="ranks",
-        null="the GPUs of a node, or all CPU ranks",
-    )
-    split: list[str] | None = option(
-        None,
-        "Names of the layers to split, such as [classifier.1,classifier.4].",
-        null="chosen by their size",
-    )
-    wire_dtype: WireDtype = option(
-        WireDtype.fp32, "Type of the activations while they are sent between the ranks."
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        size = self.group_size
-        is_number = isinstance(size, int) and not isinstance(size, bool) and size > 0
-        if size not in (None, AUTO) and not is_number:
-            rule = "must be a number of ranks greater than 0, auto, or null"
-            raise ConfigError(f"parallel.group_size ({size}) {rule}")
-
-
 @dataclass(kw_only=True)
 class TrainerConfig(Options, section="trainer"):
     """The length of the run, its batches, and what is checked and logged."""
 
-    epochs: int = option(MISSING, "Passes over the training images.", unit="epochs", minimum=1)
+    epochs: int = option(
+        MISSING, "Passes over the training images.", unit="epochs", minimum=1, may_change=True
+    )
     max_steps: int | None = option(
         None,
         "End the run after this many optimizer steps, even if trainer.epochs are not complete. "
@@ -234,6 +113,7 @@ class TrainerConfig(Options, section="trainer"):
         unit="steps",
         null="no limit",
         minimum=1,
+        may_change=True,
     )
     global_batch_size: int = option(
         MISSING, "Images per optimizer step, summed over all ranks.", unit="images", minimum=1
@@ -244,12 +124,14 @@ class TrainerConfig(Options, section="trainer"):
         unit="images",
         null="the rank's whole share of the batch",
         minimum=1,
+        may_change=True,
     )
     eval_batch_size: int = option(
         64,
         "Images per forward pass in evaluation, independent of the number of ranks.",
         unit="images",
         minimum=1,
+        may_change=True,
     )
     drop_last: bool = option(
         False, "Leave out the incomplete last batch of an epoch, as torchvision's references do."
@@ -257,8 +139,8 @@ class TrainerConfig(Options, section="trainer"):
     precision: Precision = option(
         Precision.fp32, "Type of the forward and backward pass. bf16 and fp16: autocast, on GPUs."
     )
-    tf32: bool = option(True, "On GPUs, compute fp32 products with TF32.")
-    compile: bool = option(False, "Compile the network with torch.compile.")
+    tf32: bool = option(True, "On GPUs, compute fp32 products with TF32.", may_change=True)
+    compile: bool = option(False, "Compile the network with torch.compile.", may_change=True)
     label_smoothing: float = option(
         0.0, "Label smoothing of the cross entropy.", minimum=0, below=1
     )
@@ -285,12 +167,14 @@ class TrainerConfig(Options, section="trainer"):
         "What happens if a loss or gradient is not finite; such a step is never applied. stop: "
         "save and exit with code 70; skip: continue without the step; rollback: continue after "
         "it, with the weights of the newest checkpoint.",
+        may_change=True,
     )
     spike_factor: float | None = option(
         20.0,
         "Warn if the loss exceeds this multiple of the recent median.",
         null="no warning",
         above=1,
+        may_change=True,
     )
     check_every_steps: int | None = option(
         1000,
@@ -298,21 +182,31 @@ class TrainerConfig(Options, section="trainer"):
         unit="steps",
         null="no check",
         minimum=1,
+        may_change=True,
     )
     metrics: list[str] = option(
-        [], "Metrics of plugins; each evaluation reports them as val/NAME. See docs/extending.md."
+        [],
+        "Metrics of plugins; each evaluation reports them as val/NAME. See docs/extending.md.",
+        may_change=True,
     )
     callbacks: list[str] = option(
-        [], "Callbacks of plugins, in the order in which they are called. See docs/extending.md."
+        [],
+        "Callbacks of plugins, in the order in which they are called. See docs/extending.md.",
+        may_change=True,
     )
-    log_every_steps: int = option(10, "Interval of logged metrics.", unit="steps", minimum=1)
-    eval_every_epochs: int = option(1, "Interval of evaluations.", unit="epochs", minimum=1)
+    log_every_steps: int = option(
+        10, "Interval of logged metrics.", unit="steps", minimum=1, may_change=True
+    )
+    eval_every_epochs: int = option(
+        1, "Interval of evaluations.", unit="epochs", minimum=1, may_change=True
+    )
     eval_every_steps: int | None = option(
         None,
         "Interval of evaluations, in place of trainer.eval_every_epochs.",
         unit="steps",
         null="trainer.eval_every_epochs",
         minimum=1,
+        may_change=True,
     )
     patience: int | None = option(
         None,
@@ -320,6 +214,7 @@ class TrainerConfig(Options, section="trainer"):
         unit="evaluations",
         null="no early end",
         minimum=1,
+        may_change=True,
     )
     max_hours: float | None = option(
         None,
@@ -328,6 +223,7 @@ class TrainerConfig(Options, section="trainer"):
         unit="hours",
         null="no limit",
         above=0,
+        may_change=True,
     )
     hang_timeout_s: float | None = option(
         30.0,
@@ -336,6 +232,7 @@ class TrainerConfig(Options, section="trainer"):
         unit="seconds",
         null="no limit",
         above=0,
+        may_change=True,
     )
 
     profile_steps: str | None = option(
@@ -343,8 +240,11 @@ class TrainerConfig(Options, section="trainer"):
         "Profile these steps, FIRST:END as in a slice: 100:110 are the ten steps after step 100. "
         "Writes profile/ into the run's directory.",
         null="no profile",
+        may_change=True,
     )
-    profile_ranks: list[int] = option([0], "With trainer.profile_steps, the ranks to profile.")
+    profile_ranks: list[int] = option(
+        [0], "With trainer.profile_steps, the ranks to profile.", may_change=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -384,7 +284,7 @@ class TrainerConfig(Options, section="trainer"):
 
 
 @dataclass(kw_only=True)
-class CheckpointConfig(Options, section="checkpoint"):
+class CheckpointConfig(Options, section="checkpoint", may_change=True):
     """Checkpoints, besides those after each epoch, at the end and at a stop signal."""
 
     save_every_steps: int | None = option(
@@ -417,7 +317,7 @@ class CheckpointConfig(Options, section="checkpoint"):
 
 
 @dataclass(kw_only=True)
-class ResumeConfig(Options, section="resume"):
+class ResumeConfig(Options, section="resume", may_change=True):
     """How a run is resumed."""
 
     allow_changes: bool = option(
@@ -436,7 +336,9 @@ class Config(Options):
         minimum=0,
         maximum=MAX_SEED,
     )
-    device: Device = option(Device.auto, "The device to compute on. auto: cuda if there is a GPU.")
+    device: Device = option(
+        Device.auto, "The device to compute on. auto: cuda if there is a GPU.", may_change=True
+    )
     data: DataConfig
     augment: AugmentConfig
     model: ModelConfig
@@ -452,6 +354,7 @@ class Config(Options):
         [],
         "Modules to import first, which register what a run chooses by name; from the command line "
         "only. See docs/extending.md.",
+        may_change=True,
     )
 
     def __post_init__(self) -> None:
@@ -490,7 +393,7 @@ class Config(Options):
             if self.finetune.adapts:
                 rule = "adapts a network whose weights are random"
             raise ConfigError(f"{method} without model.weights {rule}; give model.weights")
-        head_epochs, epochs = self.finetune.head_epochs or 1.0, self.trainer.epochs
+        head_epochs, epochs = self.finetune.value_of("head_epochs"), self.trainer.epochs
         if self.finetune.method is Method.gradual and head_epochs >= epochs:
             rule = f"must be less than trainer.epochs ({epochs}), or the rest is never trained"
             remedy = "train longer, or use finetune.method=head"

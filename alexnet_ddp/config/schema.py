@@ -3,6 +3,7 @@
 Imports no Hydra, so that --help and a misspelt key are answered at once.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -14,6 +15,7 @@ from alexnet_ddp.config import (
     data,
     evaluate,
     export,
+    parallel,
     plan,
     plugins,
     predict,
@@ -24,6 +26,7 @@ from alexnet_ddp.config import (
     runs,
     sweep,
 )
+from alexnet_ddp.config.option import Spec, spec_of
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # An installed wheel contains conf/ inside the package; in a checkout both are in one folder.
@@ -76,9 +79,9 @@ GROUPS: dict[str, dict[str, type]] = {
         "poly": recipe.PolyConfig,
     },
     "parallel": {
-        "ddp": run.DDPConfig,
-        "hybrid": run.HybridConfig,
-        "auto": run.AutoParallelConfig,
+        "ddp": parallel.DDPConfig,
+        "hybrid": parallel.HybridConfig,
+        "auto": parallel.AutoParallelConfig,
     },
     "engine": {
         "local": prepare.LocalEngineConfig,
@@ -175,6 +178,17 @@ def options(root: type) -> dict[str, Option]:
         elif name in names:
             found[name] = Option(_members(hint))
     return found
+
+
+def specs(root: type) -> Iterator[tuple[str, Spec]]:
+    """Every option's full name and what it is, once for each choice of a group that has it."""
+    owners = [("", root), *((f"{name}.", owner) for name, owner in sections(root).items())]
+    for name, choices in groups(root).items():
+        owners += [(f"{name}.", owner) for owner in choices.values()]
+    for prefix, owner in owners:
+        for one in fields(owner):
+            if "spec" in one.metadata:
+                yield f"{prefix}{one.name}", spec_of(owner, one.name)
 
 
 @cache

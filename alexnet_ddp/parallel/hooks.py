@@ -25,12 +25,12 @@ class PowerSGD:
     gradients_differ = False
 
     def __init__(self, ddp: DistributedDataParallel, cfg: DDPConfig, world: World) -> None:
-        rank = cfg.powersgd_rank or 4
+        rank = cfg.value_of("powersgd_rank")
         self._world = world
         self._state = PowerSGDState(
             None,
             matrix_approximation_rank=rank,
-            start_powerSGD_iter=cfg.powersgd_start_step or 100,
+            start_powerSGD_iter=cfg.value_of("powersgd_start_step"),
         )
         ddp.register_comm_hook(self._state, powerSGD_hook)
         # The shapes of the saved tensors depend on these three values.

@@ -29,8 +29,8 @@ class LocalSGD:
 
     def __init__(self, ddp: DistributedDataParallel, cfg: DDPConfig, world: World) -> None:
         self._world = world
-        self._period = cfg.local_sgd_period or 8
-        self._start = 100 if cfg.local_sgd_start_step is None else cfg.local_sgd_start_step
+        self._period: int = cfg.value_of("local_sgd_period")
+        self._start: int = cfg.value_of("local_sgd_start_step")
         self._synced_at = 0
         self._gradients_differ = self._start == 0
         size = from_main(lambda: local_group(cfg, world), world)

@@ -316,6 +316,7 @@ class TrainingParts:
     def _build_step(self) -> TrainStep:
         """Collective. The step, with an optimizer of the parameters that are trained now."""
         cfg = self.setup.cfg
+        size = cfg.data.image_size
         step = TrainStep(
             self.parallel_model,
             build_optimizer(
@@ -324,12 +325,11 @@ class TrainingParts:
             cfg.trainer,
             cfg.seed,
             self.setup.world,
-            cfg.data.image_size,
+            (3, size, size) if self._features is None else self._features.shape,
             ema=self.ema,
             class_weights=self._class_weights(),
             allocation=self.allocation,
             on_phase=self._on_phase,
-            feature_shape=None if self._features is None else self._features.shape,
         )
         if cfg.finetune.freezes:
             counts = [p.numel() for p in self.model.parameters() if p.requires_grad]

@@ -54,10 +54,10 @@ class TrainStep:
     The gradient is the mean over the images of the global batch, however they are divided. No rank
     applies anything before all ranks know that the step is valid.
 
-    image_size: pixels, the largest that the run uses. class_weights: float32 [classes] on the
-    device; the mean is then weighted, over the global batch. allocation: for
-    finetune.method=adalora. on_phase: called with the next phase, one of runtime.watchdog.PHASES.
-    feature_shape: of one input, if the network gets features and not images.
+    input_shape: of one image, at the largest size that the run uses, or of one image's features.
+    class_weights: float32 [classes] on the device; the mean is then weighted, over the global
+    batch. allocation: for finetune.method=adalora. on_phase: called with the next phase, one of
+    runtime.watchdog.PHASES.
     """
 
     def __init__(
@@ -67,13 +67,12 @@ class TrainStep:
         cfg: TrainerConfig,
         seed: int,
         world: World,
-        image_size: int,
+        input_shape: tuple[int, ...],
         *,
         ema: EMA | None = None,
         class_weights: Tensor | None = None,
         allocation: RankAllocation | None = None,
         on_phase: Callable[[str], None] = lambda phase: None,
-        feature_shape: tuple[int, ...] | None = None,
     ) -> None:
         self.parallel_model, self.optimizer = parallel_model, optimizer
         self.cfg, self.seed, self.world = cfg, seed, world
@@ -99,8 +98,7 @@ class TrainStep:
         if not self.scaler.is_enabled() and reads_found_inf(optimizer):
             # Fused kernels read it on the device: no host wait. torch's GradScaler sets it, too.
             optimizer.found_inf = self._nonfinite  # type: ignore[attr-defined]
-        shape = feature_shape or (3, image_size, image_size)
-        self._blank = torch.zeros(1, *shape, device=world.device)
+        self._blank = torch.zeros(1, *input_shape, device=world.device)
         parallel_model.on_wait(self._waiting)
         with autocast(cfg.precision, world):
             parallel_model.warm_up_buckets(self._blank)

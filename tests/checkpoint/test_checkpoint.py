@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import threading
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,13 @@ from alexnet_ddp.config import (
     AlexNetSmallConfig,
     BestBy,
     CheckpointConfig,
+    Config,
     ConfigError,
     Device,
     SGDConfig,
 )
+from alexnet_ddp.config.data import SyntheticConfig
+from alexnet_ddp.config.schema import specs
 from alexnet_ddp.model import build_model, load_checkpoint
 from alexnet_ddp.runtime.distributed import session
 from alexnet_ddp.runtime.errors import CheckpointIOError, NoCheckpoint
@@ -842,6 +846,58 @@ def me() -> dict[str, object]:
 
 def test_options_that_change_no_update_are_not_in_the_identity(me):
     assert who(*FREE) == me
+
+
+def test_exactly_these_options_may_change_or_are_compared_by_what_they_select():
+    """Every other option, and so a new one, is in the identity. Change the sets with care."""
+    by_flag: dict[str, set[str]] = {"may_change": set(), "selects": set(), "compared": set()}
+    as_unset = {}
+    for path, spec in specs(Config):
+        flag = "may_change" if spec.may_change else "selects" if spec.selects else "compared"
+        by_flag[flag].add(path)
+        if spec.as_unset is not None:
+            as_unset[path] = spec.as_unset
+    whole = ("checkpoint", "logger", "parallel", "resume")
+    compared = by_flag["compared"]
+    assert not [path for path in compared | by_flag["selects"] if path.split(".")[0] in whole]
+    rest = {path for path in by_flag["may_change"] if path.split(".")[0] not in whole}
+    assert rest == {
+        *("device", "plugins", "data.root", "data.num_threads", "data.on_bad_image"),
+        *("data.max_bad_images", "data.limit_val", "data.num_val", "data.cache_dir"),
+        *("data.cache_gb", "model.weights", "model.head", "finetune.cache_features"),
+        *("trainer.epochs", "trainer.max_steps", "trainer.micro_batch_size"),
+        *("trainer.eval_batch_size", "trainer.compile", "trainer.tf32", "trainer.log_every_steps"),
+        *("trainer.eval_every_epochs", "trainer.eval_every_steps", "trainer.patience"),
+        *("trainer.max_hours", "trainer.hang_timeout_s", "trainer.on_nan", "trainer.spike_factor"),
+        *("trainer.check_every_steps", "trainer.metrics", "trainer.callbacks"),
+        *("trainer.profile_steps", "trainer.profile_ranks"),
+    }
+    assert by_flag["selects"] == {
+        *("run.name", "run.root", "data.limit_train", "data.num_train", "data.num_classes"),
+        *("data.class_order", "data.val_fraction", "data.fold", "data.shuffle"),
+        "data.window_shards",
+    }
+    # The choices of a group agree about an option.
+    assert not compared & (by_flag["may_change"] | by_flag["selects"])
+    assert as_unset == {
+        "finetune.method": "full",
+        "finetune.backbone_lr_factor": 1.0,
+        "finetune.layer_decay": 1.0,
+        "data.mean": [0.485, 0.456, 0.406],
+        "data.std": [0.229, 0.224, 0.225],
+        "data.eval_interpolation": "bilinear",
+    }
+
+
+def test_an_option_that_states_nothing_is_in_the_identity():
+    @dataclass(kw_only=True)
+    class Bare(SyntheticConfig):
+        extra: int = 3
+
+    cfg = replace(compose([*BASE, "data=synthetic"]), data=Bare())
+    found = identity(cfg, "abc")
+    assert found["data.extra"] == 3
+    assert "data.num_threads" not in found
 
 
 def test_the_identity_survives_json(me):

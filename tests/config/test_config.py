@@ -14,7 +14,7 @@ import yaml
 
 import alexnet_ddp
 from alexnet_ddp.cli import compose
-from alexnet_ddp.config import Config, ConfigError
+from alexnet_ddp.config import Config, ConfigError, DDPConfig, Hook
 from alexnet_ddp.config import compose as with_hydra
 from alexnet_ddp.config.reference import help_lines, markdown
 from alexnet_ddp.config.schema import CONF_DIR, ROOTS, options, sections
@@ -525,6 +525,29 @@ def test_help_for_one_group_or_option_prints_that_alone():
     assert "Unit: 10^9 bytes. null: no limit." in "\n".join(option)
     with pytest.raises(ConfigError, match=r"--help optimizr: .*nearest: optimizer$"):
         list(help_lines("train", ["optimizr"]))
+
+
+def test_the_help_of_train_states_which_options_may_change_on_resume():
+    def last(command, name):
+        return " ".join(list(help_lines(command, [name]))[-2:]).split("  May change on resume")[1:]
+
+    assert last("train", "checkpoint") == [": all."]
+    assert last("train", "model") == [": model.weights, model.head."]
+    fixed = "global_batch_size drop_last precision label_smoothing class_weights clip_grad_norm ema_decay"
+    named = ", ".join(f"trainer.{name}" for name in fixed.split())
+    assert [" ".join(text.split()) for text in last("train", "trainer")] == [f": all but {named}."]
+    assert last("train", "trainer.epochs") == ["."]
+    assert last("train", "trainer.precision") == last("train", "optimizer") == []
+    assert last("train", "run") == []  # another name is another run
+    assert last("evaluate", "trainer.epochs") == last("plan", "model") == []
+
+
+def test_the_number_that_the_reference_gives_for_null_is_the_one_that_is_used():
+    name = "local_sgd_start_step"
+    given = DDPConfig(hook=Hook.post_local_sgd, local_sgd_start_step=0)
+    assert DDPConfig(hook=Hook.post_local_sgd).value_of(name) == 100
+    assert given.value_of(name) == 0
+    assert "null: 100." in "\n".join(help_lines("train", [f"parallel.{name}"]))
 
 
 def test_the_page_of_all_options_is_current():

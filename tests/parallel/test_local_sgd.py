@@ -53,7 +53,7 @@ def trained(cfg: DDPConfig, num_steps: int) -> tuple[list[bool], dict[str, np.nd
         model = small_alexnet()
         wrapped = build_parallel(cfg, model, world)
         optimizer = build_optimizer(SGD, model)
-        step = TrainStep(wrapped, optimizer, TRAINER, 0, world, 64)
+        step = TrainStep(wrapped, optimizer, TRAINER, 0, world, (3, 64, 64))
 
         def state():
             return model.state_dict() | state_by_name(optimizer, model)
@@ -182,7 +182,7 @@ def an_infinite_gradient_on_rank_1():
         torch.set_num_threads(1)
         model = small_alexnet()
         wrapped = build_parallel(local(period=5), model, world)
-        step = TrainStep(wrapped, build_optimizer(SGD, model), TRAINER, 0, world, 64)
+        step = TrainStep(wrapped, build_optimizer(SGD, model), TRAINER, 0, world, (3, 64, 64))
         wrapped.hook.set_step(0)
         if world.rank == 1:
             model.classifier[1].weight.register_hook(lambda gradient: gradient * float("inf"))

@@ -77,7 +77,7 @@ def trained(parallel, num_steps, trainer=TRAINER, make=small_alexnet, optimizer=
         decay = trainer.ema_decay
         ema = EMA(model, decay) if decay is not None else None
         updates = build_optimizer(optimizer, model, wrapped.global_norms)
-        step = TrainStep(wrapped, updates, trainer, 0, world, 64, ema=ema)
+        step = TrainStep(wrapped, updates, trainer, 0, world, (3, 64, 64), ema=ema)
         data = open_data(IMAGES).train
         sampler = GlobalBatchSampler(len(data), trainer.global_batch_size, seed=0)
         loader = build_loader(
@@ -366,7 +366,7 @@ def powersgd_resumes():
                 model.load_state_dict(saved["model"])
             wrapped = build_parallel(cfg, model, world)
             optimizer = build_optimizer(SGD, model)
-            step = TrainStep(wrapped, optimizer, TRAINER, 0, world, 64)
+            step = TrainStep(wrapped, optimizer, TRAINER, 0, world, (3, 64, 64))
             if saved:
                 load_state_by_name(optimizer, model, saved["optimizer"])
             wrapped.hook.load_state_dict(saved["hook"] if saved else {})

@@ -38,7 +38,7 @@ def trained(micro_batch_size):
         trainer = TrainerConfig(epochs=9, label_smoothing=0.1, **sizes)
         wrapped = build_parallel(DDPConfig(), model, world)
         optimizer = build_optimizer(SGD, model)
-        step = TrainStep(wrapped, optimizer, trainer, 0, world, 64, class_weights=WEIGHTS)
+        step = TrainStep(wrapped, optimizer, trainer, 0, world, (3, 64, 64), class_weights=WEIGHTS)
         images = open_data(IMAGES).train
         sampler = GlobalBatchSampler(len(images), BATCH, seed=0)
         augment = build_augment(NoAugmentConfig(), 0, 64, 73)

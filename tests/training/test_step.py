@@ -57,7 +57,7 @@ def steps(
         trainer,
         0,
         world,
-        data.image_size,
+        (3, data.image_size, data.image_size),
     )
     images = open_data(data).train
     sampler = GlobalBatchSampler(len(images), trainer.global_batch_size, seed=0)
@@ -227,7 +227,7 @@ def statistics_on_a_rank():
             build_parallel(DDPConfig(), model, world),
             build_optimizer(SGD, model),
             TrainerConfig(epochs=1, global_batch_size=17),
-            *(0, world, 64),
+            *(0, world, (3, 64, 64)),
         )
         images = open_data(IMAGES).train
         sampler = GlobalBatchSampler(103, 17, seed=0)
@@ -256,7 +256,7 @@ def bad_step(what, rank, optimizer_cfg, on_nan, bad=1, num_steps=4):
         optimizer = build_optimizer(optimizer_cfg, model)
         trainer = TrainerConfig(epochs=1, global_batch_size=17, on_nan=on_nan)
         step = TrainStep(
-            build_parallel(DDPConfig(), model, world), optimizer, trainer, 0, world, 64
+            build_parallel(DDPConfig(), model, world), optimizer, trainer, 0, world, (3, 64, 64)
         )
         images = open_data(IMAGES).train
         sampler = GlobalBatchSampler(103, 17, seed=0)
