@@ -124,7 +124,8 @@ def check_same_run(
     if "data" in changed and data is not None:
         classes = classes_of(checkpoint, record)
         shown.insert(0, data_difference(classes, record, data, checkpoint.parent.parent))
-        remedy = f"restore the data, {remedy}: rows of the head then follow their class names"
+        restore = "restore the data, or the value of data.limit_train"
+        remedy = f"{restore}, {remedy}: rows of the head then follow their class names"
     elif "data" in changed:
         shown.insert(0, f"data={_shorten(now.get('data'))} (was {_shorten(then.get('data'))})")
     raise ConfigError(f"run.name={name} was started as another run: {', '.join(shown)}; {remedy}")
