@@ -18,10 +18,10 @@ if __name__ == "__main__":
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from alexnet_ddp.config import ConfigError, LrFindConfig
+from alexnet_ddp.config import ConfigError, LrFindConfig, Method
 from alexnet_ddp.cost_model.sweep import matplotlib_pyplot
 from alexnet_ddp.data.sources.scan import watched
 from alexnet_ddp.runtime import distributed
@@ -48,8 +48,11 @@ class Point:
 def main(cfg: LrFindConfig, overrides: list[str]) -> None:
     """Print a suggestion, and write the curve to `output` and the same name with .json.
 
-    Nothing of the run is read or written. Raises ConfigError for a wrong option.
+    With finetune.method=gradual all layers are trained, as in most of the run. Nothing of the run
+    is read or written. Raises ConfigError for a wrong option.
     """
+    if cfg.finetune.method is Method.gradual:
+        cfg = replace(cfg, finetune=replace(cfg.finetune, method=Method.full, head_epochs=None))
     with distributed.session(cfg.device, cfg.trainer.tf32) as world:
         distributed.from_main(lambda: _check_output(cfg.output), world)
         setup = RunSetup(cfg, world, up_to=0)

@@ -118,7 +118,7 @@ class Replay:
         agree = indices == record["indices"]
         yield f"images: {len(indices)}, {'the recorded ones' if agree else 'NOT the recorded ones'}"
         losses, weight = self._losses(batches, step, len(indices))
-        loss = sum(losses.values()) / max(1, weight)
+        loss = sum(losses.values()) / weight if weight else math.nan
         yield f"loss {loss:.6g}, recorded {record['loss']:.6g}"
         norm, tensors = self._gradient()
         yield f"gradient norm {norm:.6g}" + (

@@ -37,6 +37,21 @@ def test_the_curve_is_the_same_for_one_and_two_ranks_and_a_run_stays_as_it_is(
     assert rates[1] / rates[0] == pytest.approx((10 / 1e-5) ** (1 / 15))
 
 
+@pytest.mark.slow
+def test_with_gradual_fine_tuning_all_layers_are_trained_in_the_search(image_folder, tmp_path):
+    same = [*SMALL, f"data.root={image_folder}", "trainer.global_batch_size=16", "trainer.epochs=2"]
+    first = run("train", *same, "run.name=first", "trainer.max_steps=1", cwd=tmp_path)
+    assert first.returncode == 0, first.stdout
+    same += ["num_steps=9", "model.weights=run:first"]
+    points = {}
+    for method in ("full", "gradual"):
+        more = [f"finetune.method={method}", f"output={method}.png"]
+        done = run("lr_find", *same, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout
+        points[method] = points_of(tmp_path / f"{method}.json")
+    assert points["gradual"] == points["full"]
+
+
 def curve(losses):
     return [Point(10 ** (-5 + k / 4), loss, loss) for k, loss in enumerate(losses)]
 

@@ -85,17 +85,21 @@ class RunState:
     transform_input: bool = False  # of the network: see model/weight_files.py
 
     def note_evaluation(self, top1: float, loss: float, by: BestBy = BestBy.top1) -> None:
-        """Record an evaluation: val/top1 and val/loss. Of equal results the first is the best."""
+        """Record an evaluation: val/top1 and val/loss.
+
+        Of equal accuracies the one with the lower loss is the best: few validation images have few
+        different accuracies. `since_best` counts from the first of them, for trainer.patience.
+        """
         self.evaluated_at = self.step
         self.since_best += 1
-        if by is BestBy.loss:
-            # Checkpoints of older versions do not have the loss of the best evaluation.
-            is_better = loss < self.best.get("val/loss", math.inf)
-        else:
-            is_better = top1 > self.best.get("val/top1", -math.inf)
+        best_top1 = self.best.get("val/top1", -math.inf)
+        # Checkpoints of older versions do not have the loss of the best evaluation.
+        has_lower_loss = loss < self.best.get("val/loss", math.inf)
+        is_better = has_lower_loss if by is BestBy.loss else top1 > best_top1
         if is_better or not self.best:
-            self.best = {"step": self.step, "val/top1": top1, "val/loss": loss}
             self.since_best = 0
+        if is_better or not self.best or (top1 == best_top1 and has_lower_loss):
+            self.best = {"step": self.step, "val/top1": top1, "val/loss": loss}
 
 
 class CheckpointManager:

@@ -298,8 +298,9 @@ class CheckpointConfig(Options, section="checkpoint", may_change=True):
     )
     best: BestBy = option(
         BestBy.top1,
-        "The best evaluation is the one with the highest val/top1 (top1) or the lowest val/loss "
-        "(loss). Its checkpoint is kept, and evaluate, predict and export use it.",
+        "The best evaluation is the one with the highest val/top1 (top1), of equal ones with the "
+        "lowest val/loss, or the one with the lowest val/loss (loss). Its checkpoint is kept, and "
+        "evaluate, predict and export use it.",
     )
     keep_every_epochs: int | None = option(
         None,

@@ -17,6 +17,7 @@ from alexnet_ddp.config import (
     ConfigError,
     DDPConfig,
     HybridConfig,
+    Method,
     ParallelConfig,
     Precision,
     WireDtype,
@@ -63,6 +64,7 @@ class RunSetup:
         self.budget = Budget.plan(
             cfg.trainer, self.sampler.steps_per_epoch, cfg.checkpoint.save_every_steps
         )
+        self._check_frozen()
         base_lr = cfg.optimizer.lr_at(cfg.trainer.global_batch_size)
         self.lr: Callable[[int], float] = build_lr_schedule(cfg.scheduler, base_lr, self.budget)
         run_identity = self._identity()
@@ -91,6 +93,22 @@ class RunSetup:
     def is_complete(self) -> bool:
         """The run is over and its last step is evaluated."""
         return self.is_over and self.state.evaluated_at == self.state.step
+
+    def _check_frozen(self) -> None:
+        """Raise ConfigError if finetune.method=gradual would never train the backbone."""
+        finetune, per_epoch = self.cfg.finetune, self.budget.steps_per_epoch
+        if finetune.method is not Method.gradual:
+            return
+        what = f"finetune.head_epochs ({finetune.value_of('head_epochs'):g})"
+        if finetune.is_frozen(self.budget.planned_steps - 1, per_epoch):
+            rule = f"leaves none of the {self.budget.planned_steps} steps to the layers before it"
+            raise ConfigError(f"{what} {rule}; lower it, or train for more epochs")
+        if finetune.is_frozen(self.budget.total_steps - 1, per_epoch):
+            log.warning(
+                "%s: the run ends with trainer.max_steps=%d before other layers than the "
+                "classifier are trained",
+                *(what, self.budget.total_steps),
+            )
 
     def _identity(self) -> dict[str, object]:
         """The options and data that may not change when a run is resumed."""

@@ -404,22 +404,24 @@ def test_without_any_checkpoint_there_is_no_best_one(run):
         find_best(run.at)
 
 
-@pytest.mark.parametrize(("by", "best_step"), [(BestBy.top1, 20), (BestBy.loss, 30)])
-def test_the_best_evaluation_is_the_first_with_the_best_value(by, best_step):
+@pytest.mark.parametrize(("by", "since_best"), [(BestBy.top1, 4), (BestBy.loss, 3)])
+def test_of_equal_accuracies_the_lower_loss_is_the_best_and_patience_counts_from_the_first(
+    by, since_best
+):
     results = {
         10: (40.0, 2.0),
         20: (60.0, 1.5),
         30: (60.0, 1.2),
-        40: (50.0, 1.2),
-        50: (9.0, math.nan),
+        40: (60.0, 1.2),
+        50: (50.0, 1.2),
+        60: (60.0, math.nan),
     }
     state = RunState()
     for step, (top1, loss) in results.items():
         state.step = step
         state.note_evaluation(top1, loss, by)
-    top1, loss = results[best_step]
-    assert state.best == {"step": best_step, "val/top1": top1, "val/loss": loss}
-    assert (state.evaluated_at, state.since_best) == (50, (50 - best_step) // 10)
+    assert state.best == {"step": 30, "val/top1": 60.0, "val/loss": 1.2}
+    assert (state.evaluated_at, state.since_best) == (60, since_best)
 
 
 def test_a_checkpoint_of_an_older_version_has_no_loss_of_its_best_evaluation():

@@ -331,6 +331,21 @@ def test_combinations_that_do_not_work_are_one_line(overrides):
     assert str(error.value) == WRONG[overrides]
 
 
+def test_a_gradual_run_that_never_trains_the_backbone_is_refused_or_warned_of(
+    world, tmp_path, weights, caplog
+):
+    more = ["finetune.method=gradual", "finetune.head_epochs=1.99", "trainer.epochs=2"]
+    with pytest.raises(ConfigError) as error:
+        training(world, tmp_path, weights, *more)
+    assert str(error.value) == (
+        "finetune.head_epochs (1.99) leaves none of the 32 steps to the layers before it; "
+        "lower it, or train for more epochs"
+    )
+    more[1:] = ["finetune.head_epochs=1", "trainer.epochs=2", "trainer.max_steps=16"]
+    training(world, tmp_path, weights, *more).close()
+    assert "finetune.head_epochs (1): the run ends with trainer.max_steps=16 before" in caplog.text
+
+
 @pytest.mark.slow
 def test_the_command_trains_gradually_and_resumes_across_the_switch(
     image_folder, tmp_path, weights
