@@ -19,7 +19,9 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 from alexnet_ddp.config import ConfigError, LrFindConfig, Method
 from alexnet_ddp.cost_model.sweep import matplotlib_pyplot
@@ -93,11 +95,14 @@ def search(setup: RunSetup, parts: TrainingParts) -> Iterator[Point]:
 def suggestion(points: list[Point]) -> float | None:
     """The rate at which the averaged loss falls fastest over the logarithm of the rate.
 
-    Only up to its minimum. None if there are too few points, or the loss does not fall.
+    Only up to its minimum. None if there are too few points, or if the loss does not fall, or by
+    less than the losses vary from step to step.
     """
     if len(points) < _MIN_STEPS:
         return None
     end = min(range(len(points)), key=lambda k: points[k].average)
+    if points[0].average - points[end].average < _variation(points):
+        return None
     slopes = [
         (points[k + 1].average - points[k - 1].average)
         / math.log(points[k + 1].lr / points[k - 1].lr)
@@ -108,22 +113,34 @@ def suggestion(points: list[Point]) -> float | None:
     return points[1 + slopes.index(min(slopes))].lr
 
 
+def _variation(points: list[Point]) -> float:
+    """The standard deviation of the losses without their trend: from neighbouring steps."""
+    squares = [(b.loss - a.loss) ** 2 for a, b in pairwise(points)]
+    return math.sqrt(median(squares) / 2)  # the median leaves out the divergence
+
+
 def _report(cfg: LrFindConfig, points: list[Point], found: float | None) -> None:
     steps = f"{len(points)} of {cfg.num_steps} steps of {cfg.trainer.global_batch_size} images"
     rates = f"rates {points[0].lr:.3g} to {points[-1].lr:.3g}" if points else "no finite loss"
     if found is None:
         remedy = "try more steps (num_steps), or other rates (min_lr, max_lr)"
         say(
-            f"{steps}, {rates}: the average loss does not fall, so there is no suggestion; {remedy}"
+            f"{steps}, {rates}: the average loss does not fall, or by less than the losses vary "
+            f"from step to step, so there is no suggestion; {remedy}"
         )
     else:
         best = min(points, key=lambda point: point.average)
         fell = f"the average loss falls from {points[0].average:.3g} to {best.average:.3g}"
         say(f"{steps}, {rates}: {fell} at {best.lr:.3g}")
-        say(f"suggestion: optimizer.lr={_option_value(cfg, found):.2g}, where it falls fastest")
+        size = cfg.trainer.global_batch_size
+        say(
+            f"suggestion: optimizer.lr={_option_value(cfg, found):.2g}, where it falls fastest "
+            f"(a rate of {found:.2g} at {size:,} images)"
+        )
     file = Path(cfg.output)
     _draw(points, found, cfg, file)
-    record = {"suggestion": found, "points": [asdict(point) for point in points]}
+    option = None if found is None else _option_value(cfg, found)
+    record = {"suggestion": found, "optimizer.lr": option, "points": [asdict(p) for p in points]}
     write_bytes(file.with_suffix(".json"), json.dumps(record, indent=1).encode())
     say(f"{printable(file)}, {printable(file.with_suffix('.json'))}")
 
@@ -146,7 +163,7 @@ def _draw(points: list[Point], found: float | None, cfg: LrFindConfig, file: Pat
         axis.annotate(f" {found:.2g}", at, va="top", color="#c4582b")
     if averages:  # the divergence at the end would hide the rest
         axis.set_ylim(0.9 * min(averages), 1.3 * max(averages[0], min(averages)))
-    axis.set(xscale="log", xlabel="learning rate", ylabel="training loss")
+    axis.set(xscale="log", xlabel="learning rate of a step", ylabel="training loss")
     axis.set_title(f"{cfg.run.name}, global batch {cfg.trainer.global_batch_size}", fontsize=10)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)

@@ -27,6 +27,7 @@ from alexnet_ddp.runtime.tables import COUNT, NUMBER, TEXT, open_table, require_
 from alexnet_ddp.runtime.terminal import Console, Table
 
 _MAX_OPTIONS = 6  # of a run in the printed table
+_MAX_VALUE = 30  # characters of an option there
 _COLUMNS: dict[str, str | int] = {
     RunColumn.name: TEXT,
     RunColumn.status: TEXT,
@@ -89,7 +90,7 @@ def table(rows: list[dict[str, Any]], options: list[str], runs: dict[str, RunRec
     shown.add_column("options that differ")
     for one in rows:
         values = runs[one["name"]].options
-        known = [f"{key}={option_text(values[key])}" for key in options if key in values]
+        known = [f"{key}={_short(option_text(values[key]))}" for key in options if key in values]
         more = len(known) - _MAX_OPTIONS
         if more > 0:
             known[_MAX_OPTIONS:] = [f"and {more} more: output=FILE.csv"]
@@ -101,6 +102,10 @@ def table(rows: list[dict[str, Any]], options: list[str], runs: dict[str, RunRec
         )
         shown.add_row(one["name"], one["status"], *numbers, "  ".join(known))
     return shown
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MAX_VALUE else f"{text[:_MAX_VALUE]}..."
 
 
 def _cell(row: dict[str, Any], column: str, form: str) -> str:

@@ -61,6 +61,8 @@ def test_the_suggestion_is_the_steepest_fall_before_the_minimum():
     assert math.log10(suggestion(curve(falling))) == pytest.approx(-5 + 5 / 4)  # 1.75 to 1.0
     assert suggestion(curve([2.0 + k for k in range(9)])) is None
     assert suggestion(curve(falling[:5])) is None
+    noisy = [Point(10 ** (-5 + k / 4), 2 + 0.1 * (-1) ** k, 2 - 0.01 * k) for k in range(12)]
+    assert suggestion(noisy) is None
 
 
 @pytest.mark.slow
@@ -72,6 +74,10 @@ def test_the_suggestion_is_a_value_of_the_option_at_the_global_batch(image_folde
     found = json.loads((tmp_path / "s.json").read_text())["suggestion"]
     assert found is not None
     assert f"suggestion: optimizer.lr={found * 16:.2g}, " in done.stdout
+    assert f" (a rate of {found:.2g} at 16 images)" in done.stdout
+    assert json.loads((tmp_path / "s.json").read_text())["optimizer.lr"] == pytest.approx(
+        16 * found
+    )
 
 
 @pytest.mark.sampled

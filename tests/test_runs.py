@@ -91,6 +91,20 @@ def test_differing_options_begin_with_those_of_the_command_lines(tmp_path):
         differing([RunRecord(tmp_path / "b", "b")])
 
 
+def test_options_with_the_most_values_come_first_and_runs_without_options_do_not_count(tmp_path):
+    runs = [
+        make_run(
+            tmp_path / str(k),
+            options=f"data: {{limit_train: {k % 2}, mean: 7}}\noptimizer: {{lr: {k}}}",
+            overrides=["data.limit_train=1", "optimizer.lr=1"],
+        )
+        for k in range(3)
+    ]
+    (tmp_path / "refused").mkdir()
+    runs.append(RunRecord(tmp_path / "refused", "refused"))
+    assert differing(runs) == ["optimizer.lr", "data.limit_train"]
+
+
 def test_rows_are_sorted_by_numbers_from_the_largest_and_rows_without_one_are_last():
     rows = [{"name": "c"}, {"name": "b", "top1": 1.0}, {"name": "a"}, {"name": "d", "top1": 9.0}]
     assert [one["name"] for one in sorted_rows(rows, RunColumn.top1)] == ["d", "b", "a", "c"]

@@ -123,6 +123,9 @@ def test_a_run_trains_records_itself_and_is_complete_at_once_the_second_time(
         "run.name=a was started as another run: trainer.global_batch_size=16 (was 17); choose another run.name, or"
         in (other.stdout)
     )
+    lost = run("train", *overrides, f"data.root={tmp_path}/none", cwd=tmp_path)
+    assert lost.returncode == 65, lost.stdout
+    assert status(run_dir)["state"] == "complete"  # as the run left it
 
     exact = run("evaluate", "run.name=a", cwd=tmp_path)
     assert exact.returncode == 0, exact.stdout

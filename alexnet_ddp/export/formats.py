@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from alexnet_ddp.api import read_export
@@ -17,6 +17,7 @@ from alexnet_ddp.config import ConfigError, ExportFormat
 from alexnet_ddp.data.effects import Normalisation
 from alexnet_ddp.model import transforms_input
 from alexnet_ddp.runtime.errors import WrongExport
+from alexnet_ddp.runtime.files import write_bytes
 
 OPSET = 18
 INPUT = "images"
@@ -77,7 +78,8 @@ def write_model(
     path = to / FILES[form]
     if form in (ExportFormat.safetensors, ExportFormat.huggingface):
         tensors = {name: t.detach().clone().contiguous() for name, t in model.state_dict().items()}
-        save_file(tensors, path, weights_metadata(transforms_input(model), classes))
+        # safetensors' own save_file() makes a file that only its owner can read.
+        write_bytes(path, save(tensors, weights_metadata(transforms_input(model), classes)))
         return
     write = _write_onnx if form is ExportFormat.onnx else _write_torch_export
     try:

@@ -107,6 +107,9 @@ def _cached(url: str, what: str) -> Path:
         )
     except (OSError, RuntimeError) as error:  # the second: not the content that the name states
         reason = " ".join(str(error).split())
-        remedy = f"download it on another machine and put it into {folder.absolute()}"
+        remedy = (
+            f"download it on another machine and put it into {folder.absolute()}, "
+            "or give a file or a run: model.weights=FILE, model.weights=run:NAME"
+        )
         raise ConfigError(f"{what}: {url} cannot be downloaded ({reason}); {remedy}") from error
     return path

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from alexnet_ddp.data.picture import enlarged
 from alexnet_ddp.model import find_head
 
+_MIN_SIDE = 3  # values of a map; fewer show no place
 _OPACITY = 0.55
 # Colours of a map from nothing to the largest value: transparent blue, yellow, red.
 _COLOURS = np.array([[20, 40, 120], [30, 140, 190], [250, 210, 60], [220, 40, 30]], np.float32)
@@ -21,8 +22,8 @@ _COLOURS = np.array([[20, 40, 120], [30, 140, 190], [250, 210, 60], [220, 40, 30
 def activation_maps(model: nn.Module, images: Tensor, classes: Tensor) -> np.ndarray | None:
     """A map for each image and its class, float32 [n, height, width] in [0, 1].
 
-    None if the network has no convolution after its first layer that keeps a position, so that
-    there is nothing to map. model: in evaluation mode. images: float [n, 3, size, size]; classes:
+    None if no convolution after the first layer has at least 3 x 3 positions, so that there is
+    nothing to map. model: in evaluation mode. images: float [n, 3, size, size]; classes:
     int64 [n]; on the model's device.
     """
     layer = _layer(model, images[:1])
@@ -71,7 +72,7 @@ def _layer(model: nn.Module, image: Tensor) -> nn.Module | None:
         for handle in handles:
             handle.remove()
     sizes = [size for _, is_convolution, size in outputs if is_convolution]
-    if len(sizes) < 2 or min(sizes[-1]) < 2:
+    if len(sizes) < 2 or min(sizes[-1]) < _MIN_SIDE:
         return None
     return next(module for module, _, size in reversed(outputs) if size == sizes[-1])
 

@@ -116,11 +116,12 @@ def subtitle(run: RunRecord) -> str:
         ("{} pixels", "data.image_size"),
         ("{}", "optimizer"),
         ("lr {}", "optimizer.lr"),
+        ("per {} images", "optimizer.base_batch_size"),
         ("global batch {}", "trainer.global_batch_size"),
         ("{} epochs", "trainer.epochs"),
         ("seed {}", "seed"),
     ]
-    return " · ".join(form.format(known[key]) for form, key in parts if key in known)
+    return " · ".join(form.format(known[key]) for form, key in parts if known.get(key) is not None)
 
 
 def best_result(run: RunRecord) -> Result | None:

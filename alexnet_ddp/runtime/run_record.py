@@ -39,7 +39,8 @@ class RunRecord:
             raise _unreadable(file, error) from error
         if not isinstance(values, dict):
             raise _unreadable(file, TypeError("it holds no options"))
-        found = self._json("run.json").get("choices", {}) | dict(flat(values))
+        # The choice augment=none has no options, so that flat() has an empty mapping for it.
+        found = dict(flat(values)) | self._json("run.json").get("choices", {})
         return {key: value for key, value in found.items() if key not in _PLACE}
 
     @cached_property
@@ -182,13 +183,18 @@ def open_run(option: str, run: str, root: str, root_option: str = "root") -> Run
 
 
 def differing(runs: list[RunRecord]) -> list[str]:
-    """The options that do not have the same value in all runs, those of the command lines first."""
-    keys = dict.fromkeys(key for run in runs for key in run.options)
+    """The options that do not have the same value in all runs which have recorded their options.
+
+    Those of the command lines come first, and of these the ones with the most different values.
+    """
+    recorded = [run.options for run in runs if run.options]
     given = set().union(*(run.given for run in runs))
-    found = [
-        key for key in keys if any(run.options.get(key) != runs[0].options.get(key) for run in runs)
-    ]
-    return sorted(found, key=lambda key: key not in given)
+    values = {
+        key: len({json.dumps(options.get(key), default=str) for options in recorded})
+        for key in dict.fromkeys(key for options in recorded for key in options)
+    }
+    found = [key for key, count in values.items() if count > 1]
+    return sorted(found, key=lambda key: (key not in given, -values[key]))
 
 
 def option_text(value: Any) -> str:

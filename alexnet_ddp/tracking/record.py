@@ -199,8 +199,9 @@ class RunStatus:
             self._write(state, error.exit_code, str(error))
 
     def _belongs_to_earlier_run(self, error: RunError) -> bool:
-        """True if this command was refused before it started, in the folder of an earlier run."""
-        refused = error.exit_code == ConfigError.exit_code and not self._started
+        """True if options or data were refused before a step, in the folder of an earlier run."""
+        codes = (ConfigError.exit_code, DataError.exit_code)
+        refused = error.exit_code in codes and not self._started
         return refused and (self._run_dir / "status.json").exists()
 
     def _write(self, state: str, exit_code: int | None = None, message: str = "") -> None:

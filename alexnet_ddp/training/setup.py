@@ -16,6 +16,7 @@ from alexnet_ddp.config import (
     Config,
     ConfigError,
     DDPConfig,
+    Hook,
     HybridConfig,
     Method,
     ParallelConfig,
@@ -37,6 +38,11 @@ from alexnet_ddp.training.precision import check_precision
 from alexnet_ddp.training.schedule import Budget, build_lr_schedule
 
 log = logging.getLogger(__name__)
+
+_FIRST_STEP = {
+    Hook.powersgd: "powersgd_start_step",
+    Hook.post_local_sgd: "local_sgd_start_step",
+}
 
 
 class RunSetup:
@@ -65,6 +71,7 @@ class RunSetup:
             cfg.trainer, self.sampler.steps_per_epoch, cfg.checkpoint.save_every_steps
         )
         self._check_frozen()
+        self._check_hook()
         base_lr = cfg.optimizer.lr_at(cfg.trainer.global_batch_size)
         self.lr: Callable[[int], float] = build_lr_schedule(cfg.scheduler, base_lr, self.budget)
         run_identity = self._identity()
@@ -108,6 +115,21 @@ class RunSetup:
                 "%s: the run ends with trainer.max_steps=%d before other layers than the "
                 "classifier are trained",
                 *(what, self.budget.total_steps),
+            )
+
+    def _check_hook(self) -> None:
+        """Warn if parallel.hook has no effect."""
+        parallel = self.cfg.parallel
+        if not isinstance(parallel, DDPConfig) or parallel.hook is Hook.none:
+            return
+        if self.world.world_size == 1:
+            log.warning("parallel.hook=%s has no effect with one rank", parallel.hook.value)
+            return
+        option = _FIRST_STEP.get(parallel.hook)
+        if option is not None and parallel.value_of(option) >= self.budget.total_steps:
+            log.warning(
+                "parallel.hook=%s starts at step %d, and the run has %d steps; give parallel.%s",
+                *(parallel.hook.value, parallel.value_of(option), self.budget.total_steps, option),
             )
 
     def _identity(self) -> dict[str, object]:

@@ -109,6 +109,7 @@ KINDS = [
 def test_the_folder_holds_the_model_and_the_counts_of_evaluate(exported, place, kind):
     found = {path.name for path in exported[kind].iterdir()}
     assert found == OTHER_FILES | {FILES[ExportFormat(kind.removesuffix("_uint8"))]}
+    assert len({path.stat().st_mode for path in exported[kind].iterdir()}) == 1
     assert not list(place.glob(".out*"))
     expected = json.loads((place / "runs/small/evaluation.json").read_text())
     metrics = json.loads((exported[kind] / "metrics.json").read_text())

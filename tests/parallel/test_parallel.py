@@ -1,5 +1,7 @@
 """parallel=hybrid equals parallel=ddp: real gloo processes, dropout on, indivisible batches."""
 
+import logging.handlers
+
 import numpy as np
 import pytest
 import torch
@@ -428,3 +430,38 @@ def test_the_odd_one_of_three_copies_of_a_shard_is_named():
     assert np.argwhere(differences_of_shards(sums, 2)).tolist() == [[3, 1]]
     two = differences_of_shards(sums[:4], 2)  # two that differ: either may be wrong
     assert two[:, 1].tolist() == [0, 1, 0, 2]
+
+
+def warnings_of_setup(root, *overrides):
+    """What RunSetup warns of."""
+    from alexnet_ddp.config.compose import compose
+    from alexnet_ddp.training.setup import RunSetup
+
+    found = logging.handlers.BufferingHandler(99)
+    found.setLevel(logging.WARNING)
+    logging.getLogger("alexnet_ddp").addHandler(found)
+    same = ["data=synthetic", "data.num_train=64", "trainer.global_batch_size=8", "run.name=x"]
+    with distributed.session(Device.cpu) as world:
+        cfg = compose("train", [*same, "trainer.epochs=2", f"run.root={root}", *overrides])
+        RunSetup(cfg, world).checkpoints.close()
+    return [record.getMessage() for record in found.buffer]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides", "expected"),
+    [
+        (1, ["parallel.hook=bf16"], ["parallel.hook=bf16 has no effect with one rank"]),
+        (
+            2,
+            ["parallel.hook=post_local_sgd", "parallel.local_sgd_start_step=16"],
+            [
+                "parallel.hook=post_local_sgd starts at step 16, and the run has 16 steps; "
+                "give parallel.local_sgd_start_step"
+            ],
+        ),
+        (2, ["parallel.hook=powersgd", "parallel.powersgd_start_step=15"], []),
+    ],
+)
+def test_a_hook_without_effect_is_warned_of(ranks, overrides, expected, tmp_path):
+    for found in run_ranks(warnings_of_setup, ranks, str(tmp_path), *overrides):
+        assert found == expected
