@@ -29,6 +29,7 @@ _NOT_SWEPT = {
     "run.root": "is the folder of all trials; give one value",
     "device": "is divided between the trials; give one value",
     "plugins": "is imported by the sweep itself; give one value",
+    "logger.wandb_id": "would be that of all trials, each of which gets its own; leave it out",
     "logger.report": "is written for the whole sweep; give one value",
 }
 

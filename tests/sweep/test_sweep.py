@@ -27,7 +27,7 @@ from alexnet_ddp.sweep import slots
 from alexnet_ddp.sweep.command import main
 from alexnet_ddp.sweep.record import open_record
 from alexnet_ddp.sweep.slots import Slot, check_promotion, divide, merged, visible_gpus
-from alexnet_ddp.sweep.trial import Evaluations
+from alexnet_ddp.sweep.trial import Evaluations, TrialProcess
 from tests.conftest import make_folder
 from tests.drills.harness import PRELOADED, PROJECT, preloaded_server
 from tests.network import QUICK, WAITING
@@ -113,6 +113,7 @@ def test_a_trial_may_get_the_devices_of_several():
     ("given", "message"),
     [
         (["sweep.promote=true"], "promote=true would be ignored with sweep.parallel=1"),
+        (["logger.wandb_id=a"], r"wandb_id \(a\) would be that of all trials, .*; leave it out"),
         (["sweep.sbatch=--nodes=1", "sweep.pruner=asha"], "sweep.pruner=asha needs results while"),
         (["sweep.sbatch=--nodes=1", "sweep.sampler=tpe"], "sweep.sampler=tpe needs results while"),
     ],
@@ -120,6 +121,16 @@ def test_a_trial_may_get_the_devices_of_several():
 def test_options_of_a_sweep_that_do_not_go_together_are_refused(given, message):
     with pytest.raises(ConfigError, match=message):
         compose("sweep", first_point([*GIVEN, *given]))
+
+
+def test_a_trial_does_not_inherit_a_run_of_wandb(tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **more: given.update(more["env"]))
+    for name in ("RUN_ID", "NAME", "SWEEP_ID", "PROJECT"):
+        monkeypatch.setenv(f"WANDB_{name}", "x")
+    TrialProcess(tmp_path / "000", [], Slot())
+    assert "WANDB_PROJECT" in given
+    assert not {"WANDB_RUN_ID", "WANDB_NAME", "WANDB_SWEEP_ID"} & given.keys()
 
 
 def test_complete_trials_are_ranked_before_pruned_ones():
