@@ -28,6 +28,7 @@ from alexnet_ddp.sweep.command import main
 from alexnet_ddp.sweep.record import open_record
 from alexnet_ddp.sweep.slots import Slot, check_promotion, divide, merged, visible_gpus
 from alexnet_ddp.sweep.trial import Evaluations, TrialProcess
+from alexnet_ddp.tracking import make_run_dir, run_status
 from tests.conftest import make_folder
 from tests.drills.harness import PRELOADED, PROJECT, preloaded_server
 from tests.network import QUICK, WAITING
@@ -74,6 +75,27 @@ def test_the_record_comes_back_and_another_sweep_is_refused(tmp_path):
     (tmp_path / "sweep.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"sweep.json cannot be read \(KeyError: 'searches'\)"):
         opened(tmp_path, *GIVEN)
+
+
+@pytest.mark.parametrize("file", ["run.json", "status.json"])
+def test_a_sweep_and_a_run_do_not_share_a_directory(tmp_path, file):
+    sweep, run = tmp_path / "s", tmp_path / "q"
+    sweep.mkdir()
+    opened(sweep, *GIVEN).write()
+    with (
+        pytest.raises(
+            ConfigError, match=r"^run.name \(s\) is the name of a sweep; give another one$"
+        ),
+        run_status(sweep, is_main=True),
+    ):
+        make_run_dir(sweep)
+    assert [one.name for one in sweep.iterdir()] == ["sweep.json"]
+    run.mkdir()
+    (run / file).write_text("{}")
+    with pytest.raises(
+        ConfigError, match=r"^sweep.name \(q\) is the name of a run; give another one$"
+    ):
+        opened(run, *GIVEN)
 
 
 def test_the_devices_are_divided_equally(monkeypatch, tmp_path):
