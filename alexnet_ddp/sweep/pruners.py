@@ -57,8 +57,8 @@ def decide(pruner: Pruner, trial: Progress, earlier: Sequence[Progress]) -> Deci
 
 
 def score(value: float, is_minimised: bool) -> float:
-    """A number that is higher for better values. NaN is the worst."""
-    if math.isnan(value):
+    """A number that is higher for better values. Values that are not finite are the worst."""
+    if not math.isfinite(value):
         return -math.inf
     return -value if is_minimised else value
 

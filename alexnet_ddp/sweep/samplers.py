@@ -144,17 +144,18 @@ class Tpe:
         states, best = self._optuna.trial.TrialState, trial.best(self._is_minimised)
         state = {
             State.running: states.RUNNING,
-            State.complete: states.FAIL if best is None else states.COMPLETE,
+            State.complete: states.COMPLETE if trial.evaluations else states.FAIL,
             State.pruned: states.PRUNED,
             State.failed: states.FAIL,
         }[trial.state]
+        worst = math.inf if self._is_minimised else -math.inf  # of a trial without a finite value
         params = {
             one.key: trial.values[one.key] if one.values else _number(one, trial.values[one.key])
             for one in self._space.dimensions
         }
         return self._optuna.trial.create_trial(
             state=state,
-            value=best.value if best is not None and state is states.COMPLETE else None,
+            value=(best.value if best else worst) if state is states.COMPLETE else None,
             params=params,
             distributions=self._distributions,
             intermediate_values={k: one.value for k, one in enumerate(trial.evaluations, 1)},

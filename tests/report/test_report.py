@@ -99,7 +99,7 @@ def test_a_long_line_keeps_its_ends_and_its_extremes():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (0.05, "0.05"), (1500, "1.5k"), (2e6, "2M"), (1e-5, "1e-5"), (6e-4, "6e-4"), (-20, "-20")],
+    [(0, "0"), (0.05, "0.05"), (1500, "1.5k"), (2e6, "2M"), (1e-5, "1e-5"), (6e-4, "6e-4"), (-20, "-20"), (2.77e36, "2.8e36")],
 )  # fmt: skip
 def test_numbers_of_an_axis_are_short(value, text):
     assert short(value) == text

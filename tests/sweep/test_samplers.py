@@ -72,6 +72,8 @@ def test_tpe_learns_and_a_draw_is_a_function_of_the_trials_before():
     assert all(1 <= int(one["trainer.epochs"]) <= 3 for one in found)
     before = [Trial(0, found[0], State.complete, evaluations=[Evaluation(1, rates[0])])]
     assert sampler_of(*given).draw(before) == found[1]  # as after a restart
+    infinite = [Trial(0, found[0], State.complete, evaluations=[Evaluation(1, float("inf"))])]
+    assert sampler_of(*given, "sweep.metric=val/loss").draw(infinite * 12).keys() == found[0].keys()
     running = [*before, Trial(1, found[1]), Trial(2, found[2], State.failed, 70)]
     assert sampler_of(*given, "sweep.metric=val/loss").draw(running).keys() == found[0].keys()
 

@@ -27,6 +27,7 @@ from alexnet_ddp.sweep import slots
 from alexnet_ddp.sweep.command import main
 from alexnet_ddp.sweep.record import open_record
 from alexnet_ddp.sweep.slots import Slot, check_promotion, divide, merged, visible_gpus
+from alexnet_ddp.sweep.table import table
 from alexnet_ddp.sweep.trial import Evaluations, TrialProcess
 from alexnet_ddp.tracking import make_run_dir, run_status
 from tests.conftest import make_folder
@@ -171,6 +172,24 @@ def test_complete_trials_are_ranked_before_pruned_ones():
         record = SweepRecord(Path("x"), {"sweep.metric": metric}, trials)
         assert [one.number for one in record.ranked] == order
     assert trials[3].best(is_minimised=False) == Evaluation(2, 4.0)
+
+
+def test_a_trial_has_no_result_if_no_value_is_finite():
+    def trial(number: int, state: State, value: float) -> Trial:
+        return Trial(number, {}, state, evaluations=[Evaluation(1, value)])
+
+    trials = [
+        trial(0, State.complete, float("inf")),
+        trial(1, State.pruned, 2.7e36),
+        trial(2, State.complete, float("nan")),
+        trial(3, State.failed, 1.0),
+    ]
+    trials[3].exit_code = 70
+    record = SweepRecord(Path("x"), {"sweep.metric": "val/loss"}, trials)
+    assert record.best is trials[1]
+    assert SweepRecord(Path("x"), {"sweep.metric": "val/loss"}, trials[2:]).best is None
+    shown = table(record.rows, [], "val/loss")
+    assert [str(cell) for cell in shown.columns[2].cells] == ["2.7e+36", "", "", "1.0000"]
 
 
 def test_evaluations_are_read_again_only_if_the_file_has_changed(tmp_path):
