@@ -34,7 +34,7 @@ _ORDER = (State.complete, State.pruned, State.failed, State.running)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metric after `step`. is_final: the trial ends with this step."""
+    """The metric after `step`. is_final: it is the last one by its epochs or max_steps."""
 
     step: int
     value: float
