@@ -458,9 +458,10 @@ def test_unknown_runs_and_options_that_contradict_are_refused(tmp_path):
     make_run(tmp_path / "x")
     with pytest.raises(ConfigError, match=r"^compare \(z\) is neither a run below"):
         main(options(tmp_path, "run.name=x", "compare=[z]"), [])
-    for wrong in ("compare=[x]", "compare=[y,y]"):
+    make_run(tmp_path / "y")
+    for wrong in ("[x]", "[y,y]", f"[{tmp_path}/x]", f"[y,{tmp_path}/y]", "[y/../x]"):
         with pytest.raises(ConfigError, match=r"must name other runs than run.name \(x\)"):
-            options(tmp_path, "run.name=x", wrong)
+            main(options(tmp_path, "run.name=x", f"compare={wrong}"), [])
     with pytest.raises(ConfigError, match=r"compare names 6 runs; the page has colours for 5"):
         options(tmp_path, "run.name=x", "compare=[a,b,c,d,e,f]")
     with pytest.raises(ConfigError, match=r"model.weights .* is refused"):
