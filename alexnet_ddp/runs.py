@@ -15,6 +15,7 @@ if __name__ == "__main__":
     sys.argv[1:] = cli.with_positions(sys.argv[1:], ("root",))
     cli.run("runs", "alexnet_ddp.runs:main")
 
+import logging
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.run_record import RunRecord, differing, find_runs, option_text
 from alexnet_ddp.runtime.tables import COUNT, NUMBER, TEXT, open_table, require_pyarrow
 from alexnet_ddp.runtime.terminal import Console, Table
+
+log = logging.getLogger(__name__)
 
 _MAX_OPTIONS = 6  # of a run in the printed table
 _MAX_VALUE = 30  # characters of an option there
@@ -47,18 +50,34 @@ def main(cfg: RunsConfig, overrides: list[str]) -> None:
     if not runs:
         rule = "contains no runs: no folder in it has a run.json"
         raise ConfigError(f"root ({cfg.root}) {rule}; give the run.root of a training")
-    rows = sorted_rows([row(run) for run in runs], cfg.sort)
-    options = differing(runs)
-    by_name = {run.name: run for run in runs}
+    found, readable = rows_of(runs)
+    rows, options = sorted_rows(found, cfg.sort), differing(readable)
+    by_name = {run.name: run.options for run in readable}
     if cfg.output is None:
         Console().print(table(rows, options, by_name))
         return
     columns = _COLUMNS | dict.fromkeys(options, TEXT)
     with closing(open_table("output", cfg.output, columns)) as file:
         for one in rows:
-            known = by_name[one["name"]].options
+            known = by_name.get(one["name"], {})
             file.write(one | {key: option_text(known[key]) for key in options if key in known})
     say(f"{len(runs):,} runs in {cfg.output}")
+
+
+def rows_of(runs: list[RunRecord]) -> tuple[list[dict[str, Any]], list[RunRecord]]:
+    """The rows of all runs, and the runs that can be read. The others get a warning."""
+    rows, readable = list[dict[str, Any]](), list[RunRecord]()
+    for run in runs:
+        try:
+            one = row(run)
+            differing([run])  # reads its options
+        except ConfigError as error:
+            log.warning("%s", error)
+            rows.append({"name": run.name, "status": "unreadable"})
+        else:
+            rows.append(one)
+            readable.append(run)
+    return rows, readable
 
 
 def row(run: RunRecord) -> dict[str, Any]:
@@ -82,14 +101,14 @@ def sorted_rows(rows: list[dict[str, Any]], column: RunColumn) -> list[dict[str,
     return sorted(by_name, key=lambda row: -row.get(column, float("-inf")))
 
 
-def table(rows: list[dict[str, Any]], options: list[str], runs: dict[str, RunRecord]) -> Table:
-    """The table to print. options: those in which the runs differ."""
+def table(rows: list[dict[str, Any]], options: list[str], runs: dict[str, dict[str, Any]]) -> Table:
+    """The table to print. options: those in which the runs differ. runs: name -> its options."""
     shown = Table("run", "status", is_compact=True)
     for heading in ("best top-1 %", "step", "images/s", "hours"):
         shown.add_column(heading, justify="right")
     shown.add_column("options that differ")
     for one in rows:
-        values = runs[one["name"]].options
+        values = runs.get(one["name"], {})
         known = [f"{key}={_short(option_text(values[key]))}" for key in options if key in values]
         more = len(known) - _MAX_OPTIONS
         if more > 0:

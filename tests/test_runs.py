@@ -154,6 +154,18 @@ def test_the_table_is_printed_and_written_with_a_column_for_each_option(tmp_path
     assert "contains no runs" in done.stdout
 
 
+def test_a_damaged_run_is_in_the_table_as_unreadable(tmp_path):
+    make_run(tmp_path / "a", [{"step": 1, "val/top1": 12.5}], options="seed: 0\n")
+    make_run(tmp_path / "b", [{"step": 9, "val/top1": 50.0}], options="seed: 1\n")
+    (tmp_path / "b/run.json").write_text("{")
+    done = run_main("runs", str(tmp_path))
+    assert done.returncode == 0, done.stdout
+    lines = [one.split() for one in done.stdout.splitlines() if one.strip()]
+    assert "warning:" in lines[0]
+    assert f"{tmp_path}/b/run.json" in lines[0]
+    assert lines[-2:] == [["a", "complete", "12.50", "1"], ["b", "unreadable"]]
+
+
 def test_neither_command_imports_torch():
     code = "import sys, alexnet_ddp.runs, alexnet_ddp.compare; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], env=ENV, text=True) == "False\n"

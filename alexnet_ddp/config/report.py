@@ -28,9 +28,6 @@ class ReportConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.run.name in self.compare or len(set(self.compare)) < len(self.compare):
-            rule = f"must name other runs than run.name ({self.run.name}), each of them once"
-            raise ConfigError(f"compare ({', '.join(self.compare)}) {rule}")
         if len(self.compare) > _MAX_COMPARED:
             rule = f"names {len(self.compare)} runs; the page has colours for {_MAX_COMPARED}"
             raise ConfigError(f"compare {rule}: leave some out")

@@ -29,6 +29,7 @@ _NOT_SWEPT = {
     "run.root": "is the folder of all trials; give one value",
     "device": "is divided between the trials; give one value",
     "plugins": "is imported by the sweep itself; give one value",
+    "logger.wandb_id": "would be that of all trials, each of which gets its own; leave it out",
     "logger.report": "is written for the whole sweep; give one value",
 }
 
@@ -54,6 +55,13 @@ class Dimension:
         """One of the values."""
         return self.values[0] if self.values else self.text_of(self.low)
 
+    @property
+    def num_values(self) -> int | None:
+        """The number of values; None for an interval of real numbers."""
+        if self.values:
+            return len(self.values)
+        return round(self.high) - round(self.low) + 1 if self.is_int else None
+
     def text_of(self, number: float) -> str:
         """A number of the interval as a value of an override, with six digits."""
         if self.is_int:
@@ -72,9 +80,10 @@ class Space:
 
     @property
     def num_points(self) -> int | None:
-        """The number of combinations; None if there is an interval."""
-        sizes = [len(dimension.values) for dimension in self.dimensions]
-        return math.prod(sizes) if all(sizes) else None
+        """The number of combinations; None if there is an interval of real numbers."""
+        sizes = [dimension.num_values for dimension in self.dimensions]
+        known = [size for size in sizes if size is not None]
+        return math.prod(known) if len(known) == len(sizes) else None
 
     def overrides(self, values: Mapping[str, str]) -> list[str]:
         """The overrides of the trial with these values: key -> text."""

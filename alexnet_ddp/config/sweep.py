@@ -123,6 +123,9 @@ class SweepConfig(Config):
         super().__post_init__()
         if self.sweep.name is not None:
             check_directory_name("sweep.name", self.sweep.name, self.run.root)
+        if self.logger.wandb_id is not None:
+            rule = "would be that of all trials, each of which gets its own"
+            raise ConfigError(f"logger.wandb_id ({self.logger.wandb_id}) {rule}; leave it out")
         known = [*_METRICS, *(f"val/{name}" for name in self.trainer.metrics)]
         if self.sweep.metric not in known:
             rule = f"must be one of {', '.join(known)}"

@@ -206,16 +206,16 @@ def thinned(points: Points, limit: int) -> Points:
 
 
 def short(value: float) -> str:
-    """A number for an axis: 0.05, 1.5k, 20M, 1e-5."""
+    """A number for an axis: 0.05, 1.5k, 20M, 1e-5, 1e36."""
     if value == 0:
         return "0"
     size = abs(value)
+    if not 1e-3 <= size < 1e12:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size >= unit:
             return f"{value / unit:.4g}{letter}"
-    if size < 1e-3:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     return f"{value:.4g}"
 
 

@@ -54,11 +54,9 @@ def main(options: ReportConfig, overrides: list[str]) -> None:
         directory = options.run_dir
         page: Page | SweepPage = sweep_page(directory)
     else:
-        root = options.run.root
-        run = open_run("run.name", options.run.name, root, "run.root")
-        others = [open_run("compare", name, root, "run.root") for name in options.compare]
-        directory = run.directory
-        page = build_page([run, *others], options, overrides)
+        runs = _open_runs(options)
+        directory = runs[0].directory
+        page = build_page(runs, options, overrides)
     html = render(page).encode(errors="backslashreplace")  # a path may have other bytes than UTF-8
     file = directory / FILE
     try:
@@ -67,6 +65,17 @@ def main(options: ReportConfig, overrides: list[str]) -> None:
         rule = f"{file} could not be written ({error.strerror or error})"
         raise MachineError(f"{rule}; free some space, or fix its permissions") from error
     say(f"{file}: {len(html) / 1e6:.2f} MB")
+
+
+def _open_runs(options: ReportConfig) -> list[RunRecord]:
+    """The run, and those to compare it with. Raises ConfigError if two of them are the same."""
+    root = options.run.root
+    run = open_run("run.name", options.run.name, root, "run.root")
+    runs = [run, *(open_run("compare", name, root, "run.root") for name in options.compare)]
+    if len({one.directory.resolve() for one in runs}) < len(runs):
+        rule = f"must name other runs than run.name ({run.name}), each of them once"
+        raise ConfigError(f"compare ({', '.join(options.compare)}) {rule}")
+    return runs
 
 
 def _check_for_sweep(name: str, overrides: list[str]) -> None:

@@ -19,6 +19,7 @@ from alexnet_ddp.report.images import Filters, Shown
 from alexnet_ddp.report.sweep import SweepPage
 from alexnet_ddp.report.timeline import Timeline, duration
 from alexnet_ddp.report.times import Profile, Times
+from alexnet_ddp.runtime.sweep_record import result_text
 from alexnet_ddp.training.intervals import Interval
 
 _HERE = Path(__file__).parent
@@ -80,7 +81,7 @@ def render(page: Page | SweepPage) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"duration": duration}
+    environment.filters |= {"duration": duration, "result": result_text}
     script = (_HERE / "page.js").read_text()
     digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(template).render(

@@ -1,5 +1,6 @@
 """The page of a sweep: its trials, the metric against each swept option, and all curves."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,7 +57,7 @@ class SweepPage:
 def sweep_page(directory: Path) -> SweepPage:
     """The page of the sweep in `directory`. Raises ConfigError if a record cannot be read."""
     record = read_sweep(directory)
-    best = next((one for one in record.ranked if one.has_result), None)
+    best = record.best
     run = None if best is None else _run(record, best)
     found = None if best is None else best.best(record.is_minimised)
     keys = list(record.trials[0].values) if record.trials else []
@@ -147,6 +148,7 @@ def _run(record: SweepRecord, trial: Trial) -> RunRecord:
 
 def _number(text: str) -> float | None:
     try:
-        return float(text)
+        found = float(text)
     except ValueError:
         return None
+    return found if math.isfinite(found) else None

@@ -27,6 +27,11 @@ class RunRecord:
     directory: Path
     name: str  # for tables: the directory relative to the root of the runs
 
+    @property
+    def exists(self) -> bool:
+        """True if the directory is that of a run."""
+        return _is_run(self.directory)
+
     @cached_property
     def options(self) -> dict[str, Any]:
         """OPTION -> value of the last start, with the choice of each group, such as "model"."""

@@ -5,6 +5,7 @@ database nor file locks are needed, which network file systems often lack.
 """
 
 import json
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -16,6 +17,7 @@ from alexnet_ddp.runtime.redaction import redact
 
 _FILE = "sweep.json"
 _MINIMISED = "val/loss"
+_HUGE = 1e6
 
 
 class State(StrEnum):
@@ -32,7 +34,7 @@ _ORDER = (State.complete, State.pruned, State.failed, State.running)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metric after `step`. is_final: the trial ends with this step."""
+    """The metric after `step`. is_final: it is the last one by its epochs or max_steps."""
 
     step: int
     value: float
@@ -70,8 +72,8 @@ class Trial:
         return self.state in (State.complete, State.pruned)
 
     def best(self, is_minimised: bool) -> Evaluation | None:
-        """The first of the best evaluations; None if none is a number."""
-        found = [one for one in self.evaluations if one.value == one.value]  # NaN is not itself
+        """The first of the best evaluations; None if no value is finite."""
+        found = [one for one in self.evaluations if math.isfinite(one.value)]
         sign = 1 if is_minimised else -1
         return min(found, key=lambda one: sign * one.value, default=None)
 
@@ -95,14 +97,24 @@ class SweepRecord:
 
     @property
     def ranked(self) -> list[Trial]:
-        """Complete trials, then pruned ones, then failed ones; each from the best metric on."""
+        """Complete trials, then pruned ones, then failed ones; each from the best metric on.
 
-        def key(trial: Trial) -> tuple[int, bool, float, int]:
+        Complete and pruned trials without a finite metric come after those that have one.
+        """
+
+        def key(trial: Trial) -> tuple[int, int, bool, float, int]:
             best, sign = trial.best(self.is_minimised), 1 if self.is_minimised else -1
             value = 0.0 if best is None else sign * best.value
-            return _ORDER.index(trial.state), best is None, value, trial.number
+            group = 2 if not trial.has_result else 1 if best is None else 0
+            return group, _ORDER.index(trial.state), best is None, value, trial.number
 
         return sorted(self.trials, key=key)
+
+    @property
+    def best(self) -> Trial | None:
+        """The trial with the best result: a complete one, else a pruned one; None if none has."""
+        found = (one for one in self.ranked if one.has_result)
+        return next((one for one in found if one.best(self.is_minimised) is not None), None)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -129,6 +141,11 @@ class SweepRecord:
             "message": redact(trial.message) or None,
         }
         return {key: value for key, value in found.items() if value is not None}
+
+
+def result_text(value: float) -> str:
+    """A metric for a table, with four decimals; a huge one with six digits."""
+    return f"{value:.4f}" if abs(value) < _HUGE else f"{value:.6g}"
 
 
 def is_minimised(metric: str) -> bool:

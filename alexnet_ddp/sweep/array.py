@@ -7,7 +7,6 @@ reads what they have done. Which of them are queued is Slurm's to know, and not 
 import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 from alexnet_ddp import cli
@@ -20,6 +19,7 @@ from alexnet_ddp.runtime.sweep_record import SweepRecord, Trial
 from alexnet_ddp.sweep.record import FINAL_CODES
 from alexnet_ddp.sweep.results import TrialRuns
 from alexnet_ddp.sweep.samplers import Draws
+from alexnet_ddp.sweep.trial import trial_env
 
 LINES = "trials.txt"  # line N: the overrides of task N, which is trial N - 1
 _SCRIPT = Path("slurm/sweep.sbatch")
@@ -112,7 +112,7 @@ def _ranges(tasks: list[int]) -> str:
 
 def _slurm(*command: str) -> str:
     """The output of one of Slurm's commands. Raises ConfigError if it fails."""
-    env = {"PYTHON": sys.executable, **os.environ, "PROJECT_DIR": os.getcwd()}
+    env = trial_env() | {"PROJECT_DIR": os.getcwd()}
     try:
         done = subprocess.run(
             command, env=env, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False

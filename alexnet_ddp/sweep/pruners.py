@@ -22,7 +22,8 @@ class Progress:
     """A trial as a pruner sees it.
 
     scores: after each evaluation; higher is better. num_counted: so many of them may be compared
-    with others. is_over: there will be no more of them. final: the last score is that of the end.
+    with others. is_over: there will be no more of them. is_final: the last score is that of the
+    last epoch or step. It is not set if trainer.patience or max_hours ends the training.
     """
 
     scores: Sequence[float]
@@ -42,7 +43,7 @@ class Decision:
 def decide(pruner: Pruner, trial: Progress, earlier: Sequence[Progress]) -> Decision:
     """Decide on a trial as far as possible. earlier: all trials of lower numbers.
 
-    The evaluation at the end of a training is never bad: stopping there would save nothing.
+    A final evaluation is never bad: stopping there would save nothing.
     """
     for count in range(1, len(trial.scores) + 1):
         is_end = trial.is_final and count == len(trial.scores)
@@ -57,8 +58,8 @@ def decide(pruner: Pruner, trial: Progress, earlier: Sequence[Progress]) -> Deci
 
 
 def score(value: float, is_minimised: bool) -> float:
-    """A number that is higher for better values. NaN is the worst."""
-    if math.isnan(value):
+    """A number that is higher for better values. Values that are not finite are the worst."""
+    if not math.isfinite(value):
         return -math.inf
     return -value if is_minimised else value
 

@@ -6,6 +6,7 @@ from alexnet_ddp.config import ConfigError, SweepConfig
 from alexnet_ddp.config.option import shown
 from alexnet_ddp.config.space import Space
 from alexnet_ddp.runtime.redaction import redact
+from alexnet_ddp.runtime.run_record import RunRecord
 from alexnet_ddp.runtime.sweep_record import State, SweepRecord, is_sweep, read_sweep
 
 # Results that another start would repeat: a wrong configuration, and a divergence.
@@ -19,10 +20,14 @@ def open_record(directory: Path, cfg: SweepConfig, space: Space) -> SweepRecord:
     """The record of the sweep in `directory`, or a new one.
 
     Trials that failed through the machine become `running` again. Raises ConfigError if the file
-    belongs to another sweep, or cannot be read.
+    belongs to another sweep, or cannot be read, or if the directory is that of a run.
     """
     identity = identity_of(cfg, space)
     if not is_sweep(directory):
+        if RunRecord(directory, directory.name).exists:
+            raise ConfigError(
+                f"sweep.name ({directory.name}) is the name of a run; give another one"
+            )
         return SweepRecord(directory, identity, [])
     record = read_sweep(directory)
     if record.identity != identity:

@@ -7,7 +7,7 @@ is continued draws what it would have drawn.
 import math
 import warnings
 from collections.abc import Sequence
-from itertools import product
+from itertools import count, product
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +19,7 @@ from alexnet_ddp.config.sweep import MAX_TRIALS
 from alexnet_ddp.runtime.sweep_record import State, Trial
 
 _DEFAULT_TRIALS = 20
+_MAX_ATTEMPTS = 1000  # to draw a new combination, if they cannot be counted
 
 
 class Draws(Protocol):
@@ -45,7 +46,9 @@ def build_sampler(cfg: SweepConfig, space: Space) -> Draws:
     num_trials, points = options.trials or _DEFAULT_TRIALS, space.num_points
     if points is not None and num_trials > points:
         rule = f"is more than the {points} combinations of the values"
-        remedy = "use sweep.sampler=grid, or give sweep.trials"
+        remedy = f"give at most sweep.trials={points}"
+        if all(one.values for one in space.dimensions):
+            remedy += ", or use sweep.sampler=grid"
         raise ConfigError(f"sweep.trials ({num_trials}) {rule}; {remedy}")
     if options.sampler is Sampler.random:
         return Random(space, options.seed, num_trials)
@@ -79,20 +82,32 @@ class Random:
     def __init__(self, space: Space, seed: int, num_trials: int) -> None:
         self.num_trials = num_trials
         self._space, self._seed = space, seed
+        self._points = self._draw_all()  # before the first trial, so that errors come early
 
     def draw(self, earlier: Sequence[Trial]) -> dict[str, str]:
-        number = np.array([len(earlier)])
-        known = [trial.values for trial in earlier]
-        attempt = 0
-        while True:
-            key = rng.fold(self._seed, rng.SWEEP, attempt)
-            uniforms = rng.uniforms(key, number, len(self._space.dimensions))[0]
-            found = {
-                one.key: _at(one, float(u)) for one, u in zip(self._space.dimensions, uniforms)
-            }
-            if found not in known:
-                return found
-            attempt += 1
+        return self._points[len(earlier)]
+
+    def _draw_all(self) -> list[dict[str, str]]:
+        # Of finitely many combinations, enough for all trials, each one comes at last.
+        limit = _MAX_ATTEMPTS if self._space.num_points is None else None
+        points, known = list[dict[str, str]](), set[tuple[str, ...]]()
+        while len(points) < self.num_trials:
+            attempts = count() if limit is None else range(limit)
+            drawn = (self._point(len(points), attempt) for attempt in attempts)
+            found = next((one for one in drawn if tuple(one.values()) not in known), None)
+            if found is None:
+                rule = f"is more than the combinations that were found ({len(points)})"
+                why = "numbers of an interval have six digits"
+                remedy = f"give a wider interval, or at most sweep.trials={len(points)}"
+                raise ConfigError(f"sweep.trials ({self.num_trials}) {rule}: {why}; {remedy}")
+            points.append(found)
+            known.add(tuple(found.values()))
+        return points
+
+    def _point(self, number: int, attempt: int) -> dict[str, str]:
+        key, dimensions = rng.fold(self._seed, rng.SWEEP, attempt), self._space.dimensions
+        uniforms = rng.uniforms(key, np.array([number]), len(dimensions))[0]
+        return {one.key: _at(one, float(u)) for one, u in zip(dimensions, uniforms)}
 
 
 class Tpe:
@@ -129,17 +144,18 @@ class Tpe:
         states, best = self._optuna.trial.TrialState, trial.best(self._is_minimised)
         state = {
             State.running: states.RUNNING,
-            State.complete: states.FAIL if best is None else states.COMPLETE,
+            State.complete: states.COMPLETE if trial.evaluations else states.FAIL,
             State.pruned: states.PRUNED,
             State.failed: states.FAIL,
         }[trial.state]
+        worst = math.inf if self._is_minimised else -math.inf  # of a trial without a finite value
         params = {
             one.key: trial.values[one.key] if one.values else _number(one, trial.values[one.key])
             for one in self._space.dimensions
         }
         return self._optuna.trial.create_trial(
             state=state,
-            value=best.value if best is not None and state is states.COMPLETE else None,
+            value=(best.value if best else worst) if state is states.COMPLETE else None,
             params=params,
             distributions=self._distributions,
             intermediate_values={k: one.value for k, one in enumerate(trial.evaluations, 1)},

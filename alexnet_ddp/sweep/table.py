@@ -8,7 +8,7 @@ from alexnet_ddp import cli
 from alexnet_ddp.config.space import Space
 from alexnet_ddp.runtime.printing import printable, say
 from alexnet_ddp.runtime.redaction import redact
-from alexnet_ddp.runtime.sweep_record import State, SweepRecord, Trial
+from alexnet_ddp.runtime.sweep_record import State, SweepRecord, Trial, result_text
 from alexnet_ddp.runtime.tables import COUNT, NUMBER, TEXT, open_table
 from alexnet_ddp.runtime.terminal import Console, Table
 
@@ -30,7 +30,7 @@ def show_results(record: SweepRecord, space: Space) -> None:
         for one in rows:
             file.write(one)
     say(f"{len(rows)} trials in {printable(record.directory / CSV)}")
-    best = next((one for one in record.ranked if one.has_result), None)
+    best = record.best
     if best is not None:
         _print_command(best, record, space)
 
@@ -51,9 +51,9 @@ def table(rows: list[dict[str, Any]], keys: list[str], metric: str) -> Table:
         if status == State.failed:
             status = f"failed ({one['exit_code']})"
         values = [one[key] for key in keys]
-        result = (_cell(one, metric, ".4f"), _cell(one, "step", ",d"))
-        hours = _cell(one, "hours", ".3f")
-        shown.add_row(_cell(one, "rank", "d"), one["trial"], *values, *result, status, hours)
+        result = result_text(one[metric]) if metric in one else ""
+        step, hours = _cell(one, "step", ",d"), _cell(one, "hours", ".3f")
+        shown.add_row(_cell(one, "rank", "d"), one["trial"], *values, result, step, status, hours)
     return shown
 
 

@@ -17,11 +17,19 @@ from alexnet_ddp.runtime.run_record import RunRecord
 from alexnet_ddp.runtime.sweep_record import Evaluation
 from alexnet_ddp.sweep.slots import Slot
 
+# They belong to one run of wandb, and every trial is another one.
+_OF_ONE_RUN = ("WANDB_RUN_ID", "WANDB_NAME", "WANDB_SWEEP_ID")
 _PROJECT = Path(__file__).resolve().parents[2]
 _SCRIPT = SOURCES["launch"] / "local.sh"
 LOG = "output.log"
 _MIN_WAIT_S = 1.0  # between two looks at a growing file
 _WAIT_FACTOR = 50  # at least so many times longer than a look takes
+
+
+def trial_env() -> dict[str, str]:
+    """The variables of this process that a trial gets too."""
+    known = {"PYTHON": sys.executable, **os.environ}
+    return {name: value for name, value in known.items() if name not in _OF_ONE_RUN}
 
 
 class TrialProcess:
@@ -34,7 +42,7 @@ class TrialProcess:
     def __init__(self, run_dir: Path, overrides: list[str], slot: Slot) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         path = os.pathsep.join(filter(None, (str(_PROJECT), os.getenv("PYTHONPATH"))))
-        env = {"PYTHON": sys.executable, **os.environ, "PYTHONPATH": path, "COMMAND": "train"}
+        env = trial_env() | {"PYTHONPATH": path, "COMMAND": "train"}
         cores = ",".join(map(str, slot.cores))
         start = [str(os.getpid()), str(run_dir / ".trial.lock"), cores]
         script = ["bash", str(_SCRIPT), *cli.config_dir_arguments(), *overrides]

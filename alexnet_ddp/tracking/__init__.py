@@ -28,7 +28,12 @@ from alexnet_ddp.tracking.record import (
     write_status,
 )
 from alexnet_ddp.tracking.sinks import JsonlSink, TensorBoardSink
-from alexnet_ddp.tracking.wandb_settings import check_wandb, init_arguments, wandb_mode
+from alexnet_ddp.tracking.wandb_settings import (
+    check_wandb,
+    init_arguments,
+    wandb_mode,
+    wandb_name,
+)
 from alexnet_ddp.tracking.wandb_sink import WandbSink
 
 __all__ = [
@@ -57,7 +62,6 @@ class RunInfo:
     start, such as the number of ranks.
     """
 
-    name: str
     is_main: bool
     start_step: int
     total_steps: int
@@ -213,7 +217,7 @@ def build_tracker(
     if mode != "disabled":
         spec = {
             "mode": mode,
-            "name": run.name,
+            "name": wandb_name(run_dir),
             "config": run.config,
             "artifacts": cfg.wandb_artifacts.value,
             "offset": record.start_offset,
@@ -222,7 +226,7 @@ def build_tracker(
         }
 
         def build() -> WandbSink:
-            spec["init"] = init_arguments(cfg, run_dir, run.name)
+            spec["init"] = init_arguments(cfg, run_dir)
             spec["facts"] = code_facts() | run.facts
             return WandbSink(run_dir, spec, tracker.say, on_stop)
 

@@ -9,7 +9,7 @@ from alexnet_ddp.config import Artifacts, ConfigError, LoggerConfig
 from alexnet_ddp.runtime.files import lock_run
 from alexnet_ddp.tracking import Tracker
 from alexnet_ddp.tracking.console import PlainConsole
-from alexnet_ddp.tracking.wandb_settings import init_arguments, wandb_mode
+from alexnet_ddp.tracking.wandb_settings import init_arguments, wandb_mode, wandb_name
 from alexnet_ddp.tracking.wandb_sink import WandbSink
 
 
@@ -33,7 +33,7 @@ def send_export(
     def build() -> WandbSink:
         spec = {
             "mode": mode,
-            "name": run_dir.name,
+            "name": wandb_name(run_dir),
             "config": {},
             "facts": {},
             "artifacts": cfg.wandb_artifacts.value,
@@ -44,7 +44,7 @@ def send_export(
             "aliases": ["latest", form],
             "metadata": metadata,
             "exit_code": _exit_code(run_dir),
-            "init": init_arguments(cfg, run_dir, run_dir.name),
+            "init": init_arguments(cfg, run_dir),
         }
         return WandbSink(run_dir, spec, tracker.say, on_stop=lambda: None)
 

@@ -27,6 +27,7 @@ from alexnet_ddp.runtime.errors import (
 from alexnet_ddp.runtime.files import write_bytes, write_json
 from alexnet_ddp.runtime.redaction import redact, redact_yaml
 from alexnet_ddp.runtime.startup import before_exit
+from alexnet_ddp.runtime.sweep_record import is_sweep
 from alexnet_ddp.tracking import events
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,9 @@ def record_run(
 
 
 def make_run_dir(run_dir: Path) -> None:
-    """Create run_dir. Raises ConfigError if it cannot be written to."""
+    """Create run_dir. Raises ConfigError if it cannot be written to, or is that of a sweep."""
+    if is_sweep(run_dir):
+        raise ConfigError(f"run.name ({run_dir.name}) is the name of a sweep; give another one")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -193,16 +196,16 @@ class RunStatus:
             self._write("complete", 0)
         elif not isinstance(error, RunError):
             self._write("failed", 1, f"{type(error).__name__}: {error}")
-        elif not self._belongs_to_earlier_run(error):
+        elif not self._belongs_to_another(error):
             states = {Preempted.exit_code: "preempted", StoppedByService.exit_code: "stopped"}
             state = states.get(error.exit_code, "failed")
             self._write(state, error.exit_code, str(error))
 
-    def _belongs_to_earlier_run(self, error: RunError) -> bool:
-        """True if options or data were refused before a step, in the folder of an earlier run."""
+    def _belongs_to_another(self, error: RunError) -> bool:
+        """True if options or data were refused before a step, in the folder of a run or a sweep."""
         codes = (ConfigError.exit_code, DataError.exit_code)
         refused = error.exit_code in codes and not self._started
-        return refused and (self._run_dir / "status.json").exists()
+        return refused and ((self._run_dir / "status.json").exists() or is_sweep(self._run_dir))
 
     def _write(self, state: str, exit_code: int | None = None, message: str = "") -> None:
         if not self._is_main:

@@ -12,6 +12,7 @@ from typing import Any
 
 from alexnet_ddp.config import Artifacts, LoggerConfig, Wandb
 from alexnet_ddp.config.option import shown
+from alexnet_ddp.runtime import sweep_record
 from alexnet_ddp.runtime.errors import ConfigError
 from alexnet_ddp.runtime.files import write_bytes
 
@@ -64,7 +65,14 @@ def check_wandb(cfg: LoggerConfig) -> None:
             raise ConfigError(f"logger.wandb_tags: {shown(tag)} {rule}")
 
 
-def init_arguments(cfg: LoggerConfig, run_dir: Path, run_name: str) -> dict[str, Any]:
+def wandb_name(run_dir: Path) -> str:
+    """The name of a run in wandb: that of its directory, for a trial of our sweep SWEEP/NUMBER."""
+    directory = run_dir.absolute()
+    is_trial = sweep_record.is_sweep(directory.parent)
+    return f"{directory.parent.name}/{directory.name}" if is_trial else directory.name
+
+
+def init_arguments(cfg: LoggerConfig, run_dir: Path) -> dict[str, Any]:
     """Return the arguments of wandb.init. An option that is missing is left to wandb's variables.
 
     All starts of a run get the same id, which is kept in run_dir/wandb_id.txt.
@@ -86,9 +94,9 @@ def init_arguments(cfg: LoggerConfig, run_dir: Path, run_name: str) -> dict[str,
     if not os.environ.get("WANDB_RESUME"):
         arguments["resume"] = "allow"
     # wandb gives a run of a sweep a name of its own, which is more readable than its id.
-    named_by_id = is_sweep() and run_name.endswith(run_id)
+    named_by_id = is_sweep() and run_dir.name.endswith(run_id)
     if not os.environ.get("WANDB_NAME") and not named_by_id:
-        arguments["name"] = run_name
+        arguments["name"] = wandb_name(run_dir)
     return {name: value for name, value in arguments.items() if value is not None}
 
 

@@ -466,7 +466,6 @@ class Trainer:
         budget, step = self.budget, self.state.step
         total, per_epoch = budget.total_steps, budget.steps_per_epoch
         info = RunInfo(
-            cfg.run.name,
             world.is_main,
             step,
             total,

@@ -99,7 +99,7 @@ def test_a_long_line_keeps_its_ends_and_its_extremes():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (0.05, "0.05"), (1500, "1.5k"), (2e6, "2M"), (1e-5, "1e-5"), (6e-4, "6e-4"), (-20, "-20")],
+    [(0, "0"), (0.05, "0.05"), (1500, "1.5k"), (2e6, "2M"), (1e-5, "1e-5"), (6e-4, "6e-4"), (-20, "-20"), (2.77e36, "2.8e36")],
 )  # fmt: skip
 def test_numbers_of_an_axis_are_short(value, text):
     assert short(value) == text
@@ -458,9 +458,10 @@ def test_unknown_runs_and_options_that_contradict_are_refused(tmp_path):
     make_run(tmp_path / "x")
     with pytest.raises(ConfigError, match=r"^compare \(z\) is neither a run below"):
         main(options(tmp_path, "run.name=x", "compare=[z]"), [])
-    for wrong in ("compare=[x]", "compare=[y,y]"):
+    make_run(tmp_path / "y")
+    for wrong in ("[x]", "[y,y]", f"[{tmp_path}/x]", f"[y,{tmp_path}/y]", "[y/../x]"):
         with pytest.raises(ConfigError, match=r"must name other runs than run.name \(x\)"):
-            options(tmp_path, "run.name=x", wrong)
+            main(options(tmp_path, "run.name=x", f"compare={wrong}"), [])
     with pytest.raises(ConfigError, match=r"compare names 6 runs; the page has colours for 5"):
         options(tmp_path, "run.name=x", "compare=[a,b,c,d,e,f]")
     with pytest.raises(ConfigError, match=r"model.weights .* is refused"):

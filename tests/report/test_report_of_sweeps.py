@@ -91,6 +91,20 @@ def test_each_swept_option_has_a_chart_of_the_results(tmp_path):
     assert metric.values["series"][0]["label"] == "trial 002"
 
 
+def test_a_trial_with_an_infinite_loss_is_in_the_table_and_not_in_a_chart(tmp_path):
+    record = make_sweep(tmp_path / "s")
+    record.identity["sweep.metric"] = "val/loss"
+    for trial, loss in zip(record.trials, (1.5, 2.7e36, float("inf"))):
+        trial.state, trial.evaluations = State.complete, [Evaluation(1, loss)]
+    del record.trials[3:]
+    record.write()
+    main(*options(tmp_path / "s"))
+    html = (tmp_path / "s/report.html").read_text()
+    assert ">1.5000</td>" in html
+    assert ">2.7e+36</td>" in html
+    assert [len(one.marks) for one in sweep_page(tmp_path / "s").scatters] == [2, 2]
+
+
 def test_a_scatter_chart_has_an_axis_for_one_value_for_many_and_for_less_than_a_decade():
     def marks(*values: float) -> list[Mark]:
         return [Mark(x, 1.0 + k, 0, "") for k, x in enumerate(values)]

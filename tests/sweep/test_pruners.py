@@ -59,6 +59,7 @@ def test_the_end_of_a_training_is_not_pruned_and_nan_is():
     nan = score(math.nan, is_minimised=False)
     assert decide(Pruner.asha, Progress([nan], 0, False), []) == Decision(1, is_pruned=True)
     assert score(2.0, is_minimised=True) > score(3.0, is_minimised=True) > nan
+    assert score(math.inf, is_minimised=True) == score(math.inf, is_minimised=False) == nan
 
 
 @pytest.mark.parametrize("pruner", [Pruner.asha, Pruner.median])

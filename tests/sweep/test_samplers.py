@@ -60,6 +60,8 @@ def test_random_values_are_spread_and_come_again_with_the_same_seed():
 def test_no_combination_is_drawn_twice():
     found = drawn(sampler_of("seed=range(0,6)", "sweep.sampler=random", "sweep.trials=6"))
     assert sorted(one["seed"] for one in found) == list("012345")
+    given = ["seed=interval(1,3)", "trainer.epochs=2,4", "sweep.sampler=random", "sweep.trials=6"]
+    assert len({tuple(one.values()) for one in drawn(sampler_of(*given))}) == 6
 
 
 def test_tpe_learns_and_a_draw_is_a_function_of_the_trials_before():
@@ -70,6 +72,8 @@ def test_tpe_learns_and_a_draw_is_a_function_of_the_trials_before():
     assert all(1 <= int(one["trainer.epochs"]) <= 3 for one in found)
     before = [Trial(0, found[0], State.complete, evaluations=[Evaluation(1, rates[0])])]
     assert sampler_of(*given).draw(before) == found[1]  # as after a restart
+    infinite = [Trial(0, found[0], State.complete, evaluations=[Evaluation(1, float("inf"))])]
+    assert sampler_of(*given, "sweep.metric=val/loss").draw(infinite * 12).keys() == found[0].keys()
     running = [*before, Trial(1, found[1]), Trial(2, found[2], State.failed, 70)]
     assert sampler_of(*given, "sweep.metric=val/loss").draw(running).keys() == found[0].keys()
 
@@ -79,6 +83,10 @@ WRONG = {
     "seed=1,2 sweep.seed=3": "sweep.seed (3) would be ignored: a grid without shuffle() draws nothing",
     "seed=shuffle(1,2) sweep.sampler=random": "seed (shuffle(1,2)): shuffle() would be ignored with",
     "seed=1,2 sweep.sampler=random": "sweep.trials (20) is more than the 2 combinations of the values",
+    "trainer.epochs=interval(1,2) seed=3,4 sweep.sampler=random": "sweep.trials (20) is more than the 4 combinations of the values; give at most sweep.trials=4",
+    "seed=interval(1,9) sweep.sampler=tpe": "sweep.trials (20) is more than the 9 combinations of the v",
+    "seed=interval(1,9)": "seed (interval(1,9)) is an interval, of which a grid cannot have every value",
+    "optimizer.lr=interval(0.1,0.1000011) sweep.sampler=random": "sweep.trials (20) is more than the combinations that were found (2): numbers of an interval have six",
     "seed=range(0,200) trainer.epochs=range(1,201)": "the grid has 40,000 combinations, of at most 10,000",
     "seed=1,2 sweep.trials=2": "sweep.trials (2) would be ignored: a grid has all combinations",
     "seed=1,2 sweep.name=a/b": "sweep.name ('a/b') must name one directory below run.root (runs)",

@@ -66,6 +66,7 @@ WRONG = {
     "seed=1,2,1": "seed (1,2,1) has the value 1 twice; give it once",
     "seed=1,2 run.name=x": "run.name=x names the run of a trial, which the sweep does; give sweep.name",
     "run.root=a,b": "run.root=a,b is the folder of all trials; give one value",
+    "logger.wandb_id=a,b": "logger.wandb_id=a,b would be that of all trials, each of which gets its",
     "device=cpu,cuda": "device=cpu,cuda is divided between the trials; give one value",
     "seed=1,2 sweep.parallel=1,2": "sweep.parallel=1,2: sweep.parallel takes one value",
     "seed=choice(1,2": "seed (choice(1,2) is not in Hydra's grammar: ",

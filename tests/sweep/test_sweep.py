@@ -27,7 +27,9 @@ from alexnet_ddp.sweep import slots
 from alexnet_ddp.sweep.command import main
 from alexnet_ddp.sweep.record import open_record
 from alexnet_ddp.sweep.slots import Slot, check_promotion, divide, merged, visible_gpus
-from alexnet_ddp.sweep.trial import Evaluations
+from alexnet_ddp.sweep.table import table
+from alexnet_ddp.sweep.trial import Evaluations, TrialProcess
+from alexnet_ddp.tracking import make_run_dir, run_status
 from tests.conftest import make_folder
 from tests.drills.harness import PRELOADED, PROJECT, preloaded_server
 from tests.network import QUICK, WAITING
@@ -76,6 +78,27 @@ def test_the_record_comes_back_and_another_sweep_is_refused(tmp_path):
         opened(tmp_path, *GIVEN)
 
 
+@pytest.mark.parametrize("file", ["run.json", "status.json"])
+def test_a_sweep_and_a_run_do_not_share_a_directory(tmp_path, file):
+    sweep, run = tmp_path / "s", tmp_path / "q"
+    sweep.mkdir()
+    opened(sweep, *GIVEN).write()
+    with (
+        pytest.raises(
+            ConfigError, match=r"^run.name \(s\) is the name of a sweep; give another one$"
+        ),
+        run_status(sweep, is_main=True),
+    ):
+        make_run_dir(sweep)
+    assert [one.name for one in sweep.iterdir()] == ["sweep.json"]
+    run.mkdir()
+    (run / file).write_text("{}")
+    with pytest.raises(
+        ConfigError, match=r"^sweep.name \(q\) is the name of a run; give another one$"
+    ):
+        opened(run, *GIVEN)
+
+
 def test_the_devices_are_divided_equally(monkeypatch, tmp_path):
     monkeypatch.setattr(slots, "num_usable_cores", lambda: 5)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {9, 3, 4, 6, 7})
@@ -113,6 +136,7 @@ def test_a_trial_may_get_the_devices_of_several():
     ("given", "message"),
     [
         (["sweep.promote=true"], "promote=true would be ignored with sweep.parallel=1"),
+        (["logger.wandb_id=a"], r"wandb_id \(a\) would be that of all trials, .*; leave it out"),
         (["sweep.sbatch=--nodes=1", "sweep.pruner=asha"], "sweep.pruner=asha needs results while"),
         (["sweep.sbatch=--nodes=1", "sweep.sampler=tpe"], "sweep.sampler=tpe needs results while"),
     ],
@@ -120,6 +144,16 @@ def test_a_trial_may_get_the_devices_of_several():
 def test_options_of_a_sweep_that_do_not_go_together_are_refused(given, message):
     with pytest.raises(ConfigError, match=message):
         compose("sweep", first_point([*GIVEN, *given]))
+
+
+def test_a_trial_does_not_inherit_a_run_of_wandb(tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **more: given.update(more["env"]))
+    for name in ("RUN_ID", "NAME", "SWEEP_ID", "PROJECT"):
+        monkeypatch.setenv(f"WANDB_{name}", "x")
+    TrialProcess(tmp_path / "000", [], Slot())
+    assert "WANDB_PROJECT" in given
+    assert not {"WANDB_RUN_ID", "WANDB_NAME", "WANDB_SWEEP_ID"} & given.keys()
 
 
 def test_complete_trials_are_ranked_before_pruned_ones():
@@ -138,6 +172,24 @@ def test_complete_trials_are_ranked_before_pruned_ones():
         record = SweepRecord(Path("x"), {"sweep.metric": metric}, trials)
         assert [one.number for one in record.ranked] == order
     assert trials[3].best(is_minimised=False) == Evaluation(2, 4.0)
+
+
+def test_a_trial_has_no_result_if_no_value_is_finite():
+    def trial(number: int, state: State, value: float) -> Trial:
+        return Trial(number, {}, state, evaluations=[Evaluation(1, value)])
+
+    trials = [
+        trial(0, State.complete, float("inf")),
+        trial(1, State.pruned, 2.7e36),
+        trial(2, State.complete, float("nan")),
+        trial(3, State.failed, 1.0),
+    ]
+    trials[3].exit_code = 70
+    record = SweepRecord(Path("x"), {"sweep.metric": "val/loss"}, trials)
+    assert record.best is trials[1]
+    assert SweepRecord(Path("x"), {"sweep.metric": "val/loss"}, trials[2:]).best is None
+    shown = table(record.rows, [], "val/loss")
+    assert [str(cell) for cell in shown.columns[2].cells] == ["2.7e+36", "", "", "1.0000"]
 
 
 def test_evaluations_are_read_again_only_if_the_file_has_changed(tmp_path):

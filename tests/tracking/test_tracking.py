@@ -34,14 +34,14 @@ PROGRAM = """
     from alexnet_ddp.tracking import RunInfo, build_tracker
     def start(run_dir, mode, start_step):
         cfg = LoggerConfig(wandb=Wandb(mode), tensorboard=False)
-        run = RunInfo("name", True, start_step, 60, 10, {"seed": 1, "api_key": "CANARY"})
+        run = RunInfo(True, start_step, 60, 10, {"seed": 1, "api_key": "CANARY"})
         return build_tracker(cfg, Path(run_dir), run)
 """
 
 
 def tracker(run_dir, start_step=0, is_main=True, **knobs):
     cfg = LoggerConfig(**{"tensorboard": False, **knobs})
-    return build_tracker(cfg, run_dir, RunInfo("name", is_main, start_step, 624, 31, {"seed": 1}))
+    return build_tracker(cfg, run_dir, RunInfo(is_main, start_step, 624, 31, {"seed": 1}))
 
 
 def log_steps(log, steps):

@@ -54,18 +54,20 @@ def test_a_run_of_a_sweep_is_online_unless_it_is_told_otherwise(sweep, monkeypat
 
 
 def test_an_option_counts_before_the_variable_and_that_before_the_default(tmp_path, monkeypatch):
-    defaults = init_arguments(LoggerConfig(**ON), tmp_path, "name")
-    own_id = (tmp_path / "wandb_id.txt").read_text().strip()
+    directory = tmp_path / "name"
+    directory.mkdir()
+    defaults = init_arguments(LoggerConfig(**ON), directory)
+    own_id = (directory / "wandb_id.txt").read_text().strip()
     assert defaults == {"project": "alexnet_ddp", "id": own_id, "resume": "allow", "name": "name"}
     for name in ("PROJECT", "RUN_ID", "NAME", "RESUME"):
         monkeypatch.setenv(f"WANDB_{name}", f"of-{name}")
     # wandb reads the variables that are missing here.
     of_variables = {"project": "of-PROJECT", "id": "of-RUN_ID"}
-    assert init_arguments(LoggerConfig(**ON), tmp_path, "name") == of_variables
+    assert init_arguments(LoggerConfig(**ON), directory) == of_variables
     given = {"project": "p", "id": "i", "entity": "e", "group": "g", "job_type": "j"}
     given |= {"tags": ["t"], "notes": "n"}
     cfg = LoggerConfig(**ON, **{f"wandb_{key}": value for key, value in given.items()})
-    assert init_arguments(cfg, tmp_path, "name") == given
+    assert init_arguments(cfg, directory) == given
 
 
 def test_all_starts_of_a_run_have_one_id(tmp_path, monkeypatch):
@@ -80,9 +82,22 @@ def test_all_starts_of_a_run_have_one_id(tmp_path, monkeypatch):
 
 
 def test_a_run_of_a_sweep_takes_id_and_project_from_it(tmp_path, sweep):
-    assert init_arguments(LoggerConfig(), tmp_path, "s1-r1") == {"resume": "allow"}
-    assert init_arguments(LoggerConfig(), tmp_path, "mine") == {"resume": "allow", "name": "mine"}
-    assert (tmp_path / "wandb_id.txt").read_text() == "r1\n"
+    for name in ("s1-r1", "mine"):
+        (tmp_path / name).mkdir()
+    assert init_arguments(LoggerConfig(), tmp_path / "s1-r1") == {"resume": "allow"}
+    own_name = {"resume": "allow", "name": "mine"}
+    assert init_arguments(LoggerConfig(), tmp_path / "mine") == own_name
+    assert (tmp_path / "mine/wandb_id.txt").read_text() == "r1\n"
+
+
+def test_a_trial_of_a_sweep_is_named_after_it(tmp_path, monkeypatch):
+    trial = tmp_path / "s/003"
+    trial.mkdir(parents=True)
+    assert init_arguments(LoggerConfig(**ON), trial)["name"] == "003"
+    (tmp_path / "s/sweep.json").write_text("{}")
+    assert init_arguments(LoggerConfig(**ON), trial)["name"] == "s/003"
+    monkeypatch.chdir(trial.parent)
+    assert init_arguments(LoggerConfig(**ON), Path("003"))["name"] == "s/003"
 
 
 def test_the_name_of_a_run_derives_from_its_sweep(sweep):

@@ -1,6 +1,7 @@
 """A folder of labelled images, CLASS/*, with classes of a trained network: all of them or some."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ def open_labelled(
         names: their readable names.
         class_map: a JSON file {folder: class}; a class is an id, a name or a label. None: a folder
             has the id or the name of its class, or all folders have the numbers of the labels.
+            Numbers are labels only if none of them is an id or a name.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -32,9 +34,13 @@ def open_labelled(
     missing = [name for name in found.classes if class_map is not None and name not in given]
     if missing:
         raise DataError(f"class_map ({class_map}) has no {listed(missing)}; add these folders")
-    known = _labels(ids, names, class_map is not None or all(map(is_whole_number, found.classes)))
     wanted = [given.get(name, name) for name in found.classes]
-    unknown = [name for name in wanted if name not in known]
+    numbers = [one for one in given.values() or wanted if is_whole_number(one)]
+    known = _labels(ids, names)
+    if (given or len(numbers) == len(wanted)) and not any(one in known for one in numbers):
+        known |= {str(k): k for k in range(len(ids))}
+    # Numbers of other folders in class_map count too: all are labels, or all are ids or names.
+    unknown = [one for one in dict.fromkeys([*wanted, *numbers]) if one not in known]
     if unknown:
         rule = f"{folder} has folders of unknown classes: {listed(unknown)}"
         remedy = f"the network knows {listed(ids)}; give class_map=FILE.json, {{folder: class}}"
@@ -44,11 +50,11 @@ def open_labelled(
     return SampleIndex(ids, labels[order], found.store.take(order), found.names)
 
 
-def _labels(ids: list[str], names: list[str], has_numbers: bool) -> dict[str, int]:
-    """Each accepted spelling of a class, and its label. Ids win over names, names over numbers."""
-    unique = {name: k for k, name in enumerate(names) if names.count(name) == 1}
-    numbers = {str(k): k for k in range(len(ids))} if has_numbers else {}
-    return numbers | unique | {one: k for k, one in enumerate(ids)}
+def _labels(ids: list[str], names: list[str]) -> dict[str, int]:
+    """The label of each id, and of each name that only one class has. Ids win over names."""
+    counts = Counter(names)
+    unique = {name: k for k, name in enumerate(names) if counts[name] == 1}
+    return unique | {one: k for k, one in enumerate(ids)}
 
 
 def _read_map(file: str) -> dict[str, str]:

@@ -45,6 +45,23 @@ def test_a_folder_has_the_id_the_name_or_the_label_of_its_class(tmp_path, classe
     assert found(folder(tmp_path, *classes)) == expected
 
 
+@pytest.mark.parametrize("has_map", [False, True])
+def test_numbers_are_either_labels_or_ids(tmp_path, has_map):
+    file = tmp_path / "map.json"
+    file.write_text(json.dumps({str(k): k for k in range(5)}))
+    class_map = str(file) if has_map else None
+    root, ids = folder(tmp_path / "images", *"0124"), list("12345")
+    with pytest.raises(DataError, match=r"unknown classes: 0; the network knows .*give class_map"):
+        open_labelled(root, ids, ids, class_map)
+    assert set(open_labelled(root, list("01234"), ids, class_map).labels) == {0, 1, 2, 4}
+    root = folder(tmp_path / "ids", "1", "2")
+    if has_map:  # it has a 0, which is no id
+        with pytest.raises(DataError, match="unknown"):
+            open_labelled(root, ids, ids, class_map)
+    else:
+        assert set(open_labelled(root, ids, ids, None).labels) == {0, 1}
+
+
 def test_a_map_states_the_class_of_each_folder(tmp_path):
     root = folder(tmp_path / "images", "a", "b", "c")
     classes = {"a": "n05", "b": "tench", "c": 3, "other": "n02"}
