@@ -370,6 +370,22 @@ def test_a_map_is_largest_at_what_speaks_for_the_class():
     assert activation_maps(flat, images, torch.tensor([1, 1])) is None
 
 
+@pytest.mark.filterwarnings("error")
+def test_weights_that_are_not_finite_have_a_map_of_zeros_and_no_picture_of_filters():
+    model = Bright().eval()
+    with torch.no_grad():
+        model.classifier.weight.fill_(torch.nan)
+    maps = activation_maps(model, torch.ones(1, 3, 16, 16), torch.tensor([1]))
+    assert (overlay(np.full((16, 16, 3), 128, np.uint8), maps[0]) == 128).all()
+    convolution = nn.Conv2d(3, 8, 3)
+    with torch.no_grad():
+        convolution.weight[0, 0, 0, 0] = 3e38
+        convolution.weight[0, 0, 0, 1] = -3e38
+        assert first_filters(convolution) is not None
+        convolution.weight[0, 0, 0, 0] = torch.inf
+    assert first_filters(convolution) is None
+
+
 def test_filters_are_shown_if_they_take_colours():
     shown = first_filters(nn.Sequential(nn.Conv2d(3, 20, 5), nn.Conv2d(20, 4, 3)))
     assert (shown.layer, shown.shape, shown.num_shown) == ("0", (20, 3, 5, 5), 20)
