@@ -105,24 +105,34 @@ class StepProfiler:
         return self._profile is not None and self._steps is not None and step >= self._steps[1]
 
     def write(self) -> None:
-        """End the profile and write its files. This takes seconds."""
+        """End the profile and write its files. This takes seconds.
+
+        Files that cannot be written do not end the training: that is logged.
+        """
         assert self._profile is not None
         self._profile.stop()
         found, self._profile, self._steps = self._profile, None, None
+        shares, rank = time_shares(found), self._world.rank
+        try:
+            self._write_files(found, shares)
+            log.info("profile of rank %d: %s; see %s", rank, shares.conclusion, self._folder)
+        except OSError as error:
+            rule = "its files cannot be written"
+            log.warning("profile of rank %d: %s; %s: %s", rank, shares.conclusion, rule, error)
+        if self._world.device.type == "cuda":
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _write_files(self, found: profile, shares: TimeShares) -> None:
+        """Write the files of this rank. Raises OSError."""
         self._folder.mkdir(exist_ok=True)
-        stem = self._folder / f"rank{self._world.rank}"
+        stem, device = self._folder / f"rank{self._world.rank}", self._world.device.type
         found.export_chrome_trace(f"{stem}.trace.json.gz")
-        on_gpu = self._world.device.type == "cuda"
-        order = f"self_{self._world.device.type}_time_total"
+        order = f"self_{device}_time_total"
         table = found.key_averages().table(sort_by=order, row_limit=_NUM_OPERATORS)
         Path(f"{stem}.txt").write_text(table)
-        if on_gpu:
+        if device == "cuda":
             torch.cuda.memory._dump_snapshot(f"{stem}.memory.pickle")
-            torch.cuda.memory._record_memory_history(enabled=None)
-        shares = time_shares(found)
         write_json(Path(f"{stem}.json"), shares.record)
-        rank = self._world.rank
-        log.info("profile of rank %d: %s; see %s", rank, shares.conclusion, self._folder)
 
     def close(self) -> None:
         """End a profile whose last step was not reached. Nothing is written."""

@@ -3,14 +3,17 @@
 import gzip
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from alexnet_ddp.training.profiler import TimeShares, _overlap, _union, _without
+from alexnet_ddp.runtime.distributed import World
+from alexnet_ddp.training.profiler import StepProfiler, TimeShares, _overlap, _union, _without
 from tests.cluster import Hosts, why_not
 from tests.network import QUICK
 from tests.test_train import ENV, SMALL, run
@@ -40,6 +43,23 @@ def test_the_conclusion_names_the_largest_share():
     assert shares.conclusion.startswith(
         "bound by communication: 55 % of a step of 12.5 ms waits for"
     )
+
+
+def test_a_profile_that_cannot_be_written_does_not_end_the_training(tmp_path, caplog):
+    (tmp_path / "profile").touch()
+    world = World(0, 0, 1, 1, torch.device("cpu"))
+    profiler = StepProfiler((1, 2), [0], 0, tmp_path / "profile", world)
+    for step in range(2):
+        with profiler.step(step):
+            torch.ones(2).sum()
+    assert profiler.is_due(2)
+    profiler.write()
+    profiler.close()
+    (warning,) = caplog.messages
+    assert re.match(
+        r"profile of rank 0: bound by .*; its files cannot be written: .*Errno", warning
+    )
+    assert not profiler.is_due(3)
 
 
 @pytest.mark.slow
