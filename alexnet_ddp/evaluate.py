@@ -300,7 +300,8 @@ def _metric_lines(found: ClassMetrics, names: list[str]) -> list[str]:
     wrong = found.confusion * (1 - np.eye(len(names), dtype=np.int64))
     order = np.argsort(-wrong, axis=None, kind="stable")[:_MAX_CONFUSIONS].tolist()
     pairs = [divmod(k, len(names)) for k in order if wrong.flat[k]]
-    return [f"{'  '.join(known)}  (95 % intervals in brackets)"] + [
+    note = "  (95 % intervals in brackets)" if any(ends for _, ends in shares.values()) else ""
+    return [f"{'  '.join(known)}{note}"] + [
         f"{wrong[i, j]:,} of {found.confusion[i].sum():,} {names[i]} are taken for {names[j]}"
         for i, j in pairs
     ]

@@ -320,6 +320,9 @@ def test_the_worst_classes_come_first_with_their_confusions():
     matrix = [[cell.count for cell in row] for row in results.confusion.rows]
     assert matrix == [[1, 2, 1, 0], [1, 3, 0, 0], [0, 0, 2, 0], [0, 0, 0, 0]]
     assert results.balanced == pytest.approx(200 / 3)
+    assert results.balanced_interval[0] < results.balanced < results.balanced_interval[1]
+    right = class_results(Scores(torch.eye(4)[labels], labels, torch.arange(10)), list("abcd"))
+    assert (right.balanced, right.balanced_interval) == (100, None)
 
 
 def test_of_many_classes_the_matrix_shows_those_that_are_confused():
