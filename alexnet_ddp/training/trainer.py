@@ -461,7 +461,7 @@ class Trainer:
             self.tracker.image("batch", picture)
 
     def _build_tracker(self, overrides: list[str]) -> Tracker:
-        """The tracker, with the run's configuration, facts and headline written to it."""
+        """Collective. The tracker, after it got the run's configuration, facts and headline."""
         cfg, world, data = self.cfg, self.world, self.data
         budget, step = self.budget, self.state.step
         total, per_epoch = budget.total_steps, budget.steps_per_epoch
@@ -480,6 +480,8 @@ class Trainer:
         found = [f"data.mean={cfg.data.mean}", f"data.std={cfg.data.std}"]
         recorded = overrides if data.normalisation is None else [*overrides, *found]
         facts = {"world_size": world.world_size, "overrides": recorded, "start_step": step}
+        num_nodes = sum(distributed.all_gather_objects([world.local_rank == 0]))
+        facts |= {"local_world_size": world.local_world_size, "num_nodes": num_nodes}
         facts |= {"choices": choices_of(cfg), **self.parts.model_flops.facts}
         tracker.record(to_yaml(cfg), facts, {"ids": data.train.classes, "names": data.class_names})
         tracker.say(

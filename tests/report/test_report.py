@@ -417,6 +417,28 @@ def test_the_summary_has_the_best_evaluation_and_the_command_has_another_name(tm
     assert differences([run]) == ([], 0)
 
 
+TRAIN = ["/usr/bin/python3", "-m", "alexnet_ddp.train"]
+OF_NODES = "torchrun --nnodes=2 --nproc_per_node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500"
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({"command": [*TRAIN, "--config-dir", "my conf"]}, "python -m {} --config-dir 'my conf'"),
+        ({"command": [*TRAIN, "-cd=a", "--config-dir=b"]}, "python -m {} --config-dir b"),
+        ({"command": TRAIN, "world_size": 8}, "torchrun --nproc_per_node=8 -m {}"),  # an older run
+        ({"world_size": 8, "local_world_size": 8, "num_nodes": 1}, "torchrun --nproc_per_node=8 -m {}"),
+        ({"world_size": 8, "local_world_size": 4, "num_nodes": 2}, f"{OF_NODES} --rdzv-id=x-again -m {{}}"),
+    ],
+)  # fmt: skip
+def test_the_command_has_the_folder_of_configurations_and_the_nodes_of_the_run(
+    tmp_path, known, expected
+):
+    run = make_run(tmp_path / "x")
+    write_json(tmp_path / "x/run.json", {"overrides": ["seed=1"]} | known)
+    assert command(run) == expected.format("alexnet_ddp.train") + " seed=1 run.name=x-again"
+
+
 class Tags(HTMLParser):
     """The elements of a page, and the addresses of what they load."""
 
