@@ -69,7 +69,8 @@ class StepProfiler:
     """Profiles the steps [first, end) of a run on some ranks. On all others it does nothing.
 
     steps: None for no profile. ranks: the profiled ones. start: the step at which the run starts or
-    resumes. folder: for the files. Raises ConfigError if there is no such rank.
+    resumes. total_steps: of the run. folder: for the files. Raises ConfigError if there is no such
+    rank or no such step.
     """
 
     def __init__(
@@ -77,13 +78,14 @@ class StepProfiler:
         steps: tuple[int, int] | None,
         ranks: list[int],
         start: int,
+        total_steps: int,
         folder: Path,
         world: World,
     ) -> None:
-        if steps is not None and max(ranks) >= world.world_size:
-            rule = "must be less than the number of ranks"
-            remedy = f"give ranks from 0 to {world.world_size - 1}"
-            raise ConfigError(f"trainer.profile_ranks ({ranks}) {rule}; {remedy}")
+        if steps is not None:
+            _check(steps, ranks, total_steps, world)
+            if start >= steps[1] and world.is_main:
+                _warn_if_missed(steps, ranks, start, folder)
         is_profiled = steps is not None and start < steps[1] and world.rank in ranks
         self._steps = steps if is_profiled else None
         self._folder, self._world = folder, world
@@ -150,6 +152,27 @@ class StepProfiler:
             torch.cuda.synchronize()
         self._profile = profile(activities=activities)
         self._profile.start()
+
+
+def _check(steps: tuple[int, int], ranks: list[int], total_steps: int, world: World) -> None:
+    """Raise ConfigError if there is no such rank or no such step."""
+    if max(ranks) >= world.world_size:
+        rule = "must be less than the number of ranks"
+        remedy = f"give ranks from 0 to {world.world_size - 1}"
+        raise ConfigError(f"trainer.profile_ranks ({ranks}) {rule}; {remedy}")
+    first, end = steps
+    if end > total_steps:
+        rule = f"must end at the last step of the run, {total_steps}, or before it"
+        raise ConfigError(f"trainer.profile_steps ({first}:{end}) {rule}; give earlier steps")
+
+
+def _warn_if_missed(steps: tuple[int, int], ranks: list[int], start: int, folder: Path) -> None:
+    """Warn if the run resumes after the profiled steps, and an earlier start has no profile."""
+    missing = [rank for rank in ranks if not (folder / f"rank{rank}.json").exists()]
+    if missing:
+        value = f"trainer.profile_steps ({steps[0]}:{steps[1]})"
+        rule = f"the run resumes at step {start}, so there is no profile of ranks {missing}"
+        log.warning("%s: %s; give later steps", value, rule)
 
 
 def time_shares(found: profile) -> TimeShares:
