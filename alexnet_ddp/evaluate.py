@@ -50,7 +50,14 @@ from alexnet_ddp.runtime.tables import NUMBER, TEXT, open_table, require_pyarrow
 from alexnet_ddp.runtime.terminal import Console, Table
 from alexnet_ddp.tracking import read_classes
 from alexnet_ddp.training.averaging import read_average
-from alexnet_ddp.training.calibration import NUM_BINS, Outputs, Scores, fit, write_calibration
+from alexnet_ddp.training.calibration import (
+    NUM_BINS,
+    Outputs,
+    Scores,
+    fit,
+    require_finite,
+    write_calibration,
+)
 from alexnet_ddp.training.class_metrics import (
     CLASS_COLUMNS,
     ClassMetrics,
@@ -77,8 +84,8 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
 
     A run's result is also written to its directory: evaluation.json, with metrics=true
     evaluation_classes.csv, and with calibrate=true calibration.json. With images=DIR the first two
-    are evaluation_images.json and evaluation_images_classes.csv. Raises ConfigError, DataError or,
-    after a stop signal, Preempted.
+    are evaluation_images.json and evaluation_images_classes.csv. Raises ConfigError, DataError,
+    Diverged or, after a stop signal, Preempted.
     """
     cfg: Config = options
     file = cfg.model.weights
@@ -203,8 +210,11 @@ def _check_libraries(options: EvaluateConfig) -> None:
 def _finish(found: Found, data: ImageSets, options: EvaluateConfig, run_dir: Path | None) -> None:
     """Write the files, then print the results: a reader of a pipe may have ended.
 
-    run_dir: of the run; None for a file of weights.
+    run_dir: of the run; None for a file of weights. Raises ConfigError, and Diverged if outputs
+    that are needed are not finite.
     """
+    if found.scores is not None:
+        _require_finite(found.scores, found.origin, options)
     names = unique_names(data.class_names)
     record, lines = _record(found, names), []
     stem = "evaluation" if options.images is None else "evaluation_images"
@@ -228,6 +238,17 @@ def _finish(found: Found, data: ImageSets, options: EvaluateConfig, run_dir: Pat
     _report(found.evaluation, data.class_names, of_run | found.origin)
     for line in lines:
         say(line)
+
+
+def _require_finite(scores: Scores, origin: dict, options: EvaluateConfig) -> None:
+    """Raise Diverged if an output is not finite. origin: of the network."""
+    remedy = "choose another checkpoint with at_step=STEP"
+    if options.average is not None:
+        remedy = "choose other checkpoints with average=[STEP,STEP]"
+    if options.model.weights is not None:
+        remedy = "give another file"
+    network = str(origin.get("checkpoint", options.model.weights))
+    require_finite(scores.logits, network, remedy)
 
 
 def _write_classes(
@@ -279,7 +300,8 @@ def _metric_lines(found: ClassMetrics, names: list[str]) -> list[str]:
     wrong = found.confusion * (1 - np.eye(len(names), dtype=np.int64))
     order = np.argsort(-wrong, axis=None, kind="stable")[:_MAX_CONFUSIONS].tolist()
     pairs = [divmod(k, len(names)) for k in order if wrong.flat[k]]
-    return [f"{'  '.join(known)}  (95 % intervals in brackets)"] + [
+    note = "  (95 % intervals in brackets)" if any(ends for _, ends in shares.values()) else ""
+    return [f"{'  '.join(known)}{note}"] + [
         f"{wrong[i, j]:,} of {found.confusion[i].sum():,} {names[i]} are taken for {names[j]}"
         for i, j in pairs
     ]

@@ -14,10 +14,11 @@ from torch import nn
 from alexnet_ddp.config import Device, EvaluateConfig
 from alexnet_ddp.data.sources.sets import open_data
 from alexnet_ddp.data.sources.source import Skipped
-from alexnet_ddp.evaluate import Found, _evaluate, _finish
+from alexnet_ddp.evaluate import Found, _evaluate, _finish, _metric_lines
 from alexnet_ddp.runtime import distributed
-from alexnet_ddp.runtime.errors import ConfigError
+from alexnet_ddp.runtime.errors import ConfigError, Diverged
 from alexnet_ddp.training.calibration import Outputs, Scores
+from alexnet_ddp.training.class_metrics import class_metrics
 from alexnet_ddp.training.evaluation import Evaluation
 from tests.ranks import run_ranks
 
@@ -143,6 +144,31 @@ def test_an_image_that_could_not_be_read_has_a_row_and_stale_files_are_removed(t
     said = capsys.readouterr().out
     assert "95 % interval of top-1: 20.77 to 93.85 %, of top-5: 43.85 to 100.00 %" in said
     assert re.search(r"d .* 1 .* 0.0 .* 0.0 to 79.3 .* 100.0 .* 20.7 to 100.0", said)
+
+
+def test_without_intervals_the_printed_means_mention_none():
+    scores = Scores(torch.eye(5), torch.arange(5), torch.arange(5))
+    (line,) = _metric_lines(class_metrics(scores), CLASSES)
+    assert line.startswith("balanced accuracy 1.0000  F1 (macro) 1.0000  AUROC (macro) 1.0000  ")
+    assert "interval" not in line
+
+
+def test_outputs_that_are_not_finite_are_refused_and_nothing_is_written(tmp_path):
+    cfg = options(tmp_path / "p.csv", "data.num_val=4")
+    logits = torch.zeros(4, 5)
+    logits[0, 1], logits[1, 2], logits[2] = torch.nan, torch.inf, -torch.inf
+    logits[3, 1:] = -torch.inf  # only_present does that
+    scores = Scores(logits, torch.zeros(4).long(), torch.arange(4))
+    row = {"val/top1": 0.0, "val/top5": 0.0, "val/loss": np.nan, "val/num_images": 4}
+    evaluation = Evaluation(row | {"val/correct1": 0, "val/correct5": 0}, torch.zeros(5, 3), [])
+    found = Found(evaluation, {"checkpoint": "step-00000001"}, [], scores)
+    with pytest.raises(Diverged) as error:
+        _finish(found, open_data(cfg.data), cfg, tmp_path)
+    assert str(error.value) == (
+        "the outputs of step-00000001 for 3 of 4 images are not finite, so that nothing is "
+        "written; choose another checkpoint with at_step=STEP"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

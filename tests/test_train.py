@@ -99,7 +99,10 @@ def test_a_run_trains_records_itself_and_is_complete_at_once_the_second_time(
     (first, last) = rows(run_dir, "val/top1")  # the end of the first epoch, and the end of the run
     assert (first["step"], last["step"], last["val/num_images"]) == (7, 9, 61)
     assert last["val/correct1"] <= last["val/correct5"] <= 61
-    assert json.loads((run_dir / "run.json").read_text())["overrides"] == overrides
+    recorded = json.loads((run_dir / "run.json").read_text())
+    assert recorded["overrides"] == overrides
+    assert recorded["world_size"] == recorded["local_world_size"]
+    assert recorded["num_nodes"] == 1
     assert json.loads((run_dir / "classes.json").read_text())["ids"] == [
         f"class{c}" for c in range(5)
     ]

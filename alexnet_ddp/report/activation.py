@@ -24,7 +24,7 @@ def activation_maps(model: nn.Module, images: Tensor, classes: Tensor) -> np.nda
 
     None if no convolution after the first layer has at least 3 x 3 positions, so that there is
     nothing to map. model: in evaluation mode. images: float [n, 3, size, size]; classes:
-    int64 [n]; on the model's device.
+    int64 [n]; on the model's device. A value that is not finite becomes 0.
     """
     layer = _layer(model, images[:1])
     if layer is None:
@@ -39,7 +39,8 @@ def activation_maps(model: nn.Module, images: Tensor, classes: Tensor) -> np.nda
     finally:
         handle.remove()
     weights = gradient.mean((2, 3), keepdim=True)
-    maps = (weights * kept[-1]).sum(1).relu().detach().float().cpu().numpy()
+    found = (weights * kept[-1]).sum(1).relu().detach().float().cpu()
+    maps = found.nan_to_num(0, posinf=0).numpy()
     return maps / np.maximum(maps.max((1, 2), keepdims=True), 1e-12)
 
 

@@ -53,7 +53,7 @@ class Classes:
     confusion: Confusion
     pairs: list[tuple[str, str, int, int]]  # label, prediction, images, images of the label
     balanced: float  # mean of the classes' top-1, in percent
-    balanced_interval: Interval  # 95 %, in percent
+    balanced_interval: Interval | None  # 95 %, in percent; None if all images are right, or wrong
 
 
 def class_results(scores: Scores, names: list[str]) -> Classes:
@@ -65,7 +65,7 @@ def class_results(scores: Scores, names: list[str]) -> Classes:
     order = known[np.lexsort((known, shares))]
     found = first_classes(scores.logits).numpy()
     intervals = bootstrap_intervals(scores.labels.numpy(), found, len(names))
-    low, high = intervals["balanced_accuracy"]
+    ends = intervals["balanced_accuracy"]
     worst = [_result(matrix, int(k), names) for k in order[:_MAX_WORST]]
     wrong = matrix * (1 - np.eye(len(names), dtype=np.int64))
     places = np.argsort(-wrong, axis=None, kind="stable")[:_MAX_PAIRS].tolist()
@@ -76,7 +76,7 @@ def class_results(scores: Scores, names: list[str]) -> Classes:
         _confusion(matrix, wrong, names),
         [(names[i], names[j], int(wrong[i, j]), int(totals[i])) for i, j in pairs],
         100 * float(shares.mean()),
-        (100 * low, 100 * high),
+        None if ends is None else (100 * ends[0], 100 * ends[1]),
     )
 
 

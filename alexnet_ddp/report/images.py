@@ -137,7 +137,7 @@ def first_batch(run_dir: Path) -> str | None:
 
 
 def first_filters(model: nn.Module) -> Filters | None:
-    """The filters of the first convolution, if its input is an RGB image; else None.
+    """The filters of the first convolution, if they are finite and take an RGB image; else None.
 
     Each filter is stretched to the whole range of brightness.
     """
@@ -145,7 +145,9 @@ def first_filters(model: nn.Module) -> Filters | None:
     name, layer = next(layers, (None, None))
     if name is None or layer is None or layer.weight.shape[1] != 3:
         return None
-    weights = layer.weight.detach().float().cpu()[:_MAX_FILTERS].permute(0, 2, 3, 1).numpy()
+    weights = layer.weight.detach().double().cpu()[:_MAX_FILTERS].permute(0, 2, 3, 1).numpy()
+    if not np.isfinite(weights).all():
+        return None
     low, high = (edge(weights, axis=(1, 2, 3), keepdims=True) for edge in (np.min, np.max))
     pixels = (255 * (weights - low) / np.maximum(high - low, 1e-12)).round().astype(np.uint8)
     num, height, width, _ = pixels.shape

@@ -15,8 +15,8 @@ POWERCAP = Path("/sys/class/powercap")
 class Counter:
     """A counter that only rises until it begins again at 0.
 
-    read: returns its state. joules: of one count. limit: counts after which it begins again; None
-    if it does not.
+    read: returns its state, or raises OSError or ValueError. joules: of one count. limit: counts
+    after which it begins again; None if it does not.
     """
 
     read: Callable[[], int]
@@ -25,7 +25,10 @@ class Counter:
     last: int = 0
 
     def used(self) -> float:
-        """The joules since the last call; the first call returns no useful number."""
+        """The joules since the last call; the first call returns no useful number.
+
+        Raises what `read` raises.
+        """
         now = self.read()
         counts, self.last = now - self.last, now
         if counts < 0 and self.limit is not None:
@@ -62,12 +65,18 @@ def gpu_counters(device: torch.device) -> list[Counter]:
         return []
     import pynvml
 
+    def read() -> int:
+        try:
+            return int(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle))
+        except pynvml.NVMLError as error:  # such as GpuIsLost
+            raise OSError(f"NVML: {error}") from error
+
     try:
         pynvml.nvmlInit()
         uuid = torch.cuda.get_device_properties(device).uuid
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-        counter = Counter(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle), 1e-3)
+        counter = Counter(read, 1e-3)
         counter.used()
-    except pynvml.NVMLError:  # such as NotSupported, before Volta
+    except (pynvml.NVMLError, OSError):  # such as NotSupported, before Volta
         return []
     return [counter]

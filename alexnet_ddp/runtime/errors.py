@@ -87,7 +87,7 @@ class NoCheckpoint(RunError):
 
 
 class Diverged(RunError):
-    """A loss or a gradient is not finite, or the replicas are no longer equal."""
+    """A loss, a gradient or an output is not finite, or the replicas are no longer equal."""
 
     exit_code = 70
 

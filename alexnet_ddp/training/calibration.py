@@ -19,7 +19,7 @@ from torch import Tensor
 from alexnet_ddp.checkpoint.format import MANIFEST, step_of
 from alexnet_ddp.data.loader import Batch
 from alexnet_ddp.runtime.distributed import World, all_gather
-from alexnet_ddp.runtime.errors import ConfigError, DataError
+from alexnet_ddp.runtime.errors import ConfigError, DataError, Diverged
 from alexnet_ddp.runtime.files import write_json
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,18 @@ class Outputs:
         return Scores(torch.cat([logits for _, logits in received])[order], labels, indices)
 
 
+def require_finite(logits: Tensor, network: str, remedy: str) -> None:
+    """Raise Diverged if an image has no probabilities: a NaN, inf, or -inf for all classes.
+
+    -inf for some classes is allowed: only_present gives it. logits: float [n, classes]. network,
+    remedy: for the message.
+    """
+    num_bad = int((~logits.amax(1).isfinite()).sum())  # amax keeps NaN
+    if num_bad:
+        fact = f"the outputs of {network} for {num_bad:,} of {len(logits):,} images are not finite"
+        raise Diverged(f"{fact}, so that nothing is written; {remedy}")
+
+
 def fit(logits: Tensor, labels: Tensor) -> Calibration:
     """Find the temperature that minimises the mean cross-entropy, in float64.
 
@@ -101,12 +113,13 @@ def fit(logits: Tensor, labels: Tensor) -> Calibration:
     minimum: the images are all classified correctly, or no better than by chance.
     """
     low, high = 1 / _LARGEST, _LARGEST
-    if _slopes(logits, labels, high)[0] <= 0:
-        why = f"the network is right, and sure, about all {len(labels):,} validation images"
-        raise DataError(f"calibrate=true: {why}; use more images, which training has not seen")
-    if _slopes(logits, labels, low)[0] >= 0:
+    # Comparisons with NaN are false, so that NaN is refused too.
+    if not _slopes(logits, labels, low)[0] < 0:
         why = f"the logits of {len(labels):,} validation images do not fit their labels"
         raise DataError(f"calibrate=true: {why} better than chance; train the run first")
+    if not _slopes(logits, labels, high)[0] > 0:
+        why = f"the network is right, and sure, about all {len(labels):,} validation images"
+        raise DataError(f"calibrate=true: {why}; use more images, which training has not seen")
     inverse = 1.0
     for _ in range(_MAX_STEPS):
         slope, curvature = _slopes(logits, labels, inverse)

@@ -1,6 +1,7 @@
 """How well the devices are used: the share of their peak, and the energy of an image."""
 
 import logging
+import math
 
 import torch
 from torch import nn
@@ -54,7 +55,8 @@ class ModelFlops:
 class EnergyMeter:
     """Joules of the GPUs of all ranks, or without GPUs of the CPUs of all machines.
 
-    Collective. It measures nothing unless all of them have a counter.
+    Collective. It measures nothing unless all of them have a counter. If a counter fails later, the
+    row in progress and all later ones are empty, on all ranks.
     """
 
     def __init__(self, world: World) -> None:
@@ -68,6 +70,7 @@ class EnergyMeter:
             self._counters = cpu_counters()
         else:
             measures = False  # local rank 0 measures the whole machine
+        self._has_failed = False  # on this rank
         self._is_on = not any_rank(measures and not self._counters, world)
 
     def pause(self) -> None:
@@ -86,7 +89,18 @@ class EnergyMeter:
         self._joules = 0.0
         joules = torch.tensor(mine, dtype=torch.float64, device=self._world.device)
         total = float(sum_over_ranks(joules))
-        return {"train/joules_per_image": total / num_images} if num_images else {}
+        self._is_on = not math.isnan(total)
+        return {"train/joules_per_image": total / num_images} if self._is_on and num_images else {}
 
     def _used(self) -> float:
-        return sum(counter.used() for counter in self._counters) if self._is_on else 0.0
+        """The joules since the last call; NaN, which the sum over ranks keeps, after a failure."""
+        if not self._is_on:
+            return 0.0
+        if self._has_failed:
+            return math.nan
+        try:
+            return sum(counter.used() for counter in self._counters)
+        except (OSError, ValueError) as error:
+            log.warning("train/joules_per_image is no longer logged: %s", error)
+            self._has_failed = True
+            return math.nan

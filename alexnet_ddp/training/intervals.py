@@ -39,8 +39,11 @@ def percent_interval(num_correct: int, num_images: int) -> Interval:
 
 def bootstrap_intervals(
     labels: np.ndarray, found: np.ndarray, num_classes: int
-) -> dict[str, Interval]:
+) -> dict[str, Interval | None]:
     """Intervals of f1_macro, f1_weighted and balanced_accuracy.
+
+    None if all resamples have the same value, as if all images are right, or all are wrong: this
+    would be an interval without width, and the truth is not that certain.
 
     Images are drawn with replacement, NUM_RESAMPLES times as many as there are. The draws are a
     function of their number. The quantiles are corrected for bias (B. Efron, 1981), because macro
@@ -60,8 +63,13 @@ def bootstrap_intervals(
     }
 
 
-def _corrected_quantiles(values: np.ndarray, found: float) -> Interval:
-    """The ends of 95 % of `values`, of resamples, moved by the bias that they have from `found`."""
+def _corrected_quantiles(values: np.ndarray, found: float) -> Interval | None:
+    """The ends of 95 % of `values`, of resamples, moved by the bias that they have from `found`.
+
+    None if all values are equal.
+    """
+    if values.min() == values.max():
+        return None
     # Equal values count half; at least half a resample lies on each side.
     share = (np.mean(values < found) + np.mean(values <= found)) / 2
     least = 0.5 / len(values)

@@ -69,7 +69,8 @@ class StepProfiler:
     """Profiles the steps [first, end) of a run on some ranks. On all others it does nothing.
 
     steps: None for no profile. ranks: the profiled ones. start: the step at which the run starts or
-    resumes. folder: for the files. Raises ConfigError if there is no such rank.
+    resumes. total_steps: of the run. folder: for the files. Raises ConfigError if there is no such
+    rank or no such step.
     """
 
     def __init__(
@@ -77,13 +78,14 @@ class StepProfiler:
         steps: tuple[int, int] | None,
         ranks: list[int],
         start: int,
+        total_steps: int,
         folder: Path,
         world: World,
     ) -> None:
-        if steps is not None and max(ranks) >= world.world_size:
-            rule = "must be less than the number of ranks"
-            remedy = f"give ranks from 0 to {world.world_size - 1}"
-            raise ConfigError(f"trainer.profile_ranks ({ranks}) {rule}; {remedy}")
+        if steps is not None:
+            _check(steps, ranks, total_steps, world)
+            if start >= steps[1] and world.is_main:
+                _warn_if_missed(steps, ranks, start, folder)
         is_profiled = steps is not None and start < steps[1] and world.rank in ranks
         self._steps = steps if is_profiled else None
         self._folder, self._world = folder, world
@@ -105,24 +107,34 @@ class StepProfiler:
         return self._profile is not None and self._steps is not None and step >= self._steps[1]
 
     def write(self) -> None:
-        """End the profile and write its files. This takes seconds."""
+        """End the profile and write its files. This takes seconds.
+
+        Files that cannot be written do not end the training: that is logged.
+        """
         assert self._profile is not None
         self._profile.stop()
         found, self._profile, self._steps = self._profile, None, None
+        shares, rank = time_shares(found), self._world.rank
+        try:
+            self._write_files(found, shares)
+            log.info("profile of rank %d: %s; see %s", rank, shares.conclusion, self._folder)
+        except OSError as error:
+            rule = "its files cannot be written"
+            log.warning("profile of rank %d: %s; %s: %s", rank, shares.conclusion, rule, error)
+        if self._world.device.type == "cuda":
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _write_files(self, found: profile, shares: TimeShares) -> None:
+        """Write the files of this rank. Raises OSError."""
         self._folder.mkdir(exist_ok=True)
-        stem = self._folder / f"rank{self._world.rank}"
+        stem, device = self._folder / f"rank{self._world.rank}", self._world.device.type
         found.export_chrome_trace(f"{stem}.trace.json.gz")
-        on_gpu = self._world.device.type == "cuda"
-        order = f"self_{self._world.device.type}_time_total"
+        order = f"self_{device}_time_total"
         table = found.key_averages().table(sort_by=order, row_limit=_NUM_OPERATORS)
         Path(f"{stem}.txt").write_text(table)
-        if on_gpu:
+        if device == "cuda":
             torch.cuda.memory._dump_snapshot(f"{stem}.memory.pickle")
-            torch.cuda.memory._record_memory_history(enabled=None)
-        shares = time_shares(found)
         write_json(Path(f"{stem}.json"), shares.record)
-        rank = self._world.rank
-        log.info("profile of rank %d: %s; see %s", rank, shares.conclusion, self._folder)
 
     def close(self) -> None:
         """End a profile whose last step was not reached. Nothing is written."""
@@ -140,6 +152,27 @@ class StepProfiler:
             torch.cuda.synchronize()
         self._profile = profile(activities=activities)
         self._profile.start()
+
+
+def _check(steps: tuple[int, int], ranks: list[int], total_steps: int, world: World) -> None:
+    """Raise ConfigError if there is no such rank or no such step."""
+    if max(ranks) >= world.world_size:
+        rule = "must be less than the number of ranks"
+        remedy = f"give ranks from 0 to {world.world_size - 1}"
+        raise ConfigError(f"trainer.profile_ranks ({ranks}) {rule}; {remedy}")
+    first, end = steps
+    if end > total_steps:
+        rule = f"must end at the last step of the run, {total_steps}, or before it"
+        raise ConfigError(f"trainer.profile_steps ({first}:{end}) {rule}; give earlier steps")
+
+
+def _warn_if_missed(steps: tuple[int, int], ranks: list[int], start: int, folder: Path) -> None:
+    """Warn if the run resumes after the profiled steps, and an earlier start has no profile."""
+    missing = [rank for rank in ranks if not (folder / f"rank{rank}.json").exists()]
+    if missing:
+        value = f"trainer.profile_steps ({steps[0]}:{steps[1]})"
+        rule = f"the run resumes at step {start}, so there is no profile of ranks {missing}"
+        log.warning("%s: %s; give later steps", value, rule)
 
 
 def time_shares(found: profile) -> TimeShares:

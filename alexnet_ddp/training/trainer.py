@@ -161,6 +161,7 @@ class Trainer:
         self.sampler, self.budget, self.lr = setup.sampler, setup.budget, setup.lr
         self.checkpoints, self.watchdog = setup.checkpoints, watchdog
         self.status, self.stop = status, stop
+        self.profiler = self._build_profiler()
         self.checkpoints.prepare(parts.state_dict())
         names, run_dir = cfg.trainer.callbacks, cfg.run_dir
         self.callbacks = distributed.on_all(lambda: Callbacks(names, run_dir, world.is_main), world)
@@ -172,8 +173,6 @@ class Trainer:
         self.guard = Guard(cfg.trainer, state.bad_steps, batch, cfg.run_dir / "replay.json", world)
         self.replicas = Replicas(cfg.trainer.check_every_steps, world)
         self.stragglers = Stragglers(world)
-        steps, ranks = cfg.trainer.profiled_steps, cfg.trainer.profile_ranks
-        self.profiler = StepProfiler(steps, ranks, state.step, run_dir / "profile", world)
         sets = {"train": data.train, "val": data.val}
         max_bad = cfg.data.max_bad_images or 0
         self.quarantine = Quarantine(cfg.run_dir, sets, max_bad, state.step, world)
@@ -460,8 +459,14 @@ class Trainer:
         if picture is not None:
             self.tracker.image("batch", picture)
 
+    def _build_profiler(self) -> StepProfiler:
+        """The profiler. Raises ConfigError if its steps or ranks do not exist."""
+        steps, ranks = self.cfg.trainer.profiled_steps, self.cfg.trainer.profile_ranks
+        start, total = self.state.step, self.budget.total_steps
+        return StepProfiler(steps, ranks, start, total, self.cfg.run_dir / "profile", self.world)
+
     def _build_tracker(self, overrides: list[str]) -> Tracker:
-        """The tracker, with the run's configuration, facts and headline written to it."""
+        """Collective. The tracker, after it got the run's configuration, facts and headline."""
         cfg, world, data = self.cfg, self.world, self.data
         budget, step = self.budget, self.state.step
         total, per_epoch = budget.total_steps, budget.steps_per_epoch
@@ -479,6 +484,8 @@ class Trainer:
         found = [f"data.mean={cfg.data.mean}", f"data.std={cfg.data.std}"]
         recorded = overrides if data.normalisation is None else [*overrides, *found]
         facts = {"world_size": world.world_size, "overrides": recorded, "start_step": step}
+        num_nodes = sum(distributed.all_gather_objects([world.local_rank == 0]))
+        facts |= {"local_world_size": world.local_world_size, "num_nodes": num_nodes}
         facts |= {"choices": choices_of(cfg), **self.parts.model_flops.facts}
         tracker.record(to_yaml(cfg), facts, {"ids": data.train.classes, "names": data.class_names})
         tracker.say(

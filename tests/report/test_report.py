@@ -320,6 +320,9 @@ def test_the_worst_classes_come_first_with_their_confusions():
     matrix = [[cell.count for cell in row] for row in results.confusion.rows]
     assert matrix == [[1, 2, 1, 0], [1, 3, 0, 0], [0, 0, 2, 0], [0, 0, 0, 0]]
     assert results.balanced == pytest.approx(200 / 3)
+    assert results.balanced_interval[0] < results.balanced < results.balanced_interval[1]
+    right = class_results(Scores(torch.eye(4)[labels], labels, torch.arange(10)), list("abcd"))
+    assert (right.balanced, right.balanced_interval) == (100, None)
 
 
 def test_of_many_classes_the_matrix_shows_those_that_are_confused():
@@ -370,6 +373,22 @@ def test_a_map_is_largest_at_what_speaks_for_the_class():
     assert activation_maps(flat, images, torch.tensor([1, 1])) is None
 
 
+@pytest.mark.filterwarnings("error")
+def test_weights_that_are_not_finite_have_a_map_of_zeros_and_no_picture_of_filters():
+    model = Bright().eval()
+    with torch.no_grad():
+        model.classifier.weight.fill_(torch.nan)
+    maps = activation_maps(model, torch.ones(1, 3, 16, 16), torch.tensor([1]))
+    assert (overlay(np.full((16, 16, 3), 128, np.uint8), maps[0]) == 128).all()
+    convolution = nn.Conv2d(3, 8, 3)
+    with torch.no_grad():
+        convolution.weight[0, 0, 0, 0] = 3e38
+        convolution.weight[0, 0, 0, 1] = -3e38
+        assert first_filters(convolution) is not None
+        convolution.weight[0, 0, 0, 0] = torch.inf
+    assert first_filters(convolution) is None
+
+
 def test_filters_are_shown_if_they_take_colours():
     shown = first_filters(nn.Sequential(nn.Conv2d(3, 20, 5), nn.Conv2d(20, 4, 3)))
     assert (shown.layer, shown.shape, shown.num_shown) == ("0", (20, 3, 5, 5), 20)
@@ -396,6 +415,28 @@ def test_the_summary_has_the_best_evaluation_and_the_command_has_another_name(tm
     other = make_run(tmp_path / "y", options="optimizer:\n  lr: 0.2\n")
     assert differences([run, other]) == ([("optimizer.lr", ["0.1", "0.2"])], 0)
     assert differences([run]) == ([], 0)
+
+
+TRAIN = ["/usr/bin/python3", "-m", "alexnet_ddp.train"]
+OF_NODES = "torchrun --nnodes=2 --nproc_per_node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500"
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({"command": [*TRAIN, "--config-dir", "my conf"]}, "python -m {} --config-dir 'my conf'"),
+        ({"command": [*TRAIN, "-cd=a", "--config-dir=b"]}, "python -m {} --config-dir b"),
+        ({"command": TRAIN, "world_size": 8}, "torchrun --nproc_per_node=8 -m {}"),  # an older run
+        ({"world_size": 8, "local_world_size": 8, "num_nodes": 1}, "torchrun --nproc_per_node=8 -m {}"),
+        ({"world_size": 8, "local_world_size": 4, "num_nodes": 2}, f"{OF_NODES} --rdzv-id=x-again -m {{}}"),
+    ],
+)  # fmt: skip
+def test_the_command_has_the_folder_of_configurations_and_the_nodes_of_the_run(
+    tmp_path, known, expected
+):
+    run = make_run(tmp_path / "x")
+    write_json(tmp_path / "x/run.json", {"overrides": ["seed=1"]} | known)
+    assert command(run) == expected.format("alexnet_ddp.train") + " seed=1 run.name=x-again"
 
 
 class Tags(HTMLParser):

@@ -72,3 +72,17 @@ def test_a_gpu_without_a_counter_has_none(monkeypatch):
 
     fake_nvml(monkeypatch, read)
     assert energy.gpu_counters(torch.device("cuda", 0)) == []
+
+
+def test_a_gpus_counter_that_fails_later_raises_oserror(monkeypatch):
+    answers = [5000]
+
+    def read(handle):
+        if not answers:
+            raise NVMLError("GPU is lost")
+        return answers.pop()
+
+    fake_nvml(monkeypatch, read)
+    (counter,) = energy.gpu_counters(torch.device("cuda", 0))
+    with pytest.raises(OSError, match="NVML: GPU is lost"):
+        counter.used()

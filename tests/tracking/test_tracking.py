@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from alexnet_ddp.config import LoggerConfig, Wandb
-from alexnet_ddp.tracking import RunInfo, build_tracker
+from alexnet_ddp.tracking import ClassResults, RunInfo, build_tracker
+from alexnet_ddp.tracking.sinks import TensorBoardSink
 
 ROOT = Path(__file__).parents[2]
 TRAIN = {"train/loss": 1.2034, "train/top1": 57.2, "train/lr": 0.02, "train/images_per_sec": 1234.0}
@@ -31,7 +32,8 @@ PROGRAM = """
     import sys, time
     from pathlib import Path
     from alexnet_ddp.config import LoggerConfig, Wandb
-    from alexnet_ddp.tracking import RunInfo, build_tracker
+    from alexnet_ddp.tracking import ClassResults, RunInfo, build_tracker
+from alexnet_ddp.tracking.sinks import TensorBoardSink
     def start(run_dir, mode, start_step):
         cfg = LoggerConfig(wandb=Wandb(mode), tensorboard=False)
         run = RunInfo(True, start_step, 60, 10, {"seed": 1, "api_key": "CANARY"})
@@ -212,3 +214,15 @@ def test_tensorboard_shows_each_step_once_after_a_restart(tmp_path):
     shown, _ = loss(2.0, 20, (30, 40), close=True)
     assert shown == [(10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0)]
     first.close(0)
+
+
+@pytest.mark.parametrize(("num_classes", "side"), [(5, 40), (300, 900), (1000, 1000)])
+def test_tensorboards_confusion_matrix_is_at_most_1000_pixels_wide(tmp_path, num_classes, side):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = TensorBoardSink(tmp_path, 0, {}, "")
+    counts = np.eye(num_classes, dtype=np.int64)
+    sink.classes(ClassResults(4, [], np.zeros((num_classes, 3)), counts))
+    sink.close(0, "")
+    (image,) = EventAccumulator(str(tmp_path)).Reload().Images("val/confusion_matrix")
+    assert (image.step, image.width, image.height) == (4, side, side)

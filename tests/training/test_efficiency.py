@@ -13,6 +13,7 @@ from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.energy import Counter
 from alexnet_ddp.training import efficiency
 from alexnet_ddp.training.efficiency import EnergyMeter, ModelFlops
+from tests.ranks import run_ranks
 
 OPTIONS = ["data=synthetic", "data.image_size=96", "data.start_image_size=64", "data.grow_epochs=2"]
 OPTIONS += ["model=alexnet_small", "trainer.epochs=3", "run.name=x"]
@@ -50,3 +51,33 @@ def test_energy_is_that_of_training_only(monkeypatch):
         assert meter.row(0) == {}
         monkeypatch.setattr(efficiency, "cpu_counters", list)
         assert EnergyMeter(world).row(4) == {}
+
+
+def energy_with_a_counter_that_fails() -> tuple[list[dict], int]:
+    """Rows of a meter whose counter, on rank 0, fails at its fourth call; the number of calls."""
+    counts = [0, 10, 30]
+
+    def read() -> int:
+        calls.append(1)
+        if not counts:
+            raise OSError(5, "Input/output error")
+        return counts.pop(0)
+
+    calls: list[int] = []
+    efficiency.cpu_counters = lambda: [Counter(read, 1.0)]
+    with distributed.session(Device.cpu) as world:
+        meter = EnergyMeter(world)
+        rows = [meter.row(1), meter.row(1)]
+        meter.pause()
+        meter.resume()
+        meter.pause()
+        meter.resume()
+        rows += [meter.row(1), meter.row(1)]
+        return rows, len(calls)
+
+
+def test_after_a_counter_failed_no_rank_reports_energy():
+    main, other = run_ranks(energy_with_a_counter_that_fails, 2)
+    found = [{"train/joules_per_image": value} for value in (0.0, 10.0)]
+    assert main == ([*found, {}, {}], 4)
+    assert other == ([*found, {}, {}], 0)

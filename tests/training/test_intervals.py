@@ -126,5 +126,8 @@ def test_the_interval_of_a_macro_auroc_is_about_that_of_a_bootstrap():
 def test_what_is_undefined_has_no_interval():
     values = np.array([0.1, 0.2, 0.8, 0.9])
     assert ours.class_auroc(values, values > 0.5).interval is None  # an AUROC of 1
+    labels = np.arange(5)
+    for found in (labels, (labels + 1) % 5):  # all right, all wrong: equal resamples
+        assert set(ours.bootstrap_intervals(labels, found, 5).values()) == {None}
     single = ours.class_auroc(values, np.array([False, True, False, False]))
     assert (single.value, single.interval) == (pytest.approx(1 / 3), None)

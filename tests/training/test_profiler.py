@@ -3,20 +3,27 @@
 import gzip
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from alexnet_ddp.training.profiler import TimeShares, _overlap, _union, _without
+from alexnet_ddp.runtime.distributed import World
+from alexnet_ddp.runtime.errors import ConfigError
+from alexnet_ddp.training.profiler import StepProfiler, TimeShares, _overlap, _union, _without
 from tests.cluster import Hosts, why_not
 from tests.network import QUICK
 from tests.test_train import ENV, SMALL, run
 
 PROFILED = ["trainer.profile_steps=1:3", "trainer.max_steps=4", "trainer.epochs=99"]
 SYNTHETIC = ["data=synthetic", "data.image_size=64", "data.num_train=64", "data.num_val=4"]
+
+
+ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 
 
 def conclusion(run_dir: Path, rank: int = 0) -> str:
@@ -40,6 +47,49 @@ def test_the_conclusion_names_the_largest_share():
     assert shares.conclusion.startswith(
         "bound by communication: 55 % of a step of 12.5 ms waits for"
     )
+
+
+def test_a_profile_that_cannot_be_written_does_not_end_the_training(tmp_path, caplog):
+    (tmp_path / "profile").touch()
+    profiler = StepProfiler((1, 2), [0], 0, 9, tmp_path / "profile", ALONE)
+    for step in range(2):
+        with profiler.step(step):
+            torch.ones(2).sum()
+    assert profiler.is_due(2)
+    profiler.write()
+    profiler.close()
+    (warning,) = caplog.messages
+    assert re.match(
+        r"profile of rank 0: bound by .*; its files cannot be written: .*Errno", warning
+    )
+    assert not profiler.is_due(3)
+
+
+def test_steps_or_ranks_that_do_not_exist_are_refused(tmp_path):
+    StepProfiler((3, 9), [0], 0, 9, tmp_path, ALONE)
+    with pytest.raises(ConfigError) as error:
+        StepProfiler((3, 10), [0], 0, 9, tmp_path, ALONE)
+    assert str(error.value) == (
+        "trainer.profile_steps (3:10) must end at the last step of the run, 9, or before it; "
+        "give earlier steps"
+    )
+    with pytest.raises(ConfigError, match=r"profile_ranks \(\[0, 1\]\) must be less than"):
+        StepProfiler((3, 9), [0, 1], 0, 9, tmp_path, ALONE)
+
+
+def test_a_run_that_resumes_after_the_profiled_steps_warns_unless_there_is_a_profile(
+    tmp_path, caplog
+):
+    world = World(0, 0, 2, 2, torch.device("cpu"))
+    (tmp_path / "rank1.json").touch()
+    StepProfiler((1, 3), [1], 3, 9, tmp_path, world)
+    StepProfiler((1, 3), [0, 1], 2, 9, tmp_path, world)  # step 2 is profiled
+    assert caplog.messages == []
+    StepProfiler((1, 3), [0, 1], 3, 9, tmp_path, world)
+    assert caplog.messages == [
+        "trainer.profile_steps (1:3): the run resumes at step 3, so there is no profile of "
+        "ranks [0]; give later steps"
+    ]
 
 
 @pytest.mark.slow
@@ -120,7 +170,6 @@ def rank_env(rank: int) -> dict[str, str]:
 )
 def test_a_wrong_profile_is_refused(options, line):
     from alexnet_ddp.config.compose import compose
-    from alexnet_ddp.runtime.errors import ConfigError
 
     with pytest.raises(ConfigError, match=line):
         compose("train", ["run.name=x", "data=synthetic", *options])
