@@ -265,7 +265,8 @@ class DividedConfig(LabelledConfig):
     val_fraction: float | None = option(
         None,
         "Divide the images: the share of them that is the validation set. A hash of its name "
-        "decides about each image, so that it stays in its set when others are added.",
+        "decides about each image, so that it stays in its set when others are added, except in "
+        "small classes: every class of two images or more has an image in both sets.",
         null="the data is divided already",
         above=0,
         below=1,

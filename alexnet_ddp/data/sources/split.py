@@ -23,7 +23,7 @@ def split_images(
     val_fraction: an image is in the validation set if its hash is below this share of all hashes,
     so it stays on its side when files are added. Every class of two images or more has an image on
     each side: if no hash of a class is below, the lowest one counts as below, and if all are, the
-    highest one does not.
+    highest one does not. Such an image may change its side when files are added to its class.
     fold: (k, n) instead: the k-th of n parts of each class, which have equal sizes and together
     contain every image once.
     The only image of a class is in the training set.

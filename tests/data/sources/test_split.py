@@ -64,6 +64,13 @@ def test_images_stay_in_their_set_when_others_are_added():
     assert few[0].fingerprint() != more[0].fingerprint()
 
 
+def test_the_only_validation_image_of_a_small_class_may_change_when_others_are_added():
+    """No hash of three images is below 1e-9, so the lowest one is taken."""
+    few, more = (split_images(*index_of(("a", n)), 1e-9, None)[1] for n in (3, 30))
+    assert len(names(few)) == len(names(more)) == 1
+    assert names(few) != names(more)
+
+
 @pytest.mark.parametrize("fraction", [1e-9, 0.5, 1 - 1e-9])
 def test_every_class_of_two_images_is_in_both_sets_and_a_single_image_is_trained_on(fraction):
     index, store = index_of(*((f"c{k:03d}", 1 + k % 4) for k in range(200)))
