@@ -1,5 +1,6 @@
 """Options of `alexnet-ddp predict`."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,8 +60,9 @@ class PredictConfig(Options):
         if self.layer is not None and self.embeddings is None:
             rule = "is the layer of the embeddings, which are not written"
             raise ConfigError(f"layer ({self.layer}) {rule}; give embeddings=FILE.npy too")
-        written = [] if self.embeddings is None else embedding_files(self.embeddings)
-        if self.output is not None and Path(self.output) in written:
+        files = [] if self.embeddings is None else embedding_files(self.embeddings)
+        written = [os.path.realpath(file) for file in files]
+        if self.output is not None and os.path.realpath(self.output) in written:
             rule = f"is also written by embeddings ({self.embeddings})"
             raise ConfigError(f"output ({self.output}) {rule}; choose another name")
 
