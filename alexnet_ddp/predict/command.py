@@ -52,6 +52,7 @@ def main(options: PredictConfig, overrides: list[str]) -> None:
         run = distributed.on_all(
             lambda: read_run(run_dir, cli.config_of_run(run_dir, plugins, opens_data=False)), world
         )
+        options = replace(options, top_k=min(options.top_k, len(run.classes)))
         run.model.to(world.device).to(memory_format=torch.channels_last)  # as its inputs are
         _warn_if_not_calibrated(options, run, run_dir)
         layer, width = None, 0
@@ -78,8 +79,9 @@ def predict(
 ) -> Iterator[Prediction]:
     """Collective. Yield a Prediction for each of `paths`, in order, on all ranks.
 
-    The ranks take the batches in turn. The result is the same for any number of ranks. layer: of
-    the run's model, for embeddings.
+    The ranks take the batches in turn. The result is the same for any number of ranks.
+    options.top_k: at most the number of the run's classes. layer: of the run's model, for
+    embeddings.
     """
     index = SampleIndex([], np.zeros(len(paths), np.int32), paths)
     cfg = replace(run.config.data, on_bad_image=OnBadImage.skip)
@@ -103,7 +105,7 @@ def _predictions(
 ) -> Iterator[Prediction]:
     """The predictions of a batch. logits: float32 [n, classes]."""
     probabilities = (logits / (run.temperature or 1.0)).softmax(1)
-    top = probabilities.topk(min(options.top_k, len(run.classes)))
+    top = probabilities.topk(options.top_k)
     embeddings = [None] * len(indices) if layer is None else layer.rows()
     rows = zip(indices, top.indices.tolist(), top.values.tolist(), embeddings)
     for i, classes, values, embedding in rows:

@@ -14,10 +14,15 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import parquet
+from pyarrow.csv import read_csv as csv_table
 
 from alexnet_ddp import load_run
+from alexnet_ddp.api import TrainedRun
+from alexnet_ddp.cli import compose
+from alexnet_ddp.config import Device, PredictConfig, RunConfig
 from alexnet_ddp.data.sources.index import index_folder
-from alexnet_ddp.model import find_head
+from alexnet_ddp.model import build_model, find_head
+from alexnet_ddp.predict import command
 from alexnet_ddp.predict.images import find_images
 from alexnet_ddp.runtime.errors import DataError
 from tests.conftest import make_folder
@@ -229,6 +234,28 @@ def test_a_csv_has_a_column_for_each_class_and_for_the_reason(trained):
     assert all(float(row["probability_1"]) >= float(row["probability_2"]) > 0 for row in good)
     assert {row["class_1"] for row in good} <= {f"class{k}" for k in range(5)}
     assert [row["class_1"] for row in rows if row["error"]] == ["", ""]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_table_has_no_columns_for_more_classes_than_there_are(tmp_path, monkeypatch, suffix):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    cfg = compose(["data=synthetic", "data.image_size=32", "model=alexnet_small"])
+    network = build_model(cfg.model, 3, 32, 0).eval()
+    found = TrainedRun(network, ["x", "y", "z"], cfg, tmp_path)
+    monkeypatch.setattr(command, "read_run", lambda run_dir, cfg: found)
+    monkeypatch.setattr(command.cli, "config_of_run", lambda *_, **__: cfg)
+    file = tmp_path / f"o.{suffix}"
+    threads = torch.get_num_threads()
+    options = PredictConfig(
+        run=RunConfig(name="r"), images=f"{tmp_path}/a.png", output=str(file), device=Device.cpu
+    )
+    command.main(options, [])
+    torch.set_num_threads(threads)
+    read = parquet.read_table if suffix == "parquet" else csv_table
+    table = read(file)
+    pairs = [name for k in (1, 2, 3) for name in (f"class_{k}", f"probability_{k}")]
+    assert table.column_names == ["image", *pairs, "error"]
+    assert len(table) == 1
 
 
 @pytest.mark.slow
