@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from alexnet_ddp.checkpoint.format import classes_of, read_state
-from alexnet_ddp.config import Config, ConfigError
+from alexnet_ddp.config import Config, ConfigError, DataConfig
 from alexnet_ddp.config.option import Options, spec_of
 from alexnet_ddp.config.plugins import PluginOptimizerConfig, TorchOptimizerConfig
 from alexnet_ddp.config.schema import specs
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 _MAX_SHOWN = 5  # classes or files in a message
 _MAX_OPTIONS_SHOWN = 6
 _ADAPTER_GROUPS = ("adapters", "ranks", "ema_adapters")
+# Options of data that choose which images are trained on: data.X.
+_CHOICE = ("limit_train", "val_fraction", "fold")
 # A newer option with one of these values, or Spec.as_unset, has no effect: older checkpoints match.
 _OFF = (None, 0, "none")
 
@@ -70,6 +72,13 @@ class DataFacts:
     images_per_class: list[int]  # of the training images
     labels: str  # labels_fingerprint() of the training images
     evaluation: str  # fingerprint of the validation images
+    # Option -> value of those that choose the training images. Older checkpoints have none.
+    choice: dict[str, object]
+
+
+def choice_of_images(cfg: DataConfig) -> dict[str, object]:
+    """Return option -> value of the options in `cfg` that choose which images are trained on."""
+    return {f"data.{name}": getattr(cfg, name, None) for name in _CHOICE}
 
 
 def labels_fingerprint(classes: list[str], labels: np.ndarray) -> str:
@@ -124,7 +133,8 @@ def check_same_run(
     if "data" in changed and data is not None:
         classes = classes_of(checkpoint, record)
         shown.insert(0, data_difference(classes, record, data, checkpoint.parent.parent))
-        restore = "restore the data, or the value of data.limit_train"
+        other, restore = _choice_difference(record.get("choice"), data.choice)
+        shown[1:1] = other
         remedy = f"{restore}, {remedy}: rows of the head then follow their class names"
     elif "data" in changed:
         shown.insert(0, f"data={_shorten(now.get('data'))} (was {_shorten(then.get('data'))})")
@@ -227,6 +237,25 @@ def data_difference(
         "the training images differ: as many in each class, but other files or sizes "
         "(resized or raw shards are other files, too)"
     )
+
+
+def _choice_difference(
+    then: dict[str, object] | None, now: dict[str, object]
+) -> tuple[list[str], str]:
+    """Return which options chose other training images than before, and what to restore.
+
+    then: None for a checkpoint that does not record it.
+    """
+    if then is None:
+        return [], f"restore the data, or the value of {', '.join(now)}"
+    changed = [key for key, value in now.items() if value != then.get(key)]
+    if not changed:
+        return [], "restore the data"
+    restore = f"restore {', '.join(changed)}"
+    if changed != ["data.limit_train"]:
+        restore = f"images that were trained on may now be validated on; {restore}"
+    shown = [f"{key}={_shorten(now[key])} (was {_shorten(then.get(key))})" for key in changed]
+    return shown, restore
 
 
 def _class_difference(then: list[str], now: list[str]) -> str:

@@ -251,7 +251,7 @@ def _fill_inputs(cfg: DictConfig) -> None:
 
     Options that are given stay. Raises ConfigError for unknown weights or an unknown network.
     """
-    if "trainer" not in cfg:
+    if "model" not in cfg or "mean" not in cfg.get("data", {}):
         return
     model = cast(ModelConfig, OmegaConf.to_object(cfg.model))
     if isinstance(model, TimmConfig):

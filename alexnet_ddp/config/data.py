@@ -36,29 +36,13 @@ class Policy(StrEnum):
 
 
 @dataclass(kw_only=True)
-class DataConfig(Options, section="data"):
-    """Which images are used, and the size at which the network sees them."""
+class InputConfig(Options, section="data"):
+    """The size and the colours of the images as a network gets them."""
 
-    # Whether the fingerprint of the data depends on the content of the images, not on names alone.
-    is_identified: ClassVar[bool] = True
     has_statistics: ClassVar[bool] = False  # data.mean=auto finds some
 
     image_size: int = option(
         224, "Height and width of the network's input.", unit="pixels", minimum=1, maximum=MAX_SIDE
-    )
-    start_image_size: int | None = option(
-        None,
-        "Size of the training images in the first epoch; it grows to data.image_size in steps "
-        "of 32.",
-        unit="pixels",
-        null="the size does not change",
-        minimum=1,
-    )
-    grow_epochs: int | None = option(
-        None,
-        "With data.start_image_size: the first epoch (counted from 0) at data.image_size.",
-        unit="epochs",
-        minimum=1,
     )
     eval_resize: int | None = option(
         None,
@@ -89,6 +73,65 @@ class DataConfig(Options, section="data"):
         "Interpolation of the resize in evaluation.",
         null="that of published weights (model.weights) or of a network of timm, else bilinear",
         as_unset=Interpolation.bilinear,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_resize is None:
+            self.eval_resize = round(self.image_size * 256 / 224)
+        if self.eval_resize < self.image_size:
+            rule = f"must be at least data.image_size ({self.image_size})"
+            raise ConfigError(f"data.eval_resize ({self.eval_resize}) {rule}")
+        if self.mean == AUTO:
+            self._check_auto()
+        else:
+            self.mean = _check_mean(self.mean)
+        _check_three("std", self.std)
+        if self.std is not None and min(self.std) <= 0:
+            raise ConfigError(f"data.std ({self.std}) must be greater than 0")
+
+    def _check_auto(self) -> None:
+        if not self.has_statistics:
+            rule = "takes the statistics that prepare writes, and only data=shards has them"
+            remedy = "give data.mean=[r,g,b] and data.std=[r,g,b], or pack the images"
+            raise ConfigError(f"data.mean (auto) {rule}; {remedy}")
+
+    @property
+    def resized_side(self) -> int:
+        """data.eval_resize, for which the constructor replaces null, in pixels."""
+        assert self.eval_resize is not None
+        return self.eval_resize
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(mean, standard deviation) of red, green and blue in [0, 1].
+
+        data.mean=auto must have been replaced: see data/sources/sets.py.
+        """
+        assert self.mean != AUTO
+        return tuple(self.mean or IMAGENET_MEAN), tuple(self.std or IMAGENET_STD)
+
+
+@dataclass(kw_only=True)
+class DataConfig(InputConfig):
+    """Which images are used, and the size at which the network sees them."""
+
+    # Whether the fingerprint of the data depends on the content of the images, not on names alone.
+    is_identified: ClassVar[bool] = True
+
+    start_image_size: int | None = option(
+        None,
+        "Size of the training images in the first epoch; it grows to data.image_size in steps "
+        "of 32.",
+        unit="pixels",
+        null="the size does not change",
+        minimum=1,
+    )
+    grow_epochs: int | None = option(
+        None,
+        "With data.start_image_size: the first epoch (counted from 0) at data.image_size.",
+        unit="epochs",
+        minimum=1,
     )
     num_threads: int | None = option(
         None,
@@ -142,29 +185,11 @@ class DataConfig(Options, section="data"):
         elif self.max_bad_images is not None:
             rule = "is only read by data.on_bad_image=skip; leave it out"
             raise ConfigError(f"data.max_bad_images ({self.max_bad_images}) {rule}")
-        if self.eval_resize is None:
-            self.eval_resize = round(self.image_size * 256 / 224)
-        if self.eval_resize < self.image_size:
-            rule = f"must be at least data.image_size ({self.image_size})"
-            raise ConfigError(f"data.eval_resize ({self.eval_resize}) {rule}")
         if self.sampling is not None:
             self.sampling = check_class_weights(
                 "data.sampling", self.sampling, ("balanced", "sqrt")
             )
-        if self.mean == AUTO:
-            self._check_auto()
-        else:
-            self.mean = _check_mean(self.mean)
-        _check_three("std", self.std)
-        if self.std is not None and min(self.std) <= 0:
-            raise ConfigError(f"data.std ({self.std}) must be greater than 0")
         self._check_growth()
-
-    def _check_auto(self) -> None:
-        if not self.has_statistics:
-            rule = "takes the statistics that prepare writes, and only data=shards has them"
-            remedy = "give data.mean=[r,g,b] and data.std=[r,g,b], or pack the images"
-            raise ConfigError(f"data.mean (auto) {rule}; {remedy}")
 
     def _check_growth(self) -> None:
         start, epochs = self.start_image_size, self.grow_epochs
@@ -175,21 +200,6 @@ class DataConfig(Options, section="data"):
         if start is not None and start >= self.image_size:
             rule = f"must be less than data.image_size ({self.image_size}), to grow to it"
             raise ConfigError(f"data.start_image_size ({start}) {rule}")
-
-    @property
-    def resized_side(self) -> int:
-        """data.eval_resize, for which the constructor replaces null, in pixels."""
-        assert self.eval_resize is not None
-        return self.eval_resize
-
-    @property
-    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """(mean, standard deviation) of red, green and blue in [0, 1].
-
-        data.mean=auto must have been replaced: see data/sources/sets.py.
-        """
-        assert self.mean != AUTO
-        return tuple(self.mean or IMAGENET_MEAN), tuple(self.std or IMAGENET_STD)
 
     def train_image_size(self, epoch: int) -> int:
         """Size of the training images in `epoch` (counted from 0), in pixels.
@@ -265,7 +275,8 @@ class DividedConfig(LabelledConfig):
     val_fraction: float | None = option(
         None,
         "Divide the images: the share of them that is the validation set. A hash of its name "
-        "decides about each image, so that it stays in its set when others are added.",
+        "decides about each image, so that it stays in its set when others are added, except in "
+        "small classes: every class of two images or more has an image in both sets.",
         null="the data is divided already",
         above=0,
         below=1,

@@ -1,19 +1,39 @@
 """Options of `alexnet-ddp predict`."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from alexnet_ddp.config.data import OnBadImage
+from alexnet_ddp.config.data import InputConfig, OnBadImage
 from alexnet_ddp.config.option import MISSING, Options, check_suffix, option
+from alexnet_ddp.config.recipe import ModelConfig
 from alexnet_ddp.config.run import Device, RunConfig
 from alexnet_ddp.runtime.errors import ConfigError
 
 
 @dataclass(kw_only=True)
+class PredictDataConfig(InputConfig):
+    """The input of the network of model.weights."""
+
+
+@dataclass(kw_only=True)
 class PredictConfig(Options):
-    """A run with a checkpoint, and the images to classify with it."""
+    """A run, an exported folder or a file of weights, and the images to classify with it."""
 
     run: RunConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: PredictDataConfig = field(default_factory=PredictDataConfig)
+    export: str | None = option(
+        None,
+        "A folder that export format=safetensors wrote, in place of a run.",
+        null="run.name, or model.weights",
+    )
+    classes: str | None = option(
+        None,
+        "With model.weights, the class names in the order of the outputs: a text file with one "
+        "name per line, or a .json list.",
+        null="those that the file of weights contains, or ImageNet's for published weights",
+    )
     device: Device = option(Device.auto, "The device to compute on. auto: cuda if there is a GPU.")
     images: str = option(
         MISSING,
@@ -49,7 +69,7 @@ class PredictConfig(Options):
         null="the input of the classifier",
     )
     plugins: list[str] = option(
-        [], "Modules to import first if the run was started with plugins; command line only."
+        [], "Modules to import first if the network needs plugins; command line only."
     )
 
     def __post_init__(self) -> None:
@@ -59,8 +79,9 @@ class PredictConfig(Options):
         if self.layer is not None and self.embeddings is None:
             rule = "is the layer of the embeddings, which are not written"
             raise ConfigError(f"layer ({self.layer}) {rule}; give embeddings=FILE.npy too")
-        written = [] if self.embeddings is None else embedding_files(self.embeddings)
-        if self.output is not None and Path(self.output) in written:
+        files = [] if self.embeddings is None else embedding_files(self.embeddings)
+        written = [os.path.realpath(file) for file in files]
+        if self.output is not None and os.path.realpath(self.output) in written:
             rule = f"is also written by embeddings ({self.embeddings})"
             raise ConfigError(f"output ({self.output}) {rule}; choose another name")
 

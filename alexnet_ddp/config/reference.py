@@ -57,13 +57,15 @@ gives another. calibrate=true fits a temperature to the validation images; predi
 images=DIR evaluates on CLASS/* in DIR instead, also if only some classes are there, and writes
 evaluation_images.json.""",
     "predict": """\
-Classify images with a trained run: prints the most probable classes of each image.
+Classify images with a trained network: prints the most probable classes of each image.
 
   python -m alexnet_ddp.predict run.name=X images=cat.jpg
   python -m alexnet_ddp.predict run.name=X images=photos output=predictions.jsonl
   python -m alexnet_ddp.predict run.name=X 'images=photos/*.jpg' top_k=3
   python -m alexnet_ddp.predict run.name=X images=photos output=p.csv min_confidence=0.9
   python -m alexnet_ddp.predict run.name=X images=photos embeddings=photos.npy
+  python -m alexnet_ddp.predict export=DIR images=photos
+  python -m alexnet_ddp.predict model=M model.weights=FILE classes=FILE.txt images=photos
 
 A folder is listed as in training: linked folders are followed; hidden entries and other file types
 are counted in a warning. A file that is named, or matched by a glob, may have any suffix.""",

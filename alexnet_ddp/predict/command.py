@@ -1,6 +1,8 @@
-"""Predict the most probable classes of images with a trained run.
+"""Predict the most probable classes of images with a trained network.
 
 python -m alexnet_ddp.predict run.name=X images=PATH_OR_GLOB_OR_DIR [output=FILE.jsonl]
+python -m alexnet_ddp.predict export=DIR images=DIR
+python -m alexnet_ddp.predict model=alexnet model.weights=FILE classes=FILE.txt images=DIR
 torchrun --nproc_per_node=8 -m alexnet_ddp.predict run.name=X images=DIR output=FILE.csv
 """
 
@@ -9,13 +11,11 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from alexnet_ddp import cli
-from alexnet_ddp.api import TrainedRun, read_run
+from alexnet_ddp.api import TrainedRun
 from alexnet_ddp.config import OnBadImage, PredictConfig
 from alexnet_ddp.data.effects import apply_effects
 from alexnet_ddp.data.loader import build_loader
@@ -24,6 +24,7 @@ from alexnet_ddp.data.sources.index import FileStore, SampleIndex
 from alexnet_ddp.data.sources.scan import watched
 from alexnet_ddp.predict.embeddings import LayerOutput, build_embedding_sink
 from alexnet_ddp.predict.images import find_images
+from alexnet_ddp.predict.network import check_choice, open_network
 from alexnet_ddp.predict.output import Prediction, Sink, build_sink
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.distributed import World, all_gather_objects
@@ -31,7 +32,6 @@ from alexnet_ddp.runtime.errors import DataError
 from alexnet_ddp.runtime.files import require_folder_of
 from alexnet_ddp.runtime.printing import printable, say
 from alexnet_ddp.runtime.tables import require_pyarrow
-from alexnet_ddp.training import calibration
 
 log = logging.getLogger(__name__)
 
@@ -44,16 +44,13 @@ def main(options: PredictConfig, overrides: list[str]) -> None:
 
     Raises DataError if no image can be read, or with on_bad_image=raise if one cannot.
     """
-    run_dir = Path(options.run.root) / options.run.name
+    check_choice(options, overrides)
     with distributed.session(options.device) as world:
         distributed.from_main(lambda: _check_files(options), world)
         paths = distributed.from_main(lambda: find_images(options.images), world)
-        plugins = [one for one in overrides if one.lstrip("+").startswith("plugins=")]
-        run = distributed.on_all(
-            lambda: read_run(run_dir, cli.config_of_run(run_dir, plugins, opens_data=False)), world
-        )
+        run = open_network(options, overrides, world)
+        options = replace(options, top_k=min(options.top_k, len(run.classes)))
         run.model.to(world.device).to(memory_format=torch.channels_last)  # as its inputs are
-        _warn_if_not_calibrated(options, run, run_dir)
         layer, width = None, 0
         if options.embeddings is not None:
             layer, width = distributed.on_all(lambda: _open_layer(options, run), world)
@@ -78,8 +75,9 @@ def predict(
 ) -> Iterator[Prediction]:
     """Collective. Yield a Prediction for each of `paths`, in order, on all ranks.
 
-    The ranks take the batches in turn. The result is the same for any number of ranks. layer: of
-    the run's model, for embeddings.
+    The ranks take the batches in turn. The result is the same for any number of ranks.
+    options.top_k: at most the number of the run's classes. layer: of the run's model, for
+    embeddings.
     """
     index = SampleIndex([], np.zeros(len(paths), np.int32), paths)
     cfg = replace(run.config.data, on_bad_image=OnBadImage.skip)
@@ -103,7 +101,7 @@ def _predictions(
 ) -> Iterator[Prediction]:
     """The predictions of a batch. logits: float32 [n, classes]."""
     probabilities = (logits / (run.temperature or 1.0)).softmax(1)
-    top = probabilities.topk(min(options.top_k, len(run.classes)))
+    top = probabilities.topk(options.top_k)
     embeddings = [None] * len(indices) if layer is None else layer.rows()
     rows = zip(indices, top.indices.tolist(), top.values.tolist(), embeddings)
     for i, classes, values, embedding in rows:
@@ -117,18 +115,6 @@ def _open_layer(options: PredictConfig, run: TrainedRun) -> tuple[LayerOutput, i
     """The layer of the embeddings, and the length of a row. Raises ConfigError."""
     layer = LayerOutput(run.model, options.layer)
     return layer, layer.width(run.model, run.config.data.image_size)
-
-
-def _warn_if_not_calibrated(options: PredictConfig, run: TrainedRun, run_dir: Path) -> None:
-    """Warn if min_confidence is compared with raw probabilities.
-
-    read_run has warned already if there is a calibration of another checkpoint.
-    """
-    is_known = run.temperature is not None or (run_dir / calibration.FILE).exists()
-    if options.min_confidence is not None and not is_known:
-        rule = f"run {options.run.name} is not calibrated: its probabilities may be wrong"
-        remedy = f"start evaluate run.name={options.run.name} calibrate=true first"
-        log.warning("min_confidence=%g: %s; %s", options.min_confidence, rule, remedy)
 
 
 def _raise_for_bad(found: Iterable[Prediction]) -> Iterator[Prediction]:

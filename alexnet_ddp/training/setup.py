@@ -7,7 +7,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from alexnet_ddp.checkpoint.identity import DataFacts, identity, labels_fingerprint
+from alexnet_ddp.checkpoint.identity import (
+    DataFacts,
+    choice_of_images,
+    identity,
+    labels_fingerprint,
+)
 from alexnet_ddp.checkpoint.manager import CheckpointManager
 from alexnet_ddp.config import (
     AUTO,
@@ -15,6 +20,7 @@ from alexnet_ddp.config import (
     AutoParallelConfig,
     Config,
     ConfigError,
+    DataConfig,
     DDPConfig,
     Hook,
     HybridConfig,
@@ -82,7 +88,7 @@ class RunSetup:
             run_identity,
             world,
             self.sampler.steps_per_epoch,
-            _data_facts(self.data),
+            _data_facts(cfg.data, self.data),
         )
         self.state, self.saved = self.checkpoints.resume(
             cfg.run.name, cfg.resume.allow_changes, up_to
@@ -203,11 +209,17 @@ def choose_parallelism(cfg: Config, model: torch.nn.Module, world: World) -> Par
     return HybridConfig(group_size=group) if group > 1 else DDPConfig()
 
 
-def _data_facts(data: ImageSets) -> DataFacts:
+def _data_facts(cfg: DataConfig, data: ImageSets) -> DataFacts:
     classes, labels = data.train.classes, data.train.labels
     counts = np.bincount(labels, minlength=len(classes)).tolist()
     names = {"ids": classes, "names": data.class_names}
-    return DataFacts(names, counts, labels_fingerprint(classes, labels), data.val.fingerprint())
+    return DataFacts(
+        names,
+        counts,
+        labels_fingerprint(classes, labels),
+        data.val.fingerprint(),
+        choice_of_images(cfg),
+    )
 
 
 def _description(index: SampleIndex) -> str:

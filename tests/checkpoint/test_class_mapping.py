@@ -189,9 +189,27 @@ def test_more_and_fewer_images_are_refused_with_their_numbers(tmp_path, world):
     (data / "train/m/0.jpg").unlink()
     with pytest.raises(
         ConfigError,
-        match=r"another run: 15 training images then, 14 now \(m: 5 -> 4\); restore the",
+        match=r"another run: 15 training images then, 14 now \(m: 5 -> 4\); restore the data, ",
     ):
         RunSetup(config(tmp_path), world)
+
+
+def test_another_division_is_named_with_what_it_means(tmp_path, world):
+    shutil.move(make_images(tmp_path) / "train", tmp_path / "whole")
+    shutil.rmtree(tmp_path / "data")
+    shutil.move(tmp_path / "whole", tmp_path / "data")
+    saved(config(tmp_path, "data.fold=1/2"), world)
+    with pytest.raises(ConfigError) as e:
+        RunSetup(config(tmp_path, "data.val_fraction=0.5"), world)
+    assert "data.val_fraction=0.5 (was unset), data.fold=unset (was 1/2)" in str(e.value)
+    rule = "images that were trained on may now be validated on"
+    assert f"; {rule}; restore data.val_fraction, data.fold, choose another run" in str(e.value)
+    with pytest.raises(
+        ConfigError, match=r"limit_train=2 \(was unset\); restore data.limit_train,"
+    ):
+        RunSetup(config(tmp_path, "data.fold=1/2", "data.limit_train=2"), world)
+    (checkpoint,) = (tmp_path / "runs/r/checkpoints").iterdir()
+    assert ckpt.read_state(checkpoint)["choice"]["data.fold"] == "1/2"
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from alexnet_ddp.config import ConfigError
+from alexnet_ddp.config import ConfigError, PredictConfig, RunConfig
 from alexnet_ddp.predict.embeddings import LayerOutput, build_embedding_sink
 from alexnet_ddp.predict.output import Prediction
 
@@ -56,6 +56,15 @@ def test_a_layer_that_does_not_exist_or_has_no_rows_is_refused():
         layer = LayerOutput(model, name)
         with pytest.raises(ConfigError, match=rf"layer \({name}\) does not return one row per"):
             layer.width(model, 8)
+
+
+def test_an_output_that_is_also_a_file_of_the_embeddings_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for output in ("q.jsonl", f"{tmp_path}/q.jsonl", "./x/../q.jsonl", "link/q.jsonl"):
+        with pytest.raises(ConfigError, match=r"is also written by embeddings \(q.npy\)"):
+            PredictConfig(run=RunConfig(name="x"), images="x", output=output, embeddings="q.npy")
+    PredictConfig(run=RunConfig(name="x"), images="x", output="p.jsonl", embeddings="q.npy")
 
 
 @pytest.mark.parametrize("num_rows", [0, 12_345])

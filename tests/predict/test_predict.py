@@ -14,10 +14,17 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import parquet
+from pyarrow.csv import read_csv
+from safetensors.torch import save_file
 
 from alexnet_ddp import load_run
+from alexnet_ddp.cli import compose
+from alexnet_ddp.config import ConfigError
+from alexnet_ddp.config.compose import compose as compose_command
 from alexnet_ddp.data.sources.index import index_folder
-from alexnet_ddp.model import find_head
+from alexnet_ddp.export.folder import preprocessing_of
+from alexnet_ddp.model import build_model, find_head
+from alexnet_ddp.predict import command
 from alexnet_ddp.predict.images import find_images
 from alexnet_ddp.runtime.errors import DataError
 from tests.conftest import make_folder
@@ -229,6 +236,107 @@ def test_a_csv_has_a_column_for_each_class_and_for_the_reason(trained):
     assert all(float(row["probability_1"]) >= float(row["probability_2"]) > 0 for row in good)
     assert {row["class_1"] for row in good} <= {f"class{k}" for k in range(5)}
     assert [row["class_1"] for row in rows if row["error"]] == ["", ""]
+
+
+OF_THREE = ["model=alexnet_small", "data.image_size=32", "data.mean=[0.4,0.5,0.6]"]
+NAMES = ["a cat", "b", "c"]
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """w.pt: weights of a network of three classes; export/: the same, calibrated; and a.png."""
+    root = tmp_path_factory.mktemp("three")
+    cfg = compose(["data=synthetic", *OF_THREE])
+    tensors = build_model(cfg.model, 3, 32, 0).state_dict()
+    torch.save(tensors, root / "w.pt")
+    (root / "names.txt").write_text("\n".join(NAMES) + "\n")
+    (root / "names.json").write_text(json.dumps(NAMES))
+    noise = np.random.default_rng(0).integers(0, 255, (50, 40, 3), np.uint8)
+    Image.fromarray(noise).save(root / "a.png")
+    export = root / "export"
+    export.mkdir()
+    save_file(tensors, export / "model.safetensors", {"classes": json.dumps(NAMES)})
+    how = preprocessing_of(cfg.data, in_graph=False)
+    files = {"model": {"options": OF_THREE[:1]}, "preprocessing": how, "classes": NAMES}
+    for stem, content in (files | {"metrics": {"temperature": 2.0}}).items():
+        (export / f"{stem}.json").write_text(json.dumps(content))
+    return root
+
+
+def start(root: Path, *overrides: str) -> None:
+    """Predict a.png in this process."""
+    threads = torch.get_num_threads()
+    given = [f"images={root}/a.png", "device=cpu", *overrides]
+    try:
+        command.main(compose_command("predict", given), given)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def predicted(root: Path, *overrides: str) -> dict[str, float]:
+    """Class -> probability of a.png."""
+    start(root, f"output={root}/o.jsonl", *overrides)
+    (row,) = rows_of(root / "o.jsonl")
+    return {one["class"]: one["probability"] for one in row["predictions"]}
+
+
+def test_a_file_of_weights_with_classes_and_an_exported_folder_are_taken(three, caplog):
+    weights = [*OF_THREE, f"model.weights={three}/w.pt"]
+    found = predicted(three, *weights, f"classes={three}/names.txt", "min_confidence=0.9")
+    assert "a file of weights is not calibrated" in caplog.text
+    assert predicted(three, *weights, f"classes={three}/names.json") == found
+    file = f"model.weights={three}/export/model.safetensors"  # with class names
+    assert predicted(three, *OF_THREE, file) == found
+    caplog.clear()
+    exported = predicted(three, f"export={three}/export", "min_confidence=0.9")
+    assert "not calibrated" not in caplog.text
+    run = load_run(three / "export")
+    with Image.open(three / "a.png") as image, torch.inference_mode():
+        logits = run.model(run.transform(image)[None])[0]
+    for by_class, temperature in ((found, 1), (exported, 2)):
+        expected = dict(zip(NAMES, (logits / temperature).softmax(0).tolist()))
+        assert by_class == pytest.approx(expected, rel=1e-4)
+
+
+def test_published_weights_bring_their_preprocessing():
+    given = ["images=x", "model=torchvision", "model.name=inception_v3", "data.image_size=299"]
+    data = compose_command("predict", [*given, "model.weights=DEFAULT"]).data
+    assert (data.mean, data.eval_resize) == ([0.485, 0.456, 0.406], 342)
+    assert compose_command("predict", ["images=x", "data.image_size=64"]).data.eval_resize == 73
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["export=d", "run.name=x"], "run.name (x) and export are two networks; give one of them"),
+        (["export=d", "model.weights=f"], "export (d) and model.weights (f) are two networks"),
+        (["model=alexnet"], "model is of a file of weights; a run and an export have their own"),
+        (["export=d", "data.image_size=32"], "data.image_size is of a file of weights"),
+        (["export=d", "classes=f"], "classes is of a file of weights"),
+        (["model.weights=run:x"], "model.weights (run:x) is not a file; for a run give run.name"),
+        (["model.weights=f", "model.head=new"], "model.head=new would predict with an untrained"),
+        (["model.weights=f", "classes=nowhere"], "and cannot be read ([Errno 2] No such file"),
+        (["model.weights={root}/w.pt"], "w.pt) contains no class names; give classes=FILE.txt"),
+        (["model.weights={root}/w.pt", "classes={root}/export/metrics.json"], "a JSON list of na"),
+        (["export={root}"], "is no export that load_run reads"),
+    ],
+)
+def test_a_network_that_is_not_one_is_refused_in_one_line(three, overrides, line):
+    with pytest.raises(ConfigError) as error:
+        predicted(three, *(one.format(root=three) for one in overrides))
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_table_has_no_columns_for_more_classes_than_there_are(three, suffix):
+    file = three / f"o.{suffix}"
+    start(three, f"export={three}/export", f"output={file}")
+    table = (parquet.read_table if suffix == "parquet" else read_csv)(file)
+    pairs = [name for k in (1, 2, 3) for name in (f"class_{k}", f"probability_{k}")]
+    assert table.column_names == ["image", *pairs, "error"]
+    assert len(table) == 1
 
 
 @pytest.mark.slow

@@ -7,10 +7,12 @@ the path of the data.
 import hashlib
 import os
 from itertools import pairwise
+from typing import NoReturn
 
 import numpy as np
 
 from alexnet_ddp.data.sources.index import FileStore, SampleIndex, names_digest
+from alexnet_ddp.runtime.errors import DataError
 
 
 def split_images(
@@ -21,10 +23,11 @@ def split_images(
     val_fraction: an image is in the validation set if its hash is below this share of all hashes,
     so it stays on its side when files are added. Every class of two images or more has an image on
     each side: if no hash of a class is below, the lowest one counts as below, and if all are, the
-    highest one does not.
+    highest one does not. Such an image may change its side when files are added to its class.
     fold: (k, n) instead: the k-th of n parts of each class, which have equal sizes and together
     contain every image once.
     The only image of a class is in the training set.
+    Raises DataError if no image is in the validation set.
     """
     paths = [store.path(i) for i in range(len(index))]
     hashes = np.array([_hash(path) for path in paths], np.uint64)
@@ -37,7 +40,25 @@ def split_images(
                 _part(hashes[of_class], *fold) if fold else _below(hashes[of_class], val_fraction)
             )
 
+    if not is_val.any():
+        _refuse(int(np.diff(starts).max()), val_fraction, fold)
     return divide(index, store, is_val)
+
+
+def _refuse(largest: int, val_fraction: float | None, fold: tuple[int, int] | None) -> NoReturn:
+    """Raise DataError: no image is in the validation set. largest: images of the largest class."""
+    given = (
+        f"data.val_fraction ({val_fraction})" if fold is None else "data.fold ({}/{})".format(*fold)
+    )
+    if largest < 2:
+        rule = (
+            "needs a class of two images or more, because the only image of a class is trained on"
+        )
+        remedy = "add a second image of a class"
+    else:
+        rule = f"is a part without an image: the largest class has {largest} images"
+        remedy = f"add images, or give data.fold=K/{largest}"
+    raise DataError(f"{given} {rule}; {remedy}")
 
 
 def divide(

@@ -73,15 +73,14 @@ def open_table(cfg: CsvConfig, order: ClassOrder) -> tuple[SampleIndex, SampleIn
         )
     index = SampleIndex(classes, labels, store)
     if divides:
-        train, val = split_images(index, store, cfg.val_fraction, cfg.fold_of)
-    else:
-        train, val = divide(index, store, found["is_val"])
+        return split_images(index, store, cfg.val_fraction, cfg.fold_of)
+    train, val = divide(index, store, found["is_val"])
     _check_sides(cfg.root, train, val)
     return train, val
 
 
 def _check_sides(root: str, train: SampleIndex, val: SampleIndex) -> None:
-    """Raise DataError for a class without training images, or a table without validation images."""
+    """Raise DataError if the column `split` leaves a class without training images, or no val."""
     missing = np.setdiff1d(np.arange(len(train.classes)), train.labels)
     if len(missing):
         names = scan.listed([train.classes[k] for k in missing.tolist()])

@@ -64,6 +64,13 @@ def test_images_stay_in_their_set_when_others_are_added():
     assert few[0].fingerprint() != more[0].fingerprint()
 
 
+def test_the_only_validation_image_of_a_small_class_may_change_when_others_are_added():
+    """No hash of three images is below 1e-9, so the lowest one is taken."""
+    few, more = (split_images(*index_of(("a", n)), 1e-9, None)[1] for n in (3, 30))
+    assert len(names(few)) == len(names(more)) == 1
+    assert names(few) != names(more)
+
+
 @pytest.mark.parametrize("fraction", [1e-9, 0.5, 1 - 1e-9])
 def test_every_class_of_two_images_is_in_both_sets_and_a_single_image_is_trained_on(fraction):
     index, store = index_of(*((f"c{k:03d}", 1 + k % 4) for k in range(200)))
@@ -116,6 +123,31 @@ def test_a_layout_that_cannot_be_divided_is_refused_with_a_remedy(tmp_path):
         opened(root, "data.fold=1/2")
     with pytest.raises(DataError, match="is not a folder"):
         opened(tmp_path / "nowhere", "data.val_fraction=0.5")
+
+
+@pytest.mark.parametrize("source", ["folder", "csv"])
+@pytest.mark.parametrize(
+    ("count", "option", "line"),
+    [
+        (1, "data.val_fraction=0.2", "data.val_fraction (0.2) needs a class of two images or more"),
+        (1, "data.fold=1/2", "data.fold (1/2) needs a class of two images or more"),
+        (2, "data.fold={}/9", "the largest class has 2 images; add images, or give data.fold=K/2"),
+    ],
+)
+def test_a_division_without_validation_images_is_refused(tmp_path, source, count, option, line):
+    root = make_images(tmp_path / "x", a=count, b=count)
+    if source == "csv":
+        lines = [f"{file},{file.parent.name}" for file in sorted(root.glob("*/*"))]
+        (tmp_path / "x.csv").write_text("\n".join(["path,label", *lines]))
+    options = [f"data={source}", f"data.root={root}{'.csv' * (source == 'csv')}"]
+    refused = []
+    for k in range(1, 10):
+        try:
+            open_data(compose([*options, option.format(k)]).data)
+        except DataError as error:
+            refused.append(str(error))
+    assert len(refused) >= 5  # of 9 parts, at most 4 have one of the 4 images
+    assert all(line in one and "\n" not in one for one in refused)
 
 
 @pytest.mark.sampled
