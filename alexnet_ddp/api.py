@@ -49,16 +49,34 @@ class TrainedRun:
     # (logits / temperature).softmax(1) are calibrated; None without `evaluate calibrate=true`.
     temperature: float | None = None
 
-    def transform(self, image: "Image.Image") -> Tensor:
-        """The network's input for an image of PIL: float [3, size, size], the same as in evaluate.
+    def transform(self, image: "Image.Image | np.ndarray") -> Tensor:
+        """The network's input for an image: float [3, size, size], the same as in evaluate.
 
         It is resized and cropped at the centre as data.eval_resize and data.image_size say, and
-        normalised. Raises BadImage, a ValueError, if the image cannot be decoded.
+        normalised. image: of PIL, or a uint8 array, grey [height, width] or RGB [height, width, 3].
+        Raises TypeError for anything else, and BadImage, a ValueError, if the image cannot be
+        decoded.
         """
-        data = self.config.data
+        data, image = self.config.data, _as_image(image)
         slot = np.empty((1, data.image_size, data.image_size, 3), np.uint8)
         centre_crop(slot[0], image, data.resized_side, data.eval_interpolation)
         return normalise(torch.from_numpy(slot), None, data.normalisation)[0]
+
+
+def _as_image(image: object) -> "Image.Image":
+    """An image of PIL, or one of a uint8 array. Raises TypeError."""
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return image
+    found = type(image).__name__
+    if isinstance(image, np.ndarray):
+        is_image = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
+        if image.dtype == np.uint8 and is_image and image.size:
+            return Image.fromarray(image)
+        found = f"{image.dtype} array {list(image.shape)}"
+    kinds = "an image of PIL, or a uint8 array [height, width] or [height, width, 3]"
+    raise TypeError(f"transform takes {kinds}, not {found}")
 
 
 def load_run(directory: str | Path, plugins: Iterable[str] = ()) -> TrainedRun:

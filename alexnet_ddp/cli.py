@@ -151,7 +151,7 @@ def config_of_run(run_dir: Path, overrides: list[str], opens_data: bool = True) 
             key = override.split("=")[0]
             rule = f"{key} of {run_dir.name} holds a secret, which is not recorded"
             raise ConfigError(f"{rule}; give {key}=... again")
-    cfg = _compose("train", kept + overrides, _config_dir)
+    cfg = _compose("train", kept + overrides, _config_dir, run_dir)
     if opens_data:
         _refuse_filled_in_url(run_dir, kept, str(getattr(cfg.data, "root", "")))
     return replace(cfg, run=RunConfig(name=run_dir.name, root=str(run_dir.parent)))
@@ -213,12 +213,17 @@ def _refuse_plugins_of_record(run_dir: Path, recorded: list[str], given: set[str
         raise ConfigError(f"run {run_dir.name} was started with plugins, {rule}; {remedy}")
 
 
-def _compose(command: str, overrides: list[str], config_dir: str | None = None) -> Any:
+def _compose(
+    command: str,
+    overrides: list[str],
+    config_dir: str | None = None,
+    run_dir: Path | None = None,
+) -> Any:
     for override in overrides:
         check_key(override, ROOTS[command])  # before Hydra is imported
     from alexnet_ddp.config.compose import compose as with_hydra
 
-    return with_hydra(command, overrides, config_dir)
+    return with_hydra(command, overrides, config_dir, run_dir)
 
 
 def _imported(main: str | Main) -> Main:

@@ -27,13 +27,20 @@ from omegaconf.errors import (
 )
 
 from alexnet_ddp.config import advice
-from alexnet_ddp.config.data import AUTO
+from alexnet_ddp.config.data import (
+    AUTO,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Interpolation,
+    default_resize,
+)
 from alexnet_ddp.config.option import check_finite, check_value
 from alexnet_ddp.config.overrides import check_key, misread, quoted, to_hydra
 from alexnet_ddp.config.plugins import TimmConfig
 from alexnet_ddp.config.recipe import LOW_LR_NETWORKS, ModelConfig
 from alexnet_ddp.config.schema import CONF_DIR, GROUPS, ROOTS, choice_of, group_names, options
 from alexnet_ddp.runtime.errors import ConfigError
+from alexnet_ddp.runtime.run_record import RunRecord, run_of_weights
 
 # Hydra 1.3 warns if version_base is missing, Hydra 1.4 if it is given. Both then do the same.
 _IS_1_3 = hydra.__version__.startswith("1.3.")
@@ -45,13 +52,19 @@ _WITHOUT = [f"~hydra/{group}" for group in (*_OF_HYDRA, "sweeper")]
 _MAX_NAME_BYTES = 90  # of each half of a derived name
 
 
-def compose(command: str, overrides: list[str], config_dir: str | None = None) -> Any:
+def compose(
+    command: str,
+    overrides: list[str],
+    config_dir: str | None = None,
+    run_dir: Path | None = None,
+) -> Any:
     """The checked configuration of `command`: an instance of its class in schema.ROOTS.
 
     config_dir: a folder with further YAML files. Of two values for one key the last one counts.
-    Raises ConfigError with one line.
+    run_dir: of the run, if it is not the one that the options name. Raises ConfigError with one
+    line.
     """
-    return to_config(compose_yaml(command, overrides, config_dir), command)
+    return to_config(compose_yaml(command, overrides, config_dir), command, run_dir)
 
 
 def compose_yaml(command: str, overrides: list[str], config_dir: str | None = None) -> DictConfig:
@@ -87,13 +100,18 @@ def compose_yaml(command: str, overrides: list[str], config_dir: str | None = No
     return cfg
 
 
-def to_config(cfg: DictConfig, command: str) -> Any:
-    """Plain, checked dataclasses of what Hydra composed for `command`. Raises ConfigError."""
+def to_config(cfg: DictConfig, command: str, run_dir: Path | None = None) -> Any:
+    """Plain, checked dataclasses of what Hydra composed for `command`. Raises ConfigError.
+
+    run_dir: see compose.
+    """
     root = ROOTS[command]
     try:
         _fill_name(cfg)
         _refuse_unknown(cfg, "", root)
-        _fill_inputs(cfg)
+        if command == "train" and run_dir is None:
+            run_dir = Path(cfg.run.root, cfg.run.name)
+        _fill_inputs(cfg, run_dir)
         for path, value in _leaves(OmegaConf.to_container(cfg, resolve=True), ""):
             check_value(path, value)
         config: Any = OmegaConf.to_object(cfg)
@@ -246,29 +264,60 @@ def _fill_name(cfg: DictConfig) -> None:
         raise ConfigError(f"{missing[0]} is required and has no value; {remedy}")
 
 
-def _fill_inputs(cfg: DictConfig) -> None:
-    """Give the data the mean, std and evaluation of published weights or a network of timm.
+def _fill_inputs(cfg: DictConfig, run_dir: Path | None) -> None:
+    """Give the data the mean, std and evaluation of model.weights or of a network of timm.
 
-    Options that are given stay. Raises ConfigError for unknown weights or an unknown network.
+    Options that are given stay. run_dir: of a training. Raises ConfigError for unknown weights or
+    an unknown network.
     """
     if "model" not in cfg or "mean" not in cfg.get("data", {}):
         return
     model = cast(ModelConfig, OmegaConf.to_object(cfg.model))
-    if isinstance(model, TimmConfig):
-        from alexnet_ddp.model.timm_models import input_options  # imports torch and timm
-
-        found = input_options(model, cfg.data.image_size)
-    elif model.published is not None:
-        from alexnet_ddp.model.published import input_options_of  # imports torch
-
-        found = input_options_of(model, cfg.data.image_size)
-    else:
-        return
+    found = _known_inputs(model, cfg, run_dir)
     if cfg.data.mean == AUTO:
-        del found["std"]
+        found.pop("std", None)
     for key, value in found.items():
         if cfg.data[key] is None:
             cfg.data[key] = value
+
+
+def _known_inputs(model: ModelConfig, cfg: DictConfig, run_dir: Path | None) -> dict[str, Any]:
+    """Options of data, by name, that the weights or the network were made for; {} if unknown."""
+    size = cfg.data.image_size
+    if model.weights is not None and model.published is None:
+        # A run that has checkpoints keeps its inputs, also if the run of its weights is gone.
+        has_begun = run_dir is not None and any(run_dir.glob("checkpoints/step-*"))
+        source = run_dir if has_begun else run_of_weights(model.weights, cfg.run.root)
+        if source is not None and (source / "config.yaml").exists():
+            return _inputs_of_run(RunRecord(source, source.name), size)
+    if isinstance(model, TimmConfig):
+        from alexnet_ddp.model.timm_models import input_options  # imports torch and timm
+
+        return input_options(model, size)
+    if model.published is not None:
+        from alexnet_ddp.model.published import input_options_of  # imports torch
+
+        return input_options_of(model, size)
+    return {}
+
+
+def _inputs_of_run(run: RunRecord, image_size: int) -> dict[str, Any]:
+    """Options of data, by name, that the run recorded. Raises ConfigError if they are unreadable.
+
+    eval_resize keeps the share that the crop covers. Options that the run did not know had the
+    effect of null.
+    """
+    known = {key.removeprefix("data."): value for key, value in run.options.items()}
+    found = {
+        "mean": known.get("mean") or list(IMAGENET_MEAN),
+        "std": known.get("std") or list(IMAGENET_STD),
+        "eval_interpolation": known.get("eval_interpolation") or Interpolation.bilinear,
+    }
+    size, resize = known.get("image_size"), known.get("eval_resize")
+    # The default is left out: the ratio of its rounded value is another one.
+    if size and resize and resize != default_resize(size):
+        found["eval_resize"] = round(image_size * resize / size)
+    return found
 
 
 def _refuse_plugins_of_files(cfg: DictConfig, overrides: list[str]) -> None:

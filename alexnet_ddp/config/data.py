@@ -29,6 +29,11 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def default_resize(image_size: int) -> int:
+    """data.eval_resize, in pixels, for which nothing gives a crop ratio."""
+    return round(image_size * 256 / 224)
+
+
 class Policy(StrEnum):
     none = "none"
     randaugment = "randaugment"
@@ -48,8 +53,8 @@ class InputConfig(Options, section="data"):
         None,
         "Length of the shorter side before the centre crop, in evaluation.",
         unit="pixels",
-        null="data.image_size divided by the crop ratio of published weights (model.weights) or of "
-        "a network of timm, else by 224 / 256",
+        null="data.image_size divided by the crop ratio of model.weights (of a run, or published) "
+        "or of a network of timm, else by 224 / 256",
         minimum=1,
         maximum=MAX_SIDE,
     )
@@ -59,7 +64,8 @@ class InputConfig(Options, section="data"):
         "data=shards: the mean, and without data.std the standard deviation, of the training "
         "images, which prepare computed.",
         kind="auto, or a list of three numbers",
-        null="those of published weights (model.weights) or of a network of timm, else ImageNet's",
+        null="those of model.weights (of a run, or published) or of a network of timm, else "
+        "ImageNet's",
         as_unset=list(IMAGENET_MEAN),
     )
     std: list[float] | None = option(
@@ -71,14 +77,15 @@ class InputConfig(Options, section="data"):
     eval_interpolation: Interpolation | None = option(
         None,
         "Interpolation of the resize in evaluation.",
-        null="that of published weights (model.weights) or of a network of timm, else bilinear",
+        null="that of model.weights (of a run, or published) or of a network of timm, else "
+        "bilinear",
         as_unset=Interpolation.bilinear,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.eval_resize is None:
-            self.eval_resize = round(self.image_size * 256 / 224)
+            self.eval_resize = default_resize(self.image_size)
         if self.eval_resize < self.image_size:
             rule = f"must be at least data.image_size ({self.image_size})"
             raise ConfigError(f"data.eval_resize ({self.eval_resize}) {rule}")

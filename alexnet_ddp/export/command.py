@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from alexnet_ddp import cli
 from alexnet_ddp.checkpoint.format import find_best
-from alexnet_ddp.config import Config, ConfigError, ExportConfig, ExportFormat
+from alexnet_ddp.config import Config, ConfigError, DataConfig, ExportConfig, ExportFormat
+from alexnet_ddp.config.option import shown, spec_of
 from alexnet_ddp.data.effects import normalise
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_batches
@@ -40,6 +41,7 @@ from alexnet_ddp.runtime.environment import read_ranks
 from alexnet_ddp.runtime.errors import MachineError
 from alexnet_ddp.runtime.files import require_folder_of, sync_directory
 from alexnet_ddp.runtime.printing import say
+from alexnet_ddp.runtime.run_record import RunRecord
 from alexnet_ddp.runtime.startup import before_exit
 from alexnet_ddp.tracking import read_classes
 from alexnet_ddp.tracking.exported import send_export
@@ -71,6 +73,7 @@ def main(options: ExportConfig, overrides: list[str]) -> None:
     with distributed.session(cfg.device, tf32=False) as world:
         data = open_data(cfg.data, trained=read_classes(cfg.run_dir)["ids"])
         cfg = replace(cfg, data=data.normalised(cfg.data))
+        _require_own_inputs(cfg.data, RunRecord(cfg.run_dir, cfg.run.name).options)
         trained, temperature = _trained(options, cfg, data, world)
         with _draft(output) as folder:
             result = _write(folder, options, cfg, trained, data, world)
@@ -110,6 +113,20 @@ def _trained(
         return found, None
     best = find_best(cfg.run_dir / "checkpoints")
     return read_trained(cfg, best, classes), read_temperature(cfg.run_dir, best)
+
+
+def _require_own_inputs(data: DataConfig, recorded: dict[str, Any]) -> None:
+    """Raise ConfigError unless images are prepared as in the evaluations of the run.
+
+    The check of the exported file cannot notice it: both models would get the other inputs.
+    recorded: the options of the run. One that it did not know had the effect of null.
+    """
+    for name in ("image_size", "eval_resize", "eval_interpolation", "mean", "std"):
+        option, unset = f"data.{name}", spec_of(type(data), name).as_unset
+        known, value = recorded.get(option) or unset, getattr(data, name) or unset
+        if known is not None and value != known:
+            rule = f"is not that of the run ({shown(known)}), whose preprocessing is exported"
+            raise ConfigError(f"{option} ({shown(value)}) {rule}; leave {option} out")
 
 
 def _require_one_process() -> None:

@@ -60,7 +60,7 @@ def build_model(
 ) -> nn.Module:
     """Build the network of `cfg` on the CPU, initialised from `seed` or from the file cfg.weights.
 
-    image_size: height = width in pixels, to check that the network accepts such images.
+    image_size: height = width in pixels: a ViT is built for them, others must accept them.
     classes: class folder names in the order of the labels; rows of the head are matched by name.
     weights_classes: the classes of the weights, if their file does not contain them.
     Raises ConfigError for an unknown name, images that are too small or weights that do not fit.
@@ -68,7 +68,7 @@ def build_model(
     # The only use of a generator: the initial weights, the same on all ranks.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_network(cfg, num_classes)
+        model = build_network(cfg, num_classes, image_size)
         key_dropout(model)
         if cfg.weights is not None:
             load_weights(

@@ -141,20 +141,20 @@ def _init_he(model: AlexNet) -> None:
 
 
 @builds(AlexNetConfig)
-def _build(cfg: AlexNetConfig, num_classes: int) -> nn.Module:
+def _build(cfg: AlexNetConfig, num_classes: int, image_size: int) -> nn.Module:
     return torchvision.models.alexnet(num_classes=num_classes, dropout=cfg.dropout)
 
 
 @builds(AlexNet2012Config)
-def _build_2012(cfg: AlexNet2012Config, num_classes: int) -> nn.Module:
+def _build_2012(cfg: AlexNet2012Config, num_classes: int, image_size: int) -> nn.Module:
     return alexnet_2012(num_classes, cfg.dropout)
 
 
 @builds(AlexNetBNConfig)
-def _build_bn(cfg: AlexNetBNConfig, num_classes: int) -> nn.Module:
+def _build_bn(cfg: AlexNetBNConfig, num_classes: int, image_size: int) -> nn.Module:
     return alexnet_bn(num_classes, cfg.dropout, cfg.norm_after_pool5)
 
 
 @builds(AlexNetSmallConfig)
-def _build_small(cfg: AlexNetSmallConfig, num_classes: int) -> nn.Module:
+def _build_small(cfg: AlexNetSmallConfig, num_classes: int, image_size: int) -> nn.Module:
     return alexnet_small(num_classes, cfg.dropout)

@@ -1,13 +1,15 @@
 """Loads weights into a network: from files of other programs, other runs and checkpoints."""
 
 import logging
+import math
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import GoogLeNet, Inception3
+from torchvision.models import GoogLeNet, Inception3, VisionTransformer
+from torchvision.models.vision_transformer import interpolate_embeddings
 
 from alexnet_ddp.config import ConfigError, Head
 from alexnet_ddp.model.head import ClassChange, follow_classes, initial_head
@@ -58,6 +60,7 @@ def load_weights(
     weights = _fit_head(model, weights, file.classes or weights_classes, classes, head, complaint)
     remedy = "give the weights of this network, or the network of these weights"
     _refuse_nonfinite(weights, own, complaint)
+    weights = _fit_positions(model, weights, complaint)
     fit(model, weights, f"{complaint} does not fit the model", remedy, found.versions)
 
 
@@ -174,6 +177,39 @@ def _by_name(
         hint,
     )
     return follow_classes(weights, change, fresh)
+
+
+def _fit_positions(
+    model: nn.Module, weights: dict[str, Tensor], complaint: str
+) -> dict[str, Tensor]:
+    """Interpolate the positions of a ViT of torchvision or timm to the network's number of patches.
+
+    As the two libraries do. Positions are [1, tokens without a patch + patches, width], with as
+    many patches in a row as in a column. Others are left to fit().
+    """
+    is_torchvision = isinstance(model, VisionTransformer)
+    if not is_torchvision and not type(model).__module__.startswith("timm."):
+        return weights
+    name = "encoder.pos_embedding" if is_torchvision else "pos_embed"
+    own, found = model.state_dict().get(name), weights.get(name)
+    if own is None or found is None or found.dim() != 3 or found.shape[::2] != own.shape[::2]:
+        return weights
+    side = math.isqrt(own.shape[1])
+    num_others = own.shape[1] - side**2  # the class token, for example
+    old_side = math.isqrt(max(0, found.shape[1] - num_others))
+    if old_side in (0, side) or old_side**2 + num_others != found.shape[1]:
+        return weights
+    positions = found.float()
+    if is_torchvision:
+        by_name = OrderedDict({name: positions})
+        positions = interpolate_embeddings(side, 1, by_name)[name]
+    else:
+        from timm.layers import resample_abs_pos_embed  # an extra
+
+        positions = resample_abs_pos_embed(positions, [side, side], None, num_others)
+    old, new = f"{old_side} x {old_side}", f"{side} x {side}"
+    log.info("%s: positions (%s) of %s patches are interpolated to %s", complaint, name, old, new)
+    return weights | {name: positions}
 
 
 def _refuse_nonfinite(weights: dict[str, Tensor], own: dict[str, Tensor], complaint: str) -> None:

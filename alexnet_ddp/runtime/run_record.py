@@ -187,6 +187,18 @@ def open_run(option: str, run: str, root: str, root_option: str = "root") -> Run
     raise ConfigError(f"{option} ({run}) {rule}; there are: {known}; or give {root_option}=DIR")
 
 
+def run_of_weights(weights: str, root: str) -> Path | None:
+    """The directory of the run that the option model.weights names; None if it names no run.
+
+    weights: runs/NAME, run:NAME (in `root`), or the directory of a checkpoint.
+    """
+    name = weights.removeprefix("run:")
+    directory = Path(weights) if name == weights else Path(root, name)
+    if directory.is_dir() and directory.absolute().parent.name == "checkpoints":
+        directory = directory.absolute().parents[1]
+    return directory if _is_run(directory) else None
+
+
 def differing(runs: list[RunRecord]) -> list[str]:
     """The options that do not have the same value in all runs which have recorded their options.
 

@@ -325,6 +325,29 @@ def test_a_stop_signal_leaves_nothing_though_files_are_being_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "was"),
+    [
+        ("data.mean=[0.1,0.1,0.1]", "[0.485, 0.456, 0.406]"),
+        ("data.std=[0.2,0.25,0.2]", "[0.3, 0.25, 0.2]"),
+        ("data.image_size=32", "64"),
+        ("data.eval_resize=64", "73"),
+        ("data.eval_interpolation=bicubic", "bilinear"),
+    ],
+)
+def test_other_inputs_than_the_runs_are_refused(place, tmp_path, given, was):
+    output = tmp_path / "out"
+    with pytest.raises(ConfigError) as end:
+        export_here(place, "format=safetensors", f"output={output}", given)
+    option, _, value = given.partition("=")
+    rule = f"is not that of the run ({was}), whose preprocessing is exported; leave {option} out"
+    assert str(end.value) == f"{option} ({value.replace(',', ', ')}) {rule}"
+    assert not output.exists()
+    if option == "data.std":  # the run's own value
+        export_here(place, "format=safetensors", f"output={output}", "data.std=[0.3,0.25,0.2]")
+
+
 def test_ties_may_flip_and_other_differences_may_not():
     labels = torch.tensor([0, 1])
     logits = torch.tensor([[1.0, 1.0 - 1e-5, -9.0], [0.0, 4.0, 1.0]])

@@ -201,7 +201,7 @@ def test_a_forward_and_backward_pass_draws_nothing_from_the_global_generator(cfg
     [
         (AlexNetSmallConfig(), 16),
         (AlexNetConfig(), 32),
-        (TorchvisionConfig(name="vit_b_32", dropout=0.1), 64),
+        (TorchvisionConfig(name="vit_b_32", dropout=0.1), 100),
     ],
 )
 def test_an_image_size_that_the_network_cannot_take_is_refused_with_the_reason(cfg, size):

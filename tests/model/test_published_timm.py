@@ -81,6 +81,21 @@ def test_weights_for_other_arguments_are_other_weights(offline):
     assert shapes == [(1, 101, 64), (1, 17, 64)]  # timm interpolates the positions
 
 
+def test_a_file_with_positions_of_another_size_gives_what_the_tag_gives(offline):
+    """The remedy without internet: the same file as model.weights."""
+    name = "test_vit"
+    put_into(offline, f"timm/{name}.{TAG}", name)
+    (file,) = offline.rglob("*.safetensors")
+    args = {"img_size": 64}
+    path, _ = published_weights(TimmConfig(name=name, weights=TAG, args=args), ["cat"])
+    found, expected = (
+        build_model(TimmConfig(name=name, weights=str(one), args=args), 1000, 64, 0).state_dict()
+        for one in (file, path)
+    )
+    assert load_file(file)["pos_embed"].shape != expected["pos_embed"].shape
+    assert all(torch.equal(found[of], tensor) for of, tensor in expected.items())
+
+
 def test_weights_without_a_classifier_bring_none(offline, monkeypatch):
     put_into(offline, REPOSITORY, "test_resnet")
     known = timm.get_pretrained_cfg("test_resnet")

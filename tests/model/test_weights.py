@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models import vision_transformer
 
 from alexnet_ddp.config import ConfigError, Head, TorchvisionConfig
 from alexnet_ddp.model import build_model, load_weights, transforms_input
@@ -521,3 +522,40 @@ def test_transform_input_of_a_network_that_has_none_is_refused():
         ConfigError, match=r"^model\.transform_input \(true\) is not an option of resnet18; leave"
     ):
         build_model(TorchvisionConfig(name="resnet18", transform_input=True), 3, 64, seed=0)
+
+
+@pytest.fixture
+def small_vit(monkeypatch):
+    """torchvision's vit_b_32 has one narrow layer."""
+    build = vision_transformer._vision_transformer
+    small = {"num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 16}
+    monkeypatch.setattr(
+        vision_transformer, "_vision_transformer", lambda **given: build(**(given | small))
+    )
+
+
+def test_a_vit_of_torchvision_takes_any_size_and_its_positions_are_interpolated(
+    small_vit, tmp_path, caplog
+):
+    name, file = "encoder.pos_embedding", tmp_path / "w.pth"
+    state = build_model(TorchvisionConfig(name="vit_b_32"), 3, 224, 1).state_dict()
+    assert state[name].shape == (1, 50, 16)
+    torch.save(state, file)
+    cfg = TorchvisionConfig(name="vit_b_32", weights=str(file))
+    assert same(state, build_model(cfg, 3, 224, 0).state_dict())
+    with caplog.at_level(logging.INFO):
+        found = build_model(cfg, 3, 64, 0, CLASSES).state_dict()
+    expected = vision_transformer.interpolate_embeddings(64, 32, dict(state))
+    assert found[name].shape == (1, 5, 16)
+    assert same(expected, found)
+    assert f"({file}): positions ({name}) of 7 x 7 patches are interpolated to 2 x 2" in caplog.text
+    with pytest.raises(ConfigError, match="1x50x16 there, 1x5x16 here"):  # as of another run
+        load_checkpoint(build_model(TorchvisionConfig(name="vit_b_32"), 3, 64, 0), state, "x")
+
+
+def test_positions_that_are_no_square_are_refused(small_vit, tmp_path):
+    state = build_model(TorchvisionConfig(name="vit_b_32"), 3, 64, 1).state_dict()
+    state["encoder.pos_embedding"] = torch.zeros(1, 8, 16)
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match="1x8x16 there, 1x5x16 here"):
+        build_model(TorchvisionConfig(name="vit_b_32", weights=str(tmp_path / "w.pth")), 3, 64, 0)

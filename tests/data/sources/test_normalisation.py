@@ -1,4 +1,4 @@
-"""data.mean=auto: the statistics of shards are computed, recorded, and used by other commands."""
+"""data.mean=auto, and the normalisation that weights of a run bring: found, recorded, and used."""
 
 import io
 import json
@@ -11,11 +11,15 @@ import yaml
 from PIL import Image
 
 import alexnet_ddp
+from alexnet_ddp import cli
 from alexnet_ddp.config import ShardsConfig
+from alexnet_ddp.config.compose import compose
+from alexnet_ddp.config.data import IMAGENET_MEAN, IMAGENET_STD
 from alexnet_ddp.data.sources.sets import open_data
 from alexnet_ddp.data.sources.shard_index import INDEX
 from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.runtime.errors import DataError
+from alexnet_ddp.runtime.files import write_json
 from tests.archives import make_archives
 from tests.network import QUICK
 from tests.packing import pack
@@ -100,3 +104,83 @@ def test_a_run_records_the_numbers_and_other_data_are_evaluated_with_them(place,
     done = run("train", *shards, *data, "trainer.max_steps=4", "run.name=a", cwd=tmp_path)
     assert done.returncode == 0, done.stdout  # the same run
     assert "resuming" in done.stdout
+
+
+RUN = "data: {image_size: 64, eval_resize: 64, eval_interpolation: bicubic, mean: [0.1, 0.1, 0.1], std: [0.9, 0.9, 0.9]}"
+
+
+def recorded_run(directory: Path, options: str = RUN) -> None:
+    """A run that has recorded `options`, and an empty checkpoint."""
+    checkpoint = directory / "checkpoints/step-00000002"
+    checkpoint.mkdir(parents=True)
+    (directory / "config.yaml").write_text(options)
+    write_json(directory / "run.json", {"overrides": []})
+
+
+def inputs(*options: str, run_dir: Path | None = None) -> tuple:
+    """mean, std, interpolation and resize of a training at 32 px."""
+    given = ["data=synthetic", "data.image_size=32", *options]
+    found = compose("train", given, run_dir=run_dir).data
+    return found.mean, found.std, str(found.eval_interpolation), found.eval_resize
+
+
+@pytest.mark.parametrize("weights", ["run:a", "runs/a", "runs/a/checkpoints/step-00000002"])
+def test_weights_of_a_run_bring_the_inputs_of_the_run(tmp_path, monkeypatch, weights):
+    monkeypatch.chdir(tmp_path)
+    recorded_run(tmp_path / "runs/a")
+    own = [0.1] * 3, [0.9] * 3, "bicubic", 32
+    assert inputs(f"model.weights={weights}") == own
+    assert inputs(f"model.weights={weights}", "data.std=[1,1,1]")[:2] == ([0.1] * 3, [1] * 3)
+    cfg = compose("evaluate", ["data=synthetic", f"model.weights={weights}"])
+    assert (cfg.data.mean, cfg.data.eval_resize) == ([0.1] * 3, 224)
+    timm = ["model=timm", "model.name=test_vit"]
+    assert inputs(*timm, f"model.weights={weights}") == own
+
+
+def test_defaults_of_the_run_are_those_of_its_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recorded_run(tmp_path / "runs/a", "data: {image_size: 30, eval_resize: 34, mean: null}")
+    plain = list(IMAGENET_MEAN), list(IMAGENET_STD), "bilinear"
+    # 34 of 30 is 224 / 256, rounded.
+    found = compose("train", ["data=synthetic", "model.weights=run:a"]).data
+    assert (found.mean, found.std, found.eval_interpolation) == plain
+    assert found.eval_resize == 256
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_run_that_has_begun_keeps_its_own_inputs(tmp_path, monkeypatch, exists):
+    """As a run from before weights of runs brought theirs, and if that run is gone."""
+    monkeypatch.chdir(tmp_path)
+    if exists:
+        recorded_run(tmp_path / "runs/a")
+    recorded_run(tmp_path / "runs/b", "data: {image_size: 32, eval_resize: 37, mean: null}")
+    plain = list(IMAGENET_MEAN), list(IMAGENET_STD), "bilinear", 37
+    for weights in ("run:a", "runs/a"):
+        assert inputs(f"model.weights={weights}", "run.name=b") == plain
+        moved = tmp_path / "runs/b"
+        assert inputs(f"model.weights={weights}", "run.name=c", run_dir=moved) == plain
+        record = {"overrides": ["data=synthetic", f"model.weights={weights}", "run.name=other"]}
+        write_json(moved / "run.json", record)
+        assert cli.config_of_run(moved, []).data.mean == list(IMAGENET_MEAN)
+    (tmp_path / "runs/b/checkpoints/step-00000002").rmdir()
+    assert inputs("model.weights=run:a", "run.name=b")[0] == ([0.1] * 3 if exists else None)
+
+
+@pytest.mark.slow
+def test_a_run_from_weights_of_a_run_is_evaluated_as_it(image_folder, tmp_path):
+    data = [f"data.root={image_folder}", *SMALL[:2]]
+    small = [*data, *SMALL[2:]]
+    strange = ["data.mean=[0.1,0.1,0.1]", "data.std=[0.9,0.9,0.9]"]
+    done = run("train", *small, *strange, "trainer.max_steps=2", "run.name=a", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    small += ["trainer.max_steps=1", "run.name=b", "model.weights=run:a"]
+    done = run("train", *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    recorded = yaml.safe_load((tmp_path / "runs/b/config.yaml").read_text())["data"]
+    assert (recorded["mean"], recorded["std"]) == ([0.1] * 3, [0.9] * 3)
+    of_run = run("evaluate", "run.name=a", cwd=tmp_path)
+    of_weights = run("evaluate", *data, *QUICK[1:], "model.weights=run:a", cwd=tmp_path)
+    assert of_run.stdout.splitlines()[-1] == of_weights.stdout.splitlines()[-1]
+    shutil.rmtree(tmp_path / "runs/a")
+    done = run("evaluate", "run.name=b", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
