@@ -157,15 +157,17 @@ def config_of_run(run_dir: Path, overrides: list[str], opens_data: bool = True) 
     return replace(cfg, run=RunConfig(name=run_dir.name, root=str(run_dir.parent)))
 
 
-def without_statistics(overrides: list[str]) -> list[str]:
-    """The overrides that evaluate and export check before they know the data of the run.
+def without_data_options(overrides: list[str]) -> list[str]:
+    """The overrides that evaluate and export check before they know the run.
 
-    data.mean=auto depends on these data: config_of_run checks it.
+    Options of data depend on those of the run, such as data.eval_resize on data.image_size, so
+    config_of_run checks them. Unknown ones are refused here, without the run.
     """
     own = ("data", "model.weights")
     if any(_key(one) in own for one in overrides):
         return overrides
-    return [one for one in overrides if one.lstrip("+") != "data.mean=auto"]
+    known = {key for key in options(Config) if key.startswith("data.")}
+    return [one for one in overrides if _key(one) not in known]
 
 
 def with_positions(arguments: list[str], names: tuple[str, ...]) -> list[str]:

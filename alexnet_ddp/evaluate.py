@@ -11,7 +11,7 @@ if __name__ == "__main__":  # torch, below, is imported after the configuration 
 
     from alexnet_ddp import cli
 
-    cli.run("evaluate", "alexnet_ddp.evaluate:main", cli.without_statistics)
+    cli.run("evaluate", "alexnet_ddp.evaluate:main", cli.without_data_options)
 
 import logging
 from contextlib import closing

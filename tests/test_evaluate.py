@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from alexnet_ddp import cli
 from alexnet_ddp.config import Device, EvaluateConfig
 from alexnet_ddp.data.sources.sets import open_data
 from alexnet_ddp.data.sources.source import Skipped
@@ -197,3 +198,10 @@ def test_an_option_that_would_be_ignored_is_refused(override, line):
             [*override.split(), *(["model.weights=x.pth"] if "metrics" in override else [])],
         )
     assert str(error.value) == line
+
+
+def test_options_of_data_are_checked_with_those_of_the_run():
+    given = ["run.name=x", "data.eval_resize=48", "data.mean=auto", "data.rot=/", "crops=5"]
+    assert cli.without_data_options(given) == ["run.name=x", "data.rot=/", "crops=5"]
+    for own in ("data=folder", "model.weights=w.pth"):
+        assert cli.without_data_options([own, *given]) == [own, *given]
