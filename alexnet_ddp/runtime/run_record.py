@@ -194,7 +194,11 @@ def run_of_weights(weights: str, root: str) -> Path | None:
     """
     name = weights.removeprefix("run:")
     directory = Path(weights) if name == weights else Path(root, name)
-    if directory.is_dir() and directory.absolute().parent.name == "checkpoints":
+    if not os.path.isdir(
+        directory
+    ):  # False also for a name that is too long, which is_dir() raises
+        return None
+    if directory.absolute().parent.name == "checkpoints":
         directory = directory.absolute().parents[1]
     return directory if _is_run(directory) else None
 

@@ -42,7 +42,7 @@ def make_sweep(directory: Path) -> SweepRecord:
         overrides = ["data=folder", f"optimizer.lr={lr}", f"run.name={one.name}", "run.root=x"]
         make_run(directory / one.name, rows, overrides=overrides)
     trials[-1].state = State.running
-    record = SweepRecord(directory, IDENTITY, trials)
+    record = SweepRecord(directory, dict(IDENTITY), trials)
     record.write()
     return record
 

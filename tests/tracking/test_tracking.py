@@ -33,7 +33,6 @@ PROGRAM = """
     from pathlib import Path
     from alexnet_ddp.config import LoggerConfig, Wandb
     from alexnet_ddp.tracking import ClassResults, RunInfo, build_tracker
-from alexnet_ddp.tracking.sinks import TensorBoardSink
     def start(run_dir, mode, start_step):
         cfg = LoggerConfig(wandb=Wandb(mode), tensorboard=False)
         run = RunInfo(True, start_step, 60, 10, {"seed": 1, "api_key": "CANARY"})

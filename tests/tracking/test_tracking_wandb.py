@@ -89,8 +89,8 @@ def resumed_offline(tmp_path_factory):
     first = start_program(
         body, run_dir, 0, 40, 60, stdout=subprocess.PIPE, env={"MY_SECRET": "CANARY"}
     )
-    while b"ready" not in first.stdout.readline():
-        continue
+    while b"ready" not in (line := first.stdout.readline()):
+        assert line, "the program ended"
     first.send_signal(signal.SIGKILL)
     first.communicate()
     deadline = time.monotonic() + 15
