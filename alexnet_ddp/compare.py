@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from alexnet_ddp.config import CompareConfig
+from alexnet_ddp.config.runs import CompareConfig
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.run_record import RunRecord, differing, open_run, option_text
 from alexnet_ddp.runtime.terminal import Console, Table

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from alexnet_ddp import cli
 from alexnet_ddp.checkpoint.format import find_step, weights_of_run
-from alexnet_ddp.config import Config, ConfigError, EvaluateConfig, Head
+from alexnet_ddp.config import Config, ConfigError, Head
+from alexnet_ddp.config.evaluate import EvaluateConfig
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_batches
 from alexnet_ddp.data.sources.index import SampleIndex

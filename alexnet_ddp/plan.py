@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from alexnet_ddp.config import ConfigError, Device, PlanConfig, Precision
+from alexnet_ddp.config import ConfigError, Device, Precision
+from alexnet_ddp.config.plan import PlanConfig
 from alexnet_ddp.cost_model import machine
 from alexnet_ddp.cost_model.choose import CLEARLY, GUESSED_GBIT, USABLE, best, choose, strategies
 from alexnet_ddp.cost_model.machine import Cluster, measure_device

@@ -20,7 +20,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from alexnet_ddp.config import ConfigError, RunColumn, RunsConfig
+from alexnet_ddp.config import ConfigError
+from alexnet_ddp.config.runs import RunColumn, RunsConfig
 from alexnet_ddp.runtime.files import require_folder_of
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.run_record import RunRecord, differing, find_runs, option_text

@@ -34,7 +34,8 @@ from torchvision.transforms._presets import ImageClassification
 
 from alexnet_ddp import load_run
 from alexnet_ddp.api import TrainedRun
-from alexnet_ddp.config import Device, PredictConfig, RunConfig
+from alexnet_ddp.config import Device, RunConfig
+from alexnet_ddp.config.predict import PredictConfig
 from alexnet_ddp.data.decode import centre_into
 from alexnet_ddp.data.effects import normalise
 from alexnet_ddp.data.sources.index import FileStore

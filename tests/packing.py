@@ -8,14 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from alexnet_ddp.config import (
-    Action,
-    BasicAugmentConfig,
-    Encoding,
-    LocalEngineConfig,
-    PrepareConfig,
-    Split,
-)
+from alexnet_ddp.config import BasicAugmentConfig
+from alexnet_ddp.config.prepare import Action, Encoding, LocalEngineConfig, PrepareConfig, Split
 from alexnet_ddp.prepare.command import main
 
 REPO = Path(__file__).parents[1]

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from alexnet_ddp import cli
-from alexnet_ddp.config import Device, EvaluateConfig
+from alexnet_ddp.config import Device
+from alexnet_ddp.config.evaluate import EvaluateConfig
 from alexnet_ddp.data.sources.sets import open_data
 from alexnet_ddp.data.sources.source import Skipped
 from alexnet_ddp.evaluate import Found, _evaluate, _finish, _metric_lines

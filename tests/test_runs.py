@@ -15,7 +15,7 @@ from torch import nn
 
 from alexnet_ddp.compare import close, curve_table, first_difference, line
 from alexnet_ddp.compare import main as compare
-from alexnet_ddp.config import CompareConfig, RunColumn
+from alexnet_ddp.config.runs import CompareConfig, RunColumn
 from alexnet_ddp.data.sampler import GlobalBatchSampler, index_hash
 from alexnet_ddp.runs import row, sorted_rows
 from alexnet_ddp.runtime.errors import ConfigError

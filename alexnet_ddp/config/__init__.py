@@ -12,7 +12,8 @@ The modules, in the order in which a command uses them:
 No module imports torch, and only compose needs Hydra at import time.
 """
 
-# ruff: noqa: F401 (the option classes, for the rest of the package)
+# ruff: noqa: F401 (the option classes of a training, for the rest of the package; other commands
+# import their module, so that a training starts 30 ms earlier)
 
 from alexnet_ddp.config.data import (
     AlexNet2012AugmentConfig,
@@ -32,8 +33,6 @@ from alexnet_ddp.config.data import (
     Shuffle,
     SyntheticConfig,
 )
-from alexnet_ddp.config.evaluate import EvaluateConfig
-from alexnet_ddp.config.export import ExportConfig, ExportFormat
 from alexnet_ddp.config.finetune import FinetuneConfig, Method
 from alexnet_ddp.config.logger import Artifacts, LoggerConfig, Wandb
 from alexnet_ddp.config.parallel import (
@@ -44,18 +43,6 @@ from alexnet_ddp.config.parallel import (
     HybridConfig,
     ParallelConfig,
     WireDtype,
-)
-from alexnet_ddp.config.plan import PlanConfig
-from alexnet_ddp.config.predict import PredictConfig
-from alexnet_ddp.config.prepare import (
-    Action,
-    AutoEngineConfig,
-    Encoding,
-    EngineConfig,
-    LocalEngineConfig,
-    PrepareConfig,
-    SparkEngineConfig,
-    Split,
 )
 from alexnet_ddp.config.recipe import (
     AdamWConfig,
@@ -77,7 +64,6 @@ from alexnet_ddp.config.recipe import (
     StepDecayConfig,
     TorchvisionConfig,
 )
-from alexnet_ddp.config.report import ReportConfig
 from alexnet_ddp.config.run import (
     BestBy,
     CheckpointConfig,
@@ -91,6 +77,4 @@ from alexnet_ddp.config.run import (
     RunConfig,
     TrainerConfig,
 )
-from alexnet_ddp.config.runs import CompareConfig, RunColumn, RunsConfig
-from alexnet_ddp.config.sweep import Pruner, Sampler, SweepConfig, SweepOptions
 from alexnet_ddp.runtime.errors import ConfigError

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from alexnet_ddp import cli
 from alexnet_ddp.checkpoint.format import find_best
-from alexnet_ddp.config import Config, ConfigError, DataConfig, ExportConfig, ExportFormat
+from alexnet_ddp.config import Config, ConfigError, DataConfig
+from alexnet_ddp.config.export import ExportConfig, ExportFormat
 from alexnet_ddp.config.option import shown, spec_of
 from alexnet_ddp.data.effects import normalise
 from alexnet_ddp.data.loader import build_loader

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from alexnet_ddp.config import ExportFormat
+from alexnet_ddp.config.export import ExportFormat
 
 _READ = """\
 import json

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_ddp import __version__
-from alexnet_ddp.config import Config, DataConfig, ExportFormat, ModelConfig
+from alexnet_ddp.config import Config, DataConfig, ModelConfig
 from alexnet_ddp.config.data import Interpolation
+from alexnet_ddp.config.export import ExportFormat
 from alexnet_ddp.config.schema import choice_of
 from alexnet_ddp.export import examples
 from alexnet_ddp.export.check import RELATIVE_TOLERANCE, Comparison

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from alexnet_ddp.api import read_export
 from alexnet_ddp.checkpoint.format import weights_metadata
-from alexnet_ddp.config import ConfigError, ExportFormat
+from alexnet_ddp.config import ConfigError
+from alexnet_ddp.config.export import ExportFormat
 from alexnet_ddp.data.effects import Normalisation
 from alexnet_ddp.model import transforms_input
 from alexnet_ddp.runtime.errors import WrongExport

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from alexnet_ddp.api import TrainedRun
-from alexnet_ddp.config import OnBadImage, PredictConfig
+from alexnet_ddp.config import OnBadImage
+from alexnet_ddp.config.predict import PredictConfig
 from alexnet_ddp.data.effects import apply_effects
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_batches

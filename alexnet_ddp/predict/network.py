@@ -9,7 +9,8 @@ from pathlib import Path
 
 from alexnet_ddp import cli
 from alexnet_ddp.api import TrainedRun, read_export, read_run
-from alexnet_ddp.config import ConfigError, Head, PredictConfig
+from alexnet_ddp.config import ConfigError, Head
+from alexnet_ddp.config.predict import PredictConfig
 from alexnet_ddp.model import (
     build_model,
     load_weights,

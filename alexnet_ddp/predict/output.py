@@ -6,7 +6,7 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
-from alexnet_ddp.config import PredictConfig
+from alexnet_ddp.config.predict import PredictConfig
 from alexnet_ddp.runtime.printing import printable, say
 from alexnet_ddp.runtime.tables import FLAG, NUMBER, TEXT, open_file, open_table
 from alexnet_ddp.runtime.terminal import Console, Table

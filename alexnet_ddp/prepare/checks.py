@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from alexnet_ddp.config import ConfigError, Encoding, EngineConfig, PrepareConfig
-from alexnet_ddp.config.prepare import WorkersConfig
+from alexnet_ddp.config import ConfigError
+from alexnet_ddp.config.prepare import Encoding, EngineConfig, PrepareConfig, WorkersConfig
 from alexnet_ddp.data.sources.classes import (
     NAME,
     class_difference,

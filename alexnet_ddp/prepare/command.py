@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from types import FrameType
 
-from alexnet_ddp.config import Action, LocalEngineConfig, PrepareConfig, Split
+from alexnet_ddp.config.prepare import Action, LocalEngineConfig, PrepareConfig, Split
 from alexnet_ddp.data.sources.classes import read_order
 from alexnet_ddp.data.sources.shard_index import read_index
 from alexnet_ddp.data.storage import SCRATCH, Storage, absolute

@@ -11,7 +11,7 @@ import numpy as np
 import PIL
 from PIL import Image, features
 
-from alexnet_ddp.config import Encoding
+from alexnet_ddp.config.prepare import Encoding
 from alexnet_ddp.data import restarts
 from alexnet_ddp.data.image import BadImage, crop_long_image, open_image, scaled_size, to_rgb
 

@@ -8,7 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
-from alexnet_ddp.config import ConfigError, Encoding, PrepareConfig
+from alexnet_ddp.config import ConfigError
+from alexnet_ddp.config.prepare import Encoding, PrepareConfig
 from alexnet_ddp.data.sources.shard_index import FORMAT
 from alexnet_ddp.prepare.encode import Recipe, fingerprint
 from alexnet_ddp.prepare.sources import Source

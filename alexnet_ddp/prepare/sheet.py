@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from alexnet_ddp.config import DataConfig, OnBadImage, PrepareConfig
+from alexnet_ddp.config import DataConfig, OnBadImage
+from alexnet_ddp.config.prepare import PrepareConfig
 from alexnet_ddp.config.schema import choice_of
 from alexnet_ddp.data.augment import Augment, build_augment
 from alexnet_ddp.data.fill import build_fill

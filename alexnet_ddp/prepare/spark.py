@@ -22,7 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from alexnet_ddp.config import AutoEngineConfig, ConfigError, PrepareConfig, SparkEngineConfig
+from alexnet_ddp.config import ConfigError
+from alexnet_ddp.config.prepare import AutoEngineConfig, PrepareConfig, SparkEngineConfig
 from alexnet_ddp.data.storage import absolute
 from alexnet_ddp.prepare.engine import Engine, local_engine
 from alexnet_ddp.prepare.java import find_java

@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 
 from alexnet_ddp import cli
-from alexnet_ddp.config import Config, ConfigError, ReportConfig
+from alexnet_ddp.config import Config, ConfigError
 from alexnet_ddp.config.compose import to_yaml
 from alexnet_ddp.config.option import MISSING
+from alexnet_ddp.config.report import ReportConfig
 from alexnet_ddp.config.schema import GROUPS, choices_of
 from alexnet_ddp.plugins import load_plugins
 from alexnet_ddp.report import facts

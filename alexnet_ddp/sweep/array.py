@@ -10,8 +10,9 @@ import subprocess
 from pathlib import Path
 
 from alexnet_ddp import cli
-from alexnet_ddp.config import ConfigError, SweepConfig
+from alexnet_ddp.config import ConfigError
 from alexnet_ddp.config.space import Space
+from alexnet_ddp.config.sweep import SweepConfig
 from alexnet_ddp.runtime.files import write_bytes
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.redaction import redact

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from alexnet_ddp import cli
-from alexnet_ddp.config import ConfigError, Sampler, SweepConfig
+from alexnet_ddp.config import ConfigError
 from alexnet_ddp.config.space import Space, read_space
+from alexnet_ddp.config.sweep import Sampler, SweepConfig
 from alexnet_ddp.runtime.environment import read_ranks
 from alexnet_ddp.runtime.errors import MachineError, TrialsFailed
 from alexnet_ddp.runtime.files import lock_file

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from alexnet_ddp.config import Pruner
+from alexnet_ddp.config.sweep import Pruner
 
 _REDUCTION = 3  # asha: of so many trials one continues
 _MIN_OTHERS = 5  # median: trials to compare with

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from alexnet_ddp.config import ConfigError, SweepConfig
+from alexnet_ddp.config import ConfigError
 from alexnet_ddp.config.option import shown
 from alexnet_ddp.config.space import Space
+from alexnet_ddp.config.sweep import SweepConfig
 from alexnet_ddp.runtime.redaction import redact
 from alexnet_ddp.runtime.run_record import RunRecord
 from alexnet_ddp.runtime.sweep_record import State, SweepRecord, is_sweep, read_sweep

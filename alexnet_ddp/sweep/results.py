@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from alexnet_ddp import cli
-from alexnet_ddp.config import Config, ConfigError, SweepConfig
+from alexnet_ddp.config import Config, ConfigError
 from alexnet_ddp.config.space import Space
+from alexnet_ddp.config.sweep import SweepConfig
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.redaction import redact
 from alexnet_ddp.runtime.run_record import RunRecord

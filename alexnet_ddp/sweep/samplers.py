@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from alexnet_ddp import rng
-from alexnet_ddp.config import ConfigError, Sampler, SweepConfig
+from alexnet_ddp.config import ConfigError
 from alexnet_ddp.config.space import Dimension, Space
-from alexnet_ddp.config.sweep import MAX_TRIALS
+from alexnet_ddp.config.sweep import MAX_TRIALS, Sampler, SweepConfig
 from alexnet_ddp.runtime.sweep_record import State, Trial
 
 _DEFAULT_TRIALS = 20

@@ -5,8 +5,8 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-from alexnet_ddp.config import SweepConfig
 from alexnet_ddp.config.space import Space
+from alexnet_ddp.config.sweep import SweepConfig
 from alexnet_ddp.runtime.errors import Preempted
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.signals import StopSignal

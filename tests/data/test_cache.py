@@ -11,15 +11,8 @@ import numpy as np
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from alexnet_ddp.config import (
-    BasicAugmentConfig,
-    ConfigError,
-    LocalEngineConfig,
-    PrepareConfig,
-    ShardsConfig,
-    Shuffle,
-    Split,
-)
+from alexnet_ddp.config import BasicAugmentConfig, ConfigError, ShardsConfig, Shuffle
+from alexnet_ddp.config.prepare import LocalEngineConfig, PrepareConfig, Split
 from alexnet_ddp.data import cache
 from alexnet_ddp.data.cache import NodeCache
 from alexnet_ddp.data.sources.sets import open_data

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_ddp.config import Encoding
+from alexnet_ddp.config.prepare import Encoding
 from alexnet_ddp.data.decode import BadImage, centre_into, crop_into, size_of
 from alexnet_ddp.data.image import FORMATS
 from alexnet_ddp.prepare.encode import Recipe, Refused, encode

@@ -19,10 +19,10 @@ import alexnet_ddp
 from alexnet_ddp.config import (
     AlexNet2012AugmentConfig,
     BasicAugmentConfig,
-    Encoding,
     FolderConfig,
     OnBadImage,
 )
+from alexnet_ddp.config.prepare import Encoding
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.decode import BadImage, centre_into, crop_into, size_of
 from alexnet_ddp.data.fill import build_fill

@@ -24,8 +24,9 @@ from safetensors.torch import load_file, safe_open
 
 import alexnet_ddp
 from alexnet_ddp.api import TrainedRun
-from alexnet_ddp.config import ConfigError, ExportFormat
+from alexnet_ddp.config import ConfigError
 from alexnet_ddp.config.compose import compose
+from alexnet_ddp.config.export import ExportFormat
 from alexnet_ddp.data.effects import IMAGENET
 from alexnet_ddp.export import command, folder, formats
 from alexnet_ddp.export.check import Comparison

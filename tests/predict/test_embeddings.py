@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from alexnet_ddp.config import ConfigError, PredictConfig, RunConfig
+from alexnet_ddp.config import ConfigError, RunConfig
+from alexnet_ddp.config.predict import PredictConfig
 from alexnet_ddp.predict.embeddings import LayerOutput, build_embedding_sink
 from alexnet_ddp.predict.output import Prediction
 

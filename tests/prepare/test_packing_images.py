@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from alexnet_ddp.config import AlexNet2012AugmentConfig, Encoding
+from alexnet_ddp.config import AlexNet2012AugmentConfig
+from alexnet_ddp.config.prepare import Encoding
 from alexnet_ddp.data.augment import build_augment
 from alexnet_ddp.data.sources.sets import colour_basis
 from alexnet_ddp.data.storage import Storage

@@ -15,14 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_ddp.config import (
-    AutoEngineConfig,
-    ConfigError,
-    Encoding,
-    PrepareConfig,
-    SparkEngineConfig,
-)
+from alexnet_ddp.config import ConfigError
 from alexnet_ddp.config.data import BasicAugmentConfig
+from alexnet_ddp.config.prepare import AutoEngineConfig, Encoding, PrepareConfig, SparkEngineConfig
 from alexnet_ddp.prepare import java, spark, spark_tasks
 from alexnet_ddp.prepare.encode import Recipe, fingerprint
 from alexnet_ddp.prepare.plan import ShardTask

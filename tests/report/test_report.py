@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from alexnet_ddp.config import Device, ReportConfig
+from alexnet_ddp.config import Device
+from alexnet_ddp.config.report import ReportConfig
 from alexnet_ddp.report.activation import activation_maps, overlay
 from alexnet_ddp.report.charts import Scale, Series, line_chart, short, thinned
 from alexnet_ddp.report.classes import class_results

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_ddp.config import ReportConfig
 from alexnet_ddp.config.compose import compose
+from alexnet_ddp.config.report import ReportConfig
 from alexnet_ddp.report.charts import Mark, scatter_chart
 from alexnet_ddp.report.command import main
 from alexnet_ddp.report.sweep import sweep_page

@@ -7,7 +7,7 @@ import random
 import optuna
 import pytest
 
-from alexnet_ddp.config import Pruner
+from alexnet_ddp.config.sweep import Pruner
 from alexnet_ddp.sweep.pruners import Decision, Progress, decide, score
 
 
