@@ -114,9 +114,12 @@ def suggestion(points: list[Point]) -> float | None:
 
 
 def _variation(points: list[Point]) -> float:
-    """The standard deviation of the losses without their trend: from neighbouring steps."""
+    """How much the losses of neighbouring steps usually differ, per loss: without their trend.
+
+    The median leaves out the divergence; of normal noise it is two thirds of the deviation.
+    """
     squares = [(b.loss - a.loss) ** 2 for a, b in pairwise(points)]
-    return math.sqrt(median(squares) / 2)  # the median leaves out the divergence
+    return math.sqrt(median(squares) / 2)
 
 
 def _report(cfg: LrFindConfig, points: list[Point], found: float | None) -> None:
