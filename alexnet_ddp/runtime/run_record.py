@@ -194,9 +194,7 @@ def run_of_weights(weights: str, root: str) -> Path | None:
     """
     name = weights.removeprefix("run:")
     directory = Path(weights) if name == weights else Path(root, name)
-    if not os.path.isdir(
-        directory
-    ):  # False also for a name that is too long, which is_dir() raises
+    if not os.path.isdir(directory):  # is_dir() raises if the name is too long
         return None
     if directory.absolute().parent.name == "checkpoints":
         directory = directory.absolute().parents[1]
