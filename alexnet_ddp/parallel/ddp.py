@@ -63,23 +63,33 @@ class DDPModel(nn.Module):
     def forward(self, images: Tensor, max_images: int) -> Tensor:
         return self.ddp(images)
 
-    def on_wait(self, context: Callable[[], AbstractContextManager]) -> None:
-        """Nothing to set: a forward pass of replicas waits for nobody."""
+    def on_wait(
+        self,
+        waiting: Callable[[], AbstractContextManager],
+        exchange: Callable[[], AbstractContextManager],
+    ) -> None:
+        """Nothing to set: there are no sharded layers."""
 
     def zero_loss(self, image: Tensor, max_images: int = 1) -> Tensor:
         with evaluation_mode(self.model):
             return self(image, max_images).float().sum() * 0.0
 
-    def warm_up_buckets(self, image: Tensor) -> None:
+    def warm_up_buckets(self, image: Tensor) -> nn.Parameter:
         """Collective. Run one backward pass without effect, before the first step of a process.
 
         DDP rebuilds its buckets in the forward pass that follows its first backward pass, and a sum
         over three or more ranks depends on the bucket layout. With this pass, a resumed run adds
-        in the same order as an uninterrupted one.
+        in the same order as an uninterrupted one. Returns the parameter whose gradient came last.
         """
+        order: list[Tensor] = []
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        hooks = [p.register_post_accumulate_grad_hook(order.append) for p in parameters]
         self.zero_loss(image).backward()
         self.finish_backward()
+        for hook in hooks:
+            hook.remove()
         self.zero_grad(set_to_none=True)
+        return next(p for p in parameters if p is order[-1])
 
     def no_sync(self) -> AbstractContextManager[None]:
         return self.ddp.no_sync()

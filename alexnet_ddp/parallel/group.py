@@ -50,7 +50,9 @@ class Group:
     comm_dtype: torch.dtype = torch.float32  # of activations and partial sums that are sent
     num_images: int = 1  # of this rank in the current forward pass
     max_images: int = 1  # the largest num_images of all ranks in that pass
-    wait_context: Callable[[], AbstractContextManager] = nullcontext  # while waiting for members
+    # See ParallelModel.on_wait.
+    wait_context: Callable[[], AbstractContextManager] = nullcontext
+    exchange_context: Callable[[], AbstractContextManager] = nullcontext
 
     @classmethod
     def create(cls, world: World, size: int, comm_dtype: torch.dtype) -> "Group":

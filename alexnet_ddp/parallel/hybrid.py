@@ -100,8 +100,12 @@ class HybridModel(DDPModel):
             self._gather_keys(len(images))
         return self.ddp(images)
 
-    def on_wait(self, context: Callable[[], AbstractContextManager]) -> None:
-        self._group.wait_context = context
+    def on_wait(
+        self,
+        waiting: Callable[[], AbstractContextManager],
+        exchange: Callable[[], AbstractContextManager],
+    ) -> None:
+        self._group.wait_context, self._group.exchange_context = waiting, exchange
 
     def zero_loss(self, image: Tensor, max_images: int = 1) -> Tensor:
         with evaluation_mode(self.model):

@@ -72,8 +72,16 @@ class ParallelModel(Protocol):
         """
         ...
 
-    def on_wait(self, context: Callable[[], AbstractContextManager]) -> None:
-        """Set the context that is entered while a forward pass waits for other ranks."""
+    def on_wait(
+        self,
+        waiting: Callable[[], AbstractContextManager],
+        exchange: Callable[[], AbstractContextManager],
+    ) -> None:
+        """Set two contexts for what sharded layers do.
+
+        waiting: for the exchange of a forward pass in which fast ranks wait for slow ones.
+        exchange: for all exchanges.
+        """
         ...
 
     def zero_loss(self, image: Tensor, max_images: int = 1) -> Tensor:
@@ -83,8 +91,11 @@ class ParallelModel(Protocol):
         """
         ...
 
-    def warm_up_buckets(self, image: Tensor) -> None:
-        """Collective. Run one backward pass without effect, before the first step of a process."""
+    def warm_up_buckets(self, image: Tensor) -> nn.Parameter:
+        """Collective. Run one backward pass without effect, before the first step of a process.
+
+        Returns the parameter whose gradient came last.
+        """
         ...
 
     def no_sync(self) -> AbstractContextManager[None]:

@@ -102,7 +102,7 @@ class _GatherImages(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
         # Fast ranks wait here for slow ones; the later exchanges of the pass are in step.
-        with group.wait_context():
+        with group.wait_context(), group.exchange_context():
             gathered = group.all_gather(group.pad(x)).flatten(0, 1)
         ctx.save_for_backward(gathered, weight)
         ctx.group, ctx.num_images, ctx.has_bias = group, len(x), bias is not None
@@ -115,7 +115,9 @@ class _GatherImages(Function):
         grad_x = group.start_reduce_scatter((grad @ weight).unflatten(0, (group.size, -1)))
         grad_weight = grad.T @ gathered  # overlaps with the reduce-scatter
         grad_bias = grad.sum(0) if ctx.has_bias else None
-        return grad_x()[: ctx.num_images] * group.world_size, grad_weight, grad_bias, None
+        with group.exchange_context():
+            own_grad_x = grad_x()[: ctx.num_images]
+        return own_grad_x * group.world_size, grad_weight, grad_bias, None
 
 
 class _ScatterUnits(Function):
@@ -129,13 +131,15 @@ class _ScatterUnits(Function):
         blocks = partial.new_zeros(len(sizes), len(x), sizes[0])
         for block, units in zip(blocks, partial.split(sizes, 1)):
             block[:, : units.shape[1]] = units
-        return outputs.group.reduce_scatter(blocks)[:, : sizes[outputs.group.rank]]
+        with outputs.group.exchange_context():
+            return outputs.group.reduce_scatter(blocks)[:, : sizes[outputs.group.rank]]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         sizes, group = ctx.outputs.sizes(), ctx.outputs.group
-        blocks = group.all_gather(F.pad(grad, (0, sizes[0] - grad.shape[1])))
+        with group.exchange_context():
+            blocks = group.all_gather(F.pad(grad, (0, sizes[0] - grad.shape[1])))
         full = torch.cat([block[:, :size] for block, size in zip(blocks, sizes)], 1)
         return full @ weight, full.T @ x, None
 
@@ -147,11 +151,14 @@ class _ScatterImages(Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, group: Group) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.group = group
-        return group.reduce_scatter(F.linear(x, weight).unflatten(0, (group.size, -1)))
+        partial = F.linear(x, weight).unflatten(0, (group.size, -1))
+        with group.exchange_context():
+            return group.reduce_scatter(partial)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         group: Group = ctx.group
-        full = group.all_gather(grad / group.world_size).flatten(0, 1)
+        with group.exchange_context():
+            full = group.all_gather(grad / group.world_size).flatten(0, 1)
         return full @ weight, full.T @ x, None

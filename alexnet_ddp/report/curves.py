@@ -11,7 +11,7 @@ _TRAINING, _VALIDATION = "training", "validation"
 
 @dataclass(frozen=True)
 class Curve:
-    """A chart of one or two metrics."""
+    """A chart of one to three metrics."""
 
     title: str
     unit: str
@@ -33,7 +33,11 @@ _CURVES = (
     Curve(
         "Time of a step",
         "seconds, rank 0",
-        {"time/step_s": "whole step", "time/data_s": "wait for data"},
+        {
+            "time/step_s": "whole step",
+            "time/data_s": "wait for data",
+            "time/exchange_s": "exchange with other ranks",
+        },
     ),
 )
 

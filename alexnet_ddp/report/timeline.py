@@ -97,7 +97,7 @@ class Timeline:
 
 def timeline(run: RunRecord) -> Timeline | None:
     """None if the run has recorded no start."""
-    events = _read_events(run.directory / EVENTS)
+    events = read_events(run.directory / EVENTS)
     starts = _starts(run, events)
     if not starts:
         return None
@@ -298,7 +298,7 @@ def _start_at(starts: list[Start], time: float) -> int:
     return max(0, bisect_right([one.began for one in starts], time) - 1)
 
 
-def _read_events(file: Path) -> list[dict[str, Any]]:
+def read_events(file: Path) -> list[dict[str, Any]]:
     """The events in the order of their times; damaged lines are left out."""
     if not file.exists():
         return []

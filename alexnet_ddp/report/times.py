@@ -5,15 +5,20 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from alexnet_ddp.report.timeline import read_events
 from alexnet_ddp.runtime.run_record import RunRecord
 
-# Metric of a row -> its name. In a step, one follows the other.
-_PARTS = {
-    "time/data_s": "wait for data",
-    "time/forward_s": "forward",
-    "time/backward_s": "backward, gradients exchanged",
-    "time/update_s": "update",
+_STEP = ("data", "forward", "backward", "exchange", "update")  # time/PART_s of a row
+_NAMES = {
+    "data": "wait for data",
+    "forward": "forward",
+    "backward": "backward",
+    "exchange": "exchange with other ranks",
+    "update": "update",
+    "evaluation": "evaluations",
+    "checkpoint": "checkpoints",
 }
+_COLOURS = {part: k for k, part in enumerate(_NAMES) if part != "checkpoint"}  # that is grey
 _OF_PROFILE = {
     "data": "wait for data",
     "compute": "compute",
@@ -50,7 +55,7 @@ class Times:
 
     step: list[Part]
     run: list[Part]
-    sentence: str
+    sentences: list[str]
     slowest: list[tuple[int, float]]  # ranks, with their share of the rows in which they were last
     ranks: list[tuple[int, list[Part]]]  # share: of the longest of these ranks' steps
     num_ranks_left_out: int
@@ -59,28 +64,36 @@ class Times:
 def times(run: RunRecord) -> Times | None:
     """The times of rank 0; None if the run has no row of training metrics."""
     totals, steps = _totals(run)
-    step_s = totals.pop("time/step_s", 0.0)
-    work_s = max(run.values("time_s").values(), default=0.0)
+    step_s = totals.pop("step", 0.0)
     if not step_s or not steps:
         return None
-    known = {metric: totals[metric] for metric in _PARTS if metric in totals}
-    named = [
-        Part(_PARTS[metric], seconds / steps, seconds / step_s, k)
-        for k, metric in enumerate(_PARTS)
-        if (seconds := known.get(metric)) is not None
+    parts = [
+        Part(_NAMES[part], seconds / steps, seconds / step_s, _COLOURS[part])
+        for part, seconds in totals.items()
     ]
-    rest = max(0.0, step_s - sum(known.values()))
-    rest_name = "everything else" if len(known) > 1 else "compute, and exchange of gradients"
-    named.append(Part(rest_name, rest / steps, rest / step_s, None if len(known) > 1 else 1))
-    other_s = max(0.0, work_s - step_s)
-    whole_s = max(work_s, step_s)
-    whole = [
-        Part("training steps", step_s, step_s / whole_s, 0),
-        Part("start, evaluations and checkpoints", other_s, other_s / whole_s, None),
-    ]
-    waited = known.get("time/data_s", 0.0) / step_s
+    rest_s = max(0.0, step_s - sum(totals.values()))
+    parts.append(Part("everything else", rest_s / steps, rest_s / step_s, None))
+    shares = {part: seconds / step_s for part, seconds in totals.items()}
     ranks, num_left_out = _ranks(run.directory / "rank_times.json")
-    return Times(named, whole, _sentence(waited), _slowest(run), ranks, num_left_out)
+    work, sentences = _work(run, step_s), _sentences(shares)
+    return Times(parts, work, sentences, _slowest(run), ranks, num_left_out)
+
+
+def _work(run: RunRecord, step_s: float) -> list[Part]:
+    """The parts of all work. step_s: seconds of all training steps."""
+    events = read_events(run.directory / "events.jsonl")
+    saves = [float(one.get("seconds", 0.0)) for one in events if one["event"] == "save"]
+    seconds = {
+        "training steps": step_s,
+        _NAMES["evaluation"]: sum(run.values("time/evaluation_s").values()),
+        _NAMES["checkpoint"]: sum(saves),
+    }
+    # time_s of the last row is before the last checkpoint.
+    known_s, work_s = sum(seconds.values()), max(run.values("time_s").values(), default=0.0)
+    whole_s = max(known_s, work_s)
+    parts = [Part(name, s, s / whole_s, k) for k, (name, s) in enumerate(seconds.items())]
+    rest_s = whole_s - known_s
+    return [*parts, Part("start and everything else", rest_s, rest_s / whole_s, None)]
 
 
 def profiles(run: RunRecord) -> list[Profile]:
@@ -103,48 +116,56 @@ def profiles(run: RunRecord) -> list[Profile]:
 
 
 def _totals(run: RunRecord) -> tuple[dict[str, float], int]:
-    """Seconds of rank 0 by metric, over all steps that rows cover, and the number of steps."""
+    """Seconds of rank 0 by part, over all steps that rows cover, and the number of steps."""
     totals, steps, last = dict[str, float](), 0, 0
     for step, row in run.rows.items():
         if "time/step_s" not in row:
             continue
         num, last = step - last, step
         steps += num
-        for metric in ("time/step_s", *_PARTS):
-            if metric in row:
-                totals[metric] = totals.get(metric, 0.0) + float(row[metric]) * num
+        for part in ("step", *_STEP):
+            if (metric := f"time/{part}_s") in row:
+                totals[part] = totals.get(part, 0.0) + float(row[metric]) * num
     return totals, steps
 
 
-def _sentence(waited: float) -> str:
-    share = f"{100 * waited:.1f} %"
+def _sentences(shares: dict[str, float]) -> list[str]:
+    """What the shares of a step by part mean."""
+    waited = shares.get("data", 0.0)
+    share = f"a step waits {100 * waited:.1f} % of its time for data"
     if waited >= _LARGE:
         remedy = "more cores or threads (data.num_threads), or packed shards, would speed it up"
-        return f"The loader is the bottleneck: a step waits {share} of its time for data; {remedy}."
-    if waited > _SMALL:
-        return f"A step waits {share} of its time for data, so a faster loader would help a little."
-    return f"The loader is no bottleneck: a step waits {share} of its time for data."
+        found = [f"The loader is the bottleneck: {share}; {remedy}."]
+    elif waited > _SMALL:
+        found = [f"{share[0].upper()}{share[1:]}, so a faster loader would help a little."]
+    else:
+        found = [f"The loader is no bottleneck: {share}."]
+    exchanged = shares.get("exchange", 0.0)
+    if exchanged >= _LARGE:
+        share = f"Rank 0 waits {100 * exchanged:.1f} % of a step for the exchange with other ranks"
+        remedy = "a faster link, larger batches or parallel=hybrid would shorten it"
+        found.append(f"{share}: if no rank is slow, {remedy}.")
+    return found
 
 
 def _ranks(file: Path) -> tuple[list[tuple[int, list[Part]]], int]:
     """The ranks that spend most time before they wait for the others, and how many are left out."""
     try:
-        seconds = [[float(one) for one in row] for row in json.loads(file.read_bytes())["seconds"]]
-    except (OSError, ValueError, KeyError, TypeError):  # one rank, or an older run
+        known = json.loads(file.read_bytes())
+        rows = [
+            {part: float(s) for part, s in zip(known["phases"], row) if part in _NAMES}
+            for row in known["seconds"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError):  # one rank
         return [], 0
-    busiest = sorted(range(len(seconds)), key=lambda rank: -sum(seconds[rank][:2]))[:_MAX_RANKS]
-    longest = max((sum(row) for row in seconds), default=0.0) or 1.0
+    busy = [row.get("data", 0.0) + row.get("forward", 0.0) for row in rows]
+    busiest = sorted(range(len(rows)), key=lambda rank: -busy[rank])[:_MAX_RANKS]
+    longest = max((sum(row.values()) for row in rows), default=0.0) or 1.0
     found = [
-        (
-            rank,
-            [
-                Part(name, s, s / longest, k)
-                for k, (name, s) in enumerate(zip(_PARTS.values(), seconds[rank]))
-            ],
-        )
+        (rank, [Part(_NAMES[p], s, s / longest, _COLOURS.get(p)) for p, s in rows[rank].items()])
         for rank in sorted(busiest)
     ]
-    return found, len(seconds) - len(found)
+    return found, len(rows) - len(found)
 
 
 def _slowest(run: RunRecord) -> list[tuple[int, float]]:

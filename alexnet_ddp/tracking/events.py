@@ -19,7 +19,8 @@ SAVE, END, LOST = "save", "end", "lost"
 def add_event(run_dir: Path, event: str, step: int, **facts: Any) -> None:
     """Append a line to events.jsonl, with the time. Raises OSError.
 
-    event: SAVE: a checkpoint was requested. END: the start ended; facts: state, message.
+    event: SAVE: a checkpoint was requested; facts: seconds for which the training waited. END: the
+    start ended; facts: state, message.
     """
     now = _text(datetime.now(UTC).timestamp())
     _append(run_dir, {"time": now, "event": event, "step": step}, facts)

@@ -174,13 +174,16 @@ class RunStatus:
         self._started = False
 
     def running(self, step: int) -> None:
-        """Record that the run is at `step`: the first time that it starts, later that it saves."""
+        """Record that the run starts at `step`."""
         self._step = step
-        if self._started:
-            self._add_event(events.SAVE)
-        else:
-            self._note_lost_start()
+        self._note_lost_start()
         self._started = True
+        self._write("running")
+
+    def saved(self, step: int, seconds: float) -> None:
+        """Record that a checkpoint of `step` was requested. The training waited for `seconds`."""
+        self._step = step
+        self._add_event(events.SAVE, seconds=seconds)
         self._write("running")
 
     def stopped_while_starting(self) -> None:
@@ -218,7 +221,7 @@ class RunStatus:
         if state != "running" and self._started:
             self._add_event(events.END, state=state, message=redact(message))
 
-    def _add_event(self, event: str, **facts: str) -> None:
+    def _add_event(self, event: str, **facts: str | float) -> None:
         if not self._is_main:
             return
         try:

@@ -207,6 +207,7 @@ class TrainingParts:
         """
         kept = self._stateful["optimizer"].state_dict()
         sums, scaler = self.train_step.meter.read(), self.train_step.scaler.state_dict()
+        self.train_step.close()
         del self._stateful, self.train_step, self.parallel_model
         assert self.backbone is not None  # unfreeze_due()
         self.backbone.unfreeze()

@@ -99,9 +99,11 @@ class TrainStep:
             # Fused kernels read it on the device: no host wait. torch's GradScaler sets it, too.
             optimizer.found_inf = self._nonfinite  # type: ignore[attr-defined]
         self._blank = torch.zeros(1, *input_shape, device=world.device)
-        parallel_model.on_wait(self._waiting)
         with autocast(cfg.precision, world):
-            parallel_model.warm_up_buckets(self._blank)
+            last = parallel_model.warm_up_buckets(self._blank)
+        parallel_model.on_wait(self._waiting, self.stopwatch.exchange)
+        ready = self.stopwatch.gradients_ready  # `self` in a hook would keep the parallel model
+        self._hook = last.register_post_accumulate_grad_hook(ready)
 
     def __call__(
         self, batches: Iterator[Batch], step: int, lr: float, num_images: int, vote: StepVote
@@ -129,9 +131,14 @@ class TrainStep:
         with self.stopwatch.update():
             grad_norm = self._apply(step, num_images / votes.weight)
         self._on_phase(WAITING)
-        average(self._statistics, self.world)
+        with self.stopwatch.exchange():
+            average(self._statistics, self.world)
         self._before.restore(self._nonfinite)
         return StepOutcome(status, votes, skipped_images, grad_norm)
+
+    def close(self) -> None:
+        """Remove the hook from the parameters, which other objects may use again."""
+        self._hook.remove()
 
     def poll_nonfinite(self) -> bool:
         """Collective. True, once, if the last gradient was not finite. Waits for the device."""
@@ -192,9 +199,10 @@ class TrainStep:
                     self._exchange.start(loss_sum, num_read, vote, self._nonfinite, weight)
                 with self.stopwatch.backward():
                     self.scaler.scale(self.objective(loss, batch) * scale).backward()
-        with self.stopwatch.backward():
+        with self.stopwatch.exchange():
             self.parallel_model.finish_backward()
-        return self._exchange.finish(), skipped_images, vote.error
+            votes = self._exchange.finish()
+        return votes, skipped_images, vote.error
 
     def _loss_sum(self, batch: Batch | None, step: int, max_images: int) -> Tensor:
         """The loss summed over the images; a zero with a gradient of zeros if there are none."""
@@ -250,8 +258,7 @@ class TrainStep:
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        """Within a forward pass: do not count the wait for other ranks as this rank's time."""
+        """Within a forward pass, while it waits for slower ranks."""
         self._on_phase(WAITING)
-        with self.stopwatch.paused():
-            yield
+        yield
         self._on_phase("forward")

@@ -1,4 +1,4 @@
-"""Times the parts of a step, and finds slow ranks.
+"""Times the parts of a step and the pauses between steps, and finds slow ranks.
 
 After the first collective of a step all ranks have waited for the slowest one, so only the time
 before it shows which rank is slow. The times are compared when a row is logged.
@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,19 +22,29 @@ from alexnet_ddp.training.profiler import DATA
 log = logging.getLogger(__name__)
 
 PHASES = ("data", "forward")  # before the first collective of a step
-_TIMED = (*PHASES, "backward", "update")
+_TIMED = (*PHASES, "backward", "exchange", "update")
+_PAUSES = ("evaluation", "checkpoint")  # between two steps
 _SHARE = 0.2  # a rank is slow if it is later than the others by this share of a step
 _WINDOWS = 3  # consecutive windows before a warning
 _STEPS = 10  # fewest steps of a window: single steps vary too much
 
 
+_Mark = Any  # float: seconds of the host's clock; on a GPU a torch.cuda.Event
+
+
 class Stopwatch:
-    """Seconds of this rank by phase; on a GPU also the device's, read when the host waits."""
+    """Seconds of this rank by phase; on a GPU also the device's, read when the host waits.
+
+    Each second belongs to one phase. exchange: the rank waits for a collective and computes
+    nothing.
+    """
 
     def __init__(self, world: World) -> None:
         self._seconds = dict.fromkeys(_TIMED, 0.0)
         self._on_gpu = world.device.type == "cuda"
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: list[tuple[str, str | None, _Mark, _Mark]] = []
+        self._phase: str | None = None  # that is being timed
+        self._gradients_at: _Mark = None  # when the last gradient of a backward pass was ready
 
     @contextmanager
     def data(self) -> Iterator[None]:
@@ -47,9 +58,22 @@ class Stopwatch:
         """Time a forward pass."""
         return self._computation("forward")
 
-    def backward(self) -> AbstractContextManager[None]:
-        """Time a backward pass, with the exchange of gradients that it waits for."""
-        return self._computation("backward")
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Time a backward pass. The time after gradients_ready() counts as exchange."""
+        self._gradients_at = None
+        with self._computation("backward"):
+            yield
+            if self._gradients_at is not None:
+                self._add("exchange", self._gradients_at)
+
+    def gradients_ready(self, parameter: Tensor) -> None:
+        """For register_post_accumulate_grad_hook() of the parameter whose gradient comes last."""
+        self._gradients_at = self._mark()
+
+    def exchange(self) -> AbstractContextManager[None]:
+        """Time a wait for a collective. Another phase that contains the wait does not count it."""
+        return self._computation("exchange")
 
     def update(self) -> AbstractContextManager[None]:
         """Time an update of the weights, with the clipping before it."""
@@ -57,41 +81,53 @@ class Stopwatch:
 
     @contextmanager
     def _computation(self, phase: str) -> Iterator[None]:
-        if self._on_gpu:
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            yield
-            last.record()
-            self._events.append((phase, first, last))
-            return
-        began = time.monotonic()
+        outer, self._phase = self._phase, phase
+        first = self._mark()
         yield
-        self._seconds[phase] += time.monotonic() - began
+        self._phase = outer
+        self._add(phase, first)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out a wait for other ranks in a forward pass. On a GPU the host does not wait."""
-        began = time.monotonic()
-        yield
-        self._seconds["forward"] -= 0 if self._on_gpu else time.monotonic() - began
+    def _mark(self) -> _Mark:
+        if not self._on_gpu:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _add(self, phase: str, first: _Mark) -> None:
+        """Add the time from `first` to now to `phase`, and not to the phase that contains it."""
+        last = self._mark()
+        if self._on_gpu:
+            self._events.append((phase, self._phase, first, last))
+        else:
+            self._count(phase, self._phase, last - first)
+
+    def _count(self, phase: str, outer: str | None, seconds: float) -> None:
+        self._seconds[phase] += seconds
+        if outer is not None:
+            self._seconds[outer] -= seconds
 
     def read(self) -> dict[str, float]:
         """Return seconds by phase since the last read. The last update must be complete."""
+        for phase, outer, first, last in self._events:
+            self._count(phase, outer, first.elapsed_time(last) / 1000)
         seconds = self._seconds
-        for phase, first, last in self._events:
-            seconds[phase] += first.elapsed_time(last) / 1000
         self._seconds, self._events = dict.fromkeys(_TIMED, 0.0), []
         return seconds
 
 
 class Stragglers:
-    """Warns about a rank that is slow for three consecutive windows, once per slow period."""
+    """Warns about a rank that is slow for three consecutive windows, once per slow period.
+
+    Also keeps the times of all ranks since the start of the process, for rank_times.json.
+    """
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._window, self._steps, self._wall_s = torch.zeros(world.world_size, len(PHASES)), 0, 0.0
         self._total = torch.zeros(world.world_size, len(_TIMED), dtype=torch.float64)
         self._total_steps = 0
+        self._pauses = dict.fromkeys(_PAUSES, 0.0)  # of this rank
         self._suspect: tuple[int, str] | None = None
         self._windows = 0
 
@@ -104,6 +140,7 @@ class Stragglers:
             return {}
         row = {f"time/{phase}_s": seconds[phase] / steps for phase in _TIMED if phase != "data"}
         if self._world.world_size == 1:
+            del row["time/exchange_s"]
             return row
         timed = [seconds[phase] for phase in _TIMED]
         mine = torch.tensor(timed, dtype=torch.float32, device=self._world.device)
@@ -117,15 +154,27 @@ class Stragglers:
             self._window, self._steps, self._wall_s = torch.zeros_like(self._window), 0, 0.0
         return row | {"train/slowest_rank": int(found.sum(1).argmax())}
 
-    def write(self, file: Path) -> None:
-        """Write the mean seconds per step of each rank, on rank 0 of several ranks.
+    def pause(self, part: str, seconds: float) -> None:
+        """Add seconds that this rank has spent on an "evaluation" or a "checkpoint"."""
+        self._pauses[part] += seconds
 
-        If that fails, log a warning.
+    def write(self, file: Path) -> None:
+        """Collective. Write the mean seconds per step of each rank, on rank 0 of several ranks.
+
+        Pauses are divided by the number of steps, too. If the file cannot be written, log a
+        warning.
         """
-        if not self._world.is_main or self._total_steps == 0:
+        if self._world.world_size == 1 or self._total_steps == 0:
             return
-        seconds = (self._total / self._total_steps).tolist()
-        content = {"num_steps": self._total_steps, "phases": list(_TIMED), "seconds": seconds}
+        mine = torch.tensor(
+            list(self._pauses.values()), dtype=torch.float32, device=self._world.device
+        )
+        pauses = all_gather(mine, self._world).cpu()
+        if not self._world.is_main:
+            return
+        seconds = (torch.cat([self._total, pauses], 1) / self._total_steps).tolist()
+        phases = [*_TIMED, *_PAUSES]
+        content = {"num_steps": self._total_steps, "phases": phases, "seconds": seconds}
         try:
             write_json(file, content)
         except OSError as error:

@@ -381,6 +381,7 @@ class Trainer:
 
         If bad data or a metric ends the evaluation, the training is saved first.
         """
+        began = time.monotonic()
         cfg, world = self.cfg.trainer, self.world
         work = evaluation_batches(
             len(self.data.val), cfg.eval_batch_size, world.rank, world.world_size
@@ -407,7 +408,10 @@ class Trainer:
         self.callbacks.on_evaluation(self.state.step, result.row)
         if details and self.setup.is_over:
             details.show(self.tracker, self.state.step, result.per_class)
-        self._log(result.row | ({"val/num_bad_images": num_bad} if num_bad else {}))
+        seconds = time.monotonic() - began
+        self.stragglers.pause("evaluation", seconds)
+        found = {"val/num_bad_images": num_bad} if num_bad else {}
+        self._log(result.row | found | {"time/evaluation_s": seconds})
         return replace(due, save=True)
 
     def _details(self) -> LastEvaluation | None:
@@ -419,6 +423,7 @@ class Trainer:
 
     def _save(self, is_last: bool) -> None:
         """Collective. Save a checkpoint. If the last one fails, the run ends; see checkpoint/."""
+        began = time.monotonic()
         is_last = is_last or self.setup.is_over
         self.watchdog.phase(WAITING)
         self.state.sums = self.train_step.meter.read()
@@ -433,7 +438,9 @@ class Trainer:
                 self.watchdog.phase(WAITING)
             distributed.raise_together(self.save_error if is_last else None, self.world)
         self.saved_at = time.monotonic()
-        self.status.running(self.state.step)
+        self.status.saved(self.state.step, self.saved_at - began)
+        self.stragglers.pause("checkpoint", self.saved_at - began)
+        self.watchdog.phase(WAITING)
         self.stragglers.write(self.cfg.run_dir / "rank_times.json")
 
     def _log(self, row: Mapping[str, float | str]) -> None:

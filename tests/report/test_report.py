@@ -129,7 +129,8 @@ def test_a_run_alone_has_colours_by_metric_and_compared_runs_have_colours_by_run
 
 
 def test_the_parts_of_a_step_are_weighted_by_steps_and_add_up(tmp_path):
-    parts = {"time__forward_s": 0.2, "time__backward_s": 0.3, "time__update_s": 0.05}
+    parts = {"time__forward_s": 0.2, "time__backward_s": 0.2, "time__update_s": 0.05}
+    parts["time__exchange_s"] = 0.1
     slower = {"time__step_s": 2.0, "time__data_s": 1.25, "train__slowest_rank": 1}
     rows = [train_row(10, 12, **parts), train_row(30, 60, **parts, **slower)]
     found = times(make_run(tmp_path / "a", rows))
@@ -138,24 +139,47 @@ def test_the_parts_of_a_step_are_weighted_by_steps_and_add_up(tmp_path):
     assert wait.share == pytest.approx((10 * 0.25 + 20 * 1.25) / (10 * 1 + 20 * 2))
     assert forward.seconds == pytest.approx(0.2)
     assert rest.share == pytest.approx((10 * 0.2 + 20 * 0.2) / 50)
-    assert [part.seconds for part in found.run] == pytest.approx([50, 10])
-    assert found.sentence.startswith("The loader is the bottleneck: a step waits 55.0 %")
+    assert [part.name for part in found.step] == [
+        "wait for data", "forward", "backward", "exchange with other ranks", "update",
+        "everything else",
+    ]  # fmt: skip
+    assert [part.seconds for part in found.run] == pytest.approx([50, 0, 0, 10])
+    (sentence,) = found.sentences
+    assert sentence.startswith("The loader is the bottleneck: a step waits 55.0 %")
     assert found.slowest == [(1, 1.0)]
     assert found.ranks == []
-    content = {
-        "seconds": [[0.1, 0.2, 0.6, 0.1], [0.5, 0.2, 0.2, 0.1]] + [[0.0, 0.1, 0.3, 0.1]] * 16
-    }
+    seconds = [[0.1, 0.2, 0.6, 0.1], [0.5, 0.2, 0.2, 0.1]] + [[0.0, 0.1, 0.3, 0.1]] * 16
+    content = {"phases": ["data", "forward", "exchange", "checkpoint"], "seconds": seconds}
     write_json(tmp_path / "a/rank_times.json", content)
     found = times(RunRecord(tmp_path / "a", "a"))
     assert [rank for rank, _ in found.ranks] == list(range(16))
     assert found.num_ranks_left_out == 2
-    assert [part.share for part in found.ranks[1][1]] == [0.5, 0.2, 0.2, 0.1]
-    older = times(make_run(tmp_path / "b", [train_row(10, 12, time__data_s=0.01)]))
-    assert [part.name for part in older.step] == [
-        "wait for data", "compute, and exchange of gradients",
+    assert [(part.name, part.share) for part in found.ranks[1][1]] == [
+        ("wait for data", 0.5), ("forward", 0.2), ("exchange with other ranks", 0.2),
+        ("checkpoints", 0.1),
     ]  # fmt: skip
-    assert older.sentence == "The loader is no bottleneck: a step waits 1.0 % of its time for data."
+    slow_link = train_row(10, 12, time__data_s=0.01, time__exchange_s=0.4)
+    assert times(make_run(tmp_path / "b", [slow_link])).sentences == [
+        "The loader is no bottleneck: a step waits 1.0 % of its time for data.",
+        "Rank 0 waits 40.0 % of a step for the exchange with other ranks: if no rank is slow, "
+        "a faster link, larger batches or parallel=hybrid would shorten it.",
+    ]
     assert times(make_run(tmp_path / "c")) is None
+
+
+def test_the_parts_of_all_work_include_evaluations_and_checkpoints(tmp_path):
+    rows = [train_row(10, 12), val_row(10, 15, 50) | {"time/evaluation_s": 3.0}]
+    run = make_run(tmp_path / "a", rows)
+    status = RunStatus(run.directory, is_main=True)
+    status.running(0)
+    status.saved(5, 0.5)
+    status.saved(10, 1.5)
+    found = times(run).run
+    assert [(part.name, part.seconds) for part in found] == [
+        ("training steps", 10.0), ("evaluations", 3.0), ("checkpoints", 2.0),
+        ("start and everything else", 0.0),
+    ]  # fmt: skip
+    assert sum(part.share for part in found) == pytest.approx(1)
 
 
 def test_a_profile_is_shown_with_its_conclusion_and_a_damaged_one_is_not(tmp_path):
@@ -181,6 +205,7 @@ def test_a_row_has_the_seconds_of_each_part_of_a_step():
     with watch.backward():
         sum(range(20_000))
     seconds = watch.read()
+    assert seconds["exchange"] == 0
     row = Stragglers(world).row(seconds, 2, 1.0)
     assert row == {
         "time/forward_s": 0.0, "time/backward_s": seconds["backward"] / 2, "time/update_s": 0.0,
@@ -276,8 +301,8 @@ def test_saves_ends_and_a_start_that_was_killed_are_recorded(tmp_path, caplog):
     RunStatus(tmp_path, is_main=False).running(0)
     assert list(tmp_path.iterdir()) == []
     first = RunStatus(tmp_path, is_main=True)
-    for step in (0, 5):
-        first.running(step)
+    first.running(0)
+    first.saved(5, 0.25)
     (tmp_path / "metrics.jsonl").write_text('{"step": 8}\n{"st')
     failure = {"rank": 1, "host": "h", "cause": "died", "phase": "forward"}
     failure |= {"time": datetime.now(UTC).isoformat()}

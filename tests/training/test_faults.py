@@ -15,7 +15,6 @@ from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.runtime.errors import ConfigError, Diverged, out_of_memory, write_exit_code
 from alexnet_ddp.training.faults import Guard
 from alexnet_ddp.training.replicas import Replicas, checksum, describe
-from alexnet_ddp.training.stragglers import Stragglers
 from tests.ranks import run_ranks
 
 MAIN = World(0, 0, 2, 2, torch.device("cpu"))
@@ -192,30 +191,6 @@ def test_replicas_are_compared_at_the_start_and_when_it_is_due():
             "that machine; remove the checkpoints after step 10 and start the same command again"
         )
         assert said[1].startswith("the replicas differ after step 30: w, m/w (rank 1 of 3); ")
-
-
-# --- stragglers ---------------------------------------------------------------------------------------------------
-
-
-def windows(*ranks: list[tuple[float, float]]) -> list[str | None]:
-    """What four ranks' (data, forward) lead to, window by window, at 100 ms a step."""
-    stragglers = Stragglers(World(0, 0, 4, 4, torch.device("cpu")))
-    return [stragglers.judge(torch.tensor(seconds), 0.1) for seconds in ranks]
-
-
-WELL = [(0.001, 0.03), (0.002, 0.031), (0.001, 0.032), (0.0, 0.045)]
-SLOW = [(0.001, 0.03), (0.05, 0.031), (0.001, 0.032), (0.0, 0.045)]
-
-
-def test_a_rank_is_named_in_its_third_slow_window_and_once():
-    said = windows(WELL, SLOW, SLOW, SLOW, SLOW, SLOW)
-    named = "rank 1 is slow in data: 50 ms a step where the others take 1, of steps of 100 ms"
-    assert said == [None, None, None, named, None, None]
-
-
-def test_a_good_window_or_another_rank_in_between_starts_the_count_again():
-    other = [SLOW[1], *SLOW[2:], SLOW[0]]
-    assert windows(SLOW, SLOW, WELL, SLOW, SLOW, other, other, WELL) == [None] * 8
 
 
 # --- memory -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from alexnet_ddp.runtime.errors import ConfigError
 from alexnet_ddp.training.profiler import StepProfiler, TimeShares, _overlap, _union, _without
 from tests.cluster import Hosts, why_not
 from tests.network import QUICK
-from tests.test_train import ENV, SMALL, run
+from tests.test_train import ENV, SMALL, rows, run
 
 PROFILED = ["trainer.profile_steps=1:3", "trainer.max_steps=4", "trainer.epochs=99"]
 SYNTHETIC = ["data=synthetic", "data.image_size=64", "data.num_train=64", "data.num_val=4"]
@@ -152,6 +152,9 @@ def test_a_slow_link_is_bound_by_communication(tmp_path):
         said = [process.communicate(timeout=120)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     assert conclusion(tmp_path / "runs/x").startswith("bound by communication: ")
+    *_, row = rows(tmp_path / "runs/x", "time/exchange_s")
+    others = ("data", "forward", "backward", "update")
+    assert row["time/exchange_s"] > 4 * max(row[f"time/{part}_s"] for part in others)
 
 
 def rank_env(rank: int) -> dict[str, str]:
