@@ -21,11 +21,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from alexnet_ddp.config.runs import CompareConfig
+from alexnet_ddp.runtime.accuracy import interval_text, metric_interval
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.run_record import RunRecord, differing, open_run, option_text
 from alexnet_ddp.runtime.terminal import Console, Table
 
-_CURVES = {"train/loss": ".6g", "train/lr": ".4g", "val/top1": ".2f"}
+_TOP1 = "val/top1"
+_CURVES = ("train/loss", "train/lr")
+_FORMATS = {"train/loss": ".6g", "train/lr": ".4g", _TOP1: ".2f"}
 _HASH = "data/index_hash"
 
 
@@ -48,8 +51,13 @@ def main(cfg: CompareConfig, overrides: list[str]) -> None:
     else:
         say("all options are equal")
     loss = first_difference(runs, "train/loss", close(cfg.tolerance))
-    if any(run.rows for run in runs):
-        console.print(curve_table(runs, cfg.max_rows, None if loss is None else loss.step))
+    tables = [
+        curve_table(runs, cfg.max_rows, None if loss is None else loss.step),
+        evaluation_table(runs, cfg.max_rows),
+    ]
+    for table in tables:
+        if table.row_count:
+            console.print(table)
     images = first_difference(runs, _HASH, lambda a, b: a == b)
     rate = first_difference(runs, "train/lr", close(cfg.tolerance))
     rule = f" by more than {cfg.tolerance:g} (relative)"
@@ -107,23 +115,53 @@ def option_table(runs: list[RunRecord], options: list[str]) -> Table:
 
 
 def curve_table(runs: list[RunRecord], max_rows: int | None, first: int | None) -> Table:
-    """The rows of both runs side by side.
+    """Training loss and learning rate of both runs side by side.
 
     max_rows: print at most about so many, evenly spread. first: a step to print in any case.
     """
-    steps = sorted({step for run in runs for step in run.rows})
-    if max_rows is not None and len(steps) > max_rows:
-        kept = {steps[round(k * (len(steps) - 1) / (max_rows - 1))] for k in range(max_rows)}
-        steps = [step for step in steps if step in kept or step == first]
-    shown = Table(is_compact=True)
-    shown.add_column("\nstep", justify="right")
+    shown = _table_of_steps()
     for metric in _CURVES:
         for run in runs:
             shown.add_column(f"{metric}\n{run.name}", justify="right")
-    for step in steps:
+    for step in _steps(runs, list(_CURVES), max_rows, first):
         cells = [_cell(run, step, metric) for metric in _CURVES for run in runs]
         shown.add_row(f"{step:,}", *cells, style="bold" if step == first else None)
     return shown
+
+
+def evaluation_table(runs: list[RunRecord], max_rows: int | None) -> Table:
+    """Top-1 of both runs side by side, with its intervals. max_rows: as for curve_table."""
+    shown = _table_of_steps()
+    for run in runs:
+        shown.add_column(f"{_TOP1}\n{run.name}", justify="right")
+        shown.add_column("95 %\ninterval", justify="right", no_wrap=True)
+    for step in _steps(runs, [_TOP1], max_rows):
+        cells = list[str]()
+        for run in runs:
+            interval = metric_interval(run.rows.get(step, {}), _TOP1)
+            cells += [_cell(run, step, _TOP1), interval_text(interval)]
+        shown.add_row(f"{step:,}", *cells)
+    return shown
+
+
+def _table_of_steps() -> Table:
+    shown = Table(is_compact=True)
+    shown.add_column("\nstep", justify="right")
+    return shown
+
+
+def _steps(
+    runs: list[RunRecord], metrics: list[str], max_rows: int | None, first: int | None = None
+) -> list[int]:
+    """The steps of which a run has one of the metrics: all, or so many, evenly spread."""
+    known = {
+        step for run in runs for step, row in run.rows.items() if not row.keys().isdisjoint(metrics)
+    }
+    steps = sorted(known)
+    if max_rows is None or len(steps) <= max_rows:
+        return steps
+    kept = {steps[round(k * (len(steps) - 1) / (max_rows - 1))] for k in range(max_rows)}
+    return [step for step in steps if step in kept or step == first]
 
 
 def _common_steps(runs: list[RunRecord], metric: str) -> list[int]:
@@ -137,4 +175,4 @@ def _common_steps(runs: list[RunRecord], metric: str) -> list[int]:
 
 def _cell(run: RunRecord, step: int, metric: str) -> str:
     value = run.rows.get(step, {}).get(metric)
-    return "" if value is None else format(float(value), _CURVES[metric])
+    return "" if value is None else format(float(value), _FORMATS[metric])

@@ -42,6 +42,12 @@ from alexnet_ddp.model import (
     without_weights,
 )
 from alexnet_ddp.runtime import distributed
+from alexnet_ddp.runtime.accuracy import (
+    interval_text,
+    intervals_text,
+    metric_interval,
+    percent_interval,
+)
 from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.runtime.errors import Preempted
 from alexnet_ddp.runtime.files import require_folder_of, write_json
@@ -70,7 +76,6 @@ from alexnet_ddp.training.class_metrics import (
     unique_names,
 )
 from alexnet_ddp.training.evaluation import Evaluation, evaluate
-from alexnet_ddp.training.intervals import Interval, percent_interval
 from alexnet_ddp.training.precision import check_precision
 from alexnet_ddp.training.trained import read_trained
 
@@ -294,7 +299,7 @@ def _metric_lines(found: ClassMetrics, names: list[str]) -> list[str]:
         "calibration error": (one["expected_calibration_error"], None),
     }
     known = [
-        f"{name} {value:.4f}" + ("" if ends is None else " ({:.4f} to {:.4f})".format(*ends))
+        f"{name} {value:.4f}" + ("" if ends is None else f" ({interval_text(ends, 4)})")
         for name, (value, ends) in shares.items()
         if value is not None
     ]
@@ -387,13 +392,8 @@ def _record(found: Found, names: list[str]) -> dict:
         for name, counts in zip(names, found.evaluation.per_class.tolist())
     }
     bad = {"bad_images": sorted(one.reason for one in found.bad)}
-    intervals = {f"val/top{k}_interval_95": _interval(row, k) for k in (1, 5)}
+    intervals = {f"val/top{k}_interval_95": metric_interval(row, f"val/top{k}") for k in (1, 5)}
     return {**found.origin, **bad, **row, **intervals, "per_class": classes}
-
-
-def _interval(row: dict, k: int) -> Interval:
-    """The 95 % confidence interval of top-k, in percent."""
-    return percent_interval(row[f"val/correct{k}"], row["val/num_images"])
 
 
 def _report(result: Evaluation, names: list[str], origin: dict) -> None:
@@ -414,15 +414,14 @@ def _report(result: Evaluation, names: list[str], origin: dict) -> None:
         f"(top-1: {row['val/correct1']:,}, top-5: {row['val/correct5']:,}, "
         f"of {row['val/num_images']:,} images)"
     )
-    texts = ["{:.2f} to {:.2f} %".format(*_interval(row, k)) for k in (1, 5)]
     say(
         f"top-1 {row['val/top1']:.2f} %  top-5 {row['val/top5']:.2f} %  "
         f"loss {row['val/loss']:.4f}  {counts}  "
-        f"95 % interval of top-1: {texts[0]}, of top-5: {texts[1]}"
+        f"{intervals_text(row, num_decimals=2)}"
     )
 
 
 def _cells(num_correct: int, num_images: int) -> tuple[str, str]:
     """A share of images in percent, and its 95 % interval."""
-    low, high = percent_interval(num_correct, num_images)
-    return f"{100 * num_correct / num_images:.1f}", f"{low:.1f} to {high:.1f}"
+    interval = percent_interval(num_correct, num_images)
+    return f"{100 * num_correct / num_images:.1f}", interval_text(interval)

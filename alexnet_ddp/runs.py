@@ -22,6 +22,12 @@ from typing import Any
 
 from alexnet_ddp.config import ConfigError
 from alexnet_ddp.config.runs import RunColumn, RunsConfig
+from alexnet_ddp.runtime.accuracy import (
+    interval_cells,
+    interval_columns,
+    interval_text,
+    metric_interval,
+)
 from alexnet_ddp.runtime.files import require_folder_of
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.run_record import RunRecord, differing, find_runs, option_text
@@ -32,10 +38,12 @@ log = logging.getLogger(__name__)
 
 _MAX_OPTIONS = 6  # of a run in the printed table
 _MAX_VALUE = 30  # characters of an option there
+_INTERVAL = interval_columns("val/top1")
 _COLUMNS: dict[str, str | int] = {
     RunColumn.name: TEXT,
     RunColumn.status: TEXT,
     RunColumn.top1: NUMBER,
+    **dict.fromkeys(_INTERVAL, NUMBER),
     RunColumn.step: COUNT,
     RunColumn.images_per_sec: NUMBER,
     RunColumn.hours: NUMBER,
@@ -83,10 +91,12 @@ def rows_of(runs: list[RunRecord]) -> tuple[list[dict[str, Any]], list[RunRecord
 
 def row(run: RunRecord) -> dict[str, Any]:
     """The columns of a run, without its options. Values that it has not recorded are left out."""
+    best = run.best_evaluation
     found = {
         "name": run.name,
         "status": run.status,
-        "top1": run.best_top1,
+        "top1": float(best["val/top1"]) if best else None,
+        **interval_cells("val/top1", metric_interval(best, "val/top1")),
         "step": run.step,
         "images_per_sec": run.images_per_sec,
         "hours": run.hours,
@@ -105,7 +115,9 @@ def sorted_rows(rows: list[dict[str, Any]], column: RunColumn) -> list[dict[str,
 def table(rows: list[dict[str, Any]], options: list[str], runs: dict[str, dict[str, Any]]) -> Table:
     """The table to print. options: those in which the runs differ. runs: name -> its options."""
     shown = Table("run", "status", is_compact=True)
-    for heading in ("best top-1 %", "step", "images/s", "hours"):
+    shown.add_column("best\ntop-1 %", justify="right")
+    shown.add_column("95 %\ninterval", justify="right", no_wrap=True)
+    for heading in ("step", "images/s", "hours"):
         shown.add_column(heading, justify="right")
     shown.add_column("options that differ")
     for one in rows:
@@ -116,6 +128,7 @@ def table(rows: list[dict[str, Any]], options: list[str], runs: dict[str, dict[s
             known[_MAX_OPTIONS:] = [f"and {more} more: output=FILE.csv"]
         numbers = (
             _cell(one, "top1", ".2f"),
+            interval_text([one[name] for name in _INTERVAL if name in one]),
             _cell(one, "step", ",d"),
             _cell(one, "images_per_sec", ",.0f"),
             _cell(one, "hours", ",.2f"),

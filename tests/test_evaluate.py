@@ -144,8 +144,8 @@ def test_an_image_that_could_not_be_read_has_a_row_and_stale_files_are_removed(t
     assert "metrics" not in written
     assert not (tmp_path / "evaluation_classes.csv").exists()
     said = capsys.readouterr().out
-    assert "95 % interval of top-1: 20.77 to 93.85 %, of top-5: 43.85 to 100.00 %" in said
-    assert re.search(r"d .* 1 .* 0.0 .* 0.0 to 79.3 .* 100.0 .* 20.7 to 100.0", said)
+    assert "95 % interval of top-1: 20.77–93.85 %, of top-5: 43.85–100.00 %" in said
+    assert re.search(r"d .* 1 .* 0.0 .* 0.0–79.3 .* 100.0 .* 20.7–100.0", said)
 
 
 def test_without_intervals_the_printed_means_mention_none():

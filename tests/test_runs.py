@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from alexnet_ddp.compare import close, curve_table, first_difference, line
+from alexnet_ddp.compare import close, curve_table, evaluation_table, first_difference, line
 from alexnet_ddp.compare import main as compare
 from alexnet_ddp.config.runs import CompareConfig, RunColumn
 from alexnet_ddp.data.sampler import GlobalBatchSampler, index_hash
 from alexnet_ddp.runs import row, sorted_rows
+from alexnet_ddp.runtime.accuracy import percent_interval
 from alexnet_ddp.runtime.errors import ConfigError
 from alexnet_ddp.runtime.files import write_json
 from alexnet_ddp.runtime.run_record import RunRecord, differing, find_runs, open_run
@@ -37,6 +38,16 @@ def make_run(
     return RunRecord(directory, directory.name)
 
 
+def evaluation(step: int, correct: int) -> dict:
+    """The row of an evaluation on 100 images."""
+    return {
+        "step": step,
+        "val/top1": float(correct),
+        "val/correct1": correct,
+        "val/num_images": 100,
+    }
+
+
 def losses(*values) -> list[dict]:
     return [{"step": k, "train/loss": value} for k, value in enumerate(values, 1)]
 
@@ -44,7 +55,7 @@ def losses(*values) -> list[dict]:
 def test_a_run_is_summarised_from_all_its_rows(tmp_path):
     rows = [
         {"step": 2, "time_s": 1800.0, "train/loss": 2.0, "train/images_per_sec": 100.0},
-        {"step": 2, "time_s": 1900.0, "val/top1": 60.0},
+        {"step": 2, "time_s": 1900.0, "val/top1": 60.0, "val/correct1": 6, "val/num_images": 10},
         {"step": 4, "time_s": 3500.0, "train/images_per_sec": 300.0},
         {"step": 4, "time_s": 3600.0, "val/top1": 50.0},
     ]
@@ -52,7 +63,8 @@ def test_a_run_is_summarised_from_all_its_rows(tmp_path):
     with (tmp_path / "x/metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "val/t')  # of a run that was killed
     expected = {"name": "x", "status": "complete", "top1": 60.0, "step": 4, "hours": 1.0}
-    assert row(one) == expected | {"images_per_sec": 200.0}
+    interval = dict(zip(("top1_low", "top1_high"), percent_interval(6, 10)))
+    assert row(one) == expected | interval | {"images_per_sec": 200.0}
     empty = make_run(tmp_path / "y", step=7, state="failed")
     assert row(empty) == {"name": "y", "status": "failed", "step": 7}
 
@@ -131,24 +143,45 @@ def test_the_first_difference_is_found_and_rounding_is_none(tmp_path):
     assert table.row_count == 3  # the first, the last and step 3
 
 
+def test_compare_shows_the_evaluations_of_both_runs_with_their_intervals(tmp_path, capsys):
+    rows = [*losses(1.0, 2.0), evaluation(2, 50), {"step": 4, "val/top1": 25.0}]
+    make_run(tmp_path / "base", rows)
+    make_run(tmp_path / "wide", [*losses(1.0, 2.0), *(evaluation(k, 96) for k in (2, 3, 4))])
+    compare(CompareConfig(first="base", second="wide", root=str(tmp_path)), [])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert ["val/top1", "95", "%", "val/top1", "95", "%"] in lines
+    assert lines[-6:-3] == [
+        ["2", "50.00", "40.4–59.6", "96.00", "90.2–98.4"],
+        ["3", "96.00", "90.2–98.4"],
+        ["4", "25.00", "96.00", "90.2–98.4"],
+    ]
+    assert ["2", "2", "2"] in lines  # the losses are in a table of their own
+    runs = [RunRecord(tmp_path / name, name) for name in ("base", "wide")]
+    assert evaluation_table(runs, 2).row_count == 2
+
+
 def test_the_table_is_printed_and_written_with_a_column_for_each_option(tmp_path):
     make_run(tmp_path / "a", [{"step": 1, "val/top1": 12.5}], options="seed: 0\nx: null\n")
-    make_run(tmp_path / "b", [{"step": 9, "val/top1": 50.0}], options="seed: 1\nx: true\n")
+    make_run(tmp_path / "b", [evaluation(9, 50)], options="seed: 1\nx: true\n")
     done = run_main("runs", str(tmp_path), "sort=top1")
     assert done.returncode == 0, done.stdout
-    lines = [one.split() for one in done.stdout.splitlines() if one.strip()][2:]
+    lines = [one.split() for one in done.stdout.splitlines() if one.strip()][3:]
     assert lines == [
-        ["b", "complete", "50.00", "9", "seed=1", "x=true"],
-        ["a", "complete", "12.50", "1", "seed=0", "x=null"],
+        ["b", "complete", "50.00", "40.4–59.6", "9", "seed=1", "x=true"],
+        ["a", "complete", "12.50", "1", "seed=0", "x=null"],  # an older run without counts
     ]
     done = run_main("runs", str(tmp_path), f"output={tmp_path}/r.csv")
     assert done.returncode == 0, done.stdout
     with (tmp_path / "r.csv").open() as file:
         rows = list(csv.DictReader(file))
+    assert list(rows[0])[:6] == ["name", "status", "top1", "top1_low", "top1_high", "step"]
     assert [(one["name"], one["top1"], one["seed"], one["x"]) for one in rows] == [
         ("a", "12.5", "0", "null"),
         ("b", "50.0", "1", "true"),
     ]
+    assert (rows[0]["top1_low"], rows[0]["top1_high"]) == ("", "")
+    ends = float(rows[1]["top1_low"]), float(rows[1]["top1_high"])
+    assert ends == percent_interval(50, 100)
     done = run_main("runs", str(tmp_path / "a/none"))
     assert (done.returncode, done.stdout.count("\n")) == (64, 1)
     assert "contains no runs" in done.stdout

@@ -15,6 +15,7 @@ import torch
 
 from alexnet_ddp import load_run
 from alexnet_ddp.checkpoint import format as ckpt
+from alexnet_ddp.runtime.accuracy import interval_text, percent_interval
 from tests.conftest import make_folder
 from tests.network import QUICK
 from tests.ranks import run_command, started
@@ -99,6 +100,11 @@ def test_a_run_trains_records_itself_and_is_complete_at_once_the_second_time(
     (first, last) = rows(run_dir, "val/top1")  # the end of the first epoch, and the end of the run
     assert (first["step"], last["step"], last["val/num_images"]) == (7, 9, 61)
     assert last["val/correct1"] <= last["val/correct5"] <= 61
+    best = json.loads((run_dir / "best.json").read_text())
+    interval = interval_text(percent_interval(best["val/correct1"], 61))
+    line = f"best evaluation: step {best['step']}  val/top1 {best['val/top1']:.2f}  val/top5 "
+    assert line in done.stdout.splitlines()[-1]
+    assert f"(61 images)  95 % interval of top-1: {interval} %, of top-5: " in done.stdout
     recorded = json.loads((run_dir / "run.json").read_text())
     assert recorded["overrides"] == overrides
     assert recorded["world_size"] == recorded["local_world_size"]
@@ -138,10 +144,12 @@ def test_a_run_trains_records_itself_and_is_complete_at_once_the_second_time(
         for row in rows(run_dir, "val/top1")
     )
     assert sum(c["num_images"] for c in written["per_class"].values()) == 61
-    best = max(row["val/top1"] for row in rows(run_dir, "val/top1"))
+    best = max(rows(run_dir, "val/top1"), key=lambda row: row["val/top1"])
+    interval = interval_text(percent_interval(best["val/correct1"], 61))
 
-    listed = run("runs", cwd=tmp_path)
-    assert listed.stdout.split()[-6:-2] == ["a", "complete", f"{best:.2f}", "11"], listed.stdout
+    listed = run("runs", cwd=tmp_path).stdout
+    expected = ["a", "complete", f"{best['val/top1']:.2f}", interval, "11"]
+    assert listed.split()[-7:-2] == expected, listed
     assert json.loads((run_dir / "run.json").read_text())["choices"]["model"] == "plugin"
 
     shown = run(

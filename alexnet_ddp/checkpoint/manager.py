@@ -50,6 +50,11 @@ from alexnet_ddp.runtime.files import free_bytes
 log = logging.getLogger(__name__)
 
 _MAX_FAILURES = 3  # writes in a row
+# Of the row of an evaluation: what decides which one is the best, and its counts.
+_OF_THE_BEST = (
+    *("val/top1", "val/top5", "val/loss"),
+    *("val/num_images", "val/correct1", "val/correct5"),
+)
 _ALIGNMENT = 64  # bytes; files begin at multiples of it in the shared memory
 
 
@@ -72,7 +77,7 @@ class RunState:
 
     step: int = 0  # completed optimizer steps
     evaluated_at: int | None = None  # the step of the last complete evaluation
-    # step, val/top1 and val/loss of the best evaluation
+    # step, accuracies, loss and counts of the best evaluation
     best: dict[str, float | int] = field(default_factory=dict)
     since_best: int = 0  # evaluations after the best one
     trained_s: float = 0.0  # seconds of training, of all starts together; the same on all ranks
@@ -84,14 +89,15 @@ class RunState:
     bad_steps: dict[str, int] = field(default_factory=dict)
     transform_input: bool = False  # of the network: see model/weight_files.py
 
-    def note_evaluation(self, top1: float, loss: float, by: BestBy = BestBy.top1) -> None:
-        """Record an evaluation: val/top1 and val/loss.
+    def note_evaluation(self, row: Mapping[str, float | int], by: BestBy = BestBy.top1) -> None:
+        """Record an evaluation. row: its metrics, of which those in _OF_THE_BEST are kept.
 
         Of equal accuracies the one with the lower loss is the best: few validation images have few
         different accuracies. `since_best` counts from the first of them, for trainer.patience.
         """
         self.evaluated_at = self.step
         self.since_best += 1
+        top1, loss = row["val/top1"], row["val/loss"]
         best_top1 = self.best.get("val/top1", -math.inf)
         # Checkpoints of older versions do not have the loss of the best evaluation.
         has_lower_loss = loss < self.best.get("val/loss", math.inf)
@@ -99,7 +105,8 @@ class RunState:
         if is_better or not self.best:
             self.since_best = 0
         if is_better or not self.best or (top1 == best_top1 and has_lower_loss):
-            self.best = {"step": self.step, "val/top1": top1, "val/loss": loss}
+            kept = {name: row[name] for name in _OF_THE_BEST if name in row}
+            self.best = {"step": self.step} | kept
 
 
 class CheckpointManager:

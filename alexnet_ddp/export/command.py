@@ -27,7 +27,6 @@ from alexnet_ddp.data.sampler import evaluation_batches
 from alexnet_ddp.data.sources.sets import ImageSets, open_data
 from alexnet_ddp.export.check import Comparison, compare
 from alexnet_ddp.export.folder import (
-    interval_text,
     metrics_of,
     preprocessing_of,
     write_inputs,
@@ -37,6 +36,7 @@ from alexnet_ddp.export.formats import WithPreprocessing, open_model, require_li
 from alexnet_ddp.export.hub import require_hub, upload
 from alexnet_ddp.export.timm_folder import write_config
 from alexnet_ddp.runtime import distributed
+from alexnet_ddp.runtime.accuracy import interval_text
 from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.runtime.environment import read_ranks
 from alexnet_ddp.runtime.errors import MachineError
@@ -86,8 +86,8 @@ def main(options: ExportConfig, overrides: list[str]) -> None:
     ties = f" ({result.num_ties} ties differ)" if result.num_ties else ""
     say(
         f"{output}: {options.format.value} of {cfg.run.name} ({origin}), evaluated: "
-        f"top-1 {metrics['top1']:.2f} % ({interval_text(metrics, 1)})  "
-        f"top-5 {metrics['top5']:.2f} % ({interval_text(metrics, 5)})  of "
+        f"top-1 {metrics['top1']:.2f} % ({interval_text(metrics['top1_interval_95'], 2)} %)  "
+        f"top-5 {metrics['top5']:.2f} % ({interval_text(metrics['top5_interval_95'], 2)} %)  of "
         f"{metrics['num_images']:,} images, as the run{ties}"
     )
     send_export(cfg.logger, cfg.run_dir, output, options.format.value, _about(metrics))
@@ -98,7 +98,8 @@ def main(options: ExportConfig, overrides: list[str]) -> None:
 
 def _about(metrics: dict[str, Any]) -> dict[str, Any]:
     """What wandb shows of the exported model."""
-    found = {name: metrics[name] for name in ("format", "num_images", "top1", "top5", "loss")}
+    names = ("format", "num_images", "top1", "top1_interval_95", "top5", "top5_interval_95", "loss")
+    found = {name: metrics[name] for name in names}
     return found | {name: metrics["run"][name] for name in ("checkpoint", "step")}
 
 

@@ -13,8 +13,8 @@ from alexnet_ddp.config.schema import choice_of
 from alexnet_ddp.export import examples
 from alexnet_ddp.export.check import RELATIVE_TOLERANCE, Comparison
 from alexnet_ddp.export.formats import FILES, INPUT, OPSET
+from alexnet_ddp.runtime.accuracy import interval_text, percent_interval
 from alexnet_ddp.runtime.files import plain, write_bytes, write_json
-from alexnet_ddp.training.intervals import percent_interval
 from alexnet_ddp.training.trained import Trained
 
 
@@ -119,7 +119,7 @@ def write_report(
         "|---|---|---|---|",
         *(
             f"| top-{k} accuracy | {metrics[f'top{k}']:.2f} % | "
-            f"{interval_text(metrics, k)} | "
+            f"{interval_text(metrics[f'top{k}_interval_95'], 2)} % | "
             f"{metrics[f'correct{k}']:,} of {metrics['num_images']:,} |"
             for k in (1, 5)
         ),
@@ -154,12 +154,6 @@ _ABOUT = {
     "config.json": ": the network and its input for timm",
     "model.json": ": the options that build this network in alexnet_ddp",
 }
-
-
-def interval_text(metrics: dict[str, Any], k: int) -> str:
-    """The 95 % interval of top-k."""
-    low, high = metrics[f"top{k}_interval_95"]
-    return f"{low:.2f} to {high:.2f} %"
 
 
 def _hub_metadata(form: ExportFormat) -> list[str]:

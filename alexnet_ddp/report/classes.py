@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from alexnet_ddp.runtime.accuracy import Interval, percent_interval
 from alexnet_ddp.training.calibration import Scores
 from alexnet_ddp.training.class_metrics import first_classes
-from alexnet_ddp.training.intervals import Interval, bootstrap_intervals, percent_interval
+from alexnet_ddp.training.intervals import bootstrap_intervals
 
 _MAX_MATRIX = 24  # classes: more cannot be read
 _MAX_WORST = 20

@@ -27,6 +27,7 @@ from alexnet_ddp.report.sweep import SweepPage, sweep_page
 from alexnet_ddp.report.timeline import timeline
 from alexnet_ddp.report.times import profiles, times
 from alexnet_ddp.runtime import distributed
+from alexnet_ddp.runtime.accuracy import metric_interval
 from alexnet_ddp.runtime.environment import read_ranks
 from alexnet_ddp.runtime.errors import MachineError, RunError, out_of_memory
 from alexnet_ddp.runtime.files import write_bytes
@@ -34,7 +35,6 @@ from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.run_record import RunRecord, flat, open_run
 from alexnet_ddp.runtime.sweep_record import is_sweep
 from alexnet_ddp.training.calibration import expected_calibration_error
-from alexnet_ddp.training.intervals import percent_interval
 
 log = logging.getLogger("alexnet_ddp")
 
@@ -167,7 +167,7 @@ def _looked(found: Findings) -> Looked:
         num_images,
         found.num_val,
         float(row["val/top1"]),
-        percent_interval(int(row["val/correct1"]), num_images),
+        metric_interval(row, "val/top1"),
         100 * expected_calibration_error(scores.logits, scores.labels, 1.0),
         class_results(scores, found.names),
         found.largest_losses,

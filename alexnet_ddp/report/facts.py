@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alexnet_ddp.runtime.accuracy import Interval, metric_interval
 from alexnet_ddp.runtime.run_record import RunRecord, differing, option_text
-from alexnet_ddp.training.intervals import Interval, percent_interval
 
 _MAX_BAD = 10  # unreadable images that are listed
 _MAX_DIFFERENT = 40  # options in which runs differ
@@ -17,16 +17,19 @@ _MAX_DIFFERENT = 40  # options in which runs differ
 
 @dataclass(frozen=True)
 class Result:
-    """The best evaluation of a run by top-1. Shares and their 95 % intervals are in percent."""
+    """The best evaluation of a run by top-1. Shares and their 95 % intervals are in percent.
+
+    Older runs have recorded no counts, and so they have no intervals.
+    """
 
     top1: float
-    top1_interval: Interval
+    top1_interval: Interval | None
     top5: float
-    top5_interval: Interval
+    top5_interval: Interval | None
     loss: float
     step: int
     epoch: float
-    num_images: int
+    num_images: int | None
     num_evaluations: int
 
 
@@ -126,23 +129,19 @@ def subtitle(run: RunRecord) -> str:
 
 def best_result(run: RunRecord) -> Result | None:
     """The evaluation with the highest top-1, the first of equal ones; None without evaluations."""
-    found = run.values("val/top1")
-    if not found:
+    row = run.best_evaluation
+    if not row:
         return None
-    step = max(found, key=lambda one: (found[one], -one))
-    row = run.rows[step]
-    num_images = int(row["val/num_images"])
-    epoch = float(row["epoch"])
     return Result(
-        found[step],
-        percent_interval(int(row["val/correct1"]), num_images),
+        float(row["val/top1"]),
+        metric_interval(row, "val/top1"),
         float(row["val/top5"]),
-        percent_interval(int(row["val/correct5"]), num_images),
+        metric_interval(row, "val/top5"),
         float(row["val/loss"]),
-        step,
-        epoch,
-        num_images,
-        len(found),
+        int(row["step"]),
+        float(row["epoch"]),
+        row.get("val/num_images"),
+        len(run.values("val/top1")),
     )
 
 

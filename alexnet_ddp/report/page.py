@@ -19,8 +19,8 @@ from alexnet_ddp.report.images import Filters, Shown
 from alexnet_ddp.report.sweep import SweepPage
 from alexnet_ddp.report.timeline import Timeline, duration
 from alexnet_ddp.report.times import Profile, Times
+from alexnet_ddp.runtime.accuracy import Interval, interval_text
 from alexnet_ddp.runtime.sweep_record import result_text
-from alexnet_ddp.training.intervals import Interval
 
 _HERE = Path(__file__).parent
 
@@ -33,7 +33,7 @@ class Looked:
     num_images: int  # that were used
     num_val: int  # of all validation images
     top1: float  # of the used images, in percent
-    top1_interval: Interval  # 95 %, in percent
+    top1_interval: Interval | None  # 95 %, in percent
     calibration_error: float  # in percent
     classes: Classes
     largest_losses: list[Shown]
@@ -81,7 +81,8 @@ def render(page: Page | SweepPage) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"duration": duration, "result": result_text}
+    filters = {"duration": duration, "result": result_text, "interval": interval_text}
+    environment.filters |= filters
     script = (_HERE / "page.js").read_text()
     digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(template).render(

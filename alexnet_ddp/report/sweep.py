@@ -8,8 +8,9 @@ from typing import Any
 
 from alexnet_ddp.report import facts
 from alexnet_ddp.report.charts import Chart, Mark, Scatter, Series, line_chart, scatter_chart
+from alexnet_ddp.runtime.accuracy import Interval, interval_text
 from alexnet_ddp.runtime.run_record import RunRecord
-from alexnet_ddp.runtime.sweep_record import State, SweepRecord, Trial, read_sweep
+from alexnet_ddp.runtime.sweep_record import Evaluation, State, SweepRecord, Trial, read_sweep
 
 _BEST, _PRUNED, _COMPLETE, _OTHER = range(4)  # positions among the colours of the page
 _KINDS = {
@@ -33,10 +34,9 @@ class SweepPage:
     counts: list[tuple[str, int]]  # trials by state
     hours: float
     best: Trial | None
-    best_value: float | None
-    best_step: int | None
-    result: facts.Result | None  # of the best trial, if the metric is val/top1
+    result: Evaluation | None  # of the best trial
     keys: list[str]  # swept options
+    intervals: dict[str, Interval | None]  # by trial; empty if no result is a share of images
     rows: list[dict[str, Any]]
     scatters: list[Scatter]
     charts: list[Chart]
@@ -70,10 +70,9 @@ def sweep_page(directory: Path) -> SweepPage:
         counts=[(state.value, states[state]) for state in State if state in states],
         hours=sum(trial.hours or 0.0 for trial in record.trials),
         best=best,
-        best_value=None if found is None else found.value,
-        best_step=None if found is None else found.step,
-        result=facts.best_result(run) if run and record.metric == "val/top1" else None,
+        result=found,
         keys=keys,
+        intervals=_intervals(record),
         rows=record.rows,
         scatters=[one for key in keys if (one := _scatter(record, key, best)) is not None],
         charts=_curves(record, best),
@@ -81,6 +80,13 @@ def sweep_page(directory: Path) -> SweepPage:
         options=[(key, text) for key, text in record.identity.items()],
         command="" if run is None else facts.command(run, f"{directory.absolute().name}-best"),
     )
+
+
+def _intervals(record: SweepRecord) -> dict[str, Interval | None]:
+    """The 95 % interval of the result of each trial; empty if none is known."""
+    best = {trial.name: trial.best(record.is_minimised) for trial in record.trials}
+    found = {name: None if one is None else one.interval for name, one in best.items()}
+    return found if any(found.values()) else {}
 
 
 def _scatter(record: SweepRecord, key: str, best: Trial | None) -> Scatter | None:
@@ -95,6 +101,8 @@ def _scatter(record: SweepRecord, key: str, best: Trial | None) -> Scatter | Non
             x = value if are_numbers and value is not None else trial.values[key]
             text = f"trial {trial.name} ({trial.state}), {key}={trial.values[key]}: "
             text += f"{record.metric} {result.value:.6g}"
+            if result.interval is not None:
+                text += f" (95 % interval {interval_text(result.interval)})"
             faint = trial.state is not State.complete
             marks.append(Mark(x, result.value, _colour(trial, best), text, faint))
     if not marks:

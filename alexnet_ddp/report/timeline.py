@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_ddp.report.charts import Scale, Tick
+from alexnet_ddp.runtime.accuracy import interval_text, metric_interval
 from alexnet_ddp.runtime.run_record import RunRecord
 
 EVENTS = "events.jsonl"
@@ -243,12 +244,9 @@ def _row_marks(run: RunRecord, starts: list[Start]) -> Iterator[Mark]:
         last = float(row.get("time_s", last))
         time = starts[k].began + last - worked
         if "val/top1" in row:
-            yield Mark(
-                time,
-                "evaluation",
-                step,
-                f"top-1 {float(row['val/top1']):.2f} %, loss {float(row['val/loss']):.4g}",
-            )
+            ends = interval_text(metric_interval(row, "val/top1"))
+            share = f"top-1 {float(row['val/top1']):.2f} %" + (f" ({ends} %)" if ends else "")
+            yield Mark(time, "evaluation", step, f"{share}, loss {float(row['val/loss']):.4g}")
         for metric, what in _COUNTERS.items():
             more = float(row.get(metric, counts[metric])) - counts[metric]
             if more > 0:

@@ -116,9 +116,10 @@ class RunRecord:
         return max([int(self._json("status.json").get("step", 0)), *self.rows])
 
     @property
-    def best_top1(self) -> float | None:
-        """The largest val/top1, in percent."""
-        return max(self.values("val/top1").values(), default=None)
+    def best_evaluation(self) -> dict[str, Any]:
+        """The row with the largest val/top1, the first of equal ones; empty without evaluations."""
+        found = (row for row in self.rows.values() if "val/top1" in row)
+        return max(found, key=lambda row: float(row["val/top1"]), default={})
 
     @property
     def images_per_sec(self) -> float | None:

@@ -11,6 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from alexnet_ddp.runtime.accuracy import Interval, interval_cells, percent_interval
 from alexnet_ddp.runtime.errors import ConfigError
 from alexnet_ddp.runtime.files import write_json
 from alexnet_ddp.runtime.redaction import redact
@@ -34,11 +35,21 @@ _ORDER = (State.complete, State.pruned, State.failed, State.running)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metric after `step`. is_final: it is the last one by its epochs or max_steps."""
+    """The metric after `step`.
+
+    is_final: it is the last one by its epochs or max_steps. counts: the correct images and all
+    images, if the metric is their share.
+    """
 
     step: int
     value: float
     is_final: bool = False
+    counts: tuple[int, int] | None = None
+
+    @property
+    def interval(self) -> Interval | None:
+        """The 95 % interval of the metric, in percent; None if it is not a share of images."""
+        return None if self.counts is None else percent_interval(*self.counts)
 
 
 @dataclass
@@ -134,6 +145,7 @@ class SweepRecord:
             "trial": trial.name,
             **trial.values,
             self.metric: None if best is None else best.value,
+            **interval_cells(self.metric, None if best is None else best.interval),
             "step": None if best is None else best.step,
             "status": trial.state.value,
             "exit_code": trial.exit_code,
@@ -180,12 +192,11 @@ def _to_json(trial: Trial) -> dict[str, Any]:
         "exit_code": trial.exit_code,
         "message": redact(trial.message),
         "hours": trial.hours,
-        "evaluations": [[one.step, one.value] for one in trial.evaluations],
+        "evaluations": [[one.step, one.value, *(one.counts or ())] for one in trial.evaluations],
     }
 
 
 def _from_json(known: dict[str, Any]) -> Trial:
-    evaluations = [Evaluation(int(step), float(value)) for step, value in known["evaluations"]]
     return Trial(
         int(known["number"]),
         {str(key): str(text) for key, text in known["values"].items()},
@@ -193,5 +204,11 @@ def _from_json(known: dict[str, Any]) -> Trial:
         known["exit_code"],
         str(known["message"]),
         known["hours"],
-        evaluations,
+        [_evaluation(*one) for one in known["evaluations"]],
     )
+
+
+def _evaluation(step: Any, value: Any, *counts: Any) -> Evaluation:
+    """counts: two numbers; none in the sweep.json of an older version."""
+    correct, images = map(int, counts or (0, 0))
+    return Evaluation(int(step), float(value), counts=(correct, images) if images else None)

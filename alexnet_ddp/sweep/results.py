@@ -7,6 +7,7 @@ from alexnet_ddp import cli
 from alexnet_ddp.config import Config, ConfigError
 from alexnet_ddp.config.space import Space
 from alexnet_ddp.config.sweep import SweepConfig
+from alexnet_ddp.runtime.accuracy import interval_text
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.redaction import redact
 from alexnet_ddp.runtime.run_record import RunRecord
@@ -87,6 +88,8 @@ class TrialRuns:
         self._record.write()
         best = trial.best(self._record.is_minimised)
         result = "" if best is None else f", {self._record.metric} {best.value:.6g}"
+        if best is not None and best.interval is not None:
+            result += f" (95 % interval {interval_text(best.interval)})"
         failure = f" (exit code {code})" if state is State.failed else ""
         more = f": {message}" if message else ""
         say(redact(f"trial {trial.name} {state}{failure}{result}{more}"))

@@ -6,6 +6,7 @@ from typing import Any
 
 from alexnet_ddp import cli
 from alexnet_ddp.config.space import Space
+from alexnet_ddp.runtime.accuracy import interval_columns, interval_text
 from alexnet_ddp.runtime.printing import printable, say
 from alexnet_ddp.runtime.redaction import redact
 from alexnet_ddp.runtime.sweep_record import State, SweepRecord, Trial, result_text
@@ -24,7 +25,8 @@ def show_results(record: SweepRecord, space: Space) -> None:
     keys = [dimension.key for dimension in space.dimensions]
     Console().print(table(rows, keys, metric))
     columns: dict[str, str | int] = {"rank": COUNT, "trial": TEXT, **dict.fromkeys(keys, TEXT)}
-    columns |= {metric: NUMBER, "step": COUNT, "status": TEXT, "exit_code": COUNT}
+    columns |= dict.fromkeys((metric, *interval_columns(metric)), NUMBER)
+    columns |= {"step": COUNT, "status": TEXT, "exit_code": COUNT}
     columns |= {"hours": NUMBER, "message": TEXT}
     with closing(open_table("sweep.name", str(record.directory / CSV), columns)) as file:
         for one in rows:
@@ -43,6 +45,9 @@ def table(rows: list[dict[str, Any]], keys: list[str], metric: str) -> Table:
     for key in keys:
         shown.add_column(key, justify="right")
     shown.add_column(f"best {metric}", justify="right")
+    ends = interval_columns(metric)
+    if ends:
+        shown.add_column("95 %\ninterval", justify="right", no_wrap=True)
     shown.add_column("at step", justify="right")
     shown.add_column("status")
     shown.add_column("hours", justify="right")
@@ -51,9 +56,11 @@ def table(rows: list[dict[str, Any]], keys: list[str], metric: str) -> Table:
         if status == State.failed:
             status = f"failed ({one['exit_code']})"
         values = [one[key] for key in keys]
-        result = result_text(one[metric]) if metric in one else ""
+        result = [result_text(one[metric]) if metric in one else ""]
+        if ends:
+            result.append(interval_text([one[name] for name in ends if name in one]))
         step, hours = _cell(one, "step", ",d"), _cell(one, "hours", ".3f")
-        shown.add_row(_cell(one, "rank", "d"), one["trial"], *values, result, step, status, hours)
+        shown.add_row(_cell(one, "rank", "d"), one["trial"], *values, *result, step, status, hours)
     return shown
 
 

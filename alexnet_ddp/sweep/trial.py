@@ -13,6 +13,7 @@ from typing import Any
 from alexnet_ddp import cli
 from alexnet_ddp.config import Config
 from alexnet_ddp.launch import SOURCES
+from alexnet_ddp.runtime.accuracy import counts_of
 from alexnet_ddp.runtime.run_record import RunRecord
 from alexnet_ddp.runtime.sweep_record import Evaluation
 from alexnet_ddp.sweep.slots import Slot
@@ -114,7 +115,12 @@ class Evaluations:
         rows = RunRecord(self._run_dir, self._run_dir.name).rows
         self.left_s = self._time_left(rows)
         return [
-            Evaluation(step, float(row[self._metric]), self._is_final(step, row["epoch"]))
+            Evaluation(
+                step,
+                float(row[self._metric]),
+                self._is_final(step, row["epoch"]),
+                counts_of(row, self._metric),
+            )
             for step, row in rows.items()
             if self._metric in row
         ]

@@ -16,7 +16,7 @@ import numpy as np
 from alexnet_ddp.config import LoggerConfig
 from alexnet_ddp.runtime.errors import RunError
 from alexnet_ddp.tracking.classes import ClassResults, Examples
-from alexnet_ddp.tracking.console import Console, build_console, headline
+from alexnet_ddp.tracking.console import Console, best_text, build_console, headline
 from alexnet_ddp.tracking.histograms import Histogram
 from alexnet_ddp.tracking.record import (
     RunStatus,
@@ -42,6 +42,7 @@ __all__ = [
     "RunInfo",
     "RunStatus",
     "Tracker",
+    "best_text",
     "build_tracker",
     "check_wandb",
     "headline",

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from alexnet_ddp.runtime.accuracy import percent_interval
+
 
 @dataclass(frozen=True)
 class ClassResults:
@@ -20,7 +22,11 @@ class ClassResults:
     confusion: np.ndarray | None
 
     def as_json(self) -> dict[str, Any]:
-        """The results as JSON types. confusions: (label, prediction, images) of each found pair."""
+        """The results as JSON types.
+
+        confusions: (label, prediction, images) of each found pair. top1_intervals: of each class,
+        in percent; null without images.
+        """
         confusions = []
         if self.confusion is not None:
             pairs = np.argwhere(self.confusion).tolist()
@@ -29,6 +35,10 @@ class ClassResults:
             "step": self.step,
             "names": self.names,
             "per_class": self.per_class.tolist(),
+            "top1_intervals": [
+                percent_interval(correct1, images) if images else (None, None)
+                for images, correct1, _ in self.per_class.tolist()
+            ],
             "confusions": confusions,
         }
 

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from rich.text import Text
 
 from alexnet_ddp.config import Config, OptimizerConfig, Scaling
 from alexnet_ddp.config.plugins import PluginOptimizerConfig, TorchOptimizerConfig
+from alexnet_ddp.runtime.accuracy import intervals_text
 from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.runtime.printing import printable, say
 from alexnet_ddp.runtime.redaction import redact
@@ -143,13 +144,23 @@ def train_text(metrics: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def eval_text(metrics: dict[str, Any]) -> str:
+def eval_text(metrics: Mapping[str, Any]) -> str:
     """Return `val/top1 88.10  val/loss 0.40  (1,000 images)`; "" for a row without val/*."""
     names = [name for name in ("val/top1", "val/top5", "val/loss") if name in metrics]
     parts = [f"{name} {metrics[name]:.2f}" for name in names]
     if parts and "val/num_images" in metrics:
         parts.append(f"({metrics['val/num_images']:,} images)")
     return "  ".join(parts)
+
+
+def best_text(best: Mapping[str, Any]) -> str:
+    """Return a line about the best evaluation of a run, with its 95 % intervals.
+
+    best: its step and metrics. Returns "" if it has no metrics.
+    """
+    text = eval_text(best)
+    parts = (f"best evaluation: step {best.get('step')}", text, intervals_text(best))
+    return "  ".join(filter(None, parts)) if text else ""
 
 
 def _epoch(epoch: float) -> str:

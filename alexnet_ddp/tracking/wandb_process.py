@@ -29,6 +29,10 @@ LIMIT_S = 12.0  # this process exits at most so long after the run, even if wand
 KILLED = 137  # 128 + SIGKILL, the exit code that a shell reports
 PREEMPTED = 75
 BEST = {"val/top1": max, "val/loss": min}
+CLASS_COLUMNS: list[str | int] = [
+    *("class", "images", "correct1", "correct5"),
+    *("top1", "top1_low", "top1_high"),
+]
 MAX_MATRIX = 50  # classes of a confusion matrix that is drawn
 MAX_CONFUSIONS = 1000  # rows of the table of confusions
 
@@ -235,10 +239,12 @@ class Classes:
         names = found["names"]
         logged: dict[str, Any] = {
             "val/classes": wandb.Table(
-                columns=["class", "images", "correct1", "correct5", "top1"],
+                columns=CLASS_COLUMNS,
                 data=[
-                    [name, images, correct1, correct5, 100 * correct1 / images if images else None]
-                    for name, (images, correct1, correct5) in zip(names, found["per_class"])
+                    [name, *counts, 100 * counts[1] / counts[0] if counts[0] else None, *interval]
+                    for name, counts, interval in zip(
+                        names, found["per_class"], found["top1_intervals"]
+                    )
                 ],
             )
         }

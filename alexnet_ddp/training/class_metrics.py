@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alexnet_ddp.runtime.accuracy import Interval, wilson_interval
 from alexnet_ddp.runtime.errors import ConfigError
 from alexnet_ddp.runtime.tables import COUNT, NUMBER, TEXT
 from alexnet_ddp.training.calibration import (
@@ -26,11 +27,9 @@ from alexnet_ddp.training.calibration import (
 )
 from alexnet_ddp.training.intervals import (
     NUM_RESAMPLES,
-    Interval,
     auroc_interval,
     bootstrap_intervals,
     class_auroc,
-    wilson_interval,
 )
 
 CLASS_COLUMNS: dict[str, str | int] = {

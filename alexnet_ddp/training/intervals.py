@@ -1,40 +1,17 @@
-"""95 % confidence intervals: of a share of images, of means over classes, and of AUROC.
+"""95 % confidence intervals of means over classes, and of AUROC.
 
-The validation images count as a sample. An interval covers the chance of drawing other images of
-the same kind, not other seeds or trainings.
+Those of shares of images are in runtime/accuracy.py.
 """
 
 import math
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 
 from alexnet_ddp import rng
+from alexnet_ddp.runtime.accuracy import NORMAL, Interval, Z
 
 NUM_RESAMPLES = 2000
-_NORMAL = NormalDist()
-_Z = _NORMAL.inv_cdf(0.975)  # the normal distribution has 95 % within +- this many deviations
-
-Interval = tuple[float, float]
-
-
-def wilson_interval(num_correct: int, num_images: int) -> Interval:
-    """The 95 % confidence interval of a share, in [0, 1] (E. B. Wilson, 1927).
-
-    It is within [0, 1] and not empty for shares of 0 and 1 too, other than +- 1.96 deviations.
-    """
-    share, z2 = num_correct / num_images, _Z**2
-    centre = share + z2 / (2 * num_images)
-    half = _Z * math.sqrt(share * (1 - share) / num_images + z2 / (4 * num_images**2))
-    scale = 1 + z2 / num_images
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-
-
-def percent_interval(num_correct: int, num_images: int) -> Interval:
-    """wilson_interval in percent."""
-    low, high = wilson_interval(num_correct, num_images)
-    return 100 * low, 100 * high
 
 
 def bootstrap_intervals(
@@ -73,8 +50,8 @@ def _corrected_quantiles(values: np.ndarray, found: float) -> Interval | None:
     # Equal values count half; at least half a resample lies on each side.
     share = (np.mean(values < found) + np.mean(values <= found)) / 2
     least = 0.5 / len(values)
-    bias = _NORMAL.inv_cdf(min(max(float(share), least), 1 - least))
-    low, high = np.quantile(values, [_NORMAL.cdf(2 * bias + z) for z in (-_Z, _Z)])
+    bias = NORMAL.inv_cdf(min(max(float(share), least), 1 - least))
+    low, high = np.quantile(values, [NORMAL.cdf(2 * bias + z) for z in (-Z, Z)])
     return float(low), float(high)
 
 
@@ -135,7 +112,7 @@ def auroc_interval(value: float, influence: np.ndarray) -> Interval | None:
     deviation = math.sqrt(float(np.square(influence).sum()))
     if not 0 < value < 1 or deviation == 0:
         return None
-    half = _Z * deviation / (value * (1 - value))
+    half = Z * deviation / (value * (1 - value))
     centre = math.log(value / (1 - value))
     return _logistic(centre - half), _logistic(centre + half)
 

@@ -37,6 +37,7 @@ from alexnet_ddp.tracking import (
     RunInfo,
     RunStatus,
     Tracker,
+    best_text,
     build_tracker,
     check_wandb,
     headline,
@@ -191,7 +192,7 @@ class Trainer:
         while True:
             self._perform(due)
             if self.setup.is_over:
-                self._explain_early_end()
+                self._explain_end()
                 self.callbacks.on_run_end()
                 return
             due = self.advance()
@@ -299,13 +300,15 @@ class Trainer:
         is_step = every is not None and self.state.step % every == 0
         return is_step and outcome.status is StepStatus.applied
 
-    def _explain_early_end(self) -> None:
+    def _explain_end(self) -> None:
+        """Print the best evaluation, and first that the run ends early, if it does."""
         state, total = self.state, self.budget.total_steps
         if not self.budget.is_end(state.step):
-            key = f"val/{self.cfg.checkpoint.best.value}"
-            best = f"best {key} {state.best[key]:.4g} after step {state.best['step']}"
             hours = f"{state.trained_s / 3600:.3g} hours of training"
-            log.info("the run ends after step %d of %d: %s, %s", state.step, total, best, hours)
+            log.info("the run ends after step %d of %d and %s", state.step, total, hours)
+        best = best_text(state.best)
+        if best:
+            self.tracker.say(best)
 
     def _sync_replicas(self, planned: bool) -> bool:
         """Collective. True if the ranks are equal. See TrainingParts.sync_replicas."""
@@ -404,7 +407,7 @@ class Trainer:
             self._save(is_last=True)
             raise
         row = result.row
-        self.state.note_evaluation(row["val/top1"], row["val/loss"], self.cfg.checkpoint.best)
+        self.state.note_evaluation(row, self.cfg.checkpoint.best)
         self.callbacks.on_evaluation(self.state.step, result.row)
         if details and self.setup.is_over:
             details.show(self.tracker, self.state.step, result.per_class)

@@ -419,14 +419,16 @@ def test_of_equal_accuracies_the_lower_loss_is_the_best_and_patience_counts_from
     state = RunState()
     for step, (top1, loss) in results.items():
         state.step = step
-        state.note_evaluation(top1, loss, by)
-    assert state.best == {"step": 30, "val/top1": 60.0, "val/loss": 1.2}
+        row = {"val/top1": top1, "val/loss": loss, "val/num_images": 10 * step, "val/mine": 1.0}
+        state.note_evaluation(row, by)
+    kept = {"val/top1": 60.0, "val/loss": 1.2, "val/num_images": 300}
+    assert state.best == {"step": 30} | kept
     assert (state.evaluated_at, state.since_best) == (60, since_best)
 
 
 def test_a_checkpoint_of_an_older_version_has_no_loss_of_its_best_evaluation():
     state = RunState(step=20, best={"step": 10, "val/top1": 60.0})
-    state.note_evaluation(50.0, 3.0, BestBy.loss)
+    state.note_evaluation({"val/top1": 50.0, "val/loss": 3.0}, BestBy.loss)
     assert state.best == {"step": 20, "val/top1": 50.0, "val/loss": 3.0}
 
 

@@ -161,7 +161,7 @@ def test_the_best_evaluation_of_other_classes_is_forgotten(tmp_path, world):
     data, cfg = make_images(tmp_path), config(tmp_path)
     parts = TrainingParts(RunSetup(cfg, world))
     parts.setup.state.step = 1
-    parts.setup.state.note_evaluation(50.0, 1.0)
+    parts.setup.state.note_evaluation({"val/top1": 50.0, "val/loss": 1.0})
     assert parts.setup.checkpoints.save(parts.setup.state, parts.state_dict(), is_last=True) is None
     parts.setup.checkpoints.close()
     parts.close()

@@ -251,10 +251,10 @@ def test_a_killed_and_a_stopped_start_are_on_the_axis_with_their_marks(tmp_path)
     assert [row[1:] for row in found.rows] == [
         (0, "start", "started, 2 rank(s), h"),
         (10, "checkpoint", "checkpoint of step 10"),
-        (10, "evaluation", "top-1 50.00 %, loss 1"),
+        (10, "evaluation", "top-1 50.00 % (40.4–59.6 %), loss 1"),
         (15, "end", "killed: rank 1 died"),
         (10, "start", "resumed from step 10, 2 rank(s), h"),
-        (20, "evaluation", "top-1 60.00 %, loss 1"),
+        (20, "evaluation", "top-1 60.00 % (50.2–69.1 %), loss 1"),
         (20, "checkpoint", "checkpoint of step 20"),
         (20, "end", "stopped: stopped at step 20"),
         (20, "start", "resumed from step 20, 2 rank(s), h"),
@@ -500,6 +500,15 @@ def test_a_page_escapes_names_and_loads_nothing_from_outside(tmp_path):
     assert "url(" not in html
     assert ">running</span>" in html
     assert "Not computed: no images were used, because max_images is 0." in html
+
+
+def test_a_run_of_an_older_version_without_counts_has_a_report_without_intervals(tmp_path):
+    counts = ("val/correct1", "val/correct5", "val/num_images")
+    older = {key: value for key, value in val_row(10, 12, 50).items() if key not in counts}
+    runs = [make_run(tmp_path / name, [older]) for name in ("x", "y")]
+    html = render(build_page(runs, options(tmp_path, "run.name=x", "max_images=0"), []))
+    assert ">50.00 %</b><small></small>" in html
+    assert html.count('<td class="n">50.00 %</td><td class="n"></td>') == 2
 
 
 def test_a_run_without_anything_has_a_report_that_gives_the_reasons(tmp_path):

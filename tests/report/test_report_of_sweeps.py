@@ -34,7 +34,9 @@ def make_sweep(directory: Path) -> SweepRecord:
         results = [20 + number, 40 - (number - 2) ** 2]
         state = (State.complete, State.pruned, State.complete, State.failed)[number % 4]
         one = Trial(number, {"optimizer.lr": lr, "model": model}, state, hours=0.25)
-        one.evaluations = [Evaluation(10 * k, float(v)) for k, v in enumerate(results, 1)]
+        one.evaluations = [
+            Evaluation(10 * k, float(v), counts=(v, 100)) for k, v in enumerate(results, 1)
+        ]
         if state is State.failed:
             one.exit_code, one.message, one.evaluations = 70, f"diverged {EVIL}", []
         trials.append(one)
@@ -58,11 +60,15 @@ def test_a_sweep_has_a_page_with_all_its_trials_and_the_command_of_the_best(tmp_
     assert re.search(r"/s/report\.html: 0\.\d\d MB", capsys.readouterr().out)
     html = (tmp_path / "s/report.html").read_text()
     for text in (
-        ">not complete</span>", "4 complete, 2 pruned, 1 failed", ">40 %</b>", "trial 002, step 20; 95 % interval",
+        ">not complete</span>", "4 complete, 2 pruned, 1 failed", ">40 %</b>", "trial 002, step 20; 95 % interval", "30.9–49.8 %</span>, 100 images</small>",
         "<span>optimizer.lr</span><b>0.01</b>", "failed (70)", "logarithmic", "2 h", "run.name=s-best",
         "python -m alexnet_ddp.train data=folder optimizer.lr=0.01",
     ):  # fmt: skip
         assert text in html, text
+    # 000: 36 of 100 images. 003 failed.
+    cell = '<td class="n"><span class="nowrap">27.3–45.8 %</span></td>'
+    assert f'<td class="n">36.0000</td>{cell}' in html
+    assert html.count('<td class="n"></td><td class="n"></td><td class="n"></td><td>failed') == 1
     assert EVIL not in html
     assert "&lt;script&gt;" in html
     for wrong in ("max_images=0", "compare=[a]"):
@@ -78,7 +84,10 @@ def test_each_swept_option_has_a_chart_of_the_results(tmp_path):
     assert [tick.text for tick in model.x_ticks] == [EVIL[:14], "alexnet"]
     assert len(lr.marks) == len(model.marks) == 6  # trial 003 failed, 007 has no result
     x, y, best = lr.marks[-1]
-    assert best.text == "trial 002 (complete), optimizer.lr=0.01: val/top1 40"
+    assert (
+        best.text
+        == "trial 002 (complete), optimizer.lr=0.01: val/top1 40 (95 % interval 30.9–49.8)"
+    )
     assert (best.colour, y) == (0, min(y for _, y, _ in lr.marks))
     assert x == lr.x_ticks[1].at
     assert [kind for _, kind in page.kinds] == [
@@ -101,6 +110,7 @@ def test_a_trial_with_an_infinite_loss_is_in_the_table_and_not_in_a_chart(tmp_pa
     main(*options(tmp_path / "s"))
     html = (tmp_path / "s/report.html").read_text()
     assert ">1.5000</td>" in html
+    assert "interval" not in html
     assert ">2.7e+36</td>" in html
     assert [len(one.marks) for one in sweep_page(tmp_path / "s").scatters] == [2, 2]
 

@@ -18,6 +18,7 @@ from alexnet_ddp.config import ConfigError
 from alexnet_ddp.config.compose import compose
 from alexnet_ddp.config.run import Device
 from alexnet_ddp.config.space import first_point, read_space
+from alexnet_ddp.runtime.accuracy import percent_interval
 from alexnet_ddp.runtime.environment import num_usable_cores
 from alexnet_ddp.runtime.errors import TrialsFailed
 from alexnet_ddp.runtime.files import lock_file
@@ -26,8 +27,9 @@ from alexnet_ddp.runtime.sweep_record import Evaluation, State, SweepRecord, Tri
 from alexnet_ddp.sweep import slots
 from alexnet_ddp.sweep.command import main
 from alexnet_ddp.sweep.record import open_record
+from alexnet_ddp.sweep.results import TrialRuns
 from alexnet_ddp.sweep.slots import Slot, check_promotion, divide, merged, visible_gpus
-from alexnet_ddp.sweep.table import table
+from alexnet_ddp.sweep.table import show_results, table
 from alexnet_ddp.sweep.trial import Evaluations, TrialProcess
 from alexnet_ddp.tracking import make_run_dir, run_status
 from tests.conftest import make_folder
@@ -192,6 +194,43 @@ def test_a_trial_has_no_result_if_no_value_is_finite():
     assert [str(cell) for cell in shown.columns[2].cells] == ["2.7e+36", "", "", "1.0000"]
 
 
+@pytest.mark.parametrize(
+    ("metric", "columns"), [("val/top1", ["top1_low", "top1_high"]), ("val/loss", [])]
+)
+def test_a_result_that_is_a_share_of_images_has_its_interval_in_the_table_and_in_the_file(
+    tmp_path, capsys, metric, columns
+):
+    given = [*GIVEN, f"sweep.metric={metric}"]
+    row = {"epoch": 1.0, "val/top1": 50.0, "val/correct1": 50, "val/num_images": 100}
+    for name, more in (("000", {}), ("001", {"val/top1": 96.0, "val/correct1": 96})):
+        (tmp_path / name).mkdir()
+        text = json.dumps({"step": 3, "val/loss": 1.0} | row | more)
+        (tmp_path / name / "metrics.jsonl").write_text(f"{text}\n")
+    record = opened(tmp_path, *given)
+    record.trials += [Trial(k, {"optimizer.lr": "0.1"}) for k in range(3)]
+    runs = TrialRuns(compose("sweep", first_point(given)), read_space(given), record)
+    for trial in record.trials[:2]:
+        runs.end(trial, runs.reader(trial).read(at_once=True), 0)
+    # A sweep of an older version recorded no counts.
+    runs.finish(record.trials[2], State.pruned, [Evaluation(3, 12.0)])
+    said = capsys.readouterr().out
+    assert ("val/top1 96 (95 % interval 90.2–98.4)" in said) == bool(columns)
+    assert f"trial 002 pruned, {metric} 12\n" in said
+
+    show_results(opened(tmp_path, *given), read_space(given))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "com" in line]
+    with (tmp_path / "sweep.csv").open() as file:
+        first, *_, last = csv.DictReader(file)
+    assert list(first)[3 : 5 + len(columns)] == [metric, *columns, "step"]
+    if columns:
+        assert lines[0][2:6] == ["0.1", "96.0000", "90.2–98.4", "3"]
+        ends = float(first["top1_low"]), float(first["top1_high"])
+        assert ends == percent_interval(96, 100)
+        assert (last["val/top1"], last["top1_low"], last["top1_high"]) == ("12.0", "", "")
+    else:
+        assert lines[0][2:5] == ["0.1", "1.0000", "3"]
+
+
 def test_evaluations_are_read_again_only_if_the_file_has_changed(tmp_path):
     cfg = compose("train", ["trainer.epochs=2"])
     reader = Evaluations(tmp_path, "val/loss", cfg)
@@ -297,6 +336,10 @@ def test_a_sweep_that_is_killed_and_continued_has_the_table_of_an_undisturbed_on
     with runner.started("calm", *given) as calm:
         assert calm.wait(180) == 0, calm.said()
         rows = runner.rows("calm")
+        assert all(
+            float(row["top1_low"]) <= float(row["val/top1"]) <= float(row["top1_high"])
+            for row in rows
+        )
         assert f"best: trial {rows[0]['trial']}, in {runner.folder}/calm/" in calm.said()
     assert {row["status"] for row in rows} == {"complete", "pruned"}
 

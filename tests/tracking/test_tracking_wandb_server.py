@@ -122,7 +122,9 @@ def _check_classes(run: ReceivedRun, run_id: str, server: WandbServer) -> None:
     logged = run.history[4]
     assert logged["val/classes"]["nrows"] == 5
     table = json.loads(server.uploads[f"{run_id}/{logged['val/classes']['path']}"])
-    assert table["columns"] == ["class", "images", "correct1", "correct5", "top1"]
+    columns = ["class", "images", "correct1", "correct5", "top1", "top1_low", "top1_high"]
+    assert table["columns"] == columns
+    assert all(row[5] <= row[4] <= row[6] for row in table["data"])
     assert sum(row[2] for row in table["data"]) == logged["val/correct1"]
     assert sum(row[1] for row in table["data"]) == logged["val/num_images"]
     matrix = json.loads(server.uploads[f"{run_id}/{logged['val/confusion_matrix_table']['path']}"])

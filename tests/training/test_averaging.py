@@ -155,7 +155,7 @@ def test_evaluate_states_the_checkpoints_and_export_writes_their_mean(run_dir, t
 
 
 def interval_of(metrics: dict) -> str:
-    return "{:.2f} to {:.2f} %".format(*metrics["top1_interval_95"])
+    return "{:.2f}–{:.2f} %".format(*metrics["top1_interval_95"])
 
 
 def test_a_mean_is_computed_in_float64_and_names_what_varies(tmp_path):

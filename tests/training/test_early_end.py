@@ -32,7 +32,8 @@ def test_without_a_better_result_a_run_ends_early_and_more_patience_continues_it
     done = run("train", *stuck, "trainer.patience=2", ranks=2, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert steps_of(run_dir) == [4, 8, 12]
-    assert "the run ends after step 12 of 18: best val/top1 " in done.stdout
+    assert "the run ends after step 12 of 18 and " in done.stdout
+    assert done.stdout.count("best evaluation: step 4  val/top1 ") == 1  # of two ranks
     assert status(run_dir)["state"] == "complete"
     again = run("train", *stuck, "trainer.patience=2", ranks=2, cwd=tmp_path)
     assert again.returncode == 0

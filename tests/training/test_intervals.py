@@ -1,4 +1,4 @@
-"""Confidence intervals: Wilson's, the bootstrap of means over classes, DeLong's of AUROC."""
+"""Confidence intervals: the bootstrap of means over classes, DeLong's of AUROC."""
 
 import math
 
@@ -7,18 +7,6 @@ import pytest
 from sklearn import metrics
 
 from alexnet_ddp.training import intervals as ours
-
-
-@pytest.mark.parametrize(
-    ("correct", "images", "low", "high"),
-    # E. B. Wilson's formula, as statsmodels 0.14 proportion_confint(method="wilson") computes it
-    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962), (7, 9, 0.4526, 0.9368)],
-)  # fmt: skip
-def test_wilson_intervals(correct, images, low, high):
-    assert ours.wilson_interval(correct, images) == pytest.approx((low, high), abs=1e-4)
-    assert ours.percent_interval(correct, images) == pytest.approx(
-        (100 * low, 100 * high), abs=1e-2
-    )
 
 
 def predictions(n: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
