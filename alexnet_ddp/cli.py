@@ -133,8 +133,10 @@ def config_of_run(run_dir: Path, overrides: list[str], opens_data: bool = True) 
     """
     try:
         record = json.loads((run_dir / "run.json").read_bytes())
+        if not isinstance(record["overrides"], list):
+            raise TypeError("overrides is no list")
         recorded = [str(override) for override in record["overrides"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             rule = f"cannot be read ({type(error).__name__}: {error})"
             remedy = "start the training again: it writes a new one"

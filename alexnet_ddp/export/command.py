@@ -42,9 +42,8 @@ from alexnet_ddp.runtime.environment import read_ranks
 from alexnet_ddp.runtime.errors import MachineError
 from alexnet_ddp.runtime.files import require_folder_of, sync_directory
 from alexnet_ddp.runtime.printing import say
-from alexnet_ddp.runtime.run_record import RunRecord
+from alexnet_ddp.runtime.run_record import RunRecord, read_classes
 from alexnet_ddp.runtime.startup import before_exit
-from alexnet_ddp.tracking import read_classes
 from alexnet_ddp.tracking.exported import send_export
 from alexnet_ddp.training.averaging import read_average
 from alexnet_ddp.training.calibration import read_temperature

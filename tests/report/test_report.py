@@ -492,6 +492,51 @@ def test_a_run_without_anything_has_a_report_that_gives_the_reasons(tmp_path):
         assert sentence in html, sentence
 
 
+def test_damaged_files_that_only_add_facts_are_left_out(tmp_path):
+    run = make_run(tmp_path / "x", [train_row(10, 10), val_row(10, 12, 50)]).directory
+    checkpoint = run / "checkpoints/step-00000010"
+    checkpoint.mkdir(parents=True)
+    state = {"numerics": [1], "classes": [1], "images_per_class": 7}
+    write_json(checkpoint / "state.json", state)
+    write_json(run / "classes.json", {"ids": 1, "names": 2})
+    start = {"time": "2024-01-01T00:00:00+00:00"}
+    write_json(run / "run.json", {"overrides": [], "starts": [start]})
+    lines = ["3", "[]", '{"step": 1}', '{"step": null, "time": 1, "event": "save"}', "[" * 5000]
+    (run / "events.jsonl").write_text(
+        '{"step": 1, "time": 5, "event": "save"}\n' + "\n".join(lines)
+    )
+    (run / "quarantine.jsonl").write_text("\n".join(lines))
+    (run / "rank_times.json").write_text('{"seconds": [3]}')
+    main(options(tmp_path, "run.name=x", "max_images=0"), ["run.name=x", f"run.root={tmp_path}"])
+    assert ">complete</span>" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize("metric", ["epoch", "val/num_images", "val/correct1", "val/loss"])
+@pytest.mark.parametrize("value", [None, "x", [1]])
+def test_a_damaged_evaluation_is_one_line(tmp_path, metric, value):
+    make_run(tmp_path / "x", [val_row(10, 12, 50) | {metric: value}])
+    with pytest.raises(
+        ConfigError, match=rf"^{tmp_path}/x/metrics.jsonl cannot be read \(.*{metric}"
+    ):
+        main(
+            options(tmp_path, "run.name=x", "max_images=0"), ["run.name=x", f"run.root={tmp_path}"]
+        )
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{"world_size": "2"}, {"git": 3}, {"command": "python"}, {"peak_tflops": "x"}, {"starts": [3]}],
+    ids=str,
+)
+def test_a_fact_of_a_wrong_type_is_one_line(tmp_path, facts):
+    make_run(tmp_path / "x")
+    write_json(tmp_path / "x/run.json", {"overrides": []} | facts)
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/x/run.json cannot be read \("):
+        main(
+            options(tmp_path, "run.name=x", "max_images=0"), ["run.name=x", f"run.root={tmp_path}"]
+        )
+
+
 def test_unknown_runs_and_options_that_contradict_are_refused(tmp_path):
     with pytest.raises(
         ConfigError, match=r"^run.name \(z\) is neither a run .* give run.root=DIR$"

@@ -176,7 +176,7 @@ def colour_basis(root: Storage) -> tuple[np.ndarray, np.ndarray] | None:
     try:
         found = json.loads(root.read("train.stats.json"))
         return np.array(found["eigenvalues"]), np.array(found["eigenvectors"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning(
             "%s cannot be read (%s): colour noise uses ImageNet's components",
             root.path("train.stats.json"),
