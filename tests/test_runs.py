@@ -244,6 +244,17 @@ def test_a_link_to_a_folder_above_lists_no_run_twice(tmp_path):
     assert [run.name for run in find_runs(tmp_path)] == ["a/one"]
 
 
+def test_a_run_is_not_compared_with_itself(tmp_path, monkeypatch):
+    make_run(tmp_path / "runs/a", losses(1.0))
+    (tmp_path / "runs/link").symlink_to(tmp_path / "runs/a")
+    monkeypatch.chdir(tmp_path)
+    for second in ("a", "runs/a", str(tmp_path / "runs/a"), "link", "../runs/a"):
+        with pytest.raises(
+            ConfigError, match=r"^second \(.*\) is the directory of first \(a\) too;"
+        ):
+            compare(CompareConfig(first="a", second=second), [])
+
+
 def train(directory: Path, seed: int = 0, rate_from_step_50: float = 0.1) -> None:
     """54 steps of a linear network, with the sampler and the record of a real run, at its cheapest."""
     images = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
