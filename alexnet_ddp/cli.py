@@ -160,7 +160,7 @@ def config_of_run(run_dir: Path, overrides: list[str], opens_data: bool = True) 
 
 
 def without_data_options(overrides: list[str]) -> list[str]:
-    """The overrides that evaluate and export check before they know the run.
+    """The overrides that a command for a run checks before it knows the run.
 
     Options of data depend on those of the run, such as data.eval_resize on data.image_size, so
     config_of_run checks them. Unknown ones are refused here, without the run.

@@ -298,3 +298,12 @@ def test_compare_finds_another_seed_and_another_learning_rate_from_step_50(tmp_p
     assert "learning rates: equal in all 54 common rows" in shown
     # The first loss of a network of zeros is log(4) for all images.
     assert "training losses: differ by more than 1e-05 (relative) at step 2 (" in shown
+
+
+@pytest.mark.parametrize("command", ["report", "replay"])
+def test_options_of_data_are_checked_with_those_of_the_run(tmp_path, command):
+    make_run(tmp_path / "x", overrides=["data=folder", "data.root=none", "data.image_size=56"])
+    write_json(tmp_path / "x/replay.json", {"step": 1, "world_size": 1, "loss": 1.0, "indices": []})
+    done = run_main(command, f"run.root={tmp_path}", "run.name=x", "data.eval_resize=48")
+    rule = "data.eval_resize (48) must be at least data.image_size (56)"  # whose default is 64
+    assert (done.returncode, done.stdout) == (64, f"alexnet_ddp: {rule}\n")

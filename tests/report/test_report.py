@@ -4,6 +4,8 @@ import json
 import math
 import os
 import socket
+import subprocess
+import sys
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,7 +15,9 @@ import pytest
 import torch
 from torch import nn
 
+from alexnet_ddp.cli import without_data_options
 from alexnet_ddp.config import Device
+from alexnet_ddp.config.compose import compose
 from alexnet_ddp.config.report import ReportConfig
 from alexnet_ddp.report.activation import activation_maps, overlay
 from alexnet_ddp.report.charts import Scale, Series, line_chart, short, thinned
@@ -26,7 +30,7 @@ from alexnet_ddp.report.page import render
 from alexnet_ddp.report.timeline import duration, timeline
 from alexnet_ddp.report.times import profiles, times
 from alexnet_ddp.runtime.distributed import World
-from alexnet_ddp.runtime.errors import ConfigError, Preempted
+from alexnet_ddp.runtime.errors import ConfigError, DataError, Preempted
 from alexnet_ddp.runtime.files import write_json
 from alexnet_ddp.runtime.run_record import RunRecord
 from alexnet_ddp.tracking import record
@@ -34,6 +38,7 @@ from alexnet_ddp.tracking.record import RunStatus
 from alexnet_ddp.training.calibration import Scores
 from alexnet_ddp.training.profiler import TimeShares
 from alexnet_ddp.training.stragglers import Stopwatch, Stragglers
+from tests.test_main import ENV
 from tests.test_runs import make_run
 
 EVIL = "<script>alert('x')</script><img src=http://evil/x>"
@@ -453,8 +458,6 @@ class Tags(HTMLParser):
 
 
 def options(tmp_path: Path, *more: str) -> ReportConfig:
-    from alexnet_ddp.config.compose import compose
-
     return compose("report", [f"run.root={tmp_path}", *more])
 
 
@@ -490,6 +493,56 @@ def test_a_run_without_anything_has_a_report_that_gives_the_reasons(tmp_path):
         "has no readable batch.png",
     ):  # fmt: skip
         assert sentence in html, sentence
+
+
+def make_trained_run(tmp_path: Path) -> list[str]:
+    """A run on images that are gone; the options of its report."""
+    overrides = ["data=folder", f"data.root={tmp_path}/none", "data.image_size=64"]
+    run = make_run(tmp_path / "x", [train_row(10, 10)], overrides=overrides).directory
+    write_json(run / "classes.json", {"ids": ["a", "b"], "names": ["a", "b"]})
+    return [f"run.root={tmp_path}", "run.name=x"]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "line"),
+    [
+        ("data.root={dir}/other", DataError, "{dir}/other"),
+        ("trainer.precision=bf16", ConfigError, "trainer.precision=bf16 needs a CUDA device"),
+        ("optimizer.lr=1", ConfigError, "optimizer.lr=1 would be ignored: the page shows the run"),
+        (
+            "max_images=0 data.root=x",
+            ConfigError,
+            "x would be ignored: max_images=0 uses no images",
+        ),
+    ],
+)
+def test_an_option_that_is_wrong_for_the_run_or_ignored_is_refused(tmp_path, given, error, line):
+    overrides = make_trained_run(tmp_path) + given.format(dir=tmp_path).split() + ["device=cpu"]
+    with pytest.raises(error, match=line.format(dir=tmp_path)):
+        main(compose("report", without_data_options(overrides)), overrides)
+    assert not (tmp_path / "x/report.html").exists()
+
+
+def test_a_wrong_device_is_one_line(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "alexnet_ddp.report",
+        *make_trained_run(tmp_path),
+        "device=cuda",
+    ]
+    env = ENV | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (64, "", 1)
+    assert "use device=cpu" in done.stderr
+    assert not (tmp_path / "x/report.html").exists()
+
+
+def test_images_of_the_run_that_are_gone_are_a_reason_on_the_page(tmp_path):
+    overrides = [*make_trained_run(tmp_path), "device=cpu"]
+    main(compose("report", overrides), overrides)
+    html = (tmp_path / "x/report.html").read_text()
+    assert f"Not computed: data.root ({tmp_path}/none)" in html
 
 
 def test_damaged_files_that_only_add_facts_are_left_out(tmp_path):
