@@ -80,6 +80,19 @@ def test_runs_are_found_at_any_depth_and_not_within_a_run(tmp_path):
         open_run("second", "d", str(tmp_path))
 
 
+def test_a_start_that_was_refused_is_not_listed(tmp_path):
+    make_run(tmp_path / "a")
+    command = ["data=folder", f"data.root={tmp_path}/none", "run.name=b", f"run.root={tmp_path}"]
+    done = run_main("train", *command, "device=cpu")
+    assert done.returncode == 65, done.stdout
+    assert json.loads((tmp_path / "b/status.json").read_text())["exit_code"] == 65
+    done = run_main("runs", str(tmp_path))
+    first = [one.split()[0] for one in done.stdout.splitlines() if one.strip()]
+    assert (first.count("a"), first.count("b")) == (1, 0)
+    done = run_main("runs", f"{tmp_path}/b")
+    assert (done.returncode, done.stdout.count("\n")) == (64, 1)
+
+
 def test_differing_options_begin_with_those_of_the_command_lines(tmp_path):
     first = make_run(tmp_path / "a", options="seed: 0\noptimizer: {lr: 0.1, eps: 1}\ndata: {x: 1}")
     second = make_run(

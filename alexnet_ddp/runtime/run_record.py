@@ -176,10 +176,12 @@ class RunRecord:
 def find_runs(root: Path) -> Iterator[RunRecord]:
     """Every run below `root`, or `root` itself if it is one, in the order of their names.
 
+    A start that was refused leaves a folder with a status.json and no run.json, which is left out.
     The directories of a run are not searched. A folder is searched once, also if links lead back.
     """
     if _is_run(root):
-        yield RunRecord(root, root.absolute().name)
+        if _has_begun(root):
+            yield RunRecord(root, root.absolute().name)
         return
     seen = set[str]()
     for folder, below, _ in os.walk(root, followlinks=True):
@@ -189,10 +191,10 @@ def find_runs(root: Path) -> Iterator[RunRecord]:
             continue
         seen.add(place)
         for name in sorted(below):
-            if _is_run(here / name):
-                yield RunRecord(here / name, str((here / name).relative_to(root)))
-            else:
+            if not _is_run(here / name):
                 kept.append(name)
+            elif _has_begun(here / name):
+                yield RunRecord(here / name, str((here / name).relative_to(root)))
         below[:] = kept
 
 
@@ -271,6 +273,10 @@ def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _is_run(directory: Path) -> bool:
     return any((directory / name).is_file() for name in _OF_A_RUN)
+
+
+def _has_begun(directory: Path) -> bool:
+    return (directory / "run.json").is_file()
 
 
 def _checked(file: Path, found: Any) -> dict[str, Any]:
