@@ -15,6 +15,7 @@ import numpy as np
 
 from alexnet_ddp.config import LoggerConfig
 from alexnet_ddp.runtime.errors import RunError
+from alexnet_ddp.runtime.run_record import RunRecord
 from alexnet_ddp.tracking.classes import ClassResults, Examples
 from alexnet_ddp.tracking.console import Console, build_console, headline
 from alexnet_ddp.tracking.histograms import Histogram
@@ -206,10 +207,11 @@ def build_tracker(
     record = JsonlSink(run_dir / "metrics.jsonl", run.start_step, console.say)
     tracker = Tracker(run_dir, console, record)
     if cfg.tensorboard:
-        directory = run_dir / "tensorboard"
+        arguments = run_dir / "tensorboard", run.start_step, run.config, run.config_yaml
+        earlier = RunRecord(run_dir, run_dir.name)  # rows after start_step are dropped
         tracker.add(
             TensorBoardSink.name,
-            lambda: TensorBoardSink(directory, run.start_step, run.config, run.config_yaml),
+            lambda: TensorBoardSink(*arguments, earlier.rows.values()),
         )
     mode = wandb_mode(cfg.wandb)
     if mode != "disabled":
