@@ -133,8 +133,10 @@ def config_of_run(run_dir: Path, overrides: list[str], opens_data: bool = True) 
     """
     try:
         record = json.loads((run_dir / "run.json").read_bytes())
+        if not isinstance(record["overrides"], list):
+            raise TypeError("overrides is no list")
         recorded = [str(override) for override in record["overrides"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             rule = f"cannot be read ({type(error).__name__}: {error})"
             remedy = "start the training again: it writes a new one"
@@ -158,7 +160,7 @@ def config_of_run(run_dir: Path, overrides: list[str], opens_data: bool = True) 
 
 
 def without_data_options(overrides: list[str]) -> list[str]:
-    """The overrides that evaluate and export check before they know the run.
+    """The overrides that a command for a run checks before it knows the run.
 
     Options of data depend on those of the run, such as data.eval_resize on data.image_size, so
     config_of_run checks them. Unknown ones are refused here, without the run.

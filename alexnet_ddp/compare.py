@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from alexnet_ddp.config import ConfigError
 from alexnet_ddp.config.runs import CompareConfig
 from alexnet_ddp.runtime.accuracy import interval_text, metric_interval
 from alexnet_ddp.runtime.printing import say
@@ -42,8 +43,14 @@ class Difference:
 
 
 def main(cfg: CompareConfig, overrides: list[str]) -> None:
-    """Print the comparison. Raises ConfigError if a run does not exist or cannot be read."""
+    """Print the comparison.
+
+    Raises ConfigError if a run does not exist or cannot be read, or if both are the same.
+    """
     runs = [open_run("first", cfg.first, cfg.root), open_run("second", cfg.second, cfg.root)]
+    if runs[0].directory.samefile(runs[1].directory):
+        rule = f"is the directory of first ({cfg.first}) too"
+        raise ConfigError(f"second ({cfg.second}) {rule}; give another run")
     console = Console()
     options = differing(runs)
     if options:

@@ -52,10 +52,10 @@ from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.runtime.errors import Preempted
 from alexnet_ddp.runtime.files import require_folder_of, write_json
 from alexnet_ddp.runtime.printing import say
+from alexnet_ddp.runtime.run_record import read_classes
 from alexnet_ddp.runtime.signals import StopSignal
 from alexnet_ddp.runtime.tables import NUMBER, TEXT, open_table, require_pyarrow
 from alexnet_ddp.runtime.terminal import Console, Table
-from alexnet_ddp.tracking import read_classes
 from alexnet_ddp.training.averaging import read_average
 from alexnet_ddp.training.calibration import (
     NUM_BINS,

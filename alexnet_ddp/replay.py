@@ -17,7 +17,7 @@ if __name__ == "__main__":  # torch, below, is imported after the configuration 
     from alexnet_ddp import cli
 
     sys.argv[1:] = cli.with_record_options(sys.argv[1:])
-    cli.run("replay", "alexnet_ddp.replay:main")
+    cli.run("replay", "alexnet_ddp.replay:main", cli.without_data_options)
 
 import json
 import math

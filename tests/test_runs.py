@@ -15,8 +15,11 @@ from torch import nn
 
 from alexnet_ddp.compare import close, curve_table, evaluation_table, first_difference, line
 from alexnet_ddp.compare import main as compare
-from alexnet_ddp.config.runs import CompareConfig, RunColumn
+from alexnet_ddp.config.compose import compose
+from alexnet_ddp.config.runs import CompareConfig, RunColumn, RunsConfig
 from alexnet_ddp.data.sampler import GlobalBatchSampler, index_hash
+from alexnet_ddp.report.command import main as report
+from alexnet_ddp.runs import main as list_runs
 from alexnet_ddp.runs import row, sorted_rows
 from alexnet_ddp.runtime.accuracy import percent_interval
 from alexnet_ddp.runtime.errors import ConfigError
@@ -87,6 +90,19 @@ def test_runs_are_found_at_any_depth_and_not_within_a_run(tmp_path):
     assert open_run("first", str(tmp_path / "b"), "none").directory == tmp_path / "b"
     with pytest.raises(ConfigError, match=r"^second \(d\) is neither .* there are: b, sweep/1, sw"):
         open_run("second", "d", str(tmp_path))
+
+
+def test_a_start_that_was_refused_is_not_listed(tmp_path):
+    make_run(tmp_path / "a")
+    command = ["data=folder", f"data.root={tmp_path}/none", "run.name=b", f"run.root={tmp_path}"]
+    done = run_main("train", *command, "device=cpu")
+    assert done.returncode == 65, done.stdout
+    assert json.loads((tmp_path / "b/status.json").read_text())["exit_code"] == 65
+    done = run_main("runs", str(tmp_path))
+    first = [one.split()[0] for one in done.stdout.splitlines() if one.strip()]
+    assert (first.count("a"), first.count("b")) == (1, 0)
+    done = run_main("runs", f"{tmp_path}/b")
+    assert (done.returncode, done.stdout.count("\n")) == (64, 1)
 
 
 def test_differing_options_begin_with_those_of_the_command_lines(tmp_path):
@@ -199,6 +215,70 @@ def test_a_damaged_run_is_in_the_table_as_unreadable(tmp_path):
     assert lines[-2:] == [["a", "complete", "12.50", "1"], ["b", "unreadable"]]
 
 
+DEEP = "[" * 5_000  # Python's limit is 1,000 levels
+BAD_FILES = [  # name, content, what the message states
+    ("status.json", '{"step": "x"}', "step is a text"),
+    ("status.json", '{"step": null}', "step is null"),
+    ("status.json", '{"step": Infinity}', "step is a number"),
+    ("status.json", "3", "it holds an integer in place of an object"),
+    ("status.json", DEEP, "RecursionError"),
+    ("run.json", "[]", "it holds a list in place of an object"),
+    ("run.json", '{"choices": ["alexnet"]}', "choices is a list"),
+    ("run.json", '{"overrides": 7}', "overrides is an integer"),
+    ("config.yaml", DEEP, "RecursionError"),
+    ("config.yaml", "a: &a {b: *a}", "RecursionError"),
+    ("metrics.jsonl", '{"step": 1, "val/top1": "high"}', "val/top1 of step 1 is 'high'"),
+    ("metrics.jsonl", '{"step": 1, "val/top1": null}', "val/top1 of step 1 is None"),
+    ("metrics.jsonl", '{"step": 1, "time_s": [1]}', "time_s of step 1 is [1]"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "reason"), BAD_FILES, ids=range(len(BAD_FILES)))
+def test_a_value_of_a_wrong_type_makes_a_run_unreadable(
+    tmp_path, capsys, caplog, name, content, reason
+):
+    make_run(tmp_path / "a", [{"step": 1, "val/top1": 12.5}])
+    make_run(tmp_path / "b")
+    (tmp_path / "b" / name).write_text(content)
+    list_runs(RunsConfig(root=str(tmp_path)), [])
+    rows = [one.split() for one in capsys.readouterr().out.splitlines() if one.strip()]
+    assert rows[-2:] == [["a", "complete", "12.50", "1"], ["b", "unreadable"]]
+    (message,) = caplog.messages
+    assert message.startswith(f"{tmp_path}/b/{name} cannot be read (")
+    assert reason in message
+    with pytest.raises(ConfigError) as refusal:
+        report(
+            compose("report", given := ["run.name=b", f"run.root={tmp_path}", "max_images=0"]),
+            given,
+        )
+    assert str(refusal.value) == message
+
+
+@pytest.mark.parametrize("metric", ["train/loss", "train/lr", "val/top1"])
+@pytest.mark.parametrize("value", ["high", None, [1]])
+def test_a_run_with_a_metric_of_a_wrong_type_is_not_compared(tmp_path, metric, value):
+    make_run(tmp_path / "a", [{"step": 1, metric: 1.0}])
+    make_run(tmp_path / "b", [{"step": 1, metric: value}])
+    with pytest.raises(ConfigError) as refusal:
+        compare(CompareConfig(first="a", second="b", root=str(tmp_path)), [])
+    assert f"b/metrics.jsonl cannot be read (TypeError: {metric} of step 1 is" in str(refusal.value)
+
+
+@pytest.mark.parametrize("step", ["null", '"x"', "Infinity", "[1]", "1.5"])
+def test_a_row_without_a_step_is_left_out(tmp_path, step):
+    one = make_run(tmp_path / "a", [{"step": 1, "val/top1": 12.5}])
+    with (tmp_path / "a/metrics.jsonl").open("a") as file:
+        file.write(f'{{"step": {step}, "val/top1": 99.0}}\n{DEEP}\n')
+    assert row(one) == {"name": "a", "status": "complete", "top1": 12.5, "step": 1}
+
+
+def test_an_option_of_a_type_that_json_lacks_is_printed(tmp_path, capsys):
+    make_run(tmp_path / "a", options="x: 2024-01-02\n")
+    make_run(tmp_path / "b", options="x: 2024-01-03\n")
+    list_runs(RunsConfig(root=str(tmp_path)), [])
+    assert "x=2024-01-02" in capsys.readouterr().out.replace('"', "")
+
+
 def test_neither_command_imports_torch():
     code = "import sys, alexnet_ddp.runs, alexnet_ddp.compare; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], env=ENV, text=True) == "False\n"
@@ -208,6 +288,17 @@ def test_a_link_to_a_folder_above_lists_no_run_twice(tmp_path):
     make_run(tmp_path / "a/one")
     (tmp_path / "a/loop").symlink_to(tmp_path)
     assert [run.name for run in find_runs(tmp_path)] == ["a/one"]
+
+
+def test_a_run_is_not_compared_with_itself(tmp_path, monkeypatch):
+    make_run(tmp_path / "runs/a", losses(1.0))
+    (tmp_path / "runs/link").symlink_to(tmp_path / "runs/a")
+    monkeypatch.chdir(tmp_path)
+    for second in ("a", "runs/a", str(tmp_path / "runs/a"), "link", "../runs/a"):
+        with pytest.raises(
+            ConfigError, match=r"^second \(.*\) is the directory of first \(a\) too;"
+        ):
+            compare(CompareConfig(first="a", second=second), [])
 
 
 def train(directory: Path, seed: int = 0, rate_from_step_50: float = 0.1) -> None:
@@ -253,3 +344,12 @@ def test_compare_finds_another_seed_and_another_learning_rate_from_step_50(tmp_p
     assert "learning rates: equal in all 54 common rows" in shown
     # The first loss of a network of zeros is log(4) for all images.
     assert "training losses: differ by more than 1e-05 (relative) at step 2 (" in shown
+
+
+@pytest.mark.parametrize("command", ["report", "replay"])
+def test_options_of_data_are_checked_with_those_of_the_run(tmp_path, command):
+    make_run(tmp_path / "x", overrides=["data=folder", "data.root=none", "data.image_size=56"])
+    write_json(tmp_path / "x/replay.json", {"step": 1, "world_size": 1, "loss": 1.0, "indices": []})
+    done = run_main(command, f"run.root={tmp_path}", "run.name=x", "data.eval_resize=48")
+    rule = "data.eval_resize (48) must be at least data.image_size (56)"  # whose default is 64
+    assert (done.returncode, done.stdout) == (64, f"alexnet_ddp: {rule}\n")

@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import safetensors
 
-from alexnet_ddp.runtime.errors import ConfigError, NoCheckpoint
+from alexnet_ddp.runtime.errors import ConfigError, DataError, NoCheckpoint
 from alexnet_ddp.runtime.files import durable_file, sync_directory
+from alexnet_ddp.runtime.run_record import read_classes
 
 if TYPE_CHECKING:
     import torch
@@ -318,8 +319,8 @@ def classes_of(directory: Path, state: dict[str, Any]) -> dict[str, list[str]] |
     if state.get("classes"):
         return state["classes"]
     try:
-        return json.loads((directory.parent.parent / "classes.json").read_bytes())
-    except (OSError, ValueError):
+        return read_classes(directory.parent.parent)
+    except DataError:
         return None
 
 

@@ -99,7 +99,8 @@ classes, the images with the largest losses, the filters of the first layer, the
 data, the options and their differences to the defaults, and a command that repeats the run. For the
 images it runs the best weights over max_images validation images, in one process. What cannot be
 computed is replaced by the reason: a run that trains, that was killed or that has no checkpoint has
-a report too. Exit codes: 0 done, 64 configuration, 74 disk.""",
+a report too. Exit codes: 0 done, 64 configuration, 65 data (of data.root on the command line),
+74 disk.""",
     "plan": """\
 Predict the speed of a training on a cluster, for each kind of parallelism, and recommend one.
 

@@ -4,6 +4,8 @@ alexnet-ddp export run.name=X format=onnx output=DIR [preprocessing=true] [push=
 """
 
 import copy
+import json
+import logging
 import os
 import shutil
 import time
@@ -42,13 +44,14 @@ from alexnet_ddp.runtime.environment import read_ranks
 from alexnet_ddp.runtime.errors import MachineError
 from alexnet_ddp.runtime.files import require_folder_of, sync_directory
 from alexnet_ddp.runtime.printing import say
-from alexnet_ddp.runtime.run_record import RunRecord
+from alexnet_ddp.runtime.run_record import RunRecord, read_classes
 from alexnet_ddp.runtime.startup import before_exit
-from alexnet_ddp.tracking import read_classes
 from alexnet_ddp.tracking.exported import send_export
 from alexnet_ddp.training.averaging import read_average
 from alexnet_ddp.training.calibration import read_temperature
 from alexnet_ddp.training.trained import Trained, read_trained
+
+log = logging.getLogger(__name__)
 
 _WAIT_S = 30.0  # longer than the difference between the starts of two ranks
 _OWN_OPTIONS = (
@@ -90,10 +93,32 @@ def main(options: ExportConfig, overrides: list[str]) -> None:
         f"top-5 {metrics['top5']:.2f} % ({interval_text(metrics['top5_interval_95'], 2)} %)  of "
         f"{metrics['num_images']:,} images, as the run{ties}"
     )
+    _compare_with_evaluation(cfg.run_dir / "evaluation.json", metrics, world.device.type)
     send_export(cfg.logger, cfg.run_dir, output, options.format.value, _about(metrics))
     if options.push is not None:
         title = f"{options.format.value} of {cfg.run.name} ({origin})"
         say(f"pushed to {upload(output, options.push, title)}")
+
+
+def _compare_with_evaluation(file: Path, metrics: dict[str, Any], device: str) -> None:
+    """Log a line if an evaluation of the same weights, of the centre crops, has other counts."""
+    try:
+        known = json.loads(file.read_bytes())
+        run = metrics["run"]
+        of_same = all(known.get(key) == run.get(key) for key in ("checkpoint", "weights"))
+        if not of_same or "crops" in known:
+            return
+        before = [int(known[f"val/{name}"]) for name in ("correct1", "correct5", "num_images")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # there is none, or it is damaged
+    now = [metrics[name] for name in ("correct1", "correct5", "num_images")]
+    if now != before:
+        text = "top-1 {:,} and top-5 {:,} of {:,} images"
+        log.info(
+            "%s has %s of this checkpoint, the export on %s in fp32 has %s: this is rounding if "
+            "the evaluation used another device or precision, otherwise the images have changed",
+            *(file, text.format(*before), device, text.format(*now)),
+        )
 
 
 def _about(metrics: dict[str, Any]) -> dict[str, Any]:

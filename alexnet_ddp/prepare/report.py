@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from alexnet_ddp.data.sources.shard_index import INDEX, ShardIndex, read_index
 from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.prepare.commit import damaged_files, duplicates
 from alexnet_ddp.prepare.engine import Engine, with_progress
-from alexnet_ddp.runtime.errors import DataError
+from alexnet_ddp.runtime.errors import ConfigError, DataError
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.terminal import Console, Table
 
@@ -77,7 +78,10 @@ def diff(root: str, other: str) -> None:
     """Print the differences between two roots. Raises DataError if there are any.
 
     Compares the indices, which contain the SHA-256 of every file; action=verify reads the files.
+    Raises ConfigError if both are the same place.
     """
+    if os.path.realpath(root) == os.path.realpath(other):
+        raise ConfigError(f"other ({other}) is the same place as root; give another one")
     one, two = Storage(root), Storage(other)
     mine, theirs = committed(one), committed(two)
     if mine == theirs:

@@ -29,29 +29,36 @@ from alexnet_ddp.report.times import profiles, times
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.accuracy import metric_interval
 from alexnet_ddp.runtime.environment import read_ranks
-from alexnet_ddp.runtime.errors import MachineError, RunError, out_of_memory
+from alexnet_ddp.runtime.errors import DataError, MachineError, RunError, out_of_memory
 from alexnet_ddp.runtime.files import write_bytes
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.run_record import RunRecord, flat, open_run
 from alexnet_ddp.runtime.sweep_record import is_sweep
 from alexnet_ddp.training.calibration import expected_calibration_error
+from alexnet_ddp.training.precision import check_precision
 
 log = logging.getLogger("alexnet_ddp")
 
 FILE = "report.html"
+# Options that the page reads: of every page, of one with images, and those of the command itself.
+_OF_RECORDS = ("run.name", "run.root", "plugins")
+_OF_IMAGES = ("data", "device", "trainer.eval_batch_size", "trainer.precision", "trainer.tf32")
+_OWN = {one.name for one in fields(ReportConfig)} - {one.name for one in fields(Config)}
 
 
 def main(options: ReportConfig, overrides: list[str]) -> None:
     """Write report.html. What cannot be computed is replaced by the reason.
 
-    Raises ConfigError if a run does not exist or its records cannot be read, and MachineError if
-    the page cannot be written.
+    Raises ConfigError if a run does not exist or its records cannot be read, ConfigError or
+    DataError if an option of the command line is wrong for the run, and MachineError if the page
+    cannot be written.
     """
     num_ranks = read_ranks(os.environ).world_size
     if num_ranks > 1:
         raise ConfigError(f"report takes one process, not {num_ranks}; start it without torchrun")
+    _refuse_ignored(options, overrides)
+    distributed.choose_device(options.device, 0)  # a wrong one is no reason on the page
     if is_sweep(options.run_dir):
-        _check_for_sweep(options.run.name, overrides)
         directory = options.run_dir
         page: Page | SweepPage = sweep_page(directory)
     else:
@@ -79,14 +86,25 @@ def _open_runs(options: ReportConfig) -> list[RunRecord]:
     return runs
 
 
-def _check_for_sweep(name: str, overrides: list[str]) -> None:
-    """Raise ConfigError for options that the page of a sweep does not read."""
+def _refuse_ignored(options: ReportConfig, overrides: list[str]) -> None:
+    """Raise ConfigError for an option that the page does not read."""
+    is_of_sweep = is_sweep(options.run_dir)
     for override in overrides:
-        if override.partition("=")[0].lstrip("+") in ("compare", "max_images"):
-            rule = (
-                f"would be ignored: {name} is a sweep, whose page shows the metrics of all trials"
-            )
-            raise ConfigError(f"{override} {rule}; leave it out")
+        key = _key(override)
+        is_of_images = key in _OF_IMAGES or key.startswith("data.")
+        if is_of_sweep and key not in _OF_RECORDS:
+            why = f"{options.run.name} is a sweep, whose page shows the metrics of all trials"
+        elif is_of_images and options.max_images == 0:
+            why = "max_images=0 uses no images"
+        elif not is_of_images and key not in (*_OF_RECORDS, *_OWN):
+            why = "the page shows the run as it was trained"
+        else:
+            continue
+        raise ConfigError(f"{override} would be ignored: {why}; leave it out")
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+")
 
 
 def build_page(runs: list[RunRecord], options: ReportConfig, overrides: list[str]) -> Page:
@@ -138,23 +156,30 @@ def defaults(cfg: Config) -> dict[str, Any]:
 def _examine(
     options: ReportConfig, overrides: list[str]
 ) -> tuple[Config | None, Findings | None, str]:
-    """The run's configuration, what its weights do with its images, and why that is unknown."""
-    own = {one.name for one in fields(ReportConfig)} - {one.name for one in fields(Config)}
+    """The run's configuration, what its weights do with its images, and why that is unknown.
+
+    Raises ConfigError or DataError if the reason is an option of the command line.
+    """
     # The device is that of the report: the run's own may be missing on this machine.
-    kept = [one for one in overrides if one.partition("=")[0].lstrip("+") not in own | {"device"}]
+    kept = [one for one in overrides if _key(one) not in {*_OWN, "device"}]
+    is_chosen = any(_key(one) not in _OF_RECORDS for one in kept)
     try:
         cfg = cli.config_of_run(options.run_dir, kept)
         load_plugins(cfg.plugins)
     except RunError as error:
+        if is_chosen:
+            raise
         return None, None, str(error)
     if options.max_images == 0:
         return cfg, None, "no images were used, because max_images is 0"
     try:
         with distributed.session(options.device, cfg.trainer.tf32) as world:
+            if "trainer.precision" in map(_key, overrides):
+                check_precision(cfg.trainer.precision, world)
             return cfg, examine(cfg, options.max_images, world), ""
     except (RunError, RuntimeError, MemoryError) as error:
         reason = error if isinstance(error, RunError) else out_of_memory(error)
-        if reason is None:
+        if reason is None or (is_chosen and isinstance(error, ConfigError | DataError)):
             raise
         return cfg, None, str(reason)
 

@@ -84,7 +84,6 @@ class Data:
 def summary(run: RunRecord) -> Summary:
     last = next(reversed(run.rows.values()), {})
     losses = list(run.values("train/loss").values())
-    world_size = run.facts.get("world_size")
     return Summary(
         run.name,
         run.status,
@@ -95,7 +94,7 @@ def summary(run: RunRecord) -> Summary:
         run.images_per_sec,
         None if run.hours is None else 3600 * run.hours,
         len(run.starts),
-        world_size if isinstance(world_size, int) else None,
+        run.facts.get("world_size"),
         losses[-1] if losses else None,
         run.median("train/mfu"),
         run.median("train/joules_per_image"),
@@ -193,8 +192,8 @@ def describe_data(run: RunRecord, num_train: int | None, num_val: int | None) ->
 def environment(run: RunRecord) -> list[tuple[str, str]]:
     """Where the last start ran, and with which versions."""
     facts, state = run.facts, _newest_state(run.directory)
-    git, numerics = facts.get("git") or {}, state.get("numerics") or {}
-    versions = facts.get("versions") or {}
+    git, numerics = facts.get("git") or {}, _object(state.get("numerics"))
+    versions = facts.get("versions", {})
     commit = str(git.get("commit", ""))[:12] + (
         " with uncommitted changes" if git.get("dirty") else ""
     )
@@ -255,12 +254,10 @@ def _config_dir_arguments(known: Mapping[str, Any]) -> list[str]:
 def _classes(run: RunRecord) -> tuple[list[str], list[int]]:
     """Names of the classes, and their numbers of training images if a checkpoint has them."""
     state = _newest_state(run.directory)
-    known = state.get("classes") or _read(run.directory / "classes.json")
-    names = known.get("names", []) if isinstance(known, dict) else []
-    counts = state.get("images_per_class", [])
-    return [str(name) for name in names], [int(n) for n in counts] if len(counts) == len(
-        names
-    ) else []
+    known = _object(state.get("classes")) or _read(run.directory / "classes.json")
+    names, counts = _list(known.get("names")), _list(state.get("images_per_class"))
+    are_counts = len(counts) == len(names) and all(isinstance(n, int) for n in counts)
+    return [str(name) for name in names], counts if are_counts else []
 
 
 def _newest_state(run_dir: Path) -> dict[str, Any]:
@@ -271,10 +268,17 @@ def _newest_state(run_dir: Path) -> dict[str, Any]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError):  # the run is only shown without it
+        return _object(json.loads(file.read_bytes()))
+    except (OSError, ValueError, RecursionError):  # the run is only shown without it
         return {}
-    return found if isinstance(found, dict) else {}
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _quarantine(file: Path) -> list[dict[str, Any]]:
@@ -282,7 +286,7 @@ def _quarantine(file: Path) -> list[dict[str, Any]]:
     for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # of a run that was killed while it wrote
         if isinstance(row, dict):
             found.append(row)

@@ -22,8 +22,8 @@ from alexnet_ddp.data.sources.sets import open_data
 from alexnet_ddp.report.activation import activation_maps, overlay
 from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.runtime.errors import Preempted
+from alexnet_ddp.runtime.run_record import read_classes
 from alexnet_ddp.runtime.signals import StopSignal
-from alexnet_ddp.tracking import read_classes
 from alexnet_ddp.training.calibration import Outputs, Scores
 from alexnet_ddp.training.class_metrics import unique_names
 from alexnet_ddp.training.evaluation import Evaluation, evaluate

@@ -1,6 +1,5 @@
 """The starts of a run on a time axis, with its evaluations, checkpoints, stops and faults."""
 
-import json
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from alexnet_ddp.report.charts import Scale, Tick
 from alexnet_ddp.runtime.accuracy import interval_text, metric_interval
+from alexnet_ddp.runtime.files import parse_row
 from alexnet_ddp.runtime.run_record import RunRecord
 
 EVENTS = "events.jsonl"
@@ -301,26 +301,17 @@ def read_events(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     found = []
-    for line in file.read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            found.append(
-                row
-                | {
-                    "time": _seconds(row["time"]),
-                    "step": int(row["step"]),
-                    "event": str(row["event"]),
-                }
-            )
-        except (ValueError, KeyError, TypeError):
-            continue
+    for line in file.read_bytes().splitlines():
+        row = parse_row(line)
+        if row is not None and "time" in row and "event" in row:
+            found.append(row | {"time": _seconds(row["time"]), "event": str(row["event"])})
     return sorted(found, key=lambda one: one["time"])
 
 
 def _seconds(time: Any) -> float:
     try:
         return datetime.fromisoformat(str(time)).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0
 
 

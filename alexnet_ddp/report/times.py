@@ -82,11 +82,11 @@ def times(run: RunRecord) -> Times | None:
 def _work(run: RunRecord, step_s: float) -> list[Part]:
     """The parts of all work. step_s: seconds of all training steps."""
     events = read_events(run.directory / "events.jsonl")
-    saves = [float(one.get("seconds", 0.0)) for one in events if one["event"] == "save"]
+    waits = [one.get("seconds") for one in events if one["event"] == "save"]
     seconds = {
         "training steps": step_s,
         _NAMES["evaluation"]: sum(run.values("time/evaluation_s").values()),
-        _NAMES["checkpoint"]: sum(saves),
+        _NAMES["checkpoint"]: sum(s for s in waits if isinstance(s, int | float)),
     }
     # time_s of the last row is before the last checkpoint.
     known_s, work_s = sum(seconds.values()), max(run.values("time_s").values(), default=0.0)

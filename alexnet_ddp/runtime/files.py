@@ -85,8 +85,8 @@ def keep_rows(
     content = path.read_bytes() if path.exists() else b""
     rows, lines, num_damaged = [], [], 0
     for line in content.splitlines():
-        row = _parse_row(line, fields)
-        if row is None:
+        row = parse_row(line)
+        if row is None or not fields <= row.keys():
             num_damaged += 1
         elif row["step"] <= last_step:
             rows.append(row)
@@ -97,13 +97,13 @@ def keep_rows(
     return rows, num_damaged
 
 
-def _parse_row(line: bytes, fields: frozenset[str]) -> dict[str, Any] | None:
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """The object in a line of JSON; None if it is damaged, or has no integer "step"."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    is_valid = isinstance(row, dict) and isinstance(row.get("step"), int) and fields <= row.keys()
-    return row if is_valid else None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def sync_directory(path: Path) -> None:

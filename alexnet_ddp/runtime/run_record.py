@@ -8,20 +8,44 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
+from types import UnionType
 from typing import Any
 
-from alexnet_ddp.runtime.errors import ConfigError
+from alexnet_ddp.runtime.errors import ConfigError, DataError
+from alexnet_ddp.runtime.files import parse_row
 
 _OF_A_RUN = ("run.json", "status.json")
+# What is read of these files, with its types. A value may be left out.
+_TYPES: dict[str, dict[str, type | UnionType]] = {
+    "status.json": {"state": str, "step": int, "message": str, "exit_code": int | None},
+    "run.json": {
+        **dict.fromkeys(("choices", "versions"), dict),
+        **dict.fromkeys(("command", "overrides", "starts"), list),
+        **dict.fromkeys(("world_size", "num_nodes", "local_world_size", "start_step"), int),
+        "time": str,
+        "git": dict | None,
+        "peak_tflops": int | float,
+    },
+}
 # Where a run is. Its name is in the table, and every run has its own.
 _PLACE = {"run.name", "run.root"}
+_TEXTS = ("data/index_hash",)  # of a row of metrics.jsonl
+_NOT_FINITE = ("nan", "inf", "-inf")  # JSON has no such numbers
+_JSON_TYPES = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+}
 
 
 @dataclass(frozen=True)
 class RunRecord:
     """A run's directory. Its files are read when they are needed; a missing one is empty.
 
-    Raises ConfigError for a file that cannot be read.
+    Raises ConfigError for a file that cannot be read, or has a value of another type.
     """
 
     directory: Path
@@ -40,12 +64,13 @@ class RunRecord:
         file = self.directory / "config.yaml"
         try:
             values = yaml.safe_load(file.read_bytes()) if file.exists() else {}
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            if not isinstance(values, dict):
+                raise TypeError("it holds no options")
+            options = dict(flat(values))
+        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
             raise _unreadable(file, error) from error
-        if not isinstance(values, dict):
-            raise _unreadable(file, TypeError("it holds no options"))
         # The choice augment=none has no options, so that flat() has an empty mapping for it.
-        found = dict(flat(values)) | self._json("run.json").get("choices", {})
+        found = options | self._json("run.json").get("choices", {})
         return {key: value for key, value in found.items() if key not in _PLACE}
 
     @cached_property
@@ -58,7 +83,8 @@ class RunRecord:
     def rows(self) -> dict[int, dict[str, Any]]:
         """Step -> its metrics of metrics.jsonl, in the order of the steps.
 
-        Damaged rows are left out.
+        Damaged rows are left out. Values are numbers, or "nan", "inf" and "-inf", which float()
+        converts; only data/index_hash is a text.
         """
         file, found = self.directory / "metrics.jsonl", dict[int, dict[str, Any]]()
         try:
@@ -66,18 +92,17 @@ class RunRecord:
         except OSError as error:
             raise _unreadable(file, error) from error
         for line in lines:
-            try:
-                row = json.loads(line)
-                found.setdefault(int(row["step"]), {}).update(row)
-            except (ValueError, KeyError, TypeError):
-                continue  # a run that was killed may leave a part of a row, and drops it on resume
+            row = parse_row(line)  # a run that was killed may leave a part of a row
+            if row is not None:
+                _require_numbers(file, row)
+                found.setdefault(row["step"], {}).update(row)
         return dict(sorted(found.items()))
 
     @property
     def status(self) -> str:
         """The state in status.json; killed if it is running and its process has ended."""
         known = self._json("status.json")
-        state = str(known.get("state", "unknown"))
+        state = known.get("state", "unknown")
         is_here = known.get("host") == socket.gethostname() and os.path.isdir("/proc/self")
         if state == "running" and is_here and not os.path.exists(f"/proc/{known.get('pid')}"):
             return "killed"
@@ -86,13 +111,12 @@ class RunRecord:
     @property
     def message(self) -> str:
         """Why the last start ended; "" if it runs, or is complete."""
-        return str(self._json("status.json").get("message", ""))
+        return self._json("status.json").get("message", "")
 
     @property
     def exit_code(self) -> int | None:
         """With which code the last start ended; None if it runs, was killed, or is unknown."""
-        code = self._json("status.json").get("exit_code")
-        return code if isinstance(code, int) else None
+        return self._json("status.json").get("exit_code")
 
     @property
     def status_time(self) -> str:
@@ -107,13 +131,13 @@ class RunRecord:
     @property
     def starts(self) -> list[dict[str, Any]]:
         """The facts of every start, the first one first."""
-        starts = self.facts.get("starts", [])
-        return [one for one in starts if isinstance(one, dict)] if isinstance(starts, list) else []
+        file = self.directory / "run.json"
+        return [_checked(file, one) for one in self.facts.get("starts", [])]
 
     @property
     def step(self) -> int:
         """The last step that the run has recorded."""
-        return max([int(self._json("status.json").get("step", 0)), *self.rows])
+        return max([self._json("status.json").get("step", 0), *self.rows])
 
     @property
     def best_evaluation(self) -> dict[str, Any]:
@@ -145,20 +169,20 @@ class RunRecord:
         file = self.directory / name
         try:
             found = json.loads(file.read_bytes()) if file.exists() else {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise _unreadable(file, error) from error
-        if not isinstance(found, dict):
-            raise _unreadable(file, TypeError("it holds no object"))
-        return found
+        return _checked(file, found)
 
 
 def find_runs(root: Path) -> Iterator[RunRecord]:
     """Every run below `root`, or `root` itself if it is one, in the order of their names.
 
+    A start that was refused leaves a folder with a status.json and no run.json, which is left out.
     The directories of a run are not searched. A folder is searched once, also if links lead back.
     """
     if _is_run(root):
-        yield RunRecord(root, root.absolute().name)
+        if _has_begun(root):
+            yield RunRecord(root, root.absolute().name)
         return
     seen = set[str]()
     for folder, below, _ in os.walk(root, followlinks=True):
@@ -168,10 +192,10 @@ def find_runs(root: Path) -> Iterator[RunRecord]:
             continue
         seen.add(place)
         for name in sorted(below):
-            if _is_run(here / name):
-                yield RunRecord(here / name, str((here / name).relative_to(root)))
-            else:
+            if not _is_run(here / name):
                 kept.append(name)
+            elif _has_begun(here / name):
+                yield RunRecord(here / name, str((here / name).relative_to(root)))
         below[:] = kept
 
 
@@ -202,6 +226,23 @@ def run_of_weights(weights: str, root: str) -> Path | None:
     return directory if _is_run(directory) else None
 
 
+def read_classes(run_dir: Path) -> dict[str, list[str]]:
+    """The classes of a run: "ids", the folder names in the order of the labels, and "names".
+
+    Raises DataError if the file cannot be read.
+    """
+    file = run_dir / "classes.json"
+    try:
+        found = json.loads(file.read_bytes())
+        for key in ("ids", "names"):
+            if not isinstance(found[key], list):
+                raise TypeError(f"{key} is {_type(found[key])} in place of a list")
+        return {key: [str(one) for one in found[key]] for key in ("ids", "names")}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise DataError(f"{file} cannot be read ({why}); start the training once more") from error
+
+
 def differing(runs: list[RunRecord]) -> list[str]:
     """The options that do not have the same value in all runs which have recorded their options.
 
@@ -219,7 +260,7 @@ def differing(runs: list[RunRecord]) -> list[str]:
 
 def option_text(value: Any) -> str:
     """A value as on a command line."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -233,6 +274,34 @@ def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _is_run(directory: Path) -> bool:
     return any((directory / name).is_file() for name in _OF_A_RUN)
+
+
+def _has_begun(directory: Path) -> bool:
+    return (directory / "run.json").is_file()
+
+
+def _checked(file: Path, found: Any) -> dict[str, Any]:
+    """`found`, the content of `file` or one of its starts. Raises ConfigError for a wrong type."""
+    if not isinstance(found, dict):
+        raise _unreadable(file, TypeError(f"it holds {_type(found)} in place of an object"))
+    for key, expected in _TYPES[file.name].items():
+        if key in found and not isinstance(found[key], expected):
+            raise _unreadable(file, TypeError(f"{key} is {_type(found[key])}"))
+    return found
+
+
+def _require_numbers(file: Path, row: dict[str, Any]) -> None:
+    """Raise ConfigError if a metric is no number."""
+    for name, value in row.items():
+        is_number = isinstance(value, int | float) or value in _NOT_FINITE
+        if not is_number and name not in _TEXTS:
+            why = TypeError(f"{name} of step {row['step']} is {value!r}, and no number")
+            raise _unreadable(file, why)
+
+
+def _type(value: Any) -> str:
+    """The type of a value as JSON calls it."""
+    return _JSON_TYPES.get(type(value), "null")
 
 
 def _unreadable(file: Path, error: Exception) -> ConfigError:

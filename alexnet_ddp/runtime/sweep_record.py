@@ -19,6 +19,10 @@ from alexnet_ddp.runtime.redaction import redact
 _FILE = "sweep.json"
 _MINIMISED = "val/loss"
 _HUGE = 1e6
+_DAMAGES = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError),
+    *(OverflowError, RecursionError),
+)
 
 
 class State(StrEnum):
@@ -177,11 +181,20 @@ def read_sweep(directory: Path) -> SweepRecord:
         known = json.loads(file.read_bytes())
         identity = {str(key): str(text) for key, text in known["searches"].items()}
         trials = [_from_json(one) for one in known["trials"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _check_keys(identity, trials)
+    except _DAMAGES as error:
         why = f"{type(error).__name__}: {error}"
         rule = f"cannot be read ({why})"
         raise ConfigError(f"{file} {rule}; move it away, or name another sweep") from error
     return SweepRecord(directory, identity, trials)
+
+
+def _check_keys(identity: dict[str, str], trials: list[Trial]) -> None:
+    """Raise ValueError if the metric is missing, or trials have values of different options."""
+    if "sweep.metric" not in identity:
+        raise ValueError("it names no metric")
+    if any(trial.values.keys() != trials[0].values.keys() for trial in trials):
+        raise ValueError("its trials have values of different options")
 
 
 def _to_json(trial: Trial) -> dict[str, Any]:
@@ -197,13 +210,14 @@ def _to_json(trial: Trial) -> dict[str, Any]:
 
 
 def _from_json(known: dict[str, Any]) -> Trial:
+    code, hours = known["exit_code"], known["hours"]
     return Trial(
         int(known["number"]),
         {str(key): str(text) for key, text in known["values"].items()},
         State(known["state"]),
-        known["exit_code"],
+        None if code is None else int(code),
         str(known["message"]),
-        known["hours"],
+        None if hours is None else float(hours),
         [_evaluation(*one) for one in known["evaluations"]],
     )
 

@@ -18,6 +18,7 @@ from alexnet_ddp.sweep.slots import Slot, check_promotion, merged
 from alexnet_ddp.sweep.trial import TrialProcess
 
 _POLL_S = 0.2
+_MAX_SHOWN = 4  # trials at the same time whose evaluations are printed
 _MIN_GAIN = 2.0  # a restart must save so many times what the last start of the trial took
 
 
@@ -180,6 +181,7 @@ class Schedule:
             return
         code = self._exit_codes.get(trial.number)
         found = reader.read(at_once=code is not None)
+        self._show_evaluation(trial, found)
         scores = self._scores_of(found)
         is_final = bool(found) and found[-1].is_final
         decision = decide(self._options.pruner, Progress(scores, 0, False, is_final), earlier)
@@ -189,6 +191,15 @@ class Schedule:
             self._prune(trial, found, decision)
         elif code is not None and decision.num_decided == len(scores):
             self._runs.end(trial, found, code)
+
+    def _show_evaluation(self, trial: Trial, found: list[Evaluation]) -> None:
+        """Print the last evaluation of a trial that runs, if it is new. found: all of them."""
+        is_new = len(found) > len(self._progress_of(trial).scores)
+        is_running = any(active.trial is trial for active in self._active)
+        if is_new and is_running and len(self._slots) <= _MAX_SHOWN:
+            last = found[-1]
+            metric = self._options.metric
+            say(f"trial {trial.name}: {metric} {last.value:.6g} after step {last.step}")
 
     def _prune(self, trial: Trial, found: list[Evaluation], decision: Decision) -> None:
         for active in self._active:

@@ -15,6 +15,7 @@ import numpy as np
 
 from alexnet_ddp.config import LoggerConfig
 from alexnet_ddp.runtime.errors import RunError
+from alexnet_ddp.runtime.run_record import RunRecord
 from alexnet_ddp.tracking.classes import ClassResults, Examples
 from alexnet_ddp.tracking.console import Console, best_text, build_console, headline
 from alexnet_ddp.tracking.histograms import Histogram
@@ -22,7 +23,6 @@ from alexnet_ddp.tracking.record import (
     RunStatus,
     code_facts,
     make_run_dir,
-    read_classes,
     record_run,
     run_status,
     write_status,
@@ -47,7 +47,6 @@ __all__ = [
     "check_wandb",
     "headline",
     "make_run_dir",
-    "read_classes",
     "record_run",
     "run_status",
     "wandb_mode",
@@ -209,10 +208,11 @@ def build_tracker(
     record = JsonlSink(run_dir / "metrics.jsonl", run.start_step, console.say)
     tracker = Tracker(run_dir, console, record)
     if cfg.tensorboard:
-        directory = run_dir / "tensorboard"
+        arguments = run_dir / "tensorboard", run.start_step, run.config, run.config_yaml
+        earlier = RunRecord(run_dir, run_dir.name)  # rows after start_step are dropped
         tracker.add(
             TensorBoardSink.name,
-            lambda: TensorBoardSink(directory, run.start_step, run.config, run.config_yaml),
+            lambda: TensorBoardSink(*arguments, earlier.rows.values()),
         )
     mode = wandb_mode(cfg.wandb)
     if mode != "disabled":

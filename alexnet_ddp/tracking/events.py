@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from alexnet_ddp.runtime.files import plain
+from alexnet_ddp.runtime.files import parse_row, plain
 
 FILE = "events.jsonl"
 SAVE, END, LOST = "save", "end", "lost"
@@ -57,10 +57,9 @@ def _last_row(file: Path) -> tuple[int, float]:
     if not file.exists():
         return 0, 0.0
     for line in reversed(file.read_bytes().splitlines()):
-        try:
-            return int(json.loads(line)["step"]), file.stat().st_mtime
-        except (ValueError, KeyError, TypeError):
-            continue  # of a start that was killed while it wrote
+        row = parse_row(line)  # a start that was killed may leave a part of a row
+        if row is not None:
+            return row["step"], file.stat().st_mtime
     return 0, 0.0
 
 

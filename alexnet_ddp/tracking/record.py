@@ -85,16 +85,6 @@ def make_run_dir(run_dir: Path) -> None:
         )
 
 
-def read_classes(run_dir: Path) -> dict[str, list[str]]:
-    """Read the classes that record_run wrote. Raises DataError if the file cannot be read."""
-    try:
-        return json.loads((run_dir / "classes.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{run_dir / 'classes.json'} cannot be read ({error}); start the training once more"
-        ) from error
-
-
 def _here() -> dict[str, Any]:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return {"time": now, "pid": os.getpid(), "host": socket.gethostname()}

@@ -8,7 +8,7 @@ write() call, and each step is recorded once.
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from alexnet_ddp.runtime.files import keep_rows, plain
 from alexnet_ddp.runtime.redaction import redact, redact_yaml
 from alexnet_ddp.tracking.classes import ClassResults, Examples
 from alexnet_ddp.tracking.histograms import Histogram
+from alexnet_ddp.tracking.wandb_process import BEST, note_best
 
 Say = Callable[[str], None]
 
@@ -69,12 +70,18 @@ class TensorBoardSink:
     """Writes scalars by metric name against step, the configuration, and the run's hyperparameters.
 
     config, config_yaml: the configuration, as JSON types and as text. Secrets in it are hidden.
+    earlier: the rows of earlier starts, for the best results of the run.
     """
 
     name = "TensorBoard"
 
     def __init__(
-        self, directory: Path, start_step: int, config: dict[str, Any], config_yaml: str
+        self,
+        directory: Path,
+        start_step: int,
+        config: dict[str, Any],
+        config_yaml: str,
+        earlier: Iterable[dict[str, Any]] = (),
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # imports for seconds
 
@@ -83,6 +90,9 @@ class TensorBoardSink:
         text = "\n".join(f"    {line}" for line in redact_yaml(config_yaml).splitlines())
         if text:
             self._writer.add_text("config", text, start_step + 1 if start_step else 0)
+        self._best: dict[str, float] = {}
+        for row in earlier:
+            note_best(self._best, row)
         self._hparams_end = self._write_hparams(redact(config))
 
     def _write_hparams(self, config: dict[str, Any]) -> Any:
@@ -92,7 +102,8 @@ class TensorBoardSink:
         """
         from torch.utils.tensorboard.summary import hparams
 
-        metrics = dict.fromkeys(("val/top1", "val/loss", "train/loss"), 0.0)
+        # The table shows the last value of a scalar. That of best/... is the best one of the run.
+        metrics = dict.fromkeys((*(f"best/{name}" for name in BEST), "train/loss"), 0.0)
         names, start, end = hparams(flat_scalars(config), metrics)
         self._add_summaries(names, start)
         return end
@@ -103,8 +114,13 @@ class TensorBoardSink:
             files.add_summary(summary)
 
     def write(self, step: int, epoch: float, metrics: dict[str, Any]) -> None:
-        """Write the numbers of a row, and flush, in case the process is killed."""
-        for name, value in metrics.items():
+        """Write the numbers of a row, and flush, in case the process is killed.
+
+        The row of an evaluation also gets the best results so far.
+        """
+        note_best(self._best, metrics)
+        is_evaluation = any(name in metrics for name in BEST)
+        for name, value in (metrics | (self._best if is_evaluation else {})).items():
             if not isinstance(value, str):
                 self._writer.add_scalar(name, value, step)
         self._writer.flush()

@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -189,21 +189,24 @@ class Best:
         self._run = run
         self.values: dict[str, float] = {}
         for row in new_rows(file, offset):
-            self._note(row)
+            note_best(self.values, row)
         file.seek(offset)
 
     def update(self, row: dict[str, Any]) -> None:
         """Note a row, and write the summary if it is the best so far."""
-        if self._note(row):
+        before = dict(self.values)
+        note_best(self.values, row)
+        if self.values != before:
             self._run.summary.update(self.values)
 
-    def _note(self, row: dict[str, Any]) -> bool:
-        before = dict(self.values)
-        for name, choose in BEST.items():
-            if math.isfinite(row.get(name, math.nan)):
-                key = f"best/{name}"
-                self.values[key] = choose(self.values.get(key, row[name]), row[name])
-        return self.values != before
+
+def note_best(best: dict[str, float], row: Mapping[str, Any]) -> None:
+    """Update best/val/top1 and best/val/loss with a row. Only finite values count."""
+    for name, choose in BEST.items():
+        value = float(row.get(name, math.nan))
+        if math.isfinite(value):
+            key = f"best/{name}"
+            best[key] = choose(best.get(key, value), value)
 
 
 class Picture:

@@ -25,7 +25,7 @@ from alexnet_ddp.model import (
     without_weights,
 )
 from alexnet_ddp.runtime.errors import DataError
-from alexnet_ddp.tracking import read_classes
+from alexnet_ddp.runtime.run_record import read_classes
 
 log = logging.getLogger(__name__)
 

@@ -235,9 +235,11 @@ def test_a_record_does_not_send_a_variable_of_this_machine_to_a_server(tmp_path,
 
 def test_a_damaged_record_is_not_called_missing(tmp_path):
     run_dir = record_run(tmp_path / "r")
-    (run_dir / "run.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"run.json cannot be read \(JSONDecodeError"):
-        config_of_run(run_dir, [])
+    damages = {"{": "JSONDecodeError", '{"overrides": "a=1"}': "TypeError", "[" * 5000: "Recursion"}
+    for content, reason in damages.items():
+        (run_dir / "run.json").write_text(content)
+        with pytest.raises(ConfigError, match=rf"run.json cannot be read \({reason}"):
+            config_of_run(run_dir, [])
 
 
 def test_a_settings_text_of_spark_is_as_it_was_typed():

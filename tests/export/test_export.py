@@ -278,6 +278,28 @@ def test_a_wrong_mean_is_caught_and_leaves_nothing(place, tmp_path, monkeypatch,
 
 
 @pytest.mark.slow
+def test_other_counts_than_those_of_evaluate_are_a_note(place, tmp_path, caplog):
+    file = place / "runs/small/evaluation.json"
+    caplog.set_level("INFO", "alexnet_ddp.export")
+    content = file.read_text()
+    known = json.loads(content)
+    changed = {"val/correct1": known["val/correct1"] - 2}
+    notes = []
+    try:
+        for k, change in enumerate(({}, {"checkpoint": "step-00000001", **changed}, changed)):
+            file.write_text(json.dumps(known | change))
+            export_here(place, "format=safetensors", "device=cpu", f"output={tmp_path}/{k}")
+            notes.append([one for one in caplog.messages if "evaluation.json" in one])
+    finally:
+        file.write_text(content)
+    assert notes[:2] == [[], []]
+    ((note,),) = notes[2:]
+    before, now = known["val/correct1"] - 2, known["val/correct1"]
+    assert f"evaluation.json has top-1 {before} and top-5" in note
+    assert f"the export on cpu in fp32 has top-1 {now} and top-5" in note
+
+
+@pytest.mark.slow
 def test_a_file_that_does_not_load_is_caught_and_leaves_nothing(place, tmp_path, monkeypatch):
     def damaged(model, example, path):
         path.write_bytes(b"no model")

@@ -373,8 +373,12 @@ def test_the_colour_noise_of_alexnet_2012_is_along_the_axes_of_the_packed_data(t
 
 
 def test_without_statistics_the_colour_noise_is_imagenets(tmp_path, caplog):
-    assert colour_basis(Storage(str(tmp_path))) is None
-    assert "train.stats.json cannot be read" in caplog.text
+    for content in (None, "{}", "[]"):
+        if content is not None:
+            (tmp_path / "train.stats.json").write_text(content)
+        caplog.clear()
+        assert colour_basis(Storage(str(tmp_path))) is None
+        assert "train.stats.json cannot be read" in caplog.text
 
 
 def test_duplicates_are_found_by_their_source_bytes(tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from alexnet_ddp.config import AlexNet2012AugmentConfig, NoAugmentConfig
 from alexnet_ddp.data.picture import draw
-from alexnet_ddp.runtime.errors import DataError
+from alexnet_ddp.runtime.errors import ConfigError, DataError
 from tests.archives import age_tree, extract, make_archives
 from tests.packing import act, hashes, pack, run, times
 
@@ -176,6 +176,13 @@ def test_diff_of_the_same_shards_is_none(packed, mine, capsys):
     shutil.rmtree(mine / "_state")
     act("diff", packed, other=str(mine))
     assert capsys.readouterr().out == f"{packed} and {mine} are identical, byte for byte\n"
+
+
+def test_diff_of_a_place_and_itself_is_refused(packed, tmp_path):
+    (tmp_path / "link").symlink_to(packed)
+    for other in (packed, tmp_path / "link"):
+        with pytest.raises(ConfigError, match=r"^other \(.*\) is the same place as root; give"):
+            act("diff", packed, other=str(other))
 
 
 def test_diff_names_recipe_images_shards_and_files(packed, tree, tmp_path, capsys):

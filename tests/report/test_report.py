@@ -4,6 +4,8 @@ import json
 import math
 import os
 import socket
+import subprocess
+import sys
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,7 +15,9 @@ import pytest
 import torch
 from torch import nn
 
+from alexnet_ddp.cli import without_data_options
 from alexnet_ddp.config import Device
+from alexnet_ddp.config.compose import compose
 from alexnet_ddp.config.report import ReportConfig
 from alexnet_ddp.report.activation import activation_maps, overlay
 from alexnet_ddp.report.charts import Scale, Series, line_chart, short, thinned
@@ -26,7 +30,7 @@ from alexnet_ddp.report.page import render
 from alexnet_ddp.report.timeline import duration, timeline
 from alexnet_ddp.report.times import profiles, times
 from alexnet_ddp.runtime.distributed import World
-from alexnet_ddp.runtime.errors import ConfigError, Preempted
+from alexnet_ddp.runtime.errors import ConfigError, DataError, Preempted
 from alexnet_ddp.runtime.files import write_json
 from alexnet_ddp.runtime.run_record import RunRecord
 from alexnet_ddp.tracking import record
@@ -34,6 +38,7 @@ from alexnet_ddp.tracking.record import RunStatus
 from alexnet_ddp.training.calibration import Scores
 from alexnet_ddp.training.profiler import TimeShares
 from alexnet_ddp.training.stragglers import Stopwatch, Stragglers
+from tests.test_main import ENV
 from tests.test_runs import make_run
 
 EVIL = "<script>alert('x')</script><img src=http://evil/x>"
@@ -478,8 +483,6 @@ class Tags(HTMLParser):
 
 
 def options(tmp_path: Path, *more: str) -> ReportConfig:
-    from alexnet_ddp.config.compose import compose
-
     return compose("report", [f"run.root={tmp_path}", *more])
 
 
@@ -524,6 +527,101 @@ def test_a_run_without_anything_has_a_report_that_gives_the_reasons(tmp_path):
         "has no readable batch.png",
     ):  # fmt: skip
         assert sentence in html, sentence
+
+
+def make_trained_run(tmp_path: Path) -> list[str]:
+    """A run on images that are gone; the options of its report."""
+    overrides = ["data=folder", f"data.root={tmp_path}/none", "data.image_size=64"]
+    run = make_run(tmp_path / "x", [train_row(10, 10)], overrides=overrides).directory
+    write_json(run / "classes.json", {"ids": ["a", "b"], "names": ["a", "b"]})
+    return [f"run.root={tmp_path}", "run.name=x"]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "line"),
+    [
+        ("data.root={dir}/other", DataError, "{dir}/other"),
+        ("trainer.precision=bf16", ConfigError, "trainer.precision=bf16 needs a CUDA device"),
+        ("optimizer.lr=1", ConfigError, "optimizer.lr=1 would be ignored: the page shows the run"),
+        (
+            "max_images=0 data.root=x",
+            ConfigError,
+            "x would be ignored: max_images=0 uses no images",
+        ),
+    ],
+)
+def test_an_option_that_is_wrong_for_the_run_or_ignored_is_refused(tmp_path, given, error, line):
+    overrides = make_trained_run(tmp_path) + given.format(dir=tmp_path).split() + ["device=cpu"]
+    with pytest.raises(error, match=line.format(dir=tmp_path)):
+        main(compose("report", without_data_options(overrides)), overrides)
+    assert not (tmp_path / "x/report.html").exists()
+
+
+def test_a_wrong_device_is_one_line(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "alexnet_ddp.report",
+        *make_trained_run(tmp_path),
+        "device=cuda",
+    ]
+    env = ENV | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (64, "", 1)
+    assert "use device=cpu" in done.stderr
+    assert not (tmp_path / "x/report.html").exists()
+
+
+def test_images_of_the_run_that_are_gone_are_a_reason_on_the_page(tmp_path):
+    overrides = [*make_trained_run(tmp_path), "device=cpu"]
+    main(compose("report", overrides), overrides)
+    html = (tmp_path / "x/report.html").read_text()
+    assert f"Not computed: data.root ({tmp_path}/none)" in html
+
+
+def test_damaged_files_that_only_add_facts_are_left_out(tmp_path):
+    run = make_run(tmp_path / "x", [train_row(10, 10), val_row(10, 12, 50)]).directory
+    checkpoint = run / "checkpoints/step-00000010"
+    checkpoint.mkdir(parents=True)
+    state = {"numerics": [1], "classes": [1], "images_per_class": 7}
+    write_json(checkpoint / "state.json", state)
+    write_json(run / "classes.json", {"ids": 1, "names": 2})
+    start = {"time": "2024-01-01T00:00:00+00:00"}
+    write_json(run / "run.json", {"overrides": [], "starts": [start]})
+    lines = ["3", "[]", '{"step": 1}', '{"step": null, "time": 1, "event": "save"}', "[" * 5000]
+    (run / "events.jsonl").write_text(
+        '{"step": 1, "time": 5, "event": "save"}\n' + "\n".join(lines)
+    )
+    (run / "quarantine.jsonl").write_text("\n".join(lines))
+    (run / "rank_times.json").write_text('{"seconds": [3]}')
+    main(options(tmp_path, "run.name=x", "max_images=0"), ["run.name=x", f"run.root={tmp_path}"])
+    assert ">complete</span>" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize("metric", ["epoch", "val/num_images", "val/correct1", "val/loss"])
+@pytest.mark.parametrize("value", [None, "x", [1]])
+def test_a_damaged_evaluation_is_one_line(tmp_path, metric, value):
+    make_run(tmp_path / "x", [val_row(10, 12, 50) | {metric: value}])
+    with pytest.raises(
+        ConfigError, match=rf"^{tmp_path}/x/metrics.jsonl cannot be read \(.*{metric}"
+    ):
+        main(
+            options(tmp_path, "run.name=x", "max_images=0"), ["run.name=x", f"run.root={tmp_path}"]
+        )
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{"world_size": "2"}, {"git": 3}, {"command": "python"}, {"peak_tflops": "x"}, {"starts": [3]}],
+    ids=str,
+)
+def test_a_fact_of_a_wrong_type_is_one_line(tmp_path, facts):
+    make_run(tmp_path / "x")
+    write_json(tmp_path / "x/run.json", {"overrides": []} | facts)
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/x/run.json cannot be read \("):
+        main(
+            options(tmp_path, "run.name=x", "max_images=0"), ["run.name=x", f"run.root={tmp_path}"]
+        )
 
 
 def test_unknown_runs_and_options_that_contradict_are_refused(tmp_path):

@@ -1,5 +1,6 @@
 """The page of a sweep: its table, the result against each swept option, the curves of all trials."""
 
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -74,6 +75,32 @@ def test_a_sweep_has_a_page_with_all_its_trials_and_the_command_of_the_best(tmp_
     for wrong in ("max_images=0", "compare=[a]"):
         with pytest.raises(ConfigError, match=r"would be ignored: s is a sweep, .*; leave it out"):
             main(*options(tmp_path / "s", wrong))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        (("searches",), [], "AttributeError"),
+        (("searches",), {}, "it names no metric"),
+        (("trials",), 3, "TypeError"),
+        (("trials", 0, "hours"), "long", "ValueError"),
+        (("trials", 0, "hours"), [1], "TypeError"),
+        (("trials", 0, "exit_code"), "x", "ValueError"),
+        (("trials", 0, "number"), float("inf"), "OverflowError"),
+        (("trials", 0, "values"), {"seed": "1"}, "its trials have values of different options"),
+    ],
+)
+def test_a_damaged_record_of_a_sweep_is_one_line(tmp_path, path, value, reason):
+    make_sweep(tmp_path / "s")
+    file = tmp_path / "s/sweep.json"
+    content = json.loads(file.read_text())
+    inner = content
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=rf"^{file} cannot be read \(.*{reason}"):
+        main(*options(tmp_path / "s"))
 
 
 def test_each_swept_option_has_a_chart_of_the_results(tmp_path):

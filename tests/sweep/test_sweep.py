@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -391,6 +392,7 @@ def test_a_promoted_trial_has_the_weights_of_one_that_was_trained_alone(runner):
     with runner.started("grow", *common, *given, "sweep.promote=true", NPROC="2") as grow:
         assert grow.wait(240) == 0, grow.said()
         assert "trial 000 saves, to continue with 2 of 2 shares of the devices" in grow.said()
+        assert re.search(r"^trial 000: val/loss [\d.]+ after step \d+$", grow.said(), re.MULTILINE)
     trial = RunRecord(runner.folder / "grow/000", "000")
     assert len(trial.starts) == 2
     alone = [*runner.overrides("", *common)[1:], "optimizer.lr=0.05", "run.name=alone"]

@@ -215,6 +215,30 @@ def test_tensorboard_shows_each_step_once_after_a_restart(tmp_path):
     first.close(0)
 
 
+def test_tensorboards_table_shows_the_best_results_of_all_starts(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    def evaluated(start_step, *rows):
+        log = tracker(tmp_path, start_step=start_step, tensorboard=True)
+        for step, top1, loss in rows:
+            log.log(step, 0.0, {"val/top1": top1, "val/loss": loss})
+        log.close(0)
+
+    evaluated(0, (10, 50.0, 1.5), (20, 70.0, 1.2), (30, 90.0, 1.0))
+    time.sleep(1.1)  # event files are ordered by the second in their name
+    evaluated(20, (30, 60.0, 1.1), (40, 65.0, float("nan")))  # repeats step 30 with another result
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    content = events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    shown = [one.name.tag for one in HParamsPluginData.FromString(content).experiment.metric_infos]
+    assert shown == ["best/val/top1", "best/val/loss", "train/loss"]
+    best = [[(one.step, one.value) for one in events.Scalars(name)] for name in shown[:2]]
+    assert best[0] == [(10, 50.0), (20, 70.0), (30, 70.0), (40, 70.0)]
+    assert best[1] == [
+        (k, pytest.approx(v)) for k, v in ((10, 1.5), (20, 1.2), (30, 1.1), (40, 1.1))
+    ]
+
+
 @pytest.mark.parametrize(("num_classes", "side"), [(5, 40), (300, 900), (1000, 1000)])
 def test_tensorboards_confusion_matrix_is_at_most_1000_pixels_wide(tmp_path, num_classes, side):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

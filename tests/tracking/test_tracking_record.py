@@ -11,7 +11,8 @@ import pytest
 
 from alexnet_ddp.runtime.errors import DataError
 from alexnet_ddp.runtime.files import write_json
-from alexnet_ddp.tracking import read_classes, record_run, write_status
+from alexnet_ddp.runtime.run_record import read_classes
+from alexnet_ddp.tracking import record_run, write_status
 from alexnet_ddp.tracking.record import _git
 from tests.tracking.test_tracking import start_program
 
@@ -77,6 +78,10 @@ def test_each_start_of_a_run_is_recorded_and_a_damaged_record_is_replaced(tmp_pa
         ] == [40]
     assert "is replaced" in caplog.text
     assert read_classes(tmp_path) == CLASSES
+    for torn in ("[]", "3", '{"ids": ["a"]}', '{"ids": ["a"], "names": "a"}', "[" * 5000):
+        (tmp_path / "classes.json").write_text(torn)
+        with pytest.raises(DataError, match=r"classes.json cannot be read .*; start the training"):
+            read_classes(tmp_path)
     (tmp_path / "classes.json").unlink()
     with pytest.raises(
         DataError, match=r"classes.json cannot be read .*; start the training once more"

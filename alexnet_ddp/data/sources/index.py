@@ -172,6 +172,18 @@ def index_classes(top: Path, order: ClassOrder = BY_NAME) -> SampleIndex:
     return _index(Path(os.path.abspath(top)), order, needs_all=True)
 
 
+def is_one_class(folder: Path) -> bool:
+    """Whether a folder contains images and no folders, as that of one class does."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [(entry.name, _is_folder(entry)) for entry in entries]
+    except OSError:
+        return False
+    visible, ignored = [one for one in found if not one[0].startswith(".")], scan.Ignored()
+    has_folders = any(is_folder for _, is_folder in visible)
+    return not has_folders and any(ignored.accepts(name, str(folder)) for name, _ in visible)
+
+
 def _index(top: Path, order: ClassOrder, needs_all: bool) -> SampleIndex:
     """needs_all: a class without images is an error."""
 
@@ -295,6 +307,9 @@ def _class_names(top: str, stamps: scan.Stamps, ignored: scan.Ignored) -> list[s
     if not classes:
         lies = f"{len(stray):,} images but no class folders" if stray else "no class folders"
         remedy = f"move the images into {top}/CLASS/"
+        if stray and os.path.basename(top) not in ("train", "val"):
+            above = os.path.dirname(top)
+            remedy = f"if it is one class, give the folder above it ({above}); otherwise {remedy}"
         if stray and stray[0].startswith("ILSVRC2012_val_"):
             remedy = (
                 "keep ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz: "

@@ -33,6 +33,7 @@ from alexnet_ddp.data.sources.index import (
     check_same_classes,
     index_classes,
     index_folder,
+    is_one_class,
 )
 from alexnet_ddp.data.sources.scan import listed
 from alexnet_ddp.data.sources.shards import open_shards
@@ -145,16 +146,23 @@ def _open_folder(root: Path, order: ClassOrder) -> tuple[SampleIndex, SampleInde
     return index_folder(root, "train", order), index_folder(root, "val", order)
 
 
+def _without_splits(root: Path) -> str:
+    """The message for a folder with neither train nor val."""
+    divide = "give data.val_fraction=0.15 to divide CLASS/*"
+    if is_one_class(root):
+        remedy = f"if it is one class, give the folder above it ({root.absolute().parent})"
+        return f"data.root ({root}) contains images and no class folders; {remedy}, and {divide}"
+    remedy = f"arrange the images as train/CLASS/* and val/CLASS/*, or {divide}"
+    return f"data.root ({root}) contains neither train nor val; {remedy}"
+
+
 def _open_own(cfg: FolderConfig, order: ClassOrder) -> tuple[SampleIndex, SampleIndex]:
     """The two sets of a folder with train and val, or of one that is divided."""
     root, fold = Path(cfg.root), cfg.fold_of
     sides = [name for name in ("train", "val") if (root / name).is_dir()]
     if cfg.val_fraction is None and fold is None:
         if root.is_dir() and not sides and not (root / "index.json").exists():
-            raise DataError(
-                f"data.root ({root}) contains neither train nor val; arrange the images as "
-                "train/CLASS/* and val/CLASS/*, or give data.val_fraction=0.15 to divide CLASS/*"
-            )
+            raise DataError(_without_splits(root))
         return _open_folder(root, order)
     option = "data.val_fraction" if fold is None else "data.fold"
     if "val" in sides:
@@ -176,7 +184,7 @@ def colour_basis(root: Storage) -> tuple[np.ndarray, np.ndarray] | None:
     try:
         found = json.loads(root.read("train.stats.json"))
         return np.array(found["eigenvalues"]), np.array(found["eigenvectors"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning(
             "%s cannot be read (%s): colour noise uses ImageNet's components",
             root.path("train.stats.json"),

@@ -113,6 +113,13 @@ def test_a_layout_that_cannot_be_divided_is_refused_with_a_remedy(tmp_path):
         DataError, match=r"contains neither train nor val; .* data.val_fraction=0.15"
     ):
         opened(root)
+    above = rf"if it is one class, give the folder above it \({root}\)"
+    with pytest.raises(
+        DataError, match=rf"contains images and no .*; {above}, and give data.val_frac"
+    ):
+        opened(root / "a")
+    with pytest.raises(DataError, match=rf"holds 3 images but no .*; {above}; otherwise move the"):
+        opened(root / "a", "data.val_fraction=0.5")
     (root / "empty").mkdir()
     with pytest.raises(DataError, match="holds no images of empty"):
         opened(root, "data.val_fraction=0.5")
