@@ -4,7 +4,8 @@
         [--repetitions N] [--quick]
 
 DIR contains JPEG files; without it, synthetic photographs are created. It takes ten minutes on two
-cores. Peers that are not installed are skipped: pip install 'alexnet-ddp[bench]'.
+cores. Peers that are not installed are skipped: pip install -e '.[bench,bench-streaming,plot]' in an
+environment of its own installs them.
 
 P5   the original files
 P6   the same images, packed, with a shorter side of 256

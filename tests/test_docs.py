@@ -287,12 +287,13 @@ def test_options_of_programs_exist(page):
         parts = words(line)
         if parts[:1] == ["sudo"]:
             parts = parts[1:]
+        parts[:1] = [word.removeprefix(".venv-bench/bin/") for word in parts[:1]]
         if len(parts) > 1 and parts[0] == "python" and parts[1].startswith("benchmarks/"):
             source = (ROOT / parts[1]).read_text()
             for option in (word for word in parts[2:] if word.startswith("--")):
                 assert f'"{option.partition("=")[0]}"' in source, line
         if parts[:2] == ["pip", "install"]:
-            for wanted in re.findall(r"\[([\w,]+)\]", line):
+            for wanted in re.findall(r"\[([\w,-]+)\]", line):
                 assert set(wanted.split(",")) <= set(extras), line
         if parts[:3] == ["python", "-m", "pytest"]:
             for word in parts:

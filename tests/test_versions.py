@@ -8,6 +8,7 @@ from pathlib import Path
 import hydra
 import pytest
 import torch.distributed as dist
+from packaging.requirements import Requirement
 
 from alexnet_ddp.cli import compose
 from alexnet_ddp.parallel import group
@@ -33,6 +34,17 @@ def test_the_malicious_versions_of_lightning_are_excluded():
     ]
     lowest = re.search(r">=([\d.]+)", lightning)[1]
     assert tuple(map(int, lowest.split("."))) >= (2, 6, 4)
+
+
+def test_a_peer_that_needs_older_libraries_is_refused_beside_dev_at_once():
+    """mosaicml-streaming needs transformers<5, hence huggingface_hub<1: pip searched for minutes, or downgraded."""
+    assert not [peer for peer in EXTRAS["bench"] if peer.startswith("mosaicml")]
+    theirs, ours, same = (
+        next(Requirement(line).specifier for line in EXTRAS[extra] if "huggingface_hub" in line)
+        for extra in ("bench-streaming", "dev", "hub")
+    )
+    assert ours == same
+    assert not list((theirs & ours).filter(f"{n}.{m}" for n in range(6) for m in range(100)))
 
 
 @pytest.mark.skipif(

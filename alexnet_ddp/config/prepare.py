@@ -117,6 +117,14 @@ class PrepareConfig(Options):
     root: str = option(MISSING, "The directory or fsspec URL of the shards.")
     other: str | None = option(None, "action=diff: the shards to compare with.")
     split: Split = option(Split.all, "The splits to pack.")
+    val_fraction: float | None = option(
+        None,
+        "Divide a source without val, or with class folders only: the share of the images that is "
+        "packed as val. Training on the folder with the same fraction has the same val images.",
+        null="the source is divided already",
+        above=0,
+        below=1,
+    )
     class_order: str = option(
         "name",
         "Order of the class names that gives their labels: name (alphabetical), numeric, or a "
@@ -210,6 +218,9 @@ class PrepareConfig(Options):
         elif self.class_order != "name":
             rule = f"is not read by action={self.action.value}: finished shards hold their labels"
             raise ConfigError(f"class_order ({self.class_order}) {rule}; leave it out")
+        elif self.val_fraction is not None:
+            rule = f"is only read by action=prepare, this is {self.action.value}"
+            raise ConfigError(f"val_fraction ({self.val_fraction}) {rule}; leave it out")
         if self.output is not None and not self.output.endswith(".png"):
             raise ConfigError(f"output ({self.output}) must end with .png: it is a picture")
         if self.action is Action.diff and self.other is None:
@@ -234,3 +245,7 @@ class PrepareConfig(Options):
         if self.source is None:
             remedy = "give the directory or URL of the images: source=..."
             raise ConfigError(f"source is required; {remedy}")
+        if self.val_fraction is not None and self.split is not Split.all:
+            # Otherwise train and val of two divisions could have images in common.
+            rule = f"packs train and val together, but split is {self.split.value}"
+            raise ConfigError(f"val_fraction ({self.val_fraction}) {rule}; leave split out")

@@ -36,7 +36,7 @@ from alexnet_ddp.prepare.commit import (
 )
 from alexnet_ddp.prepare.engine import Engine, local_engine, with_progress
 from alexnet_ddp.prepare.plan import Plan, ShardTask, make_plan
-from alexnet_ddp.prepare.sources import open_source, splits_of
+from alexnet_ddp.prepare.sources import Source, divided_source, open_source, splits_of
 from alexnet_ddp.prepare.tables import COPIES
 from alexnet_ddp.prepare.write import is_intact, read_quarantine, read_sidecar, write_shard
 from alexnet_ddp.runtime.errors import DataError, MachineError, Preempted
@@ -71,9 +71,7 @@ def prepare(cfg: PrepareConfig) -> None:
     root, source = absolute(cfg.root), cfg.source
     assert source is not None  # action=prepare requires it
     check_places(absolute(source), root, cfg.engine)
-    order = read_order(cfg.class_order)
-    splits = [cfg.split.value] if cfg.split is not Split.all else _splits_of(source)
-    sources = {split: open_source(source, split, order, root) for split in splits}
+    sources = _sources(cfg, source, root)
     plans = [make_plan(cfg, root, split, found) for split, found in sources.items()]
     check_classes(plans, read_index(Storage(root)))
     warn_about_names(cfg, plans[0].source.classes)
@@ -89,9 +87,21 @@ def prepare(cfg: PrepareConfig) -> None:
         return
     engine = _engine(cfg)
     with locked(Storage(root)):
+        if cfg.val_fraction is not None:  # parts of two divisions have images in common
+            for plan in plans:
+                _forget_others(Storage(root), plan)
         for plan, tasks in work:
             _pack(plan, tasks, cfg, engine)
     report.summary(root)
+
+
+def _sources(cfg: PrepareConfig, source: str, root: str) -> dict[str, Source]:
+    """Return the images of each split to pack."""
+    order = read_order(cfg.class_order)
+    if cfg.val_fraction is not None:
+        return divided_source(source, cfg.val_fraction, order, root)
+    splits = [cfg.split.value] if cfg.split is not Split.all else _splits_of(source)
+    return {split: open_source(source, split, order, root) for split in splits}
 
 
 def _pack(plan: Plan, tasks: list[ShardTask], cfg: PrepareConfig, engine: Engine) -> None:
@@ -164,11 +174,13 @@ def _splits_of(source: str) -> list[str]:
     there = splits_of(source)
     if len(there) == 1:
         other = "val" if there == ["train"] else "train"
+        remedy = "; val_fraction=0.15 divides it" if other == "val" else ""
         log.warning(
-            "%s contains no %s images: only %s is packed; training needs both",
+            "%s contains no %s images: only %s is packed; training needs both%s",
             source,
             other,
             there[0],
+            remedy,
         )
     return there
 

@@ -8,9 +8,10 @@ import hashlib
 import io
 import logging
 import os
+import posixpath
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +19,9 @@ import numpy as np
 
 from alexnet_ddp.data.sources import imagenet, scan
 from alexnet_ddp.data.sources.classes import BY_NAME, ClassOrder
-from alexnet_ddp.data.sources.index import FileStore, index_folder
+from alexnet_ddp.data.sources.index import FileStore, index_classes, index_folder
 from alexnet_ddp.data.sources.shard_index import INDEX, check_file, check_split, read_index
+from alexnet_ddp.data.sources.split import choose_val
 from alexnet_ddp.data.sources.tars import ArchiveStore, Member, tar_members
 from alexnet_ddp.data.storage import Storage, absolute
 from alexnet_ddp.prepare.tables import copies_of, copy_images, read_table, table_files
@@ -50,21 +52,62 @@ class Source:
     def __len__(self) -> int:
         return len(self.names)
 
+    def take(self, rows: np.ndarray) -> "Source":
+        """Return the images at the positions `rows`, of the same files and classes."""
+        return replace(
+            self,
+            labels=self.labels[rows],
+            names=[self.names[i] for i in rows.tolist()],
+            file_of=self.file_of[rows],
+            offsets=self.offsets[rows],
+            sizes=self.sizes[rows],
+        )
+
 
 def splits_of(root: str) -> list[str]:
     """Return the splits of `root`. Raises DataError if it has none, or does not exist."""
-    storage = Storage(absolute(root))
-    if not storage.exists():
-        raise DataError(
-            f"source ({root}) does not exist; give the directory or the URL of the images"
-        )
+    storage = _existing(root)
     found = [split for split in ("train", "val") if _kind(storage, split)]
     if not found:
         rule = (
             f"{imagenet.TRAIN}, train/CLASS/*, train-*.tar in WebDataset layout, or train-*.parquet"
         )
-        raise DataError(f"source ({root}) contains no images to pack; it must have {rule}")
+        remedy = "val_fraction=0.15 divides CLASS/*"
+        raise DataError(
+            f"source ({root}) contains no images to pack; it must have {rule}; {remedy}"
+        )
     return found
+
+
+def _existing(root: str) -> Storage:
+    storage = Storage(absolute(root))
+    if not storage.exists():
+        raise DataError(
+            f"source ({root}) does not exist; give the directory or the URL of the images"
+        )
+    return storage
+
+
+def divided_source(
+    root: str, val_fraction: float, order: ClassOrder, shards: str
+) -> dict[str, Source]:
+    """Divide the images of `root`, which has train or CLASS/*, as data.val_fraction does.
+
+    Raises DataError, also if `root` has val; ConfigError if `order` would be ignored.
+    """
+    storage, given = _existing(root), f"val_fraction ({val_fraction})"
+    if _kind(storage, "val"):
+        raise DataError(f"source ({root}) contains val, so {given} divides nothing; leave it out")
+    if _kind(storage, "train"):
+        whole = open_source(root, "train", order, shards)
+    elif absolute(shards).startswith(storage.root.rstrip("/") + "/"):
+        rule = f"would be a class of source ({root}) when it is read again"
+        raise ConfigError(f"root ({shards}) {rule}; give a directory outside of it")
+    else:
+        whole = _class_folders(storage, "", order)
+    is_val = choose_val(whole.names, whole.labels, val_fraction, None, given)
+    parts = {"train": np.flatnonzero(~is_val), "val": np.flatnonzero(is_val)}
+    return {split: whole.take(rows) for split, rows in parts.items()}
 
 
 def open_source(
@@ -79,11 +122,7 @@ def open_source(
     if kind == "archive":
         return _archive(Path(storage.root), split, order)
     if kind == "folder":
-        return (
-            _folder(storage, split, order)
-            if storage.is_local
-            else _remote_folder(storage, split, order)
-        )
+        return _class_folders(storage, split, order)
     if kind == "tables":
         assert shards is not None  # of a preparation
         return _tables(storage, split, order, Storage(absolute(shards)))
@@ -140,8 +179,12 @@ def _archive(root: Path, split: str, order: ClassOrder) -> Source:
     )
 
 
-def _folder(storage: Storage, split: str, order: ClassOrder) -> Source:
-    index = index_folder(Path(storage.root), split, order)
+def _class_folders(storage: Storage, split: str, order: ClassOrder) -> Source:
+    """The images of split/CLASS/*, or of CLASS/* if `split` is empty."""
+    if not storage.is_local:
+        return _remote_folder(storage, split, order)
+    top = Path(storage.root)
+    index = index_folder(top, split, order) if split else index_classes(top, order)
     store = index.store
     assert isinstance(store, FileStore)
     paths = [store.path(i) for i in range(len(index))]
@@ -157,7 +200,8 @@ def _remote_folder(storage: Storage, split: str, order: ClassOrder) -> Source:
         log.warning(note)
     if not paths:
         raise DataError(
-            f"{storage.path(split)} contains no CLASS/* images; lay them out as {split}/CLASS/*"
+            f"{storage.path(split)} contains no CLASS/* images; "
+            f"lay them out as {posixpath.join(split, 'CLASS/*')}"
         )
     of = [path.split("/", 1)[0] for path in paths]
     classes = order.arrange(list(set(of)), storage.path(split))
@@ -178,11 +222,11 @@ def _remote_folder(storage: Storage, split: str, order: ClassOrder) -> Source:
 def _is_image(path: str, split: str, ignored: scan.Ignored) -> bool:
     *folders, name = path.split("/")
     if any(folder.startswith(".") for folder in folders):
-        ignored.add("hidden", f"{split}/{path}")
-    elif ignored.accepts(name, "/".join((split, *folders))):
+        ignored.add("hidden", posixpath.join(split, path))
+    elif ignored.accepts(name, posixpath.join(split, *folders)):
         if folders:
             return True
-        ignored.add("outside of the class folders", f"{split}/{path}")
+        ignored.add("outside of the class folders", posixpath.join(split, path))
     return False
 
 
@@ -195,7 +239,7 @@ def _of_files(
     sizes: np.ndarray,
 ) -> Source:
     n = len(paths)
-    whole, files = np.full(n, WHOLE, np.int64), [f"{split}/{path}" for path in paths]
+    whole, files = np.full(n, WHOLE, np.int64), [posixpath.join(split, path) for path in paths]
     return Source(
         root, classes, classes, labels, paths, files, np.arange(n, dtype=np.int32), whole, sizes
     )

@@ -189,8 +189,10 @@ def open_shards(cfg: ShardsConfig) -> tuple[SampleIndex, SampleIndex, list[str]]
         )
     missing = sorted({"train", "val"} - index.splits.keys())
     if missing:
+        remedy = ", or divide the images with val_fraction=0.15" if missing == ["val"] else ""
         raise DataError(
-            f"data.root ({cfg.root}) has no {missing[0]} shards; prepare them: split={missing[0]}"
+            f"data.root ({cfg.root}) has no {missing[0]} shards; "
+            f"prepare them: split={missing[0]}{remedy}"
         )
     cache = _cache(cfg, storage, index)
     train, val = (open_split(storage, index, split, cache) for split in ("train", "val"))

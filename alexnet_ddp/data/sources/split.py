@@ -6,6 +6,7 @@ the path of the data.
 
 import hashlib
 import os
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NoReturn
 
@@ -30,26 +31,41 @@ def split_images(
     Raises DataError if no image is in the validation set.
     """
     paths = [store.path(i) for i in range(len(index))]
-    hashes = np.array([_hash(path) for path in paths], np.uint64)
-    is_val = np.zeros(len(index), bool)
-    starts = np.searchsorted(index.labels, np.arange(len(index.classes) + 1))
+    given = (
+        f"data.val_fraction ({val_fraction})" if fold is None else "data.fold ({}/{})".format(*fold)
+    )
+    return divide(index, store, choose_val(paths, index.labels, val_fraction, fold, given))
+
+
+def choose_val(
+    names: Sequence[str],
+    labels: np.ndarray,
+    val_fraction: float | None,
+    fold: tuple[int, int] | None,
+    given: str,
+) -> np.ndarray:
+    """Return bool [N]: whether split_images puts an image into the validation set.
+
+    names: CLASS/FILE of each image. labels: int32 [N], ascending. given: the option and its value,
+    for messages.
+    Raises DataError if no image is in the validation set.
+    """
+    hashes = np.array([_hash(name) for name in names], np.uint64)
+    is_val = np.zeros(len(names), bool)
+    starts = np.cumsum([0, *np.bincount(labels)])
     for start, end in pairwise(starts):
         if end - start >= 2:
             of_class = slice(start, end)
             is_val[of_class] = (
                 _part(hashes[of_class], *fold) if fold else _below(hashes[of_class], val_fraction)
             )
-
     if not is_val.any():
-        _refuse(int(np.diff(starts).max()), val_fraction, fold)
-    return divide(index, store, is_val)
+        _refuse(given, int(np.diff(starts).max(initial=0)), fold)
+    return is_val
 
 
-def _refuse(largest: int, val_fraction: float | None, fold: tuple[int, int] | None) -> NoReturn:
+def _refuse(given: str, largest: int, fold: tuple[int, int] | None) -> NoReturn:
     """Raise DataError: no image is in the validation set. largest: images of the largest class."""
-    given = (
-        f"data.val_fraction ({val_fraction})" if fold is None else "data.fold ({}/{})".format(*fold)
-    )
     if largest < 2:
         rule = (
             "needs a class of two images or more, because the only image of a class is trained on"
