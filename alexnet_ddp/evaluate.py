@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from alexnet_ddp import cli
 from alexnet_ddp.checkpoint.format import find_step, weights_of_run
 from alexnet_ddp.config import Config, ConfigError, Head
-from alexnet_ddp.config.evaluate import EvaluateConfig
+from alexnet_ddp.config.evaluate import EvaluateConfig, refuse_ignored_data
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_batches
 from alexnet_ddp.data.sources.index import SampleIndex
@@ -93,6 +93,7 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
     are evaluation_images.json and evaluation_images_classes.csv. Raises ConfigError, DataError,
     Diverged or, after a stop signal, Preempted.
     """
+    refuse_ignored_data(options, overrides)
     cfg: Config = options
     file = cfg.model.weights
     if file is None:
@@ -237,9 +238,9 @@ def _finish(found: Found, data: ImageSets, options: EvaluateConfig, run_dir: Pat
     if run_dir is not None:
         write_json(run_dir / f"{stem}.json", record)
     if options.predictions is not None and found.scores is not None:
-        _write_predictions(
-            options.predictions, found.scores, found.bad, data.val, names, options.top_k
-        )
+        candidates = len(np.unique(data.val.labels)) if options.only_present else len(names)
+        top_k = min(options.top_k, candidates)
+        _write_predictions(options.predictions, found.scores, found.bad, data.val, names, top_k)
     of_run = {} if run_dir is None else {"run": run_dir.name}
     _report(found.evaluation, data.class_names, of_run | found.origin)
     for line in lines:
@@ -274,9 +275,12 @@ def _write_predictions(
     names: list[str],
     top_k: int,
 ) -> None:
-    """Write a row for each image of `images`, in their order. Raises ConfigError."""
+    """Write a row for each image of `images`, in their order. Raises ConfigError.
+
+    top_k: at most the number of classes.
+    """
     columns: dict[str, str | int] = {"image": TEXT, "label": TEXT}
-    for k in range(1, min(top_k, len(names)) + 1):
+    for k in range(1, top_k + 1):
         columns |= {f"class_{k}": TEXT, f"probability_{k}": NUMBER}
     columns |= {"loss": NUMBER, "error": TEXT}
     reasons, rows = {one.index: one.reason for one in bad}, image_rows(scores, names, top_k)

@@ -1,11 +1,18 @@
 """Options of `alexnet-ddp evaluate`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+from alexnet_ddp.config.data import InputConfig
 from alexnet_ddp.config.option import check_suffix, option, shown
 from alexnet_ddp.config.run import Config
 from alexnet_ddp.runtime.errors import ConfigError
+
+# The options of data that images=DIR uses. The others choose among the images of a data set.
+_USED_WITH_IMAGES = {f"data.{one.name}" for one in fields(InputConfig)} | {
+    "data.num_threads",
+    "data.on_bad_image",
+}
 
 
 @dataclass(kw_only=True)
@@ -154,3 +161,29 @@ class EvaluateConfig(AveragingConfig):
         if self.calibrate:
             rule = "fits the probabilities to the validation images of the run"
             raise ConfigError(f"calibrate=true {rule}; leave images out")
+
+
+def ignored_with_images(overrides: list[str]) -> list[str]:
+    """The overrides of data that images=DIR ignores, also the choice of a data set."""
+    keys = {override: override.partition("=")[0].lstrip("+") for override in overrides}
+    return [
+        override
+        for override, key in keys.items()
+        if key == "data" or (key.startswith("data.") and key not in _USED_WITH_IMAGES)
+    ]
+
+
+def refuse_ignored_data(options: EvaluateConfig, overrides: list[str]) -> None:
+    """Raise ConfigError for an option of data, given in `overrides`, that images ignores.
+
+    With average, BatchNorm may need the training images, which these options choose.
+    """
+    if options.images is None:
+        return
+    ignored = ignored_with_images(overrides)
+    if options.average is not None:
+        ignored = [one for one in ignored if one.lstrip("+").startswith("data.limit_val=")]
+    for override in ignored:
+        key, _, value = override.lstrip("+").partition("=")
+        rule = f"would be ignored: all images in images ({options.images}) are evaluated"
+        raise ConfigError(f"{key} ({shown(value)}) {rule}; leave {key} or images out")
