@@ -2,6 +2,7 @@
 
 python -m alexnet_ddp.evaluate run.name=X [data.root=DIR] [metrics=true] [calibrate=true]
 python -m alexnet_ddp.evaluate model=alexnet model.weights=FILE data=imagenet data.root=DIR
+python -m alexnet_ddp.evaluate model=alexnet model.weights=IMAGENET1K_V1 images=DIR
 """
 
 if __name__ == "__main__":  # torch, below, is imported after the configuration is valid
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from alexnet_ddp import cli
 from alexnet_ddp.checkpoint.format import find_step, weights_of_run
-from alexnet_ddp.config import Config, ConfigError, Head
+from alexnet_ddp.config import Config
 from alexnet_ddp.config.evaluate import EvaluateConfig, refuse_ignored_data
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_batches
@@ -76,8 +77,9 @@ from alexnet_ddp.training.class_metrics import (
     unique_names,
 )
 from alexnet_ddp.training.evaluation import Evaluation, evaluate
+from alexnet_ddp.training.named_weights import read_weights
 from alexnet_ddp.training.precision import check_precision
-from alexnet_ddp.training.trained import read_trained
+from alexnet_ddp.training.trained import Trained, read_trained
 
 log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
 
@@ -104,9 +106,15 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
     with distributed.session(cfg.device, cfg.trainer.tf32) as world:
         distributed.from_main(lambda: _check_libraries(options), world)
         check_precision(cfg.trainer.precision, world)
-        data = _open_data(options, cfg, world)
+        named = None
+        if file is not None and options.images is not None:
+            named = read_weights(cfg, options.classes, world)
+        data = _open_data(options, cfg, named, world)
         cfg = replace(cfg, data=data.normalised(cfg.data))
-        model, origin, directory = _open_network(cfg, file, options, data, world)
+        if named is None:
+            model, origin, directory = _open_network(cfg, file, options, data, world)
+        else:
+            model, origin, directory = named.model, named.origin, None
         origin |= _chosen(options)
         if options.only_present:
             model = PresentClasses(model, data.val.labels, len(data.val.classes))
@@ -122,16 +130,25 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
             _calibrate(found.scores, cfg.run_dir, directory, world)
 
 
-def _open_data(options: EvaluateConfig, cfg: Config, world: World) -> ImageSets:
-    """Collective. The images to evaluate on: those of `images`, else those of `data`."""
-    if options.model.weights is not None:
+def _open_data(
+    options: EvaluateConfig, cfg: Config, named: Trained | None, world: World
+) -> ImageSets:
+    """Collective. The images to evaluate on: those of `images`, else those of `data`.
+
+    named: the network of model.weights, if it is given with images.
+    """
+    if named is not None:
+        ids, names = named.ids, named.names
+    elif options.model.weights is not None:
         return distributed.first_on_node(lambda: open_data(cfg.data), world)
-    known = distributed.on_all(lambda: read_classes(cfg.run_dir), world)
+    else:
+        known = distributed.on_all(lambda: read_classes(cfg.run_dir), world)
+        ids, names = known["ids"], known["names"]
     if options.images is None:
-        return distributed.first_on_node(lambda: open_data(cfg.data, trained=known["ids"]), world)
-    opened = partial(open_labelled, options.images, known["ids"], known["names"], options.class_map)
+        return distributed.first_on_node(lambda: open_data(cfg.data, trained=ids), world)
+    opened = partial(open_labelled, options.images, ids, names, options.class_map)
     val = distributed.first_on_node(opened, world)
-    return ImageSets(val, val, known["names"])
+    return ImageSets(val, val, names)
 
 
 def _chosen(options: EvaluateConfig) -> dict:
@@ -377,8 +394,6 @@ def _from_file(
 
     weights: the path of the file. known: its classes, if it is a run's. Raises ConfigError.
     """
-    if cfg.model.head is Head.new:
-        raise ConfigError("model.head=new would evaluate an untrained head; leave it auto")
     classes = data.val.classes
     model = build_model(without_weights(cfg.model), len(classes), cfg.data.image_size, cfg.seed)
     load_weights(model, Path(weights), classes, None, wanted_transform(cfg.model), known)

@@ -5,6 +5,7 @@ from typing import Any
 
 from alexnet_ddp.config.data import InputConfig
 from alexnet_ddp.config.option import check_suffix, option, shown
+from alexnet_ddp.config.recipe import Head
 from alexnet_ddp.config.run import Config
 from alexnet_ddp.runtime.errors import ConfigError
 
@@ -80,14 +81,20 @@ class EvaluateConfig(AveragingConfig):
     top_k: int = option(5, "Number of classes for each image in predictions.", minimum=1)
     images: str | None = option(
         None,
-        "A folder CLASS/* to evaluate the run on, in place of its validation images. Its classes "
-        "may be some of the run's.",
-        null="the validation images of the run",
+        "A folder CLASS/* to evaluate the run or the file of weights on, in place of its "
+        "validation images. Its classes may be some of those of the network.",
+        null="the validation images of the run, or of data",
+    )
+    classes: str | None = option(
+        None,
+        "With images and model.weights, the classes in the order of the outputs, as folders name "
+        "them: a text file with one name per line, or a .json list.",
+        null="those that the file of weights contains, or ImageNet's for published weights",
     )
     class_map: str | None = option(
         None,
         "With images, a JSON file {folder: class}. A class is an id (a folder name of the "
-        "training), a name or a label.",
+        "training, or a WordNet id for published weights), a name or a label.",
         null="the folders are named after ids or names, or all after labels",
     )
     only_present: bool = option(
@@ -115,6 +122,8 @@ class EvaluateConfig(AveragingConfig):
             if getattr(self, name) and self.model.weights is not None:
                 rule = "is stored with a run, and model.weights is a file"
                 raise ConfigError(f"{name}=true {rule}; give run.name in place of model.weights")
+        if self.model.weights is not None and self.model.head is Head.new:
+            raise ConfigError("model.head=new would evaluate an untrained head; leave it auto")
         self._check_views()
         self._check_average()
         self._check_images()
@@ -150,14 +159,14 @@ class EvaluateConfig(AveragingConfig):
     def _check_images(self) -> None:
         """Raise ConfigError for options that images would ignore, or that need it."""
         if self.images is None:
-            for name in ("class_map", "only_present"):
+            for name in ("class_map", "only_present", "classes"):
                 if getattr(self, name):
                     rule = f"{name} ({getattr(self, name)}) would be ignored without images"
                     raise ConfigError(f"{rule}; give images=DIR too")
             return
-        if self.model.weights is not None:
-            rule = f"images ({self.images}) needs the classes of a run, and model.weights is a file"
-            raise ConfigError(f"{rule}; give run.name, or evaluate the file with data.root")
+        if self.classes is not None and self.model.weights is None:
+            rule = f"classes ({self.classes}) would be ignored: a run knows its classes"
+            raise ConfigError(f"{rule}; leave it out, or give model.weights=FILE")
         if self.calibrate:
             rule = "fits the probabilities to the validation images of the run"
             raise ConfigError(f"calibrate=true {rule}; leave images out")

@@ -44,7 +44,7 @@ def open_labelled(
     # Numbers of other folders in class_map count too: all are labels, or all are ids or names.
     unknown = [one for one in dict.fromkeys([*wanted, *numbers]) if one not in known]
     if unknown:
-        rule = f"{folder} has folders of unknown classes: {listed(unknown)}"
+        rule = f"images ({folder}) has folders of unknown classes: {listed(unknown)}"
         remedy = f"the network knows {listed(ids)}; give class_map=FILE.json, {{folder: class}}"
         raise DataError(f"{rule}; {remedy}")
     labels = np.array([known[name] for name in wanted], np.int32)[found.labels]
