@@ -15,6 +15,7 @@ if __name__ == "__main__":  # torch, below, is imported after the configuration 
     cli.run("evaluate", "alexnet_ddp.evaluate:main", cli.without_data_options)
 
 import logging
+import os
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from alexnet_ddp import cli
 from alexnet_ddp.checkpoint.format import find_step, weights_of_run
-from alexnet_ddp.config import Config
+from alexnet_ddp.config import Config, ConfigError
 from alexnet_ddp.config.evaluate import EvaluateConfig, refuse_ignored_data
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_batches
@@ -90,10 +91,10 @@ _MAX_CONFUSIONS = 5  # printed pairs of classes
 def main(options: EvaluateConfig, overrides: list[str]) -> None:
     """Evaluate model.weights if it is given, else a checkpoint of run.name, or their mean.
 
-    A run's result is also written to its directory: evaluation.json, with metrics=true
-    evaluation_classes.csv, and with calibrate=true calibration.json. With images=DIR the first two
-    are evaluation_images.json and evaluation_images_classes.csv. Raises ConfigError, DataError,
-    Diverged or, after a stop signal, Preempted.
+    The result is also written to `output`, by default the directory of the run: evaluation.json,
+    and with metrics=true evaluation_classes.csv. With images=DIR these are evaluation_images.json
+    and evaluation_images_classes.csv. calibrate=true writes calibration.json to the run. Raises
+    ConfigError, DataError, Diverged or, after a stop signal, Preempted.
     """
     refuse_ignored_data(options, overrides)
     cfg: Config = options
@@ -104,7 +105,7 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
         opens_data = options.images is None or options.average is not None
         cfg = cli.config_of_run(cfg.run_dir, kept, opens_data=opens_data)
     with distributed.session(cfg.device, cfg.trainer.tf32) as world:
-        distributed.from_main(lambda: _check_libraries(options), world)
+        distributed.from_main(lambda: _check_files(options), world)
         check_precision(cfg.trainer.precision, world)
         named = None
         if file is not None and options.images is not None:
@@ -123,9 +124,10 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
         needs_outputs = options.calibrate or options.metrics or options.predictions is not None
         outputs = Outputs() if needs_outputs else None
         found = _evaluate(model, origin, data.val, cfg, outputs, world, views=views)
-        distributed.from_main(
-            lambda: _finish(found, data, options, cfg.run_dir if file is None else None), world
-        )
+        folder = None if file is not None else cfg.run_dir
+        if options.output is not None:
+            folder = Path(options.output)
+        distributed.from_main(lambda: _finish(found, data, options, folder), world)
         if options.calibrate and directory is not None:
             _calibrate(found.scores, cfg.run_dir, directory, world)
 
@@ -222,8 +224,12 @@ def _evaluate(
     return Found(result, origin, bad, None if outputs is None else outputs.gather(world))
 
 
-def _check_libraries(options: EvaluateConfig) -> None:
+def _check_files(options: EvaluateConfig) -> None:
     """Raise ConfigError if a file that is asked for cannot be written."""
+    if options.output is not None:
+        require_folder_of("output", options.output)
+        if os.path.lexists(options.output) and not os.path.isdir(options.output):
+            raise ConfigError(f"output ({options.output}) is not a folder; give the name of one")
     if options.metrics:
         require_sklearn()
     if options.predictions is not None:
@@ -231,37 +237,50 @@ def _check_libraries(options: EvaluateConfig) -> None:
         require_folder_of("predictions", options.predictions)
 
 
-def _finish(found: Found, data: ImageSets, options: EvaluateConfig, run_dir: Path | None) -> None:
+def _finish(found: Found, data: ImageSets, options: EvaluateConfig, folder: Path | None) -> None:
     """Write the files, then print the results: a reader of a pipe may have ended.
 
-    run_dir: of the run; None for a file of weights. Raises ConfigError, and Diverged if outputs
-    that are needed are not finite.
+    folder: for the files; None: nothing but the predictions is written. Raises ConfigError, and
+    Diverged if outputs that are needed are not finite.
     """
+    metrics = None
     if found.scores is not None:
         _require_finite(found.scores, found.origin, options)
+        metrics = class_metrics(found.scores) if options.metrics else None
     names = unique_names(data.class_names)
-    record, lines = _record(found, names), []
-    stem = "evaluation" if options.images is None else "evaluation_images"
-    classes_file = f"{stem}_classes.csv"
-    if options.metrics and found.scores is not None and run_dir is not None:
-        metrics = class_metrics(found.scores)
-        record |= {"metrics": metrics.summary, "confusions": confusions(metrics, names)}
-        lines = _metric_lines(metrics, names)
-        counts = found.evaluation.per_class
-        _write_classes(run_dir / classes_file, metrics, data.val.classes, names, counts)
-    elif run_dir is not None:
-        # It may be of another checkpoint than the new evaluation.json.
-        (run_dir / classes_file).unlink(missing_ok=True)
-    if run_dir is not None:
-        write_json(run_dir / f"{stem}.json", record)
+    if folder is not None:
+        stem = "evaluation" if options.images is None else "evaluation_images"
+        _write_evaluation(folder, stem, found, metrics, data.val.classes, names)
     if options.predictions is not None and found.scores is not None:
         candidates = len(np.unique(data.val.labels)) if options.only_present else len(names)
         top_k = min(options.top_k, candidates)
         _write_predictions(options.predictions, found.scores, found.bad, data.val, names, top_k)
-    of_run = {} if run_dir is None else {"run": run_dir.name}
+    of_run = {} if options.model.weights is not None else {"run": options.run_dir.name}
     _report(found.evaluation, data.class_names, of_run | found.origin)
-    for line in lines:
+    for line in [] if metrics is None else _metric_lines(metrics, names):
         say(line)
+
+
+def _write_evaluation(
+    folder: Path,
+    stem: str,
+    found: Found,
+    metrics: ClassMetrics | None,
+    ids: list[str],
+    names: list[str],
+) -> None:
+    """Write STEM.json and, with metrics, STEM_classes.csv to `folder`. Raises ConfigError.
+
+    ids, names: of the classes; the names are unique.
+    """
+    folder.mkdir(exist_ok=True)
+    record, table = _record(found, names), folder / f"{stem}_classes.csv"
+    if metrics is None:
+        table.unlink(missing_ok=True)  # it may be of another checkpoint than the new STEM.json
+    else:
+        record |= {"metrics": metrics.summary, "confusions": confusions(metrics, names)}
+        _write_classes(table, metrics, ids, names, found.evaluation.per_class)
+    write_json(folder / f"{stem}.json", record)
 
 
 def _require_finite(scores: Scores, origin: dict, options: EvaluateConfig) -> None:

@@ -269,3 +269,42 @@ def test_classes_of_a_run_cannot_be_given(evaluate):
     rule = "classes (c.txt) would be ignored: a run knows its classes"
     code, said = evaluate("run.name=a", "images=others", "classes=c.txt")
     assert (code, said) == (64, f"alexnet_ddp: {rule}; leave it out, or give model.weights=FILE\n")
+
+
+# --- output ------------------------------------------------------------------------------------
+
+
+def test_output_has_the_files_of_a_file_of_weights(evaluate, files):
+    given = [*SMALL, "model.weights=w.safetensors", "images=others", "metrics=true"]
+    before = sorted(files.rglob("*"))
+    code, printed = evaluate(*given)
+    assert code == 0, printed
+    assert "balanced accuracy" in printed
+    assert sorted(files.rglob("*")) == before
+    assert evaluate(*given, "output=found") == (0, printed)
+    written = json.loads((files / "found/evaluation_images.json").read_text())
+    assert written["weights"] == "w.safetensors"
+    assert f"F1 (macro) {written['metrics']['f1']['macro']:.4f}" in printed
+    table = rows_of("found/evaluation_images_classes.csv")
+    assert [(row["class"], row["num_images"]) for row in table] == [
+        (name, "4" if name in ("dog", "hen", "rat") else "0") for name in CLASSES
+    ]
+    assert evaluate(*given[:-1], "output=found")[0] == 0  # without metrics
+    assert [file.name for file in (files / "found").iterdir()] == ["evaluation_images.json"]
+    own = ["data=synthetic", "data.num_classes=6", "data.num_val=8"]
+    code, said = evaluate(*SMALL, *own, "model.weights=w.pt", "metrics=true", "output=found")
+    assert code == 0, said
+    names = {"evaluation.json", "evaluation_classes.csv", "evaluation_images.json"}
+    assert {file.name for file in (files / "found").iterdir()} == names
+
+
+def test_output_takes_the_files_of_a_run_that_its_directory_would_have(evaluate, place):
+    assert evaluate("run.name=a", "images=others", "output=found")[0] == 0
+    assert (place / "found/evaluation_images.json").exists()
+    assert not (place / "runs/a/evaluation_images.json").exists()
+    for output, rule in (
+        ("no/found", "must be in an existing directory; create it first"),
+        ("runs/a/run.json", "is not a folder; give the name of one"),
+    ):
+        code, said = evaluate("run.name=a", "images=others", f"output={output}")
+        assert (code, said) == (64, f"alexnet_ddp: output ({output}) {rule}\n")

@@ -70,7 +70,14 @@ class EvaluateConfig(AveragingConfig):
         False,
         "Also write precision, recall, F1, AUROC, average precision, Cohen's kappa, the "
         "calibration error and the confusions of classes to evaluation.json, and a table of the "
-        "classes to evaluation_classes.csv. Needs: pip install 'alexnet-ddp[metrics]'.",
+        "classes to evaluation_classes.csv; with model.weights and without output, only print the "
+        "means. Needs: pip install 'alexnet-ddp[metrics]'.",
+    )
+    output: str | None = option(
+        None,
+        "A folder for evaluation.json and evaluation_classes.csv. It is made if it does not exist, "
+        "and the files of an earlier evaluation in it are replaced.",
+        null="the directory of the run; of model.weights nothing is written",
     )
     predictions: str | None = option(
         None,
@@ -118,10 +125,9 @@ class EvaluateConfig(AveragingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("calibrate", "metrics"):
-            if getattr(self, name) and self.model.weights is not None:
-                rule = "is stored with a run, and model.weights is a file"
-                raise ConfigError(f"{name}=true {rule}; give run.name in place of model.weights")
+        if self.calibrate and self.model.weights is not None:
+            rule = "is stored with a run, and model.weights is a file"
+            raise ConfigError(f"calibrate=true {rule}; give run.name in place of model.weights")
         if self.model.weights is not None and self.model.head is Head.new:
             raise ConfigError("model.head=new would evaluate an untrained head; leave it auto")
         self._check_views()
