@@ -15,7 +15,6 @@ if __name__ == "__main__":  # torch, below, is imported after the configuration 
     cli.run("evaluate", "alexnet_ddp.evaluate:main", cli.without_data_options)
 
 import logging
-import os
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -225,11 +224,14 @@ def _evaluate(
 
 
 def _check_files(options: EvaluateConfig) -> None:
-    """Raise ConfigError if a file that is asked for cannot be written."""
+    """Make the folder `output`. Raise ConfigError if a file that is asked for cannot be written."""
     if options.output is not None:
         require_folder_of("output", options.output)
-        if os.path.lexists(options.output) and not os.path.isdir(options.output):
-            raise ConfigError(f"output ({options.output}) is not a folder; give the name of one")
+        try:
+            Path(options.output).mkdir(exist_ok=True)
+        except OSError as error:  # FileExistsError: it is a file
+            rule = f"output ({options.output}) cannot be made as a folder ({error.strerror})"
+            raise ConfigError(f"{rule}; give another one") from error
     if options.metrics:
         require_sklearn()
     if options.predictions is not None:
@@ -273,7 +275,6 @@ def _write_evaluation(
 
     ids, names: of the classes; the names are unique.
     """
-    folder.mkdir(exist_ok=True)
     record, table = _record(found, names), folder / f"{stem}_classes.csv"
     if metrics is None:
         table.unlink(missing_ok=True)  # it may be of another checkpoint than the new STEM.json
