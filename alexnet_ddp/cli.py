@@ -163,10 +163,16 @@ def without_data_options(overrides: list[str]) -> list[str]:
     """The overrides that a command for a run checks before it knows the run.
 
     Options of data depend on those of the run, such as data.eval_resize on data.image_size, so
-    config_of_run checks them. Unknown ones are refused here, without the run.
+    config_of_run checks them. Unknown ones are refused here, without the run. With images and
+    model.weights, evaluate opens no data set.
     """
-    own = ("data", "model.weights")
-    if any(_key(one) in own for one in overrides):
+    keys = set(map(_key, overrides))
+    if {"images", "model.weights"} <= keys:
+        from alexnet_ddp.config.evaluate import ignored_with_images
+
+        ignored = ignored_with_images(overrides)  # evaluate refuses them
+        return ["data=synthetic", *(one for one in overrides if one not in ignored)]
+    if keys & {"data", "model.weights"}:
         return overrides
     known = {key for key in options(Config) if key.startswith("data.")}
     return [one for one in overrides if _key(one) not in known]

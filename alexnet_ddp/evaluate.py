@@ -2,6 +2,7 @@
 
 python -m alexnet_ddp.evaluate run.name=X [data.root=DIR] [metrics=true] [calibrate=true]
 python -m alexnet_ddp.evaluate model=alexnet model.weights=FILE data=imagenet data.root=DIR
+python -m alexnet_ddp.evaluate model=alexnet model.weights=IMAGENET1K_V1 images=DIR
 """
 
 if __name__ == "__main__":  # torch, below, is imported after the configuration is valid
@@ -25,8 +26,8 @@ from torch import Tensor, nn
 
 from alexnet_ddp import cli
 from alexnet_ddp.checkpoint.format import find_step, weights_of_run
-from alexnet_ddp.config import Config, ConfigError, Head
-from alexnet_ddp.config.evaluate import EvaluateConfig
+from alexnet_ddp.config import Config, ConfigError
+from alexnet_ddp.config.evaluate import EvaluateConfig, refuse_ignored_data
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_batches
 from alexnet_ddp.data.sources.index import SampleIndex
@@ -76,8 +77,9 @@ from alexnet_ddp.training.class_metrics import (
     unique_names,
 )
 from alexnet_ddp.training.evaluation import Evaluation, evaluate
+from alexnet_ddp.training.named_weights import read_weights
 from alexnet_ddp.training.precision import check_precision
-from alexnet_ddp.training.trained import read_trained
+from alexnet_ddp.training.trained import Trained, read_trained
 
 log = logging.getLogger("alexnet_ddp")  # __name__ is __main__ here
 
@@ -88,11 +90,12 @@ _MAX_CONFUSIONS = 5  # printed pairs of classes
 def main(options: EvaluateConfig, overrides: list[str]) -> None:
     """Evaluate model.weights if it is given, else a checkpoint of run.name, or their mean.
 
-    A run's result is also written to its directory: evaluation.json, with metrics=true
-    evaluation_classes.csv, and with calibrate=true calibration.json. With images=DIR the first two
-    are evaluation_images.json and evaluation_images_classes.csv. Raises ConfigError, DataError,
-    Diverged or, after a stop signal, Preempted.
+    The result is also written to `output`, by default the directory of the run: evaluation.json,
+    and with metrics=true evaluation_classes.csv. With images=DIR these are evaluation_images.json
+    and evaluation_images_classes.csv. calibrate=true writes calibration.json to the run. Raises
+    ConfigError, DataError, Diverged or, after a stop signal, Preempted.
     """
+    refuse_ignored_data(options, overrides)
     cfg: Config = options
     file = cfg.model.weights
     if file is None:
@@ -101,11 +104,17 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
         opens_data = options.images is None or options.average is not None
         cfg = cli.config_of_run(cfg.run_dir, kept, opens_data=opens_data)
     with distributed.session(cfg.device, cfg.trainer.tf32) as world:
-        distributed.from_main(lambda: _check_libraries(options), world)
+        distributed.from_main(lambda: _check_files(options), world)
         check_precision(cfg.trainer.precision, world)
-        data = _open_data(options, cfg, world)
+        named = None
+        if file is not None and options.images is not None:
+            named = read_weights(cfg, options.classes, world)
+        data = _open_data(options, cfg, named, world)
         cfg = replace(cfg, data=data.normalised(cfg.data))
-        model, origin, directory = _open_network(cfg, file, options, data, world)
+        if named is None:
+            model, origin, directory = _open_network(cfg, file, options, data, world)
+        else:
+            model, origin, directory = named.model, named.origin, None
         origin |= _chosen(options)
         if options.only_present:
             model = PresentClasses(model, data.val.labels, len(data.val.classes))
@@ -114,23 +123,33 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
         needs_outputs = options.calibrate or options.metrics or options.predictions is not None
         outputs = Outputs() if needs_outputs else None
         found = _evaluate(model, origin, data.val, cfg, outputs, world, views=views)
-        distributed.from_main(
-            lambda: _finish(found, data, options, cfg.run_dir if file is None else None), world
-        )
+        folder = None if file is not None else cfg.run_dir
+        if options.output is not None:
+            folder = Path(options.output)
+        distributed.from_main(lambda: _finish(found, data, options, folder), world)
         if options.calibrate and directory is not None:
             _calibrate(found.scores, cfg.run_dir, directory, world)
 
 
-def _open_data(options: EvaluateConfig, cfg: Config, world: World) -> ImageSets:
-    """Collective. The images to evaluate on: those of `images`, else those of `data`."""
-    if options.model.weights is not None:
+def _open_data(
+    options: EvaluateConfig, cfg: Config, named: Trained | None, world: World
+) -> ImageSets:
+    """Collective. The images to evaluate on: those of `images`, else those of `data`.
+
+    named: the network of model.weights, if it is given with images.
+    """
+    if named is not None:
+        ids, names = named.ids, named.names
+    elif options.model.weights is not None:
         return distributed.first_on_node(lambda: open_data(cfg.data), world)
-    known = distributed.on_all(lambda: read_classes(cfg.run_dir), world)
+    else:
+        known = distributed.on_all(lambda: read_classes(cfg.run_dir), world)
+        ids, names = known["ids"], known["names"]
     if options.images is None:
-        return distributed.first_on_node(lambda: open_data(cfg.data, trained=known["ids"]), world)
-    opened = partial(open_labelled, options.images, known["ids"], known["names"], options.class_map)
+        return distributed.first_on_node(lambda: open_data(cfg.data, trained=ids), world)
+    opened = partial(open_labelled, options.images, ids, names, options.class_map)
     val = distributed.first_on_node(opened, world)
-    return ImageSets(val, val, known["names"])
+    return ImageSets(val, val, names)
 
 
 def _chosen(options: EvaluateConfig) -> dict:
@@ -204,8 +223,15 @@ def _evaluate(
     return Found(result, origin, bad, None if outputs is None else outputs.gather(world))
 
 
-def _check_libraries(options: EvaluateConfig) -> None:
-    """Raise ConfigError if a file that is asked for cannot be written."""
+def _check_files(options: EvaluateConfig) -> None:
+    """Make the folder `output`. Raise ConfigError if a file that is asked for cannot be written."""
+    if options.output is not None:
+        require_folder_of("output", options.output)
+        try:
+            Path(options.output).mkdir(exist_ok=True)
+        except OSError as error:  # FileExistsError: it is a file
+            rule = f"output ({options.output}) cannot be made as a folder ({error.strerror})"
+            raise ConfigError(f"{rule}; give another one") from error
     if options.metrics:
         require_sklearn()
     if options.predictions is not None:
@@ -213,37 +239,49 @@ def _check_libraries(options: EvaluateConfig) -> None:
         require_folder_of("predictions", options.predictions)
 
 
-def _finish(found: Found, data: ImageSets, options: EvaluateConfig, run_dir: Path | None) -> None:
+def _finish(found: Found, data: ImageSets, options: EvaluateConfig, folder: Path | None) -> None:
     """Write the files, then print the results: a reader of a pipe may have ended.
 
-    run_dir: of the run; None for a file of weights. Raises ConfigError, and Diverged if outputs
-    that are needed are not finite.
+    folder: for the files; None: nothing but the predictions is written. Raises ConfigError, and
+    Diverged if outputs that are needed are not finite.
     """
+    metrics = None
     if found.scores is not None:
         _require_finite(found.scores, found.origin, options)
+        metrics = class_metrics(found.scores) if options.metrics else None
     names = unique_names(data.class_names)
-    record, lines = _record(found, names), []
-    stem = "evaluation" if options.images is None else "evaluation_images"
-    classes_file = f"{stem}_classes.csv"
-    if options.metrics and found.scores is not None and run_dir is not None:
-        metrics = class_metrics(found.scores)
-        record |= {"metrics": metrics.summary, "confusions": confusions(metrics, names)}
-        lines = _metric_lines(metrics, names)
-        counts = found.evaluation.per_class
-        _write_classes(run_dir / classes_file, metrics, data.val.classes, names, counts)
-    elif run_dir is not None:
-        # It may be of another checkpoint than the new evaluation.json.
-        (run_dir / classes_file).unlink(missing_ok=True)
-    if run_dir is not None:
-        write_json(run_dir / f"{stem}.json", record)
+    if folder is not None:
+        stem = "evaluation" if options.images is None else "evaluation_images"
+        _write_evaluation(folder, stem, found, metrics, data.val.classes, names)
     if options.predictions is not None and found.scores is not None:
-        _write_predictions(
-            options.predictions, found.scores, found.bad, data.val, names, options.top_k
-        )
-    of_run = {} if run_dir is None else {"run": run_dir.name}
+        candidates = len(np.unique(data.val.labels)) if options.only_present else len(names)
+        top_k = min(options.top_k, candidates)
+        _write_predictions(options.predictions, found.scores, found.bad, data.val, names, top_k)
+    of_run = {} if options.model.weights is not None else {"run": options.run_dir.name}
     _report(found.evaluation, data.class_names, of_run | found.origin)
-    for line in lines:
+    for line in [] if metrics is None else _metric_lines(metrics, names):
         say(line)
+
+
+def _write_evaluation(
+    folder: Path,
+    stem: str,
+    found: Found,
+    metrics: ClassMetrics | None,
+    ids: list[str],
+    names: list[str],
+) -> None:
+    """Write STEM.json and, with metrics, STEM_classes.csv to `folder`. Raises ConfigError.
+
+    ids, names: of the classes; the names are unique.
+    """
+    record, table = _record(found, names), folder / f"{stem}_classes.csv"
+    if metrics is None:
+        table.unlink(missing_ok=True)  # it may be of another checkpoint than the new STEM.json
+    else:
+        record |= {"metrics": metrics.summary, "confusions": confusions(metrics, names)}
+        _write_classes(table, metrics, ids, names, found.evaluation.per_class)
+    write_json(folder / f"{stem}.json", record)
 
 
 def _require_finite(scores: Scores, origin: dict, options: EvaluateConfig) -> None:
@@ -274,9 +312,12 @@ def _write_predictions(
     names: list[str],
     top_k: int,
 ) -> None:
-    """Write a row for each image of `images`, in their order. Raises ConfigError."""
+    """Write a row for each image of `images`, in their order. Raises ConfigError.
+
+    top_k: at most the number of classes.
+    """
     columns: dict[str, str | int] = {"image": TEXT, "label": TEXT}
-    for k in range(1, min(top_k, len(names)) + 1):
+    for k in range(1, top_k + 1):
         columns |= {f"class_{k}": TEXT, f"probability_{k}": NUMBER}
     columns |= {"loss": NUMBER, "error": TEXT}
     reasons, rows = {one.index: one.reason for one in bad}, image_rows(scores, names, top_k)
@@ -373,8 +414,6 @@ def _from_file(
 
     weights: the path of the file. known: its classes, if it is a run's. Raises ConfigError.
     """
-    if cfg.model.head is Head.new:
-        raise ConfigError("model.head=new would evaluate an untrained head; leave it auto")
     classes = data.val.classes
     model = build_model(without_weights(cfg.model), len(classes), cfg.data.image_size, cfg.seed)
     load_weights(model, Path(weights), classes, None, wanted_transform(cfg.model), known)

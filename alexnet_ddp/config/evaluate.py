@@ -1,11 +1,19 @@
 """Options of `alexnet-ddp evaluate`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+from alexnet_ddp.config.data import InputConfig
 from alexnet_ddp.config.option import check_suffix, option, shown
+from alexnet_ddp.config.recipe import Head
 from alexnet_ddp.config.run import Config
 from alexnet_ddp.runtime.errors import ConfigError
+
+# The options of data that images=DIR uses. The others choose among the images of a data set.
+_USED_WITH_IMAGES = {f"data.{one.name}" for one in fields(InputConfig)} | {
+    "data.num_threads",
+    "data.on_bad_image",
+}
 
 
 @dataclass(kw_only=True)
@@ -62,7 +70,14 @@ class EvaluateConfig(AveragingConfig):
         False,
         "Also write precision, recall, F1, AUROC, average precision, Cohen's kappa, the "
         "calibration error and the confusions of classes to evaluation.json, and a table of the "
-        "classes to evaluation_classes.csv. Needs: pip install 'alexnet-ddp[metrics]'.",
+        "classes to evaluation_classes.csv; with model.weights and without output, only print the "
+        "means. Needs: pip install 'alexnet-ddp[metrics]'.",
+    )
+    output: str | None = option(
+        None,
+        "A folder for evaluation.json and evaluation_classes.csv. It is made if it does not exist, "
+        "and the files of an earlier evaluation in it are replaced.",
+        null="the directory of the run; of model.weights nothing is written",
     )
     predictions: str | None = option(
         None,
@@ -73,14 +88,20 @@ class EvaluateConfig(AveragingConfig):
     top_k: int = option(5, "Number of classes for each image in predictions.", minimum=1)
     images: str | None = option(
         None,
-        "A folder CLASS/* to evaluate the run on, in place of its validation images. Its classes "
-        "may be some of the run's.",
-        null="the validation images of the run",
+        "A folder CLASS/* to evaluate the run or the file of weights on, in place of its "
+        "validation images. Its classes may be some of those of the network.",
+        null="the validation images of the run, or of data",
+    )
+    classes: str | None = option(
+        None,
+        "With images and model.weights, the classes in the order of the outputs, as folders name "
+        "them: a text file with one name per line, or a .json list.",
+        null="those that the file of weights contains, or ImageNet's for published weights",
     )
     class_map: str | None = option(
         None,
         "With images, a JSON file {folder: class}. A class is an id (a folder name of the "
-        "training), a name or a label.",
+        "training, or a WordNet id for published weights), a name or a label.",
         null="the folders are named after ids or names, or all after labels",
     )
     only_present: bool = option(
@@ -104,10 +125,11 @@ class EvaluateConfig(AveragingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("calibrate", "metrics"):
-            if getattr(self, name) and self.model.weights is not None:
-                rule = "is stored with a run, and model.weights is a file"
-                raise ConfigError(f"{name}=true {rule}; give run.name in place of model.weights")
+        if self.calibrate and self.model.weights is not None:
+            rule = "is stored with a run, and model.weights is a file"
+            raise ConfigError(f"calibrate=true {rule}; give run.name in place of model.weights")
+        if self.model.weights is not None and self.model.head is Head.new:
+            raise ConfigError("model.head=new would evaluate an untrained head; leave it auto")
         self._check_views()
         self._check_average()
         self._check_images()
@@ -143,14 +165,40 @@ class EvaluateConfig(AveragingConfig):
     def _check_images(self) -> None:
         """Raise ConfigError for options that images would ignore, or that need it."""
         if self.images is None:
-            for name in ("class_map", "only_present"):
+            for name in ("class_map", "only_present", "classes"):
                 if getattr(self, name):
                     rule = f"{name} ({getattr(self, name)}) would be ignored without images"
                     raise ConfigError(f"{rule}; give images=DIR too")
             return
-        if self.model.weights is not None:
-            rule = f"images ({self.images}) needs the classes of a run, and model.weights is a file"
-            raise ConfigError(f"{rule}; give run.name, or evaluate the file with data.root")
+        if self.classes is not None and self.model.weights is None:
+            rule = f"classes ({self.classes}) would be ignored: a run knows its classes"
+            raise ConfigError(f"{rule}; leave it out, or give model.weights=FILE")
         if self.calibrate:
             rule = "fits the probabilities to the validation images of the run"
             raise ConfigError(f"calibrate=true {rule}; leave images out")
+
+
+def ignored_with_images(overrides: list[str]) -> list[str]:
+    """The overrides of data that images=DIR ignores, also the choice of a data set."""
+    keys = {override: override.partition("=")[0].lstrip("+") for override in overrides}
+    return [
+        override
+        for override, key in keys.items()
+        if key == "data" or (key.startswith("data.") and key not in _USED_WITH_IMAGES)
+    ]
+
+
+def refuse_ignored_data(options: EvaluateConfig, overrides: list[str]) -> None:
+    """Raise ConfigError for an option of data, given in `overrides`, that images ignores.
+
+    With average, BatchNorm may need the training images, which these options choose.
+    """
+    if options.images is None:
+        return
+    ignored = ignored_with_images(overrides)
+    if options.average is not None:
+        ignored = [one for one in ignored if one.lstrip("+").startswith("data.limit_val=")]
+    for override in ignored:
+        key, _, value = override.lstrip("+").partition("=")
+        rule = f"would be ignored: all images in images ({options.images}) are evaluated"
+        raise ConfigError(f"{key} ({shown(value)}) {rule}; leave {key} or images out")

@@ -55,6 +55,11 @@ def _rows(classes: list[str]) -> list[str]:
     return list(torchvision.models.AlexNet_Weights.DEFAULT.meta["categories"])
 
 
+def imagenet_ids() -> list[str]:
+    """WordNet ids of ImageNet's 1,000 classes, in the order of the rows of published weights."""
+    return (Path(__file__).parent / "imagenet_ids.txt").read_text().split()
+
+
 def input_options_of(cfg: ModelConfig, image_size: int) -> dict[str, Any]:
     """Options of data, by name, that the published weights cfg.published were evaluated with.
 

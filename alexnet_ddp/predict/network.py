@@ -1,27 +1,18 @@
 """The network that predict uses: that of a run, of an exported folder, or of a file of weights."""
 
-import json
 import logging
 import os
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 from alexnet_ddp import cli
 from alexnet_ddp.api import TrainedRun, read_export, read_run
 from alexnet_ddp.config import ConfigError, Head
 from alexnet_ddp.config.predict import PredictConfig
-from alexnet_ddp.model import (
-    build_model,
-    load_weights,
-    published_weights,
-    wanted_transform,
-    without_weights,
-)
-from alexnet_ddp.model.weight_files import read_weights_file
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.training import calibration
+from alexnet_ddp.training.named_weights import read_weights
 
 log = logging.getLogger(__name__)
 
@@ -80,42 +71,11 @@ def check_choice(options: PredictConfig, overrides: list[str]) -> None:
 
 def _open_weights(options: PredictConfig, world: World) -> TrainedRun:
     """Collective. The network of model.weights. Raises ConfigError."""
-    model = options.model
-    names = None
-    if options.classes is not None:
-        names = distributed.from_main(partial(_read_classes, options.classes), world)
-    file, known = distributed.first_on_node(
-        partial(published_weights, model, names or []), world
-    ) or (str(model.weights), None)
-
-    def load() -> TrainedRun:
-        classes = names or known or read_weights_file(Path(file)).classes
-        if classes is None:
-            rule = f"model.weights ({file}) contains no class names"
-            raise ConfigError(f"{rule}; give classes=FILE.txt, with one name per line")
-        cfg = cli.compose_for_python(["data=synthetic"])
-        cfg = replace(cfg, model=model, data=replace(cfg.data, **asdict(options.data)))
-        network = build_model(without_weights(model), len(classes), cfg.data.image_size, cfg.seed)
-        load_weights(network, Path(file), None, None, wanted_transform(model))
-        return TrainedRun(network.eval(), classes, cfg, Path(file))
-
-    return distributed.on_all(load, world)
-
-
-def _read_classes(file: str) -> list[str]:
-    """The class names in a text file, one per line, or in a JSON list. Raises ConfigError."""
-    rule = f"classes ({file}) must be a text file with one class name per line, or a JSON list"
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-        names = json.loads(text) if file.endswith(".json") else text.splitlines()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{rule} of names, and cannot be read ({error})") from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{rule} of names; correct it, or give another file")
-    names = [name.strip() for name in names if name.strip()]
-    if not names:
-        raise ConfigError(f"{rule} of names, and has none; give another file")
-    return names
+    cfg = cli.compose_for_python(["data=synthetic"])
+    data = replace(cfg.data, **asdict(options.data))
+    cfg = replace(cfg, model=options.model, data=data)
+    found = read_weights(cfg, options.classes, world)
+    return TrainedRun(found.model.eval(), found.names, cfg, Path(found.origin["weights"]))
 
 
 def _warn_if_not_calibrated(

@@ -68,7 +68,7 @@ def _open(
     if os.path.exists(storage.path(TRAIN)):
         archive, _, names = open_archive(Path(place), "train")
         return archive, names, None
-    folder = index_folder(Path(place), "train")
+    folder = index_folder(Path(place), "train", option="source")
     return folder, folder.classes, None
 
 

@@ -46,6 +46,8 @@ CLASS_COLUMNS: dict[str, str | int] = {
     "precision_high": NUMBER,
     "recall": NUMBER,
     "f1": NUMBER,
+    "f1_low": NUMBER,
+    "f1_high": NUMBER,
     "auroc": NUMBER,
     "auroc_low": NUMBER,
     "auroc_high": NUMBER,
@@ -146,7 +148,9 @@ def class_rows(
 
     ids, names: folder names and readable names. counts: Evaluation.per_class.
     """
+    num_predicted = found.confusion.sum(0)
     for k, (num_images, correct1, correct5) in enumerate(counts.tolist()):
+        num_right, num_labelled = found.confusion[k, k], found.confusion[k].sum()
         row = {
             "class": ids[k],
             "name": names[k],
@@ -156,9 +160,10 @@ def class_rows(
             "accuracy": correct1 / num_images if num_images else math.nan,
             **_share("accuracy", correct1, num_images),
             "precision": float(found.precision[k]),
-            **_share("precision", found.confusion[k, k], found.confusion[:, k].sum()),
+            **_share("precision", num_right, num_predicted[k]),
             "recall": float(found.recall[k]),
             "f1": float(found.f1[k]),
+            **_f1_interval(num_right, num_labelled + num_predicted[k] - num_right),
             "auroc": float(found.auroc[k]),
             "auroc_low": float(found.auroc_interval[k, 0]),
             "auroc_high": float(found.auroc_interval[k, 1]),
@@ -243,6 +248,18 @@ def _share(name: str, count: SupportsInt, num_images: SupportsInt) -> dict[str, 
     n = int(num_images)
     ends = wilson_interval(int(count), n) if n else ()
     return {f"{name}_{end}": value for end, value in zip(("low", "high"), ends)}
+
+
+def _f1_interval(num_right: SupportsInt, num_either: SupportsInt) -> dict[str, float]:
+    """The interval of the F1 of a class as f1_low and f1_high; empty without such images.
+
+    Of the images that have the class as label or as prediction, F1 is 2 s / (1 + s) for the share s
+    that has it as both.
+
+    num_right: images with it as both. num_either: images with it as at least one of them.
+    """
+    shares = _share("f1", num_right, num_either)
+    return {name: 2 * share / (1 + share) for name, share in shares.items()}
 
 
 def _mean(values: np.ndarray) -> float | None:

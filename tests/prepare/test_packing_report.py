@@ -242,6 +242,11 @@ def test_the_sheet_of_a_folder_equals_that_of_its_shards(tree, tmp_path, augment
     assert np.array_equal(one[cells], other[cells]) == isinstance(augment, NoAugmentConfig)
 
 
+def test_a_sheet_of_no_folder_is_refused_with_the_option(tmp_path):
+    with pytest.raises(DataError, match=r"^source \(.*nowhere\) is not a folder; give one that co"):
+        act("sheet", tmp_path, source=str(tmp_path / "nowhere"))
+
+
 def test_a_sheet_does_not_change_what_was_committed(packed, mine):
     act("sheet", mine, image_size=16)
     found = hashes(mine)

@@ -64,6 +64,11 @@ def test_a_class_without_images_has_no_auroc_and_does_not_count_in_its_mean():
     ends = [(row["accuracy_low"], row["accuracy_high"]) for row in rows if "accuracy" in row]
     assert ends == [ours.wilson_interval(*one) for one in ((1, 1), (0, 3), (5, 5))]
     assert all(row["precision_low"] <= row["precision"] <= row["precision_high"] for row in rows)
+    for k, row in enumerate(rows):
+        either = found.confusion[k].sum() + found.confusion[:, k].sum() - found.confusion[k, k]
+        low, high = ours.wilson_interval(int(found.confusion[k, k]), int(either))
+        assert (row["f1_low"], row["f1_high"]) == (2 * low / (1 + low), 2 * high / (1 + high))
+        assert row["f1_low"] <= row["f1"] <= row["f1_high"]
     for row, auroc in zip((rows[0], rows[1], rows[3]), each):
         assert row["auroc_low"] < auroc < row["auroc_high"]
     assert rows[2]["recall"] == 0
@@ -72,6 +77,23 @@ def test_a_class_without_images_has_no_auroc_and_does_not_count_in_its_mean():
     assert only.summary["auroc_macro"] is None
     assert only.summary["intervals_95"]["auroc_macro"] is None
     assert only.summary["f1"]["macro"] == 1
+
+
+def test_the_interval_of_f1_contains_the_true_value_of_most_classes():
+    """A network is right for 50 to 95 % of the images of a class, and mistakes are uniform."""
+    rng, n, num_classes = np.random.default_rng(0), 2000, 200
+    right = np.linspace(0.5, 0.95, num_classes)
+    wrong = ((1 - right).sum() - (1 - right)) / (num_classes - 1)
+    expected = 2 * right / (1 + right + wrong)
+    labels = rng.integers(0, num_classes, n)
+    others = (labels + rng.integers(1, num_classes, n)) % num_classes
+    predicted = np.where(rng.random(n) < right[labels], labels, others)
+    logits = torch.eye(num_classes)[predicted]
+    found = ours.class_metrics(Scores(logits, torch.from_numpy(labels), torch.arange(n)))
+    names = [str(k) for k in range(num_classes)]
+    rows = ours.class_rows(found, names, names, torch.ones(num_classes, 3))
+    inside = [row["f1_low"] <= f1 <= row["f1_high"] for row, f1 in zip(rows, expected)]
+    assert 0.92 <= np.mean(inside) < 1
 
 
 def test_confusions_name_pairs_that_have_images_and_begin_with_the_most_frequent():

@@ -145,24 +145,27 @@ class SampleIndex:
         return f"v2:{digest.hexdigest()}"
 
 
-def index_folder(root: Path, split: str, order: ClassOrder = BY_NAME) -> SampleIndex:
+def index_folder(
+    root: Path, split: str, order: ClassOrder = BY_NAME, option: str = "data.root"
+) -> SampleIndex:
     """The images of root/split/CLASS/**, ordered as by torchvision's ImageFolder.
 
     Hidden files and folders are left out; a warning counts everything that was left out. The
     result is cached until a folder in root/split changes or an image has another size.
+    option: that gave root, for messages.
     Raises DataError if root, split or every class is missing, if images lie outside of the class
     folders, or if a class of `train` has no images.
     """
     top = Path(os.path.abspath(root)) / split
     if not os.path.isdir(root):
         raise DataError(
-            f"data.root ({root}) is not a folder; give one that contains {split}/CLASS/*"
+            f"{option} ({root}) is not a folder; give one that contains {split}/CLASS/*"
         )
     if not top.is_dir():
         remedy = f"arrange the images as {split}/CLASS/*"
         if os.path.exists(os.path.join(root, "index.json")):
             remedy = "if it contains the shards of prepare, write data=shards"
-        raise DataError(f"data.root ({root}) contains no folder {split}; {remedy}")
+        raise DataError(f"{option} ({root}) contains no folder {split}; {remedy}")
 
     return _index(top, order, needs_all=split == "train")
 

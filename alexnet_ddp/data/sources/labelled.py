@@ -27,8 +27,10 @@ def open_labelled(
 
     Raises:
         ConfigError: the file cannot be read.
-        DataError: the folder has no images, or folders of unknown classes.
+        DataError: there is no such folder, or it has no images or folders of unknown classes.
     """
+    if not Path(folder).is_dir():
+        raise DataError(f"images ({folder}) is not a folder; give one that contains CLASS/*")
     found = index_classes(Path(folder))
     given = {} if class_map is None else _read_map(class_map)
     missing = [name for name in found.classes if class_map is not None and name not in given]
@@ -42,7 +44,7 @@ def open_labelled(
     # Numbers of other folders in class_map count too: all are labels, or all are ids or names.
     unknown = [one for one in dict.fromkeys([*wanted, *numbers]) if one not in known]
     if unknown:
-        rule = f"{folder} has folders of unknown classes: {listed(unknown)}"
+        rule = f"images ({folder}) has folders of unknown classes: {listed(unknown)}"
         remedy = f"the network knows {listed(ids)}; give class_map=FILE.json, {{folder: class}}"
         raise DataError(f"{rule}; {remedy}")
     labels = np.array([known[name] for name in wanted], np.int32)[found.labels]

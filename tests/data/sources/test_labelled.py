@@ -75,7 +75,7 @@ def test_folders_of_unknown_classes_are_named_with_a_remedy(tmp_path):
     with pytest.raises(DataError) as error:
         open_labelled(root, IDS, NAMES, None)
     assert str(error.value) == (
-        f"{root} has folders of unknown classes: 1, crane, pike; the network knows n01, n02, n03, "
+        f"images ({root}) has folders of unknown classes: 1, crane, pike; the network knows n01, n02, n03, "
         "n04, n05; give class_map=FILE.json, {folder: class}"
     )
 
