@@ -35,7 +35,7 @@ from alexnet_ddp.runtime.errors import (
     is_rank_zero,
     write_exit_code,
 )
-from alexnet_ddp.runtime.printing import say
+from alexnet_ddp.runtime.printing import listed, say
 from alexnet_ddp.runtime.redaction import HIDDEN, redact
 
 Main = Callable[[Any, list[str]], object]
@@ -141,7 +141,7 @@ def config_of_run(run_dir: Path, overrides: list[str], opens_data: bool = True) 
             rule = f"cannot be read ({type(error).__name__}: {error})"
             remedy = "start the training again: it writes a new one"
             raise ConfigError(f"{run_dir / 'run.json'} {rule}; {remedy}") from error
-        known = ", ".join(sorted(d.parent.name for d in run_dir.parent.glob("*/run.json")))
+        known = listed(sorted(d.parent.name for d in run_dir.parent.glob("*/run.json")))
         rule = f"there is no trained run {run_dir.name} in {run_dir.parent.absolute()}"
         remedy = f"give run.name, and run.root if it is not {run_dir.parent}"
         raise ConfigError(f"{rule}; there are: {known or 'none'}; {remedy}") from error

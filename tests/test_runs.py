@@ -26,6 +26,7 @@ from alexnet_ddp.runtime.errors import ConfigError
 from alexnet_ddp.runtime.files import write_json
 from alexnet_ddp.runtime.run_record import RunRecord, differing, find_runs, open_run
 from alexnet_ddp.tracking.sinks import JsonlSink
+from tests.network import QUICK
 from tests.test_main import ENV
 from tests.test_main import run as run_main
 
@@ -90,6 +91,17 @@ def test_runs_are_found_at_any_depth_and_not_within_a_run(tmp_path):
     assert open_run("first", str(tmp_path / "b"), "none").directory == tmp_path / "b"
     with pytest.raises(ConfigError, match=r"^second \(d\) is neither .* there are: b, sweep/1, sw"):
         open_run("second", "d", str(tmp_path))
+
+
+def test_a_wrong_name_lists_only_some_of_many_runs(tmp_path):
+    for number in range(300):
+        make_run(tmp_path / f"sweep/{number:03d}")
+    done = run_main("compare", "sweep/000", "nope", f"root={tmp_path}")
+    known = ", ".join(f"sweep/{number:03d}" for number in range(5))
+    assert done.stdout == (
+        f"alexnet_ddp: second (nope) is neither a run below {tmp_path} nor the directory of one; "
+        f"there are: {known} and 295 more; or give root=DIR\n"
+    )
 
 
 def test_a_start_that_was_refused_is_not_listed(tmp_path):
@@ -344,6 +356,39 @@ def test_compare_finds_another_seed_and_another_learning_rate_from_step_50(tmp_p
     assert "learning rates: equal in all 54 common rows" in shown
     # The first loss of a network of zeros is log(4) for all images.
     assert "training losses: differ by more than 1e-05 (relative) at step 2 (" in shown
+
+
+@pytest.mark.slow
+def test_compare_finds_a_planted_difference_of_two_trainings_and_its_step(tmp_path):
+    tiny = ["data=synthetic", "data.image_size=64", "data.num_train=40", "data.num_val=4"]
+    tiny += ["data.num_classes=4", "trainer.global_batch_size=4", "trainer.epochs=99", *QUICK]
+    tiny += ["trainer.log_every_steps=1", "trainer.eval_every_epochs=99", "scheduler=constant"]
+    tiny += ["logger.tensorboard=false", "device=cpu", f"run.root={tmp_path}", "optimizer.lr=0.05"]
+
+    def train_to(step: int, name: str, *more: str) -> None:
+        done = run_main("train", *tiny, f"trainer.max_steps={step}", f"run.name={name}", *more)
+        assert done.returncode == 0, done.stdout
+
+    def differences_of(name: str) -> list[str]:
+        done = run_main("compare", "base", name, f"root={tmp_path}")
+        assert done.returncode == 0, done.stdout
+        return done.stdout.splitlines()[-3:]
+
+    train_to(54, "base")
+    train_to(54, "seed", "seed=1")
+    train_to(49, "rate")
+    train_to(54, "rate", "optimizer.lr=0.02", "resume.allow_changes=true")
+    first = "differ by more than 1e-05 (relative) at step {} ("
+    images, rates, losses = differences_of("rate")
+    assert images == "images of a batch: equal in all 54 common rows, up to step 54"
+    assert rates.startswith(f"learning rates: {first.format(50)}0.05 and 0.02) for the first time")
+    # The loss of a step is computed before its update.
+    assert losses.startswith(f"training losses: {first.format(51)}")
+    assert losses.endswith(") for the first time")
+    images, rates, losses = differences_of("seed")
+    assert images.startswith("images of a batch: differ at step 1 (")
+    assert rates == "learning rates: equal in all 54 common rows, up to step 54"
+    assert losses.startswith(f"training losses: {first.format(1)}")
 
 
 @pytest.mark.parametrize("command", ["report", "replay"])

@@ -28,6 +28,7 @@ import safetensors
 
 from alexnet_ddp.runtime.errors import ConfigError, DataError, NoCheckpoint
 from alexnet_ddp.runtime.files import durable_file, sync_directory
+from alexnet_ddp.runtime.printing import listed
 from alexnet_ddp.runtime.run_record import read_classes
 
 if TYPE_CHECKING:
@@ -533,7 +534,7 @@ def weights_of_run(weights: str, root: str) -> tuple[str, list[str] | None]:
     elif (directory / "checkpoints").is_dir():
         checkpoint = find_best(directory / "checkpoints")
     elif weights.startswith("run:"):
-        known = ", ".join(sorted(d.parent.name for d in Path(root).glob("*/checkpoints"))) or "none"
+        known = listed(sorted(d.parent.name for d in Path(root).glob("*/checkpoints"))) or "none"
         raise ConfigError(
             f"model.weights ({weights}): {root} has no such trained run; there are: {known}"
         )

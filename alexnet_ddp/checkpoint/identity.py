@@ -17,10 +17,10 @@ from alexnet_ddp.config import Config, ConfigError, DataConfig
 from alexnet_ddp.config.option import Options, spec_of
 from alexnet_ddp.config.plugins import PluginOptimizerConfig, TorchOptimizerConfig
 from alexnet_ddp.config.schema import specs
+from alexnet_ddp.runtime.printing import listed
 
 log = logging.getLogger(__name__)
 
-_MAX_SHOWN = 5  # classes or files in a message
 _MAX_OPTIONS_SHOWN = 6
 _ADAPTER_GROUPS = ("adapters", "ranks", "ema_adapters")
 # Options of data that choose which images are trained on: data.X.
@@ -222,7 +222,7 @@ def data_difference(
     if set(then["ids"]) != set(ids):
         return _class_difference(then["ids"], ids)
     if then["ids"] != ids:
-        order, old_order = _shorten_list(ids), _shorten_list(then["ids"])
+        order, old_order = listed(ids), listed(then["ids"])
         return f"the classes have another order: {order} (was {old_order})"
     before = dict(zip(then["ids"], record.get("images_per_class", [])))
     if not before:
@@ -232,7 +232,7 @@ def data_difference(
     ]
     if differ:
         totals = f"{sum(before.values()):,} training images then, {sum(counts.values()):,} now"
-        return f"{totals} ({_shorten_list(differ)}){_removed_bad_images(run_dir)}"
+        return f"{totals} ({listed(differ)}){_removed_bad_images(run_dir)}"
     return (
         "the training images differ: as many in each class, but other files or sizes "
         "(resized or raw shards are other files, too)"
@@ -263,9 +263,9 @@ def _class_difference(then: list[str], now: list[str]) -> str:
     added = [c for c in now if c not in set(then)]
     changes = []
     if removed:
-        changes.append(f"class {_shorten_list(removed)} is gone")
+        changes.append(f"class {listed(removed)} is gone")
     if added:
-        changes.append(f"class {_shorten_list(added)} is new")
+        changes.append(f"class {listed(added)} is new")
     hint = " (a renamed folder?)" if len(removed) == len(added) else ""
     return f"the classes differ: {', '.join(changes)}{hint}"
 
@@ -282,16 +282,10 @@ def _removed_bad_images(run_dir: Path) -> str:
     if not removed:
         return ""
     return (
-        f"; removed, of those that {path} lists as bad: {_shorten_list(removed)}; "
+        f"; removed, of those that {path} lists as bad: {listed(removed)}; "
         "the order of an epoch counts bad images too, so a removed one changes the batches; "
         "put them back, data.on_bad_image=skip leaves them out"
     )
-
-
-def _shorten_list(names: list[str]) -> str:
-    shown = ", ".join(names[:_MAX_SHOWN])
-    num_more = len(names) - _MAX_SHOWN
-    return f"{shown} and {num_more} more" if num_more > 0 else shown
 
 
 def _shorten(value: object) -> str:

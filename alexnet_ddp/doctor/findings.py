@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Self
 
+from alexnet_ddp.runtime.printing import listed
+
 
 class Level(StrEnum):
     """fail: the run would not start, hang, or end early. warn: it would be slower or less safe."""
@@ -52,9 +54,7 @@ def describe(owners: dict[Hashable, list[str]]) -> str:
 
 def shorten(names: list[str], most: int = 4) -> str:
     """Format distinct names as `A, B, C, D and 29 more`."""
-    names = list(dict.fromkeys(names))
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+    return listed(list(dict.fromkeys(names)), most)
 
 
 def format_bytes(num_bytes: float) -> str:

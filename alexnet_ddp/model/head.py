@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from alexnet_ddp.runtime.errors import ConfigError
+from alexnet_ddp.runtime.printing import listed
 
-_SHOWN = 5  # class names in a message
 _MUCH_LARGER = 2.0  # times the standard deviation of nn.Linear
 
 
@@ -94,8 +94,7 @@ class ClassChange:
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f" ({', '.join(names[:_SHOWN])}{more})" if names else ""
+    return f" ({listed(names)})" if names else ""
 
 
 def follow_classes(

@@ -15,7 +15,6 @@ from alexnet_ddp.data.sources.classes import (
     numeric_order_note,
     same_looking,
 )
-from alexnet_ddp.data.sources.scan import listed
 from alexnet_ddp.data.sources.shard_index import ShardIndex, read_index
 from alexnet_ddp.data.sources.shards import NPY_HEADER
 from alexnet_ddp.data.storage import Storage
@@ -24,6 +23,7 @@ from alexnet_ddp.prepare.report import differences
 from alexnet_ddp.prepare.sources import WHOLE
 from alexnet_ddp.runtime.errors import DataError, MachineError
 from alexnet_ddp.runtime.files import free_bytes, lock_file
+from alexnet_ddp.runtime.printing import listed
 
 log = logging.getLogger(__name__)
 

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 
 from alexnet_ddp.data.sources.classes import class_difference
-from alexnet_ddp.data.sources.scan import listed
 from alexnet_ddp.data.sources.shard_index import INDEX, ShardIndex, read_index
 from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.prepare.commit import damaged_files, duplicates
 from alexnet_ddp.prepare.engine import Engine, with_progress
 from alexnet_ddp.runtime.errors import ConfigError, DataError
-from alexnet_ddp.runtime.printing import say
+from alexnet_ddp.runtime.printing import listed, say
 from alexnet_ddp.runtime.terminal import Console, Table
 
 log = logging.getLogger(__name__)

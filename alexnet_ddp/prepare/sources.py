@@ -26,6 +26,7 @@ from alexnet_ddp.data.sources.tars import ArchiveStore, Member, tar_members
 from alexnet_ddp.data.storage import Storage, absolute
 from alexnet_ddp.prepare.tables import copies_of, copy_images, read_table, table_files
 from alexnet_ddp.runtime.errors import ConfigError, DataError
+from alexnet_ddp.runtime.printing import listed
 
 log = logging.getLogger(__name__)
 
@@ -370,7 +371,7 @@ def _samples(tar: Path) -> list[tuple[int, str, int, int]]:
     alone = sorted(labels.keys() ^ images.keys())
     if alone:
         raise DataError(
-            f"{tar} contains {scan.listed(alone)} without both an image and a label; "
+            f"{tar} contains {listed(alone)} without both an image and a label; "
             "fix or remove the tar"
         )
     return [

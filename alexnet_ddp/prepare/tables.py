@@ -21,6 +21,7 @@ from alexnet_ddp.data.sources import scan
 from alexnet_ddp.data.sources.classes import BY_NAME, ClassOrder
 from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.runtime.errors import ConfigError, DataError
+from alexnet_ddp.runtime.printing import listed
 
 log = logging.getLogger(__name__)
 
@@ -276,8 +277,8 @@ def _is_text(of: Any) -> bool:
 def _only(path: str, what: str, found: list[str], preferred: str, names: list[str]) -> str:
     if preferred in found or len(found) == 1:
         return preferred if preferred in found else found[0]
-    has = scan.listed(found) if found else "none"
-    rule = f"must have one column of {what}, and has {has} (columns: {scan.listed(names)})"
+    has = listed(found) if found else "none"
+    rule = f"must have one column of {what}, and has {has} (columns: {listed(names)})"
     raise DataError(f"{path} {rule}; name it {preferred}, as by Dataset.rename_column")
 
 

@@ -32,6 +32,7 @@ from alexnet_ddp.runtime.environment import read_ranks
 from alexnet_ddp.runtime.errors import DataError, MachineError, RunError, out_of_memory
 from alexnet_ddp.runtime.files import write_bytes
 from alexnet_ddp.runtime.printing import say
+from alexnet_ddp.runtime.run_command import command_of
 from alexnet_ddp.runtime.run_record import RunRecord, flat, open_run
 from alexnet_ddp.runtime.sweep_record import is_sweep
 from alexnet_ddp.training.calibration import expected_calibration_error
@@ -127,7 +128,7 @@ def build_page(runs: list[RunRecord], options: ReportConfig, overrides: list[str
         differences=different,
         num_differences_left_out=num_left_out,
         environment=facts.environment(run),
-        command=facts.command(run),
+        command=command_of(run),
         subtitle=facts.subtitle(run),
     )
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from alexnet_ddp.report import facts
 from alexnet_ddp.report.charts import Chart, Mark, Scatter, Series, line_chart, scatter_chart
 from alexnet_ddp.runtime.accuracy import Interval, interval_text
+from alexnet_ddp.runtime.run_command import command_of
 from alexnet_ddp.runtime.run_record import RunRecord
 from alexnet_ddp.runtime.sweep_record import Evaluation, State, SweepRecord, Trial, read_sweep
 
@@ -78,7 +78,7 @@ def sweep_page(directory: Path) -> SweepPage:
         charts=_curves(record, best),
         kinds=[(colour, _KINDS[colour]) for colour in _KINDS if colour in colours],
         options=[(key, text) for key, text in record.identity.items()],
-        command="" if run is None else facts.command(run, f"{directory.absolute().name}-best"),
+        command="" if run is None else command_of(run, f"{directory.absolute().name}-best"),
     )
 
 

@@ -27,7 +27,13 @@ _COUNTERS = {
     "checkpoint/num_failed": "failed checkpoint",
     "checkpoint/num_skipped": "checkpoint left out",
 }
-_ENDS = {"complete": "complete", "preempted": "stopped", "failed": "failed"}
+# State of a run -> how the report calls the end of that start.
+_ENDS = {
+    "complete": "complete",
+    "preempted": "stopped",
+    "stopped": "stopped",
+    "failed": "failed",
+}
 
 
 @dataclass(frozen=True)
@@ -224,8 +230,7 @@ def _end(
         traces.append(_seconds(run.status_time))
         if (run.directory / "metrics.jsonl").exists():
             traces.append((run.directory / "metrics.jsonl").stat().st_mtime)
-        status = run.status
-        return max([began, *traces]), {"preempted": "stopped"}.get(status, status), run.message
+        return max([began, *traces]), _ENDS.get(run.status, run.status), run.message
     return max([began, *traces]), "unknown", ""
 
 

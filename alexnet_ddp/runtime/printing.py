@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from collections.abc import Sequence
 from typing import IO, TextIO
 
 
@@ -19,6 +20,12 @@ def printable(text: object, keep: str = "") -> str:
     return "".join(
         c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in shown
     )
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Return the first `most` names, and the number of the others: `a, b, c and 9 more`."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def say(line: object = "", stream: TextIO | None = None) -> None:

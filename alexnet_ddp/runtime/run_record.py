@@ -13,6 +13,7 @@ from typing import Any
 
 from alexnet_ddp.runtime.errors import ConfigError, DataError
 from alexnet_ddp.runtime.files import parse_row
+from alexnet_ddp.runtime.printing import listed
 
 _OF_A_RUN = ("run.json", "status.json")
 # What is read of these files, with its types. A value may be left out.
@@ -157,7 +158,7 @@ class RunRecord:
 
     @property
     def hours(self) -> float | None:
-        """Hours of work, over all starts."""
+        """Hours of work over all starts, without work that was lost and repeated."""
         values = list(self.values("time_s").values())
         return values[-1] / 3600 if values else None
 
@@ -207,7 +208,7 @@ def open_run(option: str, run: str, root: str, root_option: str = "root") -> Run
     for directory in (Path(root, run), Path(run)):
         if _is_run(directory):
             return RunRecord(directory, run)
-    known = ", ".join(sorted(one.name for one in find_runs(Path(root)))) or "none"
+    known = listed(sorted(one.name for one in find_runs(Path(root)))) or "none"
     rule = f"is neither a run below {root} nor the directory of one"
     raise ConfigError(f"{option} ({run}) {rule}; there are: {known}; or give {root_option}=DIR")
 

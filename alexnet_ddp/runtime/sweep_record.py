@@ -61,7 +61,7 @@ class Trial:
     """A training of the sweep. values: key -> text of an override.
 
     evaluations: those that count, in the order of the steps; of a pruned trial, up to the one
-    after which it was stopped. hours: of work, over all starts.
+    after which it was stopped. hours: those of its run.
     """
 
     number: int
@@ -141,6 +141,10 @@ class SweepRecord:
         trials = [_to_json(trial) for trial in self.trials]
         content = {"version": 1, "searches": self.identity, "trials": trials}
         write_json(self.directory / _FILE, content)
+
+    def remove(self) -> None:
+        """Remove sweep.json, if it exists. Raises OSError."""
+        (self.directory / _FILE).unlink(missing_ok=True)
 
     def _row(self, trial: Trial, rank: int) -> dict[str, Any]:
         best = trial.best(self.is_minimised)

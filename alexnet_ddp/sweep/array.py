@@ -13,10 +13,11 @@ from alexnet_ddp import cli
 from alexnet_ddp.config import ConfigError
 from alexnet_ddp.config.space import Space
 from alexnet_ddp.config.sweep import SweepConfig
+from alexnet_ddp.runtime.errors import MachineError
 from alexnet_ddp.runtime.files import write_bytes
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.redaction import redact
-from alexnet_ddp.runtime.sweep_record import SweepRecord, Trial
+from alexnet_ddp.runtime.sweep_record import SweepRecord, Trial, is_sweep
 from alexnet_ddp.sweep.record import FINAL_CODES
 from alexnet_ddp.sweep.results import TrialRuns
 from alexnet_ddp.sweep.samplers import Draws
@@ -31,7 +32,8 @@ _AGAIN = "the same command prints the table later"
 def train_in_array(cfg: SweepConfig, space: Space, record: SweepRecord, sampler: Draws) -> None:
     """Record the trials that have ended, and submit those that are neither over nor queued.
 
-    Raises ConfigError if Slurm cannot be asked or refuses the job.
+    Raises ConfigError if Slurm cannot be asked or refuses the job; a new sweep is then not
+    recorded. Raises MachineError if Slurm does not answer.
     """
     script = Path.cwd() / _SCRIPT
     if not script.is_file():
@@ -46,12 +48,18 @@ def train_in_array(cfg: SweepConfig, space: Space, record: SweepRecord, sampler:
     for trial in list(runs.unfinished):
         if _task(trial) not in queued:
             _record_end(trial, runs)
+    is_new = not is_sweep(record.directory)
     record.write()
     left = [_task(trial) for trial in runs.unfinished if _task(trial) not in queued]
     if left:
         lines = [_line(trial, runs) for trial in record.trials]
         write_bytes(record.directory / LINES, "".join(lines).encode())
-        job = _submit(cfg, record.directory, left, script)
+        try:
+            job = _submit(cfg, record.directory, left, script)
+        except ConfigError:
+            if is_new:
+                record.remove()
+            raise
         total = len(record.trials)
         say(f"submitted {len(left)} of {total} trials as job array {job}; {_AGAIN}")
     elif queued:
@@ -112,13 +120,19 @@ def _ranges(tasks: list[int]) -> str:
 
 
 def _slurm(*command: str) -> str:
-    """The output of one of Slurm's commands. Raises ConfigError if it fails."""
+    """The output of one of Slurm's commands.
+
+    Raises ConfigError if it fails, and MachineError if it does not end. Then its effect is unknown.
+    """
     env = trial_env() | {"PROJECT_DIR": os.getcwd()}
     try:
         done = subprocess.run(
             command, env=env, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired as error:
+        rule = f"has not ended within {_TIMEOUT_S:g} s"
+        raise MachineError(f"{command[0]} {rule}; start the same command again later") from error
+    except OSError as error:
         rule = f"needs Slurm's {command[0]} ({error})"
         raise ConfigError(f"sweep.sbatch {rule}; start it where sbatch works") from error
     if done.returncode:

@@ -6,7 +6,7 @@ alexnet-ddp sweep optimizer.lr=0.01,0.1 'trainer.label_smoothing=interval(0,0.2)
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from alexnet_ddp import cli
@@ -18,8 +18,8 @@ from alexnet_ddp.runtime.errors import MachineError, TrialsFailed
 from alexnet_ddp.runtime.files import lock_file
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.signals import StopSignal
-from alexnet_ddp.runtime.sweep_record import State, SweepRecord, Trial
-from alexnet_ddp.sweep.array import train_in_array
+from alexnet_ddp.runtime.sweep_record import State, SweepRecord, Trial, is_sweep
+from alexnet_ddp.sweep.array import LINES, train_in_array
 from alexnet_ddp.sweep.record import open_record
 from alexnet_ddp.sweep.samplers import Draws, build_sampler
 from alexnet_ddp.sweep.schedule import Schedule
@@ -27,6 +27,8 @@ from alexnet_ddp.sweep.slots import Slot, check_promotion, divide
 from alexnet_ddp.sweep.table import show_results
 
 log = logging.getLogger(__name__)
+
+_LOCK = ".lock"
 
 
 def main(cfg: SweepConfig, overrides: list[str]) -> None:
@@ -48,7 +50,6 @@ def main(cfg: SweepConfig, overrides: list[str]) -> None:
         with _locked(directory):
             record = open_record(directory, cfg, space)
             _announce(record, sampler, cfg.sweep.parallel)
-            record.write()
             if slots:
                 Schedule(cfg, space, record, sampler, slots, StopSignal()).run()
             else:
@@ -110,10 +111,14 @@ def _announce(record: SweepRecord, sampler: Draws, num_slots: int) -> None:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Hold the lock of the sweep. Raises ConfigError if another process holds it."""
+    """Hold the lock of the sweep. Raises ConfigError if another process holds it.
+
+    If the block raises ConfigError and has recorded no sweep, a new directory is removed.
+    """
+    is_new = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / ".lock").open("a")
+        file = (directory / _LOCK).open("a")
     except OSError as error:
         rule = f"cannot be written to ({error.strerror}); choose another"
         raise ConfigError(f"run.root ({directory.parent}) {rule}") from error
@@ -129,4 +134,12 @@ def _locked(directory: Path) -> Iterator[None]:
             raise ConfigError(
                 f"sweep.name ({directory.name}) {rule}; wait for it, end it, or give another name"
             )
-        yield
+        try:
+            yield
+        except ConfigError:
+            if is_new and not is_sweep(directory):
+                with suppress(OSError):  # NFS keeps a file that is open
+                    for name in (_LOCK, LINES):
+                        (directory / name).unlink(missing_ok=True)
+                    directory.rmdir()
+            raise

@@ -1,14 +1,13 @@
 """The results of a sweep: a table, sweep.csv, and the command that trains the best trial."""
 
-import shlex
 from contextlib import closing
 from typing import Any
 
-from alexnet_ddp import cli
 from alexnet_ddp.config.space import Space
 from alexnet_ddp.runtime.accuracy import interval_columns, interval_text
 from alexnet_ddp.runtime.printing import printable, say
-from alexnet_ddp.runtime.redaction import redact
+from alexnet_ddp.runtime.run_command import command_of
+from alexnet_ddp.runtime.run_record import RunRecord
 from alexnet_ddp.runtime.sweep_record import State, SweepRecord, Trial, result_text
 from alexnet_ddp.runtime.tables import COUNT, NUMBER, TEXT, open_table
 from alexnet_ddp.runtime.terminal import Console, Table
@@ -19,7 +18,7 @@ CSV = "sweep.csv"
 def show_results(record: SweepRecord, space: Space) -> None:
     """Print the table and the command of the best trial, and write sweep.csv.
 
-    Raises ConfigError if the file cannot be written.
+    Raises ConfigError if the file cannot be written, or a record of the best trial cannot be read.
     """
     rows, metric = record.rows, record.metric
     keys = [dimension.key for dimension in space.dimensions]
@@ -34,7 +33,7 @@ def show_results(record: SweepRecord, space: Space) -> None:
     say(f"{len(rows)} trials in {printable(record.directory / CSV)}")
     best = record.best
     if best is not None:
-        _print_command(best, record, space)
+        _print_command(best, record)
 
 
 def table(rows: list[dict[str, Any]], keys: list[str], metric: str) -> Table:
@@ -64,13 +63,12 @@ def table(rows: list[dict[str, Any]], keys: list[str], metric: str) -> Table:
     return shown
 
 
-def _print_command(best: Trial, record: SweepRecord, space: Space) -> None:
-    overrides = [*cli.config_dir_arguments(), *redact(space.overrides(best.values))]
-    name = f"run.name={record.directory.name}-best"
-    say(
-        f"best: trial {best.name}, in {printable(record.directory / best.name)}; to train it again:"
-    )
-    say(f"  {shlex.join(['python', '-m', 'alexnet_ddp.train', *overrides, name])}")
+def _print_command(best: Trial, record: SweepRecord) -> None:
+    directory = record.directory / best.name
+    command = command_of(RunRecord(directory, best.name), f"{record.directory.name}-best")
+    say(f"best: trial {best.name}, in {directory}" + ("; to train it again:" if command else ""))
+    if command:
+        say(f"  {command}")
 
 
 def _cell(row: dict[str, Any], column: str, form: str) -> str:

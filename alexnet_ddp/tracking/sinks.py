@@ -1,8 +1,8 @@
 """Sinks that write files: metrics.jsonl, the complete record of a run, and TensorBoard's events.
 
-A row of metrics.jsonl is flat: step, epoch, time_s (seconds of work over all restarts), then the
-metrics. JSON has no nan and no infinities: they are the strings "nan", "inf", "-inf". A row is one
-write() call, and each step is recorded once.
+A row of metrics.jsonl is flat: step, epoch, time_s (seconds of work over all starts, without work
+that was lost), then the metrics. JSON has no nan and no infinities: they are the strings "nan",
+"inf", "-inf". A row is one write() call, and each step is recorded once.
 """
 
 import json

@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 STEP, DATA = "alexnet_ddp.step", "alexnet_ddp.data"  # names of ranges in the trace
 _COMMUNICATION = ("nccl", "gloo:", "c10d::")  # names of collectives begin with these
+# Names of what computes on a CPU begin with these: operators, and the graphs of trainer.compile.
+# Other events of a compiled network also contain Python.
+_COMPUTE = ("aten::", "## Call CompiledFxGraph")
 _NUM_OPERATORS = 10
 
 Span = tuple[float, float]  # begin and end, in microseconds
@@ -34,7 +37,8 @@ Span = tuple[float, float]  # begin and end, in microseconds
 class TimeShares:
     """Where the time of the profiled steps went on this rank. The shares add up to 1.
 
-    data: waiting for a batch. compute: operators or kernels other than collectives.
+    data: waiting for a batch. compute: operators, compiled graphs or kernels other than
+    collectives.
     communication: collectives while nothing is computed. other: the rest, such as Python.
     """
 
@@ -189,7 +193,7 @@ def time_shares(found: profile) -> TimeShares:
         elif event.name.startswith(_COMMUNICATION):
             if is_kernel is on_gpu:
                 collectives.append(span)
-        elif is_kernel if on_gpu else event.name.startswith("aten::"):
+        elif is_kernel if on_gpu else event.name.startswith(_COMPUTE):
             operators.append(span)
     wall = _union(steps)
     computed = _overlap(wall, _union(operators))

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from subprocess import PIPE, CalledProcessError
 
 import pytest
 
@@ -167,6 +168,18 @@ def test_only_the_task_that_was_stopped_is_requeued(slurm, sweep, tmp_path):
         last: "1",
         3 - last: "0",
     }
+
+
+def test_a_sweep_that_sbatch_refuses_leaves_nothing(slurm, images, tmp_path):
+    job = Batch(slurm, tmp_path, "sweep", f"data.root={images}")
+    given = [f"run.root={tmp_path / 'runs'}", *job.overrides, "sweep.sbatch=--no-such-option"]
+    for values in ("0.1,0.2", "0.3,0.4"):
+        command = [sys.executable, "-m", "alexnet_ddp", "sweep", *given, f"optimizer.lr={values}"]
+        with pytest.raises(CalledProcessError) as refusal:
+            slurm.run("ctl", *command, env=job.env, cwd=PROJECT, stderr=PIPE)
+        assert refusal.value.returncode == 64
+        assert "alexnet_ddp: sbatch failed (sbatch: unrecognized option" in refusal.value.stderr
+        assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_the_sweep_command_submits_what_is_neither_over_nor_queued(slurm, images, tmp_path):

@@ -24,7 +24,7 @@ from alexnet_ddp.report.charts import Scale, Series, line_chart, short, thinned
 from alexnet_ddp.report.classes import class_results
 from alexnet_ddp.report.command import build_page, main
 from alexnet_ddp.report.curves import charts
-from alexnet_ddp.report.facts import command, differences, option_rows, summary
+from alexnet_ddp.report.facts import differences, option_rows, summary
 from alexnet_ddp.report.images import first_filters
 from alexnet_ddp.report.page import render
 from alexnet_ddp.report.timeline import duration, timeline
@@ -32,6 +32,7 @@ from alexnet_ddp.report.times import profiles, times
 from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.runtime.errors import ConfigError, DataError, Preempted
 from alexnet_ddp.runtime.files import write_json
+from alexnet_ddp.runtime.run_command import command_of
 from alexnet_ddp.runtime.run_record import RunRecord
 from alexnet_ddp.tracking import record
 from alexnet_ddp.tracking.record import RunStatus
@@ -279,6 +280,35 @@ def test_a_killed_and_a_stopped_start_are_on_the_axis_with_their_marks(tmp_path)
     assert [dot.is_fault for dot in found.dots if dot.lane == 3] == [True]
 
 
+def test_hours_of_work_are_those_that_counted(tmp_path):
+    # The first start was killed at step 15 after 30 s, and its checkpoint was of step 10.
+    run = make_run(tmp_path / "x", [train_row(10, 20), train_row(20, 40)])
+    starts(run, ("10:00:00", 0), ("11:00:00", 10))
+    assert 3600 * run.hours == 40
+    given = [f"run.root={tmp_path}", "run.name=x", "max_images=0"]
+    main(compose("report", given), given)
+    html = (tmp_path / "x/report.html").read_text()
+    assert "<b>40 s</b><small>2 starts, without work that was lost</small>" in html
+
+
+def test_a_start_that_wandb_stopped_has_its_end_on_the_axis_and_in_the_table(tmp_path):
+    at = {"time": "2026-01-01T10:00:50+00:00", "host": "h", "message": "stopped from wandb"}
+    run = make_run(tmp_path / "x", [train_row(10, 10)], state="stopped", step=20, **at)
+    starts(run, ("10:00:00", 0))
+    end = {"time": "2026-01-01T10:00:40+00:00", "event": "end", "step": 20, "state": "stopped"}
+    (run.directory / "events.jsonl").write_text(json.dumps(end | {"message": "stopped from wandb"}))
+    found = timeline(run)
+    ((one,), (bar,)) = found.starts, found.bars
+    assert (one.end, one.ended - one.began, bar.end) == ("stopped", 40.0, "stopped")
+    assert found.rows[-1][1:] == (20, "end", "stopped: stopped from wandb")
+    given = [f"run.root={tmp_path}", "run.name=x", "max_images=0"]
+    main(compose("report", given), given)
+    html = (tmp_path / "x/report.html").read_text()
+    assert '<path class="stop stopped"' in html
+    assert '<span class="status stopped">' in html
+    assert ".status.stopped {" in html
+
+
 def test_a_run_without_events_has_the_starts_that_it_recorded(tmp_path):
     at = {"time": "2026-01-01T10:05:00+00:00", "host": "elsewhere"}
     run = make_run(tmp_path / "x", state="failed", message="no memory", **at)
@@ -439,7 +469,7 @@ def test_the_summary_has_the_best_evaluation_and_the_command_has_another_name(tm
     assert best.top1_interval == pytest.approx((50.2, 69.06), abs=0.05)
     assert best.top5_interval == pytest.approx((82.56, 94.48), abs=0.05)
     expected = "python -m alexnet_ddp.train 'data.root=my data' seed=1 run.name=x-again"
-    assert command(run) == expected
+    assert command_of(run) == expected
     lr, *_ = (one for one in option_rows(run, {"optimizer.lr": 0.5}) if one.name == "optimizer.lr")
     assert (lr.value, lr.default, lr.is_notable) == ("0.1", "0.5", True)
     assert not any(one.is_notable for one in option_rows(run, {}))
@@ -467,7 +497,7 @@ def test_the_command_has_the_folder_of_configurations_and_the_nodes_of_the_run(
 ):
     run = make_run(tmp_path / "x")
     write_json(tmp_path / "x/run.json", {"overrides": ["seed=1"]} | known)
-    assert command(run) == expected.format("alexnet_ddp.train") + " seed=1 run.name=x-again"
+    assert command_of(run) == expected.format("alexnet_ddp.train") + " seed=1 run.name=x-again"
 
 
 class Tags(HTMLParser):

@@ -9,11 +9,14 @@ import pytest
 
 from alexnet_ddp.config.compose import compose
 from alexnet_ddp.config.report import ReportConfig
+from alexnet_ddp.config.space import read_space
 from alexnet_ddp.report.charts import Mark, scatter_chart
 from alexnet_ddp.report.command import main
 from alexnet_ddp.report.sweep import sweep_page
 from alexnet_ddp.runtime.errors import ConfigError
+from alexnet_ddp.runtime.files import write_json
 from alexnet_ddp.runtime.sweep_record import Evaluation, State, SweepRecord, Trial
+from alexnet_ddp.sweep.table import show_results
 from tests.report.browser import PROGRAM, browser
 from tests.report.test_report import EVIL, train_row, val_row
 from tests.test_runs import make_run
@@ -75,6 +78,29 @@ def test_a_sweep_has_a_page_with_all_its_trials_and_the_command_of_the_best(tmp_
     for wrong in ("max_images=0", "compare=[a]"):
         with pytest.raises(ConfigError, match=r"would be ignored: s is a sweep, .*; leave it out"):
             main(*options(tmp_path / "s", wrong))
+
+
+def test_the_sweep_and_its_page_state_the_same_command_with_the_ranks_of_the_trial(
+    tmp_path, capsys
+):
+    record = make_sweep(tmp_path / "s")
+    space = read_space(
+        ["data=folder", *(f"{key}={IDENTITY[key]}" for key in record.trials[0].values)]
+    )
+    recorded = tmp_path / "s/002/run.json"
+    write_json(recorded, json.loads(recorded.read_text()) | {"world_size": 2, "num_nodes": 1})
+    show_results(record, space)
+    *_, said, command = capsys.readouterr().out.splitlines()
+    assert said == f"best: trial 002, in {tmp_path}/s/002; to train it again:"
+    assert command.split() == [
+        *("torchrun", "--nproc_per_node=2", "-m", "alexnet_ddp.train"),
+        *("data=folder", "optimizer.lr=0.01", "run.name=s-best"),
+    ]
+    assert sweep_page(tmp_path / "s").command == command.strip()
+    recorded.unlink()
+    show_results(record, space)
+    assert capsys.readouterr().out.endswith(f"best: trial 002, in {tmp_path}/s/002\n")
+    assert sweep_page(tmp_path / "s").command == ""
 
 
 @pytest.mark.parametrize(

@@ -278,6 +278,49 @@ def test_if_all_trials_fail_so_does_the_sweep(tmp_path, capsys):
             main(compose("sweep", first_point(given)), given)
 
 
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """slurm(squeue, sbatch): what these commands do from now on, as lines of sh."""
+    bin_dir = tmp_path / "bin"
+    bin_dir.mkdir()
+    monkeypatch.setenv("PATH", f"{bin_dir}:{os.environ['PATH']}")
+    monkeypatch.chdir(PROJECT)
+
+    def answer(**scripts: str) -> None:
+        for name, line in scripts.items():
+            (bin_dir / name).write_text(f"#!/bin/sh\n{line}\n")
+            (bin_dir / name).chmod(0o755)
+
+    return answer
+
+
+def test_a_sweep_that_slurm_refuses_leaves_nothing(tmp_path, slurm, capsys):
+    root = tmp_path / "runs"
+    root.mkdir()
+
+    def submit(values: str) -> None:
+        given = ["data=folder", "data.root=x", f"run.root={root}", f"optimizer.lr={values}"]
+        given.append("sweep.sbatch=--x")
+        main(compose("sweep", first_point(given)), given)
+
+    refusals = [("exit 1", "exit 1"), ("true", "echo no such option >&2; exit 1")]
+    for (squeue, sbatch), name in zip(refusals, ("squeue", "sbatch")):
+        slurm(squeue=squeue, sbatch=sbatch)
+        with pytest.raises(ConfigError, match=f"^{name} failed "):
+            submit("0.1,0.2")
+        assert list(root.iterdir()) == []
+    slurm(sbatch="echo 7")
+    submit("0.3,0.4")
+    assert "submitted 2 of 2 trials as job array 7" in capsys.readouterr().out
+    (sweep,) = root.iterdir()
+    files = {path.name: path.read_bytes() for path in sweep.iterdir()}
+    assert {"sweep.json", "trials.txt"} < files.keys()
+    slurm(sbatch="exit 1")
+    with pytest.raises(ConfigError, match=r"^sbatch failed "):
+        submit("0.3,0.4")  # tasks of the first array may read these files
+    assert {path.name: path.read_bytes() for path in sweep.iterdir()} == files
+
+
 # --- whole sweeps ---------------------------------------------------------------------------------
 
 

@@ -4,13 +4,16 @@ import gzip
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.runtime.errors import ConfigError
@@ -108,6 +111,36 @@ def test_a_heavy_network_is_bound_by_compute_and_all_ranks_can_be_profiled(tmp_p
     names = [event.get("name") for event in trace["traceEvents"]]
     assert names.count("alexnet_ddp.step") == 2
     assert "aten::convolution_backward" in (folder / "rank0.txt").read_text()
+
+
+class Waves(nn.Module):
+    """One kernel if it is compiled: then no operator of aten computes it."""
+
+    def forward(self, x: torch.Tensor, wait_s: float) -> torch.Tensor:
+        sleep(wait_s)
+        for _ in range(8):
+            x = (x.sin() * x.cos()).exp().tanh()
+        return x
+
+
+@torch.compiler.disable
+def sleep(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(("wait_s", "what"), [(0.0, "compute"), (2.0, "other")])
+def test_a_compiled_graph_is_compute_and_the_python_around_it_is_not(tmp_path, wait_s, what):
+    model = torch.compile(Waves())
+    images = torch.randn(4_000_000)
+    model(images, wait_s)
+    profiler = StepProfiler((0, 1), [0], 0, 1, tmp_path / "profile", ALONE)
+    with profiler.step(0):
+        model(images, wait_s)
+    profiler.write()
+    assert conclusion(tmp_path).startswith(f"bound by {what}: ")
+    assert json.loads((tmp_path / "profile/rank0.json").read_text())["compute"] > 0
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 
-from alexnet_ddp.data.sources import scan
 from alexnet_ddp.runtime.errors import ConfigError, DataError
+from alexnet_ddp.runtime.printing import listed
 
 # The named choices of class_order. Any other value is the path of a text file.
 NAME = "name"
@@ -43,14 +43,14 @@ class ClassOrder:
         if others:
             raise DataError(
                 f"class_order={NUMERIC} needs class names that are whole numbers, {origin} has "
-                f"{scan.listed(others)}; use class_order=name, or the path of a text file that "
+                f"{listed(others)}; use class_order=name, or the path of a text file that "
                 "lists the classes in order"
             )
         twice = [value for value, count in Counter(map(int, found)).items() if count > 1]
         if twice:
             same = sorted(name for name in found if int(name) == twice[0])
             raise DataError(
-                f"{origin} has {scan.listed(same)}, which are the same number; "
+                f"{origin} has {listed(same)}, which are the same number; "
                 "rename or merge these classes"
             )
         return sorted(found, key=int)
@@ -89,7 +89,7 @@ def read_order(choice: str) -> ClassOrder:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise DataError(
-            f"class_order={choice} lists {scan.listed(twice)} more than once; list each class once"
+            f"class_order={choice} lists {listed(twice)} more than once; list each class once"
         )
     return ClassOrder(choice, names)
 
@@ -132,12 +132,12 @@ def class_difference(
     alone = [
         (side, sorted(name for name in names if _nfc(name) not in twins)) for side, names in sides
     ]
-    parts = [f"only {side} has {scan.listed(names)}" for side, names in alone if names]
+    parts = [f"only {side} has {listed(names)}" for side, names in alone if names]
     parts += [remedy] * bool(parts and remedy)
     if pairs:
         a, b = pairs[0]
         forms = f"{_form(a)} in {one}, {_form(b)} in {other}"
-        names = scan.listed([name for name, _ in pairs])
+        names = listed([name for name, _ in pairs])
         parts.append(
             f"{names} of {one} and of {other} differ only in Unicode normalisation ({forms}); "
             "rename the folders of one of them, for example with "

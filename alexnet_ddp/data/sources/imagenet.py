@@ -28,6 +28,7 @@ from alexnet_ddp.data.sources.index import (
 )
 from alexnet_ddp.data.sources.tars import ArchiveStore, Member, tar_members
 from alexnet_ddp.runtime.errors import DataError
+from alexnet_ddp.runtime.printing import listed
 
 TRAIN = "ILSVRC2012_img_train.tar"  # contains one tar for each class: n01440764.tar, ...
 VAL = "ILSVRC2012_img_val.tar"  # flat: ILSVRC2012_val_00000001.JPEG, ...
@@ -206,7 +207,7 @@ def _scan_train(
         tars = [m for m, name in files.items() if ignored.accepts(name, str(path), (".tar",))]
         of = {Path(m.name).stem: m for m in tars}
         if not of or len(of) < len(tars):
-            got = scan.listed(sorted(Path(m.name).stem for m in tars)) or "none"
+            got = listed(sorted(Path(m.name).stem for m in tars)) or "none"
             raise DataError(
                 f"{path} must contain one .tar for each class, got {got}; "
                 "copy it again from its source"
@@ -291,7 +292,7 @@ def _val_labels(path: Path, numbers: np.ndarray, devkit: Devkit, classes: list[s
         raise DataError(f"the classes differ: {differ}")
     unknown = sorted(set(devkit.truth) - set(devkit.wnids))
     if unknown:
-        ids = scan.listed([str(i) for i in unknown])
+        ids = listed([str(i) for i in unknown])
         raise DataError(
             f"{DEVKIT} labels images with ids it has no class for ({ids}); "
             "copy it again from its source"

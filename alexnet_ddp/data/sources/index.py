@@ -23,6 +23,7 @@ from alexnet_ddp.data.sources import scan
 from alexnet_ddp.data.sources.classes import BY_NAME, ClassOrder, class_difference
 from alexnet_ddp.data.sources.source import ImageSource
 from alexnet_ddp.runtime.errors import DataError
+from alexnet_ddp.runtime.printing import listed
 
 # At each start, the sizes in a cached index are compared with the files: all of them up to
 # _CHECKED images, otherwise at least _SAMPLED, evenly spread (comparing 1.28 million takes 8 s).
@@ -213,15 +214,15 @@ def list_images(top: str) -> tuple[FileStore, list[str]]:
     """
     top = top.rstrip("/") or "/"
     try:
-        listed = _list_class(top)
+        content = _list_class(top)
     except OSError as error:
         raise DataError(
             f"{error.filename or top} cannot be read ({error.strerror}); check its permissions"
         ) from error
     prefix = top.rstrip("/") + "/"
-    relative = (path.removeprefix(prefix) for path in listed.paths())
-    sizes = np.frombuffer(listed.sizes, np.int64)
-    return FileStore.pack(top, relative, sizes), listed.ignored.notes()
+    relative = (path.removeprefix(prefix) for path in content.paths())
+    sizes = np.frombuffer(content.sizes, np.int64)
+    return FileStore.pack(top, relative, sizes), content.ignored.notes()
 
 
 def _store(top: Path, found: scan.Arrays) -> FileStore:
@@ -274,20 +275,20 @@ def _scan(top: str, stamps: scan.Stamps, order: ClassOrder, needs_all: bool) -> 
     classes = order.arrange(_class_names(top, stamps, ignored), top)
     with ThreadPoolExecutor(_THREADS) as pool:
         lists = pool.map(lambda name: _list_class(f"{top}/{name}"), classes)
-        for listed in scan.watched(lists, len(classes), f"indexing {top}"):
-            stamps |= listed.stamps
-            ignored.merge(listed.ignored)
-            entries |= listed.entries
-            counts.append(len(listed.sizes))
-            sizes += listed.sizes
-            paths += [path[len(top) + 1 :] for path in listed.paths()]
+        for content in scan.watched(lists, len(classes), f"indexing {top}"):
+            stamps |= content.stamps
+            ignored.merge(content.ignored)
+            entries |= content.entries
+            counts.append(len(content.sizes))
+            sizes += content.sizes
+            paths += [path[len(top) + 1 :] for path in content.paths()]
     store = FileStore.pack(top, paths, np.frombuffer(sizes, np.int64))
     empty = [name for name, count in zip(classes, counts) if not count]
     if empty and (len(empty) == len(classes) or needs_all):
         raise DataError(
-            f"{top} holds no images of {scan.listed(empty)}; add some to its folder, or remove it"
+            f"{top} holds no images of {listed(empty)}; add some to its folder, or remove it"
         )
-    notes = ignored.notes() + [f"{top} holds no images of {scan.listed(empty)}"] * bool(empty)
+    notes = ignored.notes() + [f"{top} holds no images of {listed(empty)}"] * bool(empty)
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
     texts = {"classes": classes, "notes": notes, "names": names_digest(paths), "entries": entries}
     arrays = {"labels": labels, "blob": store.blob, "ends": store.ends, "sizes": store.sizes}
@@ -344,12 +345,12 @@ def _list_class(top: str) -> _Listed:
 
     Links are followed. Raises DataError for a link to a folder that contains it.
     """
-    listed = _Listed([], array("q"), {}, {}, scan.Ignored())
+    content = _Listed([], array("q"), {}, {}, scan.Ignored())
     found: list[tuple[str, str, array[int]]] = []
     todo: list[tuple[str, frozenset[str]]] = [(top, frozenset())]
     while todo:
         folder, above = todo.pop()
-        listed.stamps[folder], here = scan.stamp(folder), os.path.realpath(folder)
+        content.stamps[folder], here = scan.stamp(folder), os.path.realpath(folder)
         if here in above:
             raise DataError(
                 f"{folder} links to a folder that contains it, without end; remove that link"
@@ -359,21 +360,21 @@ def _list_class(top: str) -> _Listed:
             for entry in entries:
                 count += 1
                 if not _is_folder(entry):
-                    if listed.ignored.accepts(entry.name, folder):
+                    if content.ignored.accepts(entry.name, folder):
                         images.append((entry.name, _entry_size(entry)))
                 elif entry.name.startswith("."):
-                    listed.ignored.add("hidden", entry.path)
+                    content.ignored.add("hidden", entry.path)
                 else:
                     todo.append((entry.path, above | {here}))
-        listed.entries[folder] = count
+        content.entries[folder] = count
         if images:
             images.sort()
             names = "/".join(name for name, _ in images)
             found.append((folder, names, array("q", (size for _, size in images))))
     for folder, names, sizes in sorted(found):
-        listed.folders.append((folder, names))
-        listed.sizes += sizes
-    return listed
+        content.folders.append((folder, names))
+        content.sizes += sizes
+    return content
 
 
 # Errors of a link without a target: it counts as a bad image, not as an unreadable folder.

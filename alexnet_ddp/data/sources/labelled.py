@@ -8,8 +8,8 @@ import numpy as np
 
 from alexnet_ddp.data.sources.classes import is_whole_number
 from alexnet_ddp.data.sources.index import SampleIndex, index_classes
-from alexnet_ddp.data.sources.scan import listed
 from alexnet_ddp.runtime.errors import ConfigError, DataError
+from alexnet_ddp.runtime.printing import listed
 
 
 def open_labelled(

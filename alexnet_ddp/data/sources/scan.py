@@ -74,11 +74,6 @@ def report(found: Arrays) -> None:
         log.warning(note)
 
 
-def listed(names: list[str]) -> str:
-    """At most five names, and the number of the others."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
-
-
 def watched(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """Yield `items`; after one second, show a progress bar if stderr is a terminal."""
     from alexnet_ddp.runtime.terminal import progress_bar  # slow to import

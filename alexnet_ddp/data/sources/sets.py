@@ -35,12 +35,12 @@ from alexnet_ddp.data.sources.index import (
     index_folder,
     is_one_class,
 )
-from alexnet_ddp.data.sources.scan import listed
 from alexnet_ddp.data.sources.shards import open_shards
 from alexnet_ddp.data.sources.split import split_images
 from alexnet_ddp.data.sources.synthetic import synthetic_images
 from alexnet_ddp.data.storage import Storage, absolute
 from alexnet_ddp.runtime.errors import DataError
+from alexnet_ddp.runtime.printing import listed
 
 log = logging.getLogger(__name__)
 

@@ -24,6 +24,7 @@ from alexnet_ddp.data.sources import scan
 from alexnet_ddp.data.sources.tars import pread
 from alexnet_ddp.data.storage import Storage
 from alexnet_ddp.runtime.errors import DataError
+from alexnet_ddp.runtime.printing import listed
 
 INDEX = "index.json"
 FORMAT = 1  # of the shards and of the index
@@ -94,7 +95,7 @@ def check_split(storage: Storage, entry: dict[str, Any], split: str, samples: np
             check_file(storage, name, entry, storage.sha256(name))
         wrong = wrong_shards(samples, shards)
         if wrong:
-            names = scan.listed([f"{shards[k]} ({why})" for k, why in sorted(wrong.items())])
+            names = listed([f"{shards[k]} ({why})" for k, why in sorted(wrong.items())])
             how = f"{names} of {len(shards):,} shards" if len(wrong) > 1 else names
             raise DataError(f"{how} do not match {split}.samples.npy and {INDEX}; {REMEDY}")
         return {}

@@ -21,6 +21,7 @@ from alexnet_ddp.data.sources.index import (
 )
 from alexnet_ddp.data.sources.split import divide, split_images
 from alexnet_ddp.runtime.errors import ConfigError, DataError
+from alexnet_ddp.runtime.printing import listed
 
 SPLIT = "split"  # the column that divides the images; it is optional
 _PARQUET = (".parquet", ".pq")
@@ -83,7 +84,7 @@ def _check_sides(root: str, train: SampleIndex, val: SampleIndex) -> None:
     """Raise DataError if the column `split` leaves a class without training images, or no val."""
     missing = np.setdiff1d(np.arange(len(train.classes)), train.labels)
     if len(missing):
-        names = scan.listed([train.classes[k] for k in missing.tolist()])
+        names = listed([train.classes[k] for k in missing.tolist()])
         raise DataError(f"{root} has no training images of {names}; add some, or remove these rows")
     if not len(val):
         raise DataError(f"{root} has no validation images; add rows with val in column {SPLIT}")
@@ -161,7 +162,7 @@ def _read(file: Path, columns: tuple[str, str]) -> tuple[bool, Iterator[tuple[in
     for name in columns:
         if name not in header:
             option = "data.path_column" if name == columns[0] else "data.label_column"
-            has = f"it has {scan.listed(header)}" if header else "it is empty"
+            has = f"it has {listed(header)}" if header else "it is empty"
             raise DataError(f"{file} has no column {name}, {has}; give {option}=NAME")
     used = [header.index(name) for name in (*columns, SPLIT) if name in header]
 
