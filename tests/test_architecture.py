@@ -39,7 +39,8 @@ ONLY_IN = {  # library -> the modules that may import it: packages, or files of 
     r"onnx|onnxruntime|onnxscript": {"export/formats"},
     r"peft": {"model/adapters", "training/adalora"},
     r"jinja2|markupsafe": {"report/page"},
-    r"fcntl": {"runtime/files"},  # file locks
+    # File locks; wandb_process imports nothing of this package.
+    r"fcntl": {"runtime/files", "tracking/wandb_process"},
     r"pyspark": {"prepare/spark"},
     r"pyarrow": {"runtime/tables", "data/sources/table", "prepare/tables"},
     r"sklearn": {"training/class_metrics"},

@@ -1,5 +1,6 @@
 """What to write instead: one line for an option, a choice or a value that does not exist."""
 
+import re
 from difflib import get_close_matches
 
 from alexnet_ddp.config.option import shown
@@ -86,6 +87,16 @@ def one_value(key: str, value: str, root: type) -> str:
     if root is ROOTS["train"]:
         remedy = "alexnet-ddp sweep trains one run per value"
     return f"{key}={shown(value)}: {key} takes one value; {remedy}"
+
+
+def one_by_one(section: str, value: str) -> str:
+    """The line for a dictionary of Python, as wandb's sweep agent writes nested parameters."""
+    found = re.match(r"\{'(\w+)': ([^{},]+)", value)
+    name, example = found.groups() if found else ("OPTION", "VALUE")
+    remedy = (
+        f"such as {section}.{name}={example}; in sweep.yaml, name the parameter {section}.{name}"
+    )
+    return f"{section} ({shown(value)}) is a dictionary of Python; give each option, {remedy}"
 
 
 def type_line(key: str, value: str, root: type) -> str:

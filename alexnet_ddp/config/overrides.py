@@ -195,6 +195,8 @@ def _checked(override: str, root: type) -> str:
     try:
         parsed = OverridesParser.create().parse_override(override)
     except HydraException as error:
+        if value.startswith("{'") and key in {*sections(root), *group_names(root)}:
+            raise ConfigError(advice.one_by_one(key, value)) from error
         rule = "is not in Hydra's grammar for mappings and lists"
         remedy = f"write {key}={_example(key, root)}"
         raise ConfigError(f"{key} ({shown(value)}) {rule}; {remedy}") from error

@@ -5,7 +5,12 @@ import time
 from types import FrameType
 
 from alexnet_ddp.runtime import startup
-from alexnet_ddp.runtime.errors import Preempted, code_for_caller, write_exit_code
+from alexnet_ddp.runtime.errors import (
+    Preempted,
+    code_for_caller,
+    was_asked_to_stop,
+    write_exit_code,
+)
 
 _SAME_EVENT_S = 5.0  # a launcher and a scheduler both forward one signal within this time
 
@@ -32,6 +37,10 @@ class StopSignal:
         """Request a stop after which nothing starts the run again. Any thread may call it."""
         self.for_good = True
         self.received = True
+
+    def is_from_outside(self) -> bool:
+        """Return whether a stop signal arrived, and not only because another rank has failed."""
+        return self._first_at is not None and was_asked_to_stop()
 
     def ignore(self) -> None:
         """Ignore further signals: the run is saved, and its last output must not be cut off."""

@@ -147,7 +147,9 @@ class Tracker:
             self._console.say(text)
 
     def close(self, exit_code: int, message: str = "") -> None:
-        """Flush and close all sinks; takes seconds at most. Further calls do nothing.
+        """Flush and close all sinks: takes seconds, with a slow server up to 75 s.
+
+        Further calls do nothing.
 
         exit_code: the code that the run will exit with. message: the error that ended it, if any.
         """
@@ -193,11 +195,16 @@ class Tracker:
 
 
 def build_tracker(
-    cfg: LoggerConfig, run_dir: Path, run: RunInfo, on_stop: Callable[[], None] = lambda: None
+    cfg: LoggerConfig,
+    run_dir: Path,
+    run: RunInfo,
+    on_stop: Callable[[], None] = lambda: None,
+    is_urgent: Callable[[], bool] = lambda: False,
 ) -> Tracker:
     """Return the tracker of this rank. Rank 0 drops the rows of metrics.jsonl after run.start_step.
 
     on_stop: called in a thread if a service asks the run to stop.
+    is_urgent: returns whether the process may be killed soon: close() then waits 10 s at most.
 
     Raises OSError if metrics.jsonl cannot be written.
     """
@@ -229,7 +236,7 @@ def build_tracker(
         def build() -> WandbSink:
             spec["init"] = init_arguments(cfg, run_dir)
             spec["facts"] = code_facts() | run.facts
-            return WandbSink(run_dir, spec, tracker.say, on_stop)
+            return WandbSink(run_dir, spec, tracker.say, on_stop, is_urgent)
 
         tracker.add(WandbSink.name, build)
     return tracker

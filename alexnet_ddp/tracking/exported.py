@@ -46,7 +46,7 @@ def send_export(
             "exit_code": _exit_code(run_dir),
             "init": init_arguments(cfg, run_dir),
         }
-        return WandbSink(run_dir, spec, tracker.say, on_stop=lambda: None)
+        return WandbSink(run_dir, spec, tracker.say)
 
     tracker.add(WandbSink.name, build)
     tracker.close(0)

@@ -3,13 +3,15 @@
 It imports nothing of this package. Arguments: a JSON file (see WandbSink) and the mode, online or
 offline. Standard input: one line, {"code": exit code, "message": text}, when the run ends; end of
 file without it means that the run was killed. Standard output: one JSON object per line,
-{"say": text} for the user or {"stop": true} if the service asks the run to stop.
+{"say": text} for the user, {"directory": path} that `wandb sync` takes, or {"stop": true} if the
+service asks the run to stop. Exit codes: 0; "not_online" and "unsent" of the JSON file.
 
 What it sends it reads from the run's directory: metrics.jsonl, batch.png, checkpoints/,
 wandb/classes.json and wandb/examples.json. If "folder" is given, it sends that folder instead.
 """
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -18,14 +20,17 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 INIT_S = 5.0
-FINISH_S = 4.0
+FINISH_S = 60.0  # in which the server gets what remains when the run has ended
 POLL_S = 0.5
-LIMIT_S = 12.0  # this process exits at most so long after the run, even if wandb hangs
+UNLINK_S = 4.0
+PROBE_S = 3.0  # a server that does not answer in this time is not waited for
+LIMIT_S = 70.0  # this process exits at most so long after the run, even if wandb hangs
 KILLED = 137  # 128 + SIGKILL, the exit code that a shell reports
 PREEMPTED = 75
 BEST = {"val/top1": max, "val/loss": min}
@@ -57,14 +62,15 @@ def main() -> None:
     os.dup2(2, 1)  # output of libraries is written to the log
     spec = json.loads(Path(sys.argv[1]).read_bytes())
     end: Ends = queue.Queue()
-    threading.Thread(target=listen, args=(end, spec["upload_s"]), daemon=True).start()
+    threading.Thread(target=listen, args=(end, spec), daemon=True).start()
     mode: Mode = "online" if sys.argv[2] == "online" else "offline"
 
     def send(message: dict[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError):  # the run has ended
             os.write(stdout, f"{json.dumps(message)}\n".encode())
 
-    code = follow(spec, mode, end, send)
+    with after_earlier_start(Path(sys.argv[1]).with_name("helper.lock")):
+        code = follow(spec, mode, end, send)
     os._exit(code)  # wandb's exit hook would wait for its service without a timeout
 
 
@@ -80,13 +86,13 @@ def follow(spec: dict[str, Any], mode: Mode, end: Ends, send: Send) -> int:
             return spec["not_online"]
         send({"say": f"warning: wandb cannot start ({reason}); the run continues without it"})
         return 0
+    send({"directory": str(Path(run.dir).parent)})
     if mode == "online":
         send({"say": f"wandb: {run.url}"})
     try:
         if "folder" in spec:
-            log_folder(run, spec, end)
-        else:
-            log_all(run, spec, end, send)
+            return log_folder(run, spec, end, send)
+        return log_all(run, spec, end, send)
     except Exception as error:
         text = f"warning: wandb failed ({one_line(error)}); the run continues without it"
         send({"say": text})
@@ -107,15 +113,15 @@ def init(spec: dict[str, Any], mode: Mode, on_stop: Callable[[], None]) -> Any:
         "disable_git": True,  # it would copy the uncommitted changes; the commit is in the summary
         "init_timeout": INIT_S,
         "finish_timeout": FINISH_S + spec["upload_s"],
+        "finish_timeout_raises": True,
         "program": spec["program"],
         "git_commit": spec["facts"].get("git_commit"),
         "x_stats_pid": spec["pid"],
         "x_stats_track_process_tree": True,  # all ranks of this machine
     }
     # A variable that the user sets counts before these, but not before stop_fn.
-    settings = {
-        name: value for name, value in wanted.items() if f"WANDB_{name.upper()}" not in os.environ
-    } | {"stop_fn": on_stop}
+    settings = {name: value for name, value in wanted.items() if not is_in_environment(name)}
+    settings["stop_fn"] = on_stop
     known = wandb.Settings.model_fields
     if "stop_fn" not in known:  # older versions of wandb send SIGINT to this process
         signal.signal(signal.SIGINT, lambda *_: on_stop())
@@ -128,8 +134,14 @@ def init(spec: dict[str, Any], mode: Mode, on_stop: Callable[[], None]) -> Any:
     )
 
 
-def log_all(run: Any, spec: dict[str, Any], end: Ends, send: Send) -> None:
-    """Send everything until the run ends.
+def is_in_environment(setting: str) -> bool:
+    """Whether the user sets it: x_stats_pid by WANDB__STATS_PID, which wandb also calls so."""
+    names = {f"WANDB_{setting.upper()}", f"WANDB_{setting.removeprefix('x').upper()}"}
+    return not names.isdisjoint(os.environ)
+
+
+def log_all(run: Any, spec: dict[str, Any], end: Ends, send: Send) -> int:
+    """Send everything until the run ends; return the exit code.
 
     wandb ignores rows with steps that an earlier, killed start has sent.
     """
@@ -139,6 +151,7 @@ def log_all(run: Any, spec: dict[str, Any], end: Ends, send: Send) -> None:
     classes, examples = Classes(run, spec), Examples(run, spec)
     checkpoints = Checkpoints(run, spec, send)
     with Path(spec["run_dir"], "metrics.jsonl").open("rb") as file:
+        log_missing(run, file, spec["offset"])
         best = Best(run, file, spec["offset"])
         ended = None
         while ended is None:
@@ -151,11 +164,25 @@ def log_all(run: Any, spec: dict[str, Any], end: Ends, send: Send) -> None:
             examples.poll()
             checkpoints.poll()
     report_end(run, spec, ended, best.values)
-    run.finish(exit_code=ended.code)
+    code = finish(run, spec, ended.code, send)
     checkpoints.close()
+    return code
 
 
-def log_folder(run: Any, spec: dict[str, Any], end: Ends) -> None:
+def log_missing(run: Any, file: BinaryIO, offset: int) -> None:
+    """Send the rows of earlier starts that the server does not have, and rewind `file`.
+
+    `wandb sync` sends those of an earlier start that was offline.
+    """
+    first = run.step
+    if not run.offline and not list(Path(run.dir).parents[1].glob(f"offline-run-*-{run.id}")):
+        for row in new_rows(file, offset):
+            if row["step"] >= first:
+                run.log(row, step=row["step"])
+    file.seek(0)
+
+
+def log_folder(run: Any, spec: dict[str, Any], end: Ends, send: Send) -> int:
     """Upload spec["folder"] as a version of the artifact export-ID. The run keeps its exit code."""
     import wandb
 
@@ -164,7 +191,58 @@ def log_folder(run: Any, spec: dict[str, Any], end: Ends) -> None:
     artifact.add_dir(spec["folder"], skip_cache=True, policy="mutable")
     run.log_artifact(artifact, aliases=spec["aliases"])
     end.get()
-    run.finish(exit_code=spec["exit_code"])
+    return finish(run, spec, spec["exit_code"], send)
+
+
+def finish(run: Any, spec: dict[str, Any], exit_code: int, send: Send) -> int:
+    """Wait until the server has everything, at most FINISH_S; return the exit code.
+
+    If the server does not answer, exit with "not_online".
+    """
+
+    def exit_if_unreachable() -> None:
+        time.sleep(PROBE_S)
+        if not answers(run.settings.base_url):
+            text = "warning: wandb's server does not answer and did not get everything"
+            send({"say": f"{text}; {spec['upload']}"})
+            os._exit(spec["not_online"])
+
+    if not run.offline:
+        threading.Thread(target=exit_if_unreachable, daemon=True).start()
+    try:
+        run.finish(exit_code=exit_code)
+    except TimeoutError:
+        return spec["unsent"]
+    return 0
+
+
+def answers(url: str) -> bool:
+    """Whether the server answers in PROBE_S, and not with an error of its own."""
+    import ssl
+    import urllib.error
+    import urllib.request
+
+    try:
+        urllib.request.urlopen(url, timeout=PROBE_S).close()
+    except urllib.error.HTTPError as error:
+        return error.code < 500
+    except urllib.error.URLError as error:  # wandb may know a certificate that Python does not
+        return isinstance(error.reason, ssl.SSLError)
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def after_earlier_start(lock: Path) -> Iterator[None]:
+    """Wait until the helper process of an earlier start has ended, which would overwrite rows.
+
+    Without effect on a file system without locks. The training does not wait.
+    """
+    with lock.open("ab") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def define_metrics(run: Any, is_sweep: bool) -> None:
@@ -352,7 +430,7 @@ class Checkpoints:
     def close(self) -> None:
         """Call it when the run is finished, which waits for the uploads: remove the last links."""
         for thread in self._threads:
-            thread.join(FINISH_S)
+            thread.join(UNLINK_S)
 
     def _link(self, path: Path) -> Path:
         """Hard links to the files, because the run may delete a checkpoint during its upload."""
@@ -421,15 +499,15 @@ def new_rows(file: BinaryIO, limit: int | None = None) -> Iterator[dict[str, Any
         }
 
 
-def listen(end: Ends, upload_s: float) -> None:
+def listen(end: Ends, spec: dict[str, Any]) -> None:
     """Wait for the end of the run, then exit after LIMIT_S at the latest.
 
-    upload_s: added to it if the run is complete.
+    spec["upload_s"] is added to it if the run is complete.
     """
     line = sys.stdin.buffer.readline().strip()
     ended = End(**json.loads(line)) if line else End(KILLED, "it was killed")
-    limit_s = LIMIT_S if ended.code else LIMIT_S + upload_s
-    threading.Timer(limit_s, os._exit, (1,)).start()
+    limit_s = LIMIT_S if ended.code else LIMIT_S + spec["upload_s"]
+    threading.Timer(limit_s, os._exit, (spec["unsent"],)).start()
     end.put(ended)
 
 

@@ -489,7 +489,10 @@ class Trainer:
             to_yaml(cfg),
             {"world_size": world.world_size, "num_parameters": self.parts.num_parameters},
         )
-        tracker = build_tracker(cfg.logger, cfg.run_dir, info, self.stop.stop_for_good)
+        stop = self.stop
+        tracker = build_tracker(
+            cfg.logger, cfg.run_dir, info, stop.stop_for_good, stop.is_from_outside
+        )
         # So that other commands use these numbers, whatever data they read.
         found = [f"data.mean={cfg.data.mean}", f"data.std={cfg.data.std}"]
         recorded = overrides if data.normalisation is None else [*overrides, *found]

@@ -256,6 +256,18 @@ def test_an_override_may_be_written_with_two_dashes_as_wandbs_sweeps_do(end, arg
     assert (code, err, overrides) == (0, "", [argument[2:]])
 
 
+@pytest.mark.parametrize("dashes", ["", "--"])
+@pytest.mark.parametrize("given", ["{'lr': 0.1}", "{'lr': 0.1, 'momentum': 0.8}"])
+def test_nested_parameters_of_wandbs_sweeps_are_answered_with_dotted_names(end, given, dashes):
+    """The sweep agent writes them as a dictionary of Python."""
+    code, err, _ = end("train", f"{dashes}optimizer={given}")
+    assert code == 64
+    assert err.strip() == (
+        f"alexnet_ddp: optimizer ({given}) is a dictionary of Python; give each option, such as "
+        "optimizer.lr=0.1; in sweep.yaml, name the parameter optimizer.lr"
+    )
+
+
 def test_a_choice_of_a_group_is_a_text_too(tmp_path, end):
     (tmp_path / "experiment").mkdir()
     for name in ("2026_11_28", "1.10", "größe (2)"):

@@ -40,12 +40,13 @@ class WandbServer:
     """`mode`: work, or one of the FAULTS, at any time. `num_runs`: how often it let one begin.
 
     `runs`: by id. `stopped`: ids of runs whose "Stop run" button was pressed. `commands`: for the sweep agent, a list per
-    heartbeat.
+    heartbeat. `latency_s`: how long each answer takes, at any time.
     """
 
     FAULTS = ("refuse", "hang", "500")
 
-    def __init__(self, mode: str = "work") -> None:
+    def __init__(self, mode: str = "work", latency_s: float = 0.0) -> None:
+        self.latency_s = latency_s
         self.mode, self.num_runs, self._over = mode, 0, threading.Event()
         self.runs: dict[str, ReceivedRun] = {}
         self.uploads: dict[str, bytes] = {}
@@ -72,8 +73,9 @@ class WandbServer:
             self._http.shutdown()
             self._http.server_close()  # nobody listens on the port any more
 
-    def wait(self) -> None:
-        self._over.wait(300)
+    def pause(self, seconds: float) -> None:
+        """Wait, but not longer than until close()."""
+        self._over.wait(seconds)
 
     def close(self) -> None:
         self._over.set()
@@ -270,8 +272,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self._owner.pause(self._owner.latency_s)
         if self._owner.mode == "hang":
-            self._owner.wait()
+            self._owner.pause(300)
         if self._owner.mode in ("hang", "refuse"):
             self.close_connection = True
             return

@@ -16,11 +16,12 @@ from tests.tracking.test_tracking import rows, start_program, tracker
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wandb")]  # real wandb processes take 40 s
 
 FAKE_WANDB = """
-import os, time
-class Settings:
-    model_fields = {}
+import os, sys, time, types
+class Settings(types.SimpleNamespace):
+    model_fields = {"x_stats_pid": 0, "x_stats_track_process_tree": 0}
 class Run:
-    url, id, offline, summary = "https://wandb.test/run", "1", False, {}
+    url, id, offline, summary, step = "https://wandb.test/run", "1", False, {}, 0
+    dir, resumed, settings = "/wandb/run-1/files", False, types.SimpleNamespace(base_url="http://127.0.0.1:9")
     def define_metric(self, *a, **k): step("define")
     def log(self, *a, **k): step("log")
     def finish(self, **k): step("finish")
@@ -30,6 +31,7 @@ def step(name):
     if os.environ["FAKE"] == "hang-" + name: time.sleep(60)
     if os.environ["FAKE"] == "die-" + name: os._exit(5)
 def init(**k):
+    print("settings", sorted(vars(k["settings"])), file=sys.stderr)
     step("init"); step("init-" + k["mode"])
     return Run()
 """
@@ -210,8 +212,24 @@ def collect(without_server, position):
         ),
         ("die-log", "online", ["https://wandb.test/run", "its process ended with code 5"]),
         ("hang-init", "offline", ["offline;", "it did not finish in 1 s"]),
-        ("hang-log", "online", ["https://wandb.test/run", "it did not finish in 1 s"]),
-        ("hang-finish", "online", ["https://wandb.test/run", "it did not finish in 1 s"]),
+        (
+            "hang-log",
+            "online",
+            [
+                "https://wandb.test/run",
+                "did not get everything in time; upload with: wandb sync",
+                "it did not finish in 1 s",
+            ],
+        ),
+        (
+            "hang-finish",
+            "online",
+            [
+                "https://wandb.test/run",
+                "did not get everything in time; upload with: wandb sync",
+                "it did not finish in 1 s",
+            ],
+        ),
     ],
 )
 def test_a_failing_wandb_is_reported_in_one_line(fake, mode, words, tmp_path, monkeypatch, capsys):
@@ -222,16 +240,29 @@ def test_a_failing_wandb_is_reported_in_one_line(fake, mode, words, tmp_path, mo
     close_s = 1.0 if fake.startswith("hang") else 10.0
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(wandb_sink, "CLOSE_S", close_s)
+    monkeypatch.setattr(wandb_sink, "STOP_S", close_s)
     log = tracker(tmp_path / "run", wandb=Wandb(mode))
     for step in range(1, 11):
         log.log(step, step / 10, {"train/loss": 1 / step})
     time.sleep(0.5 if fake.startswith("hang") else 0)
     began = time.monotonic()
     log.close(0)
-    assert time.monotonic() - began < close_s + 2
+    assert time.monotonic() - began < 2 * close_s + 2
     assert len(rows(tmp_path / "run")) == 10
     said = [line for line in capsys.readouterr().out.splitlines() if "wandb" in line]
     assert [word for word, line in zip(words, said, strict=True) if word not in line] == []
+
+
+@pytest.mark.parametrize("prefix", ["WANDB__", "WANDB_X_"])
+def test_settings_of_the_system_metrics_can_be_set_by_variables(prefix, tmp_path, monkeypatch):
+    (tmp_path / "path/wandb").mkdir(parents=True)
+    (tmp_path / "path/wandb/__init__.py").write_text(FAKE_WANDB)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    monkeypatch.setenv("FAKE", "nothing")
+    monkeypatch.setenv(f"{prefix}STATS_PID", "1")
+    tracker(tmp_path / "run", wandb=Wandb.offline).close(0)
+    log = (tmp_path / "run/wandb/helper.log").read_text()
+    assert "settings ['x_stats_track_process_tree']" in log
 
 
 def test_online_without_a_key_is_offline_without_a_prompt(without_server):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from alexnet_ddp.config.schema import ROOTS, options
 from tests.drills.wandb_server import ReceivedRun, WandbServer
 from tests.network import QUICK, WAITING
 from tests.ranks import run_command, started
+from tests.tracking.test_tracking import start_program
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wandb")]
 
@@ -57,6 +59,12 @@ def documented_sweep() -> dict:
 def only_run(server: WandbServer) -> tuple[str, ReceivedRun]:
     ((run_id, run),) = server.runs.items()
     return run_id, run
+
+
+def memory_mb(run: ReceivedRun) -> list[float]:
+    """The memory of the run's process tree, at each time it was measured."""
+    name = "system.proc.memory.rssMB"
+    return [sample[name] for sample in run.system if name in sample]
 
 
 def test_a_complete_run_of_two_ranks(server, image_folder, tmp_path):
@@ -175,21 +183,186 @@ def _check_export(
     assert weights in server.uploads.values()
 
 
+ROWS = """
+    t = start(sys.argv[1], "online", int(sys.argv[2]))
+    first = int(sys.argv[2]) + 1
+    for step in range(first, first + 30):
+        t.log(step, step / 10, {"train/loss": 1 / step})
+        t.log(step, step / 10, {"val/top1": 50.0 + step})
+    print("ready", flush=True)
+    sys.stdin.readline()
+    t.close(int(sys.argv[3]))
+"""
+
+
+def rows_of(
+    server: WandbServer,
+    folder: Path,
+    first: int,
+    code: int,
+    mode: str = "work",
+    latency_s: float = 0,
+    variables: dict[str, str] | None = None,
+) -> str:
+    """Log 30 rows, and end with `code` when the server has the mode and the latency. The output."""
+    num_runs = server.num_runs
+    program = start_program(
+        *(ROWS, folder / "run", first, code),
+        env=environment(server, folder) | (variables or {}),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    until(lambda: server.num_runs > num_runs, 60, "the start of the run in wandb")
+    server.latency_s = latency_s
+    server.become(mode)
+    said = program.communicate("\n", timeout=120)[0]
+    assert program.returncode == 0, said
+    return said
+
+
+def test_a_complete_run_waits_until_a_slow_server_has_everything(server, tmp_path):
+    """2 s per request need more than the 4 s that a helper once had for all that remained."""
+    said = rows_of(server, tmp_path, 0, 0, latency_s=2.0)
+    _, run = only_run(server)
+    assert "waiting until the server has everything" in said
+    assert "warning" not in said
+    assert sorted(run.history) == list(range(1, 31))
+    assert run.exit_codes == [0]
+    assert len(run.alerts) == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "latency_s", "words"),
+    [
+        ("hang", 0, "does not answer and did not get everything"),
+        ("500", 0, "does not answer and did not get everything"),
+        ("work", 2.0, "did not get everything in time"),
+    ],
+)
+def test_what_a_lost_server_did_not_get_is_sent_by_the_command_of_the_warning(
+    server, tmp_path, mode, latency_s, words
+):
+    limit = {"WANDB_FINISH_TIMEOUT": "2"} if latency_s else {}  # in place of a minute
+    said = rows_of(server, tmp_path, 0, 0, mode, latency_s, limit)
+    (warning,) = [line for line in said.splitlines() if "warning" in line]
+    _, run = only_run(server)
+    assert run.exit_codes == []
+    server.latency_s = 0.0
+    server.become("work")
+    command = re.fullmatch(rf"warning: wandb's server {words}; upload with: wandb (.*)", warning)
+    subprocess.run(
+        f"{sys.executable} -m wandb {command[1]}",  # with the shell's *
+        shell=True,
+        cwd=tmp_path,
+        env=environment(server, tmp_path),
+        check=True,
+        timeout=120,
+    )
+    assert sorted(run.history) == list(range(1, 31))
+    assert [row["val/top1"] for _, row in sorted(run.history.items())] == [
+        50.0 + step for step in range(1, 31)
+    ]
+    assert 0 in run.exit_codes
+
+
+def test_the_next_start_sends_the_rows_that_were_lost_with_a_machine(server, tmp_path):
+    env = environment(server, tmp_path)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    program = start_program(ROWS, tmp_path / "run", 0, 0, env=env, **pipes)
+    until(lambda: server.num_runs, 60, "the start of the run in wandb")
+    server.become("hang")
+    while b"ready" not in (line := program.stdout.readline()):
+        assert line, "the program ended"
+    helper = int(subprocess.check_output(["pgrep", "-P", str(program.pid), "-f", "wandb_process"]))
+    for process in (helper, program.pid):
+        os.kill(process, signal.SIGKILL)
+    program.communicate()
+    server.become("work")
+    rows_of(server, tmp_path, 30, 0)
+    _, run = only_run(server)
+    assert sorted(run.history) == list(range(1, 61))
+    assert run.exit_codes == [0]
+
+
+def test_a_stop_signal_ends_the_wait_for_a_slow_server_and_not_the_run(
+    server, image_folder, tmp_path
+):
+    arguments = [*SMALL, *QUICK, f"data.root={image_folder}", "run.name=x", "trainer.max_steps=4"]
+    env = environment(server, tmp_path)
+    arguments += ["logger.wandb=online"]
+    with started("alexnet_ddp.train", arguments, 0, tmp_path, env) as command:
+        until(lambda: server.num_runs, 90, "the start of the run in wandb")
+        server.latency_s = 30.0
+        until(lambda: "waiting until the server" in command.said(), 60, "the wait at the end")
+        command.send_signal(signal.SIGTERM)
+        assert command.wait(60) == 0, command.said()
+        said = command.said()
+    assert "wandb's server did not get everything in time; upload with: wandb sync" in said
+    assert list(tmp_path.glob("runs/x/wandb/offline-run-*/*.wandb"))
+    assert status(tmp_path / "runs/x")["state"] == "complete"
+
+
+CRASHING = """
+import os
+from alexnet_ddp import register_model
+from tests.network import Quick
+@register_model("crashing")
+class Crashing(Quick):
+    num_steps = 0
+    def forward(self, images):
+        self.num_steps += self.training
+        if self.num_steps == 2:  # before the first checkpoint
+            os._exit(9)
+        return super().forward(images)
+"""
+
+
+def test_the_helper_of_a_run_that_crashes_under_launch_sends_its_end(
+    server, image_folder, tmp_path
+):
+    """launch/ ends what a crashed start leaves behind, but not the process that still sends rows."""
+    (tmp_path / "crashing.py").write_text(CRASHING)
+    options = ["plugins=[crashing]", "model=plugin", "model.name=crashing", "run.name=x"]
+    options += [*SMALL, f"data.root={image_folder}", "logger.wandb=online", "device=cpu"]
+    env = environment(server, tmp_path) | {"NPROC": "1", "RESTART_DELAY": "0"}
+    env |= {"PYTHON": sys.executable, "PYTHONPATH": f"{PROJECT}:{tmp_path}"}
+    server.latency_s = 0.3
+    done = subprocess.run(
+        [PROJECT / "launch/local.sh", *options],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 93, done.stdout + done.stderr
+    _, run = only_run(server)
+    until(lambda: len(run.exit_codes) == 4, 60, "the end of all four starts in wandb")
+    assert run.exit_codes == [137] * 4
+    assert [one["title"] for one in run.alerts] == ["x failed, and nothing restarts it"]
+    rows = (tmp_path / "runs/x/metrics.jsonl").read_text().splitlines()
+    assert {json.loads(line)["step"] for line in rows} <= set(run.history)
+
+
 def test_a_killed_run_keeps_its_id_and_the_stop_button_ends_it_for_good(
     server, image_folder, tmp_path
 ):
     arguments = [*SMALL, *WAITING, f"data.root={image_folder}", "run.name=x", "logger.wandb=online"]
     arguments += ["trainer.eval_every_epochs=99", "checkpoint.save_every_steps=5"]
-    env = environment(server, tmp_path)
+    env = environment(server, tmp_path) | {"WANDB__STATS_SAMPLING_INTERVAL": "1"}
     run_dir = tmp_path / "runs/x"
     with started("alexnet_ddp.train", arguments, 0, tmp_path, env) as command:
         until(lambda: any(run.history for run in server.runs.values()), 60, "a row in wandb")
         until(lambda: list(run_dir.glob("checkpoints/step-*")), 60, "a checkpoint")
+        until(lambda: memory_mb(only_run(server)[1]), 60, "the memory of one rank in wandb")
+        of_one_rank = max(memory_mb(only_run(server)[1]))
         command.send_signal(signal.SIGKILL)
     run_id, run = only_run(server)
     until(lambda: run.exit_codes, 30, "the end of the killed run in wandb")
-    server.stopped.add(run_id)
     with started("alexnet_ddp.train", arguments, 2, tmp_path, env) as command:
+        until(lambda: max(memory_mb(run)) > 1.5 * of_one_rank, 90, "the memory of both ranks")
+        server.stopped.add(run_id)
         command.wait(120)
         said = command.said()
     assert f"stopped at step {status(run_dir)['step']} of " in said
