@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class DDPModel(nn.Module):
             **renamed,
         )
         self.hook = register_hook(self.ddp, cfg, world)
+        self._exchange: Callable[[], AbstractContextManager] = nullcontext
 
     @property
     def model(self) -> nn.Module:
@@ -68,7 +69,8 @@ class DDPModel(nn.Module):
         waiting: Callable[[], AbstractContextManager],
         exchange: Callable[[], AbstractContextManager],
     ) -> None:
-        """Nothing to set: there are no sharded layers."""
+        """There are no sharded layers: a forward pass waits for nobody."""
+        self._exchange = exchange
 
     def zero_loss(self, image: Tensor, max_images: int = 1) -> Tensor:
         with evaluation_mode(self.model):
@@ -102,7 +104,8 @@ class DDPModel(nn.Module):
     ) -> None:
         if self._gradients_differ and scaler.is_enabled():
             for found in scaler._found_inf_per_device(optimizer).values():
-                dist.all_reduce(found, op=dist.ReduceOp.MAX)
+                with self._exchange():
+                    dist.all_reduce(found, op=dist.ReduceOp.MAX)
 
     def global_norms(self, norms: Tensor, parameters: list[nn.Parameter]) -> Tensor:
         """Collective. `norms`, or their root mean square over the ranks while gradients differ.
@@ -112,7 +115,8 @@ class DDPModel(nn.Module):
         if not self._gradients_differ:
             return norms
         squares = norms.square()
-        dist.all_reduce(squares)
+        with self._exchange():
+            dist.all_reduce(squares)
         return (squares / self._world.world_size).sqrt()
 
     def sharded(self, tensors: dict[str, Tensor]) -> dict[str, Tensor | ShardedTensor]:

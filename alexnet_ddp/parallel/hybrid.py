@@ -105,6 +105,7 @@ class HybridModel(DDPModel):
         waiting: Callable[[], AbstractContextManager],
         exchange: Callable[[], AbstractContextManager],
     ) -> None:
+        super().on_wait(waiting, exchange)
         self._group.wait_context, self._group.exchange_context = waiting, exchange
 
     def zero_loss(self, image: Tensor, max_images: int = 1) -> Tensor:
@@ -130,7 +131,8 @@ class HybridModel(DDPModel):
         squares = norms.square() * mask
         # Over the whole world, not the group: then the result is bit-equal on all ranks. All groups
         # have the same shards, so the sum is divided by the number of groups.
-        dist.all_reduce(squares)
+        with self._exchange():
+            dist.all_reduce(squares)
         squares /= self._group.world_size // self._group.size
         return torch.where(mask, squares.sqrt(), norms)
 

@@ -77,10 +77,11 @@ class ParallelModel(Protocol):
         waiting: Callable[[], AbstractContextManager],
         exchange: Callable[[], AbstractContextManager],
     ) -> None:
-        """Set two contexts for what sharded layers do.
+        """Set two contexts.
 
         waiting: for the exchange of a forward pass in which fast ranks wait for slow ones.
-        exchange: for all exchanges.
+        exchange: for all exchanges in which this rank computes nothing, except that of DDP's own
+        backward pass and finish_backward().
         """
         ...
 

@@ -44,6 +44,7 @@ from alexnet_ddp.training.loss import class_weights
 from alexnet_ddp.training.optim import OptimizerState, build_optimizer
 from alexnet_ddp.training.setup import RunSetup, choose_parallelism
 from alexnet_ddp.training.step import TrainStep
+from alexnet_ddp.training.stragglers import Stopwatch
 
 AnyLoader = Loader | FeatureLoader
 
@@ -207,7 +208,7 @@ class TrainingParts:
         """
         kept = self._stateful["optimizer"].state_dict()
         sums, scaler = self.train_step.meter.read(), self.train_step.scaler.state_dict()
-        self.train_step.close()
+        stopwatch = self.train_step.stopwatch
         del self._stateful, self.train_step, self.parallel_model
         assert self.backbone is not None  # unfreeze_due()
         self.backbone.unfreeze()
@@ -215,7 +216,7 @@ class TrainingParts:
             freeze_batch_norm(self.model)
         gc.collect()  # DDP removes its hooks from the head's parameters when it is freed
         self.parallel_model = build_parallel(self._parallel, self.model, self.setup.world)
-        self.train_step = self._build_step()
+        self.train_step = self._build_step(stopwatch)
         self._stateful = self._name_parts()
         self._stateful["optimizer"].load_state_dict(kept)
         self.train_step.load_state_dict(sums, scaler)
@@ -243,7 +244,8 @@ class TrainingParts:
             averages = self.ema.state_dict() if self.ema is not None else {}
             return [*weights.values(), *moments, *(averages[name] for name in weights if averages)]
 
-        return hook.sync_replicas(step, planned, tensors, progress)
+        with self.train_step.stopwatch.exchange():
+            return hook.sync_replicas(step, planned, tensors, progress)
 
     @contextmanager
     def evaluation_model(self) -> Iterator[nn.Module]:
@@ -314,8 +316,11 @@ class TrainingParts:
             return None
         return RankAllocation(self.model, cfg, setup.budget.planned_steps, setup.world)
 
-    def _build_step(self) -> TrainStep:
-        """Collective. The step, with an optimizer of the parameters that are trained now."""
+    def _build_step(self, stopwatch: Stopwatch | None = None) -> TrainStep:
+        """Collective. The step, with an optimizer of the parameters that are trained now.
+
+        stopwatch: that of the step before it.
+        """
         cfg = self.setup.cfg
         size = cfg.data.image_size
         step = TrainStep(
@@ -330,6 +335,7 @@ class TrainingParts:
             ema=self.ema,
             class_weights=self._class_weights(),
             allocation=self.allocation,
+            stopwatch=stopwatch,
             on_phase=self._on_phase,
         )
         if cfg.finetune.freezes:

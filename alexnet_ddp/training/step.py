@@ -56,7 +56,8 @@ class TrainStep:
 
     input_shape: of one image, at the largest size that the run uses, or of one image's features.
     class_weights: float32 [classes] on the device; the mean is then weighted, over the global
-    batch. allocation: for finetune.method=adalora. on_phase: called with the next phase, one of
+    batch. allocation: for finetune.method=adalora. stopwatch: of an earlier TrainStep of this run,
+    which continues. on_phase: called with the next phase, one of
     runtime.watchdog.PHASES.
     """
 
@@ -72,6 +73,7 @@ class TrainStep:
         ema: EMA | None = None,
         class_weights: Tensor | None = None,
         allocation: RankAllocation | None = None,
+        stopwatch: Stopwatch | None = None,
         on_phase: Callable[[str], None] = lambda phase: None,
     ) -> None:
         self.parallel_model, self.optimizer = parallel_model, optimizer
@@ -81,7 +83,7 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(
             world.device.type, enabled=cfg.precision is Precision.fp16
         )
-        self.meter, self.stopwatch = Meter(world.device), Stopwatch(world)
+        self.meter, self.stopwatch = Meter(world.device), stopwatch or Stopwatch(world)
         self._model = parallel_model.model
         self._statistics = [
             buffer
@@ -102,8 +104,8 @@ class TrainStep:
         with autocast(cfg.precision, world):
             last = parallel_model.warm_up_buckets(self._blank)
         parallel_model.on_wait(self._waiting, self.stopwatch.exchange)
-        ready = self.stopwatch.gradients_ready  # `self` in a hook would keep the parallel model
-        self._hook = last.register_post_accumulate_grad_hook(ready)
+        # Not a method of `self`: the hook would keep the parallel model.
+        last.register_post_accumulate_grad_hook(self.stopwatch.gradients_ready)
 
     def __call__(
         self, batches: Iterator[Batch], step: int, lr: float, num_images: int, vote: StepVote
@@ -135,10 +137,6 @@ class TrainStep:
             average(self._statistics, self.world)
         self._before.restore(self._nonfinite)
         return StepOutcome(status, votes, skipped_images, grad_norm)
-
-    def close(self) -> None:
-        """Remove the hook from the parameters, which other objects may use again."""
-        self._hook.remove()
 
     def poll_nonfinite(self) -> bool:
         """Collective. True, once, if the last gradient was not finite. Waits for the device."""

@@ -158,21 +158,25 @@ class Stragglers:
         """Add seconds that this rank has spent on an "evaluation" or a "checkpoint"."""
         self._pauses[part] += seconds
 
-    def write(self, file: Path) -> None:
+    def write(self, file: Path, num_new_steps: int) -> None:
         """Collective. Write the mean seconds per step of each rank, on rank 0 of several ranks.
 
         Pauses are divided by the number of steps, too. If the file cannot be written, log a
         warning.
+
+        num_new_steps: steps since the last row().
         """
         if self._world.world_size == 1 or self._total_steps == 0:
             return
         mine = torch.tensor(
             list(self._pauses.values()), dtype=torch.float32, device=self._world.device
         )
-        pauses = all_gather(mine, self._world).cpu()
+        pauses = all_gather(mine, self._world).cpu().double()
         if not self._world.is_main:
             return
-        seconds = (torch.cat([self._total, pauses], 1) / self._total_steps).tolist()
+        num_steps = self._total_steps + num_new_steps
+        parts = [self._total / self._total_steps, pauses / num_steps]
+        seconds = torch.cat(parts, 1).tolist()
         phases = [*_TIMED, *_PAUSES]
         content = {"num_steps": self._total_steps, "phases": phases, "seconds": seconds}
         try:

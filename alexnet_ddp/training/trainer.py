@@ -279,6 +279,7 @@ class Trainer:
             self.stop.ignore()
             raise self._stopped()
         if due.unfreeze:
+            self.watchdog.phase("start")  # it may compile
             with self._not_training():
                 self.parts.unfreeze()
 
@@ -444,7 +445,8 @@ class Trainer:
         self.status.saved(self.state.step, self.saved_at - began)
         self.stragglers.pause("checkpoint", self.saved_at - began)
         self.watchdog.phase(WAITING)
-        self.stragglers.write(self.cfg.run_dir / "rank_times.json")
+        self.stragglers.write(self.cfg.run_dir / "rank_times.json", self.throughput.steps)
+        self.watchdog.phase("checkpoint")  # callbacks may follow
 
     def _log(self, row: Mapping[str, float | str]) -> None:
         """Write a row, with a hash that identifies the images of the last step."""

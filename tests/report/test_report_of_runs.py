@@ -48,6 +48,9 @@ def test_the_report_at_the_end_of_a_run_has_every_section_and_its_faults(run_dir
     ranks = found["seconds"]
     assert len(ranks) == 2
     assert all(len(row) == 7 and row[1] >= STEP_S and min(row[2:]) > 0 for row in ranks)
+    assert min(row["time/evaluation_s"] for row in rows(run_dir, "val/top1")) > 0
+    events = map(json.loads, (run_dir / "events.jsonl").read_text().splitlines())
+    assert min(one["seconds"] for one in events if one["event"] == "save") > 0
     html = (run_dir / "report.html").read_text()
     assert len(html) < 3_000_000
     for text in (

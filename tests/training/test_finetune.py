@@ -199,7 +199,7 @@ def test_after_the_switch_all_parameters_are_trained_and_the_heads_moments_are_k
     parts = training(world, tmp_path, weights, *gradual)
     start = copies(parts)
     go(parts, 3)
-    switch = copies(parts)
+    switch, stopwatch = copies(parts), parts.train_step.stopwatch
     assert changed(start["model"], switch["model"]) == {"fc.weight", "fc.bias"}
     moments = switch["optimizer"]
     assert moments["step/fc.weight"] == 3
@@ -209,6 +209,7 @@ def test_after_the_switch_all_parameters_are_trained_and_the_heads_moments_are_k
     go(parts, 1)
     assert changed(switch["model"], copies(parts)["model"]) == set(switch["model"])
     assert all(module.training for module in parts.model.modules())
+    assert parts.train_step.stopwatch is stopwatch  # the next row is of steps of both phases
     parts.close()
 
 
