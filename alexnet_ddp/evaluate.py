@@ -27,7 +27,11 @@ from torch import Tensor, nn
 from alexnet_ddp import cli
 from alexnet_ddp.checkpoint.format import find_step, weights_of_run
 from alexnet_ddp.config import Config, ConfigError
-from alexnet_ddp.config.evaluate import EvaluateConfig, refuse_ignored_data
+from alexnet_ddp.config.evaluate import (
+    EvaluateConfig,
+    refuse_auto_mean,
+    refuse_ignored_data,
+)
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_batches
 from alexnet_ddp.data.sources.index import SampleIndex
@@ -103,6 +107,7 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
         kept = [one for one in overrides if one.partition("=")[0].lstrip("+") not in own]
         opens_data = options.images is None or options.average is not None
         cfg = cli.config_of_run(cfg.run_dir, kept, opens_data=opens_data)
+        refuse_auto_mean(options, cfg.data)
     with distributed.session(cfg.device, cfg.trainer.tf32) as world:
         distributed.from_main(lambda: _check_files(options), world)
         check_precision(cfg.trainer.precision, world)

@@ -112,6 +112,17 @@ def test_options_of_the_preprocessing_and_of_bad_images_are_used_with_images(eva
     assert second["val/loss"] != pytest.approx(first["val/loss"], abs=1e-3)
 
 
+def test_images_have_no_statistics_for_the_mean(evaluate, place):
+    recorded = {"overrides": ["data=shards", "data.root=gone", *SMALL]}
+    (place / "runs/a/run.json").write_text(json.dumps(recorded))
+    code, said = evaluate("run.name=a", "images=others", "data.mean=auto")
+    assert said == (
+        "alexnet_ddp: data.mean (auto) takes the statistics of shards, and images (others) has "
+        "none; leave it out, or give data.mean=[r,g,b] and data.std=[r,g,b]\n"
+    )
+    assert code == 64
+
+
 def test_images_that_are_no_folder_are_named_with_the_option(evaluate):
     code, said = evaluate("run.name=a", "images=nowhere")
     rule = "images (nowhere) is not a folder; give one that contains CLASS/*"

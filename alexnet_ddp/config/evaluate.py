@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from alexnet_ddp.config.data import InputConfig
+from alexnet_ddp.config.data import AUTO, InputConfig
 from alexnet_ddp.config.option import check_suffix, option, shown
 from alexnet_ddp.config.recipe import Head
 from alexnet_ddp.config.run import Config
@@ -202,3 +202,14 @@ def refuse_ignored_data(options: EvaluateConfig, overrides: list[str]) -> None:
         key, _, value = override.lstrip("+").partition("=")
         rule = f"would be ignored: all images in images ({options.images}) are evaluated"
         raise ConfigError(f"{key} ({shown(value)}) {rule}; leave {key} or images out")
+
+
+def refuse_auto_mean(options: EvaluateConfig, data: InputConfig) -> None:
+    """Raise ConfigError for data.mean=auto with images, which have no statistics.
+
+    data: of the evaluation, with the options that it takes from the run.
+    """
+    if options.images is not None and data.mean == AUTO:
+        rule = f"takes the statistics of shards, and images ({options.images}) has none"
+        remedy = "leave it out, or give data.mean=[r,g,b] and data.std=[r,g,b]"
+        raise ConfigError(f"data.mean ({AUTO}) {rule}; {remedy}")
