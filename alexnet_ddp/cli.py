@@ -167,14 +167,15 @@ def without_data_options(overrides: list[str]) -> list[str]:
     model.weights, evaluate opens no data set.
     """
     keys = set(map(_key, overrides))
+    known = {key for key in options(Config) if key.startswith("data.")}
     if {"images", "model.weights"} <= keys:
         from alexnet_ddp.config.evaluate import ignored_with_images
 
-        ignored = ignored_with_images(overrides)  # evaluate refuses them
+        of_known = [one for one in overrides if _key(one) in {"data", *known}]
+        ignored = ignored_with_images(of_known)  # evaluate refuses them
         return ["data=synthetic", *(one for one in overrides if one not in ignored)]
     if keys & {"data", "model.weights"}:
         return overrides
-    known = {key for key in options(Config) if key.startswith("data.")}
     return [one for one in overrides if _key(one) not in known]
 
 

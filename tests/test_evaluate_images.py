@@ -276,6 +276,13 @@ def test_what_does_not_fit_a_file_of_weights_is_refused(evaluate, files, given, 
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize("given", ["run.name=a", "model.weights=w.pt classes=names.txt"])
+def test_an_unknown_option_of_data_is_refused_as_unknown(evaluate, files, given):
+    code, said = evaluate(*given.split(), "images=others", "data.limit_vl=20")
+    assert said.startswith("alexnet_ddp: data.limit_vl is not a key; nearest: data.limit_val")
+    assert (code, said.count("\n")) == (64, 1)
+
+
 def test_classes_of_a_run_cannot_be_given(evaluate):
     rule = "classes (c.txt) would be ignored: a run knows its classes"
     code, said = evaluate("run.name=a", "images=others", "classes=c.txt")
