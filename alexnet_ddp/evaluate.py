@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from alexnet_ddp import cli
-from alexnet_ddp.checkpoint.format import find_step, weights_of_run
+from alexnet_ddp.checkpoint.format import classes_beside, find_step, weights_of_run
 from alexnet_ddp.config import Config, ConfigError
 from alexnet_ddp.config.evaluate import (
     EvaluateConfig,
@@ -113,7 +113,7 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
         check_precision(cfg.trainer.precision, world)
         named = None
         if file is not None and options.images is not None:
-            named = read_weights(cfg, options.classes, world)
+            named = _read_named(cfg, options.classes, world)
         data = _open_data(options, cfg, named, world)
         cfg = replace(cfg, data=data.normalised(cfg.data))
         if named is None:
@@ -134,6 +134,16 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
         distributed.from_main(lambda: _finish(found, data, options, folder), world)
         if options.calibrate and directory is not None:
             _calibrate(found.scores, cfg.run_dir, directory, world)
+
+
+def _read_named(cfg: Config, classes: str | None, world: World) -> Trained:
+    """Collective. As read_weights; weights of a run also have its readable names of the classes."""
+    found = read_weights(cfg, classes, world)
+    file = Path(found.origin["weights"])
+    known = distributed.from_main(lambda: classes_beside(file), world)
+    if known is None or known["ids"] != found.ids:
+        return found
+    return replace(found, names=known["names"])
 
 
 def _open_data(

@@ -244,6 +244,22 @@ def test_files_of_weights_are_evaluated_as_their_run(evaluate, files, given):
     assert (code, loss_of(of_map)) == (0, loss_of(of_run))
 
 
+def test_weights_of_a_run_know_its_readable_names(evaluate, place):
+    state = next(place.glob("runs/a/checkpoints/*/state.json"))
+    named = {"ids": CLASSES, "names": ["Katze", "Kuh", "Hund", "Huhn", "Schwein", "Ratte"]}
+    content = json.loads(state.read_text()) | {"classes": named}
+    files = {file.name: file.read_bytes() for file in state.parent.glob("*.safetensors")}
+    checkpoints = place / "runs/b/checkpoints"
+    write_checkpoint(checkpoints, 10, files | {"state.json": json.dumps(content).encode()})
+    for name in ("dog", "hen", "rat"):
+        (place / "others" / name).rename(place / "others" / named["names"][CLASSES.index(name)])
+    for weights in ("run:b", "runs/b", next(checkpoints.iterdir())):
+        given = [*SMALL, f"model.weights={weights}", "images=others", "predictions=p.csv"]
+        code, said = evaluate(*given)
+        assert code == 0, said
+        assert {row["label"] for row in rows_of("p.csv")} == {"Hund", "Huhn", "Ratte"}
+
+
 def test_two_classes_with_one_name_are_told_apart_by_a_map(evaluate, files):
     (files / "names.txt").write_text("\n".join(["dog", "cow", "dog", "hen", "pig", "rat"]))
     more = [*SMALL, "images=others", "model.weights=w.pt", "classes=names.txt"]
