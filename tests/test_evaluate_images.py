@@ -127,6 +127,10 @@ def test_images_that_are_no_folder_are_named_with_the_option(evaluate):
     code, said = evaluate("run.name=a", "images=nowhere")
     rule = "images (nowhere) is not a folder; give one that contains CLASS/*"
     assert (code, said) == (65, f"alexnet_ddp: {rule}\n")
+    code, said = evaluate("run.name=a", "images=others/dog")
+    assert said.startswith("alexnet_ddp: images (others/dog): ")
+    assert "4 images but no class folders; if it is one class, give the folder above it" in said
+    assert (code, said.count("\n")) == (65, 1)
 
 
 def test_predictions_list_no_classes_that_only_present_excludes(evaluate):
