@@ -32,6 +32,7 @@ from alexnet_ddp.config.evaluate import (
     refuse_auto_mean,
     refuse_ignored_data,
 )
+from alexnet_ddp.config.option import key_of
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_batches
 from alexnet_ddp.data.sources.index import SampleIndex
@@ -104,7 +105,7 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
     file = cfg.model.weights
     if file is None:
         own = {one.name for one in fields(EvaluateConfig)} - {one.name for one in fields(Config)}
-        kept = [one for one in overrides if one.partition("=")[0].lstrip("+") not in own]
+        kept = [one for one in overrides if key_of(one) not in own]
         opens_data = options.images is None or options.average is not None
         cfg = cli.config_of_run(cfg.run_dir, kept, opens_data=opens_data)
         refuse_auto_mean(options, cfg.data)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from alexnet_ddp.config.data import AUTO, InputConfig
-from alexnet_ddp.config.option import check_suffix, option, shown
+from alexnet_ddp.config.option import check_suffix, key_of, option, shown
 from alexnet_ddp.config.recipe import Head
 from alexnet_ddp.config.run import Config
 from alexnet_ddp.runtime.errors import ConfigError
@@ -180,7 +180,7 @@ class EvaluateConfig(AveragingConfig):
 
 def ignored_with_images(overrides: list[str]) -> list[str]:
     """The overrides of data that images=DIR ignores, also the choice of a data set."""
-    keys = {override: override.partition("=")[0].lstrip("+") for override in overrides}
+    keys = {override: key_of(override) for override in overrides}
     return [
         override
         for override, key in keys.items()
@@ -197,9 +197,9 @@ def refuse_ignored_data(options: EvaluateConfig, overrides: list[str]) -> None:
         return
     ignored = ignored_with_images(overrides)
     if options.average is not None:
-        ignored = [one for one in ignored if one.lstrip("+").startswith("data.limit_val=")]
+        ignored = [one for one in ignored if key_of(one) == "data.limit_val"]
     for override in ignored:
-        key, _, value = override.lstrip("+").partition("=")
+        key, value = key_of(override), override.partition("=")[2]
         rule = f"would be ignored: all images in images ({options.images}) are evaluated"
         raise ConfigError(f"{key} ({shown(value)}) {rule}; leave {key} or images out")
 

@@ -22,7 +22,7 @@ from alexnet_ddp import cli
 from alexnet_ddp.checkpoint.format import find_best
 from alexnet_ddp.config import Config, ConfigError, DataConfig
 from alexnet_ddp.config.export import ExportConfig, ExportFormat
-from alexnet_ddp.config.option import shown, spec_of
+from alexnet_ddp.config.option import key_of, shown, spec_of
 from alexnet_ddp.data.effects import normalise
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_batches
@@ -71,7 +71,7 @@ def main(options: ExportConfig, overrides: list[str]) -> None:
     require_libraries(options.format)
     if options.push is not None:
         require_hub(options.push)
-    kept = [one for one in overrides if one.partition("=")[0].lstrip("+") not in _OWN_OPTIONS]
+    kept = [one for one in overrides if key_of(one) not in _OWN_OPTIONS]
     cfg = cli.config_of_run(options.run_dir, kept)
     # TF32 rounds products to 10 bits, which would hide a difference.
     with distributed.session(cfg.device, tf32=False) as world:

@@ -8,6 +8,7 @@ from pathlib import Path
 from alexnet_ddp import cli
 from alexnet_ddp.api import TrainedRun, read_export, read_run
 from alexnet_ddp.config import ConfigError, Head
+from alexnet_ddp.config.option import key_of
 from alexnet_ddp.config.predict import PredictConfig
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.distributed import World
@@ -34,7 +35,7 @@ def open_network(options: PredictConfig, overrides: list[str], world: World) -> 
         _warn_if_not_calibrated(options, found, f"export {folder}", remedy)
     else:
         run_dir = Path(options.run.root) / options.run.name
-        plugins = [one for one in overrides if one.lstrip("+").startswith("plugins=")]
+        plugins = [one for one in overrides if key_of(one) == "plugins"]
         found = distributed.on_all(
             lambda: read_run(run_dir, cli.config_of_run(run_dir, plugins, opens_data=False)), world
         )
@@ -47,7 +48,7 @@ def open_network(options: PredictConfig, overrides: list[str], world: World) -> 
 
 def check_choice(options: PredictConfig, overrides: list[str]) -> None:
     """Raise ConfigError unless one network is chosen, and each option for a network is used."""
-    keys = [one.partition("=")[0].lstrip("+") for one in overrides]
+    keys = [key_of(one) for one in overrides]
     weights, folder = options.model.weights, options.export
     if weights is not None and folder is not None:
         both = f"export ({folder}) and model.weights ({weights})"
