@@ -33,6 +33,7 @@ from alexnet_ddp.config.evaluate import (
     refuse_ignored_data,
 )
 from alexnet_ddp.config.option import key_of
+from alexnet_ddp.config.run import refuse_two_networks
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_batches
 from alexnet_ddp.data.sources.index import SampleIndex
@@ -100,15 +101,7 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
     and evaluation_images_classes.csv. calibrate=true writes calibration.json to the run. Raises
     ConfigError, DataError, Diverged or, after a stop signal, Preempted.
     """
-    refuse_ignored_data(options, overrides)
-    cfg: Config = options
-    file = cfg.model.weights
-    if file is None:
-        own = {one.name for one in fields(EvaluateConfig)} - {one.name for one in fields(Config)}
-        kept = [one for one in overrides if key_of(one) not in own]
-        opens_data = options.images is None or options.average is not None
-        cfg = cli.config_of_run(cfg.run_dir, kept, opens_data=opens_data)
-        refuse_auto_mean(options, cfg.data)
+    file, cfg = options.model.weights, _config(options, overrides)
     with distributed.session(cfg.device, cfg.trainer.tf32) as world:
         distributed.from_main(lambda: _check_files(options), world)
         check_precision(cfg.trainer.precision, world)
@@ -135,6 +128,20 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
         distributed.from_main(lambda: _finish(found, data, options, folder), world)
         if options.calibrate and directory is not None:
             _calibrate(found.scores, cfg.run_dir, directory, world)
+
+
+def _config(options: EvaluateConfig, overrides: list[str]) -> Config:
+    """The options of the evaluation: with a run, those of its training that are not given."""
+    refuse_ignored_data(options, overrides)
+    if options.model.weights is not None:
+        refuse_two_networks(options.run, "model.weights", overrides)
+        return options
+    own = {one.name for one in fields(EvaluateConfig)} - {one.name for one in fields(Config)}
+    kept = [one for one in overrides if key_of(one) not in own]
+    opens_data = options.images is None or options.average is not None
+    cfg = cli.config_of_run(options.run_dir, kept, opens_data=opens_data)
+    refuse_auto_mean(options, cfg.data)
+    return cfg
 
 
 def _read_named(cfg: Config, classes: str | None, world: World) -> Trained:

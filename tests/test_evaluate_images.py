@@ -303,6 +303,13 @@ def test_an_unknown_option_of_data_is_refused_as_unknown(evaluate, files, given)
     assert (code, said.count("\n")) == (64, 1)
 
 
+@pytest.mark.parametrize("images", [["images=others", "classes=names.txt"], ["data=synthetic"]])
+def test_a_run_and_a_file_of_weights_are_two_networks(evaluate, files, images):
+    code, said = evaluate(*SMALL, "run.name=a", "model.weights=w.pt", *images)
+    rule = "run.name (a) and model.weights are two networks; give one of them"
+    assert (code, said) == (64, f"alexnet_ddp: {rule}\n")
+
+
 def test_classes_of_a_run_cannot_be_given(evaluate):
     rule = "classes (c.txt) would be ignored: a run knows its classes"
     code, said = evaluate("run.name=a", "images=others", "classes=c.txt")

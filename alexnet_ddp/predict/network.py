@@ -10,6 +10,7 @@ from alexnet_ddp.api import TrainedRun, read_export, read_run
 from alexnet_ddp.config import ConfigError, Head
 from alexnet_ddp.config.option import key_of
 from alexnet_ddp.config.predict import PredictConfig
+from alexnet_ddp.config.run import refuse_two_networks
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.training import calibration
@@ -54,9 +55,8 @@ def check_choice(options: PredictConfig, overrides: list[str]) -> None:
         both = f"export ({folder}) and model.weights ({weights})"
         raise ConfigError(f"{both} are two networks; give one of them")
     chosen = "model.weights" if weights is not None else "export" if folder is not None else None
-    if chosen is not None and "run.name" in keys:
-        rule = f"run.name ({options.run.name}) and {chosen} are two networks"
-        raise ConfigError(f"{rule}; give one of them")
+    if chosen is not None:
+        refuse_two_networks(options.run, chosen, overrides)
     if weights is None:
         own = [key for key in keys if key in ("model", "classes") or key[:5] in ("model.", "data.")]
         if own:
