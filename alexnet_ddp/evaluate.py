@@ -247,13 +247,13 @@ def _evaluate(
 
 
 def _check_files(options: EvaluateConfig) -> None:
-    """Make the folder `output`. Raise ConfigError if a file that is asked for cannot be written."""
+    """Create the folder `output`. Raise ConfigError if a requested file cannot be written."""
     if options.output is not None:
         require_folder_of("output", options.output)
         try:
             Path(options.output).mkdir(exist_ok=True)
         except OSError as error:  # FileExistsError: it is a file
-            rule = f"output ({options.output}) cannot be made as a folder ({error.strerror})"
+            rule = f"output ({options.output}) cannot be created ({error.strerror})"
             raise ConfigError(f"{rule}; give another one") from error
     if options.metrics:
         require_sklearn()

@@ -349,7 +349,7 @@ def test_output_takes_the_files_of_a_run_that_its_directory_would_have(evaluate,
     assert not (place / "runs/a/evaluation_images.json").exists()
     for output, rule in (
         ("no/found", "must be in an existing directory; create it first"),
-        ("runs/a/run.json", "cannot be made as a folder (File exists); give another one"),
+        ("runs/a/run.json", "cannot be created (File exists); give another one"),
     ):
         code, said = evaluate("run.name=a", "images=others", f"output={output}")
         assert (code, said) == (64, f"alexnet_ddp: output ({output}) {rule}\n")

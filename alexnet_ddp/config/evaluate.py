@@ -9,7 +9,8 @@ from alexnet_ddp.config.recipe import Head
 from alexnet_ddp.config.run import Config
 from alexnet_ddp.runtime.errors import ConfigError
 
-# The options of data that images=DIR uses. The others choose among the images of a data set.
+# The options of data that images=DIR uses. The others select images of a data set, which
+# images=DIR replaces.
 _USED_WITH_IMAGES = {f"data.{one.name}" for one in fields(InputConfig)} | {
     "data.num_threads",
     "data.on_bad_image",
@@ -75,8 +76,9 @@ class EvaluateConfig(AveragingConfig):
     )
     output: str | None = option(
         None,
-        "A folder for evaluation.json and evaluation_classes.csv. It is made if it does not exist, "
-        "and the files of an earlier evaluation in it are replaced.",
+        "A folder for evaluation.json and evaluation_classes.csv; with images their names are "
+        "evaluation_images.json and evaluation_images_classes.csv. It is created if it does not "
+        "exist, and the files of an earlier evaluation in it are replaced.",
         null="the directory of the run; of model.weights nothing is written",
     )
     predictions: str | None = option(
