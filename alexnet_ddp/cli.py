@@ -22,6 +22,7 @@ from typing import Any
 from alexnet_ddp import __version__
 from alexnet_ddp.config import Config, RunConfig
 from alexnet_ddp.config.advice import dashed
+from alexnet_ddp.config.option import key_of
 from alexnet_ddp.config.overrides import check_key
 from alexnet_ddp.config.reference import help_lines
 from alexnet_ddp.config.schema import ROOTS, group_names, options
@@ -145,9 +146,9 @@ def config_of_run(run_dir: Path, overrides: list[str], opens_data: bool = True) 
         rule = f"there is no trained run {run_dir.name} in {run_dir.parent.absolute()}"
         remedy = f"give run.name, and run.root if it is not {run_dir.parent}"
         raise ConfigError(f"{rule}; there are: {known or 'none'}; {remedy}") from error
-    given = {_key(override) for override in overrides}
+    given = {key_of(override) for override in overrides}
     _refuse_plugins_of_record(run_dir, recorded, given)
-    kept = [one for one in recorded if "=" not in one or _key(one) not in given]
+    kept = [one for one in recorded if "=" not in one or key_of(one) not in given]
     for override in kept:
         if HIDDEN in override:
             key = override.split("=")[0]
@@ -166,16 +167,17 @@ def without_data_options(overrides: list[str]) -> list[str]:
     config_of_run checks them. Unknown ones are refused here, without the run. With images and
     model.weights, evaluate opens no data set.
     """
-    keys = set(map(_key, overrides))
+    keys = set(map(key_of, overrides))
+    known = {key for key in options(Config) if key.startswith("data.")}
     if {"images", "model.weights"} <= keys:
         from alexnet_ddp.config.evaluate import ignored_with_images
 
-        ignored = ignored_with_images(overrides)  # evaluate refuses them
+        of_known = [one for one in overrides if key_of(one) in {"data", *known}]
+        ignored = ignored_with_images(of_known)  # evaluate refuses them
         return ["data=synthetic", *(one for one in overrides if one not in ignored)]
     if keys & {"data", "model.weights"}:
         return overrides
-    known = {key for key in options(Config) if key.startswith("data.")}
-    return [one for one in overrides if _key(one) not in known]
+    return [one for one in overrides if key_of(one) not in known]
 
 
 def with_positions(arguments: list[str], names: tuple[str, ...]) -> list[str]:
@@ -198,8 +200,8 @@ def with_record_options(arguments: list[str]) -> list[str]:
         return arguments
     run_dir = Path(arguments[0]).absolute().parent
     of_run = [f"run.root={run_dir.parent}", f"run.name={run_dir.name}"]
-    given = {_key(argument) for argument in arguments[1:]}
-    of_run = [override for override in of_run if _key(override) not in given]
+    given = {key_of(argument) for argument in arguments[1:]}
+    of_run = [override for override in of_run if key_of(override) not in given]
     return [f"file={arguments[0]}", *of_run, *arguments[1:]]
 
 
@@ -208,7 +210,7 @@ def _refuse_filled_in_url(run_dir: Path, recorded: list[str], root: str) -> None
 
     A record of somebody else's would send the variable to the server of the URL.
     """
-    is_filled = any("${" in one and _key(one).startswith("data") for one in recorded)
+    is_filled = any("${" in one and key_of(one).startswith("data") for one in recorded)
     if is_filled and "://" in root:
         rule = "is a URL with ${...}, which a record must not fill in"
         raise ConfigError(f"data.root of {run_dir.name} {rule}; give data.root=... again")
@@ -216,7 +218,7 @@ def _refuse_filled_in_url(run_dir: Path, recorded: list[str], root: str) -> None
 
 def _refuse_plugins_of_record(run_dir: Path, recorded: list[str], given: set[str]) -> None:
     """Raise ConfigError if the record names plugins and the command line has no `plugins`."""
-    modules = [one.partition("=")[2] for one in recorded if _key(one) == "plugins"]
+    modules = [one.partition("=")[2] for one in recorded if key_of(one) == "plugins"]
     if modules and modules[-1] != "[]" and "plugins" not in given:
         rule = "and a record must not choose what is imported"
         remedy = f"give plugins={modules[-1]} again if you trust it, or plugins=[] to do without"
@@ -241,10 +243,6 @@ def _imported(main: str | Main) -> Main:
         return main
     module, _, function = main.partition(":")
     return getattr(import_module(module), function)
-
-
-def _key(override: str) -> str:
-    return override.split("=")[0].lstrip("+")
 
 
 def _parse(given: list[str], command: str) -> Arguments:

@@ -25,9 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from alexnet_ddp import cli
-from alexnet_ddp.checkpoint.format import find_step, weights_of_run
+from alexnet_ddp.checkpoint.format import classes_beside, find_step, weights_of_run
 from alexnet_ddp.config import Config, ConfigError
-from alexnet_ddp.config.evaluate import EvaluateConfig, refuse_ignored_data
+from alexnet_ddp.config.evaluate import (
+    EvaluateConfig,
+    refuse_auto_mean,
+    refuse_ignored_data,
+)
+from alexnet_ddp.config.option import key_of
+from alexnet_ddp.config.run import refuse_two_networks
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_batches
 from alexnet_ddp.data.sources.index import SampleIndex
@@ -95,20 +101,13 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
     and evaluation_images_classes.csv. calibrate=true writes calibration.json to the run. Raises
     ConfigError, DataError, Diverged or, after a stop signal, Preempted.
     """
-    refuse_ignored_data(options, overrides)
-    cfg: Config = options
-    file = cfg.model.weights
-    if file is None:
-        own = {one.name for one in fields(EvaluateConfig)} - {one.name for one in fields(Config)}
-        kept = [one for one in overrides if one.partition("=")[0].lstrip("+") not in own]
-        opens_data = options.images is None or options.average is not None
-        cfg = cli.config_of_run(cfg.run_dir, kept, opens_data=opens_data)
+    file, cfg = options.model.weights, _config(options, overrides)
     with distributed.session(cfg.device, cfg.trainer.tf32) as world:
         distributed.from_main(lambda: _check_files(options), world)
         check_precision(cfg.trainer.precision, world)
         named = None
         if file is not None and options.images is not None:
-            named = read_weights(cfg, options.classes, world)
+            named = _read_named(cfg, options.classes, world)
         data = _open_data(options, cfg, named, world)
         cfg = replace(cfg, data=data.normalised(cfg.data))
         if named is None:
@@ -129,6 +128,30 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
         distributed.from_main(lambda: _finish(found, data, options, folder), world)
         if options.calibrate and directory is not None:
             _calibrate(found.scores, cfg.run_dir, directory, world)
+
+
+def _config(options: EvaluateConfig, overrides: list[str]) -> Config:
+    """The options of the evaluation: with a run, those of its training that are not given."""
+    refuse_ignored_data(options, overrides)
+    if options.model.weights is not None:
+        refuse_two_networks(options.run, "model.weights", overrides)
+        return options
+    own = {one.name for one in fields(EvaluateConfig)} - {one.name for one in fields(Config)}
+    kept = [one for one in overrides if key_of(one) not in own]
+    opens_data = options.images is None or options.average is not None
+    cfg = cli.config_of_run(options.run_dir, kept, opens_data=opens_data)
+    refuse_auto_mean(options, cfg.data)
+    return cfg
+
+
+def _read_named(cfg: Config, classes: str | None, world: World) -> Trained:
+    """Collective. As read_weights; weights of a run also have its readable names of the classes."""
+    found = read_weights(cfg, classes, world)
+    file = Path(found.origin["weights"])
+    known = distributed.from_main(lambda: classes_beside(file), world)
+    if known is None or known["ids"] != found.ids:
+        return found
+    return replace(found, names=known["names"])
 
 
 def _open_data(
@@ -224,13 +247,13 @@ def _evaluate(
 
 
 def _check_files(options: EvaluateConfig) -> None:
-    """Make the folder `output`. Raise ConfigError if a file that is asked for cannot be written."""
+    """Create the folder `output`. Raise ConfigError if a requested file cannot be written."""
     if options.output is not None:
         require_folder_of("output", options.output)
         try:
             Path(options.output).mkdir(exist_ok=True)
         except OSError as error:  # FileExistsError: it is a file
-            rule = f"output ({options.output}) cannot be made as a folder ({error.strerror})"
+            rule = f"output ({options.output}) cannot be created ({error.strerror})"
             raise ConfigError(f"{rule}; give another one") from error
     if options.metrics:
         require_sklearn()

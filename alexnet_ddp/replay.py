@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from alexnet_ddp import cli
 from alexnet_ddp.config import ConfigError, DDPConfig, Hook, OnNan, ReplayConfig
+from alexnet_ddp.config.option import key_of
 from alexnet_ddp.data.features import FeatureLoader
 from alexnet_ddp.data.loader import Batch, Loader
 from alexnet_ddp.data.sampler import GlobalBatchSampler, MicroBatch
@@ -52,7 +53,7 @@ def main(options: ReplayConfig, overrides: list[str]) -> None:
     Raises ConfigError if there is no such record or run, or if there are several processes.
     """
     record = read_record(Path(options.file or options.run_dir / "replay.json"))
-    overrides = [one for one in overrides if one.partition("=")[0].lstrip("+") != "file"]
+    overrides = [one for one in overrides if key_of(one) != "file"]
     cfg = cli.config_of_run(options.run_dir, overrides)
     parallel = cfg.parallel
     cfg = replace(

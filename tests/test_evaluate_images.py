@@ -112,10 +112,25 @@ def test_options_of_the_preprocessing_and_of_bad_images_are_used_with_images(eva
     assert second["val/loss"] != pytest.approx(first["val/loss"], abs=1e-3)
 
 
+def test_images_have_no_statistics_for_the_mean(evaluate, place):
+    recorded = {"overrides": ["data=shards", "data.root=gone", *SMALL]}
+    (place / "runs/a/run.json").write_text(json.dumps(recorded))
+    code, said = evaluate("run.name=a", "images=others", "data.mean=auto")
+    assert said == (
+        "alexnet_ddp: data.mean (auto) takes the statistics of shards, and images (others) has "
+        "none; leave it out, or give data.mean=[r,g,b] and data.std=[r,g,b]\n"
+    )
+    assert code == 64
+
+
 def test_images_that_are_no_folder_are_named_with_the_option(evaluate):
     code, said = evaluate("run.name=a", "images=nowhere")
     rule = "images (nowhere) is not a folder; give one that contains CLASS/*"
     assert (code, said) == (65, f"alexnet_ddp: {rule}\n")
+    code, said = evaluate("run.name=a", "images=others/dog")
+    assert said.startswith("alexnet_ddp: images (others/dog): ")
+    assert "4 images but no class folders; if it is one class, give the folder above it" in said
+    assert (code, said.count("\n")) == (65, 1)
 
 
 def test_predictions_list_no_classes_that_only_present_excludes(evaluate):
@@ -233,6 +248,22 @@ def test_files_of_weights_are_evaluated_as_their_run(evaluate, files, given):
     assert (code, loss_of(of_map)) == (0, loss_of(of_run))
 
 
+def test_weights_of_a_run_know_its_readable_names(evaluate, place):
+    state = next(place.glob("runs/a/checkpoints/*/state.json"))
+    named = {"ids": CLASSES, "names": ["Katze", "Kuh", "Hund", "Huhn", "Schwein", "Ratte"]}
+    content = json.loads(state.read_text()) | {"classes": named}
+    files = {file.name: file.read_bytes() for file in state.parent.glob("*.safetensors")}
+    checkpoints = place / "runs/b/checkpoints"
+    write_checkpoint(checkpoints, 10, files | {"state.json": json.dumps(content).encode()})
+    for name in ("dog", "hen", "rat"):
+        (place / "others" / name).rename(place / "others" / named["names"][CLASSES.index(name)])
+    for weights in ("run:b", "runs/b", next(checkpoints.iterdir())):
+        given = [*SMALL, f"model.weights={weights}", "images=others", "predictions=p.csv"]
+        code, said = evaluate(*given)
+        assert code == 0, said
+        assert {row["label"] for row in rows_of("p.csv")} == {"Hund", "Huhn", "Ratte"}
+
+
 def test_two_classes_with_one_name_are_told_apart_by_a_map(evaluate, files):
     (files / "names.txt").write_text("\n".join(["dog", "cow", "dog", "hen", "pig", "rat"]))
     more = [*SMALL, "images=others", "model.weights=w.pt", "classes=names.txt"]
@@ -263,6 +294,20 @@ def test_what_does_not_fit_a_file_of_weights_is_refused(evaluate, files, given, 
     _, said = evaluate(*SMALL, "model.weights=w.pt", *given.split())
     assert said.startswith(f"alexnet_ddp: {line}")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", ["run.name=a", "model.weights=w.pt classes=names.txt"])
+def test_an_unknown_option_of_data_is_refused_as_unknown(evaluate, files, given):
+    code, said = evaluate(*given.split(), "images=others", "data.limit_vl=20")
+    assert said.startswith("alexnet_ddp: data.limit_vl is not a key; nearest: data.limit_val")
+    assert (code, said.count("\n")) == (64, 1)
+
+
+@pytest.mark.parametrize("images", [["images=others", "classes=names.txt"], ["data=synthetic"]])
+def test_a_run_and_a_file_of_weights_are_two_networks(evaluate, files, images):
+    code, said = evaluate(*SMALL, "run.name=a", "model.weights=w.pt", *images)
+    rule = "run.name (a) and model.weights are two networks; give one of them"
+    assert (code, said) == (64, f"alexnet_ddp: {rule}\n")
 
 
 def test_classes_of_a_run_cannot_be_given(evaluate):
@@ -304,7 +349,7 @@ def test_output_takes_the_files_of_a_run_that_its_directory_would_have(evaluate,
     assert not (place / "runs/a/evaluation_images.json").exists()
     for output, rule in (
         ("no/found", "must be in an existing directory; create it first"),
-        ("runs/a/run.json", "cannot be made as a folder (File exists); give another one"),
+        ("runs/a/run.json", "cannot be created (File exists); give another one"),
     ):
         code, said = evaluate("run.name=a", "images=others", f"output={output}")
         assert (code, said) == (64, f"alexnet_ddp: output ({output}) {rule}\n")

@@ -325,6 +325,19 @@ def classes_of(directory: Path, state: dict[str, Any]) -> dict[str, list[str]] |
         return None
 
 
+def classes_beside(file: Path) -> dict[str, list[str]] | None:
+    """Return the classes that the checkpoint with a file of weights records, as classes_of.
+
+    None if they are unknown, or the file is in no checkpoint.
+    """
+    if not is_checkpoint_name(file.parent.name):
+        return None
+    try:
+        return classes_of(file.parent, read_state(file.parent))
+    except (OSError, ValueError):  # a copy without state.json, or with a damaged one
+        return None
+
+
 def weights_metadata(transform_input: bool, classes: dict[str, list[str]] | None) -> dict[str, str]:
     """Return the metadata of a file of weights, for programs that load only that file.
 

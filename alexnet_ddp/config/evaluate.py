@@ -3,13 +3,14 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from alexnet_ddp.config.data import InputConfig
-from alexnet_ddp.config.option import check_suffix, option, shown
+from alexnet_ddp.config.data import AUTO, InputConfig
+from alexnet_ddp.config.option import check_suffix, key_of, option, shown
 from alexnet_ddp.config.recipe import Head
 from alexnet_ddp.config.run import Config
 from alexnet_ddp.runtime.errors import ConfigError
 
-# The options of data that images=DIR uses. The others choose among the images of a data set.
+# The options of data that images=DIR uses. The others select images of a data set, which
+# images=DIR replaces.
 _USED_WITH_IMAGES = {f"data.{one.name}" for one in fields(InputConfig)} | {
     "data.num_threads",
     "data.on_bad_image",
@@ -75,8 +76,9 @@ class EvaluateConfig(AveragingConfig):
     )
     output: str | None = option(
         None,
-        "A folder for evaluation.json and evaluation_classes.csv. It is made if it does not exist, "
-        "and the files of an earlier evaluation in it are replaced.",
+        "A folder for evaluation.json and evaluation_classes.csv; with images their names are "
+        "evaluation_images.json and evaluation_images_classes.csv. It is created if it does not "
+        "exist, and the files of an earlier evaluation in it are replaced.",
         null="the directory of the run; of model.weights nothing is written",
     )
     predictions: str | None = option(
@@ -180,7 +182,7 @@ class EvaluateConfig(AveragingConfig):
 
 def ignored_with_images(overrides: list[str]) -> list[str]:
     """The overrides of data that images=DIR ignores, also the choice of a data set."""
-    keys = {override: override.partition("=")[0].lstrip("+") for override in overrides}
+    keys = {override: key_of(override) for override in overrides}
     return [
         override
         for override, key in keys.items()
@@ -197,8 +199,19 @@ def refuse_ignored_data(options: EvaluateConfig, overrides: list[str]) -> None:
         return
     ignored = ignored_with_images(overrides)
     if options.average is not None:
-        ignored = [one for one in ignored if one.lstrip("+").startswith("data.limit_val=")]
+        ignored = [one for one in ignored if key_of(one) == "data.limit_val"]
     for override in ignored:
-        key, _, value = override.lstrip("+").partition("=")
+        key, value = key_of(override), override.partition("=")[2]
         rule = f"would be ignored: all images in images ({options.images}) are evaluated"
         raise ConfigError(f"{key} ({shown(value)}) {rule}; leave {key} or images out")
+
+
+def refuse_auto_mean(options: EvaluateConfig, data: InputConfig) -> None:
+    """Raise ConfigError for data.mean=auto with images, which have no statistics.
+
+    data: of the evaluation, with the options that it takes from the run.
+    """
+    if options.images is not None and data.mean == AUTO:
+        rule = f"takes the statistics of shards, and images ({options.images}) has none"
+        remedy = "leave it out, or give data.mean=[r,g,b] and data.std=[r,g,b]"
+        raise ConfigError(f"data.mean ({AUTO}) {rule}; {remedy}")

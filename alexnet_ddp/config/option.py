@@ -149,6 +149,11 @@ def check_suffix(path: str, value: str | None, known: tuple[str, ...]) -> None:
         raise ConfigError(f"{path} ({value}) must end in {ends}, which choose the format")
 
 
+def key_of(override: str) -> str:
+    """The key of KEY=VALUE or +KEY=VALUE."""
+    return override.partition("=")[0].lstrip("+")
+
+
 def shown(value: Any) -> str:
     """A value for a message: one line, and not too long."""
     if isinstance(value, int) and abs(value) >= 10**_MAX_SHOWN:

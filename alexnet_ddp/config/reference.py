@@ -48,6 +48,7 @@ Evaluate exactly: every validation image once, on any number of processes.
   python -m alexnet_ddp.evaluate run.name=X calibrate=true
   python -m alexnet_ddp.evaluate run.name=X metrics=true predictions=FILE.csv
   python -m alexnet_ddp.evaluate run.name=X images=DIR crops=10
+  python -m alexnet_ddp.evaluate model=M model.weights=IMAGENET1K_V1 images=DIR output=RESULTS
 
 Prints top-1, top-5 and a table of the classes; with run.name, also writes evaluation.json into the
 run's directory. metrics=true adds precision, recall, F1, AUROC and the confusions of classes, and
@@ -55,7 +56,9 @@ needs pip install 'alexnet-ddp[metrics]'. data.root must contain the training im
 determine the classes. With run.name every option has the run's value, unless the command line
 gives another. calibrate=true fits a temperature to the validation images; predict then uses it.
 images=DIR evaluates on CLASS/* in DIR instead, also if only some classes are there, and writes
-evaluation_images.json.""",
+evaluation_images.json. With model.weights it needs no data=..., and classes=FILE if the weights
+contain no class names. output=RESULTS is the folder for the files in place of the run's directory.
+With model.weights these files are written only if output is given.""",
     "predict": """\
 Classify images with a trained network: prints the most probable classes of each image.
 

@@ -15,7 +15,7 @@ from alexnet_ddp.config.data import (
 )
 from alexnet_ddp.config.finetune import FinetuneConfig, Method
 from alexnet_ddp.config.logger import LoggerConfig
-from alexnet_ddp.config.option import MAX_SEED, MISSING, Options, option, shown
+from alexnet_ddp.config.option import MAX_SEED, MISSING, Options, key_of, option, shown
 from alexnet_ddp.config.parallel import (
     DDPConfig,
     Hook,
@@ -96,6 +96,13 @@ class RunConfig(Options, section="run"):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_directory_name("run.name", self.name, self.root)
+
+
+def refuse_two_networks(run: RunConfig, other: str, overrides: list[str]) -> None:
+    """Raise ConfigError if `overrides` give run.name beside the option `other`, also a network."""
+    if "run.name" in map(key_of, overrides):
+        rule = f"run.name ({run.name}) and {other} are two networks"
+        raise ConfigError(f"{rule}; give one of them")
 
 
 @dataclass(kw_only=True)

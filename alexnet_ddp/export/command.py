@@ -22,7 +22,7 @@ from alexnet_ddp import cli
 from alexnet_ddp.checkpoint.format import find_best
 from alexnet_ddp.config import Config, ConfigError, DataConfig
 from alexnet_ddp.config.export import ExportConfig, ExportFormat
-from alexnet_ddp.config.option import shown, spec_of
+from alexnet_ddp.config.option import key_of, shown, spec_of
 from alexnet_ddp.data.effects import normalise
 from alexnet_ddp.data.loader import build_loader
 from alexnet_ddp.data.sampler import evaluation_batches
@@ -54,6 +54,7 @@ from alexnet_ddp.training.trained import Trained, read_trained
 log = logging.getLogger(__name__)
 
 _WAIT_S = 30.0  # longer than the difference between the starts of two ranks
+_OF_WEIGHTS = ("checkpoint", "weights", "batch_norm_images")  # what a record states of them
 _OWN_OPTIONS = (
     *("format", "output", "preprocessing", "push"),
     *("average", "batch_norm_images"),
@@ -71,7 +72,7 @@ def main(options: ExportConfig, overrides: list[str]) -> None:
     require_libraries(options.format)
     if options.push is not None:
         require_hub(options.push)
-    kept = [one for one in overrides if one.partition("=")[0].lstrip("+") not in _OWN_OPTIONS]
+    kept = [one for one in overrides if key_of(one) not in _OWN_OPTIONS]
     cfg = cli.config_of_run(options.run_dir, kept)
     # TF32 rounds products to 10 bits, which would hide a difference.
     with distributed.session(cfg.device, tf32=False) as world:
@@ -105,7 +106,7 @@ def _compare_with_evaluation(file: Path, metrics: dict[str, Any], device: str) -
     try:
         known = json.loads(file.read_bytes())
         run = metrics["run"]
-        of_same = all(known.get(key) == run.get(key) for key in ("checkpoint", "weights"))
+        of_same = all(known.get(key) == run.get(key) for key in _OF_WEIGHTS)
         if not of_same or "crops" in known:
             return
         before = [int(known[f"val/{name}"]) for name in ("correct1", "correct5", "num_images")]
@@ -115,8 +116,8 @@ def _compare_with_evaluation(file: Path, metrics: dict[str, Any], device: str) -
     if now != before:
         text = "top-1 {:,} and top-5 {:,} of {:,} images"
         log.info(
-            "%s has %s of this checkpoint, the export on %s in fp32 has %s: this is rounding if "
-            "the evaluation used another device or precision, otherwise the images have changed",
+            "%s has %s of this checkpoint, the export on %s in fp32 has %s: the evaluation "
+            "had another device or precision (rounding), other options of data, or other images",
             *(file, text.format(*before), device, text.format(*now)),
         )
 

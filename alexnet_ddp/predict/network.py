@@ -8,7 +8,9 @@ from pathlib import Path
 from alexnet_ddp import cli
 from alexnet_ddp.api import TrainedRun, read_export, read_run
 from alexnet_ddp.config import ConfigError, Head
+from alexnet_ddp.config.option import key_of
 from alexnet_ddp.config.predict import PredictConfig
+from alexnet_ddp.config.run import refuse_two_networks
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.distributed import World
 from alexnet_ddp.training import calibration
@@ -34,7 +36,7 @@ def open_network(options: PredictConfig, overrides: list[str], world: World) -> 
         _warn_if_not_calibrated(options, found, f"export {folder}", remedy)
     else:
         run_dir = Path(options.run.root) / options.run.name
-        plugins = [one for one in overrides if one.lstrip("+").startswith("plugins=")]
+        plugins = [one for one in overrides if key_of(one) == "plugins"]
         found = distributed.on_all(
             lambda: read_run(run_dir, cli.config_of_run(run_dir, plugins, opens_data=False)), world
         )
@@ -47,15 +49,14 @@ def open_network(options: PredictConfig, overrides: list[str], world: World) -> 
 
 def check_choice(options: PredictConfig, overrides: list[str]) -> None:
     """Raise ConfigError unless one network is chosen, and each option for a network is used."""
-    keys = [one.partition("=")[0].lstrip("+") for one in overrides]
+    keys = [key_of(one) for one in overrides]
     weights, folder = options.model.weights, options.export
     if weights is not None and folder is not None:
         both = f"export ({folder}) and model.weights ({weights})"
         raise ConfigError(f"{both} are two networks; give one of them")
     chosen = "model.weights" if weights is not None else "export" if folder is not None else None
-    if chosen is not None and "run.name" in keys:
-        rule = f"run.name ({options.run.name}) and {chosen} are two networks"
-        raise ConfigError(f"{rule}; give one of them")
+    if chosen is not None:
+        refuse_two_networks(options.run, chosen, overrides)
     if weights is None:
         own = [key for key in keys if key in ("model", "classes") or key[:5] in ("model.", "data.")]
         if own:

@@ -100,6 +100,39 @@ def check_replaceable(plan: Plan, cfg: PrepareConfig) -> None:
         )
 
 
+def check_other_divisions(plans: list[Plan]) -> None:
+    """Raise ConfigError if root keeps a split that val_fraction divided from images of `plans`.
+
+    The images of that split would be in both splits.
+    """
+    root = Storage(plans[0].root)
+    index = read_index(root)
+    packed = {plan.split for plan in plans}
+    planned = {name for plan in plans for name in plan.source.names}
+    for split, entry in {} if index is None else index.splits.items():
+        fraction = entry.get("val_fraction")
+        if split in packed or fraction is None:
+            continue
+        common = sum(name in planned for name in _names(root, split))
+        if common:
+            rule = f"the {split} shards in root ({root.root}) are a part of a division"
+            raise ConfigError(
+                f"{rule} (val_fraction={fraction}), and {common:,} of their images are in the "
+                f"source too; give val_fraction={fraction}, or another root"
+            )
+
+
+def is_divided(index: ShardIndex | None) -> bool:
+    """True if val_fraction divided the images of a split in `index`."""
+    entries = [] if index is None else index.splits.values()
+    return any(entry.get("val_fraction") is not None for entry in entries)
+
+
+def _names(root: Storage, split: str) -> list[str]:
+    """CLASS/FILE of each image in the shards of a split."""
+    return root.read(f"{split}.names.txt").decode(errors="surrogateescape").split("\n")[:-1]
+
+
 def is_same(plan: Plan, entry: dict[str, Any]) -> bool:
     """True if the split `entry` of an index was made by an equal plan."""
     return all(entry.get(name) == value for name, value in plan.identity.items())

@@ -21,8 +21,10 @@ from alexnet_ddp.prepare.checks import (
     bytes_needed,
     check_classes,
     check_free_space,
+    check_other_divisions,
     check_places,
     check_replaceable,
+    is_divided,
     is_same,
     locked,
     warn_about_names,
@@ -77,6 +79,7 @@ def prepare(cfg: PrepareConfig) -> None:
     warn_about_names(cfg, plans[0].source.classes)
     for plan in plans:
         check_replaceable(plan, cfg)
+    check_other_divisions(plans)
     work = [(plan, list(plan.tasks())) for plan in plans]
     missing = [
         task for _, tasks in work for task in tasks if read_sidecar(Storage(root), task) is None
@@ -87,8 +90,8 @@ def prepare(cfg: PrepareConfig) -> None:
         return
     engine = _engine(cfg)
     with locked(Storage(root)):
-        if cfg.val_fraction is not None:  # parts of two divisions have images in common
-            for plan in plans:
+        if cfg.val_fraction is not None or is_divided(read_index(Storage(root))):
+            for plan in plans:  # parts of two divisions have images in common
                 _forget_others(Storage(root), plan)
         for plan, tasks in work:
             _pack(plan, tasks, cfg, engine)

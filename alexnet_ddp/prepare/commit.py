@@ -82,6 +82,7 @@ def commit(plan: Plan, tasks: list[ShardTask]) -> dict[str, Any]:
     for name, content in files.items():
         root.write(name, content)
     entry = plan.identity | {
+        "val_fraction": plan.val_fraction,
         "images": len(rows),
         "quarantined": len(quarantine),
         "bytes": sum(shard["bytes"] for shard in shards),

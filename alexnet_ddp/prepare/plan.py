@@ -72,6 +72,7 @@ class Plan:
     order: np.ndarray  # int64 [N]: positions in the source, in the order of the shards
     num_shards: int
     shuffle_seed: int
+    val_fraction: float | None = None  # the source is the part of a division
 
     @cached_property
     def identity(self) -> dict:
@@ -145,7 +146,8 @@ def make_plan(cfg: PrepareConfig, root: str, split: str, source: Source) -> Plan
         for name in source.names
     ]  # fmt: skip
     order = np.array(sorted(range(n), key=lambda i: (hashed[i], source.names[i])), np.int64)
-    return Plan(split, root, source, recipe_of(cfg), order, num_shards, cfg.shuffle_seed)
+    recipe, seed = recipe_of(cfg), cfg.shuffle_seed
+    return Plan(split, root, source, recipe, order, num_shards, seed, cfg.val_fraction)
 
 
 def recipe_of(cfg: PrepareConfig) -> Recipe:

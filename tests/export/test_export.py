@@ -286,17 +286,19 @@ def test_other_counts_than_those_of_evaluate_are_a_note(place, tmp_path, caplog)
     changed = {"val/correct1": known["val/correct1"] - 2}
     notes = []
     try:
-        for k, change in enumerate(({}, {"checkpoint": "step-00000001", **changed}, changed)):
+        others = [{"checkpoint": "step-00000001"}, {"batch_norm_images": 100}]
+        for k, change in enumerate(({}, *(one | changed for one in others), changed)):
             file.write_text(json.dumps(known | change))
             export_here(place, "format=safetensors", "device=cpu", f"output={tmp_path}/{k}")
             notes.append([one for one in caplog.messages if "evaluation.json" in one])
     finally:
         file.write_text(content)
-    assert notes[:2] == [[], []]
-    ((note,),) = notes[2:]
+    assert notes[:3] == [[], [], []]
+    ((note,),) = notes[3:]
     before, now = known["val/correct1"] - 2, known["val/correct1"]
     assert f"evaluation.json has top-1 {before} and top-5" in note
     assert f"the export on cpu in fp32 has top-1 {now} and top-5" in note
+    assert note.endswith("(rounding), other options of data, or other images")
 
 
 @pytest.mark.slow

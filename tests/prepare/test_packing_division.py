@@ -149,6 +149,43 @@ def test_shards_of_two_divisions_never_form_a_data_set(photos, tmp_path, monkeyp
     assert fingerprints(opened("shards", root)) == fingerprints(divided)
 
 
+def test_a_division_is_not_extended_by_the_undivided_images(photos, tmp_path):
+    """The val shards of the division would be a part of the new train shards."""
+    shutil.copytree(photos, tmp_path / "tree/train")
+    root = pack(tmp_path / "tree", tmp_path / "shards", **DIVIDED)
+    before = hashes(root)
+    rule = (
+        r"val shards in root \(.*\) are a part of a division \(val_fraction=0.3\), and 6 of their"
+    )
+    for options in ({}, {"split": "train"}):
+        with pytest.raises(ConfigError, match=rule):
+            pack(tmp_path / "tree", root, **options, overwrite=True)
+    assert hashes(root) == before
+    shutil.copytree(photos, tmp_path / "renamed/train")
+    for path in (tmp_path / "renamed/train").rglob("*.jpg"):
+        path.rename(path.with_name(f"other-{path.name}"))
+    pack(tmp_path / "renamed", root, overwrite=True)
+    assert len(opened("shards", root).train) == sum(COUNTS.values())
+
+
+def test_both_old_splits_are_withdrawn_before_undivided_ones_are_packed(
+    photos, tmp_path, monkeypatch
+):
+    root = pack(photos, tmp_path / "shards", **DIVIDED)
+    shutil.copytree(photos, tmp_path / "tree/train")
+    shutil.copytree(photos, tmp_path / "tree/val")
+    seen = []
+
+    def stop(task: ShardTask) -> None:
+        seen.append((root / "index.json").exists())
+        raise DataError("enough")
+
+    monkeypatch.setattr("alexnet_ddp.prepare.command.write_shard", stop)
+    with pytest.raises(DataError, match="enough"):
+        pack(tmp_path / "tree", root, overwrite=True)
+    assert seen == [False]
+
+
 @pytest.mark.slow
 def test_the_command_divides_with_two_processes_as_with_one(photos, tmp_path):
     one = pack(photos, tmp_path / "one", val_fraction=0.3)

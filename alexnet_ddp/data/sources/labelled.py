@@ -28,10 +28,14 @@ def open_labelled(
     Raises:
         ConfigError: the file cannot be read.
         DataError: there is no such folder, or it has no images or folders of unknown classes.
+            The message names the option.
     """
     if not Path(folder).is_dir():
         raise DataError(f"images ({folder}) is not a folder; give one that contains CLASS/*")
-    found = index_classes(Path(folder))
+    try:
+        found = index_classes(Path(folder))
+    except DataError as error:
+        raise DataError(f"images ({folder}): {error}") from error
     given = {} if class_map is None else _read_map(class_map)
     missing = [name for name in found.classes if class_map is not None and name not in given]
     if missing:
