@@ -15,6 +15,7 @@ if __name__ == "__main__":  # torch, below, is imported after the configuration 
     cli.run("evaluate", "alexnet_ddp.evaluate:main", cli.without_data_options)
 
 import logging
+import os
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -56,7 +57,7 @@ from alexnet_ddp.runtime.accuracy import (
     percent_interval,
 )
 from alexnet_ddp.runtime.distributed import World
-from alexnet_ddp.runtime.errors import Preempted
+from alexnet_ddp.runtime.errors import MachineError, Preempted
 from alexnet_ddp.runtime.files import require_folder_of, write_json
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.run_record import read_classes
@@ -122,10 +123,7 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
         needs_outputs = options.calibrate or options.metrics or options.predictions is not None
         outputs = Outputs() if needs_outputs else None
         found = _evaluate(model, origin, data.val, cfg, outputs, world, views=views)
-        folder = None if file is not None else cfg.run_dir
-        if options.output is not None:
-            folder = Path(options.output)
-        distributed.from_main(lambda: _finish(found, data, options, folder), world)
+        distributed.from_main(lambda: _finish(found, data, options), world)
         if options.calibrate and directory is not None:
             _calibrate(found.scores, cfg.run_dir, directory, world)
 
@@ -246,15 +244,26 @@ def _evaluate(
     return Found(result, origin, bad, None if outputs is None else outputs.gather(world))
 
 
+def _folder(options: EvaluateConfig) -> Path | None:
+    """The folder of evaluation.json; None if nothing but the predictions is written."""
+    if options.output is not None:
+        return Path(options.output)
+    return None if options.model.weights is not None else options.run_dir
+
+
 def _check_files(options: EvaluateConfig) -> None:
     """Create the folder `output`. Raise ConfigError if a requested file cannot be written."""
     if options.output is not None:
-        require_folder_of("output", options.output)
         try:
-            Path(options.output).mkdir(exist_ok=True)
+            Path(options.output).mkdir(parents=True, exist_ok=True)
         except OSError as error:  # FileExistsError: it is a file
             rule = f"output ({options.output}) cannot be created ({error.strerror})"
             raise ConfigError(f"{rule}; give another one") from error
+    folders = [_folder(options), options.run_dir if options.calibrate else None]
+    for folder in folders:
+        if folder is not None and not os.access(folder, os.W_OK | os.X_OK):
+            remedy = "change its permissions" if options.calibrate else "give another output=DIR"
+            raise ConfigError(f"the results cannot be written to {folder}: no permission; {remedy}")
     if options.metrics:
         require_sklearn()
     if options.predictions is not None:
@@ -262,20 +271,25 @@ def _check_files(options: EvaluateConfig) -> None:
         require_folder_of("predictions", options.predictions)
 
 
-def _finish(found: Found, data: ImageSets, options: EvaluateConfig, folder: Path | None) -> None:
+def _finish(found: Found, data: ImageSets, options: EvaluateConfig) -> None:
     """Write the files, then print the results: a reader of a pipe may have ended.
 
-    folder: for the files; None: nothing but the predictions is written. Raises ConfigError, and
-    Diverged if outputs that are needed are not finite.
+    Raises ConfigError, MachineError if a file cannot be written, and Diverged if outputs that are
+    needed are not finite.
     """
     metrics = None
     if found.scores is not None:
         _require_finite(found.scores, found.origin, options)
         metrics = class_metrics(found.scores) if options.metrics else None
     names = unique_names(data.class_names)
+    folder = _folder(options)
     if folder is not None:
         stem = "evaluation" if options.images is None else "evaluation_images"
-        _write_evaluation(folder, stem, found, metrics, data.val.classes, names)
+        try:
+            _write_evaluation(folder, stem, found, metrics, data.val.classes, names)
+        except OSError as error:
+            rule = f"the results cannot be written to {folder} ({error.strerror})"
+            raise MachineError(f"{rule}; free some space, or fix its permissions") from error
     if options.predictions is not None and found.scores is not None:
         candidates = len(np.unique(data.val.labels)) if options.only_present else len(names)
         top_k = min(options.top_k, candidates)
@@ -294,7 +308,9 @@ def _write_evaluation(
     ids: list[str],
     names: list[str],
 ) -> None:
-    """Write STEM.json and, with metrics, STEM_classes.csv to `folder`. Raises ConfigError.
+    """Write STEM.json and, with metrics, STEM_classes.csv to `folder`.
+
+    Raises ConfigError or OSError.
 
     ids, names: of the classes; the names are unique.
     """

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -347,9 +348,22 @@ def test_output_takes_the_files_of_a_run_that_its_directory_would_have(evaluate,
     assert evaluate("run.name=a", "images=others", "output=found")[0] == 0
     assert (place / "found/evaluation_images.json").exists()
     assert not (place / "runs/a/evaluation_images.json").exists()
-    for output, rule in (
-        ("no/found", "must be in an existing directory; create it first"),
-        ("runs/a/run.json", "cannot be created (File exists); give another one"),
-    ):
-        code, said = evaluate("run.name=a", "images=others", f"output={output}")
-        assert (code, said) == (64, f"alexnet_ddp: output ({output}) {rule}\n")
+    assert evaluate("run.name=a", "images=others", "output=new/found")[0] == 0
+    code, said = evaluate("run.name=a", "images=others", "output=runs/a/run.json")
+    rule = "cannot be created (File exists); give another one"
+    assert (code, said) == (64, f"alexnet_ddp: output (runs/a/run.json) {rule}\n")
+
+
+def test_a_folder_without_permission_is_refused_before_the_evaluation(evaluate, place):
+    folder = place / "read-only"
+    folder.mkdir(mode=0o555)
+    is_mounted = not os.geteuid() and not os.system(f"mount -t tmpfs -o ro tmpfs {folder}")
+    if os.access(folder, os.W_OK):
+        pytest.skip("needs a user other than root, or the right to mount")
+    try:
+        code, said = evaluate("run.name=a", "images=others", "output=read-only")
+    finally:
+        if is_mounted:
+            os.system(f"umount {folder}")
+    rule = "the results cannot be written to read-only: no permission; give another output=DIR"
+    assert (code, said) == (64, f"alexnet_ddp: {rule}\n")

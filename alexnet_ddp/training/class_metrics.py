@@ -161,7 +161,7 @@ def class_rows(
             **_share("accuracy", correct1, num_images),
             "precision": float(found.precision[k]),
             **_share("precision", num_right, num_predicted[k]),
-            "recall": float(found.recall[k]),
+            "recall": float(found.recall[k]) if num_images else math.nan,
             "f1": float(found.f1[k]),
             **_f1_interval(num_right, num_labelled + num_predicted[k] - num_right),
             "auroc": float(found.auroc[k]),

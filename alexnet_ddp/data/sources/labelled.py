@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +50,13 @@ def open_labelled(
     unknown = [one for one in dict.fromkeys([*wanted, *numbers]) if one not in known]
     if unknown:
         rule = f"images ({folder}) has folders of unknown classes: {listed(unknown)}"
-        remedy = f"the network knows {listed(ids)}; give class_map=FILE.json, {{folder: class}}"
-        raise DataError(f"{rule}; {remedy}")
+        remedy = "give class_map=FILE.json, {folder: class}"
+        if class_map is not None:
+            rule = f"class_map ({class_map}) has unknown classes: {listed(unknown)}"
+            remedy = "a class is an id, a name or a label of it"
+        near = get_close_matches(unknown[0], known, n=1)
+        nearest = f" (nearest to {unknown[0]}: {near[0]})" if near else ""
+        raise DataError(f"{rule}; the network knows {listed(ids)}{nearest}; {remedy}")
     labels = np.array([known[name] for name in wanted], np.int32)[found.labels]
     order = np.argsort(labels, kind="stable")
     return SampleIndex(ids, labels[order], found.store.take(order), found.names)
