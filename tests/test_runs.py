@@ -117,6 +117,26 @@ def test_a_start_that_was_refused_is_not_listed(tmp_path):
     assert (done.returncode, done.stdout.count("\n")) == (64, 1)
 
 
+def test_a_start_that_failed_and_one_that_is_on_its_way_are_listed(tmp_path):
+    here = {"host": socket.gethostname(), "pid": os.getpid(), "step": 0}
+    known = {
+        "full": {"state": "failed", "exit_code": 74, "message": "the disk is full"},
+        "new": {"state": "running", "exit_code": None},
+        "typo": {"state": "failed", "exit_code": 64},
+        "void": {"state": "failed", "exit_code": 65},
+    }
+    for name, status in known.items():
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "status.json", here | status)
+    (tmp_path / "zero").mkdir()
+    (tmp_path / "zero/status.json").write_text("{")
+    done = run_main("runs", str(tmp_path))
+    rows = [one.split() for one in done.stdout.splitlines() if one.strip()]
+    assert rows[-3:] == [["full", "failed", "0"], ["new", "running", "0"], ["zero", "unreadable"]]
+    assert not {"typo", "void"} & {one[0] for one in rows}
+    assert run_main("runs", str(tmp_path / "full")).returncode == 0
+
+
 def test_differing_options_begin_with_those_of_the_command_lines(tmp_path):
     first = make_run(tmp_path / "a", options="seed: 0\noptimizer: {lr: 0.1, eps: 1}\ndata: {x: 1}")
     second = make_run(

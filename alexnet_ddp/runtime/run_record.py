@@ -178,11 +178,11 @@ class RunRecord:
 def find_runs(root: Path) -> Iterator[RunRecord]:
     """Every run below `root`, or `root` itself if it is one, in the order of their names.
 
-    A start that was refused leaves a folder with a status.json and no run.json, which is left out.
+    Folders in which every start was refused are left out: see _is_refused.
     The directories of a run are not searched. A folder is searched once, also if links lead back.
     """
     if _is_run(root):
-        if _has_begun(root):
+        if not _is_refused(root):
             yield RunRecord(root, root.absolute().name)
         return
     seen = set[str]()
@@ -195,7 +195,7 @@ def find_runs(root: Path) -> Iterator[RunRecord]:
         for name in sorted(below):
             if not _is_run(here / name):
                 kept.append(name)
-            elif _has_begun(here / name):
+            elif not _is_refused(here / name):
                 yield RunRecord(here / name, str((here / name).relative_to(root)))
         below[:] = kept
 
@@ -277,8 +277,19 @@ def _is_run(directory: Path) -> bool:
     return any((directory / name).is_file() for name in _OF_A_RUN)
 
 
-def _has_begun(directory: Path) -> bool:
-    return (directory / "run.json").is_file()
+def _is_refused(directory: Path) -> bool:
+    """True if the last start was refused for its options or its data, and no earlier one trained.
+
+    run.json is written before the first step. A start that is not there yet, or that failed on the
+    way for another reason, is a run.
+    """
+    if (directory / "run.json").is_file():
+        return False
+    try:
+        code = RunRecord(directory, directory.name).exit_code
+    except ConfigError:
+        return False  # the caller finds that it cannot be read
+    return code in (ConfigError.exit_code, DataError.exit_code)
 
 
 def _checked(file: Path, found: Any) -> dict[str, Any]:
