@@ -280,8 +280,8 @@ def _is_run(directory: Path) -> bool:
 def _is_refused(directory: Path) -> bool:
     """True if the last start was refused for its options or its data, and no earlier one trained.
 
-    run.json is written before the first step. A start that is not there yet, or that failed on the
-    way for another reason, is a run.
+    run.json is written right before the first step. A start that is still preparing that step, or
+    that failed there for another reason, is a run.
     """
     if (directory / "run.json").is_file():
         return False

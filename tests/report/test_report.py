@@ -571,6 +571,7 @@ def make_trained_run(tmp_path: Path) -> list[str]:
     ("given", "error", "line"),
     [
         ("data.root={dir}/other", DataError, "{dir}/other"),
+        ("data.num_threads=-1", ConfigError, "data.num_threads"),
         ("trainer.precision=bf16", ConfigError, "trainer.precision=bf16 needs a CUDA device"),
         ("optimizer.lr=1", ConfigError, "optimizer.lr=1 would be ignored: the page shows the run"),
         (
@@ -604,9 +605,11 @@ def test_a_wrong_device_is_one_line(tmp_path):
 
 def test_images_of_the_run_that_are_gone_are_a_reason_on_the_page(tmp_path):
     overrides = [*make_trained_run(tmp_path), "device=cpu"]
-    main(compose("report", overrides), overrides)
-    html = (tmp_path / "x/report.html").read_text()
-    assert f"Not computed: data.root ({tmp_path}/none)" in html
+    for other in ([], ["data.num_threads=1", "trainer.eval_batch_size=8"]):  # not the reason
+        main(compose("report", without_data_options(overrides + other)), overrides + other)
+        html = (tmp_path / "x/report.html").read_text()
+        assert f"Not computed: data.root ({tmp_path}/none)" in html
+        (tmp_path / "x/report.html").unlink()
 
 
 def test_damaged_files_that_only_add_facts_are_left_out(tmp_path):
