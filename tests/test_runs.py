@@ -248,6 +248,7 @@ def test_a_damaged_run_is_in_the_table_as_unreadable(tmp_path):
 
 
 DEEP = "[" * 5_000  # Python's limit is 1,000 levels
+EVALUATION = '{"step": 1, "val/top1": 90.0, "val/correct1": %s, "val/num_images": 7}'
 BAD_FILES = [  # name, content, what the message states
     ("status.json", '{"step": "x"}', "step is a text"),
     ("status.json", '{"step": null}', "step is null"),
@@ -262,6 +263,25 @@ BAD_FILES = [  # name, content, what the message states
     ("metrics.jsonl", '{"step": 1, "val/top1": "high"}', "val/top1 of step 1 is 'high'"),
     ("metrics.jsonl", '{"step": 1, "val/top1": null}', "val/top1 of step 1 is None"),
     ("metrics.jsonl", '{"step": 1, "time_s": [1]}', "time_s of step 1 is [1]"),
+    (
+        "metrics.jsonl",
+        '{"step": 1, "time_s": "inf"}',
+        "time_s of step 1 is 'inf', and out of range",
+    ),
+    ("metrics.jsonl", '{"step": 1, "time_s": 1e300}', "time_s of step 1 is 1e+300"),
+    ("metrics.jsonl", '{"step": 1, "time_s": NaN}', "time_s of step 1 is nan"),
+    ("metrics.jsonl", '{"step": 1, "time/step_s": "nan"}', "time/step_s of step 1 is 'nan'"),
+    ("metrics.jsonl", '{"step": 1, "train/slowest_rank": "nan"}', "train/slowest_rank of step 1"),
+    (
+        "metrics.jsonl",
+        '{"step": 1, "train/loss": 1%s}' % ("0" * 400),
+        "train/loss of step 1 is 1000",
+    ),
+    ("metrics.jsonl", '{"step": 1, "val/num_images": "inf"}', "val/num_images of step 1 is 'inf'"),
+    *[
+        ("metrics.jsonl", EVALUATION % count, f"step 1 has {shown} correct of 7 images")
+        for count, shown in (('"nan"', "nan"), ("8", "8"), ("-1", "-1"), ("Infinity", "inf"))
+    ],
 ]
 
 

@@ -643,6 +643,19 @@ def test_a_damaged_evaluation_is_one_line(tmp_path, metric, value):
         )
 
 
+@pytest.mark.parametrize("metric", ["epoch", "time_s", "val/loss", "val/top5", "val/num_images"])
+def test_an_evaluation_without_one_of_its_metrics_has_a_report(tmp_path, metric):
+    row = val_row(10, 12, 50)
+    del row[metric]
+    run = make_run(tmp_path / "x", [row])
+    write_json(
+        tmp_path / "x/run.json",
+        {"overrides": [], "starts": [{"time": "2024-01-01T00:00:00+00:00"}]},
+    )
+    main(options(tmp_path, "run.name=x", "max_images=0"), ["run.name=x", f"run.root={tmp_path}"])
+    assert "top-1 50.00 %" in (run.directory / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     "facts",
     [{"world_size": "2"}, {"git": 3}, {"command": "python"}, {"peak_tflops": "x"}, {"starts": [3]}],
