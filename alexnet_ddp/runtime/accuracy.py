@@ -26,7 +26,9 @@ def wilson_interval(num_correct: int, num_images: int) -> Interval:
     centre = share + z2 / (2 * num_images)
     half = Z * math.sqrt(share * (1 - share) / num_images + z2 / (4 * num_images**2))
     scale = 1 + z2 / num_images
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    low = 0.0 if num_correct == 0 else (centre - half) / scale
+    high = 1.0 if num_correct == num_images else (centre + half) / scale
+    return low, high  # the ends at 0 and 1 are exact, which the formula misses by rounding
 
 
 def percent_interval(num_correct: int, num_images: int) -> Interval:
