@@ -188,6 +188,20 @@ def test_the_parts_of_all_work_include_evaluations_and_checkpoints(tmp_path):
     assert sum(part.share for part in found) == pytest.approx(1)
 
 
+def test_the_same_name_has_the_same_colour_in_all_charts_of_the_times(tmp_path):
+    rows = [train_row(10, 12, time__forward_s=0.2, time__backward_s=0.2), val_row(10, 15, 50)]
+    run = make_run(tmp_path / "a", rows)
+    phases = ["data", "forward", "backward", "exchange", "update", "evaluation", "checkpoint"]
+    write_json(tmp_path / "a/rank_times.json", {"phases": phases, "seconds": [[0.1] * 7] * 2})
+    found = times(run)
+    by_name = {}
+    for part in (*found.step, *found.run[1:], *found.ranks[0][1]):
+        by_name.setdefault(part.name, set()).add(part.colour)
+    assert all(len(colours) == 1 for colours in by_name.values()), by_name
+    for chart in (found.step, found.run, found.ranks[0][1]):
+        assert len({part.colour for part in chart}) == len(chart)
+
+
 def test_a_profile_is_shown_with_its_conclusion_and_a_damaged_one_is_not(tmp_path):
     run = make_run(tmp_path / "a")
     shares = TimeShares(80.0, data=0.5, compute=0.25, communication=0.2, other=0.05)
