@@ -146,8 +146,8 @@ def _sentences(shares: dict[str, float]) -> list[str]:
     exchanged = shares.get("exchange", 0.0)
     if exchanged >= _LARGE:
         share = f"Rank 0 waits {100 * exchanged:.1f} % of a step for the exchange with other ranks"
-        remedy = "a faster link, larger batches or parallel=hybrid would shorten it"
-        found.append(f"{share}: if no rank is slow, {remedy}.")
+        remedy = "a faster link shortens it; docs/parallelism.md describes how to exchange less"
+        found.append(f"{share}. If no rank is slow, {remedy}.")
     return found
 
 

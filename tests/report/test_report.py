@@ -167,8 +167,8 @@ def test_the_parts_of_a_step_are_weighted_by_steps_and_add_up(tmp_path):
     slow_link = train_row(10, 12, time__data_s=0.01, time__exchange_s=0.4)
     assert times(make_run(tmp_path / "b", [slow_link])).sentences == [
         "The loader is no bottleneck: a step waits 1.0 % of its time for data.",
-        "Rank 0 waits 40.0 % of a step for the exchange with other ranks: if no rank is slow, "
-        "a faster link, larger batches or parallel=hybrid would shorten it.",
+        "Rank 0 waits 40.0 % of a step for the exchange with other ranks. If no rank is slow, "
+        "a faster link shortens it; docs/parallelism.md describes how to exchange less.",
     ]
     assert times(make_run(tmp_path / "c")) is None
 
