@@ -248,7 +248,7 @@ def read_classes(run_dir: Path) -> dict[str, list[str]]:
         return {key: [str(one) for one in found[key]] for key in ("ids", "names")}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         why = f"{type(error).__name__}: {error}"
-        raise DataError(f"{file} cannot be read ({why}); start the training once more") from error
+        raise DataError(f"{file} cannot be read ({why}); start the training again") from error
 
 
 def differing(runs: list[RunRecord]) -> list[str]:
