@@ -57,7 +57,7 @@ def main(cfg: RunsConfig, overrides: list[str]) -> None:
         require_folder_of("output", cfg.output)
     runs = list(find_runs(Path(cfg.root)))
     if not runs:
-        rule = "contains no runs: no folder in it has a run.json"
+        rule = "contains no runs, or only starts that were refused"
         raise ConfigError(f"root ({cfg.root}) {rule}; give the run.root of a training")
     found, readable = rows_of(runs)
     rows, options = sorted_rows(found, cfg.sort), differing(readable)

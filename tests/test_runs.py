@@ -117,6 +117,26 @@ def test_a_start_that_was_refused_is_not_listed(tmp_path):
     assert (done.returncode, done.stdout.count("\n")) == (64, 1)
 
 
+def test_a_start_that_failed_and_one_that_is_on_its_way_are_listed(tmp_path):
+    here = {"host": socket.gethostname(), "pid": os.getpid(), "step": 0}
+    known = {
+        "full": {"state": "failed", "exit_code": 74, "message": "the disk is full"},
+        "new": {"state": "running", "exit_code": None},
+        "typo": {"state": "failed", "exit_code": 64},
+        "void": {"state": "failed", "exit_code": 65},
+    }
+    for name, status in known.items():
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "status.json", here | status)
+    (tmp_path / "zero").mkdir()
+    (tmp_path / "zero/status.json").write_text("{")
+    done = run_main("runs", str(tmp_path))
+    rows = [one.split() for one in done.stdout.splitlines() if one.strip()]
+    assert rows[-3:] == [["full", "failed", "0"], ["new", "running", "0"], ["zero", "unreadable"]]
+    assert not {"typo", "void"} & {one[0] for one in rows}
+    assert run_main("runs", str(tmp_path / "full")).returncode == 0
+
+
 def test_differing_options_begin_with_those_of_the_command_lines(tmp_path):
     first = make_run(tmp_path / "a", options="seed: 0\noptimizer: {lr: 0.1, eps: 1}\ndata: {x: 1}")
     second = make_run(
@@ -228,6 +248,7 @@ def test_a_damaged_run_is_in_the_table_as_unreadable(tmp_path):
 
 
 DEEP = "[" * 5_000  # Python's limit is 1,000 levels
+EVALUATION = '{"step": 1, "val/top1": 90.0, "val/correct1": %s, "val/num_images": 7}'
 BAD_FILES = [  # name, content, what the message states
     ("status.json", '{"step": "x"}', "step is a text"),
     ("status.json", '{"step": null}', "step is null"),
@@ -242,6 +263,25 @@ BAD_FILES = [  # name, content, what the message states
     ("metrics.jsonl", '{"step": 1, "val/top1": "high"}', "val/top1 of step 1 is 'high'"),
     ("metrics.jsonl", '{"step": 1, "val/top1": null}', "val/top1 of step 1 is None"),
     ("metrics.jsonl", '{"step": 1, "time_s": [1]}', "time_s of step 1 is [1]"),
+    (
+        "metrics.jsonl",
+        '{"step": 1, "time_s": "inf"}',
+        "time_s of step 1 is 'inf', and out of range",
+    ),
+    ("metrics.jsonl", '{"step": 1, "time_s": 1e300}', "time_s of step 1 is 1e+300"),
+    ("metrics.jsonl", '{"step": 1, "time_s": NaN}', "time_s of step 1 is nan"),
+    ("metrics.jsonl", '{"step": 1, "time/step_s": "nan"}', "time/step_s of step 1 is 'nan'"),
+    ("metrics.jsonl", '{"step": 1, "train/slowest_rank": "nan"}', "train/slowest_rank of step 1"),
+    (
+        "metrics.jsonl",
+        '{"step": 1, "train/loss": 1%s}' % ("0" * 400),
+        "train/loss of step 1 is 1000",
+    ),
+    ("metrics.jsonl", '{"step": 1, "val/num_images": "inf"}', "val/num_images of step 1 is 'inf'"),
+    *[
+        ("metrics.jsonl", EVALUATION % count, f"step 1 has {shown} correct of 7 images")
+        for count, shown in (('"nan"', "nan"), ("8", "8"), ("-1", "-1"), ("Infinity", "inf"))
+    ],
 ]
 
 

@@ -102,7 +102,7 @@ def main(options: ExportConfig, overrides: list[str]) -> None:
 
 
 def _compare_with_evaluation(file: Path, metrics: dict[str, Any], device: str) -> None:
-    """Log a line if an evaluation of the same weights, of the centre crops, has other counts."""
+    """Log a line if an evaluation of the same weights and centre crops has different counts."""
     try:
         known = json.loads(file.read_bytes())
         run = metrics["run"]

@@ -159,30 +159,43 @@ def _examine(
 ) -> tuple[Config | None, Findings | None, str]:
     """The run's configuration, what its weights do with its images, and why that is unknown.
 
-    Raises ConfigError or DataError if the reason is an option of the command line.
+    Raises ConfigError or DataError if the reason is an option of the command line: without these
+    options there is no error, or another one.
     """
     # The device is that of the report: the run's own may be missing on this machine.
     kept = [one for one in overrides if _key(one) not in {*_OWN, "device"}]
-    is_chosen = any(_key(one) not in _OF_RECORDS for one in kept)
+    of_records = [one for one in kept if _key(one) in _OF_RECORDS]
+    cfg, found, error = _attempt(options, kept)
+    if error is None:
+        why_not = "no images were used, because max_images is 0" if found is None else ""
+        return cfg, found, why_not
+    may_be_chosen = isinstance(error, ConfigError | DataError) and kept != of_records
+    if may_be_chosen and str(_attempt(options, of_records)[2]) != str(error):
+        raise error
+    return cfg, None, str(error)
+
+
+def _attempt(
+    options: ReportConfig, overrides: list[str]
+) -> tuple[Config | None, Findings | None, RunError | None]:
+    """The run's configuration, what its weights do with its images, and why that failed."""
     try:
-        cfg = cli.config_of_run(options.run_dir, kept)
+        cfg = cli.config_of_run(options.run_dir, overrides)
         load_plugins(cfg.plugins)
     except RunError as error:
-        if is_chosen:
-            raise
-        return None, None, str(error)
+        return None, None, error
     if options.max_images == 0:
-        return cfg, None, "no images were used, because max_images is 0"
+        return cfg, None, None
     try:
         with distributed.session(options.device, cfg.trainer.tf32) as world:
             if "trainer.precision" in map(_key, overrides):
                 check_precision(cfg.trainer.precision, world)
-            return cfg, examine(cfg, options.max_images, world), ""
+            return cfg, examine(cfg, options.max_images, world), None
     except (RunError, RuntimeError, MemoryError) as error:
         reason = error if isinstance(error, RunError) else out_of_memory(error)
-        if reason is None or (is_chosen and isinstance(error, ConfigError | DataError)):
+        if reason is None:
             raise
-        return cfg, None, str(reason)
+        return cfg, None, reason
 
 
 def _looked(found: Findings) -> Looked:

@@ -1,6 +1,7 @@
 """What the page states about runs: results, data, options and environment."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -126,10 +127,13 @@ def subtitle(run: RunRecord) -> str:
 
 
 def best_result(run: RunRecord) -> Result | None:
-    """The evaluation with the highest top-1, the first of equal ones; None without evaluations."""
-    row = run.best_evaluation
-    if not row:
+    """The evaluation with the highest top-1, the first of equal ones; None without evaluations.
+
+    Values that its row does not have are NaN.
+    """
+    if not run.best_evaluation:
         return None
+    row = dict.fromkeys(("val/top5", "val/loss", "epoch"), math.nan) | run.best_evaluation
     return Result(
         float(row["val/top1"]),
         metric_interval(row, "val/top1"),

@@ -251,7 +251,8 @@ def _row_marks(run: RunRecord, starts: list[Start]) -> Iterator[Mark]:
         if "val/top1" in row:
             ends = interval_text(metric_interval(row, "val/top1"))
             share = f"top-1 {float(row['val/top1']):.2f} %" + (f" ({ends} %)" if ends else "")
-            yield Mark(time, "evaluation", step, f"{share}, loss {float(row['val/loss']):.4g}")
+            loss = float(row.get("val/loss", "nan"))
+            yield Mark(time, "evaluation", step, f"{share}, loss {loss:.4g}")
         for metric, what in _COUNTERS.items():
             more = float(row.get(metric, counts[metric])) - counts[metric]
             if more > 0:

@@ -18,7 +18,7 @@ _NAMES = {
     "evaluation": "evaluations",
     "checkpoint": "checkpoints",
 }
-_COLOURS = {part: k for k, part in enumerate(_NAMES) if part != "checkpoint"}  # that is grey
+_COLOURS = {part: k for k, part in enumerate(_NAMES)}
 _OF_PROFILE = {
     "data": "wait for data",
     "compute": "compute",
@@ -84,14 +84,17 @@ def _work(run: RunRecord, step_s: float) -> list[Part]:
     events = read_events(run.directory / "events.jsonl")
     waits = [one.get("seconds") for one in events if one["event"] == "save"]
     seconds = {
-        "training steps": step_s,
-        _NAMES["evaluation"]: sum(run.values("time/evaluation_s").values()),
-        _NAMES["checkpoint"]: sum(s for s in waits if isinstance(s, int | float)),
+        "step": step_s,
+        "evaluation": sum(run.values("time/evaluation_s").values()),
+        "checkpoint": sum(s for s in waits if isinstance(s, int | float)),
     }
     # time_s of the last row is before the last checkpoint.
     known_s, work_s = sum(seconds.values()), max(run.values("time_s").values(), default=0.0)
     whole_s = max(known_s, work_s)
-    parts = [Part(name, s, s / whole_s, k) for k, (name, s) in enumerate(seconds.items())]
+    parts = [
+        Part(_NAMES.get(part, "training steps"), s, s / whole_s, _COLOURS.get(part, 0))
+        for part, s in seconds.items()
+    ]
     rest_s = whole_s - known_s
     return [*parts, Part("start and everything else", rest_s, rest_s / whole_s, None)]
 
@@ -143,8 +146,8 @@ def _sentences(shares: dict[str, float]) -> list[str]:
     exchanged = shares.get("exchange", 0.0)
     if exchanged >= _LARGE:
         share = f"Rank 0 waits {100 * exchanged:.1f} % of a step for the exchange with other ranks"
-        remedy = "a faster link, larger batches or parallel=hybrid would shorten it"
-        found.append(f"{share}: if no rank is slow, {remedy}.")
+        remedy = "a faster link shortens it; docs/parallelism.md describes how to exchange less"
+        found.append(f"{share}. If no rank is slow, {remedy}.")
     return found
 
 
@@ -162,7 +165,7 @@ def _ranks(file: Path) -> tuple[list[tuple[int, list[Part]]], int]:
     busiest = sorted(range(len(rows)), key=lambda rank: -busy[rank])[:_MAX_RANKS]
     longest = max((sum(row.values()) for row in rows), default=0.0) or 1.0
     found = [
-        (rank, [Part(_NAMES[p], s, s / longest, _COLOURS.get(p)) for p, s in rows[rank].items()])
+        (rank, [Part(_NAMES[p], s, s / longest, _COLOURS[p]) for p, s in rows[rank].items()])
         for rank in sorted(busiest)
     ]
     return found, len(rows) - len(found)

@@ -26,7 +26,9 @@ def wilson_interval(num_correct: int, num_images: int) -> Interval:
     centre = share + z2 / (2 * num_images)
     half = Z * math.sqrt(share * (1 - share) / num_images + z2 / (4 * num_images**2))
     scale = 1 + z2 / num_images
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    low = 0.0 if num_correct == 0 else (centre - half) / scale
+    high = 1.0 if num_correct == num_images else (centre + half) / scale
+    return low, high  # the ends at 0 and 1 are exact, which the formula misses by rounding
 
 
 def percent_interval(num_correct: int, num_images: int) -> Interval:
@@ -38,12 +40,20 @@ def percent_interval(num_correct: int, num_images: int) -> Interval:
 def counts_of(row: Mapping[str, Any], metric: str) -> tuple[int, int] | None:
     """The correct images and all images of a metric in a row of metrics.jsonl.
 
-    None if the metric is not a share of images, or if the row has no counts.
+    None if the metric is not a share of images, or if the row has no counts. Raises ValueError if
+    they are damaged.
     """
     name = _CORRECT.get(metric, "")
     if name not in row or not row.get("val/num_images"):
         return None
-    return int(row[name]), int(row["val/num_images"])
+    return checked_counts(row[name], row["val/num_images"])
+
+
+def checked_counts(num_correct: float, num_images: float) -> tuple[int, int]:
+    """Return both as integers. Raises ValueError unless 0 <= num_correct <= num_images."""
+    if not 0 <= float(num_correct) <= float(num_images) < math.inf:
+        raise ValueError(f"{num_correct} correct of {num_images} images")
+    return int(num_correct), int(num_images)
 
 
 def metric_interval(row: Mapping[str, Any], metric: str) -> Interval | None:

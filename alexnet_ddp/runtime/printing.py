@@ -1,10 +1,13 @@
 """Plain lines for users. Names of files and classes are untrusted, so they are escaped."""
 
+import codecs
 import io
 import os
 import sys
 from collections.abc import Sequence
 from typing import IO, TextIO
+
+_ERRORS = "alexnet_ddp.escape"  # the name of an error handler of codecs
 
 
 def printable(text: object, keep: str = "") -> str:
@@ -39,9 +42,23 @@ def say(line: object = "", stream: TextIO | None = None) -> None:
 
 
 def escape_unencodable(stream: TextIO) -> None:
-    """Escape characters that the encoding of `stream` lacks, such as a Latin-1 locale's."""
-    if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
-        stream.reconfigure(errors="backslashreplace")
+    """Escape characters that the encoding of `stream` lacks, such as a Latin-1 locale's.
+
+    The dash of an interval becomes "-".
+    """
+    if isinstance(stream, io.TextIOWrapper) and stream.errors != _ERRORS:
+        stream.reconfigure(errors=_ERRORS)
+
+
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Replace what cannot be encoded: a handler for codecs.register_error."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    shown = error.object[error.start : error.end].replace("\N{EN DASH}", "-")
+    return shown.encode("ascii", "backslashreplace").decode(), error.end
+
+
+codecs.register_error(_ERRORS, _escape)
 
 
 def discard(stream: IO[str]) -> None:

@@ -1,6 +1,7 @@
 """Reads what a run has written in its directory: status, options and metrics. Needs no torch."""
 
 import json
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from statistics import median
 from types import UnionType
 from typing import Any
 
+from alexnet_ddp.runtime.accuracy import counts_of
 from alexnet_ddp.runtime.errors import ConfigError, DataError
 from alexnet_ddp.runtime.files import parse_row
 from alexnet_ddp.runtime.printing import listed
@@ -32,6 +34,10 @@ _TYPES: dict[str, dict[str, type | UnionType]] = {
 _PLACE = {"run.name", "run.root"}
 _TEXTS = ("data/index_hash",)  # of a row of metrics.jsonl
 _NOT_FINITE = ("nan", "inf", "-inf")  # JSON has no such numbers
+# Metrics that are never one of these, and all times of a row, such as time/step_s.
+_FINITE = ("epoch", "val/num_images", "train/slowest_rank")
+_LONGEST_S = 1e9  # 30 years
+_LARGEST_INTEGER = 2**53  # float() is exact up to it
 _JSON_TYPES = {
     dict: "an object",
     list: "a list",
@@ -84,8 +90,8 @@ class RunRecord:
     def rows(self) -> dict[int, dict[str, Any]]:
         """Step -> its metrics of metrics.jsonl, in the order of the steps.
 
-        Damaged rows are left out. Values are numbers, or "nan", "inf" and "-inf", which float()
-        converts; only data/index_hash is a text.
+        Lines that are no rows are left out. Values are numbers, or "nan", "inf" and "-inf", which
+        float() converts; only data/index_hash is a text. Times, epochs and counts are finite.
         """
         file, found = self.directory / "metrics.jsonl", dict[int, dict[str, Any]]()
         try:
@@ -95,8 +101,9 @@ class RunRecord:
         for line in lines:
             row = parse_row(line)  # a run that was killed may leave a part of a row
             if row is not None:
-                _require_numbers(file, row)
                 found.setdefault(row["step"], {}).update(row)
+        for row in found.values():
+            _require_sound(file, row)
         return dict(sorted(found.items()))
 
     @property
@@ -178,11 +185,11 @@ class RunRecord:
 def find_runs(root: Path) -> Iterator[RunRecord]:
     """Every run below `root`, or `root` itself if it is one, in the order of their names.
 
-    A start that was refused leaves a folder with a status.json and no run.json, which is left out.
+    Folders in which every start was refused are left out: see _is_refused.
     The directories of a run are not searched. A folder is searched once, also if links lead back.
     """
     if _is_run(root):
-        if _has_begun(root):
+        if not _is_refused(root):
             yield RunRecord(root, root.absolute().name)
         return
     seen = set[str]()
@@ -195,7 +202,7 @@ def find_runs(root: Path) -> Iterator[RunRecord]:
         for name in sorted(below):
             if not _is_run(here / name):
                 kept.append(name)
-            elif _has_begun(here / name):
+            elif not _is_refused(here / name):
                 yield RunRecord(here / name, str((here / name).relative_to(root)))
         below[:] = kept
 
@@ -241,7 +248,7 @@ def read_classes(run_dir: Path) -> dict[str, list[str]]:
         return {key: [str(one) for one in found[key]] for key in ("ids", "names")}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         why = f"{type(error).__name__}: {error}"
-        raise DataError(f"{file} cannot be read ({why}); start the training once more") from error
+        raise DataError(f"{file} cannot be read ({why}); start the training again") from error
 
 
 def differing(runs: list[RunRecord]) -> list[str]:
@@ -277,8 +284,19 @@ def _is_run(directory: Path) -> bool:
     return any((directory / name).is_file() for name in _OF_A_RUN)
 
 
-def _has_begun(directory: Path) -> bool:
-    return (directory / "run.json").is_file()
+def _is_refused(directory: Path) -> bool:
+    """True if the last start was refused for its options or its data, and no earlier one trained.
+
+    run.json is written right before the first step. A start that is still preparing that step, or
+    that failed there for another reason, is a run.
+    """
+    if (directory / "run.json").is_file():
+        return False
+    try:
+        code = RunRecord(directory, directory.name).exit_code
+    except ConfigError:
+        return False  # the caller finds that it cannot be read
+    return code in (ConfigError.exit_code, DataError.exit_code)
 
 
 def _checked(file: Path, found: Any) -> dict[str, Any]:
@@ -291,13 +309,30 @@ def _checked(file: Path, found: Any) -> dict[str, Any]:
     return found
 
 
-def _require_numbers(file: Path, row: dict[str, Any]) -> None:
-    """Raise ConfigError if a metric is no number."""
+def _require_sound(file: Path, row: dict[str, Any]) -> None:
+    """Raise ConfigError if a metric is no number, or a time or a count is not a possible one."""
     for name, value in row.items():
-        is_number = isinstance(value, int | float) or value in _NOT_FINITE
-        if not is_number and name not in _TEXTS:
-            why = TypeError(f"{name} of step {row['step']} is {value!r}, and no number")
+        if name not in _TEXTS and not _is_sound(name, value):
+            what = "no number" if not _is_number(value) else "out of range"
+            why = TypeError(f"{name} of step {row['step']} is {value!r}, and {what}")
             raise _unreadable(file, why)
+    try:
+        for metric in ("val/top1", "val/top5"):
+            counts_of(row, metric)
+    except ValueError as error:
+        raise _unreadable(file, ValueError(f"step {row['step']} has {error}")) from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or value in _NOT_FINITE
+
+
+def _is_sound(name: str, value: Any) -> bool:
+    if not _is_number(value) or (isinstance(value, int) and abs(value) > _LARGEST_INTEGER):
+        return False
+    if name == "time_s" or name.startswith("time/"):
+        return 0 <= float(value) <= _LONGEST_S
+    return name not in _FINITE or 0 <= float(value) < math.inf
 
 
 def _type(value: Any) -> str:

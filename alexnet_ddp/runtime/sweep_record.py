@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from alexnet_ddp.runtime.accuracy import Interval, interval_cells, percent_interval
+from alexnet_ddp.runtime.accuracy import Interval, checked_counts, interval_cells, percent_interval
 from alexnet_ddp.runtime.errors import ConfigError
 from alexnet_ddp.runtime.files import write_json
 from alexnet_ddp.runtime.redaction import redact
@@ -228,5 +228,5 @@ def _from_json(known: dict[str, Any]) -> Trial:
 
 def _evaluation(step: Any, value: Any, *counts: Any) -> Evaluation:
     """counts: two numbers; none in the sweep.json of an older version."""
-    correct, images = map(int, counts or (0, 0))
+    correct, images = checked_counts(*(counts or (0, 0)))
     return Evaluation(int(step), float(value), counts=(correct, images) if images else None)

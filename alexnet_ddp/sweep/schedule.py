@@ -60,6 +60,7 @@ class Schedule:
         self._active: list[Active] = []
         self._exit_codes: dict[int, int] = {}  # of trials that ended and are not decided on
         self._scores: dict[int, Progress] = {}
+        self._num_shown: dict[int, int] = {}  # evaluations of the trials that started here
 
     def run(self) -> None:
         """Return when all trials are over. Raises Preempted after a stop; the trials are saved."""
@@ -143,8 +144,10 @@ class Schedule:
         return trial
 
     def _start(self, trial: Trial, num_slots: int) -> None:
-        if self._runs.reader(trial) is None:
+        reader = self._runs.reader(trial)
+        if reader is None:
             return
+        self._num_shown.setdefault(trial.number, len(reader.read(at_once=True)))
         slots, self._free = self._free[:num_slots], self._free[num_slots:]
         run_dir, overrides = self._runs.directory(trial), self._runs.overrides(trial)
         process = TrialProcess(run_dir, overrides, merged(slots))
@@ -181,7 +184,7 @@ class Schedule:
             return
         code = self._exit_codes.get(trial.number)
         found = reader.read(at_once=code is not None)
-        self._show_evaluation(trial, found)
+        self._show_evaluations(trial, found)
         scores = self._scores_of(found)
         is_final = bool(found) and found[-1].is_final
         decision = decide(self._options.pruner, Progress(scores, 0, False, is_final), earlier)
@@ -192,14 +195,15 @@ class Schedule:
         elif code is not None and decision.num_decided == len(scores):
             self._runs.end(trial, found, code)
 
-    def _show_evaluation(self, trial: Trial, found: list[Evaluation]) -> None:
-        """Print the last evaluation of a trial that runs, if it is new. found: all of them."""
-        is_new = len(found) > len(self._progress_of(trial).scores)
-        is_running = any(active.trial is trial for active in self._active)
-        if is_new and is_running and len(self._slots) <= _MAX_SHOWN:
-            last = found[-1]
+    def _show_evaluations(self, trial: Trial, found: list[Evaluation]) -> None:
+        """Print the evaluations of a trial that are new since it started. found: all of them."""
+        num_shown = self._num_shown.get(trial.number, len(found))
+        if len(found) <= num_shown or len(self._slots) > _MAX_SHOWN:
+            return
+        for one in found[num_shown:]:
             metric = self._options.metric
-            say(f"trial {trial.name}: {metric} {last.value:.6g} after step {last.step}")
+            say(f"trial {trial.name}: {metric} {one.value:.6g} after step {one.step}")
+        self._num_shown[trial.number] = len(found)
 
     def _prune(self, trial: Trial, found: list[Evaluation], decision: Decision) -> None:
         for active in self._active:

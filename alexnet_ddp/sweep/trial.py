@@ -118,7 +118,7 @@ class Evaluations:
             Evaluation(
                 step,
                 float(row[self._metric]),
-                self._is_final(step, row["epoch"]),
+                self._is_final(step, row.get("epoch", 0.0)),
                 counts_of(row, self._metric),
             )
             for step, row in rows.items()
@@ -127,9 +127,9 @@ class Evaluations:
 
     def _time_left(self, rows: dict[int, dict[str, Any]]) -> float | None:
         step, row = next(reversed(rows.items()), (0, {}))
-        if not row.get("time_s"):
+        done = max(row.get("epoch", 0.0) / self._epochs, step / self._max_steps)
+        if not row.get("time_s") or done <= 0:
             return None
-        done = max(row["epoch"] / self._epochs, step / self._max_steps)
         return float(row["time_s"] * (1 - done) / done)
 
     def _is_final(self, step: int, epoch: float) -> bool:

@@ -306,7 +306,7 @@ class Trainer:
         state, total = self.state, self.budget.total_steps
         if not self.budget.is_end(state.step):
             hours = f"{state.trained_s / 3600:.3g} hours of training"
-            log.info("the run ends after step %d of %d and %s", state.step, total, hours)
+            log.info("the run ends after step %d of %d, after %s", state.step, total, hours)
         best = best_text(state.best)
         if best:
             self.tracker.say(best)

@@ -167,8 +167,8 @@ def test_the_parts_of_a_step_are_weighted_by_steps_and_add_up(tmp_path):
     slow_link = train_row(10, 12, time__data_s=0.01, time__exchange_s=0.4)
     assert times(make_run(tmp_path / "b", [slow_link])).sentences == [
         "The loader is no bottleneck: a step waits 1.0 % of its time for data.",
-        "Rank 0 waits 40.0 % of a step for the exchange with other ranks: if no rank is slow, "
-        "a faster link, larger batches or parallel=hybrid would shorten it.",
+        "Rank 0 waits 40.0 % of a step for the exchange with other ranks. If no rank is slow, "
+        "a faster link shortens it; docs/parallelism.md describes how to exchange less.",
     ]
     assert times(make_run(tmp_path / "c")) is None
 
@@ -186,6 +186,20 @@ def test_the_parts_of_all_work_include_evaluations_and_checkpoints(tmp_path):
         ("start and everything else", 0.0),
     ]  # fmt: skip
     assert sum(part.share for part in found) == pytest.approx(1)
+
+
+def test_the_same_name_has_the_same_colour_in_all_charts_of_the_times(tmp_path):
+    rows = [train_row(10, 12, time__forward_s=0.2, time__backward_s=0.2), val_row(10, 15, 50)]
+    run = make_run(tmp_path / "a", rows)
+    phases = ["data", "forward", "backward", "exchange", "update", "evaluation", "checkpoint"]
+    write_json(tmp_path / "a/rank_times.json", {"phases": phases, "seconds": [[0.1] * 7] * 2})
+    found = times(run)
+    by_name = {}
+    for part in (*found.step, *found.run[1:], *found.ranks[0][1]):
+        by_name.setdefault(part.name, set()).add(part.colour)
+    assert all(len(colours) == 1 for colours in by_name.values()), by_name
+    for chart in (found.step, found.run, found.ranks[0][1]):
+        assert len({part.colour for part in chart}) == len(chart)
 
 
 def test_a_profile_is_shown_with_its_conclusion_and_a_damaged_one_is_not(tmp_path):
@@ -571,6 +585,7 @@ def make_trained_run(tmp_path: Path) -> list[str]:
     ("given", "error", "line"),
     [
         ("data.root={dir}/other", DataError, "{dir}/other"),
+        ("data.num_threads=-1", ConfigError, "data.num_threads"),
         ("trainer.precision=bf16", ConfigError, "trainer.precision=bf16 needs a CUDA device"),
         ("optimizer.lr=1", ConfigError, "optimizer.lr=1 would be ignored: the page shows the run"),
         (
@@ -604,9 +619,11 @@ def test_a_wrong_device_is_one_line(tmp_path):
 
 def test_images_of_the_run_that_are_gone_are_a_reason_on_the_page(tmp_path):
     overrides = [*make_trained_run(tmp_path), "device=cpu"]
-    main(compose("report", overrides), overrides)
-    html = (tmp_path / "x/report.html").read_text()
-    assert f"Not computed: data.root ({tmp_path}/none)" in html
+    for other in ([], ["data.num_threads=1", "trainer.eval_batch_size=8"]):  # not the reason
+        main(compose("report", without_data_options(overrides + other)), overrides + other)
+        html = (tmp_path / "x/report.html").read_text()
+        assert f"Not computed: data.root ({tmp_path}/none)" in html
+        (tmp_path / "x/report.html").unlink()
 
 
 def test_damaged_files_that_only_add_facts_are_left_out(tmp_path):
@@ -638,6 +655,19 @@ def test_a_damaged_evaluation_is_one_line(tmp_path, metric, value):
         main(
             options(tmp_path, "run.name=x", "max_images=0"), ["run.name=x", f"run.root={tmp_path}"]
         )
+
+
+@pytest.mark.parametrize("metric", ["epoch", "time_s", "val/loss", "val/top5", "val/num_images"])
+def test_an_evaluation_without_one_of_its_metrics_has_a_report(tmp_path, metric):
+    row = val_row(10, 12, 50)
+    del row[metric]
+    run = make_run(tmp_path / "x", [row])
+    write_json(
+        tmp_path / "x/run.json",
+        {"overrides": [], "starts": [{"time": "2024-01-01T00:00:00+00:00"}]},
+    )
+    main(options(tmp_path, "run.name=x", "max_images=0"), ["run.name=x", f"run.root={tmp_path}"])
+    assert "top-1 50.00 %" in (run.directory / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

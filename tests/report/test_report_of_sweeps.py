@@ -113,6 +113,7 @@ def test_the_sweep_and_its_page_state_the_same_command_with_the_ranks_of_the_tri
         (("trials", 0, "hours"), [1], "TypeError"),
         (("trials", 0, "exit_code"), "x", "ValueError"),
         (("trials", 0, "number"), float("inf"), "OverflowError"),
+        (("trials", 0, "evaluations"), [[1, 90.0, 8, 7]], "8 correct of 7 images"),
         (("trials", 0, "values"), {"seed": "1"}, "its trials have values of different options"),
     ],
 )

@@ -20,6 +20,15 @@ def test_wilson_intervals(correct, images, low, high):
     )
 
 
+def test_a_wilson_interval_contains_its_share_and_ends_exactly_at_0_and_1():
+    for images in range(1, 200):
+        for correct in range(images + 1):
+            low, high = ours.wilson_interval(correct, images)
+            assert 0 <= low <= correct / images <= high <= 1
+        assert ours.wilson_interval(0, images)[0] == 0
+        assert ours.percent_interval(images, images)[1] == 100
+
+
 def test_a_share_of_images_has_an_interval_in_texts_and_in_the_columns_of_tables():
     interval = ours.metric_interval(ROW | COUNTS, "val/top1")
     assert interval == ours.percent_interval(50, 100)

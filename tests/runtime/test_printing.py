@@ -127,6 +127,18 @@ def test_names_outside_of_the_locale_are_escaped():
     assert r"\u732b" in out
 
 
+def test_the_dash_of_an_interval_is_printed_in_ascii_if_the_locale_has_no_other():
+    body = ascii("table('94.1–97.3'); say('猫–猫 94.1–97.3 %'); say('1–2', sys.stderr)")[1:-1]
+    env = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    ended = in_process(body, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, error = (text.decode("ascii") for text in ended.communicate(timeout=20))
+    assert out.count("94.1-97.3") == 2
+    assert r"\u732b-\u732b 94.1-97.3 %" in out
+    assert error == "1-2\n"
+    utf8 = in_process(body, env={"PYTHONUTF8": "1"}, stdout=subprocess.PIPE)
+    assert utf8.communicate(timeout=20)[0].decode().count("94.1–97.3") == 2
+
+
 def test_on_a_terminal_long_names_are_folded_and_not_cut():
     terminal, end = pty.openpty()
     program = in_process(

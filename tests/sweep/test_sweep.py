@@ -373,6 +373,13 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
         yield Runner(tmp_path_factory.mktemp("sweeps"), servers)
 
 
+def shown_evaluations(sweep: Command) -> list[tuple[str, int]]:
+    """Trial and step of each evaluation that a sweep has printed."""
+    pattern = r"^trial (\d+): val/top1 \S+ after step (\d+)$"
+    found = re.findall(pattern, sweep.said(), re.MULTILINE)
+    return [(trial, int(step)) for trial, step in found]
+
+
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_and_continued_has_the_table_of_an_undisturbed_one(runner):
     given = ["optimizer.lr=0.2,0.0001,0.4,0.002", "sweep.pruner=asha", "trainer.epochs=4"]
@@ -385,12 +392,18 @@ def test_a_sweep_that_is_killed_and_continued_has_the_table_of_an_undisturbed_on
             for row in rows
         )
         assert f"best: trial {rows[0]['trial']}, in {runner.folder}/calm/" in calm.said()
+        shown = shown_evaluations(calm)
+    assert len(set(shown)) == len(shown)
+    for name in (row["trial"] for row in rows if row["status"] == "complete"):
+        recorded = RunRecord(runner.folder / "calm" / name, name).values("val/top1")
+        assert [step for trial, step in shown if trial == name] == list(recorded)
     assert {row["status"] for row in rows} == {"complete", "pruned"}
 
     with runner.started("hurt", *given) as hurt:
         runner.wait_for("hurt", "002/metrics.jsonl", hurt)
         hurt.send_signal(signal.SIGKILL)
         hurt.wait(30)
+        shown = shown_evaluations(hurt)
     end = time.monotonic() + 120
     while runner.left():  # the trials that ran are stopped, and save
         assert time.monotonic() < end, runner.left()
@@ -401,6 +414,8 @@ def test_a_sweep_that_is_killed_and_continued_has_the_table_of_an_undisturbed_on
     with runner.started("hurt", *given) as hurt:
         assert hurt.wait(180) == 0, hurt.said()
         assert not [k for k in over if f"trial {k:03d} of 4 starts" in hurt.said()]
+        shown += shown_evaluations(hurt)
+    assert len(set(shown)) == len(shown)
     assert runner.rows("hurt") == rows
 
 

@@ -84,7 +84,7 @@ def test_each_start_of_a_run_is_recorded_and_a_damaged_record_is_replaced(tmp_pa
             read_classes(tmp_path)
     (tmp_path / "classes.json").unlink()
     with pytest.raises(
-        DataError, match=r"classes.json cannot be read .*; start the training once more"
+        DataError, match=r"classes.json cannot be read .*; start the training again"
     ):
         read_classes(tmp_path)
 
