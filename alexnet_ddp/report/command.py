@@ -29,7 +29,13 @@ from alexnet_ddp.report.times import profiles, times
 from alexnet_ddp.runtime import distributed
 from alexnet_ddp.runtime.accuracy import metric_interval
 from alexnet_ddp.runtime.environment import read_ranks
-from alexnet_ddp.runtime.errors import DataError, MachineError, RunError, out_of_memory
+from alexnet_ddp.runtime.errors import (
+    DataError,
+    MachineError,
+    Preempted,
+    RunError,
+    out_of_memory,
+)
 from alexnet_ddp.runtime.files import write_bytes
 from alexnet_ddp.runtime.printing import say
 from alexnet_ddp.runtime.run_command import command_of
@@ -178,7 +184,10 @@ def _examine(
 def _attempt(
     options: ReportConfig, overrides: list[str]
 ) -> tuple[Config | None, Findings | None, RunError | None]:
-    """The run's configuration, what its weights do with its images, and why that failed."""
+    """The run's configuration, what its weights do with its images, and why that failed.
+
+    Raises Preempted after a stop signal.
+    """
     try:
         cfg = cli.config_of_run(options.run_dir, overrides)
         load_plugins(cfg.plugins)
@@ -191,6 +200,8 @@ def _attempt(
             if "trainer.precision" in map(_key, overrides):
                 check_precision(cfg.trainer.precision, world)
             return cfg, examine(cfg, options.max_images, world), None
+    except Preempted:  # the page of an earlier report stays
+        raise
     except (RunError, RuntimeError, MemoryError) as error:
         reason = error if isinstance(error, RunError) else out_of_memory(error)
         if reason is None:

@@ -48,6 +48,7 @@ class Start:
     world_size: int | None = None
     host: str = ""
     saved: float | None = None  # the time of its last checkpoint
+    changes: str = ""  # options of the command line that differ from those of the start before
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,11 @@ class Timeline:
     num_left_out: int  # rows
     starts: list[Start]
     lanes: tuple[str, ...] = _LANES
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether a start had other options on its command line than the one before."""
+        return any(one.changes for one in self.starts)
 
 
 def timeline(run: RunRecord) -> Timeline | None:
@@ -205,9 +211,20 @@ def _starts(run: RunRecord, events: list[dict[str, Any]]) -> list[Start]:
                 one.get("world_size"),
                 str(one.get("host", "")),
                 max(saved, default=None),
+                _changes(known[k - 1], one) if k else "",
             )
         )
     return found
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The options of a start that the one before did not have, and those that only it had."""
+    old, new = (list(map(str, one.get("overrides", []))) for one in (before, now))
+    added = [one for one in new if one not in old]
+    keys = {one.partition("=")[0] for one in added}
+    gone = [one for one in old if one not in new and one.partition("=")[0] not in keys]
+    texts = [f"with {' '.join(added)}"] * bool(added) + [f"without {' '.join(gone)}"] * bool(gone)
+    return ", ".join(texts)
 
 
 def _end(
@@ -266,7 +283,10 @@ def _event_marks(events: list[dict[str, Any]], starts: list[Start]) -> Iterator[
         ranks = f"{one.world_size} rank(s)" if one.world_size else ""
         what = "started" if k == 0 else f"resumed from step {one.from_step:,}"
         yield Mark(
-            one.began, "start", one.from_step, ", ".join(filter(None, (what, ranks, one.host)))
+            one.began,
+            "start",
+            one.from_step,
+            ", ".join(filter(None, (what, ranks, one.host, one.changes))),
         )
         if one.end not in ("running", "unknown"):
             text = f"{one.end}: {one.message}" if one.message else one.end

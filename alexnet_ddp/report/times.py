@@ -96,7 +96,7 @@ def _work(run: RunRecord, step_s: float) -> list[Part]:
         for part, s in seconds.items()
     ]
     rest_s = whole_s - known_s
-    return [*parts, Part("start and everything else", rest_s, rest_s / whole_s, None)]
+    return [*parts, Part("everything else", rest_s, rest_s / whole_s, None)]
 
 
 def profiles(run: RunRecord) -> list[Profile]:

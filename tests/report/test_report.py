@@ -183,7 +183,7 @@ def test_the_parts_of_all_work_include_evaluations_and_checkpoints(tmp_path):
     found = times(run).run
     assert [(part.name, part.seconds) for part in found] == [
         ("training steps", 10.0), ("evaluations", 3.0), ("checkpoints", 2.0),
-        ("start and everything else", 0.0),
+        ("everything else", 0.0),
     ]  # fmt: skip
     assert sum(part.share for part in found) == pytest.approx(1)
 
@@ -244,6 +244,25 @@ def starts(run: RunRecord, *times_and_steps: tuple[str, int]) -> None:
         for time, step in times_and_steps
     ]
     write_json(run.directory / "run.json", {**known[-1], "starts": known})
+
+
+def test_options_that_changed_when_a_run_resumed_are_among_the_events(tmp_path):
+    run = make_run(tmp_path / "a", [train_row(10, 10), train_row(20, 70)])
+    given = ["model=alexnet", "optimizer.lr=0.05"], ["model=alexnet", "optimizer.lr=0.01", "seed=0"]
+    known = [
+        {"time": f"2026-01-01T1{k}:00:00+00:00", "start_step": 10 * k, "overrides": overrides}
+        for k, overrides in enumerate([*given, ["model=alexnet"]])
+    ]
+    write_json(run.directory / "run.json", {**known[-1], "starts": known})
+    found = timeline(run)
+    assert found.has_changes
+    assert [text for _, _, what, text in found.rows if what == "start"] == [
+        "started",
+        "resumed from step 10, with optimizer.lr=0.01 seed=0",
+        "resumed from step 20, without optimizer.lr=0.01 seed=0",
+    ]
+    starts(run, ("10:00:00", 0), ("11:00:00", 10))
+    assert not timeline(RunRecord(run.directory, "a")).has_changes
 
 
 def test_a_killed_and_a_stopped_start_are_on_the_axis_with_their_marks(tmp_path):
@@ -624,6 +643,19 @@ def test_images_of_the_run_that_are_gone_are_a_reason_on_the_page(tmp_path):
         html = (tmp_path / "x/report.html").read_text()
         assert f"Not computed: data.root ({tmp_path}/none)" in html
         (tmp_path / "x/report.html").unlink()
+
+
+def test_a_stop_signal_while_images_are_classified_keeps_the_page(tmp_path, monkeypatch):
+    overrides = [*make_trained_run(tmp_path), "device=cpu"]
+    (tmp_path / "x/report.html").write_text("complete")
+
+    def stopped(*_):
+        raise Preempted("stopped before the images were evaluated")
+
+    monkeypatch.setattr("alexnet_ddp.report.command.examine", stopped)
+    with pytest.raises(Preempted):
+        main(compose("report", without_data_options(overrides)), overrides)
+    assert (tmp_path / "x/report.html").read_text() == "complete"
 
 
 def test_damaged_files_that_only_add_facts_are_left_out(tmp_path):
