@@ -138,7 +138,11 @@ class Stragglers:
         """
         if steps == 0:
             return {}
-        row = {f"time/{phase}_s": seconds[phase] / steps for phase in _TIMED if phase != "data"}
+        row = {  # a difference of times may be less than 0 by rounding
+            f"time/{phase}_s": max(0.0, seconds[phase]) / steps
+            for phase in _TIMED
+            if phase != "data"
+        }
         if self._world.world_size == 1:
             del row["time/exchange_s"]
             return row
