@@ -123,7 +123,7 @@ def main(options: EvaluateConfig, overrides: list[str]) -> None:
         needs_outputs = options.calibrate or options.metrics or options.predictions is not None
         outputs = Outputs() if needs_outputs else None
         found = _evaluate(model, origin, data.val, cfg, outputs, world, views=views)
-        distributed.from_main(lambda: _finish(found, data, options), world)
+        distributed.from_main(lambda: _finish(found, data, options, _folder(options)), world)
         if options.calibrate and directory is not None:
             _calibrate(found.scores, cfg.run_dir, directory, world)
 
@@ -271,18 +271,17 @@ def _check_files(options: EvaluateConfig) -> None:
         require_folder_of("predictions", options.predictions)
 
 
-def _finish(found: Found, data: ImageSets, options: EvaluateConfig) -> None:
+def _finish(found: Found, data: ImageSets, options: EvaluateConfig, folder: Path | None) -> None:
     """Write the files, then print the results: a reader of a pipe may have ended.
 
-    Raises ConfigError, MachineError if a file cannot be written, and Diverged if outputs that are
-    needed are not finite.
+    folder: see _folder(). Raises ConfigError, MachineError if a file cannot be written, and
+    Diverged if outputs that are needed are not finite.
     """
     metrics = None
     if found.scores is not None:
         _require_finite(found.scores, found.origin, options)
         metrics = class_metrics(found.scores) if options.metrics else None
     names = unique_names(data.class_names)
-    folder = _folder(options)
     if folder is not None:
         stem = "evaluation" if options.images is None else "evaluation_images"
         try:
