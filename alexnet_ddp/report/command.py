@@ -14,7 +14,7 @@ import yaml
 from alexnet_ddp import cli
 from alexnet_ddp.config import Config, ConfigError
 from alexnet_ddp.config.compose import to_yaml
-from alexnet_ddp.config.option import MISSING
+from alexnet_ddp.config.option import MISSING, key_of
 from alexnet_ddp.config.report import ReportConfig
 from alexnet_ddp.config.schema import GROUPS, choices_of
 from alexnet_ddp.plugins import load_plugins
@@ -97,7 +97,7 @@ def _refuse_ignored(options: ReportConfig, overrides: list[str]) -> None:
     """Raise ConfigError for an option that the page does not read."""
     is_of_sweep = is_sweep(options.run_dir)
     for override in overrides:
-        key = _key(override)
+        key = key_of(override)
         is_of_images = key in _OF_IMAGES or key.startswith("data.")
         if is_of_sweep and key not in _OF_RECORDS:
             why = f"{options.run.name} is a sweep, whose page shows the metrics of all trials"
@@ -108,10 +108,6 @@ def _refuse_ignored(options: ReportConfig, overrides: list[str]) -> None:
         else:
             continue
         raise ConfigError(f"{override} would be ignored: {why}; leave it out")
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+")
 
 
 def build_page(runs: list[RunRecord], options: ReportConfig, overrides: list[str]) -> Page:
@@ -169,8 +165,8 @@ def _examine(
     options there is no error, or another one.
     """
     # The device is that of the report: the run's own may be missing on this machine.
-    kept = [one for one in overrides if _key(one) not in {*_OWN, "device"}]
-    of_records = [one for one in kept if _key(one) in _OF_RECORDS]
+    kept = [one for one in overrides if key_of(one) not in {*_OWN, "device"}]
+    of_records = [one for one in kept if key_of(one) in _OF_RECORDS]
     cfg, found, error = _attempt(options, kept)
     if error is None:
         why_not = "no images were used, because max_images is 0" if found is None else ""
@@ -197,7 +193,7 @@ def _attempt(
         return cfg, None, None
     try:
         with distributed.session(options.device, cfg.trainer.tf32) as world:
-            if "trainer.precision" in map(_key, overrides):
+            if "trainer.precision" in map(key_of, overrides):
                 check_precision(cfg.trainer.precision, world)
             return cfg, examine(cfg, options.max_images, world), None
     except Preempted:  # the page of an earlier report stays
